@@ -1,0 +1,162 @@
+"""The accelerator seam: what runs guest code. KVM and the translator are interchangeable behind it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from attrs import field, frozen
+from attrs.validators import ge, in_
+
+if TYPE_CHECKING:
+    from cardcage.vcpu import VCpu
+
+__all__ = ["AcceleratedVm", "Accelerator", "DirtyLog", "Doorbells", "IrqFds", "MemorySlot", "Probe", "VmSpec"]
+
+
+@frozen
+class Probe:
+    """Can this accelerator be used here?
+
+    Attributes:
+        usable: a virtual machine can be created.
+        speed: ``"native"``, ``"translated"`` or ``"emulated"``, from fast to slow.
+        reason: one line: why not, or what to know (``"/dev/kvm: permission denied; join group kvm"``).
+    """
+
+    usable: bool
+    speed: str = field(default="native", validator=in_(("native", "translated", "emulated")))
+    reason: str = ""
+
+
+@frozen
+class VmSpec:
+    """What the machine asks of a new virtual machine.
+
+    Attributes:
+        cpus: number of vCPUs that will be created, 1 to 255.
+        irqchip: ``"none"``: no local APIC, HLT comes back as an exit, interrupts only as ExtINT;
+            ``"split"``: local APICs in the accelerator, PIC and IOAPIC are the machine's cards;
+            ``"full"``: PIC, PIT and IOAPIC too are in the accelerator (needs the capability ``irqchip-full``).
+        cpu: CPU model: ``"host"`` for all that can be offered, ``"max"`` likewise, or ``"x86-64-v2"``.
+        features: CPU features switched on or off by name, as ``{"avx2": True}``.
+        options: the accelerator's own options, already structured (its card's attrs class), or ``None``.
+    """
+
+    cpus: int = field(default=1, validator=ge(1))
+    irqchip: str = field(default="split", validator=in_(("none", "split", "full")))
+    cpu: str = "max"
+    features: dict[str, bool] = field(factory=dict)
+    options: object = None
+
+
+@frozen
+class MemorySlot:
+    """A range of guest-physical addresses backed by host memory.
+
+    Attributes:
+        address: guest-physical, page aligned.
+        size: bytes, a multiple of 4096, greater than 0.
+        host_address: where it is mapped in this process, page aligned.
+        readonly: guest writes go to ``mmio_write`` instead (ROM).
+    """
+
+    address: int
+    size: int
+    host_address: int
+    readonly: bool = False
+
+
+class AcceleratedVm(Protocol):
+    """A virtual machine inside an accelerator.
+
+    ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
+    (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`).
+    """
+
+    capabilities: frozenset[str]
+
+    def create_vcpu(self, index: int, /) -> VCpu:
+        """Create processor *index* (0 is the boot processor). Its state is that after reset."""
+        ...
+
+    def map_memory(self, slot: MemorySlot, /) -> None:
+        """Add a slot. Call with all vCPUs quiescent or not yet running; slots never overlap."""
+        ...
+
+    def unmap_memory(self, slot: MemorySlot, /) -> None:
+        """Remove exactly this slot."""
+        ...
+
+    def memory_written(self, address: int, size: int, /) -> None:
+        """The host wrote guest-physical memory (a device, a loader): forget what was derived from the old bytes."""
+        ...
+
+    def quiesce(self) -> AbstractContextManager[None]:
+        """All vCPUs out of guest code while the block runs. Never call it while the machine's lock is held
+        by the caller in a way that a vCPU thread waits for. May be called on a vCPU's own thread, within *ops*."""
+        ...
+
+    def set_extint(self, level: bool, /) -> None:
+        """Drive the 8259's INTR output: LINT0 of the boot processor, or its INTR pin without a local APIC."""
+        ...
+
+    def set_irq(self, gsi: int, level: bool, /) -> None:
+        """Drive input *gsi* of the in-accelerator PIC and IOAPIC (irqchip ``full`` only)."""
+        ...
+
+    def signal_msi(self, address: int, data: int, /) -> None:
+        """Deliver a message-signalled interrupt (Intel SDM vol. 3, 11.11). Thread-safe."""
+        ...
+
+    def inject_nmi(self, index: int, /) -> None:
+        """Send an NMI to vCPU *index*. Thread-safe."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. Idempotent; no vCPU may be running."""
+        ...
+
+
+class Accelerator(Protocol):
+    """An accelerator card's factory product."""
+
+    name: str
+
+    def probe(self) -> Probe:
+        """Say whether it works here, in milliseconds and without side effects."""
+        ...
+
+    def create_vm(self, spec: VmSpec, /) -> AcceleratedVm:
+        """Create a virtual machine. Raises :exc:`~cardcage.errors.AcceleratorError` in words a user understands."""
+        ...
+
+
+class Doorbells(Protocol):
+    """Capability ``doorbells``: writes that signal an eventfd without leaving guest code (KVM ioeventfd)."""
+
+    def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None: ...
+
+    def remove_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None: ...
+
+
+class IrqFds(Protocol):
+    """Capability ``irqfds``: an eventfd that delivers an MSI without this process (KVM irqfd)."""
+
+    def add_irqfd(self, fd: int, address: int, data: int, /) -> int:
+        """Route eventfd *fd* to an MSI message; returns a route number."""
+        ...
+
+    def remove_irqfd(self, fd: int, route: int, /) -> None: ...
+
+
+class DirtyLog(Protocol):
+    """Capability ``dirty-log``: which pages the guest wrote."""
+
+    def start_dirty_log(self) -> None: ...
+
+    def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:
+        """A bitmap of the slot's 4 KiB pages written since the last fetch (little-endian bit order), and clear it."""
+        ...
+
+    def stop_dirty_log(self) -> None: ...

@@ -1,0 +1,93 @@
+"""Every error this project raises, as one tree split by who is to blame.
+
+::
+
+    CardcageError
+    ├── UsageError              the caller broke a documented rule (wrong state, wrong argument)
+    │   └── StateError          the act does not fit the machine's state
+    ├── ConfigError             the configuration is at fault: file, key path, what was expected
+    ├── CardError               a card is at fault: it is broken, missing a part, or raised
+    │   └── MissingExtra        a card needs an optional distribution that is not installed
+    ├── HostError               the host cannot or may not: permission, missing feature, resources
+    │   └── AcceleratorError    an accelerator could not start or go on
+    ├── GuestError              the guest did what no machine can honour (triple fault, wild address)
+    └── Denied                  a security checker refused the act
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "AcceleratorError",
+    "CardError",
+    "CardcageError",
+    "ConfigError",
+    "Denied",
+    "GuestError",
+    "HostError",
+    "MissingExtra",
+    "StateError",
+    "UsageError",
+    "near",
+]
+
+
+class CardcageError(Exception):
+    """Base of all errors of this project; ``str()`` is one clear line for a person."""
+
+
+class UsageError(CardcageError):
+    """The caller broke a documented rule."""
+
+
+class StateError(UsageError):
+    """The act does not fit the state that the machine is in."""
+
+
+class ConfigError(CardcageError):
+    """A configuration is at fault.
+
+    Args:
+        problem: what is wrong and what was expected, without the place.
+        file: the file the value came from, ``None`` for Python or the command line.
+        key: the key path inside it, such as ``device[1].type``.
+    """
+
+    def __init__(self, problem: str, *, file: str | None = None, key: str | None = None) -> None:
+        self.problem, self.file, self.key = problem, file, key
+        super().__init__(": ".join(part for part in (file, key, problem) if part))
+
+
+class CardError(CardcageError):
+    """A card is at fault; the message names it and its distribution."""
+
+
+class MissingExtra(CardError):
+    """A card needs an optional distribution that is not installed."""
+
+
+class HostError(CardcageError):
+    """The host cannot, or does not allow, what was asked."""
+
+
+class AcceleratorError(HostError):
+    """An accelerator could not start, or could not go on."""
+
+
+class GuestError(CardcageError):
+    """The guest did what no machine can honour; the VMM itself is sound."""
+
+
+class Denied(CardcageError):
+    """A security checker refused the act."""
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return ``' Did you mean "x"?'`` for the closest names in *known*, or an empty string."""
+    found = get_close_matches(word, sorted(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(f'{name!r}' for name in found)}?".replace("'", '"') if found else ""

@@ -1,0 +1,285 @@
+"""Guest memory: RAM blocks, the physical address space that shows them, and how devices reach it.
+
+RAM above the PCI hole follows QEMU's ``pc`` sizes: up to 3.5 GiB all of it starts at 0; with more, 3 GiB stays below
+and the rest starts at 4 GiB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+from bisect import bisect_right
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from attrs import frozen
+
+from cardcage.accelerator import MemorySlot
+from cardcage.errors import ConfigError, HostError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = [
+    "PAGE",
+    "GuestMemory",
+    "GuestMemoryError",
+    "PhysicalMemory",
+    "RamBlock",
+    "RamRange",
+    "SlotListener",
+    "check_ram",
+    "split_ram",
+]
+
+PAGE = 4096
+GIB = 1 << 30
+
+
+class GuestMemoryError(UsageError):
+    """An access to guest-physical memory that is not RAM, or not all of it; the message gives the range."""
+
+
+def split_ram(size: int) -> tuple[int, int]:
+    """Return (bytes from address 0, bytes from 4 GiB) for *size* bytes of RAM."""
+    return (size, 0) if size <= 0xE0000000 else (3 * GIB, size - 3 * GIB)
+
+
+class RamBlock:
+    """Host memory that guests use as RAM.
+
+    Args:
+        size: bytes, rounded up to whole pages.
+        name: for listings.
+        shared: back it by a memfd, sealed against shrinking (``fd`` is then set), so that another process can map it;
+            else anonymous, which KSM can merge.
+
+    Raises :exc:`~cardcage.errors.HostError` when the host has not that much.
+    """
+
+    def __init__(self, size: int, name: str = "ram", *, shared: bool = False) -> None:
+        self.name, self.size, self.fd = name, -(-size // PAGE) * PAGE, -1
+        try:
+            if shared:
+                self.fd = os.memfd_create(f"cardcage-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                os.ftruncate(self.fd, self.size)
+                self._seal()
+                self.map = mmap.mmap(self.fd, self.size)
+            else:
+                self.map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+        except (OSError, ValueError, OverflowError) as error:
+            if self.fd >= 0:
+                os.close(self.fd)
+            raise HostError(f"{name}: the host cannot give {size} bytes of memory: {error}") from error
+        self.map.madvise(mmap.MADV_DONTFORK)
+        self._export = ctypes.c_char.from_buffer(self.map)
+        self.host_address = ctypes.addressof(self._export)
+        self.view = memoryview(self.map)
+
+    def _seal(self) -> None:
+        import fcntl
+
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent. Views still held keep it alive until they are released."""
+        try:
+            self.view.release()
+            del self._export
+            self.map.close()
+        except (BufferError, AttributeError):
+            pass
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@frozen(eq=False)
+class RamRange:
+    """Where a block shows in the physical address space. Of ranges that overlap, the higher priority shows."""
+
+    address: int
+    size: int
+    block: RamBlock
+    offset: int = 0
+    readonly: bool = False
+    priority: int = 0
+
+
+class SlotListener(Protocol):
+    """Told of changes of the flat view, in an order in which slots never overlap."""
+
+    def map_memory(self, slot: MemorySlot, /) -> None: ...
+
+    def unmap_memory(self, slot: MemorySlot, /) -> None: ...
+
+
+class GuestMemory(Protocol):
+    """How devices and boot images reach guest RAM. Addresses are guest-physical; every range is checked.
+
+    Raises :exc:`GuestMemoryError` for a range that is not all RAM.
+    """
+
+    def read(self, address: int, size: int, /) -> bytes: ...
+
+    def write(self, address: int, data: bytes, /) -> None: ...
+
+    def view(self, address: int, size: int, /) -> memoryview:
+        """RAM without a copy, within one RAM range. After writing through it, call :meth:`written`."""
+        ...
+
+    def written(self, address: int, size: int, /) -> None:
+        """Bytes were changed through a view, or by preadv, io_uring or a back end process."""
+        ...
+
+    def contains(self, address: int, size: int, /) -> bool: ...
+
+
+class PhysicalMemory:
+    """The physical address space's RAM: ranges by priority, flattened into sorted disjoint slots.
+
+    ``listener`` (the accelerator's VM) hears of slots; ``on_written`` hears of ranges that the host changed.
+    """
+
+    def __init__(self) -> None:
+        self.ranges: list[RamRange] = []
+        self.slots: list[MemorySlot] = []
+        self._views: list[tuple[int, int, memoryview, bool]] = []
+        self._starts: list[int] = []
+        self.listener: SlotListener | None = None
+        self.on_written: Callable[[int, int], None] | None = None
+
+    def add(self, *ranges: RamRange) -> None:
+        """Show more RAM. Addresses and sizes are page aligned; raises UsageError otherwise."""
+        self.change(add=ranges)
+
+    def change(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
+        """Add and remove ranges in one step. With vCPUs running, call it inside the accelerator's ``quiesce()``."""
+        for one in add:
+            if one.address % PAGE or one.size % PAGE or one.size <= 0 or one.offset % PAGE:
+                raise UsageError(f"{one.block.name}: {one.address:#x}+{one.size:#x} is not made of whole pages")
+            if one.offset + one.size > one.block.size:
+                raise UsageError(f"{one.block.name}: the range reaches past the block's {one.block.size:#x} bytes")
+        self.ranges = [one for one in self.ranges if not any(one is gone for gone in remove)] + list(add)
+        self._flatten()
+
+    def _flatten(self) -> None:
+        edges = sorted({edge for one in self.ranges for edge in (one.address, one.address + one.size)})
+        ordered = sorted(self.ranges, key=lambda one: -one.priority)
+        flat: list[tuple[MemorySlot, RamRange]] = []
+        for low, high in itertools.pairwise(edges):
+            top = next((one for one in ordered if one.address <= low and high <= one.address + one.size), None)
+            if top is None:
+                continue
+            host = top.block.host_address + top.offset + low - top.address
+            if flat:
+                last, owner = flat[-1]
+                if (
+                    last.address + last.size == low
+                    and last.host_address + last.size == host
+                    and last.readonly == top.readonly
+                    and owner.block is top.block
+                ):
+                    flat[-1] = (
+                        MemorySlot(last.address, last.size + high - low, last.host_address, last.readonly),
+                        owner,
+                    )
+                    continue
+            flat.append((MemorySlot(low, high - low, host, top.readonly), top))
+        old, new = set(self.slots), {slot for slot, _ in flat}
+        if self.listener is not None:
+            for slot in sorted(old - new, key=lambda one: one.address):
+                self.listener.unmap_memory(slot)
+            for slot in sorted(new - old, key=lambda one: one.address):
+                self.listener.map_memory(slot)
+        self.slots = [slot for slot, _ in flat]
+        views = []
+        for slot, owner in flat:
+            start = slot.host_address - owner.block.host_address
+            views.append((slot.address, slot.size, owner.block.view[start : start + slot.size], slot.readonly))
+        self._starts, self._views = [one[0] for one in views], views
+
+    def attach(self, listener: SlotListener) -> None:
+        """Tell *listener* all slots, and from now on each change."""
+        for slot in self.slots:
+            listener.map_memory(slot)
+        self.listener = listener
+
+    def _find(self, address: int, size: int) -> tuple[memoryview, int]:
+        views, starts = self._views, self._starts
+        at = bisect_right(starts, address) - 1
+        if at >= 0 and size >= 0:
+            base, length, view, _ = views[at]
+            offset = address - base
+            if offset + size <= length:
+                return view, offset
+        raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not RAM")
+
+    def contains(self, address: int, size: int, /) -> bool:
+        """Whether the whole range is RAM inside one slot."""
+        try:
+            self._find(address, size)
+        except GuestMemoryError:
+            return False
+        return True
+
+    def view(self, address: int, size: int, /) -> memoryview:
+        view, offset = self._find(address, size)
+        return view[offset : offset + size]
+
+    def read(self, address: int, size: int, /) -> bytes:
+        return b"".join(self._pieces(address, size))
+
+    def write(self, address: int, data: bytes, /) -> None:
+        pieces = list(self._pieces(address, len(data)))  # all checked before the first byte changes
+        at = 0
+        for piece in pieces:
+            piece[:] = data[at : at + len(piece)]
+            at += len(piece)
+        self.written(address, len(data))
+
+    def _pieces(self, address: int, size: int) -> Iterator[memoryview]:
+        if size < 0:
+            raise GuestMemoryError(f"guest memory {address:#x}: size {size} is below 0")
+        while size:
+            at = bisect_right(self._starts, address) - 1
+            if at < 0 or address >= self._views[at][0] + self._views[at][1]:
+                raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not RAM")
+            base, length, view, _ = self._views[at]
+            take = min(size, base + length - address)
+            yield view[address - base : address - base + take]
+            address, size = address + take, size - take
+
+    def written(self, address: int, size: int, /) -> None:
+        if self.on_written is not None and size:
+            self.on_written(address, size)
+
+    @contextmanager
+    def writable(self, address: int, size: int) -> Iterator[memoryview]:
+        """A view for writing; leaving the block reports the range as written."""
+        view = self.view(address, size)
+        try:
+            yield view
+        finally:
+            self.written(address, size)
+
+    def close(self) -> None:
+        """Release the views and blocks. Idempotent."""
+        for _, _, view, _ in self._views:
+            view.release()
+        self._views, self._starts, self.slots = [], [], []
+        for block in {id(one.block): one.block for one in self.ranges}.values():
+            block.close()
+        self.ranges = []
+
+
+def check_ram(size: int) -> int:
+    """Check a configured amount of RAM against the host. Raises :exc:`~cardcage.errors.ConfigError`."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size < 1 << 20:
+        raise ConfigError(f"{size} bytes of memory is too little: expected at least 1M")
+    if size > total:
+        raise ConfigError(f"{size / GIB:.1f} GiB of memory is more than this host has ({total / GIB:.1f} GiB)")
+    return size
