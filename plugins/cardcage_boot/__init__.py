@@ -1,4 +1,4 @@
-"""Card cardcage_boot."""
+"""Boot protocols, the initramfs builder, the kernel fetcher and ``cardcage boot``."""
 
 from __future__ import annotations
 
@@ -12,4 +12,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer what this card has."""
+    """Offer the boot protocols."""
+    for name, stem, text in (("linux", "Linux", "Linux bzImage by the 64-bit boot protocol"),):
+        registry.boot(
+            name, f"cardcage_boot.{name}:{stem}Loader", options=f"cardcage_boot.options:{stem}Options", help=text
+        )

@@ -1,0 +1,70 @@
+"""Reading boot files: whatever is wrong with one ends as a ConfigError that names it and what was expected."""
+
+from __future__ import annotations
+
+import struct
+
+from attrs import frozen
+from cardcage.errors import ConfigError
+
+__all__ = ["MAX_FILE", "BootFile", "open_file"]
+
+MAX_FILE = 2 << 30
+"""The most that is read of one boot file, in bytes: a device node such as /dev/zero must not eat the host."""
+
+
+@frozen
+class BootFile:
+    """A file's bytes with checked little-endian access.
+
+    Attributes:
+        path: for error messages.
+        data: the whole file.
+        kind: what the reader takes it for (``"bzImage"``), for error messages.
+    """
+
+    path: str
+    data: bytes
+    kind: str = "file"
+
+    def error(self, problem: str) -> ConfigError:
+        """A ConfigError about this file, to raise."""
+        return ConfigError(problem, file=self.path)
+
+    def bytes(self, offset: int, size: int, what: str) -> bytes:
+        """Exactly *size* bytes at *offset*. Raises ConfigError when the file is shorter."""
+        if offset < 0 or size < 0 or offset + size > len(self.data):
+            raise self.error(
+                f"truncated {self.kind}: expected {what} at {offset:#x}+{size:#x}, "
+                f"the file has {len(self.data):#x} bytes"
+            )
+        return self.data[offset : offset + size]
+
+    def unpack(self, form: str, offset: int, what: str) -> tuple[int, ...]:
+        """Integers by a :mod:`struct` format without its byte order mark."""
+        layout = struct.Struct("<" + form)
+        return layout.unpack(self.bytes(offset, layout.size, what))
+
+    def u16(self, offset: int, what: str) -> int:
+        """A 16-bit integer."""
+        return self.unpack("H", offset, what)[0]
+
+    def u32(self, offset: int, what: str) -> int:
+        """A 32-bit integer."""
+        return self.unpack("I", offset, what)[0]
+
+
+def open_file(path: str, kind: str) -> BootFile:
+    """Read a whole file. Raises ConfigError when it cannot be read, is empty, or is above :data:`MAX_FILE`."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{kind} cannot be read: {error.strerror or error}", file=path) from error
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(f"{kind} cannot be read: {error}", file=repr(path)) from error
+    if not data:
+        raise ConfigError(f"the file is empty: expected a {kind}", file=path)
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"larger than {MAX_FILE >> 30} GiB: expected a {kind}", file=path)
+    return BootFile(path, data, kind)

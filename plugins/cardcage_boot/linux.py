@@ -1,0 +1,207 @@
+"""Linux by the 64-bit boot protocol (Linux, Documentation/x86/boot.rst and zero-page.rst)."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen
+
+from cardcage_boot.files import BootFile, open_file
+from cardcage_boot.layout import PAGE, Room, long64, write_long_mode_tables
+
+if TYPE_CHECKING:
+    from cardcage.device import BootContext, BootImage, E820Entry
+    from cardcage.x86 import VCpuState
+
+    from cardcage_boot.options import LinuxOptions
+
+__all__ = ["Header", "LinuxImage", "LinuxLoader", "is_bzimage", "open_linux", "read_header"]
+
+ZERO_PAGE = 0x8000
+SETUP_DATA = 0x9000
+COMMAND_LINE = 0xA000
+LOW_END = 0x20000
+ENTRY_64 = 0x200
+XLF_KERNEL_64, XLF_ABOVE_4G = 1, 2
+SETUP_RNG_SEED = 9
+LOADED_HIGH, KEEP_SEGMENTS = 1, 0x40
+
+
+def is_bzimage(data: bytes) -> bool:
+    """Whether the setup header's magic numbers are there."""
+    return data[0x1FE:0x200] == b"\x55\xaa" and data[0x202:0x206] == b"HdrS"
+
+
+@frozen
+class Header:
+    """What matters of a bzImage's setup header; addresses and sizes in bytes.
+
+    Attributes:
+        raw: the header from file offset 0x1F1 on, to be copied to the zero page.
+        version: boot protocol, 0x020C or later. release: the kernel's ``uname -r`` text, may be empty.
+        payload: file offset of the protected-mode part.
+        relocatable, alignment, preferred, init_size: where it may be loaded, and how much memory it needs there.
+        initrd_max: highest address an initrd may reach. above_4g: the initrd may lie above 4 GiB.
+        command_line_size: longest command line, without the final NUL.
+    """
+
+    raw: bytes = field(repr=False)
+    version: int
+    release: str
+    payload: int
+    relocatable: bool
+    alignment: int
+    preferred: int
+    init_size: int
+    initrd_max: int
+    above_4g: bool
+    command_line_size: int
+
+
+def read_header(file: BootFile) -> Header:
+    """Parse and check the setup header. Raises ConfigError for what is no 64-bit bzImage, or a truncated one."""
+    if not is_bzimage(file.data):
+        short = len(file.data) < 0x206
+        raise file.error(
+            f"truncated bzImage: {len(file.data)} bytes, expected a setup header at 0x1f1"
+            if short
+            else "not a Linux kernel: expected a bzImage (magic 0xaa55 at 0x1fe and HdrS at 0x202)"
+        )
+    version = file.u16(0x206, "protocol version")
+    if version < 0x20C:
+        raise file.error(f"boot protocol {version >> 8}.{version & 255}: expected 2.12 or later (Linux 3.8)")
+    xloadflags = file.u16(0x236, "xloadflags")
+    if not xloadflags & XLF_KERNEL_64:
+        raise file.error("a 32-bit kernel: expected one with the 64-bit entry point (xloadflags bit 0)")
+    end = 0x202 + file.data[0x201]
+    if not 0x264 <= end <= 0x290:
+        raise file.error(f"setup header ends at {end:#x}: expected 0x264 to 0x290")
+    payload = ((file.data[0x1F1] or 4) + 1) * 512
+    size = file.u32(0x1F4, "syssize") * 16
+    # syssize is rounded up to 16; a signature may follow the payload.
+    file.bytes(payload, max(size - 15, 1), "the protected-mode kernel")
+    alignment, relocatable = file.u32(0x230, "kernel_alignment"), file.data[0x234]
+    preferred, init_size = file.unpack("QI", 0x258, "pref_address and init_size")
+    if relocatable and (alignment & (alignment - 1) or not PAGE <= alignment <= 1 << 30):
+        raise file.error(f"kernel_alignment {alignment:#x}: expected a power of two from 4 KiB to 1 GiB")
+    if preferred >= 1 << 32 or preferred % PAGE:
+        raise file.error(f"pref_address {preferred:#x}: expected a page-aligned address below 4 GiB")
+    text = file.u16(0x20E, "kernel_version")
+    release = file.data[text + 0x200 : text + 0x300].split(b"\0")[0].decode("ascii", "replace") if text else ""
+    return Header(
+        raw=file.bytes(0x1F1, end - 0x1F1, "the setup header"),
+        version=version,
+        release=release.split(" ")[0],
+        payload=payload,
+        relocatable=bool(relocatable),
+        alignment=alignment,
+        preferred=preferred,
+        init_size=max(init_size, len(file.data) - payload),
+        initrd_max=file.u32(0x22C, "initrd_addr_max") or 0x37FFFFFF,
+        above_4g=bool(xloadflags & XLF_ABOVE_4G),
+        command_line_size=file.u32(0x238, "cmdline_size") or 255,
+    )
+
+
+@define
+class LinuxImage:
+    """A checked kernel, its initrd and command line; :meth:`load` may be called any number of times."""
+
+    file: BootFile
+    header: Header
+    initrd: bytes = field(repr=False)
+    initrd_path: str
+    command_line: bytes
+
+    def load(self, context: BootContext, /) -> VCpuState:
+        """Write tables, zero page, command line, kernel and initrd; the state enters at the 64-bit entry point."""
+        room = Room(context.e820)
+        room.take(PAGE, LOW_END - PAGE, "the Linux boot protocol", self.file.path)
+        kernel = self._place_kernel(room)
+        initrd = self._place_initrd(room)
+        memory = context.memory
+        memory.write(kernel, self.file.data[self.header.payload :])
+        if self.initrd:
+            memory.write(initrd, self.initrd)
+        write_long_mode_tables(context)
+        memory.write(COMMAND_LINE, self.command_line + b"\0")
+        seed = os.urandom(32)
+        memory.write(SETUP_DATA, struct.pack("<QII", 0, SETUP_RNG_SEED, len(seed)) + seed)
+        memory.write(ZERO_PAGE, self._zero_page(context, kernel, initrd))
+        state = long64(kernel + ENTRY_64)
+        state.registers.rsi, state.registers.rsp = ZERO_PAGE, LOW_END
+        return state
+
+    def _place_kernel(self, room: Room) -> int:
+        header, what = self.header, "the kernel (with the room it unpacks itself into)"
+        if room.holds(header.preferred, header.init_size) or not header.relocatable:
+            room.take(header.preferred, header.init_size, what, self.file.path)
+            return header.preferred
+        return room.need(header.init_size, what, file=self.file.path, low=1 << 20, high=1 << 32, align=header.alignment)
+
+    def _place_initrd(self, room: Room) -> int:
+        if not self.initrd:
+            return 0
+        # As high as allowed: the kernel, and where KASLR may move it, keep the lower addresses.
+        at = room.find(len(self.initrd), low=1 << 20, high=self.header.initrd_max + 1, top=True)
+        if at is None and self.header.above_4g:
+            at = room.find(len(self.initrd), low=self.header.initrd_max + 1, top=True)
+        if at is None:
+            return room.need(
+                len(self.initrd), "the initrd", file=self.initrd_path, low=1 << 20, high=self.header.initrd_max + 1
+            )
+        return at
+
+    def _zero_page(self, context: BootContext, kernel: int, initrd: int) -> bytes:
+        page = bytearray(PAGE)
+        page[0x1F1 : 0x1F1 + len(self.header.raw)] = self.header.raw
+
+        def put(form: str, offset: int, *values: int) -> None:
+            struct.pack_into("<" + form, page, offset, *values)
+
+        put("Q", 0x070, context.rsdp or 0)
+        put("I", 0x0C0, initrd >> 32)
+        put("I", 0x0C4, len(self.initrd) >> 32)
+        put("B", 0x210, 0xFF)  # type_of_loader: unknown to the kernel's list
+        put("B", 0x211, (page[0x211] | LOADED_HIGH) & ~KEEP_SEGMENTS)
+        put("I", 0x214, kernel)
+        put("II", 0x218, initrd & 0xFFFFFFFF, len(self.initrd) & 0xFFFFFFFF)
+        put("I", 0x228, COMMAND_LINE)
+        put("Q", 0x250, SETUP_DATA)
+        entries = [one for one in context.e820 if one.size > 0]
+        if len(entries) > 128:
+            raise self.file.error(f"the memory map has {len(entries)} entries: the zero page holds 128")
+        put("B", 0x1E8, len(entries))
+        for at, one in enumerate(sorted(entries, key=_address)):
+            put("QQI", 0x2D0 + 20 * at, one.address, one.size, one.type)
+        return bytes(page)
+
+
+def _address(entry: E820Entry) -> int:
+    return entry.address
+
+
+def open_linux(file: BootFile, initrds: list[str], append: str) -> LinuxImage:
+    """Check a kernel file, read its initrds (joined, each padded to 4 bytes) and check the command line."""
+    header = read_header(file)
+    parts = [open_file(path, "initrd") for path in initrds]
+    initrd = b"".join(part.data + bytes(-len(part.data) % 4) for part in parts)
+    line = append.encode("utf-8", "surrogateescape")
+    limit = min(header.command_line_size, LOW_END - PAGE - COMMAND_LINE)
+    if len(line) > limit or b"\0" in line:
+        raise file.error(f"command line of {len(line)} bytes: this kernel takes at most {limit}, without NUL")
+    return LinuxImage(file, header, initrd, ", ".join(initrds), line)
+
+
+@define
+class LinuxLoader:
+    """Boot protocol ``linux``."""
+
+    options: LinuxOptions
+
+    def open(self) -> BootImage:
+        """Read and check the files. Raises ConfigError naming the file and what was expected."""
+        options = self.options
+        return open_linux(open_file(options.kernel, "bzImage"), options.initrds(), options.append)
