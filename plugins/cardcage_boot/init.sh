@@ -1,0 +1,52 @@
+#!/bin/busybox sh
+# The first process of cardcage's initramfs: it mounts what programs expect, loads drivers for the devices that are
+# there, then runs one command (when /cardcage/exec is there) or a shell, and powers off.
+echo "cardcage: init"
+export PATH=/sbin:/bin HOME=/root TERM=linux
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /run
+ln -s /proc/self/fd /dev/fd
+hostname cardcage
+ip link set lo up
+cd /root
+
+modules=/lib/modules/$(uname -r)
+insert() {
+    for module in "$@"; do
+        [ -d "/sys/module/$module" ] || insmod "$modules/$module.ko"
+    done
+}
+drivers() {  # for each device id, the modules that drive it, in order
+    for file in /sys/bus/*/devices/*/modalias; do
+        read -r alias < "$file" || continue
+        driver "$alias"
+    done
+}
+. /cardcage/drivers
+drivers  # buses and their transports first,
+drivers  # then what they carry
+
+if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
+
+if [ -f /cardcage/exec ]; then
+    dmesg -n 1  # from here on the console carries the command's error output; only a panic may mix with it
+    stty -F /dev/ttyS1 raw -echo
+    stty -F /dev/console raw -echo
+    printf '\0cardcage-begin %s\n' "$token" > /dev/console
+    setsid sh /cardcage/exec < /dev/null > /dev/ttyS1 2> /dev/console
+    status=$?
+    kill -9 -1  # what it left in the background must not write after the end mark
+    printf '\0cardcage-end %s %d\n' "$token" "$status" > /dev/ttyS1
+    sync
+    poweroff -f
+fi
+
+setsid cttyhack sh -l
+sync
+poweroff -f
