@@ -23,7 +23,19 @@ from cardcage.x86 import (
 if TYPE_CHECKING:
     from cardcage.device import BootContext, E820Entry
 
-__all__ = ["PAGE", "TABLES_END", "Room", "flat32", "long64", "write_long_mode_tables"]
+    from cardcage_boot.elf import Elf
+    from cardcage_boot.files import BootFile
+
+__all__ = [
+    "PAGE",
+    "TABLES_END",
+    "Room",
+    "flat32",
+    "load_elf",
+    "long64",
+    "write_long_mode_tables",
+    "zero_fill",
+]
 
 PAGE = 4096
 GDT = 0x1000
@@ -169,3 +181,26 @@ def long64(entry: int) -> VCpuState:
     )
     state.registers.rip, state.registers.rdx = entry, 0
     return state
+
+
+def load_elf(context: BootContext, room: Room, elf: Elf, file: BootFile) -> int:
+    """Write an ELF file's segments at their physical addresses; returns the first address past the last.
+
+    Raises ConfigError when one does not lie in free RAM below 4 GiB, or two overlap.
+    """
+    for one in elf.segments:
+        if one.address + one.size > 1 << 32:
+            raise file.error(f"ELF segment at {one.address:#x}: expected all of it below 4 GiB")
+        room.take(one.address, one.size, "an ELF segment", file.path)
+    for one in elf.segments:
+        context.memory.write(one.address, one.data)
+        zero_fill(context, one.address + len(one.data), one.size - len(one.data))
+    return max((one.address + one.size for one in elf.segments), default=0)
+
+
+def zero_fill(context: BootContext, address: int, size: int) -> None:
+    """Write zeros, a mebibyte at a time: a file may ask for gigabytes."""
+    while size > 0:
+        take = min(size, 1 << 20)
+        context.memory.write(address, bytes(take))
+        address, size = address + take, size - take

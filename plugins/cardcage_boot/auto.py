@@ -1,0 +1,50 @@
+"""Boot protocol ``auto``: the kernel file's own magic says how it wants to be booted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attrs import define
+from cardcage.errors import ConfigError
+
+from cardcage_boot.elf import is_elf, read_elf
+from cardcage_boot.files import open_file
+from cardcage_boot.firmware import open_firmware
+from cardcage_boot.linux import is_bzimage, open_linux
+from cardcage_boot.multiboot import find_header, open_multiboot
+from cardcage_boot.pvh import open_pvh, pvh_entry
+
+if TYPE_CHECKING:
+    from cardcage.device import BootImage
+
+    from cardcage_boot.options import AutoOptions
+
+__all__ = ["AutoLoader"]
+
+
+@define
+class AutoLoader:
+    """Boot protocol ``auto``: bzImage, then ELF with a PVH note, then Multiboot; or a firmware ROM without a kernel."""
+
+    options: AutoOptions
+
+    def open(self) -> BootImage:
+        """Read and check the files. Raises ConfigError naming the file and what was expected."""
+        options = self.options
+        if options.firmware and options.kernel:
+            raise ConfigError("give a kernel or a firmware, not both", key="boot.firmware")
+        if options.firmware:
+            return open_firmware(open_file(options.firmware, "firmware ROM"))
+        if not options.kernel:
+            raise ConfigError("nothing to boot: expected a kernel or a firmware", key="boot")
+        file = open_file(options.kernel, "kernel")
+        if is_bzimage(file.data):
+            return open_linux(file, options.initrds(), options.append)
+        if is_elf(file.data) and pvh_entry(read_elf(file)) is not None:
+            return open_pvh(file, options.initrds(), options.append)
+        if find_header(file) is not None:
+            return open_multiboot(file, [*options.modules, *options.initrds()], options.append)
+        raise file.error(
+            "no kernel that any boot protocol here knows: expected a Linux bzImage, an ELF file with a PVH note, or a "
+            "Multiboot 1 header (a flat binary needs protocol raw)"
+        )
