@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from cardcage_boot.files import BootFile
 
-__all__ = ["Elf", "Segment", "is_elf", "read_elf", "section"]
+__all__ = ["EM_X86_64", "Elf", "Segment", "is_elf", "read_elf", "section"]
 
 EM_386, EM_X86_64 = 3, 62
-PT_LOAD, PT_NOTE, SHT_NOBITS = 1, 4, 8
+PT_LOAD, PT_INTERP, PT_NOTE, SHT_NOBITS = 1, 3, 4, 8
 
 
 @frozen
@@ -28,12 +28,14 @@ class Segment:
 
 @frozen
 class Elf:
-    """An executable: class (32 or 64), entry point, segments to load, and notes as (name, type, contents)."""
+    """An executable: class (32 or 64), entry point, segments to load, notes as (name, type, contents), and whether it
+    asks for a dynamic loader."""
 
     bits: int
     entry: int
     segments: tuple[Segment, ...]
     notes: tuple[tuple[bytes, int, bytes], ...]
+    interpreter: bool = False
 
 
 def is_elf(data: bytes) -> bool:
@@ -61,6 +63,7 @@ def read_elf(file: BootFile) -> Elf:
         raise file.error(f"ELF program headers of {entry_size} bytes: expected {56 if bits == 64 else 32}")
     segments: list[Segment] = []
     notes: list[tuple[bytes, int, bytes]] = []
+    dynamic = False
     for at in range(count):
         numbers = file.unpack(form, table + at * entry_size, "an ELF program header")
         if bits == 64:
@@ -71,9 +74,11 @@ def read_elf(file: BootFile) -> Elf:
             if size > memory or physical + memory > 1 << 52:
                 raise file.error(f"ELF segment {at}: {size:#x} file bytes for {memory:#x} at {physical:#x} cannot be")
             segments.append(Segment(physical, file.bytes(offset, size, f"ELF segment {at}"), memory))
+        elif kind == PT_INTERP:
+            dynamic = True
         elif kind == PT_NOTE:
             notes += _notes(file.bytes(offset, size, "the ELF notes"), 8 if align == 8 else 4)
-    return Elf(bits, entry, tuple(segments), tuple(notes))
+    return Elf(bits, entry, tuple(segments), tuple(notes), dynamic)
 
 
 def _notes(data: bytes, align: int) -> Iterator[tuple[bytes, int, bytes]]:
