@@ -1,4 +1,4 @@
-"""Card cardcage_kvm."""
+"""Card cardcage_kvm: the accelerator that uses the processor's own virtualization, Linux KVM."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ if TYPE_CHECKING:
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
+    registry.accelerator("kvm", "cardcage_kvm.accel:Kvm", options="cardcage_kvm.accel:KvmOptions", help="Linux KVM")

@@ -1,0 +1,111 @@
+"""Which pages a guest wrote: KVM's dirty log (a bitmap a slot), or its dirty rings (one a vCPU)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from typing import TYPE_CHECKING
+
+from cardcage.errors import AcceleratorError, StateError, UsageError
+from cardcage_kvm import abi
+
+if TYPE_CHECKING:
+    from cardcage.accelerator import MemorySlot
+    from cardcage_kvm.vcpu import KvmVCpu
+    from cardcage_kvm.vm import KvmVm
+
+
+class DirtyPages:
+    """Dirty tracking of one VM.
+
+    Args:
+        entries: size of each ring, a power of two from 1024; 0 uses the log.
+    """
+
+    def __init__(self, vm: KvmVm, entries: int) -> None:
+        self._vm, self._entries, self.logging = vm, entries, False
+        self._rings: list[tuple[mmap.mmap, ctypes.Array[abi.DirtyGfn], list[int]]] = []
+        self._pages: dict[int, bytearray] = {}
+        self._lock = threading.Lock()
+
+    def enable(self) -> None:
+        """Switch the rings on, before the first vCPU. Raises :exc:`~cardcage.errors.AcceleratorError` without them."""
+        if not self._entries:
+            return
+        size = self._entries * ctypes.sizeof(abi.DirtyGfn)
+        if self._entries < 1024 or self._entries & self._entries - 1:
+            raise UsageError(f"dirty ring of {self._entries} entries: expected a power of two from 1024")
+        for cap in (abi.Cap.DIRTY_LOG_RING_ACQ_REL, abi.Cap.DIRTY_LOG_RING):
+            limit = abi.ioctl(self._vm.fd, abi.CHECK_EXTENSION, int(cap))
+            if limit:
+                if size > limit:
+                    raise AcceleratorError(f"dirty ring of {self._entries} entries: KVM here has at most {limit // 16}")
+                enable = abi.EnableCap(cap=int(cap))
+                enable.args[0] = size
+                abi.ioctl(self._vm.fd, abi.ENABLE_CAP, enable)
+                return
+        raise AcceleratorError("this host's KVM has no dirty rings")
+
+    def attach(self, vcpu: KvmVCpu) -> None:
+        """Map the ring of a new vCPU."""
+        if self._entries:
+            size = self._entries * ctypes.sizeof(abi.DirtyGfn)
+            ring = mmap.mmap(vcpu.fd, size, offset=abi.DIRTY_RING_PAGE_OFFSET * abi.PAGE)
+            self._rings.append((ring, (abi.DirtyGfn * self._entries).from_buffer(ring), [0]))
+
+    def start(self) -> None:
+        """Begin, with every page clean."""
+        self.logging = True
+        self._pages = {}
+        self._vm.refresh_slots()
+
+    def stop(self) -> None:
+        """End."""
+        self.logging = False
+        self._vm.refresh_slots()
+
+    def fetch(self, slot: MemorySlot) -> bytes:
+        """Bitmap of pages written since the last fetch, little-endian bit order, one bit for each 4 KiB page."""
+        if not self.logging:
+            raise StateError("the dirty log was not started")
+        number = self._vm.slot_number(slot)
+        length = -(-slot.size // abi.PAGE // 8)
+        if self._entries:
+            self.collect()
+            with self._lock:
+                return bytes(self._pages.pop(number, bytearray(length)))
+        bitmap = (ctypes.c_uint8 * (-(-slot.size // abi.PAGE // 64) * 8))()
+        log = abi.DirtyLogStruct(slot=number, dirty_bitmap=ctypes.addressof(bitmap))
+        abi.ioctl(self._vm.fd, abi.GET_DIRTY_LOG, log)
+        return bytes(bitmap)[:length]
+
+    def collect(self) -> None:
+        """Take all entries out of the rings and give them back to KVM."""
+        with self._lock:
+            found = False
+            for _, ring, at in self._rings:
+                while True:
+                    entry = ring[at[0] % self._entries]
+                    if not entry.flags & abi.DIRTY_GFN_DIRTY:
+                        break
+                    found = True
+                    self._mark(entry.slot & 0xFFFF, entry.offset)
+                    entry.flags = abi.DIRTY_GFN_RESET
+                    at[0] += 1
+            if found:
+                abi.ioctl(self._vm.fd, abi.RESET_DIRTY_RINGS)
+
+    def _mark(self, number: int, page: int) -> None:
+        slot = self._vm.slots.get(number)
+        if slot is None or page >= slot.size // abi.PAGE:
+            return
+        bitmap = self._pages.setdefault(number, bytearray(-(-slot.size // abi.PAGE // 8)))
+        bitmap[page // 8] |= 1 << page % 8
+
+    def close(self) -> None:
+        """Unmap the rings."""
+        while self._rings:
+            ring, entries, _ = self._rings.pop()
+            del entries
+            ring.close()
