@@ -1,0 +1,84 @@
+"""cardcage: a virtual machine monitor as a microkernel; everything that does something is a card.
+
+::
+
+    from cardcage import Machine
+
+    with Machine(memory="512M", kernel="vmlinuz", append="console=ttyS0") as vm:
+        vm.start()
+        vm.console.expect("login:", timeout=60)
+
+Names here are loaded when first used. A card imports from the modules: ``cardcage.device``, ``cardcage.hookspecs``, ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cardcage.errors import (
+        AcceleratorError,
+        CardcageError,
+        CardError,
+        ConfigError,
+        Denied,
+        GuestError,
+        HostError,
+        MissingExtra,
+        StateError,
+        UsageError,
+    )
+    from cardcage.hookspecs import hookimpl
+    from cardcage.host import Host
+    from cardcage.machine import Machine
+    from cardcage.outcome import Crashed, DebugExit, Outcome, Panicked, PoweredOff, Reset, Stopped, TimedOut
+    from cardcage.units import Duration, Size
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AcceleratorError",
+    "CardError",
+    "CardcageError",
+    "ConfigError",
+    "Crashed",
+    "DebugExit",
+    "Denied",
+    "Duration",
+    "GuestError",
+    "Host",
+    "HostError",
+    "Machine",
+    "MissingExtra",
+    "Outcome",
+    "Panicked",
+    "PoweredOff",
+    "Reset",
+    "Size",
+    "StateError",
+    "Stopped",
+    "TimedOut",
+    "UsageError",
+    "hookimpl",
+]
+
+_HOMES = {
+    "errors": "AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra StateError UsageError",
+    "hookspecs": "hookimpl",
+    "host": "Host",
+    "machine": "Machine",
+    "outcome": "Crashed DebugExit Outcome Panicked PoweredOff Reset Stopped TimedOut",
+    "units": "Duration Size",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"cardcage.{module}"), name)
+    raise AttributeError(f"module 'cardcage' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,57 @@
+"""What a device can do beyond ``read`` and ``write``: found once, by method names *and* signatures, with reasons."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from cardcage.errors import CardError
+
+__all__ = ["ABILITIES", "abilities_of", "check_signature"]
+
+ABILITIES: dict[str, dict[str, int]] = {
+    "plug": {"plug": 1},
+    "unplug": {"unplug": 0},
+    "reset": {"reset": 0},
+    "state": {"save": 0, "load": 1},
+    "boot": {"contribute": 1},
+    "bus": {"attach": 3},
+    "power-button": {"power_button": 0},
+}
+"""Ability to the methods it takes, each with its number of positional arguments."""
+
+
+def check_signature(owner: Any, method: str, arguments: int, who: str) -> Any:
+    """Return ``getattr(owner, method)``. Raises CardError, naming *who*, when it is missing or cannot be called so."""
+    found = getattr(owner, method, None)
+    if not callable(found):
+        raise CardError(f"{who}: has no method {method!r}")
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # written in C: there is nothing to look at
+        return found
+    try:
+        signature.bind(*[None] * (arguments + isinstance(owner, type)))
+    except TypeError as error:
+        raise CardError(
+            f"{who}: {method}{signature} does not take {arguments} positional argument{'s' * (arguments != 1)}: {error}"
+        ) from error
+    return found
+
+
+def abilities_of(device: Any, who: str) -> frozenset[str]:
+    """The abilities of *device* (an instance, or a class for listings). Raises CardError for a wrong signature or half a pair."""
+    found = set()
+    for ability, methods in ABILITIES.items():
+        present = [name for name in methods if callable(getattr(device, name, None))]
+        if ability == "bus" and not isinstance(getattr(device, "bus_type", None), str):
+            continue  # "attach" alone is a word that other things use too
+        if not present:
+            continue
+        if len(present) < len(methods):
+            missing = next(name for name in methods if name not in present)
+            raise CardError(f"{who}: has {present[0]!r} but no {missing!r}")
+        for name, arguments in methods.items():
+            check_signature(device, name, arguments, who)
+        found.add(ability)
+    return frozenset(found)

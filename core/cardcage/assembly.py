@@ -1,0 +1,215 @@
+"""Putting a machine together from its configuration: the accelerator, RAM and devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from cardcage.abilities import abilities_of
+from cardcage.accelerator import Probe, VmSpec
+from cardcage.config import Config, DeviceConfig, Place
+from cardcage.errors import CardcageError, CardError, ConfigError, HostError
+from cardcage.memory import GIB, PhysicalMemory, RamBlock, RamRange, check_ram, split_ram
+from cardcage.slot import DeviceSlot, PluggedDevice, spec_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from cardcage.accelerator import AcceleratedVm, Accelerator
+    from cardcage.host import Host
+    from cardcage.machine import Machine
+
+__all__ = ["Choice", "choose_accelerator", "create_vm", "make_ram", "plug_all", "specs_of"]
+
+VIDEO = (0xA0000, 0xC0000)
+"""Where a PC has video memory: no RAM shows there."""
+
+RANK = {"native": 0, "translated": 1, "emulated": 2}
+
+
+@frozen
+class Choice:
+    """The accelerator that was chosen, and one line that says why."""
+
+    name: str
+    accelerator: Accelerator
+    probe: Probe
+    why: str
+
+
+def choose_accelerator(host: Host, config: Config) -> Choice:
+    """Pick the first of ``machine.accel`` that is usable and fast, else the first usable.
+
+    An ``emulated`` one is picked over a faster only when it is asked for alone. Raises ConfigError for a name that nobody
+    offers, HostError with every reason when none is usable.
+    """
+    names = config.machine.accel
+    place = config.place("machine.accel")
+    if not names:
+        raise place.error("expected at least one accelerator")
+    probed: list[tuple[str, Accelerator, Probe]] = []
+    lines: list[str] = []
+    for at, name in enumerate(names):
+        offer = host.registry.get("accelerator", name, file=place.file, key=f"{place.key}[{at}]")
+        try:
+            accelerator: Accelerator = offer.load()()
+            probe = accelerator.probe()
+        except CardcageError as error:
+            lines.append(f"{name}: {error}")
+            continue
+        if probe.usable:
+            probed.append((name, accelerator, probe))
+            if probe.speed != "emulated":
+                break
+        lines.append(f"{name}: {probe.reason or probe.speed}")
+    if not probed:
+        raise HostError(f"no accelerator is usable here ({'; '.join(lines)})")
+    name, accelerator, probe = min(probed, key=lambda one: RANK[one[2].speed] > 1)
+    others = [line for line in lines if not line.startswith(f"{name}: ")]
+    why = f"{name}: {probe.reason}" if probe.reason else f"{name}: {probe.speed}"
+    return Choice(name, accelerator, probe, f"{why} ({'; '.join(others)})" if others else why)
+
+
+def create_vm(host: Host, config: Config, choice: Choice) -> tuple[AcceleratedVm, str]:
+    """Create the VM; returns it with the irqchip that it has. Raises ConfigError or AcceleratorError."""
+    for name in config.accel:
+        place = config.place(f"accel.{name}")
+        host.registry.get("accelerator", name, file=place.file, key=place.key)
+    place = config.place(f"accel.{choice.name}")
+    offer = host.registry.get("accelerator", choice.name)
+    options = host.options(offer, config.accel.get(choice.name, {}), file=place.file, key=place.key)
+    machine = config.machine
+    irqchip = "split" if machine.irqchip == "auto" else machine.irqchip
+    vm = choice.accelerator.create_vm(VmSpec(machine.cpus, irqchip, machine.cpu, dict(machine.features), options))
+    if irqchip == "full" and "irqchip-full" not in vm.capabilities:
+        vm.close()
+        raise config.place("machine.irqchip").error(f'accelerator "{choice.name}" has no full irqchip; use "split"')
+    return vm, irqchip
+
+
+def make_ram(memory: PhysicalMemory, config: Config) -> None:
+    """Allocate RAM and show it. Raises ConfigError for more than the host has, HostError when it will not give it."""
+    try:
+        size = check_ram(config.machine.memory)
+    except ConfigError as error:
+        raise config.place("machine.memory").error(error.problem) from error
+    if size % 4096:
+        raise config.place("machine.memory").error(f"expected a multiple of 4096 bytes, got {size}")
+    low, high = split_ram(size)
+    block = RamBlock(low, "ram", shared=config.machine.shared_memory)
+    ranges = [RamRange(0, min(low, VIDEO[0]), block)]
+    if low > VIDEO[1]:
+        ranges.append(RamRange(VIDEO[1], low - VIDEO[1], block, offset=VIDEO[1]))
+    memory.add(*ranges)  # the space owns the block from here on, whatever fails next
+    if high:
+        memory.add(RamRange(4 * GIB, high, RamBlock(high, "ram-high", shared=config.machine.shared_memory)))
+
+
+def specs_of(value: Any, place: Place) -> list[tuple[str, Any, Place]]:
+    """A spec or list of specs (``policy.memory``, ``security.checkers``) as (name, options, place)."""
+    listed = value if isinstance(value, list) else [value]
+    found = []
+    for at, one in enumerate(listed):
+        here = Place(place.file, f"{place.key}[{at}]" if isinstance(value, list) else place.key)
+        found.append((*spec_table(one, file=here.file, key=here.key), here))
+    return found
+
+
+def platform_devices(machine: Machine) -> list[DeviceConfig]:
+    """The device tables that the platform card adds, as configurations."""
+    name = machine.config.machine.platform
+    if name == "none":
+        return []
+    place = machine.config.place("machine.platform")
+    offer = machine.host.registry.get("platform", name, file=place.file, key=place.key)
+    tables: Iterable[dict[str, Any]] = offer.load()(machine.config)
+    return [
+        DeviceConfig.from_table(table, Place(f"platform {name}", f"device[{at}]")) for at, table in enumerate(tables)
+    ]
+
+
+def plug_all(machine: Machine) -> None:
+    """Plug the platform's devices and the configured ones: a device after the bus that carries it."""
+    waiting = [*platform_devices(machine), *machine.config.devices]
+    while waiting:
+        later = [one for one in waiting if not _bus_ready(machine, one)]
+        if len(later) == len(waiting):
+            offer = offer_of(machine, later[0])
+            wanted = f'bus "{later[0].bus}"' if later[0].bus else f"a {offer.bus} bus"
+            raise later[0].place.error(f'"{offer.name}" needs {wanted}, which this machine does not have')
+        for config in waiting:
+            if not any(config is one for one in later):
+                plug(machine, config)
+        waiting = later
+
+
+def offer_of(machine: Machine, config: DeviceConfig) -> Any:
+    """The device card's offer. Raises ConfigError with near matches."""
+    place = config.place
+    return machine.host.registry.get(
+        "device", config.type, file=place.file, key=f"{place.key}.type" if place.key else "type"
+    )
+
+
+def _bus_ready(machine: Machine, config: DeviceConfig) -> bool:
+    offer = offer_of(machine, config)
+    return offer.bus == "system" or _carrier(machine, config, offer.bus) is not None
+
+
+def _carrier(machine: Machine, config: DeviceConfig, bus: str) -> Any:
+    for plugged in machine.devices.values():
+        if "bus" in plugged.abilities and plugged.device.bus_type == bus and config.bus in (None, plugged.id):
+            return plugged.device
+    return None
+
+
+def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
+    """Make a device and plug it in; on failure nothing of it stays.
+
+    The order: options, ``factory(options)``, its regions are mapped, its bus attaches it, ``plug(slot)``.
+    """
+    host, place = machine.host, config.place
+    offer = offer_of(machine, config)
+    machine.mediator.check(machine.label, config.label or offer.name, "device", "plug")
+    taken = machine.devices
+    name = config.id or next(name for at in range(len(taken) + 1) if (name := f"{config.type}{at or ''}") not in taken)
+    if name in taken:
+        raise place.error(f'the id "{name}" is taken by another device ({taken[name].type})')
+    options = host.options(offer, config.options, file=place.file, key=place.key)
+    slot = DeviceSlot(machine, config, offer, name, len(taken))
+    who = f'device "{name}" (card {offer.card}, {offer.distribution})'
+    device = None
+    try:
+        device = blamed(who, place, lambda: offer.load()(options) if options is not None else offer.load()())
+        abilities = abilities_of(device, who)
+        slot.bind(device)
+        if offer.bus != "system":
+            address = config.address if isinstance(config.address, str) else None
+            if isinstance(config.address, (int, list)):
+                raise place.error(f'"address" on a {offer.bus} bus is text, such as "03.0"')
+            carrier = _carrier(machine, config, offer.bus)
+            blamed(who, place, lambda: carrier.attach(device, slot, address))
+        if "plug" in abilities:
+            blamed(who, place, lambda: device.plug(slot))
+    except BaseException:
+        slot.close()
+        raise
+    plugged = PluggedDevice(device, slot, abilities)
+    machine.devices[name] = plugged
+    return plugged
+
+
+def blamed(who: str, place: Place, act: Callable[[], Any]) -> Any:
+    """Do *act*, a card's code: its own errors get their place, its faults its name."""
+    try:
+        return act()
+    except ConfigError as error:
+        if (error.file is None and place.file is not None) or error.key is None:
+            key = f"{place.key}.{error.key}" if place.key and error.key else error.key or place.key
+            raise ConfigError(error.problem, file=error.file or place.file, key=key) from error
+        raise
+    except CardcageError:
+        raise
+    except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+        raise CardError(f"{who}: {type(error).__name__}: {error}") from error

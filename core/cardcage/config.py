@@ -1,0 +1,268 @@
+"""What a machine is made of: one typed schema for TOML, Python and the command line.
+
+A :class:`Draft` collects fragments (a TOML file, keyword arguments, flags, ``--set key=value``), remembers where each value
+came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[boot]``, ``[[device]]``, ``[accel.NAME]``,
+``[policy]`` and ``[security]``; docs/config.md describes each key.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import evolve, field, frozen
+from attrs.validators import and_, ge, le
+
+from cardcage.errors import ConfigError, near
+from cardcage.structure import structure
+from cardcage.units import Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["Config", "DeviceConfig", "Draft", "MachineConfig", "Place"]
+
+TABLES = ("accel", "boot", "device", "machine", "policy", "security")
+
+
+@frozen
+class Place:
+    """Where a value stands: the file (or ``command line``, ``None`` for Python) and the key path."""
+
+    file: str | None = None
+    key: str | None = None
+
+    def error(self, problem: str) -> ConfigError:
+        """A ConfigError about this place."""
+        return ConfigError(problem, file=self.file, key=self.key)
+
+
+@frozen
+class MachineConfig:
+    """``[machine]``.
+
+    Attributes:
+        name: for listings and logs.
+        accel: accelerators to try: the first that is usable and fast, else the first usable.
+        memory: RAM, at least 1M.
+        cpus: number of vCPUs, 1 to 255.
+        irqchip: ``auto`` picks ``split``; see :class:`~cardcage.accelerator.VmSpec`.
+        cpu: CPU model: ``max``, ``host`` or ``x86-64-v2``.
+        features: CPU features switched on or off, such as ``{ avx2 = true }``.
+        platform: which card chooses the default devices; ``none`` gives a bare machine.
+        console: where the console goes besides the buffer that ``vm.console`` reads: a char back end's spec.
+        shared_memory: RAM as a memfd that other processes can map (vhost-user); else anonymous, which KSM can merge.
+        on_reset: what a reset that the guest asked for does.
+        on_triple_fault: what a triple fault of the guest does.
+        label: security label of the machine.
+    """
+
+    name: str = "machine"
+    accel: tuple[str, ...] = ("kvm", "tcg")
+    memory: Size = Size("512M")
+    cpus: int = field(default=1, validator=and_(ge(1), le(255)))
+    irqchip: Literal["auto", "none", "split", "full"] = "auto"
+    cpu: str = "max"
+    features: dict[str, bool] = field(factory=dict)
+    platform: str = "pc"
+    console: str | dict[str, Any] = "none"
+    shared_memory: bool = False
+    on_reset: Literal["reset", "stop"] = "reset"
+    on_triple_fault: Literal["stop", "reset"] = "stop"
+    label: str = "machine"
+
+
+@frozen
+class DeviceConfig:
+    """One ``[[device]]`` table: the machine's keys, and the card's own ``options``.
+
+    Attributes:
+        type: the name a card offers.
+        id: unique in the machine; by default the type, with a number from the second on.
+        port, address: base of its first (or each) port or memory range; on a bus such as PCI, ``address`` is its place.
+        irq: global system interrupt, 0 to 23.
+        bus: id of the device that carries it, where more than one could.
+        label: security label.
+        options: what is left, not yet structured.
+        place: where it stands.
+    """
+
+    type: str
+    id: str | None = None
+    port: int | list[int] | None = None
+    address: int | list[int] | str | None = None
+    irq: int | None = None
+    bus: str | None = None
+    label: str | None = None
+    options: dict[str, Any] = field(factory=dict)
+    place: Place = Place()
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], place: Place) -> DeviceConfig:
+        """Take the machine's keys off *table*. Raises ConfigError."""
+        known = {"type", "id", "port", "address", "irq", "bus", "label"}
+        if "type" not in table:
+            raise place.error('missing key "type": expected the name of a device card')
+        keys = {name: value for name, value in table.items() if name in known}
+        own = {name: value for name, value in table.items() if name not in known}
+        device = structure(keys, cls, file=place.file, key=place.key)
+        if device.irq is not None and not 0 <= device.irq < 24:
+            raise ConfigError(f"expected 0 to 23, got {device.irq}", file=place.file, key=f"{place.key}.irq")
+        return evolve(device, options=own, place=place)
+
+
+@frozen
+class Config:
+    """A checked configuration. Options of cards are plain tables until the card that takes them is known."""
+
+    machine: MachineConfig = MachineConfig()
+    boot: dict[str, Any] | None = None
+    devices: tuple[DeviceConfig, ...] = ()
+    accel: dict[str, dict[str, Any]] = field(factory=dict)
+    policy: dict[str, Any] = field(factory=dict)
+    security: dict[str, Any] = field(factory=dict)
+    origins: dict[str, str | None] = field(factory=dict)
+
+    def place(self, key: str) -> Place:
+        """Where *key* was set: the origin of the longest known part of its path."""
+        part = key
+        while part and part not in self.origins:
+            part = part[: max(part.rfind("."), part.rfind("["), 0)]
+        return Place(self.origins.get(part), key)
+
+
+class Draft:
+    """Fragments of a configuration, merged in the order they came: tables merge, devices append, all else replaces."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, Any] = {}
+        self._origins: dict[str, str | None] = {}
+
+    def add_file(self, path: str | Path) -> None:
+        """Add a TOML file. Raises ConfigError with file, line and column when it cannot be read."""
+        try:
+            text = Path(path).read_bytes().decode()
+            table = tomllib.loads(text)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
+            raise ConfigError(f"cannot be read: {reason}", file=str(path)) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"not TOML: {error}", file=str(path)) from error
+        self.add(table, origin=str(path))
+
+    def add(self, table: Mapping[str, Any], *, origin: str | None = None) -> None:
+        """Add a fragment. *origin* is named in errors: a file, ``command line``, or None for Python."""
+        for name, value in table.items():
+            if name not in TABLES:
+                hint = near(name, TABLES) or f" Known: {', '.join(TABLES)}."
+                raise ConfigError(f"no such table.{hint}", file=origin, key=name)
+            if name == "device":
+                self._add_devices(value, origin)
+            elif not isinstance(value, dict):
+                raise ConfigError(f"expected a table, got {value!r}", file=origin, key=name)
+            else:
+                self._merge(self._tables.setdefault(name, {}), value, name, origin)
+
+    def _add_devices(self, value: Any, origin: str | None) -> None:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, dict) for one in value):
+            raise ConfigError("expected a list of tables: write [[device]]", file=origin, key="device")
+        devices = self._tables.setdefault("device", [])
+        for at, one in enumerate(value):
+            # The number is the one in its own source, which is what a person looks up there.
+            self._origins[f"device[{len(devices)}]"] = origin
+            devices.append((f"device[{at}]", dict(one)))
+
+    def _merge(self, into: dict[str, Any], table: Mapping[str, Any], path: str, origin: str | None) -> None:
+        for name, value in table.items():
+            key = f"{path}.{name}"
+            self._origins[key] = origin
+            if isinstance(value, dict) and isinstance(into.get(name), dict):
+                self._merge(into[name], value, key, origin)
+            else:
+                into[name] = dict(value) if isinstance(value, dict) else value
+
+    def set(self, text: str) -> None:
+        """Add one ``key=value`` of the command line: ``machine.cpus=4``, ``device.root.readonly=true``, ``device[0].irq=5``.
+
+        The value is TOML where it parses (numbers, true, lists, tables), else text. Devices are named by id, type or number.
+        """
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f'"{text}": expected key=value, such as machine.cpus=2', file="--set")
+        try:
+            value = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw
+        head, *rest = re.split(r"\.", key)
+        if head == "device" or head.startswith("device["):
+            name = head[7:-1] if head.startswith("device[") else rest.pop(0) if rest else ""
+            if not rest:
+                raise ConfigError("expected a key of a device, such as device.net0.mac=...", file="--set", key=key)
+            table, at = self._device(name, key)
+            self._set(table, rest, value, f"device[{at}]", key)
+            return
+        if head not in TABLES:
+            raise ConfigError(f"no such table.{near(head, TABLES)}", file="--set", key=key)
+        if not rest:
+            raise ConfigError(f"expected a key inside the table, such as {head}.name=value", file="--set", key=key)
+        self._set(self._tables.setdefault(head, {}), rest, value, head, key)
+
+    def _device(self, name: str, key: str) -> tuple[dict[str, Any], int]:
+        devices = [one for _, one in self._tables.get("device", [])]
+        if name.isascii() and name.isdigit() and int(name) < len(devices):
+            return devices[int(name)], int(name)
+        for wanted in ("id", "type"):
+            for at, one in enumerate(devices):
+                if one.get(wanted) == name:
+                    return one, at
+        names = [str(one.get("id", one.get("type"))) for one in devices]
+        raise ConfigError(f'no device "{name}" is configured.{near(name, names)}', file="--set", key=key)
+
+    def _set(self, table: dict[str, Any], path: list[str], value: Any, at: str, key: str) -> None:
+        for part in path[:-1]:
+            at = f"{at}.{part}"
+            inner = table.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{part} is a value, not a table", file="--set", key=key)
+            table = inner
+        table[path[-1]] = value
+        self._origins[f"{at}.{path[-1]}"] = "--set"
+
+    def config(self) -> Config:
+        """Check and type what was added. Raises ConfigError."""
+        tables = dict(self._tables)
+        machine = dict(tables.get("machine", {}))
+        if isinstance(machine.get("accel"), str):
+            machine["accel"] = [machine["accel"]]
+        for name in machine:  # one by one, so that an error names the source of its own key
+            origin = self._origins.get(f"machine.{name}")
+            structure({name: machine[name]}, MachineConfig, file=origin, key="machine")
+        for name, table in tables.get("accel", {}).items():
+            if not isinstance(table, dict):
+                raise ConfigError("expected a table", file=self._origins.get(f"accel.{name}"), key=f"accel.{name}")
+        devices = [
+            DeviceConfig.from_table(one, Place(self._origins.get(f"device[{at}]"), key))
+            for at, (key, one) in enumerate(tables.get("device", []))
+        ]
+        return Config(
+            machine=structure(machine, MachineConfig, key="machine"),
+            boot=tables.get("boot"),
+            devices=tuple(devices),
+            accel=tables.get("accel", {}),
+            policy=tables.get("policy", {}),
+            security=tables.get("security", {}),
+            origins=self._origins,
+        )
+
+    @classmethod
+    def of(cls, *fragments: Mapping[str, Any], assignments: Iterable[str] = ()) -> Draft:
+        """A draft of Python fragments and ``key=value`` assignments."""
+        draft = cls()
+        for one in fragments:
+            draft.add(one)
+        for text in assignments:
+            draft.set(text)
+        return draft

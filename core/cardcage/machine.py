@@ -1,0 +1,593 @@
+"""The machine: built from a typed configuration, run by a thread per vCPU and one loop thread.
+
+States and what holds in them::
+
+    built     assembled, nothing ran yet; devices can be added, vCPU states set
+    running   vCPU threads are in guest code or serving it; guest time runs
+    paused    no vCPU is in guest code, guest time stands still; registers can be read and set
+    stopped   has ended, with an outcome or a card's exception; memory and registers can still be read until ``close``
+
+``start`` built -> running; ``pause`` running -> paused; ``resume`` paused -> running; ``reset`` running or paused, which it
+stays; ``stop`` and each outcome: any -> stopped. A transition that fails leaves a machine that has not started ``built``, and stops
+any other with the error, which ``wait`` raises.
+
+**The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are carried
+out on the loop thread, one after another. What a device asks for (reset, power-off, a change of the memory map) is carried
+out after the access that asked, once the lock is free.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from cardcage import outcome as outcomes
+from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of
+from cardcage.boot import MachineBoot
+from cardcage.bus import Bus
+from cardcage.config import Config, DeviceConfig, Draft, Place
+from cardcage.console import Console
+from cardcage.errors import ConfigError, StateError
+from cardcage.eventloop import EventLoop, MachineClock
+from cardcage.events import Observers
+from cardcage.gate import Gate
+from cardcage.host import Host
+from cardcage.interrupts import Line
+from cardcage.memory import PhysicalMemory, RamRange
+from cardcage.ops import MachineOps, ObservedOps
+from cardcage.runner import run_vcpu
+from cardcage.security import Mediator
+from cardcage.x86 import reset_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from os import PathLike
+
+    from cardcage.device import BootImage
+    from cardcage.slot import PluggedDevice
+    from cardcage.vcpu import VCpu
+
+__all__ = ["LINES", "Machine"]
+
+LINES = 24
+"""Global system interrupts: the inputs of a PC's one IOAPIC."""
+
+
+class Machine:
+    """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
+
+    Args:
+        kernel, initrd, append: keys of ``[boot]``.
+        memory: bytes, or text such as ``"512M"``. cpus: 1 to 255. accel: names in the order to try, or one.
+        devices: tables such as ``{"type": "debugcon", "port": 0xE9}``.
+        machine, boot: further keys of ``[machine]`` and ``[boot]``.
+        fragments: whole configuration fragments (``{"policy": ...}``), merged first.
+        host: whose cards to use; by default a private one.
+
+    Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; then nothing is left behind.
+    Attributes that cards and callers use: ``config host memory vm irqchip vcpus lines pio mmio devices clock events console observers
+    mediator label log state outcome accelerator``.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str | PathLike[str] | None = None,
+        initrd: str | PathLike[str] | None = None,
+        append: str | None = None,
+        memory: int | str | None = None,
+        cpus: int | None = None,
+        accel: str | Iterable[str] | None = None,
+        devices: Iterable[Mapping[str, Any]] = (),
+        machine: Mapping[str, Any] | None = None,
+        boot: Mapping[str, Any] | None = None,
+        fragments: Iterable[Mapping[str, Any]] = (),
+        host: Host | None = None,
+    ) -> None:
+        named = {
+            "memory": memory,
+            "cpus": cpus,
+            "accel": accel if accel is None or isinstance(accel, str) else list(accel),
+        }
+        files = {
+            "kernel": None if kernel is None else str(kernel),
+            "initrd": None if initrd is None else str(initrd),
+            "append": append,
+        }
+        keys = {**(machine or {}), **{key: value for key, value in named.items() if value is not None}}
+        start = {**(boot or {}), **{key: value for key, value in files.items() if value is not None}}
+        draft = Draft.of(*fragments, {"machine": keys, "device": [dict(one) for one in devices]})
+        if start:
+            draft.add({"boot": start})
+        self._assemble(draft.config(), host)
+
+    @classmethod
+    def from_config(cls, config: Config, *, host: Host | None = None) -> Machine:
+        """A machine from a checked configuration (:meth:`cardcage.config.Draft.config`)."""
+        machine = cls.__new__(cls)
+        machine._assemble(config, host)
+        return machine
+
+    @classmethod
+    def from_toml(cls, path: str | PathLike[str], *, set: Iterable[str] = (), host: Host | None = None) -> Machine:
+        """A machine from a TOML file, with ``key=value`` assignments on top."""
+        draft = Draft()
+        draft.add_file(str(path))
+        for text in set:
+            draft.set(text)
+        return cls.from_config(draft.config(), host=host)
+
+    # building
+
+    def _assemble(self, config: Config, host: Host | None) -> None:
+        self.config, self.name, self.label = config, config.machine.name, config.machine.label
+        self._own_host = host is None
+        self.host = host or Host()
+        self.log = self.host.log.bind(machine=self.name)
+        self.lock = threading.RLock()
+        self.state = "built"
+        self.outcome: outcomes.Outcome | None = None
+        self._failure: BaseException | None = None
+        self._ended = threading.Event()
+        self._ending = threading.Lock()
+        self._closed = False
+        self.deferred: list[Callable[[], None]] = []
+        self.observers = Observers(self.log, self._choose_ops)
+        self.devices: dict[str, PluggedDevice] = {}
+        self.vcpus: list[VCpu] = []
+        self._threads: list[threading.Thread] = []
+        self._cleanup = ExitStack()
+        self.policies: list[Any] = []
+        self._controllers: list[Callable[[int, bool], None]] = []
+        self._eoi_listeners: list[Callable[[int], None]] = []
+        self._acknowledge: Callable[[], int | None] | None = None
+        self.extint_level = False
+        self._image: BootImage | None = None
+        try:
+            self._build()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ConfigError):
+                raise self.host.blame(error) from error
+            raise
+
+    def _build(self) -> None:
+        config, host = self.config, self.host
+        self.mediator = Mediator(host.mediator.checkers)
+        for name, options, place in specs_of(config.security.get("checkers", []), config.place("security.checkers")):
+            self.mediator.checkers += (self._made("security", name, options, place),)
+        self.mediator.check("operator", self.label, "machine", "create")
+        self.memory = PhysicalMemory()
+        self._cleanup.callback(self.memory.close)
+        self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
+        self.accelerator = choose_accelerator(host, config)
+        self.vm, self.irqchip = create_vm(host, config, self.accelerator)
+        self._cleanup.callback(self.vm.close)
+        make_ram(self.memory, config)
+        self.memory.attach(self.vm)
+        self.memory.on_written = self.vm.memory_written
+        self.lines = [Line(self._line_changed(gsi)) for gsi in range(LINES)]
+        self.events = EventLoop(self.name, self._locked_call)
+        self.clock = MachineClock(self.events)
+        self._cleanup.callback(self.clock.close)
+        self._cleanup.callback(self.events.close)
+        self.console = Console(self.events.call_soon)
+        self._choose_ops()
+        self.vcpus = [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
+        self.gate = Gate(self._kick_all)
+        host.machines.append(self)
+        with self.lock:
+            plug_all(self)
+            self._open_console()
+            for kind, value in config.policy.items():
+                for name, options, place in specs_of(value, config.place(f"policy.{kind}")):
+                    policy = self._made("policy", name, options, place)
+                    policy.attach(self)
+                    self.policies.append(policy)
+        self._open_boot()
+
+    def _made(self, kind: str, name: str, options: Any, place: Place) -> Any:
+        offer = self.host.registry.get(kind, name, file=place.file, key=place.key)
+        made = self.host.options(offer, options, file=place.file, key=place.key)
+        factory = offer.load()
+        return factory(made) if made is not None else factory()
+
+    def _open_console(self) -> None:
+        spec = self.config.machine.console
+        if spec == "none":
+            return
+        if not self.console.claimed:
+            raise self.config.place("machine.console").error(
+                'no device has the console: give a serial port char = "console", or leave machine.console at "none"'
+            )
+        owner = next(one for one in self.devices.values() if one.slot.has_console)
+        self.console.connect(owner.slot.open("char", spec))
+
+    def _open_boot(self) -> None:
+        table = dict(self.config.boot or {})
+        if not table:
+            return
+        place = self.config.place("boot")
+        file = next((self.config.place(f"boot.{key}").file for key in table), None)
+        name = table.pop("protocol", "auto")
+        offer = self.host.registry.get("boot", str(name), file=file, key="boot.protocol")
+        options = self.host.options(offer, table, file=file, key="boot")
+        try:
+            factory = offer.load()
+            self._image = (factory(options) if options is not None else factory()).open()
+        except ConfigError as error:
+            raise ConfigError(error.problem, file=error.file or file, key=error.key or place.key) from error
+
+    def add(self, type: str, /, **keys: Any) -> PluggedDevice:
+        """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
+
+        Raises StateError once it has started, ConfigError or CardError as a configuration would.
+        """
+        if self.state != "built":
+            raise StateError(f"devices are added before the machine starts; it is {self.state}")
+        self.mediator.check("operator", self.label, "machine", "add")
+        with self.lock:
+            return plug(self, DeviceConfig.from_table({"type": type, **keys}, Place()))
+
+    # interrupts
+
+    def _line_changed(self, gsi: int) -> Callable[[bool], None]:
+        def changed(level: bool) -> None:
+            if self.irqchip == "full":
+                self.vm.set_irq(gsi, level)
+            else:
+                for controller in self._controllers:
+                    controller(gsi, level)
+
+        return changed
+
+    def add_controller(self, set_irq: Callable[[int, bool], None]) -> None:
+        """For PIC and IOAPIC cards: call ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
+        self._controllers.append(set_irq)
+
+    def set_extint_source(self, acknowledge: Callable[[], int | None]) -> None:
+        """For the PIC card: ``acknowledge()`` is the INTA cycle, and returns the vector, or None when nothing is pending."""
+        self._acknowledge = acknowledge
+
+    def set_extint(self, level: bool) -> None:
+        """For the PIC card: drive its INTR output. Under the machine's lock."""
+        self.extint_level = level
+        self.vm.set_extint(level)
+        if level:
+            self.gate.wake()
+
+    def add_eoi_listener(self, listener: Callable[[int], None]) -> None:
+        """For the IOAPIC card: ``listener(vector)`` at each EOI broadcast of a local APIC (irqchip ``split``)."""
+        self._eoi_listeners.append(listener)
+
+    def acknowledge_extint(self) -> int | None:
+        """The INTA cycle, under the machine's lock."""
+        return self._acknowledge() if self._acknowledge is not None else None
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """An EOI broadcast, under the machine's lock."""
+        for listener in self._eoi_listeners:
+            listener(vector)
+
+    def inject_nmi(self, cpu: int = 0) -> None:
+        """Send an NMI to vCPU *cpu*. Thread-safe."""
+        self.vm.inject_nmi(cpu)
+        self.gate.wake()
+
+    # the lock, and what waits for it to be free
+
+    def _choose_ops(self) -> None:
+        """vCPUs serve accesses through an object without any hook in it, unless somebody observes."""
+        observed = self.observers.has("pio", "mmio")
+        self.ops = ObservedOps(self) if observed else MachineOps(self)
+        self._kick_all()  # the next run takes the new one
+
+    def _kick_all(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.kick()
+
+    def _locked_call(self, callback: Callable[[], None]) -> None:
+        """A callback of a card on the loop thread."""
+        try:
+            with self.lock:
+                callback()
+        except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
+            self.fail(error)
+        if self.deferred:
+            self.run_deferred()
+
+    def defer(self, act: Callable[[], None]) -> None:
+        """Carry *act* out after the access or callback that runs now, once the machine's lock is free, on the same thread.
+
+        On a thread that serves neither, it is carried out on the loop thread. Under the machine's lock.
+        """
+        self.deferred.append(act)
+        if not self.events.here and threading.current_thread() not in self._threads:
+            self.events.post(self.run_deferred)
+
+    def run_deferred(self) -> None:
+        """Carry out what was deferred. Called without the machine's lock."""
+        while True:
+            with self.lock:
+                acts, self.deferred = self.deferred, []
+            if not acts:
+                return
+            for act in acts:
+                try:
+                    act()
+                except BaseException as error:  # as any exception of a card
+                    self.fail(error)
+
+    def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
+        """Change which RAM shows where, with all vCPUs out of guest code, before the guest's next instruction.
+
+        For PAM, SMRAM and ROM shadowing: under the machine's lock it is deferred to the end of the access.
+        """
+
+        def change() -> None:
+            with self.vm.quiesce(), self.lock:
+                self.memory.change(add, remove)
+
+        if self.state == "built":
+            self.memory.change(add, remove)
+        else:
+            self.defer(change)
+
+    # requests of devices
+
+    def request_reset(self, why: str = "", /) -> None:
+        """The guest asked for a reset: carried out after the access."""
+        if self.config.machine.on_reset == "stop":
+            self.end(outcomes.Reset(why))
+        else:
+            self._hold(lambda: self._do_reset(why))
+
+    def request_poweroff(self) -> None:
+        """The guest powers itself off."""
+        self.end(outcomes.PoweredOff())
+
+    def request_panic(self, message: str, /) -> None:
+        """The guest said that it panicked."""
+        self.end(outcomes.Panicked(message))
+
+    def request_debug_exit(self, code: int, /) -> None:
+        """The guest ended with *code*, 0 to 255."""
+        self.end(outcomes.DebugExit(code & 0xFF))
+
+    def crash(self, cpu: int, detail: str) -> None:
+        """A triple fault."""
+        if self.config.machine.on_triple_fault == "reset":
+            self._hold(lambda: self._do_reset(f"triple fault on cpu {cpu}"))
+        else:
+            self.end(outcomes.Crashed(cpu, detail))
+
+    def debug_stop(self, cpu: int) -> None:
+        """A breakpoint or single step: the machine pauses."""
+        self.observers.emit("debug", cpu)
+        self._hold(self._do_pause)
+
+    def _hold(self, act: Callable[[], None]) -> None:
+        """No vCPU runs another instruction until *act* was carried out on the loop thread."""
+        self.gate.close(wait=False)
+        self.events.post(lambda: self._guarded(act))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+            self.run_deferred()
+        except BaseException as error:  # a card's, or the accelerator's: the machine cannot go on
+            self.fail(error)
+
+    # ends
+
+    def end(self, outcome: outcomes.Outcome) -> None:
+        """The machine has its outcome: the first one counts. Any thread, any lock."""
+        with self._ending:
+            if self.outcome is not None or self._failure is not None:
+                return
+            self.outcome = outcome
+        self._finish(str(outcome))
+
+    def fail(self, error: BaseException) -> None:
+        """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread, any lock."""
+        with self._ending:
+            if self.outcome is not None or self._failure is not None:
+                return
+            self._failure = error
+        self._finish(f"{type(error).__name__}: {error}")
+
+    def _finish(self, why: str) -> None:
+        self.gate.end()
+        self.events.post(lambda: self._do_stop(why))
+
+    def _do_stop(self, why: str) -> None:
+        self.gate.close()
+        with self.lock:
+            self.clock.pause()
+        self._set_state("stopped")
+        self.console.end(why)
+        if self.outcome is not None:
+            self.observers.emit("outcome", self.outcome)
+        self._ended.set()
+
+    def _set_state(self, state: str) -> None:
+        self.state = state
+        self.observers.emit("state", state)
+
+    # transitions
+
+    def _request(self, permission: str, states: tuple[str, ...], act: Callable[[], None]) -> None:
+        """Carry *act* out on the loop thread; wait for it, except on the machine's own threads."""
+        self.mediator.check("operator", self.label, "machine", permission)
+        if self._closed or self.state not in states:
+            raise StateError(f"cannot {permission}: the machine is {'closed' if self._closed else self.state}")
+        done = threading.Event()
+        problem: list[BaseException] = []
+
+        def carry_out() -> None:
+            try:
+                if self.state in states:
+                    act()
+                else:
+                    problem.append(StateError(f"cannot {permission}: the machine is {self.state}"))
+            except BaseException as error:  # the caller's to hear, and the machine's end
+                problem.append(error)
+                if self.state != "built":
+                    self.fail(error)
+            done.set()
+
+        if self.events.here:
+            carry_out()
+        else:
+            self.events.post(carry_out)
+            if threading.current_thread() in self._threads:
+                return  # a vCPU's thread cannot wait until it is out itself
+            done.wait()
+        if problem:
+            raise problem[0]
+
+    def start(self) -> Machine:
+        """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit."""
+        if threading.current_thread() is threading.main_thread():
+            self.host.signals.verify()
+        self._request("start", ("built",), self._do_start)
+        return self
+
+    def _do_start(self) -> None:
+        if self._image is not None:
+            self._load_image()
+        self._threads = [
+            threading.Thread(target=run_vcpu, args=(self, vcpu), name=f"{self.name}-cpu{vcpu.index}", daemon=True)
+            for vcpu in self.vcpus
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._do_resume()
+
+    def _load_image(self) -> None:
+        context = MachineBoot(self)
+        with self.lock:
+            for plugged in self.devices.values():
+                if "boot" in plugged.abilities:
+                    plugged.device.contribute(context)
+            first = self._image.load(context) if self._image is not None else reset_state()
+        for vcpu in self.vcpus:
+            vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
+
+    def pause(self) -> None:
+        """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running."""
+        self._request("pause", ("running",), self._do_pause)
+
+    def _do_pause(self) -> None:
+        if self.state == "running":
+            self.gate.close()
+            with self.lock:
+                self.clock.pause()
+            self._set_state("paused")
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`. Raises StateError unless paused."""
+        if threading.current_thread() is threading.main_thread():
+            self.host.signals.verify()
+        self._request("resume", ("paused",), self._do_resume)
+
+    def _do_resume(self) -> None:
+        with self.lock:
+            self.clock.resume()
+        self._set_state("running")
+        self.gate.open()
+
+    def reset(self) -> None:
+        """Put devices and vCPUs back, and boot again. Raises StateError unless running or paused."""
+        self._request("reset", ("running", "paused"), lambda: self._do_reset("asked for by the host"))
+
+    def _do_reset(self, why: str) -> None:
+        if self.state not in ("running", "paused"):
+            return
+        self.gate.close()
+        with self.lock:
+            for plugged in self.devices.values():
+                if "reset" in plugged.abilities:
+                    plugged.device.reset()
+        self.run_deferred()  # the memory map, before the boot image is loaded into it
+        self._load_image()
+        self.observers.emit("reset", why)
+        if self.state == "running":
+            self.gate.open()
+
+    def shutdown(self) -> None:
+        """Press the power button (ACPI): the guest may power itself off. Raises StateError without a button or unless running."""
+        if self.state != "running":
+            raise StateError(f"cannot shut down: the machine is {self.state}")
+        for plugged in self.devices.values():
+            if "power-button" in plugged.abilities:
+                self.mediator.check("operator", self.label, "machine", "stop")
+                self.events.call_soon(plugged.device.power_button)
+                return
+        raise StateError("no device of this machine has a power button; use stop()")
+
+    def stop(self, why: str = "") -> None:
+        """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
+        self.mediator.check("operator", self.label, "machine", "stop")
+        self.end(outcomes.Stopped(why))
+        if not self.events.here and threading.current_thread() not in self._threads:
+            self._ended.wait()
+
+    def wait(self, timeout: float | None = None) -> outcomes.Outcome:
+        """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
+
+        An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
+        """
+        if self.state == "built" and not self._ended.is_set():
+            raise StateError("nothing to wait for: the machine was not started")
+        if not self._ended.wait(timeout) and timeout is not None:
+            return outcomes.TimedOut(timeout)
+        if self._failure is not None:
+            raise self._failure
+        if self.outcome is None:
+            raise StateError("the machine was closed")
+        return self.outcome
+
+    def close(self) -> None:
+        """Stop and give everything back: threads joined, devices unplugged, memory freed. Idempotent."""
+        if self._closed:
+            return
+        if hasattr(self, "events") and (self.events.here or threading.current_thread() in self._threads):
+            raise StateError("close() joins the machine's threads; call it from another one (stop() works from these)")
+        self._closed = True
+        if hasattr(self, "events"):
+            self._close_running()
+        self._cleanup.close()
+        if self in self.host.machines:
+            self.host.machines.remove(self)
+
+    def _close_running(self) -> None:
+        if self.state != "stopped" and hasattr(self, "gate"):
+            self.end(outcomes.Stopped("closed"))
+            self._ended.wait()
+        for thread in self._threads:
+            thread.join()
+        with self.lock:
+            for policy in reversed(self.policies):
+                if callable(detach := getattr(policy, "detach", None)):
+                    detach()
+            for plugged in reversed(self.devices.values()):
+                try:
+                    if "unplug" in plugged.abilities:
+                        plugged.device.unplug()
+                    plugged.slot.close()
+                except Exception as error:  # one card's fault must not keep the others from giving back what they hold
+                    self.log.error("unplug failed", device=plugged.id, error=repr(error))
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        failure = self._failure
+        self.close()
+        if failure is not None and error is None:
+            raise failure
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name!r} {self.state}>"
