@@ -156,6 +156,11 @@ class MsiX:
         elif route is not None:
             self._slot.vm.remove_irqfd(fd, route)
 
+    def bound(self, vector: int) -> int | None:
+        """The eventfd that stands for *vector*, ``None`` without one."""
+        found = self._fds.get(vector)
+        return None if found is None else found[0]
+
     # the BAR
 
     def read(self, offset: int, size: int) -> int:

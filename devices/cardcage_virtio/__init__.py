@@ -1,15 +1,58 @@
-"""Card cardcage_virtio."""
+"""virtio 1.2: queues, transports (PCI, MMIO), devices, and vhost-user front ends.
+
+Another card offers a virtio device of its own with :func:`offer`; what it writes is told in
+:mod:`cardcage_virtio.virtio`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from attrs import frozen
+from cardcage.device import Mmio
 from cardcage.hookspecs import hookimpl
+from cardcage.registry import resolve
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
+
+__all__ = ["offer"]
+
+
+@frozen
+class Behind:
+    """A lazy factory: the device that *factory* names, behind the transport that *transport* names."""
+
+    factory: Any
+    transport: str
+
+    def __call__(self, *options: Any) -> Any:
+        return resolve(self.transport)(resolve(self.factory)(*options))
+
+
+def offer(registry: Registry, name: str, factory: Any, *, options: Any = None, help: str = "", **more: Any) -> None:
+    """Offer a virtio device twice: *name* on the ``pci`` bus, and *name*\\ ``-mmio`` with keys ``address`` and ``irq``.
+
+    Args:
+        factory: ``"module:Class"`` of the author's object (:mod:`cardcage_virtio.virtio`), called with its options.
+        options: attrs class of its options, or a reference to one. more: ``needs``, ``shorthand`` of a device's offer.
+    """
+    pci, mmio = (
+        Behind(factory, "cardcage_virtio.pci:PciTransport"),
+        Behind(factory, "cardcage_virtio.mmio:MmioTransport"),
+    )
+    registry.device(name, pci, options=options, bus="pci", help=help, **more)
+    regions = (Mmio(0x200, name="virtio-mmio"),)
+    registry.device(f"{name}-mmio", mmio, options=options, regions=regions, help=f"{help} (virtio-mmio)", **more)
 
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
+    offer(
+        registry,
+        "virtio-rng",
+        "cardcage_virtio.rng:Rng",
+        options="cardcage_virtio.rng:RngOptions",
+        help="entropy source",
+    )

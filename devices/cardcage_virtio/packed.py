@@ -1,0 +1,191 @@
+"""Packed virtqueues, the device's side (virtio 1.2, section 2.8). How it reaches memory: see :mod:`.split`."""
+
+from __future__ import annotations
+
+from struct import Struct
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from cardcage.memory import GuestMemoryError
+
+from cardcage_virtio.request import Request, RingError, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.memory import GuestMemory
+
+__all__ = ["PackedRing"]
+
+NEXT, WRITE, INDIRECT, AVAIL, USED = 1, 2, 4, 1 << 7, 1 << 15
+ENABLE, DISABLE, DESCRIPTOR = 0, 1, 2
+INDIRECT_MAX = 1024
+descriptor = Struct("<QIHH").unpack_from
+completion = Struct("<IH").pack_into
+
+
+class PackedRing:
+    """A packed ring.
+
+    Args:
+        index: queue number. size: descriptors, 1 to 32768.
+        table, driver, device: guest-physical addresses of the ring and the two event suppression areas.
+        event_index: VIRTIO_F_EVENT_IDX was agreed.
+        interrupt: called with the queue number, on any thread.
+
+    Raises RingError for a bad size or alignment, GuestMemoryError when a part is not RAM.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        index: int,
+        size: int,
+        table: int,
+        driver: int,
+        device: int,
+        event_index: bool,
+        interrupt: Callable[[int], None],
+    ) -> None:
+        if not 0 < size <= 32768:
+            raise RingError(f"queue size {size} is not in 1 to 32768")
+        if table & 15 or driver & 3 or device & 3:
+            raise RingError(f"ring parts {table:#x}, {driver:#x}, {device:#x} are not aligned")
+        self.index, self.size, self.batching, self.dead = index, size, False, False
+        self._memory, self._view, self._event_index, self._interrupt = memory, memory.view, event_index, interrupt
+        self._table = memory.view(table, 16 * size)
+        self._table16 = self._table.cast("H")
+        self._driver = memory.view(driver, 4).cast("H")
+        self._device = memory.view(device, 4).cast("H")
+        self._areas = ((table, 16 * size), (device, 4))
+        self._at, self._wrap = 0, 1
+        self._used, self._used_wrap, self._unsignalled = 0, 1, 0
+        self._before = (0, 1)
+        self._lock = Lock()
+
+    def _available(self, at: int, wrap: int) -> bool:
+        flags = self._table16[(at << 3) + 7]
+        return flags >> 7 & 1 == wrap and flags >> 15 != wrap
+
+    def pop(self) -> Request | None:
+        at, wrap, table, size = self._at, self._wrap, self._table, self.size
+        flags = self._table16[(at << 3) + 7]
+        if flags >> 7 & 1 != wrap or flags >> 15 == wrap:
+            return None
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        areas: list[tuple[int, int]] = []
+        count = 0
+        while True:
+            address, length, id, flags = descriptor(table, at << 4)
+            count += 1
+            at += 1
+            if at == size:
+                at, wrap = 0, wrap ^ 1
+            if flags & INDIRECT:
+                if flags & NEXT or count > 1 or not length or length & 15 or length >> 4 > max(size, INDIRECT_MAX):
+                    raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
+                inner = self._view(address, length)
+                for entry in range(0, length, 16):
+                    address, length, _, more = descriptor(inner, entry)
+                    if more & INDIRECT:
+                        raise RingError("an indirect table inside an indirect table")
+                    self._take(address, length, more, readable, writable, areas)
+                break
+            self._take(address, length, flags, readable, writable, areas)
+            if not flags & NEXT:
+                break
+            if count == size:
+                raise RingError(f"descriptor chain is longer than the ring of {size}: a loop?")
+        self._before = (self._at, self._wrap)
+        self._at, self._wrap = at, wrap
+        return Request(self, id, count, readable, writable, areas)
+
+    def _take(
+        self,
+        address: int,
+        length: int,
+        flags: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        areas: list[tuple[int, int]],
+    ) -> None:
+        if not length:
+            return
+        if flags & WRITE:
+            into = writable
+            areas.append((address, length))
+        elif areas:
+            raise RingError("a readable descriptor follows a writable one")
+        else:
+            into = readable
+        try:
+            into.append(self._view(address, length))
+        except GuestMemoryError:
+            into.extend(pieces(self._memory, address, length))
+
+    def unpop(self, request: Request) -> None:
+        self._at, self._wrap = self._before
+
+    def push(self, request: Request, written: int) -> None:
+        left, report = written, self._memory.written
+        for address, length in request.areas:
+            if left <= 0:
+                break
+            report(address, length if length < left else left)
+            left -= length
+        with self._lock:
+            if self.dead:
+                return
+            used = self._used
+            completion(self._table, (used << 4) + 8, written, request.id)
+            flags = (AVAIL | USED if self._used_wrap else 0) | (WRITE if written else 0)
+            self._table16[(used << 3) + 7] = flags
+            used += request.slots
+            if used >= self.size:
+                used -= self.size
+                self._used_wrap ^= 1
+            self._used = used
+            self._unsignalled += request.slots
+
+    def signal(self) -> None:
+        with self._lock:
+            fresh, used, wrap = self._unsignalled, self._used, self._used_wrap
+            if not fresh or self.dead:
+                return
+            self._unsignalled = 0
+        for area in self._areas:
+            self._memory.written(*area)
+        wish = self._driver[1]
+        if wish == DISABLE:
+            return
+        if wish == DESCRIPTOR and self._event_index:
+            event = self._driver[0]
+            offset = event & 0x7FFF
+            if event >> 15 != wrap:
+                offset -= self.size
+            if not 0 <= used - offset - 1 < fresh:
+                return
+        self._interrupt(self.index)
+
+    def rearm(self) -> bool:
+        if self._event_index:
+            self._device[0] = self._at | self._wrap << 15
+            self._device[1] = DESCRIPTOR
+        elif self._device[1] != ENABLE:
+            self._device[1] = ENABLE
+        with self._lock:
+            return self._available(self._at, self._wrap)
+
+    def silence(self) -> None:
+        self._device[1] = DISABLE
+
+    def close(self) -> None:
+        with self._lock:
+            self.dead = True
+
+    def save(self) -> tuple[int, int, int, int]:
+        return self._at, self._wrap, self._used, self._used_wrap
+
+    def load(self, state: tuple[int, int, int, int]) -> None:
+        self._at, self._wrap, self._used, self._used_wrap = state

@@ -1,0 +1,132 @@
+"""A request: one buffer chain that the driver made available, checked, as views of guest memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from cardcage.errors import GuestError
+from cardcage.memory import PAGE, GuestMemoryError
+
+if TYPE_CHECKING:
+    from cardcage.memory import GuestMemory
+
+__all__ = ["Request", "Ring", "RingError", "pieces"]
+
+
+class RingError(GuestError):
+    """The driver broke its ring or a request's form: the device goes to NEEDS_RESET."""
+
+
+class Request:
+    """A buffer chain.
+
+    Attributes:
+        ring: the ring it came from; ``ring.index`` is the queue's number.
+        id: buffer id. slots: ring entries it takes (packed rings).
+        readable: views that the device reads, in order. writable: views that it writes.
+        areas: ``(guest-physical address, length)`` of the writable part.
+    """
+
+    __slots__ = ("areas", "id", "readable", "ring", "slots", "writable")
+
+    def __init__(
+        self,
+        ring: Ring,
+        id: int,
+        slots: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        areas: list[tuple[int, int]],
+    ) -> None:
+        self.ring, self.id, self.slots = ring, id, slots
+        self.readable, self.writable, self.areas = readable, writable, areas
+
+    @property
+    def readable_size(self) -> int:
+        return sum(map(len, self.readable))
+
+    @property
+    def writable_size(self) -> int:
+        return sum(map(len, self.writable))
+
+    def read(self) -> bytes:
+        """All readable bytes."""
+        return bytes(self.readable[0]) if len(self.readable) == 1 else b"".join(self.readable)
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
+        """Write *data* at *offset* of the writable part; returns the bytes that found room."""
+        at, source = 0, memoryview(data)
+        for view in self.writable:
+            if offset >= len(view):
+                offset -= len(view)
+                continue
+            take = min(len(view) - offset, len(source) - at)
+            view[offset : offset + take] = source[at : at + take]
+            at, offset = at + take, 0
+            if at == len(source):
+                break
+        return at
+
+    def done(self, written: int = 0) -> None:
+        """Give the buffer back, with the first *written* bytes of its writable part changed. Once; thread-safe."""
+        ring = self.ring
+        ring.push(self, written)
+        if not ring.batching:
+            ring.signal()
+
+
+class Ring(Protocol):
+    """A virtqueue's ring while it is enabled; :class:`~cardcage_virtio.split.SplitRing` or the packed one."""
+
+    index: int
+    size: int
+    batching: bool
+    """While True, completions do not signal: the one who set it will."""
+    dead: bool
+
+    def pop(self) -> Request | None:
+        """The next request, ``None`` when there is none. Raises RingError or GuestMemoryError."""
+        ...
+
+    def unpop(self, request: Request) -> None:
+        """Put back the request popped last, as if it had not been."""
+        ...
+
+    def push(self, request: Request, written: int) -> None:
+        """Mark a request used; the driver is told by :meth:`signal`. Thread-safe."""
+        ...
+
+    def signal(self) -> None:
+        """Interrupt the driver if it wants to hear of what was used since the last time. Thread-safe."""
+        ...
+
+    def rearm(self) -> bool:
+        """Ask the driver to notify of the next buffer; True when there is one already."""
+        ...
+
+    def silence(self) -> None:
+        """Tell the driver that it need not notify until :meth:`rearm`."""
+        ...
+
+    def close(self) -> None:
+        """Reset: later completions go nowhere, and the ring's memory is not touched again. Thread-safe."""
+        ...
+
+    def save(self) -> tuple[int, int, int, int]: ...
+
+    def load(self, state: tuple[int, int, int, int]) -> None: ...
+
+
+def pieces(memory: GuestMemory, address: int, length: int) -> list[memoryview]:
+    """Views of a buffer that lies in more than one RAM range; raises GuestMemoryError when any of it is not RAM."""
+    found: list[memoryview] = []
+    while length:
+        take = length
+        while not memory.contains(address, take):
+            within = PAGE - address % PAGE
+            if take <= within:
+                raise GuestMemoryError(f"guest memory {address:#x}+{length:#x}: not RAM")
+            take = max(within, within + (take - within) // 2 // PAGE * PAGE)
+        found.append(memory.view(address, take))
+        address, length = address + take, length - take
+    return found

@@ -1,0 +1,168 @@
+"""Split virtqueues, the device's side (virtio 1.2, section 2.7).
+
+The ring's three parts are mapped once, when the queue is enabled. Indices are loaded and stored whole, as 16-bit
+elements of a cast view; x86 keeps stores in order, and the lock's atomic instructions are the fence that is needed
+where a store must be seen before a later load.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from cardcage.memory import GuestMemoryError
+
+from cardcage_virtio.request import Request, RingError, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.memory import GuestMemory
+
+__all__ = ["SplitRing"]
+
+NEXT, WRITE, INDIRECT = 1, 2, 4
+INDIRECT_MAX = 1024
+descriptor = Struct("<QIHH").unpack_from
+element = Struct("<II").pack_into
+
+
+class SplitRing:
+    """A split ring.
+
+    Args:
+        index: queue number. size: entries, a power of two up to 32768.
+        table, avail, used: guest-physical addresses of the descriptor table, driver area and device area.
+        event_index: VIRTIO_F_EVENT_IDX was agreed.
+        interrupt: called with the queue number, on any thread.
+
+    Raises RingError for a bad size or alignment, GuestMemoryError when a part is not RAM.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        index: int,
+        size: int,
+        table: int,
+        avail: int,
+        used: int,
+        event_index: bool,
+        interrupt: Callable[[int], None],
+    ) -> None:
+        if not 0 < size <= 32768 or size & (size - 1):
+            raise RingError(f"queue size {size} is not a power of two up to 32768")
+        if table & 15 or avail & 1 or used & 3:
+            raise RingError(f"ring parts {table:#x}, {avail:#x}, {used:#x} are not aligned")
+        self.index, self.size, self.batching, self.dead = index, size, False, False
+        self._memory, self._view, self._event_index, self._interrupt = memory, memory.view, event_index, interrupt
+        self._table = memory.view(table, 16 * size)
+        self._avail = memory.view(avail, 6 + 2 * size).cast("H")
+        self._used = memory.view(used, 6 + 8 * size)
+        self._used16 = self._used.cast("H")
+        self._used_area = (used, 6 + 8 * size)
+        self._mask, self._limit = size - 1, max(size, INDIRECT_MAX)
+        self._last = 0
+        self._tail = self._signalled = 0
+        self._lock = Lock()
+
+    def pop(self) -> Request | None:
+        last, avail = self._last, self._avail
+        index = avail[1]
+        if index == last:
+            return None
+        if index - last & 0xFFFF > self.size:
+            raise RingError(f"available index jumped from {last} to {index} in a ring of {self.size}")
+        head = at = avail[2 + (last & self._mask)]
+        table, size, indirect = self._table, self.size, False
+        left = size
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        areas: list[tuple[int, int]] = []
+        view = self._view
+        while True:
+            if at >= size:
+                raise RingError(f"descriptor {at} is outside its table of {size}")
+            address, length, flags, at = descriptor(table, at << 4)
+            if flags & INDIRECT:
+                if indirect or flags & NEXT or not length or length & 15 or length >> 4 > self._limit:
+                    raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
+                table, size, indirect, at = view(address, length), length >> 4, True, 0
+                left += size
+                continue
+            if length:
+                try:
+                    piece = view(address, length)
+                except GuestMemoryError:
+                    (writable if flags & WRITE else readable).extend(pieces(self._memory, address, length))
+                    piece = None
+                if flags & WRITE:
+                    areas.append((address, length))
+                    if piece is not None:
+                        writable.append(piece)
+                elif areas:
+                    raise RingError("a readable descriptor follows a writable one")
+                elif piece is not None:
+                    readable.append(piece)
+            if not flags & NEXT:
+                break
+            left -= 1
+            if not left:
+                raise RingError(f"descriptor chain at {head} is longer than its table: a loop?")
+        self._last = last + 1 & 0xFFFF
+        return Request(self, head, 1, readable, writable, areas)
+
+    def unpop(self, request: Request) -> None:
+        self._last = self._last - 1 & 0xFFFF
+
+    def push(self, request: Request, written: int) -> None:
+        left, report = written, self._memory.written
+        for address, length in request.areas:
+            if left <= 0:
+                break
+            report(address, length if length < left else left)
+            left -= length
+        with self._lock:
+            if self.dead:
+                return
+            tail = self._tail
+            element(self._used, 4 + ((tail & self._mask) << 3), request.id, written)
+            self._tail = self._used16[1] = tail + 1 & 0xFFFF
+
+    def signal(self) -> None:
+        with self._lock:
+            tail, before = self._tail, self._signalled
+            if tail == before or self.dead:
+                return
+            self._signalled = tail
+        self._memory.written(*self._used_area)
+        if self._event_index:
+            if tail - self._avail[2 + self.size] - 1 & 0xFFFF >= tail - before & 0xFFFF:
+                return
+        elif self._avail[0] & 1:
+            return
+        self._interrupt(self.index)
+
+    def rearm(self) -> bool:
+        if self._event_index:
+            self._used16[2 + 4 * self.size] = self._last
+        elif self._used16[0]:
+            self._used16[0] = 0
+        with self._lock:
+            return self._avail[1] != self._last
+
+    def silence(self) -> None:
+        if not self._event_index:  # with EVENT_IDX the old event index, now passed, is silent by itself
+            self._used16[0] = 1
+
+    def close(self) -> None:
+        with self._lock:
+            self.dead = True
+
+    def save(self) -> tuple[int, int, int, int]:
+        return self._last, self._tail, 0, 0
+
+    def load(self, state: tuple[int, int, int, int]) -> None:
+        self._last, self._tail = state[0], state[1]
+        self._signalled = self._tail
