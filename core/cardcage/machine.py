@@ -179,7 +179,8 @@ class Machine:
         host.machines.append(self)
         with self.lock:
             plug_all(self)
-            self._open_console()
+            if config.machine.console != "none":
+                self.open_console(config.machine.console)
             for kind, value in config.policy.items():
                 for name, options, place in specs_of(value, config.place(f"policy.{kind}")):
                     policy = self._made("policy", name, options, place)
@@ -193,16 +194,15 @@ class Machine:
         factory = offer.load()
         return factory(made) if made is not None else factory()
 
-    def _open_console(self) -> None:
-        spec = self.config.machine.console
-        if spec == "none":
-            return
+    def open_console(self, spec: str | dict[str, Any]) -> None:
+        """Connect the console to a char back end (``"stdio"``). Raises ConfigError when no device has the console."""
         if not self.console.claimed:
             raise self.config.place("machine.console").error(
                 'no device has the console: give a serial port char = "console", or leave machine.console at "none"'
             )
         owner = next(one for one in self.devices.values() if one.slot.has_console)
-        self.console.connect(owner.slot.open("char", spec))
+        with self.lock:
+            self.console.connect(owner.slot.open("char", spec))
 
     def _open_boot(self) -> None:
         table = dict(self.config.boot or {})

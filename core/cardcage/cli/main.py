@@ -1,0 +1,127 @@
+"""``cardcage``: parse, do, and turn errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cardcage.cli.arguments import add_common_arguments, add_machine_arguments, draft_of, timeout_of
+from cardcage.cli.running import report, run_machine
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Sequence
+
+    from cardcage.host import Host
+    from cardcage.registry import Offer
+
+__all__ = ["main", "make_parser"]
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words
+    try:
+        from cardcage.host import Host
+
+        with Host() as host:
+            arguments = make_parser(host).parse_args(words)
+            host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
+            host.log_sink.json = getattr(arguments, "log_json", False)
+            status = arguments.command(host, arguments)
+            sys.stdout.flush()
+            return int(status)
+    except BrokenPipeError:  # "cardcage cards | head": nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:  # the one place where errors become words
+        return report(error, traceback=traceback)
+    except SystemExit as error:  # argparse: help (0) or a wrong argument (2, already said)
+        if error.code not in (0, None):
+            print("outcome: bad configuration: see the line above", file=sys.stderr)
+        return error.code if isinstance(error.code, int) else 0
+    except BaseException as error:
+        return report(error, traceback=traceback)
+
+
+def make_parser(host: Host) -> ArgumentParser:
+    """The parser with the built-in and the registered commands."""
+    import argparse
+
+    from cardcage import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="cardcage",
+        description="A virtual machine monitor in which everything that does something is a card.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cardcage {__version__}")
+    add_common_arguments(parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, run: Any) -> ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made.set_defaults(command=run, host=host)
+        add_common_arguments(made)
+        return made
+
+    run = command("run", "run a machine described in TOML", run_command)
+    run.add_argument("file", metavar="VM.toml", nargs="+", help="configuration; later files add to earlier ones")
+    add_machine_arguments(run)
+    cards = command("cards", "list the installed cards: whose they are, and usable here or why not", cards_command)
+    cards.add_argument("-v", "--verbose", action="store_true", help="everything that each card offers")
+    command("doctor", "check what this host can do, and name what would enable the rest", doctor_command)
+    for name in host.registry.names("command"):
+        offer = host.registry.get("command", name)
+        _registered(command, offer)
+    return parser
+
+
+def _registered(command: Any, offer: Offer) -> None:
+    """A card's command; its modules are imported only when its own arguments are parsed."""
+
+    def run(host: Host, arguments: Namespace) -> int:
+        status: int = offer.load()(host, arguments)
+        return status
+
+    parser = command(offer.name, offer.help, run)
+    if offer.options is None:
+        return
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        offer.load_options()(parser)
+        parser.parse_known_args = parse
+        return parse(args, namespace, **more)
+
+    parser.parse_known_args = parse_known_args
+
+
+def run_command(host: Host, arguments: Namespace) -> int:
+    """``cardcage run VM.toml``."""
+    from cardcage.machine import Machine
+
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    timeout = timeout_of(arguments)
+    machine = Machine.from_config(draft_of(arguments, *arguments.file).config(), host=host)
+    print(f"accelerator: {machine.accelerator.why}", file=sys.stderr, flush=True)
+    return run_machine(machine, timeout=timeout)
+
+
+def cards_command(host: Host, arguments: Namespace) -> int:
+    """``cardcage cards``."""
+    from cardcage.cli.listing import list_cards
+
+    return list_cards(host, verbose=arguments.verbose)
+
+
+def doctor_command(host: Host, _: Namespace) -> int:
+    """``cardcage doctor``."""
+    from cardcage.cli.doctor import examine
+
+    return examine(host)

@@ -1,0 +1,159 @@
+"""Running a machine to its outcome, and what the outcome means to the shell."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import (
+    CardcageError,
+    CardError,
+    ConfigError,
+    Denied,
+    GuestError,
+    HostError,
+    StateError,
+    UsageError,
+)
+from cardcage.outcome import Crashed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cardcage.machine import Machine
+    from cardcage.outcome import Outcome
+
+__all__ = ["EXIT", "Terminated", "blamed_for", "report", "run_machine"]
+
+EXIT = {
+    "done": 0,
+    "bad configuration": 2,
+    "guest panic": 10,
+    "guest triple fault": 12,
+    "failure": 70,
+    "timeout": 124,
+    "interrupted": 130,
+}
+"""Exit statuses by name; a debug exit is ``code << 1 | 1``, a signal 128 plus its number."""
+
+
+class Terminated(BaseException):
+    """A signal that asks the process to end."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+def _terminate(signum: int, _: Any) -> None:
+    raise Terminated(signum)
+
+
+@contextmanager
+def ending_signals(machine: Machine) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the machine in an orderly way while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    for signum in signals:
+        machine.host.signals.claim(signum, _terminate)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            machine.host.signals.release(signum)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No second Ctrl-C while the terminal and the machine's threads are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_machine(machine: Machine, *, timeout: float | None = None, console: str | None = "stdio") -> int:
+    """Start *machine* (unless it runs), wait for its outcome, close it, print ``outcome: ...`` and return the exit status.
+
+    Args:
+        timeout: seconds, None for ever.
+        console: char back end that the console is connected to, unless the configuration names one; None for none.
+
+    Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
+    """
+    try:
+        with ending_signals(machine):
+            if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
+                machine.open_console(console)
+            if machine.state == "built":
+                machine.start()
+            outcome = machine.wait(timeout)
+    finally:
+        with undisturbed():
+            machine.close()
+    return tell(outcome)
+
+
+def tell(outcome: Outcome) -> int:
+    """Print the outcome, with the registers of a crash, and return its status."""
+    if isinstance(outcome, Crashed) and outcome.detail:
+        print(outcome.detail, file=sys.stderr)
+    print(f"outcome: {outcome}", file=sys.stderr, flush=True)
+    return outcome.status
+
+
+def report(error: BaseException, *, traceback: bool = False) -> int:
+    """Print an error as one ``outcome:`` line (after its traceback, when asked for) and return the exit status."""
+    if traceback:
+        from traceback import print_exception
+
+        print_exception(error)
+    words, status = blamed_for(error)
+    text = " ".join(str(error).split("\n")) if isinstance(error, CardcageError) else describe(error)
+    print(f"outcome: {words}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
+    return status
+
+
+def blamed_for(error: BaseException) -> tuple[str, int]:
+    """Who is to blame, in words, and the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT["interrupted"]
+    if isinstance(error, Terminated):
+        return "ended by", 128 + error.signum
+    for kind, words, name in (
+        (ConfigError, "bad configuration", "bad configuration"),
+        (StateError, "wrong use", "bad configuration"),
+        (UsageError, "wrong use", "bad configuration"),
+        (Denied, "denied", "bad configuration"),
+        (CardError, "card failure", "failure"),
+        (HostError, "host or accelerator failure", "failure"),
+        (GuestError, "guest failure", "failure"),
+    ):
+        if isinstance(error, kind):
+            return words, EXIT[name]
+    return "card failure", EXIT["failure"]
+
+
+def describe(error: BaseException) -> str:
+    """One line about an exception that is not ours: its type, text and the place it came from."""
+    if isinstance(error, KeyboardInterrupt):
+        return ""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, Terminated):
+        return str(error)
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return text
+    code = frame.tb_frame.f_code
+    return f"{text} (in {code.co_name}, {code.co_filename}:{frame.tb_lineno}; --traceback shows more)"
