@@ -64,7 +64,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": "AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra StateError UsageError",
+    "errors": "AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra "
+    "StateError UsageError",
     "hookspecs": "hookimpl",
     "host": "Host",
     "machine": "Machine",

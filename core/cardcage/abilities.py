@@ -40,7 +40,10 @@ def check_signature(owner: Any, method: str, arguments: int, who: str) -> Any:
 
 
 def abilities_of(device: Any, who: str) -> frozenset[str]:
-    """The abilities of *device* (an instance, or a class for listings). Raises CardError for a wrong signature or half a pair."""
+    """The abilities of *device* (an instance, or a class for listings).
+
+    Raises CardError for a wrong signature, or one method of a pair.
+    """
     found = set()
     for ability, methods in ABILITIES.items():
         present = [name for name in methods if callable(getattr(device, name, None))]

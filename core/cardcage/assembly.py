@@ -41,8 +41,8 @@ class Choice:
 def choose_accelerator(host: Host, config: Config) -> Choice:
     """Pick the first of ``machine.accel`` that is usable and fast, else the first usable.
 
-    An ``emulated`` one is picked over a faster only when it is asked for alone. Raises ConfigError for a name that nobody
-    offers, HostError with every reason when none is usable.
+    An ``emulated`` one is picked over a faster only when it is asked for alone. Raises ConfigError for a name that
+    nobody offers, HostError with every reason when none is usable.
     """
     names = config.machine.accel
     place = config.place("machine.accel")

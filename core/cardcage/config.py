@@ -1,8 +1,8 @@
 """What a machine is made of: one typed schema for TOML, Python and the command line.
 
-A :class:`Draft` collects fragments (a TOML file, keyword arguments, flags, ``--set key=value``), remembers where each value
-came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[boot]``, ``[[device]]``, ``[accel.NAME]``,
-``[policy]`` and ``[security]``; docs/config.md describes each key.
+A :class:`Draft` collects fragments (a TOML file, keyword arguments, flags, ``--set key=value``), remembers where each
+value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[boot]``, ``[[device]]``,
+``[accel.NAME]``, ``[policy]`` and ``[security]``; docs/config.md describes each key.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MachineConfig:
 
     name: str = "machine"
     accel: tuple[str, ...] = ("kvm", "tcg")
-    memory: Size = Size("512M")
+    memory: Size = field(default=Size("512M"))
     cpus: int = field(default=1, validator=and_(ge(1), le(255)))
     irqchip: Literal["auto", "none", "split", "full"] = "auto"
     cpu: str = "max"
@@ -184,9 +184,10 @@ class Draft:
                 into[name] = dict(value) if isinstance(value, dict) else value
 
     def set(self, text: str) -> None:
-        """Add one ``key=value`` of the command line: ``machine.cpus=4``, ``device.root.readonly=true``, ``device[0].irq=5``.
+        """Add one ``key=value`` of the command line.
 
-        The value is TOML where it parses (numbers, true, lists, tables), else text. Devices are named by id, type or number.
+        ``machine.cpus=4``, ``device.root.readonly=true``, ``device[0].irq=5``: devices are named by id, type or number.
+        The value is TOML where it parses (numbers, true, lists, tables), else text. Raises ConfigError.
         """
         key, equals, raw = text.partition("=")
         key = key.strip()

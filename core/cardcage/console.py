@@ -24,7 +24,7 @@ class ConsoleTimeout(GuestError, TimeoutError):
 
 
 class Console:
-    """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; passes all on to ``forward``.
+    """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; passes all on.
 
     It satisfies :class:`~cardcage.backends.CharBackend` towards the serial port that opened it.
     """
@@ -112,8 +112,8 @@ class Console:
         Args:
             timeout: seconds, or None for ever.
 
-        Returns all text up to and with the match. Raises :exc:`ConsoleTimeout`, or GuestError when the machine ended without it;
-        both with the last lines that came. Do not call it on the machine's own threads.
+        Returns all text up to and with the match. Raises :exc:`ConsoleTimeout`, or GuestError when the machine ended
+        without it; both with the last lines that came. Do not call it on the machine's own threads.
         """
         pattern = (
             re.compile(re.escape(what.encode()))

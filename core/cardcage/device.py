@@ -176,7 +176,7 @@ class Slot(Protocol):
     vm: Any
     """The :class:`~cardcage.accelerator.AcceleratedVm`, for devices that use its capabilities (doorbells, irqfds)."""
     machine: Any
-    """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``machine.cpus``, ``machine.lines``."""
+    """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``."""
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         """A source of line *gsi*; by default the configuration's ``irq`` key."""

@@ -67,7 +67,7 @@ class EventLoop:
         self.post(lambda: self._locked(callback))
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call *callback* under the machine's lock whenever *fd* is readable, in place of an earlier callback. Thread-safe."""
+        """Call *callback* under the machine's lock whenever *fd* is readable, in place of an earlier one. Any thread."""
         self._readers[fd] = callback
         if self.here:
             self._apply(fd, callback)
@@ -144,8 +144,8 @@ class _TimerSpec(ctypes.Structure):
 class MachineClock:
     """Guest time in nanoseconds: stands still until :meth:`resume` and from :meth:`pause` on.
 
-    Timers wait in a heap behind one timerfd, which any thread can set with one system call and which is exact to microseconds
-    where the loop's own timeouts are whole milliseconds. All of it is used under the machine's lock.
+    Timers wait in a heap behind one timerfd, which any thread can set with one system call and which is exact to
+    microseconds where the loop's own timeouts are whole milliseconds. All of it is used under the machine's lock.
     """
 
     def __init__(self, events: EventLoop) -> None:

@@ -52,9 +52,9 @@ class BrokenCard:
 class Signals:
     """The one owner of signal handlers: who wants one claims it, and the last to let go gets the earlier one back.
 
-    Claims of one signal must name the same handler. Other code may replace a handler meanwhile (pytest's faulthandler does):
-    :meth:`verify` puts ours back, and machines call it when they start and resume. Handlers can only be set on the main
-    thread (a rule of Python): elsewhere :meth:`claim` raises UsageError.
+    Claims of one signal must name the same handler. Other code may replace a handler meanwhile (pytest's faulthandler
+    does): :meth:`verify` puts ours back, and machines call it when they start and resume. Handlers can only be set on
+    the main thread (a rule of Python): elsewhere :meth:`claim` raises UsageError.
     """
 
     def __init__(self) -> None:
@@ -108,8 +108,8 @@ class Host:
         installed: load the cards announced by entry points of the group ``cardcage``.
         mediator: asked before a card is loaded; machines start with its checkers.
 
-    Each card registers into a staging area of its own, which is taken whole or thrown away: a broken card is in ``broken``,
-    by name and distribution, and nothing of it is left.
+    Each card registers into a staging area of its own, which is taken whole or thrown away: a broken card is in
+    ``broken``, by name and distribution, and nothing of it is left.
     """
 
     def __init__(self, cards: Iterable[Any] = (), *, installed: bool = True, mediator: Mediator | None = None) -> None:
@@ -160,7 +160,7 @@ class Host:
         self.cards.append(CardInfo(name, distribution, module))
 
     def options(self, offer: Offer, table: Any, *, file: str | None = None, key: str | None = None) -> Any:
-        """Structure *table* (or text, where the card has a shorthand) into the offer's options; None when it takes none.
+        """Structure *table* (or text, where the card has a shorthand) into the offer's options; None if it takes none.
 
         Raises ConfigError for what does not fit, CardError or MissingExtra when the card cannot be imported.
         """

@@ -23,8 +23,8 @@ class LogSink:
     Attributes:
         level: the least level that is written, one of :data:`LEVELS`.
         json: one JSON object a line.
-        burst: entries with the same event that one log writes in ``window`` seconds; the rest are counted, and the number is
-            told with the next one.
+        burst: entries with the same event that one log writes in ``window`` seconds; the rest are counted, and the
+            number is told with the next one.
     """
 
     level: str = "warning"

@@ -7,13 +7,13 @@ States and what holds in them::
     paused    no vCPU is in guest code, guest time stands still; registers can be read and set
     stopped   has ended, with an outcome or a card's exception; memory and registers can still be read until ``close``
 
-``start`` built -> running; ``pause`` running -> paused; ``resume`` paused -> running; ``reset`` running or paused, which it
-stays; ``stop`` and each outcome: any -> stopped. A transition that fails leaves a machine that has not started ``built``, and stops
-any other with the error, which ``wait`` raises.
+``start`` built -> running; ``pause`` running -> paused; ``resume`` paused -> running; ``reset`` running or paused,
+which it stays; ``stop`` and each outcome: any -> stopped. A transition that fails leaves a machine that has not started
+``built``, and stops any other with the error, which ``wait`` raises.
 
-**The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are carried
-out on the loop thread, one after another. What a device asks for (reset, power-off, a change of the memory map) is carried
-out after the access that asked, once the lock is free.
+**The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are
+carried out on the loop thread, one after another. What a device asks for (reset, power-off, a change of the memory map)
+is carried out after the access that asked, once the lock is free.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Machine:
         fragments: whole configuration fragments (``{"policy": ...}``), merged first.
         host: whose cards to use; by default a private one.
 
-    Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; then nothing is left behind.
-    Attributes that cards and callers use: ``config host memory vm irqchip vcpus lines pio mmio devices clock events console observers
-    mediator label log state outcome accelerator``.
+    Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; nothing is left then.
+    Attributes that cards and callers use: ``config host memory vm irqchip vcpus lines pio mmio devices clock events
+    console observers mediator label log state outcome accelerator``.
     """
 
     def __init__(
@@ -243,11 +243,11 @@ class Machine:
         return changed
 
     def add_controller(self, set_irq: Callable[[int, bool], None]) -> None:
-        """For PIC and IOAPIC cards: call ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
+        """For PIC and IOAPIC cards: ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
         self._controllers.append(set_irq)
 
     def set_extint_source(self, acknowledge: Callable[[], int | None]) -> None:
-        """For the PIC card: ``acknowledge()`` is the INTA cycle, and returns the vector, or None when nothing is pending."""
+        """For the PIC card: ``acknowledge()`` is the INTA cycle; it returns the vector, or None when there is none."""
         self._acknowledge = acknowledge
 
     def set_extint(self, level: bool) -> None:
@@ -298,9 +298,9 @@ class Machine:
             self.run_deferred()
 
     def defer(self, act: Callable[[], None]) -> None:
-        """Carry *act* out after the access or callback that runs now, once the machine's lock is free, on the same thread.
+        """Carry *act* out after the access or callback that runs now, on the same thread, once the lock is free.
 
-        On a thread that serves neither, it is carried out on the loop thread. Under the machine's lock.
+        On a thread that serves neither, it is carried out on the loop thread. Call it under the machine's lock.
         """
         self.deferred.append(act)
         if not self.events.here and threading.current_thread() not in self._threads:
@@ -390,7 +390,7 @@ class Machine:
         self._finish(str(outcome))
 
     def fail(self, error: BaseException) -> None:
-        """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread, any lock."""
+        """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread."""
         with self._ending:
             if self.outcome is not None or self._failure is not None:
                 return
@@ -517,7 +517,7 @@ class Machine:
             self.gate.open()
 
     def shutdown(self) -> None:
-        """Press the power button (ACPI): the guest may power itself off. Raises StateError without a button or unless running."""
+        """Press the power button (ACPI): the guest may power itself off. Raises StateError without one."""
         if self.state != "running":
             raise StateError(f"cannot shut down: the machine is {self.state}")
         for plugged in self.devices.values():

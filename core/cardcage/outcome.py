@@ -1,6 +1,6 @@
 """How a machine ended: what :meth:`cardcage.Machine.wait` returns and the command line's exit status.
 
-Statuses that are not a guest's debug exit are even, or 124, 130 and 2 as shells and ``timeout`` have them: a debug exit is always odd.
+A debug exit's status is always odd, all others are even: they cannot be mistaken for one another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Panicked:
 
 @frozen
 class DebugExit:
-    """The guest ended with a code, 0 to 255, through a debug exit device. Status as QEMU has it: ``code << 1 | 1``, its low 8 bits."""
+    """The guest ended with a code, 0 to 255, through a debug exit device. Status: QEMU's ``code << 1 | 1``, 8 bits."""
 
     code: int = field(validator=[ge(0), le(255)])
 

@@ -1,4 +1,4 @@
-"""What cards offer, by kind and name. A card's ``cardcage_register`` fills it; nothing here imports a card's modules."""
+"""What cards offer, by kind and name. A card's ``cardcage_register`` fills it; nothing here imports a card."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class Registry:
         self.add(Offer("security", name, factory, options, help=help))
 
     def flag(self, name: str, parse: Any, *, help: str = "", metavar: str = "SPEC") -> None:
-        """Offer a command line shorthand: ``parse(text) -> dict``, a configuration fragment merged before validation."""
+        """Offer a command line shorthand: ``parse(text) -> dict``, a fragment that is merged before validation."""
         self.add(Offer("flag", name, parse, help=help, extra={"metavar": metavar}))
 
     def command(self, name: str, run: Any, *, configure: Any = None, help: str = "") -> None:

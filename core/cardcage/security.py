@@ -1,17 +1,17 @@
 """Mediation: before each act between labelled objects the machine asks the checkers.
 
-An act is (source label, target label, class, permission), as in SELinux. Checkers stack restrictively: each may refuse by
-raising :exc:`~cardcage.errors.Denied`; an error in one refuses too; with none, a question costs one ``if``.
+An act is (source label, target label, class, permission), as in SELinux. Checkers stack restrictively: each may refuse
+by raising :exc:`~cardcage.errors.Denied`; an error in one refuses too; with none, a question costs one ``if``.
 
 Classes and permissions that the core asks about:
 
 =============  ==========================================================================================
-``machine``    ``create start pause resume reset stop add save load`` (source: ``operator`` or the guest's machine label)
+``machine``    ``create start pause resume reset stop add save load`` (source: ``operator``)
 ``device``     ``plug unplug`` (source: the machine)
 ``backend``    ``open`` (source: the device; target: the back end's kind and type, ``char:stdio``)
 ``bus``        ``claim move`` (source: the device; target: ``pio`` or ``mmio``)
 ``interrupt``  ``raise message`` (source: the device; asked when a line is taken, and at each message)
-``memory``     ``read write map`` (source: the device or boot image; asked at each access while there are checkers)
+``memory``     ``read write map`` (source: the device; asked at each access while there are checkers)
 ``card``       ``load`` (source: ``host``; target: the card's name)
 =============  ==========================================================================================
 """

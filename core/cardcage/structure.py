@@ -1,7 +1,7 @@
 """Plain tables to typed attrs classes, strictly, with errors a person can act on.
 
 Nothing is guessed: no "no" -> True, no 1.9 -> 1, no unknown key. What TOML can say maps to: ``bool int float str``,
-``list tuple set dict``, attrs classes (tables), ``X | Y``, ``Literal``, enums (by value), ``pathlib.Path`` (from text), and
+``list tuple set dict``, attrs classes (tables), ``X | Y``, ``Literal``, enums (by value), ``pathlib.Path`` (from text),
 :class:`~cardcage.units.Size` and :class:`~cardcage.units.Duration`. ``Any`` and ``object`` take anything.
 """
 

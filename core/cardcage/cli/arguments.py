@@ -11,7 +11,7 @@ from cardcage.units import Duration
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-__all__ = ["add_common_arguments", "add_machine_arguments", "draft_of"]
+__all__ = ["add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
@@ -28,7 +28,10 @@ def add_common_arguments(parser: ArgumentParser) -> None:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """``--set --accel --memory --cpus --timeout`` and the flags that cards registered (``parser`` has the host as default)."""
+    """``--set --accel --memory --cpus --timeout``, and the flags that cards registered.
+
+    The parser of a registered command has its host as the default ``host``.
+    """
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--set",

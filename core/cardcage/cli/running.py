@@ -82,7 +82,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def run_machine(machine: Machine, *, timeout: float | None = None, console: str | None = "stdio") -> int:
-    """Start *machine* (unless it runs), wait for its outcome, close it, print ``outcome: ...`` and return the exit status.
+    """Start *machine* (unless it runs), wait for its outcome, close it, print ``outcome: ...``, return the exit status.
 
     Args:
         timeout: seconds, None for ever.
