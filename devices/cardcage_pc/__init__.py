@@ -1,9 +1,10 @@
-"""Card cardcage_pc."""
+"""Card cardcage_pc: the devices of a PC's main board, its ACPI tables, and character back ends."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cardcage.device import Mmio, Pio
 from cardcage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -12,4 +13,121 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer what this card has."""
+    """Offer the platform ``pc``, its devices, and the ``char`` back ends."""
+    registry.platform("pc", "cardcage_pc.platform:expand", help="a PC: i440FX, ACPI, one serial port")
+    _devices(registry)
+    _backends(registry)
+
+
+def _devices(registry: Registry) -> None:
+    registry.device(
+        "pic",
+        "cardcage_pc.pic:Pic",
+        options="cardcage_pc.pic:PicOptions",
+        regions=(
+            Pio(2, 0x20, "master", "read_master", "write_master"),
+            Pio(2, 0xA0, "slave", "read_slave", "write_slave"),
+            Pio(2, 0x4D0, "elcr", "read_elcr", "write_elcr"),
+        ),
+        help="two 8259A interrupt controllers",
+    )
+    registry.device("ioapic", "cardcage_pc.ioapic:IoApic", regions=(Mmio(0x1000, 0xFEC00000),), help="82093AA I/O APIC")
+    registry.device(
+        "pit",
+        "cardcage_pc.pit:Pit",
+        regions=(Pio(4, 0x40), Pio(1, 0x61, "speaker", "read_speaker", "write_speaker")),
+        help="8254 interval timer",
+    )
+    registry.device(
+        "rtc",
+        "cardcage_pc.rtc:Rtc",
+        options="cardcage_pc.rtc:RtcOptions",
+        regions=(Pio(2, 0x70),),
+        help="MC146818 real-time clock and CMOS RAM",
+    )
+    registry.device(
+        "hpet", "cardcage_pc.hpet:Hpet", regions=(Mmio(0x400, 0xFED00000),), help="IA-PC HPET, three timers"
+    )
+    registry.device(
+        "i8042",
+        "cardcage_pc.i8042:I8042",
+        regions=(
+            Pio(1, 0x60, "data", "read_data", "write_data"),
+            Pio(1, 0x64, "command", "read_status", "write_command"),
+            Pio(1, 0x92, "fast", "read_fast", "write_fast"),
+        ),
+        help="keyboard controller, PS/2 keyboard and mouse, reset",
+    )
+    registry.device(
+        "acpi-pm", "cardcage_pc.acpi_pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
+    )
+    registry.device("acpi", "cardcage_pc.acpi:Acpi", help="ACPI tables, from what the devices announce")
+    registry.device(
+        "fw_cfg",
+        "cardcage_pc.fw_cfg:FwCfg",
+        options="cardcage_pc.fw_cfg:FwCfgOptions",
+        regions=(Pio(12, 0x510),),
+        help="files for firmware and guests",
+    )
+    registry.device(
+        "i440fx", "cardcage_pc.i440fx:HostBridge", bus="pci", help="host bridge identity and PAM registers (at 00.0)"
+    )
+    registry.device(
+        "isa-serial",
+        "cardcage_pc.serial:Serial",
+        options="cardcage_pc.serial:SerialOptions",
+        regions=(Pio(8, 0x3F8),),
+        help="16550A UART",
+    )
+    registry.device("port80", "cardcage_pc.debug:Port80", regions=(Pio(1, 0x80),), help="POST codes, logged")
+    registry.device(
+        "pvpanic", "cardcage_pc.debug:PvPanic", regions=(Pio(1, 0x505),), help="the guest tells of its panic"
+    )
+    registry.device(
+        "isa-debug-exit",
+        "cardcage_pc.debug:IsaDebugExit",
+        options="cardcage_pc.debug:IsaDebugExitOptions",
+        regions=(Pio(4, 0xF4),),
+        help="a write ends the machine with a status",
+    )
+    registry.device(
+        "debugcon",
+        "cardcage_pc.debug:DebugCon",
+        options="cardcage_pc.debug:DebugConOptions",
+        regions=(Pio(1, 0xE9),),
+        help="debug console",
+    )
+
+
+def _backends(registry: Registry) -> None:
+    registry.backend(
+        "char",
+        "stdio",
+        "cardcage_pc.char_stdio:open_stdio",
+        options="cardcage_pc.char_stdio:StdioOptions",
+        help="this terminal, Ctrl-] to leave; or plain pipes",
+    )
+    registry.backend(
+        "char",
+        "pty",
+        "cardcage_pc.char_pty:open_pty",
+        options="cardcage_pc.char_pty:PtyOptions",
+        help="a new pseudo-terminal",
+    )
+    registry.backend(
+        "char",
+        "socket",
+        "cardcage_pc.char_socket:open_socket",
+        options="cardcage_pc.char_socket:SocketOptions",
+        shorthand="cardcage_pc.char_fd:parse_path",
+        help="a unix socket",
+    )
+    registry.backend(
+        "char",
+        "file",
+        "cardcage_pc.char_fd:open_file",
+        options="cardcage_pc.char_fd:FileOptions",
+        shorthand="cardcage_pc.char_fd:parse_path",
+        help="output to a file",
+    )
+    registry.backend("char", "null", "cardcage_pc.char_fd:open_null", help="nothing at the other end")
