@@ -67,7 +67,7 @@ class EventLoop:
         self.post(lambda: self._locked(callback))
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call *callback* under the machine's lock whenever *fd* is readable, in place of an earlier one. Any thread."""
+        """Call *callback* under the machine's lock whenever *fd* is readable, replacing an earlier one. Any thread."""
         self._readers[fd] = callback
         if self.here:
             self._apply(fd, callback)

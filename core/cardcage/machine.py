@@ -12,8 +12,8 @@ which it stays; ``stop`` and each outcome: any -> stopped. A transition that fai
 ``built``, and stops any other with the error, which ``wait`` raises.
 
 **The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are
-carried out on the loop thread, one after another. What a device asks for (reset, power-off, a change of the memory map)
-is carried out after the access that asked, once the lock is free.
+carried out on the loop thread, one after another. What a device asks for (reset, power-off) is carried out after the
+access that asked. A change of the RAM layout is made under the lock and inside ``vm.quiesce()``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from cardcage.eventloop import EventLoop, MachineClock
 from cardcage.events import Observers
 from cardcage.gate import Gate
 from cardcage.host import Host
-from cardcage.interrupts import Line
-from cardcage.memory import PhysicalMemory, RamRange
+from cardcage.memory import PhysicalMemory
 from cardcage.ops import MachineOps, ObservedOps
 from cardcage.runner import run_vcpu
 from cardcage.security import Mediator
+from cardcage.wiring import Wiring
 from cardcage.x86 import reset_state
 
 if TYPE_CHECKING:
@@ -45,13 +45,11 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from cardcage.device import BootImage
+    from cardcage.interrupts import ExtIntSource, InterruptController
     from cardcage.slot import PluggedDevice
     from cardcage.vcpu import VCpu
 
-__all__ = ["LINES", "Machine"]
-
-LINES = 24
-"""Global system interrupts: the inputs of a PC's one IOAPIC."""
+__all__ = ["Machine"]
 
 
 class Machine:
@@ -132,17 +130,12 @@ class Machine:
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._closed = False
-        self.deferred: list[Callable[[], None]] = []
         self.observers = Observers(self.log, self._choose_ops)
         self.devices: dict[str, PluggedDevice] = {}
         self.vcpus: list[VCpu] = []
         self._threads: list[threading.Thread] = []
         self._cleanup = ExitStack()
         self.policies: list[Any] = []
-        self._controllers: list[Callable[[int, bool], None]] = []
-        self._eoi_listeners: list[Callable[[int], None]] = []
-        self._acknowledge: Callable[[], int | None] | None = None
-        self.extint_level = False
         self._image: BootImage | None = None
         try:
             self._build()
@@ -167,7 +160,9 @@ class Machine:
         make_ram(self.memory, config)
         self.memory.attach(self.vm)
         self.memory.on_written = self.vm.memory_written
-        self.lines = [Line(self._line_changed(gsi)) for gsi in range(LINES)]
+        self.gate = Gate(self._kick_all)
+        self.wiring = Wiring(self.vm, self.irqchip, self.gate.wake)
+        self.lines = self.wiring.lines
         self.events = EventLoop(self.name, self._locked_call)
         self.clock = MachineClock(self.events)
         self._cleanup.callback(self.clock.close)
@@ -175,7 +170,6 @@ class Machine:
         self.console = Console(self.events.call_soon)
         self._choose_ops()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
-        self.gate = Gate(self._kick_all)
         host.machines.append(self)
         with self.lock:
             plug_all(self)
@@ -232,50 +226,28 @@ class Machine:
 
     # interrupts
 
-    def _line_changed(self, gsi: int) -> Callable[[bool], None]:
-        def changed(level: bool) -> None:
-            if self.irqchip == "full":
-                self.vm.set_irq(gsi, level)
-            else:
-                for controller in self._controllers:
-                    controller(gsi, level)
-
-        return changed
-
-    def add_controller(self, set_irq: Callable[[int, bool], None]) -> None:
+    def add_controller(self, controller: InterruptController) -> None:
         """For PIC and IOAPIC cards: ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
-        self._controllers.append(set_irq)
+        self.wiring.controllers.append(controller)
 
-    def set_extint_source(self, acknowledge: Callable[[], int | None]) -> None:
-        """For the PIC card: ``acknowledge()`` is the INTA cycle; it returns the vector, or None when there is none."""
-        self._acknowledge = acknowledge
+    def set_extint_source(self, source: ExtIntSource) -> None:
+        """For the PIC card: whose ``acknowledge()`` is the INTA cycle."""
+        self.wiring.extint_source = source
 
     def set_extint(self, level: bool) -> None:
         """For the PIC card: drive its INTR output. Under the machine's lock."""
-        self.extint_level = level
-        self.vm.set_extint(level)
-        if level:
-            self.gate.wake()
+        self.wiring.set_extint(level)
 
     def add_eoi_listener(self, listener: Callable[[int], None]) -> None:
         """For the IOAPIC card: ``listener(vector)`` at each EOI broadcast of a local APIC (irqchip ``split``)."""
-        self._eoi_listeners.append(listener)
-
-    def acknowledge_extint(self) -> int | None:
-        """The INTA cycle, under the machine's lock."""
-        return self._acknowledge() if self._acknowledge is not None else None
-
-    def end_of_interrupt(self, vector: int) -> None:
-        """An EOI broadcast, under the machine's lock."""
-        for listener in self._eoi_listeners:
-            listener(vector)
+        self.wiring.eoi_listeners.append(listener)
 
     def inject_nmi(self, cpu: int = 0) -> None:
         """Send an NMI to vCPU *cpu*. Thread-safe."""
         self.vm.inject_nmi(cpu)
         self.gate.wake()
 
-    # the lock, and what waits for it to be free
+    # the lock
 
     def _choose_ops(self) -> None:
         """vCPUs serve accesses through an object without any hook in it, unless somebody observes."""
@@ -294,45 +266,6 @@ class Machine:
                 callback()
         except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
             self.fail(error)
-        if self.deferred:
-            self.run_deferred()
-
-    def defer(self, act: Callable[[], None]) -> None:
-        """Carry *act* out after the access or callback that runs now, on the same thread, once the lock is free.
-
-        On a thread that serves neither, it is carried out on the loop thread. Call it under the machine's lock.
-        """
-        self.deferred.append(act)
-        if not self.events.here and threading.current_thread() not in self._threads:
-            self.events.post(self.run_deferred)
-
-    def run_deferred(self) -> None:
-        """Carry out what was deferred. Called without the machine's lock."""
-        while True:
-            with self.lock:
-                acts, self.deferred = self.deferred, []
-            if not acts:
-                return
-            for act in acts:
-                try:
-                    act()
-                except BaseException as error:  # as any exception of a card
-                    self.fail(error)
-
-    def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
-        """Change which RAM shows where, with all vCPUs out of guest code, before the guest's next instruction.
-
-        For PAM, SMRAM and ROM shadowing: under the machine's lock it is deferred to the end of the access.
-        """
-
-        def change() -> None:
-            with self.vm.quiesce(), self.lock:
-                self.memory.change(add, remove)
-
-        if self.state == "built":
-            self.memory.change(add, remove)
-        else:
-            self.defer(change)
 
     # requests of devices
 
@@ -375,7 +308,6 @@ class Machine:
     def _guarded(self, act: Callable[[], None]) -> None:
         try:
             act()
-            self.run_deferred()
         except BaseException as error:  # a card's, or the accelerator's: the machine cannot go on
             self.fail(error)
 
@@ -510,7 +442,6 @@ class Machine:
             for plugged in self.devices.values():
                 if "reset" in plugged.abilities:
                     plugged.device.reset()
-        self.run_deferred()  # the memory map, before the boot image is loaded into it
         self._load_image()
         self.observers.emit("reset", why)
         if self.state == "running":

@@ -11,7 +11,7 @@ __all__ = ["MachineOps", "ObservedOps"]
 
 
 class MachineOps:
-    """Serves accesses under the machine's lock; what devices asked for meanwhile is carried out once it is free."""
+    """Serves accesses under the machine's lock."""
 
     __slots__ = ("_lock", "_machine", "_mmio_read", "_mmio_write", "_pio_read", "_pio_write")
 
@@ -22,37 +22,27 @@ class MachineOps:
 
     def pio_read(self, port: int, size: int, /) -> int:
         with self._lock:
-            value = self._pio_read(port, size)
-        if self._machine.deferred:
-            self._machine.run_deferred()
-        return value
+            return self._pio_read(port, size)
 
     def pio_write(self, port: int, size: int, value: int, /) -> None:
         with self._lock:
             self._pio_write(port, size, value)
-        if self._machine.deferred:
-            self._machine.run_deferred()
 
     def mmio_read(self, address: int, size: int, /) -> int:
         with self._lock:
-            value = self._mmio_read(address, size)
-        if self._machine.deferred:
-            self._machine.run_deferred()
-        return value
+            return self._mmio_read(address, size)
 
     def mmio_write(self, address: int, size: int, value: int, /) -> None:
         with self._lock:
             self._mmio_write(address, size, value)
-        if self._machine.deferred:
-            self._machine.run_deferred()
 
     def acknowledge_extint(self) -> int | None:
         with self._lock:
-            return self._machine.acknowledge_extint()
+            return self._machine.wiring.acknowledge()
 
     def end_of_interrupt(self, vector: int, /) -> None:
         with self._lock:
-            self._machine.end_of_interrupt(vector)
+            self._machine.wiring.end_of_interrupt(vector)
 
 
 class ObservedOps(MachineOps):

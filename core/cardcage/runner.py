@@ -25,7 +25,7 @@ def run_vcpu(machine: Machine, vcpu: VCpu) -> None:
             if reason is Exit.KICKED:
                 continue
             if reason is Exit.HALTED:
-                gate.halt(lambda: machine.extint_level)
+                gate.halt(lambda: machine.wiring.extint_level)
             elif reason is Exit.SHUTDOWN:
                 machine.crash(index, leave.detail)
             elif reason is Exit.RESET:

@@ -111,6 +111,11 @@ class DeviceSlot:
 
     # interrupts
 
+    @property
+    def gsi(self) -> int | None:
+        """The configuration's ``irq`` key, for devices that have a usual interrupt without it."""
+        return self.config.irq
+
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         """A source of line *gsi* (0 to 23); by default the line that the device's bus gave, or the ``irq`` key."""
         if gsi is None:
@@ -126,6 +131,11 @@ class DeviceSlot:
         self._allow(self.machine.label, "interrupt", "raise")
         self.irqs.append(gsi)
         return self.machine.lines[gsi].source()
+
+    @property
+    def irq_number(self) -> int | None:
+        """The ``irq`` key, None where the configuration has none."""
+        return self.config.irq
 
     def give_irq(self, line: IrqLine) -> None:
         """For a device's bus: what :meth:`irq` without a number is to return (a PCI function's INTx pin)."""
