@@ -175,6 +175,12 @@ class Slot(Protocol):
     """``none``, ``split`` or ``full``: what the accelerator holds itself."""
     vm: Any
     """The :class:`~cardcage.accelerator.AcceleratedVm`, for devices that use its capabilities (doorbells, irqfds)."""
+
+    @property
+    def irq_number(self) -> int | None:
+        """The configuration's ``irq`` key, ``None`` when it is not given."""
+        ...
+
     machine: Any
     """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``."""
 

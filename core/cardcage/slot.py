@@ -111,11 +111,6 @@ class DeviceSlot:
 
     # interrupts
 
-    @property
-    def gsi(self) -> int | None:
-        """The configuration's ``irq`` key, for devices that have a usual interrupt without it."""
-        return self.config.irq
-
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         """A source of line *gsi* (0 to 23); by default the line that the device's bus gave, or the ``irq`` key."""
         if gsi is None:
