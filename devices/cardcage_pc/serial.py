@@ -81,7 +81,7 @@ class Serial:
     def plug(self, slot: Slot, /) -> None:
         """Take interrupt (4 or 3 at the standard ports, else the ``irq`` key) and back end."""
         base = slot.mappings[0].address
-        irq = STANDARD_IRQ.get(base or 0) if slot.gsi is None else slot.gsi
+        irq = STANDARD_IRQ.get(base or 0) if slot.irq_number is None else slot.irq_number
         self._irq = slot.irq(irq)
         self._clock, self._timer = slot.clock, slot.clock.timer(self._timeout)
         self._back: Any = slot.open("char", self.options.char)
