@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the boot protocols."""
+    """Offer the boot protocols, their back ends and the command."""
     for name, stem, text in (
         ("linux", "Linux", "Linux bzImage by the 64-bit boot protocol"),
         ("pvh", "Pvh", "ELF kernel with a PVH entry note (vmlinux, Xen)"),
@@ -24,3 +24,23 @@ def cardcage_register(registry: Registry) -> None:
         registry.boot(
             name, f"cardcage_boot.{name}:{stem}Loader", options=f"cardcage_boot.options:{stem}Options", help=text
         )
+    registry.backend(
+        "char",
+        "linux-console",
+        "cardcage_boot.channel:open_console",
+        options="cardcage_boot.channel:ConsoleOptions",
+        help="passes a Linux console on, and reports its kernel panic to the machine",
+    )
+    registry.backend(
+        "char",
+        "exec-output",
+        "cardcage_boot.channel:open_exec",
+        options="cardcage_boot.channel:ExecOptions",
+        help="the output and status of a command that init runs (cardcage boot --exec)",
+    )
+    registry.command(
+        "boot",
+        "cardcage_boot.command:run",
+        configure="cardcage_boot.command:configure",
+        help="boot a Linux kernel to a shell, or run one command in it",
+    )

@@ -32,6 +32,7 @@ drivers() {  # for each device id, the modules that drive it, in order
 drivers  # buses and their transports first,
 drivers  # then what they carry
 
+interactive=1 rows=0 cols=0
 if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
 
 if [ -f /cardcage/exec ]; then
@@ -41,12 +42,19 @@ if [ -f /cardcage/exec ]; then
     printf '\0cardcage-begin %s\n' "$token" > /dev/console
     setsid sh /cardcage/exec < /dev/null > /dev/ttyS1 2> /dev/console
     status=$?
-    kill -9 -1  # what it left in the background must not write after the end mark
+    kill -9 -1  # what it left in the background must not write after the end marks
+    printf '\0cardcage-end %s\n' "$token" > /dev/console
     printf '\0cardcage-end %s %d\n' "$token" "$status" > /dev/ttyS1
-    sync
-    poweroff -f
+elif [ "$interactive" = 1 ]; then
+    [ "$rows" = 0 ] || stty -F /dev/console rows "$rows" cols "$cols"
+    setsid cttyhack sh -l
+else
+    # Commands come through the console from what is no terminal, and end with its end-of-file character.
+    dmesg -n 1
+    stty -F /dev/console -echo -onlcr
+    printf '\0cardcage-begin %s\n' "$token" > /dev/console
+    setsid sh +i
+    printf '\0cardcage-end %s\n' "$token" > /dev/console
 fi
-
-setsid cttyhack sh -l
 sync
 poweroff -f

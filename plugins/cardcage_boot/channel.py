@@ -1,0 +1,236 @@
+"""Char back ends of ``cardcage boot``: the console that notices a kernel panic, and the channel of ``--exec``.
+
+init (``init.sh``) frames what belongs to the command with marks that hold a token made for this one boot: on the
+console ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN LF``, and on the second serial port, after the
+command's last byte, ``NUL cardcage-end TOKEN STATUS LF``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen
+from attrs.validators import in_
+from cardcage.outcome import Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.backends import CharBackend
+    from cardcage.device import Slot
+
+__all__ = [
+    "ConsoleOptions",
+    "ExecOptions",
+    "FdSink",
+    "LinuxConsole",
+    "Marked",
+    "PanicWatch",
+    "open_console",
+    "open_exec",
+]
+
+BATCH = 4096
+LINE_MAX = 1024
+BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ended."""
+
+
+@frozen
+class ConsoleOptions:
+    """Options of the back end ``linux-console``.
+
+    Attributes:
+        char: where the console goes, when ``token`` is empty.
+        token: only what lies between the marks with this token goes out, to the file descriptor ``fd``.
+        fd: 1 or 2.
+    """
+
+    char: str | dict[str, object] = "stdio"
+    token: str = ""
+    fd: int = field(default=1, validator=in_((1, 2)))
+
+
+@frozen
+class ExecOptions:
+    """Options of the back end ``exec-output``.
+
+    Attributes:
+        token: what the mark after the output holds.
+        status: number of an open file descriptor, to which the decimal status is written.
+    """
+
+    token: str
+    status: int
+
+
+class FdSink:
+    """Writes to a file descriptor in batches, in order, losing nothing while somebody reads.
+
+    A reader that is slow makes the guest wait; one that has gone ends the machine (``gone`` is then true).
+    """
+
+    def __init__(self, slot: Slot, fd: int) -> None:
+        self._slot, self._fd = slot, fd
+        self._kept = bytearray()
+        self.gone = False
+
+    def write(self, data: bytes) -> None:
+        """Keep *data* and see that it is written soon."""
+        if not self._kept:
+            self._slot.call_soon(self.flush)
+        self._kept += data
+        if len(self._kept) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept. Gives up when the host has stopped the machine and nobody reads."""
+        try:
+            while self._kept and not self.gone:
+                if select.select([], [self._fd], [], 0.1)[1]:
+                    del self._kept[: os.write(self._fd, self._kept[: select.PIPE_BUF])]
+                elif isinstance(self._slot.machine.outcome, Stopped):
+                    break
+        except BlockingIOError:
+            self._slot.call_soon(self.flush)
+            return
+        except OSError:  # closed by its reader, or the disk is full: the guest cannot help it
+            self.gone = True
+        self._kept.clear()
+
+
+@define
+class PanicWatch:
+    """Looks for a Linux kernel's panic message in console output and calls *found* with it, once."""
+
+    found: Callable[[str], None]
+    _line: bytearray = field(factory=bytearray)
+    _done: bool = False
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes of the console."""
+        if self._done:
+            return
+        self._line += data
+        if b"\n" not in data:
+            del self._line[:-LINE_MAX]
+            return
+        *lines, rest = self._line.split(b"\n")
+        self._line = bytearray(rest[-LINE_MAX:])
+        for line in lines:
+            panic = re.search(rb"Kernel panic - not syncing: ?([^\r]*)", line)
+            if panic:
+                self._done = True
+                self.found(panic[1].decode("utf-8", "replace"))
+                return
+
+
+@define
+class Marked:
+    """Splits a stream at a mark that may come in pieces; never holds back more than could begin the mark."""
+
+    mark: bytes
+    _kept: bytearray = field(factory=bytearray)
+    after: bytearray | None = None
+    """What came after the mark, ``None`` until it came."""
+
+    def feed(self, data: bytes) -> bytes:
+        """The next bytes; returns those that are surely before the mark."""
+        if self.after is not None:
+            self.after += data
+            return b""
+        self._kept += data
+        at = self._kept.find(self.mark)
+        if at >= 0:
+            out, self.after = bytes(self._kept[:at]), self._kept[at + len(self.mark) :]
+            self._kept = bytearray()
+            return out
+        longest = min(len(self.mark) - 1, len(self._kept))
+        held = next((size for size in range(longest, 0, -1) if self._kept.endswith(self.mark[:size])), 0)
+        out = bytes(self._kept[: len(self._kept) - held])
+        del self._kept[: len(out)]
+        return out
+
+
+class LinuxConsole:
+    """Back end ``linux-console``: passes the console on and reports a kernel panic to the machine."""
+
+    def __init__(self, slot: Slot, options: ConsoleOptions) -> None:
+        self._watch = PanicWatch(slot.control.request_panic)
+        self._marked = bool(options.token)
+        self._begin = Marked(f"\0cardcage-begin {options.token}\n".encode())
+        self._end = Marked(f"\0cardcage-end {options.token}\n".encode())
+        self._sink = FdSink(slot, options.fd)
+        self._inner: CharBackend | None = None if self._marked else slot.open("char", options.char)
+
+    def start(self, received: Callable[[bytes], None], /) -> None:
+        """Begin; see CharBackend."""
+        if self._inner is not None:
+            self._inner.start(received)
+
+    def write(self, data: bytes, /) -> None:
+        """Bytes from the guest."""
+        if self._inner is not None:
+            self._inner.write(data)
+        else:
+            self._begin.feed(data)
+            if self._begin.after:
+                out = self._end.feed(bytes(self._begin.after))
+                self._begin.after.clear()
+                if out:
+                    self._sink.write(out)
+        self._watch.feed(data)
+
+    def close(self) -> None:
+        """Write what is left. The inner back end is the slot's to close."""
+        self._sink.flush()
+
+
+class ExecOutput:
+    """Back end ``exec-output``: a command's output goes to standard output, its status to a file descriptor."""
+
+    def __init__(self, slot: Slot, options: ExecOptions) -> None:
+        self._slot, self._status_fd = slot, options.status
+        self._mark = Marked(f"\0cardcage-end {options.token} ".encode())
+        self._output = FdSink(slot, 1)
+        self._reported = False
+
+    def start(self, received: Callable[[bytes], None], /) -> None:
+        """Begin; nothing is ever sent to the guest."""
+
+    def write(self, data: bytes, /) -> None:
+        """Bytes from the guest."""
+        out = self._mark.feed(data)
+        if out:
+            self._output.write(out)
+        if self._output.gone:
+            self._report(BROKEN_PIPE)
+            self._slot.machine.end(Stopped("nobody reads the command's output"))
+        after = self._mark.after
+        if after is not None and after.endswith(b"\n"):
+            digits = bytes(after).strip()
+            if digits.isdigit() and len(digits) <= 3:
+                self._output.flush()
+                self._report(int(digits) & 0xFF)
+
+    def _report(self, status: int) -> None:
+        if not self._reported:
+            self._reported = True
+            os.write(self._status_fd, b"%d\n" % status)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._output.flush()
+
+
+def open_console(slot: Slot, options: ConsoleOptions) -> LinuxConsole:
+    """Open the back end ``linux-console``."""
+    return LinuxConsole(slot, options)
+
+
+def open_exec(slot: Slot, options: ExecOptions) -> ExecOutput:
+    """Open the back end ``exec-output``."""
+    return ExecOutput(slot, options)
