@@ -5,11 +5,11 @@
 %rep 256
     align 16, nop
     push word vector
-    jmp near common
+    jmp near entry
   %assign vector vector + 1
 %endrep
 
-common:
+entry:
     push bp
     mov bp, sp
     push ax

@@ -9,11 +9,11 @@
     push 0
   %endif
     push dword vector
-    jmp near common
+    jmp near entry
   %assign vector vector + 1
 %endrep
 
-common:
+entry:
     push rax
     push rbx
     mov rbx, [rsp + 16]

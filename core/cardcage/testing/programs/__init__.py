@@ -1,0 +1,18 @@
+"""The table of conformance programs, by theme. Each module holds ``PROGRAMS``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cardcage.testing.conformance import Program
+
+__all__ = ["THEMES", "all_programs"]
+
+THEMES = ("integer", "strings", "modes", "exceptions", "paging", "devices", "code")
+
+
+def all_programs() -> list[Program]:
+    """Every program, in the order of themes."""
+    return [one for theme in THEMES for one in import_module(f"cardcage.testing.programs.{theme}").PROGRAMS]

@@ -1,0 +1,297 @@
+"""Exceptions with their error codes, traps and faults that end the machine."""
+
+from __future__ import annotations
+
+from cardcage.testing.conformance import Fault, Program
+from cardcage.vcpu import Exit
+
+PROGRAMS = (
+    Program(
+        "divide-error",
+        "DIV by zero and overflow raise #DE at the instruction, with operands unchanged",
+        """
+    mov eax, 100
+    xor edx, edx
+    xor ecx, ecx
+    expect_fault one
+at_zero:
+    div ecx
+one:
+    mov rdx, 5
+    mov rax, 7
+    mov rcx, 5
+    expect_fault two
+at_overflow:
+    div rcx
+two:
+    mov r8, rdx
+    mov r9, rax
+    mov eax, 0x80000000
+    cdq
+    mov ecx, -1
+    expect_fault three
+at_signed:
+    idiv ecx
+three:
+    done
+""",
+        registers={"r8": 5, "r9": 7, "rax": 0x80000000, "rdx": 0xFFFFFFFF},
+        faults=(Fault(0, rip="at_zero"), Fault(0, rip="at_overflow"), Fault(0, rip="at_signed")),
+    ),
+    Program(
+        "breakpoint-and-int",
+        "INT3 and INT n are traps: the saved RIP is behind them",
+        """
+    int3
+at_one:
+    int 3
+at_two:
+    int 0x80
+    mov eax, [abs IRQS + 0x80 * 4]
+    done
+""",
+        registers={"rax": 1},
+        faults=(Fault(3, rip="at_one"), Fault(3, rip="at_two")),
+    ),
+    Program(
+        "undefined-opcodes",
+        "UD2, 64-bit mode's removed opcodes and a misplaced LOCK raise #UD at the instruction",
+        """
+    expect_fault one
+at_ud2:
+    ud2
+one:
+    expect_fault two
+at_removed:
+    db 0x06                 ; push es
+two:
+    expect_fault three
+at_lock:
+    db 0xF0, 0x89, 0xC0     ; lock mov eax, eax
+three:
+    expect_fault four
+at_ud0:
+    db 0x0F, 0xFF, 0xC0
+four:
+    expect_fault five
+at_daa:
+    db 0x27
+five:
+    done
+""",
+        faults=tuple(Fault(6, rip=f"at_{name}") for name in ("ud2", "removed", "lock", "ud0", "daa")),
+    ),
+    Program(
+        "general-protection",
+        "Non-canonical addresses, bad selectors, reserved control bits and unknown MSRs raise #GP with their error code",
+        """
+    mov rbx, 0x8000000000000000
+    expect_fault one
+at_load:
+    mov rax, [rbx]
+one:
+    mov eax, 0x2003
+    expect_fault two
+at_selector:
+    mov ds, ax              ; beyond the GDT's limit
+two:
+    mov ecx, 0x12345678
+    expect_fault three
+at_msr:
+    rdmsr
+three:
+    mov rax, cr4
+    bts rax, 50
+    expect_fault four
+at_cr4:
+    mov cr4, rax
+four:
+    mov rax, cr0
+    btr rax, 0              ; PG without PE
+    expect_fault five
+at_cr0:
+    mov cr0, rax
+five:
+    mov rax, 0x8000000000000000
+    expect_fault six
+    push six
+    mov r8, rsp
+    jmp over
+six:
+    done
+over:
+at_jump:
+    jmp rax
+""",
+        faults=(
+            Fault(13, 0, rip="at_load"),
+            Fault(13, 0x2000, rip="at_selector"),
+            Fault(13, 0, rip="at_msr"),
+            Fault(13, 0, rip="at_cr4"),
+            Fault(13, 0, rip="at_cr0"),
+            Fault(13, 0, rip="at_jump"),
+        ),
+    ),
+    Program(
+        "page-fault-codes",
+        "#PF tells read, write, present and fetch apart, puts the address in CR2, and faults before anything changed",
+        """
+    mov qword [abs PTE(0x65000)], 0
+    mov qword [abs PTE(0x66000)], 0x66005       ; read-only
+    bts qword [abs PTE(0x67000)], 63            ; no execute
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault one
+at_read:
+    mov eax, [abs 0x65123]
+one:
+    expect_fault two
+at_write:
+    mov [abs 0x65FFF], eax
+two:
+    mov ecx, 7
+    expect_fault three
+at_readonly:
+    add [abs 0x66010], ecx
+three:
+    mov r8d, [abs 0x66010]
+    expect_fault four
+    mov rax, 0x67000
+    jmp rax
+four:
+    expect_fault five
+    mov eax, 0x65008
+    jmp rax
+five:
+    expect_fault six
+    mov rbx, rsp
+    mov rsp, 0x66800
+at_push:
+    push rax
+six:
+    mov r9, rsp
+    mov rsp, rbx
+    done
+""",
+        registers={"r8": 0, "r9": 0x66800},
+        faults=(
+            Fault(14, 0, rip="at_read", cr2=0x65123),
+            Fault(14, 2, rip="at_write", cr2=0x65FFF),
+            Fault(14, 3, rip="at_readonly", cr2=0x66010),
+            Fault(14, 0x11, cr2=0x67000),
+            Fault(14, 0x10, cr2=0x65008),
+            Fault(14, 3, rip="at_push", cr2=0x667F8),
+        ),
+    ),
+    Program(
+        "single-step",
+        "RFLAGS.TF traps behind each instruction, and the handler runs with TF clear",
+        """
+    pushfq
+    or qword [rsp], 0x100
+    popfq
+    nop
+at_one:
+    mov eax, 5
+at_two:
+    pushfq
+at_three:
+    and qword [rsp], ~0x100
+at_four:
+    popfq
+at_five:
+    nop
+    done
+""",
+        registers={"rax": 5},
+        faults=tuple(Fault(1, rip=f"at_{name}") for name in ("one", "two", "three", "four", "five")),
+    ),
+    Program(
+        "triple-fault",
+        "An exception that cannot be delivered, twice over, ends the run as a shutdown",
+        """
+    lidt [abs empty]
+    ud2
+empty: dw 0
+    dq 0
+""",
+        exit=Exit.SHUTDOWN,
+    ),
+    Program(
+        "double-fault",
+        "A fault while an exception is delivered becomes #DF with error code 0, on its IST stack",
+        """
+    expect_fault over
+    mov word [abs IDT + 6 * 16 + 2], 0x2000     ; #UD's gate names a selector beyond the GDT
+at_first:
+    ud2
+over:
+    mov rax, [abs FAULTS + 64 + 40]
+    done
+""",
+        registers={"rax": 0x28000},
+        faults=(Fault(8, 0, rip="at_first"),),
+    ),
+    Program(
+        "exceptions-32",
+        "32-bit code gets #OF, #BR, #NP, #SS, #GP and #TS with their error codes",
+        """
+    mov al, 0x7F
+    add al, 1
+    into
+at_into:
+    mov dword [DATA], 1
+    mov dword [DATA + 4], 5
+    mov ecx, 6
+    expect_fault one
+at_bound:
+    bound ecx, [DATA]
+one:
+    mov dword [GDT + 0x58], 0x0000FFFF
+    mov dword [GDT + 0x5C], 0x00CF1300      ; not present
+    mov ax, 0x58
+    expect_fault two
+at_absent:
+    mov es, ax
+two:
+    expect_fault three
+at_stack:
+    mov ss, ax
+three:
+    mov ax, CS32
+    expect_fault four
+at_code:
+    mov ss, ax
+four:
+    mov dword [GDT + 0x60], 0x00000FFF
+    mov dword [GDT + 0x64], 0x00409306      ; base 0x60000, limit 0xFFF
+    mov ax, 0x60
+    mov fs, ax
+    expect_fault five
+at_limit:
+    mov eax, [fs:0xFFD]
+five:
+    mov eax, [fs:0xFFC]
+    mov ax, 0x60
+    mov ss, ax
+    mov esp, 0x1010
+    expect_fault six
+at_push:
+    pop ebx
+six:
+    mov ax, DS0
+    mov ss, ax
+    mov esp, 0x28000
+    done
+""",
+        start="protected32",
+        faults=(
+            Fault(4, rip="at_into"),
+            Fault(5, rip="at_bound"),
+            Fault(11, 0x58, rip="at_absent"),
+            Fault(12, 0x58, rip="at_stack"),
+            Fault(13, 0x18, rip="at_code"),
+            Fault(13, 0, rip="at_limit"),
+        ),
+    ),
+)

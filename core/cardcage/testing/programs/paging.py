@@ -1,0 +1,143 @@
+"""Paging: formats, accessed and dirty bits, write protection."""
+
+from __future__ import annotations
+
+from cardcage.testing.conformance import Fault, Program
+
+PROGRAMS = (
+    Program(
+        "accessed-dirty",
+        "A read sets the accessed bit of every level's entry, a write the dirty bit of the last one",
+        """
+    mov rax, [abs 0x61000]
+    mov r8, [abs PTE(0x61000)]
+    and r8, 0x60
+    mov qword [abs 0x62000], 1
+    mov r9, [abs PTE(0x62000)]
+    and r9, 0x60
+    mov r10, [abs PTE(0x63000)]
+    and r10, 0x60
+    mov r11, [abs 0x50000]
+    and r11, 0x20
+    mov r12, [abs 0x52000 + 8]              ; 2 MiB page, untouched
+    and r12, 0x60
+    mov rax, [abs 0x200000]
+    mov r13, [abs 0x52000 + 8]
+    and r13, 0x60
+    mov byte [abs 0x200000], 1
+    mov r14, [abs 0x52000 + 8]
+    and r14, 0x60
+    xor eax, eax
+    done
+""",
+        registers={"r8": 0x20, "r9": 0x60, "r10": 0, "r11": 0x20, "r12": 0, "r13": 0x20, "r14": 0x60},
+    ),
+    Program(
+        "remap-page",
+        "After INVLPG or a CR3 load, an address shows the page that its entry now names",
+        """
+    mov dword [abs 0x61000], 0x1111
+    mov dword [abs 0x62000], 0x2222
+    mov eax, [abs 0x61000]
+    mov r8, rax
+    mov qword [abs PTE(0x61000)], 0x62007
+    invlpg [abs 0x61000]
+    mov eax, [abs 0x61000]
+    mov r9, rax
+    mov dword [abs 0x61004], 0x3333
+    mov qword [abs PTE(0x61000)], 0x61007
+    mov rax, cr3
+    mov cr3, rax
+    mov r10d, [abs 0x61000]
+    mov r11d, [abs 0x62004]
+    mov rbx, HIGH
+    mov r12d, [rbx + 0x62004]
+    done
+""",
+        registers={"r8": 0x1111, "r9": 0x2222, "r10": 0x1111, "r11": 0x3333, "r12": 0x3333},
+    ),
+    Program(
+        "write-protect",
+        "Ring 0 may write read-only pages while CR0.WP is clear, and not while it is set",
+        """
+    mov qword [abs PTE(0x66000)], 0x66005
+    invlpg [abs 0x66000]
+    expect_fault one
+at_write:
+    mov byte [abs 0x66000], 1
+one:
+    mov rax, cr0
+    btr rax, 16
+    mov cr0, rax
+    mov byte [abs 0x66000], 2
+    bts rax, 16
+    mov cr0, rax
+    expect_fault two
+at_again:
+    mov byte [abs 0x66000], 3
+two:
+    movzx eax, byte [abs 0x66000]
+    done
+""",
+        registers={"rax": 2},
+        faults=(Fault(14, 3, rip="at_write", cr2=0x66000), Fault(14, 3, rip="at_again", cr2=0x66000)),
+    ),
+    Program(
+        "page-crossing",
+        "Accesses that cross pages take bytes from both, and fault before either changed",
+        """
+    mov qword [abs PTE(0x62000)], 0x67007      ; the two pages are not neighbours in memory
+    invlpg [abs 0x62000]
+    mov rax, 0x1122334455667788
+    mov [abs 0x61FFD], rax
+    mov rbx, [abs 0x61FFD]
+    mov ecx, [abs 0x67000]
+    movzx edx, word [abs 0x61FFF]
+    mov qword [abs PTE(0x62000)], 0
+    invlpg [abs 0x62000]
+    expect_fault one
+at_write:
+    mov qword [abs 0x61FFC], -1
+one:
+    mov r8, [abs 0x61FF8]
+    expect_fault two
+at_read:
+    mov r9, [abs 0x61FF9]
+two:
+    done
+""",
+        registers={
+            "rbx": 0x1122334455667788,
+            "rcx": 0x22334455,
+            "rdx": 0x5566,
+            "r8": 0x6677880000000000,
+        },
+        faults=(Fault(14, 2, rip="at_write", cr2=0x62000), Fault(14, 0, rip="at_read", cr2=0x62000)),
+    ),
+    Program(
+        "paging-32",
+        "32-bit paging translates 4 KiB and 4 MiB pages and sets accessed and dirty bits",
+        """
+    mov dword [0x61000], 0x1234
+    mov dword [PTE(0x62000)], 0x61007
+    invlpg [0x62000]
+    mov eax, [0x62000]
+    mov ebx, [PTE(0x61000)]
+    and ebx, 0x60
+    mov dword [0x400010], 0x77
+    mov ecx, [0x50004]                      ; 4 MiB entry
+    and ecx, 0xE7
+    mov dword [PTE(0x63000)], 0
+    invlpg [0x63000]
+    expect_fault over
+at_write:
+    or dword [0x63004], 1
+over:
+    mov edx, [0x400010]
+    done
+""",
+        start="paging32",
+        registers={"rax": 0x1234, "rbx": 0x60, "rcx": 0xE7, "rdx": 0x77},
+        faults=(Fault(14, 2, rip="at_write", cr2=0x63004),),
+    ),
+)
