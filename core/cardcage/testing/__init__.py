@@ -1,7 +1,8 @@
 """The contracts as public tests, for our cards and for strangers'.
 
-``check_device``, ``check_memory`` and ``check_accelerator`` raise AssertionError with what was broken; :class:`TestSlot` is a
-slot without a machine; ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are loaded when first used.
+``check_device``, ``check_memory`` and ``check_accelerator`` raise AssertionError with what was broken;
+:class:`TestSlot` is a slot without a machine; ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are
+loaded when first used.
 """
 
 from __future__ import annotations
