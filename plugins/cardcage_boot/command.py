@@ -17,7 +17,7 @@ from attrs import define, field
 from cardcage.cli import EXIT, add_machine_arguments, draft_of, run_machine
 from cardcage.cli.arguments import timeout_of
 from cardcage.cli.main import SWITCH_INTERVAL
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, GuestError
 from cardcage.machine import Machine
 from cardcage.units import Size
 
@@ -37,7 +37,7 @@ __all__ = ["COMMAND_LINE", "configure", "run"]
 
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
-SECOND_PORT = 0x2F8
+SECOND_PORT, SECOND_IRQ = 0x2F8, 3
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -126,7 +126,7 @@ def run(host: Host, arguments: Namespace) -> int:
         cleanup.callback(machine.close)
         _header(machine, plan, arguments, report)
         if plan.own_init and arguments.exec is None and not _has_terminal():
-            threading.Thread(target=_feed, args=(machine,), name="stdin", daemon=True).start()
+            threading.Thread(target=_feed, args=(machine, plan.token), name="stdin", daemon=True).start()
         status = run_machine(machine, timeout=timeout)
         if status_read is None or status:
             if status and arguments.exec is not None:
@@ -222,7 +222,9 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, cleanup: ExitStack) ->
         os.set_blocking(status_read, False)
         console |= {"token": plan.token, "fd": 2}
         channel = {"type": "exec-output", "token": plan.token, "status": status_write}
-        draft.add({"device": [{"type": "isa-serial", "port": SECOND_PORT, "id": "exec", "char": channel}]})
+        draft.add(
+            {"device": [{"type": "isa-serial", "port": SECOND_PORT, "irq": SECOND_IRQ, "id": "exec", "char": channel}]}
+        )
     elif plan.own_init and not _has_terminal():
         console |= {"token": plan.token, "fd": 1}
     if "machine.console" not in said:
@@ -251,8 +253,12 @@ def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) 
         report.line("console", "ttyS0 here, Ctrl-] to leave" if os.isatty(0) else "ttyS0 here; no terminal")
 
 
-def _feed(machine: Machine) -> None:
-    """Type standard input, which is no terminal, on the console, and then the end-of-file character."""
+def _feed(machine: Machine, token: str) -> None:
+    """Type standard input, which is no terminal, on the console once init reads it, then the end-of-file character."""
+    try:
+        machine.console.expect(f"cardcage-begin {token}", timeout=None)
+    except GuestError:
+        return  # the machine ended before
     try:
         while data := os.read(0, 4096):
             machine.console.send(data)

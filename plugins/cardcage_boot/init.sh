@@ -53,7 +53,7 @@ else
     dmesg -n 1
     stty -F /dev/console -echo -onlcr
     printf '\0cardcage-begin %s\n' "$token" > /dev/console
-    setsid sh +i
+    cat /dev/console | setsid sh > /dev/console 2>&1
     printf '\0cardcage-end %s\n' "$token" > /dev/console
 fi
 sync
