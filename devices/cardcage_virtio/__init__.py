@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["offer"]
 
+DEVICES = (
+    ("blk", "blk:Blk", "disk: multi-queue, flush, discard, write zeroes"),
+    ("net", "net:Net", "network card: multi-queue, mergeable buffers, offloads"),
+    ("rng", "rng:Rng", "entropy source"),
+)
+
 
 @frozen
 class Behind:
@@ -49,10 +55,7 @@ def offer(registry: Registry, name: str, factory: Any, *, options: Any = None, h
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
-    offer(
-        registry,
-        "virtio-rng",
-        "cardcage_virtio.rng:Rng",
-        options="cardcage_virtio.rng:RngOptions",
-        help="entropy source",
-    )
+    for name, place, help in DEVICES:
+        offer(
+            registry, f"virtio-{name}", f"cardcage_virtio.{place}", options=f"cardcage_virtio.{place}Options", help=help
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 from cardcage.device import Resource
@@ -24,7 +24,7 @@ ADDRESSES = {0x80: "table", 0x90: "driver", 0xA0: "device"}
 class VirtioMmioState:
     """What a snapshot keeps of the transport and all behind it."""
 
-    version: int = 1
+    version: ClassVar[int] = 1
     virtio: VirtioState | None = None
     isr: int = 0
     selects: tuple[int, int, int] = (0, 0, 0)

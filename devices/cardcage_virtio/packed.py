@@ -60,7 +60,6 @@ class PackedRing:
         self._areas = ((table, 16 * size), (device, 4))
         self._at, self._wrap = 0, 1
         self._used, self._used_wrap, self._unsignalled = 0, 1, 0
-        self._before = (0, 1)
         self._lock = Lock()
 
     def _available(self, at: int, wrap: int) -> bool:
@@ -97,7 +96,6 @@ class PackedRing:
                 break
             if count == size:
                 raise RingError(f"descriptor chain is longer than the ring of {size}: a loop?")
-        self._before = (self._at, self._wrap)
         self._at, self._wrap = at, wrap
         return Request(self, id, count, readable, writable, areas)
 
@@ -125,7 +123,9 @@ class PackedRing:
             into.extend(pieces(self._memory, address, length))
 
     def unpop(self, request: Request) -> None:
-        self._at, self._wrap = self._before
+        self._at -= request.slots
+        if self._at < 0:
+            self._at, self._wrap = self._at + self.size, self._wrap ^ 1
 
     def push(self, request: Request, written: int) -> None:
         left, report = written, self._memory.written

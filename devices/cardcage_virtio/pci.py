@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 from cardcage_pci.spec import Bar, Capability, FunctionSpec
@@ -32,7 +32,7 @@ CLASSES = {1: 0x020000, 2: 0x010000, 3: 0x078000, 19: 0x028000, 26: 0x018000}
 class VirtioPciState:
     """What a snapshot keeps of the transport and all behind it; the function's own state is the bus's."""
 
-    version: int = 1
+    version: ClassVar[int] = 1
     virtio: VirtioState | None = None
     config_vector: int = NO_VECTOR
     isr: int = 0

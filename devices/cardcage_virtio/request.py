@@ -89,7 +89,7 @@ class Ring(Protocol):
         ...
 
     def unpop(self, request: Request) -> None:
-        """Put back the request popped last, as if it had not been."""
+        """Put back the request popped last, as if it had not been; several go back in reverse order."""
         ...
 
     def push(self, request: Request, written: int) -> None:

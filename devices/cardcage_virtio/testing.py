@@ -296,6 +296,7 @@ class BenchSlot:
     vm: Any = field(factory=lambda: SimpleNamespace(capabilities=frozenset()))
     machine: Any = None
     irqchip: str = "split"
+    irq_number: int | None = None
     mappings: Any = field(factory=list)
     clock: Any = field(factory=BenchClock)
     control: Any = None

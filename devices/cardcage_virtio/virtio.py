@@ -13,13 +13,13 @@ and, where it has more to say (each is looked for by name):
 - ``plug(slot)``: the machine's slot. ``plug_virtio(io)``: the :class:`Virtio` of this device;
 - ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
 - ``notified(index)``: takes requests from ``io.rings[index]`` itself; then ``handle`` is not called;
-- ``drain()``: return when no request is in flight any more (before reset, queue reset and save);
+- ``drain()``: return when no request is in flight, and take no more before the next ``start`` or notification;
 - ``stop()``: reset. ``unplug()``, ``save()``, ``load(state)`` as for any device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from attrs import define, field
 from cardcage.errors import CardError, ConfigError
@@ -82,7 +82,7 @@ class Queue:
 class VirtioState:
     """What a snapshot keeps of any virtio device; ``device`` is the device's own state."""
 
-    version: int = 1
+    version: ClassVar[int] = 1
     status: int = 0
     features: int = 0
     generation: int = 0
@@ -232,6 +232,11 @@ class Virtio:
         vector = self.queues[index].vector
         self.queues[index].clear()
         self.queues[index].vector = vector
+        self._resume()
+
+    def _resume(self) -> None:
+        for index in range(len(self.queues)):  # what a drained device left in its rings
+            self.kick(index)
 
     def kick(self, index: int) -> None:
         """The driver made buffers available in queue *index*."""
@@ -281,7 +286,7 @@ class Virtio:
 
     def save(self) -> VirtioState:
         self._tell("drain")
-        return VirtioState(
+        state = VirtioState(
             status=self.status,
             features=self.features,
             generation=self.generation,
@@ -289,6 +294,8 @@ class Virtio:
             rings=[None if ring is None else ring.save() for ring in self.rings],
             device=self._tell("save"),
         )
+        self._resume()
+        return state
 
     def load(self, state: VirtioState) -> None:
         """Take a saved state over, with guest memory already in place. Raises ConfigError when it does not fit."""
