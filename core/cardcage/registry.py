@@ -168,9 +168,20 @@ class Registry:
         needs: str = "",
         help: str = "",
         shorthand: Any = None,
+        default: bool = False,
     ) -> None:
-        """Offer a back end of *kind* ``char``, ``block`` or ``net``: ``factory(slot, options)``."""
-        self.add(Offer("backend", f"{kind}:{name}", factory, options, needs=needs, help=help, shorthand=shorthand))
+        """Offer a back end of *kind* ``char``, ``block`` or ``net``: ``factory(slot, options)``.
+
+        Args:
+            default: take the specs of this kind that name no back end: text that begins with no known name, which then
+                goes whole to *shorthand* (the path of a disk image), and tables without ``type``.
+        """
+        extra = {"default": True} if default else {}
+        self.add(
+            Offer(
+                "backend", f"{kind}:{name}", factory, options, needs=needs, help=help, shorthand=shorthand, extra=extra
+            )
+        )
 
     def policy(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
         """Offer a policy: ``factory(options)``."""

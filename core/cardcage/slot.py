@@ -205,7 +205,7 @@ class DeviceSlot:
     def open(self, kind: str, spec: Any, /) -> Any:
         """Open a back end of *kind* ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
         place = self.config.place
-        name, rest = spec_table(spec, file=place.file, key=place.key)
+        name, rest = self._choose(kind, spec)
         self._allow(f"{kind}:{name}", "backend", "open")
         if kind == "char" and name == "console":
             opened: Any = self.machine.console.claim(self.id)
@@ -221,6 +221,20 @@ class DeviceSlot:
                 raise place.error(f'{kind} back end "{name}" of device "{self.id}": {what}') from error
         self._opened.append(opened)
         return opened
+
+    def _choose(self, kind: str, spec: Any) -> tuple[str, dict[str, Any] | str]:
+        """The back end's name and what is for it; the default one of its kind takes what names none."""
+        place = self.config.place
+        registry = self.machine.host.registry
+        for offer in registry:
+            if offer.kind != "backend" or not offer.extra.get("default") or not offer.name.startswith(f"{kind}:"):
+                continue
+            default = offer.name.removeprefix(f"{kind}:")
+            if isinstance(spec, dict) and "type" not in spec:
+                return default, dict(spec)
+            if isinstance(spec, str) and f"{kind}:{spec.partition(':')[0]}" not in registry.names("backend"):
+                return default, spec
+        return spec_table(spec, file=place.file, key=place.key)
 
     # the loop thread
 
