@@ -1,4 +1,4 @@
-"""Card cardcage_block."""
+"""Disks: raw and qcow2 images as block back ends, the ``--drive`` shorthand, and ``cardcage image``."""
 
 from __future__ import annotations
 
@@ -12,4 +12,31 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer what this card has."""
+    """Offer the back ends ``block:drive``, ``block:raw`` and ``block:qcow2``, ``--drive`` and ``image``."""
+    drive = "cardcage_block.drive"
+    shapes = {
+        "drive": ("open_drive", "an image file or block device whose format is looked up"),
+        "raw": ("open_raw", "a raw image or a block device"),
+        "qcow2": ("open_qcow2", "a qcow2 image, version 2 or 3"),
+    }
+    for name, (factory, help) in shapes.items():
+        registry.backend(
+            "block",
+            name,
+            f"{drive}:{factory}",
+            options=f"{drive}:Drive",
+            shorthand=f"{drive}:parse_file",
+            help=help,
+            default=name == "drive",
+        )
+    registry.flag(
+        "--drive",
+        f"{drive}:parse_drive_flag",
+        help="add a virtio disk: file=root.qcow2,format=qcow2,readonly=on, or just a path",
+    )
+    registry.command(
+        "image",
+        "cardcage_block.tool:run",
+        configure="cardcage_block.tool:configure",
+        help="create, info, check, resize or convert a disk image",
+    )

@@ -1,0 +1,215 @@
+"""Drives: the options that name an image, their shorthands, and opening an image with all that it stands on."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import evolve, frozen
+from cardcage.errors import ConfigError, near
+
+from cardcage_block.header import INCOMPAT_DIRTY, MAGIC, Header
+from cardcage_block.hostfile import HostFile
+from cardcage_block.locks import lock_image
+from cardcage_block.qcow2 import Qcow2Image
+from cardcage_block.raw import RawImage
+from cardcage_block.tables import read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.device import Slot
+
+    from cardcage_block.hostfile import Image
+
+__all__ = ["Drive", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag", "parse_pairs"]
+
+MAX_CHAIN = 64
+
+
+@frozen
+class Drive:
+    """A disk image.
+
+    Attributes:
+        file: path of the image file or block device.
+        format: of the image. ``auto`` looks at it; a raw image should be called raw
+            (see :class:`~cardcage_block.raw.RawImage`).
+        readonly: the guest cannot write.
+        cache: ``writeback`` uses the host's page cache, ``none`` goes past it (O_DIRECT), ``unsafe`` ignores flushes.
+        discard: ``unmap`` gives what the guest discards back to the host.
+        locking: ``auto`` locks where the file system can, ``on`` insists, ``off`` does not.
+    """
+
+    file: str
+    format: Literal["auto", "raw", "qcow2"] = "auto"
+    readonly: bool = False
+    cache: Literal["writeback", "none", "unsafe"] = "writeback"
+    discard: Literal["unmap", "ignore"] = "unmap"
+    locking: Literal["auto", "on", "off"] = "auto"
+
+
+def open_drive(slot: Slot, options: Drive) -> Image:
+    """Back end ``block:drive``: an image of whichever format. Raises ConfigError or HostError."""
+    return open_image(options, warn=slot.log.warning)
+
+
+def open_raw(slot: Slot, options: Drive) -> Image:
+    """Back end ``block:raw``."""
+    return open_image(evolve(options, format="raw"), warn=slot.log.warning)
+
+
+def open_qcow2(slot: Slot, options: Drive) -> Image:
+    """Back end ``block:qcow2``."""
+    return open_image(evolve(options, format="qcow2"), warn=slot.log.warning)
+
+
+def open_image(
+    drive: Drive, *, warn: Callable[[str], object], repair: bool = True, above: tuple[tuple[int, int], ...] = ()
+) -> Image:
+    """Open an image and its backing chain.
+
+    Args:
+        drive: which, and how.
+        warn: called with a sentence for a person.
+        repair: put the reference counts of an image right that was not closed (its dirty bit is set) before writing it.
+        above: the files that stand on this one, to find a loop.
+
+    Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind and
+    :exc:`~cardcage.errors.HostError` for one that is in use.
+    """
+    file = HostFile(
+        drive.file, writable=not drive.readonly, direct=drive.cache == "none", stable=drive.cache != "unsafe"
+    )
+    try:
+        status = os.fstat(file.fd)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise ConfigError("the backing chain loops: this image stands on itself", file=drive.file)
+        if len(above) >= MAX_CHAIN:
+            raise ConfigError(f"the backing chain is longer than {MAX_CHAIN} images", file=drive.file)
+        required = drive.locking == "on"
+        if drive.locking != "off" and not lock_image(file.fd, drive.file, write=not drive.readonly, required=required):
+            warn(f"{drive.file}: its file system has no locks: nothing keeps another machine from writing it")
+        form = drive.format
+        if form == "auto":
+            form = "qcow2" if read_bytes(file, 0, 4) == MAGIC else "raw"
+        if form == "raw":
+            guessed = drive.format == "auto" and not drive.readonly
+            if guessed:
+                warn(
+                    f"{drive.file}: no format given, taken for raw: the guest may not write another format's mark "
+                    "at its beginning. Say format=raw to allow all writes"
+                )
+            return RawImage(file, readonly=drive.readonly, discard=drive.discard == "unmap", guessed=guessed)
+        header = Header.parse(lambda at, size: read_bytes(file, at, size), drive.file)
+        if header.incompatible & INCOMPAT_DIRTY and not drive.readonly and repair:
+            from cardcage_block.check import repair_counts
+
+            warn(f"{drive.file}: was not closed: its reference counts are being made anew")
+            repair_counts(file, header)
+        backing = _open_backing(drive, header, warn, (*above, identity))
+        try:
+            discard = drive.discard == "unmap"
+            return Qcow2Image(file, header, backing=backing, readonly=drive.readonly, discard=discard, warn=warn)
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+    except BaseException as error:
+        file.close()
+        if isinstance(error, OSError):
+            raise ConfigError(f"cannot be read: {error.strerror or error}", file=drive.file) from error
+        raise
+
+
+def backing_path(path: str, name: str) -> str:
+    """The path of a backing file that the image at *path* calls *name*. Raises ConfigError for what is not a file."""
+    if name.startswith("file:"):
+        name = name[5:]
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+        raise ConfigError(f'backing file "{name}": only files can back an image', file=path)
+    return os.path.join(os.path.dirname(path), name)
+
+
+def _open_backing(
+    drive: Drive, header: Header, warn: Callable[[str], object], above: tuple[tuple[int, int], ...]
+) -> Image | None:
+    if header.backing_file is None:
+        return None
+    below = backing_path(drive.file, header.backing_file)
+    form = header.backing_format
+    if form is None:
+        warn(f"{drive.file}: does not say the format of its backing file {below}; it is looked at to find out")
+    elif form not in ("raw", "qcow2"):
+        raise ConfigError(f'backing file {below} is of format "{form}": expected raw or qcow2', file=drive.file)
+    try:
+        # The whole chain is changed by nobody: the files below are opened and locked for reading.
+        known: Literal["auto", "raw", "qcow2"] = "raw" if form == "raw" else "qcow2" if form == "qcow2" else "auto"
+        below_drive = evolve(drive, file=below, format=known, readonly=True)
+        return open_image(below_drive, warn=warn, above=above)
+    except ConfigError as error:
+        raise ConfigError(f"its backing file: {error}", file=drive.file) from error
+
+
+def parse_pairs(text: str, first: str = "") -> dict[str, str]:
+    """QEMU's ``key=value,key=value``, where ``,,`` stands for a comma; *first* is the key of a first part without one.
+
+    Raises :exc:`ValueError`.
+    """
+    found: dict[str, str] = {}
+    for at, part in enumerate(re.split(r"(?<!,),(?!,)", text)):
+        part = part.replace(",,", ",")
+        key, equals, value = part.partition("=")
+        if not equals:
+            if at or not first:
+                raise ValueError(f'"{part}": expected key=value')
+            key, value = first, part
+        if key in found:
+            raise ValueError(f'"{key}" is given twice')
+        found[key] = value
+    return found
+
+
+def parse_file(text: str) -> dict[str, Any]:
+    """Shorthand of a drive: the path of the image."""
+    if not text:
+        raise ValueError("expected the path of an image")
+    return {"file": text}
+
+
+_BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
+_DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
+_DRIVE_KEYS = ("cache", "discard", "file", "format", "id", "if", "locking", "readonly", "serial")
+
+
+def parse_drive_flag(text: str) -> dict[str, Any]:
+    """``--drive file=root.qcow2,format=qcow2,readonly=on`` as a ``virtio-blk`` device; a bare path will do.
+
+    Keys: those of :class:`Drive`, and the device's ``id`` and ``serial``. Raises :exc:`ValueError`.
+    """
+    pairs = parse_pairs(text, first="file")
+    device: dict[str, Any] = {"type": "virtio-blk"}
+    drive: dict[str, Any] = {}
+    for key, value in pairs.items():
+        if key in ("id", "serial"):
+            device[key] = value
+        elif key == "if":
+            if value not in ("virtio", "none"):
+                raise ValueError(f"if={value}: only virtio disks exist here")
+        elif key == "readonly":
+            if value not in _BOOL:
+                raise ValueError(f"readonly={value}: expected on or off")
+            drive[key] = _BOOL[value]
+        elif key == "discard":
+            if value not in _DISCARD:
+                raise ValueError(f"discard={value}: expected unmap or ignore")
+            drive[key] = _DISCARD[value]
+        elif key in _DRIVE_KEYS:
+            drive[key] = value
+        else:
+            raise ValueError(f'no key "{key}".{near(key, _DRIVE_KEYS) or " Known: " + ", ".join(_DRIVE_KEYS)}')
+    if not drive.get("file"):
+        raise ValueError("file=PATH is missing")
+    return {"device": [{**device, "drive": drive}]}

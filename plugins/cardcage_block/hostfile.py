@@ -1,0 +1,307 @@
+"""A file or block device of the host: short transfers, direct I/O and holes are its business."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import threading
+from functools import cache
+from struct import unpack
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cardcage.errors import ConfigError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cardcage.backends import BlockInfo
+
+__all__ = ["File", "HostFile", "Image", "take", "zeros"]
+
+SECTOR = 512
+IOV_MAX = 1024
+BLKSSZGET = 0x1268
+BLKGETSIZE64 = 0x80081272
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
+
+_ZEROS = memoryview(bytes(1 << 21))
+
+
+def zeros(length: int) -> memoryview:
+    """*length* zero bytes, 0 to 2 MiB, that cost nothing."""
+    return _ZEROS[:length]
+
+
+def take(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
+    """The buffers that cover bytes *start* to *start* + *length* of *buffers* as one run."""
+    found = []
+    for buffer in buffers:
+        size = len(buffer)
+        if start >= size:
+            start -= size
+            continue
+        piece = buffer[start : start + length]
+        found.append(piece)
+        length -= len(piece)
+        start = 0
+        if not length:
+            break
+    return found
+
+
+class File(Protocol):
+    """What an image format needs of the file below it. All offsets and lengths are bytes; errors are :exc:`OSError`."""
+
+    path: str
+
+    def read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
+        """Fill *buffers*, *length* bytes in all; what lies past the end reads as zeros."""
+        ...
+
+    def write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None: ...
+
+    def sync(self) -> None:
+        """Return once all that was written is on stable storage."""
+        ...
+
+    def size(self) -> int: ...
+
+    def truncate(self, size: int, /) -> None: ...
+
+    def punch(self, offset: int, length: int, /) -> bool:
+        """Give the range back to the host, to read as zeros; False when the host cannot."""
+        ...
+
+    def zero(self, offset: int, length: int, /) -> None:
+        """Make the range zeros and keep it allocated where the host can."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Image(Protocol):
+    """A block back end that can also say where its data is."""
+
+    @property
+    def info(self) -> BlockInfo: ...
+
+    def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None: ...
+
+    def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def discard(self, offset: int, length: int, /) -> None: ...
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+    def data(self, offset: int, end: int, /) -> tuple[bool, int]:
+        """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
+        ...
+
+
+@cache
+def _fallocate() -> Any:
+    function = ctypes.CDLL(None, use_errno=True).fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return function
+
+
+def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """fallocate(2); False where the file system has no such mode. Raises OSError for any other failure."""
+    while _fallocate()(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
+class HostFile:
+    """A regular file or block device. Thread-safe.
+
+    Args:
+        path: of the file.
+        writable: open it for writing too.
+        direct: go past the host's page cache (O_DIRECT); misaligned requests go through a bounce buffer.
+        stable: carry out :meth:`sync`; False trades the data on a host crash for speed (QEMU: ``cache=unsafe``).
+
+    ``alignment`` is what direct I/O wants offsets and lengths to be multiples of: 512 or 4096, 1 without direct I/O.
+
+    Raises :exc:`~cardcage.errors.ConfigError` when there is no such file, it is of another kind or may not be opened,
+    and :exc:`~cardcage.errors.HostError` when its file system has no direct I/O.
+    """
+
+    def __init__(self, path: str, *, writable: bool, direct: bool = False, stable: bool = True) -> None:
+        self.path, self._direct, self._stable = path, direct, stable
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
+        try:
+            self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                raise HostError(f"{path}: its file system has no direct I/O: use cache=writeback") from error
+            raise ConfigError(f"cannot be opened: {error.strerror}", file=path) from error
+        except ValueError as error:
+            raise ConfigError(f"not a file name: {error}", file=repr(path)) from error
+        mode = os.fstat(self.fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(self.fd)
+            raise ConfigError("neither a regular file nor a block device", file=path)
+        self._device = stat.S_ISBLK(mode)
+        self.alignment = self._find_alignment() if direct else 1
+        self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
+        self._closing = threading.Lock()
+
+    def _find_alignment(self) -> int:
+        if self._device:
+            return max(SECTOR, int(unpack("i", fcntl.ioctl(self.fd, BLKSSZGET, bytes(4)))[0]))
+        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view, view[:SECTOR] as sector:
+            try:
+                os.preadv(self.fd, [sector], SECTOR)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return mmap.PAGESIZE
+                raise HostError(f"{self.path}: {error.strerror}") from error
+        return SECTOR
+
+    def read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
+        """Fill *buffers*, *length* bytes in all."""
+        try:
+            done = os.preadv(self.fd, buffers, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or (not self._direct and len(buffers) <= IOV_MAX):
+                raise
+            done = 0
+        if done != length:
+            self._read_rest(offset, take(buffers, done, length - done), done, length)
+
+    def _read_rest(self, offset: int, left: list[memoryview], done: int, length: int) -> None:
+        """The uncommon ways: more buffers than the kernel takes, misaligned direct I/O, a short read, the end."""
+        while done < length:
+            if self._direct:
+                got = self._read_bounced(offset + done, left, length - done)
+            else:
+                got = os.preadv(self.fd, left[:IOV_MAX], offset + done)
+            left, done = take(left, got, length - done - got), done + got
+            if not got:
+                for buffer in left:
+                    for at in range(0, len(buffer), len(_ZEROS)):
+                        buffer[at : at + len(_ZEROS)] = zeros(min(len(_ZEROS), len(buffer) - at))
+                return
+
+    def _read_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:
+        low, high = self._widen(offset, length)
+        got = 0
+        with mmap.mmap(-1, high - low) as page, memoryview(page) as view:
+            have = 0
+            while have < high - low:  # a direct read is short only at the end, where the next one gives nothing
+                with view[have:] as rest:
+                    piece = os.preadv(self.fd, [rest], low + have)
+                have += piece
+                if not piece or have % self.alignment:
+                    break
+            with view[offset - low : max(offset - low, min(have, offset - low + length))] as found:
+                for buffer in buffers:
+                    size = min(len(buffer), len(found) - got)
+                    buffer[:size] = found[got : got + size]
+                    got += size
+        return got
+
+    def write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
+        """Write *buffers*, *length* bytes in all."""
+        try:
+            done = os.pwritev(self.fd, buffers, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or (not self._direct and len(buffers) <= IOV_MAX):
+                raise
+            done = 0
+        while done < length:
+            left = take(buffers, done, length - done)
+            if self._direct:
+                self._write_bounced(offset + done, left, length - done)
+                return
+            got = os.pwritev(self.fd, left[:IOV_MAX], offset + done)
+            if not got:
+                raise OSError(errno.EIO, "the host wrote nothing")
+            done += got
+
+    def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
+        low, high = self._widen(offset, length)
+        with self._edges, mmap.mmap(-1, high - low) as page, memoryview(page) as view:
+            before = self.size()
+            if (low, high) != (offset, offset + length):
+                self._read_bounced(low, [view], high - low)
+            at = offset - low
+            for buffer in buffers:
+                view[at : at + len(buffer)] = buffer
+                at += len(buffer)
+            done = 0
+            while done < high - low:
+                with view[done:] as rest:
+                    done += os.pwritev(self.fd, [rest], low + done)
+                if done % self.alignment:
+                    raise OSError(errno.EIO, "the host wrote part of a block")
+            end = max(before, offset + length)
+            if not self._device and self.size() > end:
+                os.ftruncate(self.fd, end)
+
+    def _widen(self, offset: int, length: int) -> tuple[int, int]:
+        mask = self.alignment - 1
+        return offset & ~mask, (offset + length + mask) & ~mask
+
+    def sync(self) -> None:
+        """fdatasync(2), unless the file was opened as not stable."""
+        if self._stable:
+            os.fdatasync(self.fd)
+
+    def size(self) -> int:
+        """Bytes in the file or device."""
+        if self._device:
+            return int(unpack("Q", fcntl.ioctl(self.fd, BLKGETSIZE64, bytes(8)))[0])
+        return os.fstat(self.fd).st_size
+
+    def truncate(self, size: int, /) -> None:
+        """Set the size of a regular file; a device has to be large enough already (ENOSPC)."""
+        if not self._device:
+            os.ftruncate(self.fd, size)
+        elif size > self.size():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def punch(self, offset: int, length: int, /) -> bool:
+        """Give the range back to the host, to read as zeros."""
+        return _allocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+
+    def zero(self, offset: int, length: int, /) -> None:
+        """Make the range zeros."""
+        if _allocate(self.fd, ZERO_RANGE, offset, length):
+            return
+        while length:
+            size = min(length, len(_ZEROS))
+            self.write(offset, [zeros(size)], size)
+            offset, length = offset + size, length - size
+
+    def data(self, offset: int, end: int) -> tuple[bool, int]:
+        """Whether *offset* lies in data (else in a hole), and where that stretch ends, at most *end*."""
+        try:
+            start = os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False, end
+            return True, end  # a file system or device that knows no holes
+        if start > offset:
+            return False, min(start, end)
+        return True, min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+
+    def close(self) -> None:
+        """Idempotent."""
+        with self._closing:
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

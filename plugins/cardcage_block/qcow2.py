@@ -1,0 +1,496 @@
+"""qcow2 images, versions 2 and 3: read, write, discard, and a commit order in which no crash loses or damages anything.
+
+Data goes to its place at once; changed tables stay in memory until a commit (a flush, the close, or many dirty slices):
+
+1. reference counts that grew are written, and made stable together with all data written before;
+2. refcount table entries that name new blocks are written and made stable;
+3. L2 and L1 entries are written and made stable: now what they name is there, and a flush may return;
+4. only then do clusters that nothing names any more lose their count, once no request is under way that could still
+   use them; the lower counts go out with the next commit.
+
+So a crash leaves at worst clusters that are counted and unused (leaks). With ``lazy_refcounts`` the image carries the
+dirty bit instead, and the counts and steps 1 and 2 wait for the close.
+
+Locks, outermost first: ``_committing``, ``_alloc`` (changes of the mapping), the slice caches' own. Reads, and writes
+to clusters that are in place, take none.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from threading import get_ident
+from typing import TYPE_CHECKING
+
+from cardcage.backends import BlockInfo
+from cardcage.errors import ConfigError
+
+from cardcage_block import compressed
+from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
+from cardcage_block.hostfile import take, zeros
+from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, ZERO, Tables
+from cardcage_block.tables import sectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cardcage_block.header import Header
+    from cardcage_block.hostfile import File, Image
+
+__all__ = ["Qcow2Image"]
+
+COMMIT_AT = 1024
+"""Dirty slices that a commit without a flush is worth."""
+
+UNALLOCATED, DATA, ZEROS, PACKED = range(4)
+
+
+class Qcow2Image:
+    """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
+
+    Args:
+        file: the image file. header: its header, parsed.
+        backing: what unallocated clusters show, ``None`` for zeros; closed with the image.
+        readonly: refuse to change anything.
+        discard: free clusters on the guest's discard and give them back to the host.
+        warn: called with one sentence about the image's health.
+
+    Raises :exc:`~cardcage.errors.ConfigError` for an image that is not sound.
+    """
+
+    def __init__(
+        self,
+        file: File,
+        header: Header,
+        *,
+        backing: Image | None = None,
+        readonly: bool = False,
+        discard: bool = True,
+        warn: Callable[[str], object],
+    ) -> None:
+        self._file, self._header, self._backing, self._warn = file, header, backing, warn
+        self._bits, self._size = header.cluster_bits, header.cluster_size
+        self._mask = self._size - 1
+        self._offset = OFFSET & ~self._mask
+        self._flags = ~self._offset & ((1 << 64) - 1)
+        self._zero = ZERO if header.version >= 3 else 0
+        self._readonly, self._punch = readonly, discard
+        self._broken: str | None = None
+        if header.incompatible & INCOMPAT_CORRUPT:
+            if not readonly:
+                raise ConfigError("qcow2 image marked as corrupt: repair it with qemu-img check -r all", file=file.path)
+            warn(f"{file.path}: qcow2 image marked as corrupt; opened readonly")
+        self.tables = Tables(file, header, self._corrupt)
+        self._metadata = self.tables.metadata
+        self._l2 = self.tables.l2
+        self._slices, self._slice_bits, self._slice_mask = self._l2.slices, self._l2.bits, self._l2.mask
+        self._inflater = compressed.Inflater(file, self._bits, header.compression)
+        self.info = BlockInfo(header.size & ~511, 512, readonly, discard and not readonly, not readonly)
+        self._alloc, self._committing = threading.Lock(), threading.Lock()
+        self._inflight: dict[int, int] = {}
+        self._epoch = self._started = self._completed = 0
+        self._freed: list[int] = []
+        self._limbo: list[tuple[int, list[int]]] = []
+        self._lazy = bool(header.compatible & COMPAT_LAZY) and header.version >= 3 and not readonly
+        self._closed = False
+        if header.autoclear and not readonly:
+            header.autoclear = 0  # what they vouch for (dirty bitmaps) is no longer kept up to date
+            self.tables.write_header()
+
+    def _corrupt(self, problem: str) -> OSError:
+        """Mark the image as corrupt and stop writing; gives the error to raise."""
+        if self._broken is None:
+            self._broken = problem
+            self._warn(f"{self._file.path}: qcow2 image is corrupt: {problem}")
+            if not self._readonly and self._header.version >= 3:
+                self._header.incompatible |= INCOMPAT_CORRUPT
+                packed = self._header.pack()
+                self._file.write(0, [memoryview(packed)], len(packed))
+                self._file.sync()
+        return OSError(errno.EIO, f"{self._file.path}: qcow2 image is corrupt: {problem}")
+
+    # reading
+
+    def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
+        """Fill the writable *buffers* one after another."""
+        length = sum(map(len, buffers))
+        me = get_ident()
+        self._inflight[me] = self._epoch  # from here on no cluster that we look up is given to somebody else
+        try:
+            start, cluster = offset & self._mask, offset >> self._bits
+            table = self._slices.get(cluster >> self._slice_bits)
+            if table is not None and start + length <= self._size:
+                entry = table[cluster & self._slice_mask]
+                host = entry & self._offset
+                if host and not entry & (COMPRESSED | self._zero):
+                    self._file.read(host + start, buffers, length)
+                    return
+            self._read(offset, buffers, length)
+        finally:
+            self._inflight.pop(me, None)
+
+    def _kind(self, entry: int) -> int:
+        if entry & COMPRESSED:
+            return PACKED
+        if entry & self._zero:
+            return ZEROS
+        return DATA if entry & self._offset else UNALLOCATED
+
+    def _extent(self, offset: int, limit: int) -> tuple[int, int, int]:
+        """(kind, offset in the file or compressed entry, length) of the run at guest *offset*, at most *limit*."""
+        cluster, inside = offset >> self._bits, offset & self._mask
+        entry = self._l2.get(cluster)
+        kind, length, host = self._kind(entry), self._size - inside, entry & self._offset
+        if kind == PACKED:
+            return kind, entry, min(length, limit)
+        follow = host
+        while length < limit:
+            cluster, follow = cluster + 1, follow + self._size
+            entry = self._l2.get(cluster)
+            if self._kind(entry) != kind or (kind == DATA and entry & self._offset != follow):
+                break
+            length += self._size
+        return kind, host + inside, min(length, limit)
+
+    def _read(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
+        done = 0
+        while done < length:
+            kind, where, run = self._extent(offset + done, length - done)
+            part = take(buffers, done, run)
+            if kind == DATA:
+                self._file.read(where, part, run)
+            elif kind == PACKED:
+                inside = (offset + done) & self._mask
+                _scatter(memoryview(self._inflater.get(where))[inside : inside + run], part)
+            elif kind == UNALLOCATED and self._backing is not None:
+                here = min(max(self._backing.info.size - offset - done, 0), run)
+                if here:
+                    self._backing.readv(offset + done, take(part, 0, here))
+                _clear(take(part, here, run - here))
+            else:
+                _clear(part)
+            done += run
+
+    def data(self, offset: int, end: int, /) -> tuple[bool, int]:
+        """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
+        kind, _, length = self._extent(offset, min(end - offset, 1 << 30))
+        if kind == UNALLOCATED and self._backing is not None:
+            below = self._backing.info.size
+            if offset < below:
+                return self._backing.data(offset, min(offset + length, below))
+        return kind in (DATA, PACKED), offset + length
+
+    # writing
+
+    def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
+        """Write *buffers* one after another."""
+        length = sum(map(len, buffers))
+        me = get_ident()
+        self._inflight[me] = self._epoch
+        try:
+            start, cluster = offset & self._mask, offset >> self._bits
+            table = self._slices.get(cluster >> self._slice_bits)
+            if table is not None and start + length <= self._size and self._broken is None:
+                entry = table[cluster & self._slice_mask]
+                if entry & self._flags == COPIED:
+                    host = entry ^ COPIED
+                    if host >> self._bits not in self._metadata and host < self.tables.end:
+                        self._file.write(host + start, buffers, length)
+                        return
+            with self._alloc:
+                self._prepare()
+                done = 0
+                while done < length:
+                    done += self._write_run(offset + done, take(buffers, done, length - done), length - done)
+        finally:
+            self._inflight.pop(me, None)
+        if len(self._l2.dirty) >= COMMIT_AT:
+            self.flush()
+
+    def _prepare(self) -> None:
+        """Before any change of the mapping."""
+        if self._readonly:
+            raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
+        if self._broken is not None:
+            raise OSError(errno.EIO, f"{self._file.path}: {self._broken}")
+        if self._lazy and not self._header.incompatible & INCOMPAT_DIRTY:
+            self._header.incompatible |= INCOMPAT_DIRTY
+            self.tables.write_header()
+            self._sync()
+
+    def _in_place(self, entry: int) -> int:
+        """Where the cluster of *entry* may be overwritten, 0 when it has to be allocated."""
+        if entry & self._flags & ~self._zero != COPIED or not entry & self._offset:
+            if entry & self._flags & ~(COPIED | self._zero) and not entry & COMPRESSED:
+                raise self._corrupt(f"L2 entry {entry:#x}: reserved bits are set")
+            return 0
+        host = entry & self._offset
+        if host >> self._bits in self._metadata or host >= self.tables.end:
+            raise self._corrupt(f"L2 entry {entry:#x}: names metadata, or lies past the end")
+        return host
+
+    def _write_run(self, offset: int, buffers: list[memoryview], length: int) -> int:
+        """Write a first part of *buffers* that needs one kind of treatment; its length."""
+        cluster, inside = offset >> self._bits, offset & self._mask
+        last = (offset + length - 1) >> self._bits
+        entry = self._l2.get(cluster)
+        host, run = self._in_place(entry), 1
+        if host and not entry & self._zero:
+            while cluster + run <= last and self._l2.get(cluster + run) == entry + (run << self._bits):
+                if not self._in_place(entry + (run << self._bits)):
+                    break
+                run += 1
+            length = min(length, (run << self._bits) - inside)
+            self._file.write(host + inside, take(buffers, 0, length), length)
+            return length
+        if host:  # it holds a place and reads as zeros
+            self._own(cluster, cluster)
+            length = min(length, self._size - inside)
+            self._write_filled(cluster, 1, host, offset, take(buffers, 0, length), length)
+            self._l2.set(cluster, host | COPIED)
+            return length
+        while cluster + run <= last and not self._in_place(self._l2.get(cluster + run)):
+            run += 1
+        self._own(cluster, cluster + run - 1)
+        first, run = self.tables.refcounts.allocate(run)
+        length = min(length, (run << self._bits) - inside)
+        try:
+            self._write_filled(cluster, run, first << self._bits, offset, take(buffers, 0, length), length)
+        except OSError:
+            for one in range(first, first + run):
+                self.tables.refcounts.drop(one)
+            raise
+        for at in range(run):
+            self._change(cluster + at, (first + at) << self._bits | COPIED)
+        return length
+
+    def _own(self, first: int, last: int) -> None:
+        """Make the L2 tables of these guest clusters the disk's own."""
+        for number in range(first >> self.tables.l2_bits, (last >> self.tables.l2_bits) + 1):
+            old = self.tables.own_table(number << self.tables.l2_bits)
+            if old:
+                self._freed.append(old >> self._bits)
+
+    def _change(self, cluster: int, entry: int) -> None:
+        """Set an L2 entry whose table is the disk's own, and let go of what it named unless *entry* names the same."""
+        old = self._l2.get(cluster)
+        gone = []
+        if old & COMPRESSED:
+            offset, length = compressed.host_range(old, self._bits)
+            gone = list(range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1))
+        elif old & self._offset and old & self._offset != entry & self._offset:
+            gone = [(old & self._offset) >> self._bits]
+        if not self._metadata.isdisjoint(gone):
+            raise self._corrupt(f"L2 entry {old:#x}: names metadata")
+        self._l2.set(cluster, entry)
+        self._freed += gone
+
+    def _write_filled(
+        self, cluster: int, run: int, host: int, offset: int, buffers: list[memoryview], length: int
+    ) -> None:
+        """Write whole clusters at *host*: *buffers*, and around them what guest clusters *cluster*... show now."""
+        head = offset & self._mask
+        tail = (run << self._bits) - head - length
+        before = self._old(cluster, 0, head) if head else None
+        after = self._old(cluster + run - 1, self._size - tail, tail) if tail else None
+        end = host + (run << self._bits)
+        fresh = host >= self.tables.end  # behind the end of the file, where zeros need no writing
+        if end > self._file.size():
+            self._file.truncate(end)
+        self.tables.end = max(self.tables.end, end)
+        parts = buffers
+        if head and not (fresh and before is None):
+            parts, host = [before or zeros(head), *parts], host - head
+            length += head
+        if tail and not (fresh and after is None):
+            parts = [*parts, after or zeros(tail)]
+            length += tail
+        self._file.write(host + head, parts, length)
+
+    def _old(self, cluster: int, start: int, length: int) -> memoryview | None:
+        """Part of what guest *cluster* shows now, None for zeros."""
+        kind, offset = self._kind(self._l2.get(cluster)), cluster << self._bits
+        below = self._backing.info.size if self._backing is not None else 0
+        if kind == ZEROS or (kind == UNALLOCATED and offset + start >= below):
+            return None
+        view = memoryview(bytearray(length))
+        self._read(offset + start, [view], length)
+        return view
+
+    # discarding
+
+    def discard(self, offset: int, length: int, /) -> None:
+        """Free the clusters that lie wholly inside the range; they read as zeros."""
+        if self._punch:
+            first, last = self._whole(offset, length)
+            if first < last and (self._zero or self._backing is None):
+                self._release_clusters(first, last, keep=False)
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
+        """Make the range read as zeros; *unmap* lets its clusters go."""
+        end = offset + length
+        first, last = self._whole(offset, length)
+        if first >= last or not (self._zero or (unmap and self._punch and self._backing is None)):
+            self._write_zeros(offset, end)
+            return
+        self._write_zeros(offset, first << self._bits)
+        self._release_clusters(first, last, keep=not (unmap and self._punch))
+        self._write_zeros(last << self._bits, end)
+
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        """The first guest cluster wholly inside the range and the first behind; one cut by the disk's end counts."""
+        end = offset + length
+        last = -(-end >> self._bits) if end >= self.info.size else end >> self._bits
+        return -(-offset >> self._bits), last
+
+    def _write_zeros(self, offset: int, end: int) -> None:
+        while offset < end:
+            has_data, stop = self.data(offset, end)
+            size = min(stop - offset, len(zeros(1 << 21)))
+            if has_data:
+                self.writev(offset, [zeros(size)])
+            offset += size
+
+    def _release_clusters(self, first: int, last: int, *, keep: bool) -> None:
+        cluster, zero = first, self._zero if (self._backing is not None or keep) else 0
+        while cluster < last:
+            with self._alloc:  # a table at a time, for the sake of others
+                self._prepare()
+                stop = min(last, (cluster >> self.tables.l2_bits) + 1 << self.tables.l2_bits)
+                if self._backing is not None or self.tables.l1[cluster >> self.tables.l2_bits] & OFFSET:
+                    self._own(cluster, cluster)
+                    for one in range(cluster, stop):
+                        entry = self._l2.get(one)
+                        if keep and self._in_place(entry):
+                            new = entry | zero
+                        elif zero and (self._backing is not None or entry):
+                            new = zero
+                        else:
+                            new = 0
+                        if new != entry:
+                            self._change(one, new)
+                cluster = stop
+            if len(self._l2.dirty) >= COMMIT_AT:
+                self.flush()
+
+    # committing
+
+    def flush(self) -> None:
+        """Return once all earlier completed writes, and the tables that lead to them, are on stable storage."""
+        if self._readonly:
+            return
+        seen = self._started
+        with self._committing:
+            if self._completed > seen:  # one that began after we came has done it for us
+                return
+            self._started += 1
+            self._commit()
+            self._completed = self._started
+
+    def _sync(self) -> None:
+        try:
+            self._file.sync()
+        except OSError as error:
+            # The host has dropped what it could not write: from now on nothing here can be promised.
+            self._broken = f"the host could not make data stable: {error.strerror}"
+            raise
+
+    def _commit(self) -> None:
+        tables, header, refcounts = self.tables, self._header, self.tables.refcounts
+        with self._alloc:
+            if self._broken is not None:
+                raise OSError(errno.EIO, f"{self._file.path}: {self._broken}")
+            blocks, entries, moved = ([], [], False) if self._lazy else refcounts.begin()
+            place = (refcounts.table_offset, len(refcounts.table) * 8 >> self._bits)
+            changed_l1, tables.dirty_l1 = tables.dirty_l1, set()
+            mapping = self._l2.begin() + sectors(tables.l1, header.l1_offset, changed_l1)
+            freed, self._freed = self._freed, []
+            outgrown = refcounts.take_outgrown() if moved else []
+            epoch, self._epoch = self._epoch, self._epoch + 1
+        try:
+            self._write_all(blocks)
+            if entries:
+                self._write_all(entries)
+            if moved:
+                header.reftable_offset, header.reftable_clusters = place
+                tables.write_header()
+                self._sync()
+            if mapping:
+                self._write_all(mapping)
+        except OSError:
+            with self._alloc:
+                refcounts.undo()
+                self._l2.undo()
+                tables.dirty_l1 |= changed_l1
+                refcounts.outgrown += outgrown
+                self._freed += freed
+            raise
+        with self._alloc:
+            refcounts.done()
+            self._l2.done()
+            if moved:
+                freed += outgrown
+            if freed:
+                self._limbo.append((epoch, freed))
+            self._let_go()
+
+    def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
+        for offset, data in writes:
+            self._file.write(offset, [memoryview(data)], len(data))
+        self._sync()
+
+    def _let_go(self) -> None:
+        """Lower the counts of clusters that nothing on disk names and no request under way can have looked up."""
+        oldest = min(list(self._inflight.values()), default=self._epoch)
+        ready = [clusters for epoch, clusters in self._limbo if epoch < oldest]
+        if not ready:
+            return
+        self._limbo = [batch for batch in self._limbo if batch[0] >= oldest]
+        self._inflater.forget()
+        free = sorted(one for clusters in ready for one in clusters if self.tables.refcounts.drop(one))
+        self._metadata.difference_update(free)
+        at = 0
+        while self._punch and at < len(free):
+            run = 1
+            while at + run < len(free) and free[at + run] == free[at] + run:
+                run += 1
+            self._file.punch(free[at] << self._bits, run << self._bits)
+            at += run
+
+    def close(self) -> None:
+        """Commit and close. Idempotent. What cannot be committed is said by a warning: no flush has promised it."""
+        with self._committing:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                if not self._readonly and self._broken is None:
+                    self._settle()
+            except OSError as error:
+                self._warn(f"{self._file.path}: what was not flushed is lost: {error}")
+            finally:
+                self._file.close()
+                if self._backing is not None:
+                    self._backing.close()
+
+    def _settle(self) -> None:
+        self._commit()
+        self._lazy = False
+        while self._freed or self._limbo or self._l2.dirty or self.tables.dirty_l1 or self.tables.refcounts.is_dirty():
+            self._commit()
+        if self._header.incompatible & INCOMPAT_DIRTY:
+            self._header.incompatible &= ~INCOMPAT_DIRTY
+            self.tables.write_header()
+            self._sync()
+
+
+def _scatter(data: memoryview, buffers: list[memoryview]) -> None:
+    for buffer in buffers:
+        buffer[:] = data[: len(buffer)]
+        data = data[len(buffer) :]
+
+
+def _clear(buffers: list[memoryview]) -> None:
+    for buffer in buffers:
+        for at in range(0, len(buffer), 1 << 21):
+            buffer[at : at + (1 << 21)] = zeros(min(1 << 21, len(buffer) - at))

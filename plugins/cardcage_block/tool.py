@@ -1,0 +1,275 @@
+"""``cardcage image``: create, info, check, resize and convert."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import asdict, evolve
+from cardcage.errors import ConfigError, near
+from cardcage.units import Size
+
+from cardcage_block.check import check
+from cardcage_block.drive import Drive, backing_path, open_image, parse_pairs
+from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAGIC, Header
+from cardcage_block.hostfile import HostFile
+from cardcage_block.layout import Tables
+from cardcage_block.locks import lock_image
+from cardcage_block.make import Qcow2Shape, create_qcow2, create_raw, resize
+from cardcage_block.tables import read_bytes
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cardcage_block.hostfile import Image
+
+__all__ = ["configure", "convert", "run"]
+
+CHUNK = 2 << 20
+GRAIN = 65536
+FORMATS = ("raw", "qcow2")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``cardcage image``."""
+    acts = parser.add_subparsers(dest="act", required=True, metavar="create|info|check|resize|convert")
+    create = acts.add_parser("create", help="make an empty image")
+    create.add_argument("file")
+    create.add_argument("size", nargs="?", help="such as 20G; by default that of the backing file")
+    create.add_argument("-f", "--format", choices=FORMATS, default="qcow2")
+    create.add_argument("-b", "--backing", help="what shows where nothing is written; relative to the new image")
+    create.add_argument("-F", "--backing-format", choices=FORMATS)
+    info = acts.add_parser("info", help="say what an image is")
+    info.add_argument("file")
+    info.add_argument("--backing-chain", action="store_true", help="and all that it stands on")
+    checker = acts.add_parser("check", help="look for leaks and damage; status 0 sound, 2 damaged, 3 leaks")
+    checker.add_argument("file")
+    checker.add_argument("--repair", choices=("leaks", "all"), default="")
+    sizer = acts.add_parser("resize", help="change the size of the disk")
+    sizer.add_argument("file")
+    sizer.add_argument("size", help="such as 20G, or +5G")
+    sizer.add_argument("--shrink", action="store_true", help="allow the disk to lose its end")
+    converter = acts.add_parser("convert", help="copy a disk into a new image")
+    converter.add_argument("file")
+    converter.add_argument("target")
+    converter.add_argument("-O", "--output-format", choices=FORMATS, default="qcow2")
+    for one in (create, converter):
+        one.add_argument(
+            "-o", "--options", default="", help="cluster_size=64k,compat=1.1,refcount_bits=16,lazy_refcounts=on"
+        )
+        one.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    for one in (sizer, converter):
+        one.add_argument("-f", "--format", choices=("auto", *FORMATS), default="auto")
+    for one in (info, checker):
+        one.add_argument("--json", action="store_true")
+
+
+def run(host: object, arguments: argparse.Namespace) -> int:
+    """Carry out ``cardcage image``; the process's status. Raises ConfigError and HostError."""
+    acts = {"create": _create, "info": _info, "check": _check, "resize": _resize, "convert": _convert}
+    try:
+        return acts[arguments.act](arguments)
+    except OSError as error:
+        raise ConfigError(str(error.strerror or error), file=arguments.file) from error
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _size(text: str, file: str) -> int:
+    try:
+        return Size(text)
+    except ValueError as error:
+        raise ConfigError(str(error), file=file) from error
+
+
+def _shape(text: str, file: str) -> Qcow2Shape:
+    known = ("cluster_size", "compat", "lazy_refcounts", "refcount_bits")
+    shape = Qcow2Shape()
+    try:
+        for key, value in (parse_pairs(text) if text else {}).items():
+            if key == "cluster_size":
+                shape = evolve(shape, cluster_size=int(Size(value)))
+            elif key == "compat" and value in ("0.10", "1.1", "v2", "v3"):
+                shape = evolve(shape, version=2 if value in ("0.10", "v2") else 3)
+            elif key == "lazy_refcounts" and value in ("on", "off"):
+                shape = evolve(shape, lazy_refcounts=value == "on")
+            elif key == "refcount_bits" and value.isdecimal():
+                shape = evolve(shape, refcount_bits=int(value))
+            elif key in known:
+                raise ValueError(f"{key}={value}: no such value")
+            else:
+                raise ValueError(f'no option "{key}".{near(key, known) or " Known: " + ", ".join(known)}')
+    except ValueError as error:
+        raise ConfigError(str(error), file=file) from error
+    return shape
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    size = _size(arguments.size, arguments.file) if arguments.size else None
+    shape = _shape(arguments.options, arguments.file)
+    if arguments.backing:
+        if arguments.format == "raw":
+            raise ConfigError("a raw image has no backing file", file=arguments.file)
+        below = backing_path(arguments.file, arguments.backing)
+        form: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
+        image = open_image(Drive(below, format=form, readonly=True), warn=_warn)
+        size = image.info.size if size is None else size
+        image.close()
+        found = arguments.backing_format or _format(below)
+        shape = evolve(shape, backing_file=arguments.backing, backing_format=found)
+    if size is None:
+        raise ConfigError("expected a size, such as 20G", file=arguments.file)
+    if arguments.format == "raw":
+        create_raw(arguments.file, size, force=arguments.force)
+    else:
+        create_qcow2(arguments.file, -(-size // 512) * 512, shape, force=arguments.force)
+    return 0
+
+
+def _format(path: str) -> str:
+    file = HostFile(path, writable=False)
+    try:
+        return "qcow2" if read_bytes(file, 0, 4) == MAGIC else "raw"
+    finally:
+        file.close()
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What ``cardcage image info`` says of one file. Raises ConfigError."""
+    file = HostFile(path, writable=False)
+    try:
+        status = os.fstat(file.fd)
+        found: dict[str, Any] = {"file": path, "format": "raw", "virtual-size": file.size()}
+        found["actual-size"] = status.st_blocks * 512
+        if read_bytes(file, 0, 4) != MAGIC:
+            return found
+        header = Header.parse(lambda at, size: read_bytes(file, at, size), path)
+        tables = Tables(file, header, OSError)
+        found |= {"format": "qcow2", "virtual-size": header.size, "cluster-size": header.cluster_size}
+        found |= {"version": header.version, "refcount-bits": 1 << header.refcount_order}
+        found["compression"] = ("zlib", "zstd")[header.compression]
+        for key, bit in (("dirty", INCOMPAT_DIRTY), ("corrupt", INCOMPAT_CORRUPT)):
+            found[key] = bool(header.incompatible & bit)
+        found["lazy-refcounts"] = bool(header.compatible & COMPAT_LAZY)
+        if header.backing_file is not None:
+            found |= {"backing-file": header.backing_file, "backing-format": header.backing_format}
+        if tables.snapshots:
+            found["snapshots"] = [asdict(one) for one in tables.snapshots]
+        return found
+    finally:
+        file.close()
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    chain = [describe(arguments.file)]
+    seen = {os.path.realpath(arguments.file)}
+    while arguments.backing_chain and chain[-1].get("backing-file"):
+        below = backing_path(chain[-1]["file"], chain[-1]["backing-file"])
+        if os.path.realpath(below) in seen:
+            raise ConfigError("the backing chain loops: this image stands on itself", file=below)
+        seen.add(os.path.realpath(below))
+        chain.append(describe(below))
+    if arguments.json:
+        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=2))
+        return 0
+    for at, one in enumerate(chain):
+        print(end="\n" if at else "")
+        for key, value in one.items():
+            if key in ("virtual-size", "actual-size", "cluster-size"):
+                value = f"{Size(value)} ({value} bytes)" if value % 1024 == 0 and value else f"{value} bytes"
+            elif key == "snapshots":
+                value = ", ".join(f"{shot['id']} {shot['name']}" for shot in value)
+            elif isinstance(value, bool):
+                value = "yes" if value else "no"
+            print(f"{key + ':':16} {value}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    file = HostFile(arguments.file, writable=bool(arguments.repair))
+    try:
+        lock_image(file.fd, arguments.file, write=bool(arguments.repair), required=False)
+        if read_bytes(file, 0, 4) != MAGIC:
+            raise ConfigError("a raw image has nothing to check", file=arguments.file)
+        header = Header.parse(lambda at, size: read_bytes(file, at, size), arguments.file)
+        report = check(file, header, fix=arguments.repair)
+    finally:
+        file.close()
+    leaks, corruptions = report.leaks - report.leaks_fixed, report.corruptions - report.corruptions_fixed
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        for problem in report.problems:
+            print(problem)
+        more = report.leaks + report.corruptions - len(report.problems)
+        if more > 0:
+            print(f"... and {more} more")
+        if report.leaks_fixed or report.corruptions_fixed:
+            print(f"put right: {report.leaks_fixed} leaks, {report.corruptions_fixed} corruptions")
+        print(f"{corruptions} corruptions, {leaks} leaks; {report.allocated} of {report.total} clusters allocated")
+    return 2 if corruptions else 3 if leaks else 0
+
+
+def _resize(arguments: argparse.Namespace) -> int:
+    drive = Drive(arguments.file, format=arguments.format)
+    size = _size(arguments.size.removeprefix("+"), arguments.file)
+    if arguments.size.startswith("+"):
+        image = open_image(evolve(drive, readonly=True), warn=_warn)
+        size += image.info.size
+        image.close()
+    resize(drive, size, shrink=arguments.shrink, warn=_warn)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    shape = _shape(arguments.options, arguments.target)
+    source = open_image(Drive(arguments.file, format=arguments.format, readonly=True), warn=_warn)
+    try:
+        if arguments.output_format == "raw":
+            create_raw(arguments.target, source.info.size, force=arguments.force)
+        else:
+            create_qcow2(arguments.target, source.info.size, shape, force=arguments.force)
+        target = open_image(Drive(arguments.target, format=arguments.output_format), warn=_warn)
+        try:
+            convert(source, target)
+            target.flush()
+        finally:
+            target.close()
+    finally:
+        source.close()
+    return 0
+
+
+def convert(source: Image, target: Image) -> None:
+    """Copy what is not zeros of *source* into *target*, which is all zeros and as large. Errors are OSError."""
+    size, at = source.info.size, 0
+    room = memoryview(bytearray(CHUNK))
+    nothing = bytes(GRAIN)
+    while at < size:
+        has_data, end = source.data(at, size)
+        while has_data and at < end:
+            length = min(end - at, CHUNK - at % GRAIN)
+            length = -(-length // 512) * 512
+            source.readv(at, [room[:length]])
+            for start, stop in _filled(room[:length], nothing):
+                target.writev(at + start, [room[start:stop]])
+            at += length
+        at = max(at, end)
+
+
+def _filled(data: memoryview, nothing: bytes) -> list[tuple[int, int]]:
+    """The stretches of *data*, in grains, that are not zeros."""
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(data), GRAIN):
+        piece = data[start : start + GRAIN]
+        if piece == nothing[: len(piece)]:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], start + len(piece))
+        else:
+            found.append((start, start + len(piece)))
+    return found
