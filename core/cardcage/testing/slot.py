@@ -171,7 +171,7 @@ class TestSlot:
         return lambda level: self.levels.setdefault(gsi, []).append(level)
 
     def bind(self, device: Any, *regions: Region) -> None:
-        """Map *regions* at their default addresses (at 0 upwards where they have none), as a machine does before ``plug``."""
+        """Map *regions* as a machine does before ``plug``: at their default addresses, or at the first free one."""
         for region in regions:
             bus = self.pio if isinstance(region, Pio) else self.mmio
             free = max((claim.end for claim in bus), default=0)

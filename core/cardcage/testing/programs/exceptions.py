@@ -101,7 +101,7 @@ at_msr:
     rdmsr
 three:
     mov rax, cr4
-    bts rax, 50
+    bts rax, 15
     expect_fault four
 at_cr4:
     mov cr4, rax
@@ -163,6 +163,7 @@ four:
     mov eax, 0x65008
     jmp rax
 five:
+    mov byte [abs IDT + 14 * 16 + 4], 1         ; deliver on a good stack
     expect_fault six
     mov rbx, rsp
     mov rsp, 0x66800

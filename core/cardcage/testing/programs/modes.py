@@ -30,9 +30,9 @@ PROGRAMS = (
     movzx ebx, al
     xor ax, ax
     mov ds, ax
-    mov word [0x80 * 4], handler
+    mov word [0x40 * 4], handler
     mov cx, 5
-    int 0x80
+    int 0x40
     mov si, 0xFFFF
     mov byte [si], 0x99
     mov al, [si]

@@ -113,6 +113,7 @@ two:
             "r8": 0x6677880000000000,
         },
         faults=(Fault(14, 2, rip="at_write", cr2=0x62000), Fault(14, 0, rip="at_read", cr2=0x62000)),
+        emulated="KVM's emulator writes the first page before it looks at the second",
     ),
     Program(
         "paging-32",
@@ -139,5 +140,6 @@ over:
         start="paging32",
         registers={"rax": 0x1234, "rbx": 0x60, "rcx": 0xE7, "rdx": 0x77},
         faults=(Fault(14, 2, rip="at_write", cr2=0x63004),),
+        emulated="it has no paging outside long mode",
     ),
 )

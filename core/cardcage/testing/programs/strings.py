@@ -80,9 +80,13 @@ PROGRAMS = (
     repne scasb
     rep lodsb
     flags r9
+    cmp ecx, 1
+    rep scasd
+    rep cmpsw
+    flags r10
     done
 """,
-        registers={"r8": 0x95, "r9": 0x95, "rsi": (1 << 64) - 1, "rdi": 1 << 63, "rcx": 0},
+        registers={"r8": 0x95, "r9": 4, "r10": 0x95, "rsi": (1 << 64) - 1, "rdi": 1 << 63, "rcx": 0},
     ),
     Program(
         "cmps-scas",
