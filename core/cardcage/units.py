@@ -6,8 +6,8 @@ import re
 
 __all__ = ["Duration", "Size"]
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s|m|h|)", re.ASCII)
+_SIZE = re.compile(r"(\d{1,40})(?:\.(\d{1,40}))?\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d{1,40}(?:\.\d{1,40})?)\s*(ns|us|ms|s|m|h|)", re.ASCII)
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -22,13 +22,10 @@ class Size(int):
             found = _SIZE.fullmatch(value.strip())
             if found is None:
                 raise ValueError(f'expected a size such as "512M" or a number of bytes, got "{value}"')
-            exact = float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " ")
-            if exact != int(exact):
-                raise ValueError(f'"{value}" is not a whole number of bytes')
-            # A long run of digits must not lose its low ones in a float.
-            value = (
-                int(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " ") if "." not in found[1] else int(exact)
-            )
+            digits, unit = found[1] + (found[2] or ""), 1024 ** " kmgt".index(found[3].lower() or " ")
+            value, rest = divmod(int(digits) * unit, 10 ** len(found[2] or ""))
+            if rest:
+                raise ValueError(f'"{found[0]}" is not a whole number of bytes')
         elif isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f'expected a size such as "512M" or a number of bytes, got {value!r}')
         if value < 0:

@@ -86,7 +86,9 @@ class ScriptedVm:
         self.closed = False
 
     def create_vcpu(self, index: int, /) -> ScriptedVCpu:
-        return ScriptedVCpu(self, index, self._scripts[index] if index < len(self._scripts) else lambda _: iter_for_ever())
+        return ScriptedVCpu(
+            self, index, self._scripts[index] if index < len(self._scripts) else lambda _: iter_for_ever()
+        )
 
     def map_memory(self, slot: MemorySlot, /) -> None:
         self.slots.append(slot)

@@ -1,0 +1,195 @@
+"""Cards: loading, staging and what becomes of broken ones."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import types
+from typing import Any
+
+import pytest
+from attrs import frozen
+
+from cardcage.errors import CardError, ConfigError, Denied, MissingExtra, UsageError
+from cardcage.hookspecs import hookimpl
+from cardcage.host import Host
+from cardcage.registry import Registry
+from cardcage.security import Mediator
+
+
+def card(register: Any, name: str = "mine", **more: Any) -> types.ModuleType:
+    """A module with the hook."""
+    module = types.ModuleType(name)
+    module.cardcage_register = hookimpl(register)
+    for key, value in more.items():
+        setattr(module, key, value)
+    return module
+
+
+def test_a_card_fills_the_registry() -> None:
+    """What a card offers can be found by kind and name, with its card."""
+
+    def cardcage_register(registry: Registry) -> None:
+        registry.device("thing", object, help="a thing")
+
+    host = Host([card(cardcage_register)], installed=False)
+    assert host.registry.get("device", "thing").card == "mine"
+    assert [one.name for one in host.cards] == ["mine"]
+
+
+def raises(registry: Registry) -> None:
+    registry.device("half", object)
+    raise RuntimeError("boom")
+
+
+def wrong_signature(registry: Registry, more: int) -> None:
+    registry.device("half", object)
+
+
+def taken(registry: Registry) -> None:
+    registry.device("fresh", object)
+    registry.device("there", object)
+
+
+def twice(registry: Registry) -> None:
+    registry.device("half", object)
+    registry.device("half", object)
+
+
+@pytest.mark.parametrize(
+    ("register", "reason"),
+    [
+        (raises, "RuntimeError: boom"),
+        (wrong_signature, "more"),
+        (taken, "device 'there': already offered by card good"),
+        (twice, "device 'half': already offered by card bad"),
+    ],
+)
+def test_a_broken_card_leaves_nothing_behind(register: Any, reason: str) -> None:
+    """A card that fails to register is named with the reason; nothing of it stays, and the others work."""
+    good = card(lambda registry: registry.device("there", object), "good")
+    host = Host([good, card(register, "bad")], installed=False)
+    assert [(one.name, one.distribution) for one in host.broken] == [("bad", "given to Host")]
+    assert reason in str(host.broken[0])
+    assert [(offer.kind, offer.name) for offer in host.registry] == [("device", "there")]
+    assert [one.name for one in host.cards] == ["good"]
+
+
+def test_a_misspelt_hook_is_an_error_of_its_card() -> None:
+    """An implementation of a hook that does not exist makes the card broken, and only that card."""
+    module = card(lambda registry: None, "typo")
+    module.cardcage_regster = hookimpl(lambda registry: None)
+    host = Host([module, card(lambda registry: registry.device("x", object), "next")], installed=False)
+    assert [one.name for one in host.broken] == ["typo"]
+    assert "cardcage_regster" in host.broken[0].reason
+    assert host.registry.names("device") == ["x"]
+
+
+def test_installed_cards_are_found_by_entry_point() -> None:
+    """The project's own cards come through the entry point group, as a stranger's do."""
+    host = Host()
+    assert {"kvm", "tcg", "pc", "pci", "virtio", "boot"} <= {one.name for one in host.cards}
+    assert not host.broken
+    assert all(one.distribution.startswith("cardcage ") for one in host.cards if one.name in ("kvm", "pc"))
+
+
+def test_registering_imports_nothing_heavy() -> None:
+    """Loading all cards imports neither asyncio, cattrs, rich, structlog nor iced-x86, nor any card's own modules."""
+    import subprocess
+
+    code = (
+        "import sys; from cardcage.host import Host; Host();"
+        "heavy = {'asyncio', 'cattrs', 'rich', 'structlog', 'iced_x86'} & set(sys.modules);"
+        "own = [m for m in sys.modules if m.startswith('cardcage_') and '.' in m];"
+        "print(sorted(heavy), own)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
+
+
+def test_an_unknown_name_says_what_is_near() -> None:
+    """An unknown card is refused with near matches, or with what there is."""
+    host = Host([card(lambda registry: registry.device("virtio-blk", object))], installed=False)
+    with pytest.raises(ConfigError, match='no card offers device "virtio-blok". Did you mean "virtio-blk"?'):
+        host.registry.get("device", "virtio-blok")
+    with pytest.raises(ConfigError, match='"zzz". Known: virtio-blk'):
+        host.registry.get("device", "zzz")
+
+
+def test_a_missing_extra_says_how_to_get_it() -> None:
+    """A card whose optional distribution is missing says what to install; any other import error is the card's fault."""
+
+    def cardcage_register(registry: Registry) -> None:
+        registry.device("heavy", "no_such_module:X", needs="net")
+        registry.device("wrong", "no_such_module:X")
+        registry.device("nothing", "cardcage.errors:NoSuchThing")
+
+    host = Host([card(cardcage_register)], installed=False)
+    with pytest.raises(MissingExtra, match=r"pip install 'cardcage\[net\]'"):
+        host.registry.get("device", "heavy").load()
+    for name in ("wrong", "nothing"):
+        with pytest.raises(CardError, match="card mine, given to Host"):
+            host.registry.get("device", name).load()
+
+
+@frozen
+class Options:
+    speed: int = 1
+
+
+def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
+    """A table becomes the card's class; text only where the card says how; a card without options takes none."""
+
+    def cardcage_register(registry: Registry) -> None:
+        registry.device("typed", object, options=Options, shorthand=lambda text: {"speed": int(text)})
+        registry.device("plain", object, options=Options)
+        registry.device("bare", object)
+
+    host = Host([card(cardcage_register)], installed=False)
+    typed, plain, bare = (host.registry.get("device", name) for name in ("typed", "plain", "bare"))
+    assert host.options(typed, {"speed": 3}) == host.options(typed, "3") == Options(3)
+    assert host.options(bare, {}) is None
+    for offer, value, error in (
+        (typed, "x", "invalid literal"),
+        (plain, "3", 'k: "plain" takes no text'),
+        (plain, {"sped": 1}, 'k.sped: no such key. Did you mean "speed"?'),
+        (bare, {"a": 1}, 'k.a: no such key. "bare" takes no options'),
+    ):
+        with pytest.raises(ConfigError, match=error.replace(".", r"\.").replace("?", r"\?")):
+            host.options(offer, value, key="k")
+
+
+def test_loading_a_card_is_mediated() -> None:
+    """A checker may refuse a card, which is then left out and named."""
+
+    class Checker:
+        def check(self, source: str, target: str, tclass: str, permission: str, /) -> None:
+            if (tclass, permission, target) == ("card", "load", "evil"):
+                raise Denied("evil is not allowed")
+
+    cards = [card(lambda registry: registry.device("a", object), name) for name in ("evil", "good")]
+    host = Host(cards, installed=False, mediator=Mediator((Checker(),)))
+    assert [one.name for one in host.cards] == ["good"]
+    assert host.broken[0].reason.endswith("evil is not allowed")
+
+
+def test_signal_handlers_have_one_owner() -> None:
+    """Claims are counted, another's replacement is put back by verify(), and the last release restores the first handler."""
+    signals = Host(installed=False).signals
+    before = signal.getsignal(signal.SIGUSR2)
+
+    def handler(signum: int, frame: Any) -> None: ...
+
+    signals.claim(signal.SIGUSR2, handler)
+    signals.claim(signal.SIGUSR2, handler)
+    with pytest.raises(UsageError, match="SIGUSR2 already has another handler"):
+        signals.claim(signal.SIGUSR2, lambda *_: None)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signals.verify()
+    assert signal.getsignal(signal.SIGUSR2) is handler
+    signals.release(signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGUSR2) is handler
+    signals.release(signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGUSR2) == before
+    with pytest.raises(UsageError, match="was not claimed"):
+        signals.release(signal.SIGUSR2)
