@@ -133,8 +133,7 @@ class Shelf:
 
     def _fetch_busybox(self, kept: Path) -> None:
         apt = Apt(self.root / "apt", self.progress)
-        if apt.show("busybox-static") is None:
-            apt.update()
+        apt.update()
         with tempfile.TemporaryDirectory(dir=self.root, prefix=".new-") as name:
             fresh = Path(name)
             unpack(apt.download("busybox-static", fresh), fresh)
