@@ -23,7 +23,7 @@ class Gate:
         self._changed = threading.Condition()
         self._open = self._ended = False
         self._inside: set[int] = set()
-        self._woken = False
+        self.wakes = 0
 
     def enter(self, index: int) -> bool:
         """Wait until the gate is open, and go in. False: the thread is to end. Leaves first where it was inside."""
@@ -73,14 +73,19 @@ class Gate:
     # waiting in HLT without a local APIC
 
     def wake(self) -> None:
-        """An interrupt is pending: those that wait in :meth:`halt` go on."""
+        """An interrupt is pending, or the processors have new registers: those that wait in :meth:`halt` go on."""
         with self._changed:
-            self._woken = True
+            self.wakes += 1
             self._changed.notify_all()
 
-    def halt(self, pending: Callable[[], bool]) -> None:
-        """Wait until *pending* or :meth:`wake`, or until the gate is closed or ended."""
+    def halt(self, wakes: int, pending: Callable[[], bool]) -> bool:
+        """Wait until *pending*, or a :meth:`wake` after ``gate.wakes`` was *wakes*.
+
+        False when the gate closed meanwhile.
+        """
         with self._changed:
-            while self._open and not self._ended and not self._woken and not pending():
+            while self.wakes == wakes and not pending():
+                if not self._open or self._ended:
+                    return False
                 self._changed.wait()
-            self._woken = False
+            return True

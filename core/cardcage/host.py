@@ -145,6 +145,8 @@ class Host:
         staged = Registry(name, distribution)
         try:
             self.mediator.check("host", name, "card", "load")
+            if self._manager.has_plugin(name):
+                raise CardError("another card has this name already")
             module = load()
             # A manager of its own: one card's mistakes must not reach the next one, nor half of its hooks stay.
             trial = self._new_manager()

@@ -136,7 +136,7 @@ class Machine:
         self._threads: list[threading.Thread] = []
         self._cleanup = ExitStack()
         self.policies: list[Any] = []
-        self._image: BootImage | None = None
+        self.boot_image: BootImage | None = None
         try:
             self._build()
         except BaseException as error:
@@ -209,7 +209,7 @@ class Machine:
         options = self.host.options(offer, table, file=file, key="boot")
         try:
             factory = offer.load()
-            self._image = (factory(options) if options is not None else factory()).open()
+            self.boot_image = (factory(options) if options is not None else factory()).open()
         except ConfigError as error:
             raise ConfigError(error.problem, file=error.file or file, key=error.key or place.key) from error
 
@@ -387,7 +387,7 @@ class Machine:
         return self
 
     def _do_start(self) -> None:
-        if self._image is not None:
+        if self.boot_image is not None:
             self._load_image()
         self._threads = [
             threading.Thread(target=run_vcpu, args=(self, vcpu), name=f"{self.name}-cpu{vcpu.index}", daemon=True)
@@ -403,9 +403,10 @@ class Machine:
             for plugged in self.devices.values():
                 if "boot" in plugged.abilities:
                     plugged.device.contribute(context)
-            first = self._image.load(context) if self._image is not None else reset_state()
+            first = self.boot_image.load(context) if self.boot_image is not None else reset_state()
         for vcpu in self.vcpus:
             vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
+        self.gate.wake()
 
     def pause(self) -> None:
         """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running."""

@@ -17,15 +17,19 @@ __all__ = ["run_vcpu"]
 def run_vcpu(machine: Machine, vcpu: VCpu) -> None:
     """The body of a vCPU's thread; returns once the machine has ended."""
     gate, observers, index = machine.gate, machine.observers, vcpu.index
+    halted, wakes = False, 0
     try:
         while gate.enter(index):
+            if halted and not gate.halt(wakes, lambda: machine.wiring.extint_level):
+                continue  # paused or ended while in HLT, where it stays
+            halted, wakes = False, gate.wakes
             leave = vcpu.run(machine.ops)
             observers.emit("exit", index, leave)
             reason = leave.reason
             if reason is Exit.KICKED:
                 continue
             if reason is Exit.HALTED:
-                gate.halt(lambda: machine.wiring.extint_level)
+                halted = True
             elif reason is Exit.SHUTDOWN:
                 machine.crash(index, leave.detail)
             elif reason is Exit.RESET:

@@ -116,6 +116,7 @@ def restore(machine: Machine, state: MachineState) -> None:
         machine.clock.set(state.clock)
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
         vcpu.set_state(registers)
+    machine.gate.wake()
 
 
 def _stateful(machine: Machine) -> dict[str, Any]:

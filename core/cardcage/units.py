@@ -23,14 +23,16 @@ class Size(int):
             if found is None:
                 raise ValueError(f'expected a size such as "512M" or a number of bytes, got "{value}"')
             digits, unit = found[1] + (found[2] or ""), 1024 ** " kmgt".index(found[3].lower() or " ")
-            value, rest = divmod(int(digits) * unit, 10 ** len(found[2] or ""))
+            size, rest = divmod(int(digits) * unit, 10 ** len(found[2] or ""))
             if rest:
                 raise ValueError(f'"{found[0]}" is not a whole number of bytes')
         elif isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f'expected a size such as "512M" or a number of bytes, got {value!r}')
-        if value < 0:
-            raise ValueError(f"a size cannot be below 0, got {value}")
-        return super().__new__(cls, value)
+        else:
+            size = value
+        if size < 0:
+            raise ValueError(f"a size cannot be below 0, got {size}")
+        return super().__new__(cls, size)
 
     def __str__(self) -> str:
         """The shortest exact form: ``512 MiB``."""

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from attrs import define, field
-
 from cardcage.accelerator import MemorySlot, Probe, VmSpec
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
@@ -125,11 +124,15 @@ class Scripted:
     """A card, given to ``Host(cards=[...])``, that offers the accelerator ``scripted``."""
 
     scripts: tuple[Script, ...] = ()
-    probe_result: Probe = Probe(True, "native", "scripted by the test")
+    probe_result: Probe = field(default=Probe(True, "native", "scripted by the test"))
     name: str = "scripted"
     log: list[tuple[Any, ...]] = field(factory=list)
     vms: list[ScriptedVm] = field(factory=list)
     extra: Callable[[Registry], None] = lambda registry: None
+
+    @property
+    def __name__(self) -> str:
+        return self.name
 
     @hookimpl
     def cardcage_register(self, registry: Registry) -> None:

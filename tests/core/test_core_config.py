@@ -9,13 +9,12 @@ from typing import Any, Literal
 import pytest
 from attrs import field, frozen
 from attrs.validators import ge
-from hypothesis import given
-from hypothesis import strategies as st
-
 from cardcage.config import Draft
 from cardcage.errors import ConfigError
 from cardcage.structure import structure, unstructure
 from cardcage.units import Duration, Size
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,6 @@ def test_fragments_merge_in_order(tmp_path: Path) -> None:
         ({"machine": {"cpus": 0}}, "machine.cpus: must be >= 1: 0"),
         ({"machine": {"cpus": 256}}, "machine.cpus: must be <= 255: 256"),
         ({"machine": {"memry": 1}}, 'machine.memry: no such key. Did you mean "memory"?'),
-        ({"machine": {"accel": []}}, None),
         ({"device": {"type": "x"}}, "device: expected a list of tables: write [[device]]"),
         ({"device": [{"id": "x"}]}, 'device[0]: missing key "type": expected the name of a device card'),
         ({"device": [{"type": "x", "irq": 24}]}, "device[0].irq: expected 0 to 23, got 24"),
@@ -196,16 +194,10 @@ def test_fragments_merge_in_order(tmp_path: Path) -> None:
         ({"accel": {"kvm": 1}}, "accel.kvm: expected a table"),
     ],
 )
-def test_wrong_fragments_are_refused(fragment: dict[str, Any], error: str | None) -> None:
+def test_wrong_fragments_are_refused(fragment: dict[str, Any], error: str) -> None:
     """A configuration that does not fit the schema is refused with its key path."""
-    draft = Draft()
-    if error is None:
-        draft.add(fragment)
-        assert draft.config().machine.accel == ()
-        return
     with pytest.raises(ConfigError) as caught:
-        draft.add(fragment)
-        draft.config()
+        Draft.of(fragment).config()
     assert str(caught.value) == error
 
 
