@@ -121,21 +121,24 @@ def run(host: Host, arguments: Namespace) -> int:
         cleanup.callback(report.close)
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
         plan = _plan(arguments, scratch, report)
-        status_read = _wire(draft, plan, arguments, cleanup)
+        reader, writer = os.pipe()  # the status of --exec
+        told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
+        _wire(draft, plan, arguments, writer)
         machine = Machine.from_config(draft.config(), host=host)
         cleanup.callback(machine.close)
         _header(machine, plan, arguments, report)
         if plan.own_init and arguments.exec is None and not _has_terminal():
             threading.Thread(target=_feed, args=(machine, plan.token), name="stdin", daemon=True).start()
         status = run_machine(machine, timeout=timeout)
-        if status_read is None or status:
-            if status and arguments.exec is not None:
-                _show_tail(machine)
+        tells.close()
+        if arguments.exec is None:
             return status
-        told = os.read(status_read, 16)
-        if told:
-            return int(told)
+        word = told.read()
+        if word and not status:
+            return int(word)
         _show_tail(machine)
+        if status:
+            return status
         print("cardcage: the guest ended before the command did", file=sys.stderr)
         return EXIT["failure"]
 
@@ -205,23 +208,18 @@ def _has_terminal() -> bool:
     return os.isatty(0) and os.isatty(1)
 
 
-def _wire(draft: Draft, plan: Plan, arguments: Namespace, cleanup: ExitStack) -> int | None:
+def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
     """Add kernel, console and the command's channel to the configuration, under what the person said.
 
-    Returns the descriptor that will tell the command's status, ``None`` without a command.
+    *status* is the descriptor that will be told the command's status.
     """
     said = draft.config().origins
     boot = {key: value for key, value in plan.boot.items() if f"boot.{key}" not in said}
     machine: dict[str, Any] = {} if "machine.name" in said else {"name": plan.name}
     console: dict[str, Any] = {"type": "linux-console"}
-    status_read = None
     if arguments.exec is not None:
-        status_read, status_write = os.pipe()
-        for fd in (status_read, status_write):
-            cleanup.callback(os.close, fd)
-        os.set_blocking(status_read, False)
         console |= {"token": plan.token, "fd": 2}
-        channel = {"type": "exec-output", "token": plan.token, "status": status_write}
+        channel = {"type": "exec-output", "token": plan.token, "status": status}
         draft.add(
             {"device": [{"type": "isa-serial", "port": SECOND_PORT, "irq": SECOND_IRQ, "id": "exec", "char": channel}]}
         )
@@ -230,7 +228,6 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, cleanup: ExitStack) ->
     if "machine.console" not in said:
         machine["console"] = console
     draft.add({"machine": machine, "boot": boot})
-    return status_read
 
 
 def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) -> None:

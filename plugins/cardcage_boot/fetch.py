@@ -119,11 +119,15 @@ class Shelf:
                 archive.unlink()
             shutil.rmtree(fresh / "usr/share", ignore_errors=True)
 
+    def host_busybox(self) -> Path | None:
+        """The host's own static busybox."""
+        on_path = shutil.which("busybox")
+        return Path(on_path) if on_path is not None and is_static_busybox(Path(on_path)) else None
+
     def busybox(self) -> Path:
         """A static busybox: the host's, else the distribution's package ``busybox-static``."""
-        on_path = shutil.which("busybox")
-        if on_path is not None and is_static_busybox(Path(on_path)):
-            return Path(on_path)
+        if there := self.host_busybox():
+            return there
         kept = self.root / "busybox"
         if not kept.exists():
             with locked(self.root / "lock", self._wait):

@@ -1,0 +1,255 @@
+"""``cardcage boot``: the exec channel, the console, outcomes and errors, with small guests in a kernel's place."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+from cardcage.host import Host
+from cardcage.outcome import Stopped
+from cardcage_boot.channel import ExecOptions, FdSink, Marked, PanicWatch, open_exec
+from cardcage_boot.fetch import Shelf
+from hypothesis import given
+from hypothesis import strategies as st
+
+# Each guest is 64-bit code at a bzImage's entry point; EXEC and FEED find the token in the initrd's settings file.
+# Plays init with a command: begin mark, "errors" and end mark on COM1; "out", NUL, 0xFF, "put" and status 42 on COM2.
+EXEC = bytes.fromhex(
+    "4889f3bc009000008bb31802000003b31c020000ffce813e746f6b6575f68d6e06baf8030000488d357e000000e862000000e8680000"
+    "00b00aee488d357b000000e84e000000488d3577000000e842000000e848000000b00aeebaf8020000488d356d000000e82900000048"
+    "8d3552000000e81d000000e823000000488d355a000000e80c000000ba0406000066b8002066eff40fb60e48ffc6aceee2fcc389eeb9"
+    "10000000aceee2fcc3100063617264636167652d626567696e20076572726f72730a0e0063617264636167652d656e6420096f757400"
+    "ff7075740a042034320a"
+)
+# Plays init without a terminal: begin mark on COM1, then echoes what is typed there up to an end-of-file character.
+FEED = bytes.fromhex(
+    "4889f3bc009000008bb31802000003b31c020000ffce813e746f6b6575f68d6e06baf8030000488d3549000000e82f000000bafd0300"
+    "00eca80174f6baf8030000ec3c047403eeebe9488d3537000000e80c000000ba0406000066b8002066eff40fb60e48ffc6f36e89eeb9"
+    "10000000f36eb00aeec3100063617264636167652d626567696e200e0063617264636167652d656e6420"
+)
+# Prints a kernel panic on COM1 and halts.
+PANIC = bytes.fromhex(
+    "baf8030000488d3509000000b92e000000f36efaf45b20202020312e305d204b65726e656c2070616e6963202d206e6f742073796e63"
+    "696e673a206f6f707320370d0a"
+)
+OFF = bytes.fromhex("ba0406000066b8002066eff4")  # powers off by ACPI
+HALT = bytes.fromhex("faf4")
+
+
+def bzimage(code: bytes) -> bytes:
+    """A bzImage of one setup sector whose 64-bit entry point is *code*."""
+    head = bytearray(1024)
+    payload = bytes(0x200) + code
+    payload += bytes(-len(payload) % 16)
+    head[0x1F1] = 1
+    struct.pack_into("<I", head, 0x1F4, len(payload) // 16)
+    head[0x1FE:0x206] = b"\x55\xaa\xeb\x6aHdrS"
+    struct.pack_into("<HII", head, 0x206, 0x20F, 0, 0x100 << 16)
+    head[0x300:0x30C] = b"6.1.0-t (x)\0"
+    struct.pack_into("<IIBBHI", head, 0x22C, 0x7FFFFFFF, 0x1000, 1, 12, 3, 2047)
+    struct.pack_into("<QI", head, 0x258, 1 << 20, 0x10000)
+    return bytes(head) + payload
+
+
+Boot = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+def accelerators() -> list[str]:
+    return Host().registry.names("accelerator")
+
+
+@pytest.fixture(params=accelerators())
+def boot(request: pytest.FixtureRequest, tmp_path: Path) -> Boot:
+    """Runs ``cardcage boot`` with a guest's code as the kernel, on each accelerator, without a terminal."""
+    probe = Host().registry.get("accelerator", request.param).load()().probe()
+    if not probe.usable:
+        pytest.skip(f"{request.param}: {probe.reason}")
+
+    def go(code: bytes, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        kernel = tmp_path / "vmlinuz"
+        kernel.write_bytes(bzimage(code))
+        program = "import sys; from cardcage.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", program, "boot", "--kernel", kernel, "--accel", request.param, "-m", "32M"]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        return subprocess.run([*command, *arguments], input=stdin, capture_output=True, env=environment, check=False)
+
+    return go
+
+
+needs_busybox = pytest.mark.skipif(
+    Shelf(Path("/nonexistent"), lambda what, percent: None, lambda line: None).host_busybox() is None,
+    reason="needs a static busybox on this host",
+)
+
+
+@needs_busybox
+def test_exec_gives_exactly_the_output_and_the_status(boot: Boot) -> None:
+    """Standard output is the command's bytes and nothing else, its errors go to standard error, its status is ours."""
+    done = boot(EXEC, "--exec", "command", "--timeout", "120")
+    assert done.stdout == b"out\0\xffput\n", done.stderr
+    assert b"\nerrors\n" in done.stderr
+    assert b"outcome: the guest powered off\n" in done.stderr
+    assert done.returncode == 42
+
+
+@needs_busybox
+def test_exec_that_never_reports_is_a_failure(boot: Boot) -> None:
+    """A guest that powers off before its command ended gives status 70 and says so."""
+    done = boot(OFF, "--exec", "command", "--timeout", "120")
+    assert (done.returncode, done.stdout) == (70, b"")
+    assert b"the guest ended before the command did" in done.stderr
+
+
+@needs_busybox
+def test_commands_from_a_pipe_are_typed_once_init_reads(boot: Boot) -> None:
+    """Without a terminal, standard input is typed on the console, with an end of file; only what follows shows."""
+    done = boot(FEED, "--timeout", "120", stdin=b"echo hello\nexit\n")
+    assert (done.returncode, done.stdout) == (0, b"echo hello\nexit\n"), done.stderr
+
+
+def test_kernel_panic_is_an_outcome(boot: Boot) -> None:
+    """A panic message on the console ends the machine with status 10 and the kernel's words."""
+    done = boot(PANIC, "--initrd", "", "--timeout", "120")
+    assert done.returncode == 10, done.stderr
+    assert b"outcome: the guest panicked: oops 7\n" in done.stderr
+    assert b"Kernel panic - not syncing: oops 7" in done.stdout
+
+
+def test_timeout_and_header(boot: Boot) -> None:
+    """A guest that hangs is given up after the time; the header names machine, accelerator, kernel and console."""
+    done = boot(HALT, "--initrd", "", "--timeout", "0.5")
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 124, lines
+    assert lines[0].startswith("cardcage ")
+    assert [line.split()[0] for line in lines[1:4]] == ["accelerator", "kernel", "console"]
+    assert lines[-1] == "outcome: timed out after 0.5 s"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--exec", "x", "--initrd", "y"], "--exec: needs the init"),
+        (["--firmware", "f"], "--firmware: boots disks"),
+        (["--timeout", "soon"], "--timeout: expected a time"),
+        (["--kernel", "/nonexistent"], "/nonexistent: kernel cannot be read: No such file or directory"),
+    ],
+)
+def test_arguments_that_do_not_fit(boot: Boot, arguments: list[str], expected: str) -> None:
+    """What cannot be done is one line that names the argument, with status 2."""
+    done = boot(HALT, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"outcome: bad configuration: {expected}")
+
+
+@given(st.binary(max_size=60), st.binary(max_size=20), st.lists(st.integers(0, 90), max_size=5))
+def test_mark_is_found_however_the_stream_is_cut(before: bytes, after: bytes, cuts: list[int]) -> None:
+    """Bytes before the mark come out unchanged and in order, those after it are kept apart, for any cutting."""
+    mark = b"\0cardcage-end"
+    stream = before + mark + after
+    split = Marked(mark)
+    edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    out = b"".join(split.feed(stream[low:high]) for low, high in itertools.pairwise(edges))
+    at = stream.find(mark)
+    assert (out, bytes(split.after or b"")) == (stream[:at], stream[at + len(mark) :])
+
+
+@given(st.binary(max_size=80))
+def test_without_a_mark_little_is_held_back(data: bytes) -> None:
+    """Without the mark all but what could be its beginning comes out at once."""
+    mark = b"\0\0end"
+    split = Marked(mark)
+    out = split.feed(data)
+    held = data[len(out) :]
+    if mark not in data:
+        assert data.startswith(out)
+        assert mark.startswith(held)
+        assert len(held) < len(mark)
+
+
+@given(st.lists(st.integers(1, 30), max_size=8))
+def test_panic_is_seen_in_pieces(cuts: list[int]) -> None:
+    """A panic line is found once, however the output is cut."""
+    found: list[str] = []
+    watch = PanicWatch(found.append)
+    stream = b"noise\r\n[ 1.2] Kernel panic - not syncing: VFS: no root\r\nKernel panic - not syncing: again\n"
+    while stream:
+        size = cuts.pop() if cuts else len(stream)
+        watch.feed(stream[:size])
+        stream = stream[size:]
+    assert found == ["VFS: no root"]
+
+
+@define
+class Recorder:
+    """The part of a slot and machine that the back ends use; deferred calls run when the test says so."""
+
+    outcome: Any = None
+    calls: list[Callable[[], None]] = field(factory=list)
+    ended: list[Any] = field(factory=list)
+
+    @property
+    def machine(self) -> Any:
+        return self
+
+    def call_soon(self, call: Callable[[], None], /) -> None:
+        self.calls.append(call)
+
+    def end(self, outcome: Any) -> None:
+        self.ended.append(outcome)
+
+
+def test_sink_writes_everything_to_a_slow_reader() -> None:
+    """More than a pipe holds arrives whole and in order at a reader that comes late."""
+    read, write = os.pipe()
+    slot: Any = Recorder()
+    sink = FdSink(slot, write)
+    data = os.urandom(300_000)
+
+    def guest() -> None:
+        for at in range(0, len(data), 1000):
+            sink.write(data[at : at + 1000])
+        sink.flush()
+        os.close(write)
+
+    thread = threading.Thread(target=guest)
+    thread.start()
+    with open(read, "rb") as stream:
+        assert stream.read() == data
+    thread.join()
+
+
+def test_sink_gives_up_on_a_stopped_machine() -> None:
+    """When the host has stopped the machine and nobody reads, writing ends instead of waiting for ever."""
+    read, write = os.pipe()
+    slot: Any = Recorder(Stopped())
+    FdSink(slot, write).write(bytes(1 << 20))
+    os.close(read)
+    os.close(write)
+
+
+def test_exec_output_ends_the_machine_when_nobody_reads() -> None:
+    """A closed standard output ends the machine, and the status is that of a broken pipe."""
+    read, write = os.pipe()
+    kept = os.dup(1)
+    gone, closed = os.pipe()
+    os.close(gone)
+    slot: Any = Recorder()
+    back_end = open_exec(slot, ExecOptions("t", write))
+    os.dup2(closed, 1)
+    try:
+        back_end.write(b"x" * 5000)
+    finally:
+        os.dup2(kept, 1)
+    assert os.read(read, 16) == b"141\n"
+    assert len(slot.ended) == 1
+    for fd in (read, write, kept, closed):
+        os.close(fd)
