@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ExtIntSource", "InterruptController", "IrqLine", "IrqSource", "Line"]
+__all__ = ["InterruptController", "IrqLine", "IrqSource", "Line"]
 
 
 class IrqLine(Protocol):
@@ -31,14 +31,6 @@ class InterruptController(Protocol):
     """What takes lines in: the accelerator's in-kernel irqchip, or the PIC and IOAPIC cards."""
 
     def set_irq(self, gsi: int, level: bool, /) -> None: ...
-
-
-class ExtIntSource(Protocol):
-    """The 8259 pair, as the machine asks it when the processor acknowledges an external interrupt."""
-
-    def acknowledge(self) -> int | None:
-        """The INTA cycle: the vector, or None when nothing is pending any longer."""
-        ...
 
 
 class Line:

@@ -13,7 +13,7 @@ which it stays; ``stop`` and each outcome: any -> stopped. A transition that fai
 
 **The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are
 carried out on the loop thread, one after another. What a device asks for (reset, power-off) is carried out after the
-access that asked. A change of the RAM layout is made under the lock and inside ``vm.quiesce()``.
+access that asked. A change of the RAM layout (``change_memory``) is made at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cardcage.eventloop import EventLoop, MachineClock
 from cardcage.events import Observers
 from cardcage.gate import Gate
 from cardcage.host import Host
-from cardcage.memory import PhysicalMemory
+from cardcage.memory import PhysicalMemory, RamRange
 from cardcage.ops import MachineOps, ObservedOps
 from cardcage.runner import run_vcpu
 from cardcage.security import Mediator
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from cardcage.device import BootImage
-    from cardcage.interrupts import ExtIntSource, InterruptController
     from cardcage.slot import PluggedDevice
     from cardcage.vcpu import VCpu
 
@@ -226,13 +225,13 @@ class Machine:
 
     # interrupts
 
-    def add_controller(self, controller: InterruptController) -> None:
+    def add_controller(self, set_irq: Callable[[int, bool], None]) -> None:
         """For PIC and IOAPIC cards: ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
-        self.wiring.controllers.append(controller)
+        self.wiring.controllers.append(set_irq)
 
-    def set_extint_source(self, source: ExtIntSource) -> None:
-        """For the PIC card: whose ``acknowledge()`` is the INTA cycle."""
-        self.wiring.extint_source = source
+    def set_extint_source(self, acknowledge: Callable[[], int | None]) -> None:
+        """For the PIC card: ``acknowledge()`` is the INTA cycle; it returns the vector, or None when there is none."""
+        self.wiring.extint_source = acknowledge
 
     def set_extint(self, level: bool) -> None:
         """For the PIC card: drive its INTR output. Under the machine's lock."""
@@ -266,6 +265,11 @@ class Machine:
                 callback()
         except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
             self.fail(error)
+
+    def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
+        """Change which RAM shows where (PAM, SMRAM, ROM) before the guest's next instruction. Under the machine's lock."""
+        with self.vm.quiesce():
+            self.memory.change(add, remove)
 
     # requests of devices
 

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage.accelerator import AcceleratedVm
-    from cardcage.interrupts import ExtIntSource, InterruptController
 
 __all__ = ["LINES", "Wiring"]
 
@@ -29,15 +28,15 @@ class Wiring:
     def __init__(self, vm: AcceleratedVm, irqchip: str, wake: Callable[[], None]) -> None:
         self._vm, self._wake = vm, wake
         self.lines = [Line(self._changed(gsi, irqchip == "full")) for gsi in range(LINES)]
-        self.controllers: list[InterruptController] = []
+        self.controllers: list[Callable[[int, bool], None]] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
-        self.extint_source: ExtIntSource | None = None
+        self.extint_source: Callable[[], int | None] | None = None
         self.extint_level = False
 
     def _changed(self, gsi: int, full: bool) -> Callable[[bool], None]:
         def tell(level: bool) -> None:
             for controller in self.controllers:
-                controller.set_irq(gsi, level)
+                controller(gsi, level)
 
         def tell_accelerator(level: bool) -> None:
             self._vm.set_irq(gsi, level)
@@ -53,7 +52,7 @@ class Wiring:
 
     def acknowledge(self) -> int | None:
         """The INTA cycle: the vector, None when nothing is pending any longer."""
-        return None if self.extint_source is None else self.extint_source.acknowledge()
+        return None if self.extint_source is None else self.extint_source()
 
     def end_of_interrupt(self, vector: int) -> None:
         """An EOI broadcast of a local APIC."""

@@ -479,8 +479,8 @@ def test_lines_reach_controllers_or_the_accelerator(make: Any) -> None:
         yield ("out", 0x80, 1, 1)
 
     machine = make(script)
-    machine.add_controller(pic)
-    machine.set_extint_source(pic)
+    machine.add_controller(pic.set_irq)
+    machine.set_extint_source(pic.acknowledge)
     machine.add_eoi_listener(pic.seen.append)
     source, other = machine.lines[5].source(), machine.lines[5].source()
     source.set(True)
@@ -490,7 +490,7 @@ def test_lines_reach_controllers_or_the_accelerator(make: Any) -> None:
     machine.start().wait(20)
     assert pic.seen == [(5, True), (5, False), 0x30, 0x31]
     full = make(machine={"irqchip": "full"})
-    full.add_controller(pic)
+    full.add_controller(pic.set_irq)
     full.lines[3].source().set(True)
     assert full.scripted.log[-1] == ("irq", 3, True)
     assert len(pic.seen) == 4
