@@ -67,8 +67,9 @@
     HELPER(RDMSR, h_rdmsr) \
     HELPER(WRMSR, h_wrmsr) \
     HELPER(PRIVILEGED_NOP, h_privileged_nop) /* WBINVD, INVD: #GP unless CPL is 0 */ \
-    HELPER(STRING, h_string)         /* imm: see strings.c */ \
-    HELPER(BIT, h_bit)               /* imm: see integer.c; info[0] = offset of the operand, info[1] = segment base */ \
+    HELPER(STRING, h_string)         /* imm: STRING_* */ \
+    HELPER(BIT, h_bit)               /* imm: BT BTS BTR BTC | log2 of size << 2 | reg << 4 | address size 0-2 << 8 | LOCK << 10; \
+                                        info[0] = offset of the operand, info[1] = segment base */ \
     HELPER(CMPXCHG8B, h_cmpxchg8b)   /* imm: 1 = 16 bytes, 2 = LOCK; info[0] = linear address */ \
     HELPER(PUSHA, h_pusha)           /* imm: size */ \
     HELPER(POPA, h_popa)             /* imm: size */ \
@@ -82,6 +83,15 @@
     HELPER(DAS, h_das) \
     HELPER(AAM, h_aam)               /* imm: base */ \
     HELPER(AAD, h_aad)               /* imm: base */
+
+/* The operand of STRING: operation | log2 of the element size << 3 | address size (0, 1, 2: 16, 32, 64 bits) << 5 | repeat |
+ * segment register of the source << STRING_SEGMENT_SHIFT. */
+enum {
+    STRING_MOVS, STRING_CMPS, STRING_STOS, STRING_LODS, STRING_SCAS,
+    STRING_REP = 0x80,   /* REP, REPE */
+    STRING_REPNE = 0x100,
+    STRING_SEGMENT_SHIFT = 9
+};
 
 #define HELPER(name, function) HLP_##name,
 enum { HELPERS HLP_COUNT };

@@ -1,12 +1,7 @@
-/* MOVS, CMPS, STOS, LODS, SCAS with and without REP (Intel SDM vol. 2): page by page where both ends are plain RAM.
- *
- * imm: operation (0 MOVS, 1 CMPS, 2 STOS, 3 LODS, 4 SCAS) | log2 of the element size << 3 | repeat (0 none, 1 REP or REPE,
- * 2 REPNE) << 5 | address size (0, 1, 2: 16, 32, 64 bits) << 7 | segment register of the source << 9. */
+/* MOVS, CMPS, STOS, LODS, SCAS with and without REP (Intel SDM vol. 2): page by page where both ends are plain RAM. */
 #include "sys.h"
 #include "internal.h"
 #include "helpers.h"
-
-enum { MOVS, CMPS, STOS, LODS, SCAS };
 
 struct string {
     u32 op, size, rep, asize; /* sizes in bytes */
@@ -14,8 +9,8 @@ struct string {
     u64 amask, source_base, dest_base, lmask;
 };
 
-static int has_source(const struct string *s) { return s->op == MOVS || s->op == CMPS || s->op == LODS; }
-static int has_dest(const struct string *s) { return s->op != LODS; }
+static int has_source(const struct string *s) { return s->op == STRING_MOVS || s->op == STRING_CMPS || s->op == STRING_LODS; }
+static int has_dest(const struct string *s) { return s->op != STRING_LODS; }
 
 u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
 {
@@ -140,16 +135,16 @@ static u64 fast(struct cpu *c, const struct string *s, u64 source, u64 dest, u64
     u64 from = 0, to = 0, phys = 0, last[2], accumulator = c->gpr[RAX] & size_mask(s->size);
     s64 step = s->back ? -(s64)s->size : (s64)s->size;
     struct slot *code = 0;
-    int writes = s->op == MOVS || s->op == STOS;
+    int writes = s->op == STRING_MOVS || s->op == STRING_STOS;
 
     if (has_source(s) && !(from = linear_host(c, source, 0)))
         return 0;
     if (has_dest(s) && !(to = writes ? write_host(c, dest, &code, &phys) : linear_host(c, dest, 0)))
         return 0;
     switch (s->op) {
-    case MOVS: host_move(s->size, s->back, to, from, n); break;
-    case STOS: host_store(s->size, s->back, to, accumulator, n); break;
-    case LODS: set_reg(c, RAX, s->size, host_load(from + (u64)step * (n - 1), s->size)); break;
+    case STRING_MOVS: host_move(s->size, s->back, to, from, n); break;
+    case STRING_STOS: host_store(s->size, s->back, to, accumulator, n); break;
+    case STRING_LODS: set_reg(c, RAX, s->size, host_load(from + (u64)step * (n - 1), s->size)); break;
     default:
         n = scan(s->size, step, from, accumulator, to, n, s->rep == 2, last);
         c->fl = compare(s->size, last[0], last[1]);
@@ -169,9 +164,9 @@ static int slow(struct cpu *c, const struct string *s, u64 source, u64 dest)
         if ((r = linear_read(c, source, &a, s->size, user)))
             return r;
     }
-    if (s->op == MOVS || s->op == STOS)
+    if (s->op == STRING_MOVS || s->op == STRING_STOS)
         return linear_write(c, dest, &a, s->size, user);
-    if (s->op == LODS) {
+    if (s->op == STRING_LODS) {
         set_reg(c, RAX, s->size, a);
         return 0;
     }
@@ -183,8 +178,8 @@ static int slow(struct cpu *c, const struct string *s, u64 source, u64 dest)
 
 int h_string(struct cpu *c, u32 arg)
 {
-    u32 imm = ARG_IMM(arg), seg = imm >> 9 & 7;
-    struct string s = {.op = imm & 7, .size = 1u << (imm >> 3 & 3), .rep = imm >> 5 & 3, .asize = 2u << (imm >> 7 & 3)};
+    u32 imm = ARG_IMM(arg), seg = imm >> STRING_SEGMENT_SHIFT & 7;
+    struct string s = {.op = imm & 7, .size = 1u << (imm >> 3 & 3), .rep = imm >> 7 & 3, .asize = 2u << (imm >> 5 & 3)};
     s.back = (c->eflags & F_DF) != 0;
     s.amask = size_mask(s.asize);
     s.lmask = linear_mask(c);
@@ -225,7 +220,7 @@ int h_string(struct cpu *c, u32 arg)
         if (!s.rep)
             return H_CONTINUE;
         set_reg(c, RCX, s.asize, c->gpr[RCX] - done);
-        if (count == done || ((s.op == CMPS || s.op == SCAS) && !(c->fl & F_ZF << 8) == (s.rep == 1)))
+        if (count == done || ((s.op == STRING_CMPS || s.op == STRING_SCAS) && !(c->fl & F_ZF << 8) == (s.rep == 1)))
             return H_CONTINUE;
         if (c->poll || c->eflags & F_TF)
             return H_REDIRECT; /* the rest after the interrupt, from the same instruction */
