@@ -84,14 +84,9 @@
     HELPER(AAM, h_aam)               /* imm: base */ \
     HELPER(AAD, h_aad)               /* imm: base */
 
-/* The operand of STRING: operation | log2 of the element size << 3 | address size (0, 1, 2: 16, 32, 64 bits) << 5 | repeat |
- * segment register of the source << STRING_SEGMENT_SHIFT. */
-enum {
-    STRING_MOVS, STRING_CMPS, STRING_STOS, STRING_LODS, STRING_SCAS,
-    STRING_REP = 0x80,   /* REP, REPE */
-    STRING_REPNE = 0x100,
-    STRING_SEGMENT_SHIFT = 9
-};
+/* The operand of STRING: operation | log2 of the element size << 3 | repeat (1 REP or REPE, 2 REPNE) << 5 |
+ * address size (0, 1, 2: 16, 32, 64 bits) << 7 | segment register of the source << 9. */
+enum { STRING_MOVS, STRING_CMPS, STRING_STOS, STRING_LODS, STRING_SCAS };
 
 #define HELPER(name, function) HLP_##name,
 enum { HELPERS HLP_COUNT };

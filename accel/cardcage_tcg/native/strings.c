@@ -178,8 +178,8 @@ static int slow(struct cpu *c, const struct string *s, u64 source, u64 dest)
 
 int h_string(struct cpu *c, u32 arg)
 {
-    u32 imm = ARG_IMM(arg), seg = imm >> STRING_SEGMENT_SHIFT & 7;
-    struct string s = {.op = imm & 7, .size = 1u << (imm >> 3 & 3), .rep = imm >> 7 & 3, .asize = 2u << (imm >> 5 & 3)};
+    u32 imm = ARG_IMM(arg), seg = imm >> 9 & 7;
+    struct string s = {.op = imm & 7, .size = 1u << (imm >> 3 & 3), .rep = imm >> 5 & 3, .asize = 2u << (imm >> 7 & 3)};
     s.back = (c->eflags & F_DF) != 0;
     s.amask = size_mask(s.asize);
     s.lmask = linear_mask(c);
