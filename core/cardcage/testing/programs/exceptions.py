@@ -220,12 +220,13 @@ empty: dw 0
     ),
     Program(
         "double-fault",
-        "A fault while an exception is delivered becomes #DF with error code 0, on its IST stack",
+        "A contributory fault while a contributory fault is delivered becomes #DF with error code 0, on its IST stack",
         """
     expect_fault over
-    mov word [abs IDT + 6 * 16 + 2], 0x2000     ; #UD's gate names a selector beyond the GDT
+    mov word [abs IDT + 2], 0x2000              ; #DE's gate names a selector beyond the GDT
+    xor ecx, ecx
 at_first:
-    ud2
+    div ecx
 over:
     mov rax, [abs FAULTS + 64 + 40]
     done
@@ -264,25 +265,6 @@ three:
 at_code:
     mov ss, ax
 four:
-    mov dword [GDT + 0x60], 0x00000FFF
-    mov dword [GDT + 0x64], 0x00409306      ; base 0x60000, limit 0xFFF
-    mov ax, 0x60
-    mov fs, ax
-    expect_fault five
-at_limit:
-    mov eax, [fs:0xFFD]
-five:
-    mov eax, [fs:0xFFC]
-    mov ax, 0x60
-    mov ss, ax
-    mov esp, 0x1010
-    expect_fault six
-at_push:
-    pop ebx
-six:
-    mov ax, DS0
-    mov ss, ax
-    mov esp, 0x28000
     done
 """,
         start="protected32",
@@ -292,7 +274,44 @@ six:
             Fault(11, 0x58, rip="at_absent"),
             Fault(12, 0x58, rip="at_stack"),
             Fault(13, 0x18, rip="at_code"),
-            Fault(13, 0, rip="at_limit"),
         ),
+    ),
+    Program(
+        "segment-limits-32",
+        "32-bit accesses beyond a segment's limit, or through a null selector, raise #GP",
+        """
+    mov dword [GDT + 0x60], 0x00000FFF
+    mov dword [GDT + 0x64], 0x00409306      ; base 0x60000, limit 0xFFF
+    mov ax, 0x60
+    mov fs, ax
+    expect_fault one
+at_limit:
+    mov eax, [fs:0xFFD]
+one:
+    mov eax, [fs:0xFFC]
+    mov dword [fs:0xFFC], 0x55
+    expect_fault two
+at_write:
+    mov byte [fs:0x1000], 1
+two:
+    mov dword [GDT + 0x68], 0x00000FFF
+    mov dword [GDT + 0x6C], 0x00409106      ; the same, read-only
+    mov ax, 0x68
+    mov gs, ax
+    expect_fault three
+at_readonly:
+    mov [gs:0], eax
+three:
+    xor eax, eax
+    mov es, ax
+    expect_fault four
+at_null:
+    mov ebx, [es:DATA]
+four:
+    done
+""",
+        start="protected32",
+        memory={0x60FFC: b"\x55"},
+        faults=tuple(Fault(13, 0, rip=f"at_{name}") for name in ("limit", "write", "readonly", "null")),
     ),
 )

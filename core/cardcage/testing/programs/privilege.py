@@ -1,0 +1,586 @@
+"""Rings: gates with stack switches, SYSCALL and SYSENTER, I/O permission, what ring 3 may not do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cardcage.testing.conformance import Fault, Program
+
+if TYPE_CHECKING:
+    from cardcage.testing.lab import Lab
+
+def _returns_to_label(lab: Lab) -> list[str]:
+    return [] if lab.state().registers.r13 == lab.code.labels["at_back"] else ["RCX is not the return address"]
+
+
+# Ring 3 code ends by the ports that the TSS's bitmap opens: the harness's own.
+PROGRAMS = (
+    Program(
+        "user-mode-fault",
+        "A fault in ring 3 switches to RSP0 and pushes the outer stack; error codes say user",
+        """
+    mov qword [abs PTE(0x66000)], 0x66003       ; supervisor only
+    invlpg [abs 0x66000]
+    expect_fault one
+    enter_user user
+user:
+at_touch:
+    mov al, [abs 0x66000]
+one:
+    mov qword [abs RESUME], two
+at_write:
+    mov [abs 0x66008], al
+two:
+    mov qword [abs RESUME], three
+at_cli:
+    cli
+three:
+    mov qword [abs RESUME], four
+at_port:
+    in al, 0x10
+four:
+    mov qword [abs RESUME], five
+at_hlt:
+    hlt
+five:
+    mov qword [abs RESUME], six
+at_cr:
+    mov rax, cr0
+six:
+    mov r8, [abs FAULTS + 64 + 40]
+    mov r9, [abs FAULTS + 64 + 48]
+    mov r10, rsp
+    mov r11w, cs
+    movzx r11, r11w
+    done
+""",
+        registers={"r8": 0x2A000, "r9": 0x2B, "r10": 0x2A000, "r11": 0x33},
+        faults=(
+            Fault(14, 5, rip="at_touch", cr2=0x66000, cs=0x33),
+            Fault(14, 7, rip="at_write", cr2=0x66008),
+            Fault(13, 0, rip="at_cli"),
+            Fault(13, 0, rip="at_port"),
+            Fault(13, 0, rip="at_hlt"),
+            Fault(13, 0, rip="at_cr"),
+        ),
+    ),
+    Program(
+        "interrupt-from-user",
+        "INT 0x80 from ring 3 enters ring 0 on RSP0, aligned, and IRETQ comes back; a closed gate gives #GP",
+        """
+    set_gate 0x80, handler
+    enter_user user
+user:
+    mov ebx, 1
+    int 0x80
+    mov r12, rsp
+    mov r13w, ss
+    mov qword [abs RESUME], closed
+at_closed:
+    int 0x81
+closed:
+    movzx r13, r13w
+    done
+handler:
+    mov r8, rsp
+    mov r9w, cs
+    movzx r9, r9w
+    mov r10, [rsp + 8]
+    mov r11, [rsp + 24]
+    inc ebx
+    iretq
+""",
+        registers={
+            "rbx": 2,
+            "r8": 0x2C000 - 40,
+            "r9": 8,
+            "r10": 0x33,
+            "r11": 0x2A000,
+            "r12": 0x2A000,
+            "r13": 0x2B,
+        },
+        faults=(Fault(13, 0x81 << 3 | 2, rip="at_closed", cs=0x33),),
+        emulated="its ring 3 runs natively with gates of its own",
+    ),
+    Program(
+        "ist-stack",
+        "A gate with an IST number switches stacks even from ring 0, and aligns the frame to 16 bytes",
+        """
+    mov byte [abs IDT + 0x40 * 16 + 4], 1
+    set_gate 0x40, handler
+    lea rsp, [rsp - 3]
+    mov rbx, rsp
+    int 0x40
+    mov r10, rsp
+    sub r10, rbx
+    mov byte [abs IDT + 0x40 * 16 + 4], 0
+    int 0x40
+    mov r11, r8
+    and r11, 0xF
+    mov r8, r12
+    mov rsp, 0x28000
+    done
+handler:
+    mov r12, r9
+    mov r9, r8
+    mov r8, rsp
+    iretq
+""",
+        registers={"r10": 0, "r11": 8, "r9": 0x2E000 - 40},
+    ),
+    Program(
+        "syscall-sysret",
+        "SYSCALL saves RIP and RFLAGS, masks flags and enters ring 0; SYSRET gives both back in 64- and 32-bit form",
+        """
+    wrmsr64 0xC0000081, (0x23 - 3) << 48 | 8 << 32
+    wrmsr64 0xC0000082, kernel
+    wrmsr64 0xC0000083, compat_kernel
+    wrmsr64 0xC0000084, 0x401
+    enter_user user
+user:
+    std
+    stc
+    syscall
+at_back:
+    flags r8
+    mov r9w, cs
+    mov r10w, ss
+    movzx r9, r9w
+    movzx r10, r10w
+    mov r14, rsp
+    cld
+    done
+kernel:
+    pushfq
+    pop r12
+    and r12, 0x401
+    mov r13, rcx
+    mov r15, r11
+    and r15, 0x401
+    mov bx, cs
+    mov dx, ss
+    movzx ebx, bx
+    movzx edx, dx
+    o64 sysret
+compat_kernel:
+    failed
+""",
+        registers={
+            "r8": 0x401,
+            "r9": 0x33,
+            "r10": 0x2B,
+            "r12": 0,
+            "r15": 0x401,
+            "rbx": 8,
+            "rdx": 0x10,
+            "r14": 0x2A000,
+        },
+        check=_returns_to_label,
+        emulated="its SYSCALL in ring 3 shows IF as set",
+    ),
+    Program(
+        "sysret-to-32-bit",
+        "SYSRET with a 32-bit operand enters compatibility mode, whose SYSCALL needs EFER.SCE too",
+        """
+    wrmsr64 0xC0000081, (0x23 - 3) << 48 | 8 << 32
+    mov ecx, user32
+    mov r11d, 2
+    mov rsp, 0x1234567800000000 + USER_STACK
+    sysret
+    bits 32
+user32:
+    mov eax, cs
+    mov ebx, ss
+    mov esp, USER_STACK
+    push eax
+    pop ecx
+    inc edx                     ; FF C2 in all modes
+    db 0x40                     ; inc eax here, a REX prefix in 64-bit code
+    nop
+    mov edx, 7
+    done
+""",
+        registers={"rax": 0x24, "rbx": 0x2B, "rcx": 0x23, "rdx": 7},
+        emulated="it returns to 64-bit code",
+    ),
+    Program(
+        "swapgs-and-bases",
+        "FS and GS bases come from MSRs, SWAPGS exchanges GS's with its shadow, and loading a selector keeps 64-bit bases right",
+        """
+    wrmsr64 0xC0000100, DATA
+    wrmsr64 0xC0000101, DATA + 0x100
+    wrmsr64 0xC0000102, DATA + 0x200
+    mov dword [fs:8], 1
+    mov dword [gs:8], 2
+    swapgs
+    mov dword [gs:8], 3
+    mov ecx, 0xC0000101
+    rdmsr
+    mov r8d, eax
+    mov ecx, 0xC0000102
+    rdmsr
+    mov r9d, eax
+    swapgs
+    mov r10d, [gs:8]
+    mov rbx, -8
+    mov eax, [fs:rbx + 16]
+    mov r11d, eax
+    lea r12, [fs:rbx + 16]          ; LEA ignores segments
+    mov ax, DS0
+    mov fs, ax
+    mov ecx, 0xC0000100
+    rdmsr
+    mov r13d, eax
+    xor eax, eax
+    done
+""",
+        registers={"r8": 0x60200, "r9": 0x60100, "r10": 2, "r11": 1, "r12": 8, "r13": 0},
+        memory={0x60008: b"\1", 0x60108: b"\2", 0x60208: b"\3"},
+    ),
+    Program(
+        "fsgsbase",
+        "RDFSBASE and its relatives read and write bases at any ring when CR4.FSGSBASE is set, #UD otherwise",
+        """
+    expect_fault one
+at_off:
+    rdfsbase rax
+one:
+    mov rax, cr4
+    bts rax, 16
+    mov cr4, rax
+    mov rax, HIGH + DATA
+    wrfsbase rax
+    rdfsbase r8
+    mov eax, DATA + 0x40
+    wrgsbase rax
+    mov dword [gs:0], 5
+    mov rax, 0x8000000000000000
+    expect_fault two
+at_bad:
+    wrgsbase rax
+two:
+    rdgsbase r9
+    done
+""",
+        registers={"r8": 0xFFFF800000060000, "r9": 0x60040},
+        memory={0x60040: b"\5"},
+        faults=(Fault(6, rip="at_off"), Fault(13, 0, rip="at_bad")),
+        needs=("fsgsbase",),
+        emulated="it does not heed CR4.FSGSBASE",
+    ),
+    Program(
+        "far-transfers-64",
+        "Far jumps, calls and returns change between 64-bit and compatibility segments",
+        """
+    mov rbx, rsp
+    call dword far [abs pointer]
+    mov r9, rsp
+    sub r9, rbx
+    push qword CS64
+    push qword back
+    o64 retf
+back:
+    mov r10, rsp
+    sub r10, rbx
+    mov dword [abs DATA], compat
+    mov word [abs DATA + 4], CS32
+    jmp dword far [abs DATA]
+    bits 32
+compat:
+    mov esi, cs
+    jmp CS64:again
+    bits 64
+again:
+    mov edi, cs
+    done
+target:
+    mov r8d, cs
+    retf
+pointer: dd target
+    dw CS64
+""",
+        registers={"r8": 8, "r9": 0, "r10": 0, "rsi": 0x18, "rdi": 8},
+    ),
+    Program(
+        "iret-to-user-32",
+        "IRETD and INT change rings and stacks in 32-bit code, through the 32-bit TSS",
+        """
+    set_gate 0x80, handler
+    push UDS
+    push USER_STACK
+    push 2
+    push UCS32
+    push user
+    iretd
+user:
+    mov ax, UDS
+    mov ds, ax
+    mov es, ax
+    mov ebx, cs
+    int 0x80
+    mov ecx, esp
+    mov dword [RESUME], over
+at_cli:
+    cli
+over:
+    mov edx, [FAULTS + 64 + 40]
+    xor eax, eax
+    done
+handler:
+    mov esi, esp
+    mov edi, ss
+    mov ebp, [esp + 12]
+    iretd
+""",
+        start="protected32",
+        registers={"rbx": 0x23, "rcx": 0x2A000, "rsi": 0x2C000 - 20, "rdi": 0x10, "rbp": 0x2A000, "rdx": 0x2A000},
+        faults=(Fault(13, 0, rip="at_cli", cs=0x23),),
+    ),
+    Program(
+        "call-gate-32",
+        "A call gate from ring 3 switches to ESP0, copies its parameters and returns with RET n",
+        """
+    mov word [GDT + 0x58], gated
+    mov word [GDT + 0x5A], CS32
+    mov dword [GDT + 0x5C], 0x0000EC02          ; 32-bit call gate, DPL 3, two parameters
+    push UDS
+    push USER_STACK
+    push 2
+    push UCS32
+    push user
+    iretd
+user:
+    push 0x1111
+    push 0x2222
+    call 0x58:0
+    mov ebx, esp
+    mov ecx, cs
+    done
+gated:
+    mov edx, [esp + 8]
+    mov esi, [esp + 12]
+    mov edi, esp
+    mov ebp, cs
+    retf 8
+""",
+        start="protected32",
+        registers={
+            "rbx": 0x2A000,
+            "rcx": 0x23,
+            "rdx": 0x2222,
+            "rsi": 0x1111,
+            "rdi": 0x2C000 - 24,
+            "rbp": 0x18,
+        },
+    ),
+    Program(
+        "sysenter-sysexit",
+        "SYSENTER enters ring 0 at the MSRs' addresses, SYSEXIT leaves to RDX with RCX as stack",
+        """
+    mov dword [GDT + 0x58], 0x0000FFFF
+    mov dword [GDT + 0x5C], 0x00CF9B00          ; 0x58 code
+    mov dword [GDT + 0x60], 0x0000FFFF
+    mov dword [GDT + 0x64], 0x00CF9300          ; 0x60 data
+    mov dword [GDT + 0x68], 0x0000FFFF
+    mov dword [GDT + 0x6C], 0x00CFFB00          ; 0x68 user code
+    mov dword [GDT + 0x70], 0x0000FFFF
+    mov dword [GDT + 0x74], 0x00CFF300          ; 0x70 user data
+    xor edx, edx
+    mov ecx, 0x174
+    mov eax, 0x58
+    wrmsr
+    inc ecx
+    mov eax, 0x2C000
+    wrmsr
+    inc ecx
+    mov eax, kernel
+    wrmsr
+    push UDS
+    push USER_STACK
+    push 2
+    push UCS32
+    push user
+    iretd
+user:
+    sysenter
+kernel:
+    mov ebx, esp
+    mov esi, cs
+    mov edi, ss
+    mov edx, back
+    mov ecx, USER_STACK - 64
+    sysexit
+back:
+    mov ebp, esp
+    mov ecx, cs
+    mov edx, ss
+    done
+""",
+        start="protected32",
+        registers={
+            "rbx": 0x2C000,
+            "rsi": 0x58,
+            "rdi": 0x60,
+            "rbp": 0x2A000 - 64,
+            "rcx": 0x6B,
+            "rdx": 0x73,
+        },
+        needs=("sep",),
+    ),
+    Program(
+        "smep-smap",
+        "Ring 0 may not run user pages with CR4.SMEP, nor touch them with CR4.SMAP unless RFLAGS.AC is set",
+        """
+    ; make what ring 0 needs supervisor-only: this code, tables, stacks, library
+    mov ecx, 0x60
+    mov ebx, PTE(0)
+next:
+    and qword [rbx], ~4
+    add rbx, 8
+    dec ecx
+    jnz next
+    mov rax, cr3
+    mov cr3, rax
+    mov rax, cr4
+    bts rax, 20
+    bts rax, 21
+    mov cr4, rax
+    mov byte [abs RESUME], 0
+    expect_fault one
+at_read:
+    mov al, [abs DATA]
+one:
+    stac
+    mov byte [abs DATA], 0xC3
+    mov r8b, [abs DATA]
+    clac
+    expect_fault two
+at_write:
+    mov byte [abs DATA + 8], 1
+two:
+    expect_fault three
+    mov eax, DATA
+    jmp rax
+three:
+    movzx r8, r8b
+    done
+""",
+        registers={"r8": 0xC3},
+        faults=(
+            Fault(14, 1, rip="at_read", cr2=0x60000),
+            Fault(14, 3, rip="at_write", cr2=0x60008),
+            Fault(14, 0x11, cr2=0x60000),
+        ),
+        needs=("smep", "smap"),
+    ),
+    Program(
+        "privileged-msr-access",
+        "MSRs hold what is written, refuse non-canonical addresses, and EFER its reserved bits",
+        """
+    wrmsr64 0xC0000082, HIGH + 0x1234
+    mov ecx, 0xC0000082
+    rdmsr
+    mov r8d, eax
+    mov r9d, edx
+    mov edx, 0x80000000
+    xor eax, eax
+    expect_fault one
+at_lstar:
+    wrmsr
+one:
+    mov ecx, 0xC0000080
+    rdmsr
+    mov r10d, eax
+    bts eax, 2
+    expect_fault two
+at_efer:
+    wrmsr
+two:
+    mov ecx, 0x277
+    rdmsr
+    mov r11d, eax
+    done
+""",
+        registers={"r8": 0x1234, "r9": 0xFFFF8000, "r10": 0xD01, "r11": 0x00070406},
+        faults=(Fault(13, 0, rip="at_lstar"), Fault(13, 0, rip="at_efer")),
+    ),
+    Program(
+        "null-and-nested-selectors",
+        "Null selectors may be loaded into data segments and not used in 32-bit code; ring checks on SS and CS hold",
+        """
+    xor eax, eax
+    mov es, ax
+    mov fs, ax
+    expect_fault two
+at_ss:
+    mov ss, ax
+two:
+    mov ax, UDS
+    expect_fault three
+at_user_ss:
+    mov ss, ax
+three:
+    expect_fault four
+at_data:
+    jmp DS0:0
+four:
+    expect_fault five
+at_null:
+    jmp 0:0x1234
+five:
+    mov ax, DS0
+    mov es, ax
+    done
+""",
+        start="protected32",
+        faults=(
+            Fault(13, 0, rip="at_ss"),
+            Fault(13, 0x28, rip="at_user_ss"),
+            Fault(13, 0x10, rip="at_data"),
+            Fault(13, 0, rip="at_null"),
+        ),
+    ),
+    Program(
+        "task-and-table-registers",
+        "LTR marks its TSS busy, STR, SLDT, SGDT and SIDT read back; a busy or wrong descriptor faults",
+        """
+    mov eax, TSS_SELECTOR
+    str ebx
+    and byte [abs GDT + TSS_SELECTOR + 5], ~2   ; available again
+    ltr ax
+    movzx ecx, byte [abs GDT + TSS_SELECTOR + 5]
+    expect_fault one
+at_busy:
+    ltr ax
+one:
+    sgdt [abs DATA]
+    sidt [abs DATA + 16]
+    movzx r8, word [abs DATA]
+    mov r9, [abs DATA + 2]
+    movzx r10, word [abs DATA + 16]
+    mov r11, [abs DATA + 18]
+    xor eax, eax
+    lldt ax
+    sldt edx
+    mov ax, DS0
+    expect_fault two
+at_wrong:
+    lldt ax
+two:
+    smsw rsi
+    and esi, 0x3F
+    done
+""",
+        registers={
+            "rbx": 0x48,
+            "rcx": 0x8B,
+            "r8": 0xFFF,
+            "r9": 0x1000,
+            "r10": 0xFFF,
+            "r11": 0x2000,
+            "rdx": 0,
+            "rsi": 0x33,
+        },
+        faults=(Fault(13, 0x48, rip="at_busy"), Fault(13, 0x10, rip="at_wrong")),
+    ),
+)
