@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cardcage.interrupts import Line
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from cardcage.device import Resource
 
+T = TypeVar("T")
 SECOND = 1_000_000_000
 
 
@@ -112,10 +114,11 @@ class Kit:
         self.clock, self.log, self.control, self.wire = HandClock(), Log(), Control(), Wire()
         self.mappings = [KitMapping(None, base) for base in bases]
         self.edges = [0] * 24
-        self.lines = [Line(lambda level, gsi=gsi: self._changed(gsi, level)) for gsi in range(24)]
+        self.lines = [Line(partial(self._changed, gsi)) for gsi in range(24)]
         self.controllers: list[Callable[[int, bool], None]] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
-        self.extint, self.acknowledge = False, None
+        self.extint = False
+        self.acknowledge: Callable[[], int | None] | None = None
         self.messages: list[tuple[int, int]] = []
         self.resources: list[Resource] = []
         self.memory = PhysicalMemory()
@@ -128,10 +131,10 @@ class Kit:
         for controller in self.controllers:
             controller(gsi, level)
 
-    def plugged(self, device: Any, name: str = "") -> Any:
+    def plugged(self, device: T, name: str = "") -> T:
         """Plug *device* in and return it."""
         self.devices[name or str(len(self.devices))] = SimpleNamespace(device=device, slot=self, type=name)
-        device.plug(self)
+        cast(Any, device).plug(self)
         return device
 
     def level(self, gsi: int) -> bool:

@@ -1,0 +1,264 @@
+"""Character back ends on real terminals, sockets, files and pipes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import socket
+import stat
+import termios
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cardcage.errors import ConfigError
+from cardcage_pc.char_fd import FileOptions, Null, Sink, open_file, open_null
+from cardcage_pc.char_pty import Pty, PtyOptions
+from cardcage_pc.char_socket import Socket, SocketOptions
+from cardcage_pc.char_stdio import Stdio, StdioOptions
+from pc_kit import SECOND, HandClock, Log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Loop:
+    """The slot's loop side: readers are called when the test asks for it."""
+
+    def __init__(self) -> None:
+        self.clock, self.log = HandClock(), Log()
+        self.readers: dict[int, Callable[[], None]] = {}
+        self.soon: list[Callable[[], None]] = []
+        self.stopped: list[str] = []
+        self.machine = SimpleNamespace(stop=self.stopped.append)
+
+    def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
+        self.readers[fd] = callback
+
+    def remove_reader(self, fd: int, /) -> None:
+        self.readers.pop(fd, None)
+
+    def call_soon(self, callback: Callable[[], None], /) -> None:
+        self.soon.append(callback)
+
+    def run(self) -> None:
+        """Serve what is ready until nothing is."""
+        while True:
+            while self.soon:
+                self.soon.pop(0)()
+            poll = select.poll()
+            for fd in self.readers:
+                poll.register(fd, select.POLLIN)
+            ready = poll.poll(0)
+            if not ready:
+                return
+            for fd, _ in ready:
+                if fd in self.readers:
+                    self.readers[fd]()
+
+
+@pytest.fixture
+def loop() -> Any:
+    return Loop()
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """A terminal: the person's end, and the process's."""
+    person, process = pty.openpty()
+    yield person, process
+    for fd in (person, process):
+        os.close(fd)
+
+
+def test_stdio_makes_the_terminal_raw_and_puts_it_back(loop: Any, terminal: tuple[int, int]) -> None:
+    """Keys come one by one, unechoed and without signals; close restores every setting."""
+    person, process = terminal
+    before = termios.tcgetattr(process)
+    got: list[bytes] = []
+    stdio = Stdio(loop, StdioOptions(), stdin=process, stdout=process)
+    stdio.start(got.append)
+    assert termios.tcgetattr(process)[3] & (termios.ICANON | termios.ECHO | termios.ISIG) == 0
+    os.write(person, b"\x03\rx")
+    loop.run()
+    stdio.write(b"out")
+    assert (b"".join(got), os.read(person, 100)) == (b"\x03\rx", b"out")
+    stdio.close()
+    assert termios.tcgetattr(process) == before
+    assert loop.readers == {}
+
+
+def test_the_escape_key_stops_the_machine(loop: Any, terminal: tuple[int, int]) -> None:
+    """Ctrl-] restores the terminal and stops; what was typed before it still arrives, what follows does not."""
+    person, process = terminal
+    before = termios.tcgetattr(process)
+    got: list[bytes] = []
+    stdio = Stdio(loop, StdioOptions(), stdin=process, stdout=process)
+    stdio.start(got.append)
+    os.write(person, b"ab\x1dcd")
+    loop.run()
+    assert (b"".join(got), len(loop.stopped)) == (b"ab", 1)
+    assert termios.tcgetattr(process) == before
+    stdio.close()
+
+
+def test_stdio_reads_a_pipe_to_its_end(loop: Any) -> None:
+    """Input from a pipe is passed on unchanged, the escape key too, and its end is no error."""
+    read, write = os.pipe()
+    got: list[bytes] = []
+    stdio = Stdio(loop, StdioOptions(), stdin=read, stdout=1)
+    stdio.start(got.append)
+    os.write(write, b"x\x1dy")
+    os.close(write)
+    loop.run()
+    assert (b"".join(got), loop.readers, loop.stopped) == (b"x\x1dy", {}, [])
+    stdio.close()
+    os.close(read)
+
+
+@pytest.mark.parametrize("name", ["file", "/dev/null"])
+def test_stdio_reads_what_epoll_refuses(loop: Any, tmp_path: Path, name: str) -> None:
+    """A regular file is read to its end, /dev/null ends at once."""
+    path = tmp_path / name if name == "file" else name
+    data = b"line\n" * 3000 if name == "file" else b""
+    if name == "file":
+        (tmp_path / name).write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    got: list[bytes] = []
+    stdio = Stdio(loop, StdioOptions(), stdin=fd, stdout=1)
+    stdio.start(got.append)
+    loop.run()
+    assert b"".join(got) == data
+    stdio.close()
+    os.close(fd)
+
+
+def test_stdio_without_stdin_and_stdout(loop: Any) -> None:
+    """Closed descriptors mean nothing to read and nowhere to write, not an error."""
+    stdio = Stdio(loop, StdioOptions(), stdin=987654, stdout=987655)
+    stdio.start(lambda data: None)
+    stdio.write(b"lost")
+    loop.run()
+    stdio.close()
+
+
+def test_a_sink_drops_what_nobody_reads_and_says_so_once() -> None:
+    """A full pipe costs bytes, not time; a reader that comes back gets what is written then."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    while True:
+        try:
+            os.write(write, bytes(4096))
+        except BlockingIOError:
+            break
+    log = Log()
+    sink = Sink(write, log)
+    sink._stuck = True  # the second's patience is spent
+    sink.write(b"dropped")
+    assert os.read(read, 1 << 20)[-7:] == bytes(7)
+    sink.write(b"seen")
+    assert (os.read(read, 100), log.entries) == (b"seen", [])
+    os.close(read)
+    sink.write(b"nobody")
+    sink.write(b"there")
+    assert (sink.dead, [one[0] for one in log.entries]) == (True, ["warning"])
+    os.close(write)
+
+
+def test_pty_is_a_raw_terminal_that_people_come_and_go_on(loop: Any, tmp_path: Path) -> None:
+    """Bytes written while nobody is there are dropped; each visitor's bytes go both ways."""
+    link = tmp_path / "console"
+    back = Pty(loop, PtyOptions(link=str(link)))
+    got: list[bytes] = []
+    back.start(got.append)
+    assert os.readlink(link) == back.path
+    for visit in range(2):
+        back.write(b"to nobody")
+        person = os.open(back.path, os.O_RDWR | os.O_NOCTTY)
+        loop.clock.advance(SECOND)
+        os.write(person, b"in%d\r" % visit)
+        loop.run()
+        back.write(b"out\n")
+        assert os.read(person, 100) == b"out\n"
+        os.close(person)
+        loop.run()
+        assert loop.readers == {}
+    assert b"".join(got) == b"in0\rin1\r"
+    back.close()
+    assert not link.is_symlink()
+
+
+def test_socket_serves_one_peer_after_another(loop: Any, tmp_path: Path) -> None:
+    """A peer talks both ways; after it has gone the next one is served, and the name goes away at close."""
+    path = str(tmp_path / "s")
+    back = Socket(loop, SocketOptions(path))
+    got: list[bytes] = []
+    back.start(got.append)
+    back.write(b"to nobody")
+    for visit in range(2):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(path)
+            loop.run()
+            peer.sendall(b"in%d" % visit)
+            loop.run()
+            back.write(b"out")
+            assert peer.recv(100) == b"out"
+        loop.run()
+    assert b"".join(got) == b"in0in1"
+    back.close()
+    assert (loop.readers, os.path.exists(path)) == ({}, False)
+
+
+def test_socket_as_client(loop: Any, tmp_path: Path) -> None:
+    """With ``server = false`` it connects, and a missing server is an OSError."""
+    path = str(tmp_path / "s")
+    with pytest.raises(OSError, match="No such file"):
+        Socket(loop, SocketOptions(path, server=False))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        back = Socket(loop, SocketOptions(path, server=False))
+        back.start(lambda data: None)
+        peer, _ = server.accept()
+        back.write(b"hello")
+        with peer:
+            assert peer.recv(10) == b"hello"
+    back.close()
+
+
+def test_socket_names_that_are_taken(loop: Any, tmp_path: Path) -> None:
+    """A dead process's socket is replaced; a living one's, or a file, is refused."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="another process listens"):
+            Socket(loop, SocketOptions(str(path)))
+    Socket(loop, SocketOptions(str(path))).close()
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="not a socket"):
+        Socket(loop, SocketOptions(str(path)))
+    assert path.read_text() == "precious"
+
+
+def test_file_is_written_at_once(loop: Any, tmp_path: Path) -> None:
+    """Bytes are in the file when ``write`` returns; ``append`` keeps what was there."""
+    path = tmp_path / "log"
+    for append, expected in ((False, b"one"), (True, b"oneone"), (False, b"one")):
+        back = open_file(loop, FileOptions(str(path), append))
+        back.start(lambda data: None)
+        back.write(b"one")
+        assert path.read_bytes() == expected
+        back.close()
+    assert stat.S_IMODE(path.stat().st_mode) & 0o111 == 0
+
+
+def test_null_takes_everything(loop: Any) -> None:
+    """The null back end does nothing."""
+    back = open_null(loop)
+    assert isinstance(back, Null)
+    back.start(lambda data: None)
+    back.write(b"x")
+    back.close()
