@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from cardcage.accelerator import AcceleratedVm, Accelerator
     from cardcage.host import Host
     from cardcage.machine import Machine
+    from cardcage.registry import Offer
 
-__all__ = ["Choice", "choose_accelerator", "create_vm", "make_ram", "plug_all", "specs_of"]
+__all__ = ["Choice", "choose_accelerator", "create_vm", "make_ram", "plug_all", "probe_of", "specs_of"]
 
 VIDEO = (0xA0000, 0xC0000)
 """Where a PC has video memory: no RAM shows there."""
@@ -38,6 +39,17 @@ class Choice:
     why: str
 
 
+def probe_of(offer: Offer) -> tuple[Accelerator | None, Probe]:
+    """Make and probe an accelerator. One that cannot be made, or whose probe breaks, is not usable and says why."""
+    try:
+        accelerator: Accelerator = offer.load()()
+        return accelerator, accelerator.probe()
+    except CardcageError as error:
+        return None, Probe(False, reason=str(error))
+    except Exception as error:  # a card's bug must not keep the other accelerators from being tried
+        return None, Probe(False, reason=f"broken: {type(error).__name__}: {error}")
+
+
 def choose_accelerator(host: Host, config: Config) -> Choice:
     """Pick the first of ``machine.accel`` that is usable and fast, else the first usable.
 
@@ -52,13 +64,8 @@ def choose_accelerator(host: Host, config: Config) -> Choice:
     lines: list[str] = []
     for at, name in enumerate(names):
         offer = host.registry.get("accelerator", name, file=place.file, key=f"{place.key}[{at}]")
-        try:
-            accelerator: Accelerator = offer.load()()
-            probe = accelerator.probe()
-        except CardcageError as error:
-            lines.append(f"{name}: {error}")
-            continue
-        if probe.usable:
+        accelerator, probe = probe_of(offer)
+        if accelerator is not None and probe.usable:
             probed.append((name, accelerator, probe))
             if probe.speed != "emulated":
                 break

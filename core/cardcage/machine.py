@@ -210,7 +210,9 @@ class Machine:
             factory = offer.load()
             self.boot_image = (factory(options) if options is not None else factory()).open()
         except ConfigError as error:
-            raise ConfigError(error.problem, file=error.file or file, key=error.key or place.key) from error
+            if error.file is not None:  # the kernel's own path says more than the key does
+                raise
+            raise ConfigError(error.problem, file=file, key=error.key or place.key) from error
 
     def add(self, type: str, /, **keys: Any) -> PluggedDevice:
         """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
@@ -267,7 +269,7 @@ class Machine:
             self.fail(error)
 
     def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
-        """Change which RAM shows where (PAM, SMRAM, ROM) before the guest's next instruction. Under the machine's lock."""
+        """Change which RAM shows where (PAM, ROM) before the guest's next instruction. Under the machine's lock."""
         with self.vm.quiesce():
             self.memory.change(add, remove)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cardcage.errors import CardcageError
+from cardcage.assembly import probe_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,12 +38,9 @@ def findings(host: Host) -> Iterator[tuple[str, Finding]]:
     """The core's checks, each accelerator's probe, and what cards registered."""
     yield "platform", CHECKS["platform"]()
     for name in host.registry.names("accelerator"):
-        try:
-            probe = host.registry.get("accelerator", name).load()().probe()
-            text = f"{probe.speed}{': ' + probe.reason if probe.reason else ''}" if probe.usable else probe.reason
-            yield f"accelerator {name}", (probe.usable, text, "")
-        except CardcageError as error:
-            yield f"accelerator {name}", (False, str(error), "")
+        _, probe = probe_of(host.registry.get("accelerator", name))
+        text = f"{probe.speed}{': ' + probe.reason if probe.reason else ''}" if probe.usable else probe.reason
+        yield f"accelerator {name}", (probe.usable, text, "")
     for name, check in CHECKS.items():
         if name != "platform":
             yield name, check()

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from cardcage.abilities import abilities_of
+from cardcage.assembly import probe_of
 from cardcage.errors import CardcageError
 from cardcage.registry import KINDS
 
@@ -46,10 +47,7 @@ def summary(host: Host, card: str) -> str:
 
 def usable(offer: Offer) -> str:
     """What an accelerator's probe says."""
-    try:
-        probe = offer.load()().probe()
-    except CardcageError as error:
-        return f"not usable: {error}"
+    _, probe = probe_of(offer)
     state = f"usable, {probe.speed}" if probe.usable else "not usable"
     return f"{state}: {probe.reason}" if probe.reason else state
 

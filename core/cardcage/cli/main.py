@@ -11,7 +11,7 @@ from cardcage.cli.running import report, run_machine
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from cardcage.host import Host
     from cardcage.registry import Offer
@@ -22,14 +22,19 @@ SWITCH_INTERVAL = 1e-4
 """Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status."""
+def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int:
+    """The console script. Returns the exit status.
+
+    Args:
+        argv: the words after the program's name, by default the process's.
+        cards: loaded besides the installed ones, for programs that bring their own.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     try:
         from cardcage.host import Host
 
-        with Host() as host:
+        with Host(cards) as host:
             arguments = make_parser(host).parse_args(words)
             host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
             host.log_sink.json = getattr(arguments, "log_json", False)
