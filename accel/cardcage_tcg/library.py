@@ -1,0 +1,128 @@
+"""The native half, loaded through ctypes. Calls drop the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cardcage.errors import AcceleratorError
+
+__all__ = ["Area", "CodeBuffer", "Native", "load"]
+
+_U64, _U32, _INT, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "tcg_enter": (None, (_PTR,)),
+    "tcg_ticker": (None, (_PTR,)),
+    "tcg_close": (None, (_PTR,)),
+    "tcg_kick": (None, (_PTR,)),
+    "tcg_stop_world": (None, (_PTR,)),
+    "tcg_start_world": (None, (_PTR,)),
+    "tcg_signals": (_INT, ()),
+    "tcg_add_range": (_INT, (_U64, _U64)),
+    "tcg_remove_range": (None, (_INT,)),
+    "tcg_vread": (_INT, (_PTR, _U64, _PTR, _U32, _INT)),
+    "tcg_vwrite": (_INT, (_PTR, _U64, _PTR, _U32, _INT)),
+    "tcg_walk": (_INT, (_PTR, _U64, _INT, _INT, _PTR)),
+    "tcg_tlb_flush": (None, (_PTR,)),
+    "tcg_memory_written": (None, (_PTR, _U64, _U64)),
+    "tcg_watch": (None, (_PTR, _U64)),
+    "tcg_install": (_U64, (_PTR, _PTR, _PTR)),
+    "tcg_flush_blocks": (None, (_PTR,)),
+    "tcg_reset": (None, (_PTR,)),
+    "tcg_raise": (_INT, (_PTR, _U32, _U32, _U32)),
+    "tcg_deliver_interrupt": (_INT, (_PTR, _U32)),
+    "tcg_single_step": (_INT, (_PTR,)),
+    "tcg_update_mode": (None, (_PTR,)),
+    "tcg_get_eflags": (_U64, (_PTR,)),
+    "tcg_set_eflags": (None, (_PTR, _U64)),
+    "tcg_apic_message": (None, (_PTR, _U64, _U32)),
+    "tcg_apic_reset": (None, (_PTR,)),
+    "tcg_apic_save": (None, (_PTR, _PTR)),
+    "tcg_apic_load": (None, (_PTR, _PTR)),
+    "tcg_apic_read": (_INT, (_PTR, _U32, _PTR)),
+    "tcg_apic_write": (_INT, (_PTR, _U32, _U32)),
+    "tcg_inject_nmi": (None, (_PTR,)),
+    "tcg_load_pdptes": (None, (_PTR,)),
+    "tcg_set_extint": (None, (_PTR, _U32)),
+    "tcg_cpuid": (None, (_U32, _U32, _PTR)),
+    "tcg_tsc": (_U64, ()),
+    "tcg_rdtsc_pair": (None, (_PTR,)),
+    "tcg_stub": (_U64, (_INT,)),
+}
+
+
+class Native:
+    """The functions of ``_native.so``; ``struct`` pointers are plain integers."""
+
+    def __init__(self) -> None:
+        path = Path(__file__).with_name("_native.so")
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise AcceleratorError(f"tcg: {path}: {error}; expected an x86-64 Linux host") from error
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, {"tcg_raise": "raise_"}.get(name, name.removeprefix("tcg_")), function)
+
+    def __getattr__(self, name: str) -> Any:  # for the type checker: all are set above
+        raise AttributeError(name)
+
+
+@cache
+def load() -> Native:
+    """The library, loaded once a process (it holds no state but the signal handlers, which a process has once)."""
+    return Native()
+
+
+class Area:
+    """Zeroed anonymous memory at a fixed address, kept out of forks."""
+
+    def __init__(self, size: int) -> None:
+        self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+        self.map.madvise(mmap.MADV_DONTFORK)
+        self._export = ctypes.c_char.from_buffer(self.map)
+        self.address = ctypes.addressof(self._export)
+        self.view = memoryview(self.map)
+
+    def close(self) -> None:
+        """Unmap it; casts of its view must have been released."""
+        self.view.release()
+        del self._export
+        self.map.close()
+
+
+class CodeBuffer:
+    """A code buffer, mapped twice: writable, and executable (W^X)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype, libc.mmap.argtypes = _PTR, (_PTR, ctypes.c_size_t, _INT, _INT, _INT, ctypes.c_long)
+        libc.munmap.argtypes = (_PTR, ctypes.c_size_t)
+        libc.madvise.argtypes = (_PTR, ctypes.c_size_t, _INT)
+        self._libc = libc
+        fd = os.memfd_create("cardcage-code", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            self.rw = self._map(fd, mmap.PROT_READ | mmap.PROT_WRITE)
+            self.rx = self._map(fd, mmap.PROT_READ | mmap.PROT_EXEC)
+        finally:
+            os.close(fd)
+
+    def _map(self, fd: int, protection: int) -> int:
+        address = self._libc.mmap(None, self.size, protection, mmap.MAP_SHARED, fd, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            reason = os.strerror(ctypes.get_errno())
+            raise AcceleratorError(f"tcg: cannot map {self.size >> 20} MiB of executable memory: {reason}")
+        self._libc.madvise(address, self.size, 10)  # MADV_DONTFORK
+        return int(address)
+
+    def close(self) -> None:
+        """Unmap both views."""
+        for address in (self.rw, self.rx):
+            self._libc.munmap(address, self.size)

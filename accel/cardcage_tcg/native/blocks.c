@@ -1,0 +1,428 @@
+/* Translated blocks: look-up, installation, chaining, invalidation. All changes happen under vm.lock. */
+#include "cpu.h"
+#include "internal.h"
+#include "helpers.h"
+
+#define RW(vm, type, rx) ((type *)((u64)(rx) + ((vm)->code_rw - (vm)->code_rx)))
+
+static u64 hash_of(u64 phys, u32 mode) { return (phys * 0x9e3779b97f4a7c15ul ^ (u64)mode * 0xc2b2ae3d27d4eb4ful) >> 20; }
+
+static u32 jc_index(u64 pc) { return pc & (JC_SIZE - 1); }
+
+static struct page *page_of(struct vm *vm, u64 gpa, struct slot **slot)
+{
+    struct slot *s;
+    if (!phys_host(vm, gpa, &s))
+        return 0;
+    if (slot)
+        *slot = s;
+    return &s->pages[(gpa - s->gpa) >> 12];
+}
+
+/* Physical page of a linear address for execution; 0 or a vector. */
+static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
+{
+    u32 which = c->cpl == 3;
+    struct xtlb_entry *x = &c->xtlb[which][(linear >> 12) & (XTLB_SIZE - 1)];
+    u64 page = linear & ~0xffful;
+    if (likely((x->tag & ~1ul) == page)) {
+        *phys = x->phys;
+        *global = !(x->tag & 1);
+        return 0;
+    }
+    u32 writable;
+    int vector = walk(c, linear, ACC_EXEC, (int)which, phys, global, &writable);
+    if (vector)
+        return vector;
+    *phys &= ~0xffful;
+    x->tag = page | !*global;
+    x->phys = *phys;
+    return 0;
+}
+
+static struct block *find(struct cpu *c, u64 phys, u64 linear, u64 *why)
+{
+    struct vm *vm = c->vm;
+    u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
+    struct block *b = (struct block *)vm->hash[hash_of(phys, c->mode) & vm->hash_mask];
+    for (; b; b = (struct block *)b->hash_next) {
+        if (b->phys != phys || b->pc != c->rip || b->mode != c->mode || b->cs_base != cs_base || !b->valid)
+            continue;
+        if (b->phys2 != ~0ul) {
+            u64 phys2;
+            u32 global;
+            int vector = exec_page(c, (linear & ~0xffful) + 4096, &phys2, &global);
+            if (vector) {
+                *why = (u64)vector; /* the instruction that reaches over faults when it is fetched: translate up to it */
+                return 0;
+            }
+            if (phys2 != b->phys2)
+                continue;
+        }
+        return b;
+    }
+    return 0;
+}
+
+/* Where to go on at c->rip: host code (entry that restores flags from c->fl), or 0: leave, c->reason says why. */
+u64 native_dispatch(struct cpu *c)
+{
+    for (;;) {
+        if (unlikely(__atomic_load_n(&c->poll, __ATOMIC_SEQ_CST)) || unlikely(c->halted)) {
+            if (check_events(c) == H_EXIT)
+                return 0;
+            continue;
+        }
+        u32 m = c->mode & MODE_CPL3 ? 1 : 0;
+        u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
+        if (unlikely(c->jc_mode[m] != c->mode || c->jc_base[m] != cs_base)) {
+            for (u32 i = 0; i < JC_SIZE; i++)
+                c->jc[m][i].pc = TLB_EMPTY;
+            c->jc_mode[m] = c->mode;
+            c->jc_base[m] = cs_base;
+        }
+        struct jump *j = &c->jc[m][jc_index(c->rip)];
+        if (j->pc == c->rip)
+            return j->code;
+        u64 linear = c->mode & MODE_64 ? c->rip : (u32)(cs_base + c->rip);
+        if (c->mode & MODE_64 && (u64)((s64)(linear << 16) >> 16) != linear) {
+            if (raise(c, EX_GP, 1, 0) == H_EXIT)
+                return 0;
+            continue;
+        }
+        u64 phys, why = 0;
+        u32 global;
+        int vector = exec_page(c, linear, &phys, &global);
+        if (vector) {
+            if (raise(c, (u32)vector, 1, (u32)c->scratch[3]) == H_EXIT)
+                return 0;
+            continue;
+        }
+        phys |= linear & 0xfff;
+        spin_lock(&c->vm->lock);
+        struct block *b = find(c, phys, linear, &why);
+        if (likely(b != 0)) {
+            u64 code = (u64)(b + 1);
+            j->code = code;
+            j->pc = c->rip;
+            spin_unlock(&c->vm->lock);
+            return code;
+        }
+        spin_unlock(&c->vm->lock);
+        c->reason = R_TRANSLATE;
+        c->info[0] = phys;
+        c->info[1] = linear;
+        return 0;
+    }
+}
+
+static u64 payload(u64 ret, u64 *rip)
+{
+    u32 p = *(u32 *)(ret + 4);             /* disp32 of the NOP that follows the call */
+    struct block *b = (struct block *)(ret - (p >> 12));
+    *rip = b->pc + (p & 0xfff);
+    return (u64)b;
+}
+
+int native_helper(struct cpu *c, u32 arg, u64 ret)
+{
+    u64 rip;
+    struct block *b = (struct block *)payload(ret, &rip);
+    c->rip = rip;
+    int action = helper_call(c, arg);
+    if (unlikely(c->code_hit) && action == H_CONTINUE) {
+        c->code_hit = 0;
+        if (!b->valid) {
+            c->rip = rip + (arg >> 8 & 15);
+            return H_REDIRECT;
+        }
+    }
+    return action;
+}
+
+int native_poll(struct cpu *c, u64 ret)
+{
+    u64 rip;
+    payload(ret, &rip);
+    c->rip = rip;
+    return check_events(c);
+}
+
+static void link(struct vm *vm, struct site *s, struct block *to)
+{
+    u64 field = (u64)s - s->jump;
+    u64 target = (u64)(to + 1) + to->entry;
+    if (s->next)                            /* linked meanwhile by another vCPU */
+        return;
+    RW(vm, struct site, s)->next = to->incoming ? to->incoming : 1;
+    RW(vm, struct block, to)->incoming = (u64)s;
+    __atomic_store_n(RW(vm, s32, field), (s32)(target - field - 4), __ATOMIC_RELEASE);
+}
+
+static void unlink_all(struct vm *vm, struct block *to)
+{
+    u64 at = to->incoming;
+    while (at > 1) {
+        struct site *s = (struct site *)at;
+        u64 field = (u64)s - s->jump, stub = (u64)s - 7; /* the call before it */
+        at = s->next;
+        RW(vm, struct site, s)->next = 0;
+        __atomic_store_n(RW(vm, s32, field), (s32)(stub - field - 4), __ATOMIC_RELEASE);
+    }
+    RW(vm, struct block, to)->incoming = 0;
+}
+
+static void unlink_blocks(struct vm *vm)
+{
+    for (u64 at = vm->code_rx + vm->code_start; at < vm->code_rx + vm->code_used;) {
+        struct block *b = (struct block *)at;
+        unlink_all(vm, b);
+        at += (sizeof(struct block) + b->code_length + 63) & ~63ul;
+    }
+}
+
+/* Chains between pages hold while the translation of both does; any change of a global translation drops them all. */
+void cross_unlink(struct vm *vm)
+{
+    if (!vm->crossed)
+        return;
+    spin_lock(&vm->lock);
+    vm->crossed = 0;
+    unlink_blocks(vm);
+    spin_unlock(&vm->lock);
+}
+
+u64 native_chain(struct cpu *c, u64 ret)
+{
+    struct site *s = (struct site *)ret;
+    struct block *from = (struct block *)(ret - s->header);
+    u64 target = from->pc + (u64)(s64)s->target;
+    c->rip = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
+    u64 code = native_dispatch(c);
+    if (!code)
+        return 0;
+    struct block *to = (struct block *)code - 1;
+    u64 pc = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
+    /* an interrupt may have been taken instead, or the target was reached in another mode */
+    if (to->pc != pc || to->mode != from->mode || to->cs_base != from->cs_base || from->mode & MODE_TF)
+        return code;
+    struct vm *vm = c->vm;
+    u64 linear = from->cs_base + from->pc, goal = to->cs_base + to->pc;
+    int same = (linear ^ goal) >> 12 == 0 && to->phys2 == ~0ul && (from->phys ^ to->phys) >> 12 == 0;
+    u64 phys;
+    u32 global_from = 0, global_to = 0, g2 = 1;
+    if (!same && !(exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
+                   (to->phys2 == ~0ul || exec_page(c, (goal & ~0xffful) + 4096, &phys, &g2) == 0) && global_from && global_to && g2))
+        return code;
+    spin_lock(&vm->lock);
+    if (from->valid && to->valid) {
+        if (!same)
+            vm->crossed = 1;
+        link(vm, s, to);
+    }
+    spin_unlock(&vm->lock);
+    return code;
+}
+
+/* ---- invalidation ---- */
+
+static void page_remove(struct vm *vm, struct block *gone, u64 gpa)
+{
+    struct page *p = page_of(vm, gpa, 0);
+    if (!p)
+        return;
+    u64 *at = &p->first;
+    while (*at) {
+        struct block *b = (struct block *)*at;
+        u64 *next = &RW(vm, struct block, b)->page_next[(b->phys >> 12) != (gpa >> 12)];
+        if (b == gone) {
+            *at = *next;
+            return;
+        }
+        at = next;
+    }
+}
+
+static void kill(struct vm *vm, struct block *b)
+{
+    u64 *at = &vm->hash[hash_of(b->phys, b->mode) & vm->hash_mask];
+    while (*at && *at != (u64)b)
+        at = &RW(vm, struct block, *at)->hash_next;
+    if (*at)
+        *at = b->hash_next;
+    RW(vm, struct block, b)->valid = 0;
+    unlink_all(vm, b);
+    page_remove(vm, b, b->phys);
+    if (b->phys2 != ~0ul)
+        page_remove(vm, b, b->phys2);
+    for (u32 i = 0; i < vm->ncpus; i++)
+        for (u32 m = 0; vm->cpus[i] && m < 2; m++) {
+            struct jump *j = &vm->cpus[i]->jc[m][jc_index(b->pc)];
+            if (j->code == (u64)(b + 1))
+                __atomic_store_n(&j->pc, TLB_EMPTY, __ATOMIC_RELAXED);
+        }
+    vm->stat[0]++;
+}
+
+static u64 granules(u32 low, u32 high) /* byte offsets in a page, inclusive */
+{
+    low >>= 6, high >>= 6;
+    return high - low == 63 ? ~0ul : ((1ul << (high - low + 1)) - 1) << low;
+}
+
+/* The part of a block that lies in the page of gpa, as offsets. */
+static void extent(struct block *b, u64 gpa, u32 *low, u32 *high)
+{
+    if ((b->phys >> 12) == (gpa >> 12)) {
+        *low = b->phys & 0xfff;
+        *high = *low + b->length - 1;
+        if (*high > 0xfff)
+            *high = 0xfff;
+    } else {
+        *low = 0;
+        *high = (u32)((b->phys & 0xfff) + b->length - 1) & 0xfff;
+    }
+}
+
+void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size)
+{
+    struct page *p = &s->pages[(gpa - s->gpa) >> 12];
+    u32 low = gpa & 0xfff, high = low + size - 1;
+    if (high > 0xfff)
+        high = 0xfff;
+    if (likely(!(__atomic_load_n(&p->code, __ATOMIC_SEQ_CST) & granules(low, high))))
+        return;
+    spin_lock(&vm->lock);
+    u64 mask = 0;
+    int hit = 0;
+    for (u64 at = p->first; at;) {
+        struct block *b = (struct block *)at;
+        u32 from, to;
+        at = b->page_next[(b->phys >> 12) != (gpa >> 12)];
+        extent(b, gpa, &from, &to);
+        if (from <= high && to >= low) {
+            kill(vm, b);
+            hit = 1;
+        } else {
+            mask |= granules(from, to);
+        }
+    }
+    __atomic_store_n(&p->code, mask, __ATOMIC_SEQ_CST);
+    if (hit)
+        for (u32 i = 0; i < vm->ncpus; i++)
+            if (vm->cpus[i])
+                vm->cpus[i]->code_hit = 1;
+    spin_unlock(&vm->lock);
+}
+
+/* The host wrote guest memory. */
+EXPORTED void tcg_memory_written(struct vm *vm, u64 gpa, u64 size)
+{
+    while (size) {
+        struct slot *s;
+        u64 take = 4096 - (gpa & 0xfff);
+        if (take > size)
+            take = size;
+        if (phys_host(vm, gpa, &s) && s->pages[(gpa - s->gpa) >> 12].code)
+            code_written(vm, s, gpa, (u32)take);
+        gpa += take, size -= take;
+    }
+}
+
+void tlb_unwrite(struct cpu *c, u64 host_page);
+
+/* Watch a page that is about to be translated for the first time: no vCPU may keep writing it unseen. */
+EXPORTED void tcg_watch(struct vm *vm, u64 gpa)
+{
+    struct slot *s;
+    struct page *p = page_of(vm, gpa, &s);
+    if (!p || __atomic_load_n(&p->code, __ATOMIC_SEQ_CST) == ~0ul || p->first)
+        return;
+    __atomic_store_n(&p->code, ~0ul, __ATOMIC_SEQ_CST);
+    tcg_stop_world(vm);
+    u64 host = s->host + ((gpa & ~0xffful) - s->gpa);
+    for (u32 i = 0; i < vm->ncpus; i++)
+        if (vm->cpus[i])
+            tlb_unwrite(vm->cpus[i], host);
+    tcg_start_world(vm);
+}
+
+/* Put a block into the buffer. `code` has a struct block with pc, cs_base, phys, phys2, mode, length, code_length, entry
+ * filled in and `guest` the bytes it was made from. Returns its executable address; 0: the bytes changed meanwhile,
+ * translate again; 1: the buffer is full, flush. */
+EXPORTED u64 tcg_install(struct vm *vm, const u8 *code, const u8 *guest)
+{
+    const struct block *plan = (const struct block *)code;
+    u64 total = (sizeof(struct block) + plan->code_length + 63) & ~63ul, result = 0;
+    spin_lock(&vm->lock);
+    if (vm->code_used + total > vm->code_limit) {
+        spin_unlock(&vm->lock);
+        return 1;
+    }
+    u32 first = 4096 - (u32)(plan->phys & 0xfff);
+    if (first > plan->length)
+        first = plan->length;
+    u8 *ram = phys_host(vm, plan->phys, 0), *ram2 = plan->phys2 == ~0ul ? 0 : phys_host(vm, plan->phys2, 0);
+    struct page *p = ram ? page_of(vm, plan->phys, 0) : 0, *p2 = ram2 ? page_of(vm, plan->phys2, 0) : 0;
+    if (p)
+        __atomic_fetch_or(&p->code, granules(plan->phys & 0xfff, (u32)(plan->phys & 0xfff) + first - 1), __ATOMIC_SEQ_CST);
+    if (p2)
+        __atomic_fetch_or(&p2->code, granules(0, plan->length - first - 1), __ATOMIC_SEQ_CST);
+    for (u32 i = 0; ram && i < first; i++)
+        if (ram[i] != guest[i])
+            goto out;
+    for (u32 i = first; ram2 && i < plan->length; i++)
+        if (ram2[i - first] != guest[i])
+            goto out;
+    struct block *b = (struct block *)(vm->code_rx + vm->code_used);
+    memcpy(RW(vm, u8, b), code, sizeof(struct block) + plan->code_length);
+    struct block *w = RW(vm, struct block, b);
+    u64 *head = &vm->hash[hash_of(b->phys, b->mode) & vm->hash_mask];
+    w->valid = 1;
+    w->incoming = 0;
+    w->page_next[0] = w->page_next[1] = 0;
+    if (p) {
+        w->page_next[0] = p->first;
+        p->first = (u64)b;
+    }
+    if (p2) {
+        w->page_next[1] = p2->first;
+        p2->first = (u64)b;
+    }
+    w->hash_next = *head;
+    __atomic_store_n(head, (u64)b, __ATOMIC_RELEASE);
+    vm->code_used += total;
+    vm->stat[1]++;
+    result = (u64)b;
+out:
+    spin_unlock(&vm->lock);
+    return result;
+}
+
+/* Forget all blocks; call it with the world stopped, from a thread that is not in native code. The other half of the
+ * buffer is filled next, so that a vCPU which is in Python in the midst of an access still finds its way on. */
+EXPORTED void tcg_flush_blocks(struct vm *vm)
+{
+    spin_lock(&vm->lock);
+    unlink_blocks(vm);
+    for (u64 at = vm->code_rx + vm->code_start; at < vm->code_rx + vm->code_used;) {
+        struct block *b = (struct block *)at;
+        RW(vm, struct block, b)->valid = 0;
+        at += (sizeof(struct block) + b->code_length + 63) & ~63ul;
+    }
+    vm->code_start = vm->code_start ? 0 : vm->code_size / 2;
+    vm->code_used = vm->code_start;
+    vm->code_limit = vm->code_start + vm->code_size / 2;
+    vm->crossed = 0;
+    for (u64 i = 0; i <= vm->hash_mask; i++)
+        vm->hash[i] = 0;
+    for (u32 i = 0; i < vm->nslots; i++)
+        for (u64 page = 0; page < vm->slots[i].size >> 12; page++)
+            if (vm->slots[i].pages[page].first || vm->slots[i].pages[page].code)
+                vm->slots[i].pages[page] = (struct page){ 0, 0 };
+    for (u32 i = 0; i < vm->ncpus; i++)
+        if (vm->cpus[i])
+            jc_flush(vm->cpus[i]);
+    vm->stat[2]++;
+    spin_unlock(&vm->lock);
+}

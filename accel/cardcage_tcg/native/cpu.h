@@ -1,0 +1,230 @@
+/* The translator's native half: one vCPU's state and what its parts call of each other.
+ *
+ * Translated code runs with RSP at `struct cpu`, real stack below it. Everything here is built freestanding, uses general
+ * registers only (guest x87/SSE/AVX state stays in the processor across helpers) and has no writable data of its own.
+ */
+#ifndef CARDCAGE_CPU_H
+#define CARDCAGE_CPU_H
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+typedef int s32;
+typedef long s64;
+
+#define offsetof __builtin_offsetof
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* ---- architectural bits ---- */
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
+enum { ES, CS, SS, DS, FS, GS, LDTR, TR, NSEG };
+enum {
+    F_CF = 1, F_PF = 4, F_AF = 16, F_ZF = 64, F_SF = 128, F_TF = 0x100, F_IF = 0x200, F_DF = 0x400, F_OF = 0x800,
+    F_IOPL = 0x3000, F_NT = 0x4000, F_RF = 0x10000, F_VM = 0x20000, F_AC = 0x40000, F_VIF = 0x80000, F_VIP = 0x100000,
+    F_ID = 0x200000, F_ARITH = 0x8d5
+};
+enum { CR0_PE = 1, CR0_MP = 2, CR0_EM = 4, CR0_TS = 8, CR0_NE = 32, CR0_WP = 1 << 16, CR0_AM = 1 << 18 };
+#define CR0_PG 0x80000000u
+enum { CR4_VME = 1, CR4_PVI = 2, CR4_TSD = 4, CR4_DE = 8, CR4_PSE = 16, CR4_PAE = 32, CR4_PGE = 128, CR4_OSFXSR = 512, CR4_UMIP = 1 << 11,
+       CR4_FSGSBASE = 1 << 16, CR4_OSXSAVE = 1 << 18, CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21 };
+enum { EFER_SCE = 1, EFER_LME = 1 << 8, EFER_LMA = 1 << 10, EFER_NXE = 1 << 11 };
+enum { EX_DE = 0, EX_DB = 1, EX_NMI = 2, EX_BP = 3, EX_OF = 4, EX_BR = 5, EX_UD = 6, EX_NM = 7, EX_DF = 8, EX_TS = 10, EX_NP = 11,
+       EX_SS = 12, EX_GP = 13, EX_PF = 14, EX_MF = 16, EX_AC = 17, EX_MC = 18, EX_XM = 19 };
+
+/* A segment register with its hidden part; attr as in a descriptor's bits 40-47 and 52-55:
+ * type 0-3, S 4, DPL 5-6, P 7, AVL 8, L 9, D/B 10, G 11; bit 12 = unusable (null). limit is in bytes, granularity applied. */
+struct seg { u64 base; u32 limit; u16 sel, attr; };
+#define SEG_UNUSABLE 0x1000
+#define SEG_DPL(s) (((s).attr >> 5) & 3)
+
+/* What a block's code depends on besides its bytes and addresses: the block key. */
+enum {
+    MODE_CPL3 = 1,      /* user privilege: other TLB, other jump cache */
+    MODE_64 = 2,        /* CS.L in long mode */
+    MODE_32 = 4,        /* CS.D (neither: 16-bit) */
+    MODE_SS32 = 8,      /* SS.B: stack pointer is 32 bits wide (ignored in 64-bit mode) */
+    MODE_FLAT = 16,     /* ES CS SS DS: base 0, limit 4 GiB, usable and writable (always set in 64-bit mode) */
+    MODE_NOFPU = 32,    /* CR0.TS or EM: x87/SSE raise #NM or #UD */
+    MODE_NOSSE = 64,    /* CR4.OSFXSR clear: SSE raises #UD */
+    MODE_TF = 128,      /* single step */
+    MODE_PE = 256,      /* protected mode and not virtual-8086 */
+    MODE_LMA = 512,
+    MODE_IOPL = 1024,   /* CPL <= IOPL: CLI, STI allowed; IN, OUT need no bitmap */
+    MODE_NOAVX = 2048,  /* CR4.OSXSAVE clear or XCR0 lacks AVX */
+    MODE_VM86 = 4096,
+};
+
+/* ---- why native code came back (cpu.reason) ---- */
+enum {
+    R_NONE,
+    R_TRANSLATE,   /* no block for cpu.rip in this mode; info[0] = physical address of it */
+    R_EMULATE,     /* the instruction at cpu.rip is Python's to do; info[0] = its length (0: not known) */
+    R_MMIO_READ,   /* info[0] = address, info[1] = size; value goes to cpu.bounce, then enter again */
+    R_MMIO_WRITE,  /* info[0] = address, info[1] = size, info[2] = value; then enter again */
+    R_SLOW_WRITE,  /* the instruction at cpu.rip writes where its operand crosses pages, is MMIO or code: single it; info[0] = linear address, info[1] = size */
+    R_POLL,        /* a kick */
+    R_HALTED,      /* HLT with no local APIC; cpu.rip is past it */
+    R_SHUTDOWN,    /* triple fault; registers are those before the last exception; info[0] = the vector that failed first */
+    R_EXTINT,      /* ExtINT can be taken: acknowledge, then deliver_interrupt() */
+    R_EOI,         /* EOI of a level vector: info[0]; then enter again */
+    R_SIGNAL,      /* host signal in translated code: info[0] = signal, info[1] = host address */
+    R_SINGLE,      /* the end of a single (see R_SLOW_WRITE) */
+    R_INIT,        /* an INIT was received; Python resets this vCPU and it waits for SIPI */
+    R_SIPI,        /* start at info[0] << 12 */
+    R_STOPPED,     /* machine asks vCPU threads to come back (close) */
+    R_MSR,         /* RDMSR/WRMSR is Python's: as R_EMULATE */
+};
+
+/* What a helper answers to the code that called it. */
+enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
+
+#define TLB_BITS 9
+#define TLB_SIZE (1 << TLB_BITS)
+#define JC_BITS 11
+#define JC_SIZE (1 << JC_BITS)
+#define XTLB_SIZE 256
+#define TLB_EMPTY 0x4000000000000000ul /* not canonical: never equal to a page */
+
+struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
+struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64]; }; /* local: entries that a CR3 load drops (not global) */
+struct jump { u64 pc, code; };
+struct xtlb_entry { u64 tag, phys; };
+
+#define MAX_CPUS 64
+#define MAX_SLOTS 64
+
+struct lapic {
+    u32 regs[256];        /* by offset >> 2 of the 4 KiB page's 16-byte slots: regs[(off >> 4) * 4] layout is NOT used; regs[off >> 4] */
+    u32 irr[8], isr[8], tmr[8];   /* changed with atomics: other vCPUs and devices post here */
+    u32 id, x2, enabled;          /* x2: x2APIC mode; enabled: APIC base MSR bit 11 */
+    u32 timer_mode_deadline;
+    u64 timer_start, timer_period; /* host nanoseconds (CLOCK_MONOTONIC) */
+    u64 tsc_deadline;             /* guest TSC value, 0 = disarmed */
+    u32 nmi, init, sipi;          /* pending; sipi = vector | 0x100 */
+    u32 esr;                      /* errors since the last write of the ESR */
+    u64 timer_next;               /* host ns of the next expiry, ~0 or 0: none; atomic */
+};
+
+struct vm;
+
+struct cpu {
+    u64 gpr[16];          /* guest r9, r10, r11 live here while native code runs */
+    u64 rip;              /* EIP/RIP (an offset in CS) */
+    u64 fl;               /* guest arithmetic flags: LAHF image in bits 8-15, OF in bit 0 */
+    u32 poll;             /* non-zero: leave translated code at the next poll */
+    u32 irq_pending;      /* something is pending that IF=0 holds back: STI, POPF, IRET copy it to poll */
+    u64 eflags;           /* the other flags: TF IF DF IOPL NT RF VM AC VIF VIP ID, and bit 1; never arithmetic ones */
+    u64 resume;           /* host address to go on at after R_MMIO_*, R_EOI; 0: look cpu.rip up */
+    u64 bounce_ptr;       /* where RSI points when resumed */
+    u64 scratch[4];
+    u64 host_rsp;
+    u32 host_mxcsr, guest_xcr0;
+    u32 reason, mode;
+    u64 info[4];
+    u64 fsbase, gsbase;   /* copies of seg[FS].base, seg[GS].base at a fixed place: kept equal */
+    u64 stubs[16];        /* addresses that translated code calls through: see STUB_* */
+    struct seg seg[NSEG];
+    u64 segbase[6];       /* seg[i].base truncated to 32 bits, for 16- and 32-bit code */
+    struct { u64 base; u32 limit, pad; } gdt, idt;
+    u64 cr0, cr2, cr3, cr4, cr8, efer, dr[8];
+    u64 pdpte[4];         /* PAE paging: loaded with CR3 */
+    u64 star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, tsc_aux, apic_base;
+    u64 tsc_offset;       /* guest TSC = host TSC + tsc_offset */
+    u32 cpl, index;
+    u32 shadow;           /* interrupts blocked until the next instruction is done */
+    u32 nmi_blocked;
+    u32 exception_depth;  /* 0, 1 = delivering a contributory exception or page fault: for #DF */
+    u32 halted, startup;  /* startup: 0 running, 1 wait for SIPI */
+    u32 in_native;        /* guest code or a helper may be running: see stop_world */
+    u32 wake;             /* futex: HLT sleeps on it */
+    u32 kicked;
+    u32 extint;           /* level of the 8259's INTR */
+    u32 jc_mode[2];
+    u64 jc_base[2];
+    u32 last_vector, code_hit;
+    u32 sleeping, abort_kind;  /* in the futex of HLT; what native_abort is to do */
+    u32 stepping, step_pad;    /* TF was set before the helper that runs now: see helper_call() */
+    u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
+    struct vm *vm;
+    u64 rw_delta;         /* writable alias of the code buffer = executable address + rw_delta */
+    u64 walk_pages;       /* scratch for tests */
+    struct lapic lapic;
+    u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
+    u8 bounce[8192] __attribute__((aligned(64)));
+    struct tlb tlb_r[2], tlb_w[2];                 /* [supervisor, user] */
+    struct jump jc[2][JC_SIZE];
+    struct xtlb_entry xtlb[2][XTLB_SIZE];
+};
+
+enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_STORE_U, STUB_CHAIN, STUB_JUMP, STUB_HELPER, STUB_POLL };
+
+/* Guest-physical memory, as the accelerator's slots. */
+struct page { u64 code; u64 first; };  /* code: which 64-byte pieces hold translated code; first: list of blocks (struct block *) */
+struct slot { u64 gpa, size, host; struct page *pages; u32 readonly, used; };
+
+struct block;
+struct vm {
+    struct slot slots[MAX_SLOTS];
+    u32 nslots, ncpus;
+    u32 stopping, lock;            /* futexes */
+    u32 crossed, closing;          /* some chain joins two pages */
+    u32 ticker_seq, has_lapic;
+    u64 code_rx, code_rw, code_size, code_used;
+    u64 code_start, code_limit;    /* the half of the buffer that is filled now, as offsets */
+    u64 *hash;                     /* struct block * heads */
+    u64 hash_mask;
+    u64 ticker_deadline;           /* host ns the ticker thread sleeps until */
+    u64 tsc_khz;
+    u64 apic_bus_hz;               /* LAPIC timer clock, 1000000000 */
+    struct cpu *cpus[MAX_CPUS];
+    u64 stat[16];
+};
+
+/* ---- mmu.c ---- */
+enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
+/* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
+int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable);
+/* Linear memory, system accesses included (user = 0 forces supervisor rights). 0, or a vector with error code in *err set through raise(). */
+int vread(struct cpu *c, u64 linear, void *to, u32 size, int user);
+int vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user);
+void *phys_host(struct vm *vm, u64 gpa, struct slot **slot);   /* 0: not RAM */
+void tlb_flush(struct cpu *c, int global);                     /* global 0: CR3 load */
+void tlb_flush_page(struct cpu *c, u64 linear);
+void jc_flush(struct cpu *c);
+/* ---- blocks.c ---- */
+void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size);  /* guest or host wrote RAM that may hold code */
+/* ---- sys.c ---- */
+/* Set the pending exception; the caller returns H_REDIRECT or H_EXIT as raise() says. cpu->rip must be the instruction's address (fault)
+ * or the next one (trap). Delivers at once, including #DF and shutdown. */
+int raise(struct cpu *c, u32 vector, u32 has_error, u32 error);
+int deliver(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 soft);   /* soft: 1 = INT n, INT3, INTO: DPL is checked */
+void update_mode(struct cpu *c);        /* recompute cpu->mode, cpl, segbase, fsbase/gsbase copies */
+u64 get_eflags(struct cpu *c);          /* whole RFLAGS */
+void set_eflags(struct cpu *c, u64 value);  /* whole; IF going up copies irq_pending to poll */
+int check_events(struct cpu *c);        /* at a poll: NMI, INIT, interrupts, kicks, stop requests: H_REDIRECT (go on at rip), H_EXIT */
+/* ---- apic.c ---- */
+int apic_read(struct cpu *c, u32 offset, u32 *value);          /* offset in the page; 0 = ok */
+int apic_write(struct cpu *c, u32 offset, u32 value);          /* H_CONTINUE, or H_EXIT with R_EOI */
+int apic_msr(struct cpu *c, u32 msr, int write, u64 *value);   /* x2APIC MSRs 0x800-0x8ff, 0x6e0 deadline: 0 ok, else EX_GP; H_EXIT for EOI */
+int apic_pending(struct cpu *c);        /* highest deliverable vector above PPR, or -1 (IRR against ISR, TPR) */
+int apic_accept(struct cpu *c);         /* move it from IRR to ISR; vector */
+void apic_post(struct cpu *target, u32 vector, u32 level);     /* from any thread: IRR, TMR, wake or poll */
+void apic_message(struct vm *vm, u64 address, u32 data);       /* MSI, any thread */
+void apic_reset(struct cpu *c);
+int apic_extint_enabled(struct cpu *c); /* LINT0 is ExtINT and unmasked (or the APIC is disabled) */
+u64 apic_next_deadline(struct cpu *c);  /* host ns, ~0 if none */
+void apic_timer_expire(struct cpu *c, u64 now);
+/* ---- world.c ---- */
+u64 now_ns(void);
+u64 rdtsc(void);
+long sys_futex(u32 *word, int op, u32 value, const void *timeout);
+void ticker_kick(struct vm *vm, u64 deadline);  /* a timer was armed for host ns `deadline` */
+void wake_cpu(struct cpu *c);           /* poll = 1, and out of HLT */
+void world_enter(struct cpu *c);        /* in_native = 1, waiting while the world is stopped */
+void world_leave(struct cpu *c);
+void spin_lock(u32 *lock);
+void spin_unlock(u32 *lock);
+
+#endif

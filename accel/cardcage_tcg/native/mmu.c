@@ -1,0 +1,536 @@
+/* Address translation: page walks, the soft TLB, and linear memory for helpers (Intel SDM vol. 3, chapter 4). */
+#include "cpu.h"
+#include "internal.h"
+
+#define PTE_P 1
+#define PTE_W 2
+#define PTE_U 4
+#define PTE_A 0x20
+#define PTE_D 0x40
+#define PTE_PS 0x80
+#define PTE_G 0x100
+#define PTE_NX (1ul << 63)
+#define ADDR 0x000ffffffffff000ul
+
+static struct slot *find_slot(struct vm *vm, u64 gpa)
+{
+    for (u32 i = 0; i < vm->nslots; i++) {
+        struct slot *s = &vm->slots[i];
+        if (gpa - s->gpa < s->size)
+            return s;
+    }
+    return 0;
+}
+
+void *phys_host(struct vm *vm, u64 gpa, struct slot **slot)
+{
+    struct slot *s = find_slot(vm, gpa);
+    if (slot)
+        *slot = s;
+    return s ? (void *)(s->host + (gpa - s->gpa)) : 0;
+}
+
+/* The error code of a page fault goes to scratch[3]. */
+static int fault(struct cpu *c, u64 linear, int access, int user, u32 present, u32 reserved)
+{
+    c->cr2 = linear;
+    c->scratch[3] = present | (access == ACC_WRITE ? 2 : 0) | (user ? 4 : 0) | (reserved ? 8 : 0) |
+                    (access == ACC_EXEC && ((c->efer & EFER_NXE && c->cr4 & CR4_PAE) || c->cr4 & CR4_SMEP) ? 16 : 0);
+    return EX_PF;
+}
+
+static void set_bits(void *entry, u64 old, u64 bits, int wide)
+{
+    if ((old & bits) == bits)
+        return;
+    if (wide)
+        __atomic_fetch_or((u64 *)entry, bits, __ATOMIC_SEQ_CST);
+    else
+        __atomic_fetch_or((u32 *)entry, (u32)bits, __ATOMIC_SEQ_CST);
+}
+
+int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable)
+{
+    *global = 0;
+    *writable = 1;
+    if (!(c->cr0 & CR0_PG)) {
+        *phys = linear & 0xffffffff;
+        *global = 1;
+        return 0;
+    }
+    u64 rights = PTE_W | PTE_U, nx = 0, entry, page_mask;
+    void *entries[4], *at;
+    u64 values[4];
+    int depth = 0, wide = 1;
+    if (!(c->cr4 & CR4_PAE)) {
+        wide = 0;
+        u64 table = c->cr3 & 0xfffff000;
+        for (int shift = 22;; shift -= 10) {
+            if (!(at = phys_host(c->vm, table + ((linear >> shift) & 1023) * 4, 0)))
+                return fault(c, linear, access, user, 0, 0);
+            entry = *(volatile u32 *)at;
+            if (!(entry & PTE_P))
+                return fault(c, linear, access, user, 0, 0);
+            entries[depth] = at, values[depth++] = entry;
+            rights &= entry;
+            if (shift == 12) {
+                page_mask = 0xfff;
+                *phys = entry & 0xfffff000;
+                break;
+            }
+            if (entry & PTE_PS && c->cr4 & CR4_PSE) {
+                if (entry & 1 << 21)
+                    return fault(c, linear, access, user, 1, 1);
+                page_mask = 0x3fffff;
+                *phys = (entry & 0xffc00000) | (entry & 0x1fe000) << 19;
+                break;
+            }
+            table = entry & 0xfffff000;
+        }
+    } else {
+        u64 nx_reserved = c->efer & EFER_NXE ? 0 : PTE_NX;
+        u64 table;
+        int shift;
+        if (c->efer & EFER_LMA) {
+            table = c->cr3 & ADDR;
+            shift = 39;
+        } else {
+            entry = c->pdpte[(linear >> 30) & 3];
+            if (!(entry & PTE_P))
+                return fault(c, linear, access, user, 0, 0);
+            table = entry & ADDR;
+            shift = 21;
+        }
+        for (;; shift -= 9) {
+            if (!(at = phys_host(c->vm, table + ((linear >> shift) & 511) * 8, 0)))
+                return fault(c, linear, access, user, 0, 0);
+            entry = *(volatile u64 *)at;
+            if (!(entry & PTE_P))
+                return fault(c, linear, access, user, 0, 0);
+            if (entry & nx_reserved || (entry & PTE_PS && shift == 39))
+                return fault(c, linear, access, user, 1, 1);
+            entries[depth] = at, values[depth++] = entry;
+            rights &= entry;
+            nx |= entry & PTE_NX;
+            if (shift == 12) {
+                page_mask = 0xfff;
+                *phys = entry & ADDR;
+                break;
+            }
+            if (entry & PTE_PS) {
+                page_mask = (1ul << shift) - 1;
+                if (entry & ADDR & page_mask & ~0x1ffful)
+                    return fault(c, linear, access, user, 1, 1);
+                *phys = entry & ADDR & ~page_mask;
+                break;
+            }
+            table = entry & ADDR;
+        }
+    }
+    if (user) {
+        if (!(rights & PTE_U) || (access == ACC_WRITE && !(rights & PTE_W)))
+            return fault(c, linear, access, user, 1, 0);
+    } else {
+        if (access == ACC_WRITE && !(rights & PTE_W) && c->cr0 & CR0_WP)
+            return fault(c, linear, access, user, 1, 0);
+        if (rights & PTE_U && access == ACC_EXEC && c->cr4 & CR4_SMEP)
+            return fault(c, linear, access, user, 1, 0);
+        if (rights & PTE_U && access != ACC_EXEC && c->cr4 & CR4_SMAP && !(c->eflags & F_AC))
+            return fault(c, linear, access, user, 1, 0);
+    }
+    if (access == ACC_EXEC && nx)
+        return fault(c, linear, access, user, 1, 0);
+    for (int i = 0; i < depth - 1; i++)
+        set_bits(entries[i], values[i], PTE_A, wide);
+    set_bits(entries[depth - 1], values[depth - 1], access == ACC_WRITE ? PTE_A | PTE_D : PTE_A, wide);
+    *phys |= linear & page_mask & ~0xffful;
+    *global = (entry & PTE_G) && c->cr4 & CR4_PGE;
+    *writable = (rights & PTE_W) != 0;
+    return 0;
+}
+
+static u32 tlb_index(u64 linear) { return (linear >> 12) & (TLB_SIZE - 1); }
+
+static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global)
+{
+    u32 i = tlb_index(linear);
+    t->e[i].tag = linear & ~0xffful;
+    t->e[i].add = host_page;
+    if (global)
+        t->local[i / 64] &= ~(1ul << i % 64);
+    else
+        t->local[i / 64] |= 1ul << i % 64;
+}
+
+static void tlb_clear(struct tlb *t, int global)
+{
+    if (global) {
+        for (u32 i = 0; i < TLB_SIZE; i++)
+            t->e[i].tag = TLB_EMPTY;
+        for (u32 i = 0; i < TLB_SIZE / 64; i++)
+            t->local[i] = 0;
+        return;
+    }
+    for (u32 i = 0; i < TLB_SIZE / 64; i++) {
+        u64 bits = t->local[i];
+        t->local[i] = 0;
+        while (bits) {
+            t->e[i * 64 + (u32)__builtin_ctzl(bits)].tag = TLB_EMPTY;
+            bits &= bits - 1;
+        }
+    }
+}
+
+void jc_flush(struct cpu *c)
+{
+    for (u32 m = 0; m < 2; m++)
+        for (u32 i = 0; i < JC_SIZE; i++)
+            c->jc[m][i].pc = TLB_EMPTY;
+}
+
+static void jc_flush_one(struct cpu *c, u32 m)
+{
+    for (u32 i = 0; i < JC_SIZE; i++)
+        c->jc[m][i].pc = TLB_EMPTY;
+}
+
+/* A supervisor jump-cache entry survives a CR3 load only when its page is global: `jc_local` says one is not. */
+void tlb_flush(struct cpu *c, int global)
+{
+    for (u32 m = 0; m < 2; m++) {
+        tlb_clear(&c->tlb_r[m], global);
+        tlb_clear(&c->tlb_w[m], global);
+        u32 local = 0;
+        for (u32 i = 0; i < XTLB_SIZE; i++)
+            if (global || c->xtlb[m][i].tag & 1) {
+                c->xtlb[m][i].tag = TLB_EMPTY;
+                local = 1;
+            }
+        if (local)
+            jc_flush_one(c, m);
+    }
+    c->walk_pages++;
+    if (global)
+        cross_unlink(c->vm);
+}
+
+void tlb_flush_page(struct cpu *c, u64 linear)
+{
+    u32 i = tlb_index(linear), x = (linear >> 12) & (XTLB_SIZE - 1);
+    u64 page = linear & ~0xffful;
+    for (u32 m = 0; m < 2; m++) {
+        if (c->tlb_r[m].e[i].tag == page)
+            c->tlb_r[m].e[i].tag = TLB_EMPTY;
+        if (c->tlb_w[m].e[i].tag == page)
+            c->tlb_w[m].e[i].tag = TLB_EMPTY;
+        if ((c->xtlb[m][x].tag & ~1ul) == page) {
+            c->xtlb[m][x].tag = TLB_EMPTY;
+            jc_flush_one(c, m);
+            cross_unlink(c->vm);
+        }
+    }
+}
+
+/* Drop write entries for a page that now holds code, on a vCPU that is not running. */
+void tlb_unwrite(struct cpu *c, u64 host_page)
+{
+    for (u32 m = 0; m < 2; m++)
+        for (u32 i = 0; i < TLB_SIZE; i++)
+            if (c->tlb_w[m].e[i].add == host_page)
+                c->tlb_w[m].e[i].tag = TLB_EMPTY;
+}
+
+/* ---- slow paths of translated accesses ---- */
+
+enum { ABORT_RAISE, ABORT_EXIT };
+
+static int bad_address(struct cpu *c, u64 linear)
+{
+    return c->efer & EFER_LMA && (u64)((s64)(linear << 16) >> 16) != linear;
+}
+
+static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
+
+static u64 give_up(struct cpu *c, u32 vector, u32 kind)
+{
+    c->scratch[2] = vector;
+    c->abort_kind = kind;
+    return 0;
+}
+
+/* Translate for an access by the current instruction; fills the TLB where a later access may go straight to RAM. */
+static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, void **host, struct slot **slot)
+{
+    u32 global, writable;
+    int vector = walk(c, linear, write ? ACC_WRITE : ACC_READ, user, phys, &global, &writable);
+    if (vector)
+        return vector;
+    void *page = phys_host(c->vm, *phys & ~0xffful, slot);
+    *host = 0;
+    if (!page)
+        return 0;
+    struct page *info = &(*slot)->pages[(*phys - (*slot)->gpa) >> 12];
+    u32 which = c->cpl == 3;
+    if (!write) {
+        if (user == (int)which)
+            tlb_fill(&c->tlb_r[which], linear, (u64)page, global);
+    } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && user == (int)which) {
+        tlb_fill(&c->tlb_w[which], linear, (u64)page, global);
+    }
+    *host = page;
+    return 0;
+}
+
+static int is_apic(struct cpu *c, u64 phys)
+{
+    return c->vm->has_lapic && c->lapic.enabled && !c->lapic.x2 && (phys & ~0xffful) == (c->apic_base & ADDR);
+}
+
+u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
+{
+    struct access *a = (struct access *)(ret + 5);
+    struct block *b = owner(a);
+    int user = c->cpl == 3;
+    u64 phys, phys2;
+    void *host, *host2;
+    struct slot *slot;
+    c->rip = b->pc + a->delta;
+    if (bad_address(c, linear))
+        return give_up(c, EX_GP, ABORT_RAISE);
+    int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
+    if (vector)
+        return give_up(c, (u32)vector, ABORT_RAISE);
+    phys |= linear & 0xfff;
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    if (a->size > first) {
+        u64 next = linear + first;
+        if (!(b->mode & MODE_64))
+            next &= 0xffffffff;
+        vector = data_page(c, next, 0, user, &phys2, &host2, &slot);
+        if (vector)
+            return give_up(c, (u32)vector, ABORT_RAISE);
+        if (host && host2) {
+            memcpy(c->bounce, (u8 *)host + (linear & 0xfff), first);
+            memcpy(c->bounce + first, host2, a->size - first);
+            return (u64)c->bounce;
+        }
+        host = 0;
+    }
+    if (host)
+        return (u64)host + (linear & 0xfff);
+    if (is_apic(c, phys)) {
+        u32 value = 0;
+        apic_read(c, (u32)phys & 0xff0, &value);
+        *(u64 *)c->bounce = (u64)value >> (phys & 3) * 8;
+        return (u64)c->bounce;
+    }
+    c->reason = R_MMIO_READ;
+    c->info[0] = phys, c->info[1] = a->size;
+    c->resume = ret, c->bounce_ptr = (u64)c->bounce;
+    return give_up(c, 0, ABORT_EXIT);
+}
+
+u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
+{
+    struct access *a = (struct access *)(ret + 5);
+    struct block *b = owner(a);
+    int user = c->cpl == 3;
+    u64 phys;
+    void *host;
+    struct slot *slot;
+    c->rip = b->pc + a->delta;
+    if (bad_address(c, linear))
+        return give_up(c, EX_GP, ABORT_RAISE);
+    int vector = data_page(c, linear, 1, user, &phys, &host, &slot);
+    if (vector)
+        return give_up(c, (u32)vector, ABORT_RAISE);
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    if (a->size > first) { /* the second page may fault, too: before anything is written */
+        u64 phys2;
+        void *host2;
+        u64 next = linear + first;
+        if (!(b->mode & MODE_64))
+            next &= 0xffffffff;
+        vector = data_page(c, next, 1, user, &phys2, &host2, &slot);
+        if (vector)
+            return give_up(c, (u32)vector, ABORT_RAISE);
+    } else if (host && !slot->readonly) {
+        struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
+        u64 code = __atomic_load_n(&p->code, __ATOMIC_SEQ_CST);
+        u32 low = (u32)(linear & 0xfff) >> 6, high = ((u32)(linear & 0xfff) + a->size - 1) >> 6;
+        u64 touched = (high - low == 63 ? ~0ul : ((1ul << (high - low + 1)) - 1) << low);
+        if (!(code & touched))
+            return (u64)host + (linear & 0xfff);
+    }
+    c->reason = R_SLOW_WRITE;
+    c->info[0] = linear, c->info[1] = a->size;
+    return give_up(c, 0, ABORT_EXIT);
+}
+
+int native_abort(struct cpu *c)
+{
+    if (c->abort_kind == ABORT_EXIT)
+        return H_EXIT;
+    u32 vector = (u32)c->scratch[2];
+    return raise(c, (u32)vector, 1, vector == EX_PF ? (u32)c->scratch[3] : 0);
+}
+
+/* The write of a plain store, wherever it goes. Guest registers are saved; on H_CONTINUE the caller goes on after it. */
+int native_slow_store(struct cpu *c, u64 linear, u64 ret)
+{
+    struct access *a = (struct access *)(ret + 5);
+    struct block *b = owner(a);
+    u64 value = a->source < 16   ? c->gpr[a->source]
+                : a->source < 20 ? c->gpr[a->source - 16] >> 8
+                                 : (u64)(s64)a->immediate;
+    u64 phys;
+    void *host;
+    struct slot *slot;
+    c->rip = b->pc + a->delta;
+    if (bad_address(c, linear))
+        return raise(c, EX_GP, 1, 0);
+    u32 at = (u32)(linear & 0xfff);
+    if (likely(at + a->size <= 4096)) {
+        int vector = data_page(c, linear, 1, c->cpl == 3, &phys, &host, &slot);
+        if (vector)
+            return raise(c, (u32)vector, 1, (u32)c->scratch[3]);
+        if (host && !slot->readonly) {
+            u8 *to = (u8 *)host + at;
+            switch (a->size) {
+            case 1: *(volatile u8 *)to = (u8)value; break;
+            case 2: *(volatile u16 *)to = (u16)value; break;
+            case 4: *(volatile u32 *)to = (u32)value; break;
+            default: *(volatile u64 *)to = value;
+            }
+            code_written(c->vm, slot, (phys & ~0xffful) | at, a->size);
+            goto done;
+        }
+        phys = (phys & ~0xffful) | at;
+        if (is_apic(c, phys)) {
+            c->resume = ret, c->bounce_ptr = 0;
+            int action = apic_write(c, (u32)phys & 0xff0, (u32)value);
+            if (action == H_CONTINUE)
+                c->resume = 0;
+            if (action == H_REDIRECT) {
+                c->resume = 0;
+                c->rip += a->length;
+            }
+            return action;
+        }
+        c->reason = R_MMIO_WRITE;
+        c->info[0] = phys, c->info[1] = a->size;
+        c->info[2] = a->size == 8 ? value : value & ((1ul << a->size * 8) - 1);
+        c->resume = ret, c->bounce_ptr = 0;
+        return H_EXIT;
+    }
+    int vector = vwrite(c, linear, &value, a->size, c->cpl == 3);
+    if (vector == -1) { /* one of the pages is MMIO: byte by byte in Python */
+        c->reason = R_SLOW_WRITE;
+        c->info[0] = linear, c->info[1] = a->size;
+        return H_EXIT;
+    }
+    if (vector)
+        return raise(c, (u32)vector, 1, vector == EX_PF ? (u32)c->scratch[3] : 0);
+done:
+    if (unlikely(c->code_hit)) {
+        c->code_hit = 0;
+        if (!b->valid) {
+            c->rip += a->length;
+            return H_REDIRECT;
+        }
+    }
+    return H_CONTINUE;
+}
+
+/* ---- linear memory for helpers ---- */
+
+u64 linear_host(struct cpu *c, u64 linear, int write)
+{
+    u32 which = c->cpl == 3, i = tlb_index(linear);
+    struct tlb_entry *e = write ? &c->tlb_w[which].e[i] : &c->tlb_r[which].e[i];
+    if (e->tag == (linear & ~0xffful))
+        return e->add + (linear & 0xfff);
+    if (bad_address(c, linear))
+        return 0;
+    u64 phys, keep = c->cr2, code = c->scratch[3];
+    void *host;
+    struct slot *slot;
+    if (data_page(c, linear, write, which, &phys, &host, &slot)) {
+        c->cr2 = keep, c->scratch[3] = code; /* a probe: the fault is raised by whoever really accesses */
+        return 0;
+    }
+    if (!host || (write && (slot->readonly || slot->pages[(phys - slot->gpa) >> 12].code)))
+        return 0;
+    return (u64)host + (linear & 0xfff);
+}
+
+/* 0, a vector (error code of #PF in scratch[3]), or -1 when it is not RAM. */
+static int vaccess(struct cpu *c, u64 linear, u8 *data, u32 size, int user, int write)
+{
+    u64 host[3];
+    u64 phys[3];
+    struct slot *slots[3];
+    u32 n = 0;
+    if (size > 4096)
+        return -1;
+    for (u32 at = 0; at < size; n++) {
+        u64 here = linear + at;
+        if (!(c->efer & EFER_LMA))
+            here &= 0xffffffff;
+        if (bad_address(c, here))
+            return EX_GP;
+        void *page;
+        int vector = data_page(c, here, write, user, &phys[n], &page, &slots[n]);
+        if (vector)
+            return vector;
+        if (!page || (write && slots[n]->readonly))
+            return -1;
+        phys[n] = (phys[n] & ~0xffful) | (here & 0xfff);
+        host[n] = (u64)page + (here & 0xfff);
+        at += 4096 - (u32)(here & 0xfff);
+    }
+    n = 0;
+    for (u32 at = 0; at < size; n++) {
+        u32 take = 4096 - (u32)(host[n] & 0xfff);
+        if (take > size - at)
+            take = size - at;
+        void *ram = (void *)host[n];
+        if (take == size && size == 8) { /* naturally aligned descriptors and entries are read and written whole */
+            if (write)
+                *(volatile u64 *)ram = *(u64 *)data;
+            else
+                *(u64 *)data = *(volatile u64 *)ram;
+        } else if (take == size && size == 4) {
+            if (write)
+                *(volatile u32 *)ram = *(u32 *)data;
+            else
+                *(u32 *)data = *(volatile u32 *)ram;
+        } else if (write)
+            memcpy(ram, data + at, take);
+        else
+            memcpy(data + at, ram, take);
+        if (write)
+            code_written(c->vm, slots[n], phys[n], take);
+        at += take;
+    }
+    return 0;
+}
+
+int vread(struct cpu *c, u64 linear, void *to, u32 size, int user) { return vaccess(c, linear, to, size, user, 0); }
+
+int vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user)
+{
+    return vaccess(c, linear, (u8 *)(u64)from, size, user, 1);
+}
+
+EXPORTED int tcg_vread(struct cpu *c, u64 linear, void *to, u32 size, int user) { return vread(c, linear, to, size, user); }
+EXPORTED int tcg_vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user) { return vwrite(c, linear, from, size, user); }
+EXPORTED void tcg_tlb_flush(struct cpu *c) { tlb_flush(c, 1); jc_flush(c); }
+EXPORTED int tcg_walk(struct cpu *c, u64 linear, int access, int user, u64 *phys)
+{
+    u32 global, writable;
+    int vector = walk(c, linear, access, user, phys, &global, &writable);
+    if (!vector)
+        *phys |= linear & 0xfff;
+    return vector;
+}

@@ -1,0 +1,84 @@
+/* What only Python calls. */
+#include "cpu.h"
+#include "internal.h"
+#include "helpers.h"
+#include "sys.h"
+
+#define STUB(name) extern void name(void);
+STUB(stub_read_k) STUB(stub_read_u) STUB(stub_write_k) STUB(stub_write_u) STUB(stub_store_k) STUB(stub_store_u)
+STUB(stub_chain) STUB(stub_jump) STUB(stub_helper) STUB(stub_poll)
+
+EXPORTED u64 tcg_stub(int i)
+{
+    switch (i) {
+    case STUB_READ_K: return (u64)stub_read_k;
+    case STUB_READ_U: return (u64)stub_read_u;
+    case STUB_WRITE_K: return (u64)stub_write_k;
+    case STUB_WRITE_U: return (u64)stub_write_u;
+    case STUB_STORE_K: return (u64)stub_store_k;
+    case STUB_STORE_U: return (u64)stub_store_u;
+    case STUB_CHAIN: return (u64)stub_chain;
+    case STUB_JUMP: return (u64)stub_jump;
+    case STUB_HELPER: return (u64)stub_helper;
+    case STUB_POLL: return (u64)stub_poll;
+    }
+    return 0;
+}
+
+/* Empty caches of a new vCPU, and after its registers were set from outside. */
+EXPORTED void tcg_reset(struct cpu *c)
+{
+    tlb_flush(c, 1);
+    jc_flush(c);
+    for (u32 m = 0; m < 2; m++)
+        for (u32 i = 0; i < XTLB_SIZE; i++)
+            c->xtlb[m][i].tag = TLB_EMPTY;
+    c->resume = 0;
+    c->code_hit = 0;
+    update_mode(c);
+}
+
+EXPORTED void tcg_load_pdptes(struct cpu *c)
+{
+    if (c->cr4 & CR4_PAE && c->cr0 & CR0_PG && !(c->efer & EFER_LMA))
+        load_pdptes(c, c->cr3);
+}
+
+/* The level of the 8259's INTR output, on the boot processor. */
+EXPORTED void tcg_set_extint(struct cpu *c, u32 level)
+{
+    __atomic_store_n(&c->extint, level, __ATOMIC_SEQ_CST);
+    if (level)
+        wake_cpu(c);
+}
+
+EXPORTED void tcg_cpuid(u32 leaf, u32 sub, u32 *out)
+{
+    __asm__ volatile("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(sub));
+}
+
+EXPORTED u64 tcg_tsc(void) { return rdtsc(); }
+
+/* The time-stamp counter and CLOCK_MONOTONIC at one moment: the closest of a few tries. */
+EXPORTED void tcg_rdtsc_pair(u64 *out)
+{
+    u64 best = ~0ul;
+    for (int i = 0; i < 8; i++) {
+        u64 before = rdtsc(), ns = now_ns(), after = rdtsc();
+        if (after - before < best) {
+            best = after - before;
+            out[0] = before + (after - before) / 2;
+            out[1] = ns;
+        }
+    }
+}
+
+/* The end of a single: Python writes back. */
+int h_single(struct cpu *c, u32 arg)
+{
+    c->rip += arg >> 8 & 15;
+    if (!(c->mode & MODE_64))
+        c->rip &= c->mode & MODE_32 ? 0xffffffff : 0xffff;
+    c->reason = R_SINGLE;
+    return H_EXIT;
+}

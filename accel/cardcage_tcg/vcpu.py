@@ -1,0 +1,513 @@
+"""One translated vCPU: its registers in native memory, and the loop that serves what native code leaves to Python."""
+
+from __future__ import annotations
+
+import ctypes
+from struct import pack_into, unpack_from
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from cardcage.errors import AcceleratorError, UsageError
+from cardcage.vcpu import Exit, VCpuExit
+from cardcage.x86 import DescriptorTable, Events, Fpu, Registers, Segment, SystemRegisters, VCpuState, reset_state
+from cardcage_tcg import layout as L
+from cardcage_tcg.emulate import Emulator, Fault
+from cardcage_tcg.msr import Msrs
+from cardcage_tcg.library import Area
+
+if TYPE_CHECKING:
+    from iced_x86 import Instruction
+
+    from cardcage.vcpu import Ops
+    from cardcage_tcg.vm import TcgVm
+
+__all__ = ["TcgVCpu"]
+
+STACK = 512 << 10
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
+GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+ARITHMETIC = 0x8D5
+PF_VECTOR, GP_VECTOR = 14, 13
+KICKED, SINGLE_NEEDS_READ = VCpuExit(Exit.KICKED), 1
+
+
+class TcgVCpu:
+    """Satisfies :class:`cardcage.vcpu.VCpu`."""
+
+    def __init__(self, vm: TcgVm, index: int) -> None:
+        self.index, self._vm, self._native = index, vm, vm.native
+        self._area = Area(STACK + L.SIZEOF_CPU + 4096)
+        self.pointer = self._area.address + STACK
+        view = self._area.view[STACK : STACK + (L.SIZEOF_CPU + 7) // 8 * 8]
+        self._q, self._d, self._b = view.cast("Q"), view.cast("I"), view
+        self._enter = vm.native.enter
+        self._emulator = Emulator(self)
+        self._msrs = Msrs(vm, self)
+        self._phys = ctypes.c_uint64()
+        self._shutdown_shown = ""
+        q, d = self._q, self._d
+        q[L.VM // 8] = vm.pointer
+        d[L.INDEX // 4] = index
+        for stub in range(10):
+            q[L.STUBS // 8 + stub] = vm.native.stub(stub)
+        q[L.CR4_ALLOWED // 8] = vm.cr4_allowed
+        self.set_state(reset_state(bootstrap=index == 0))
+
+    # ---- the loop ----
+
+    def kick(self) -> None:
+        self._native.kick(self.pointer)
+
+    def run(self, ops: Ops, /) -> VCpuExit:
+        q, d, enter, pointer, emulate = self._q, self._d, self._enter, self.pointer, self._emulator.run
+        reason_at, info = L.REASON // 4, L.INFO // 8
+        while True:
+            enter(pointer)
+            reason = d[reason_at]
+            if reason == L.R_EMULATE or reason == L.R_MSR:
+                emulate(ops)
+            elif reason == L.R_TRANSLATE:
+                self._vm.translate(self, q[info], q[info + 1])
+            elif reason == L.R_MMIO_READ:
+                self._mmio_read(ops, q[info], q[info + 1])
+            elif reason == L.R_MMIO_WRITE:
+                self._mmio_write(ops, q[info], q[info + 1], q[info + 2])
+            elif reason == L.R_SLOW_WRITE:
+                self._slow_write(ops, q[info], q[info + 1])
+            elif reason == L.R_EXTINT:
+                vector = ops.acknowledge_extint()
+                if vector is not None:
+                    self._native.deliver_interrupt(pointer, vector)
+            elif reason == L.R_EOI:
+                ops.end_of_interrupt(q[info])
+            elif reason == L.R_POLL:
+                d[L.KICKED // 4] = 0
+                return KICKED
+            elif reason == L.R_HALTED:
+                return VCpuExit(Exit.HALTED)
+            elif reason == L.R_SHUTDOWN:
+                return VCpuExit(Exit.SHUTDOWN, f"triple fault (first vector {q[info]}): {self.describe()}")
+            elif reason == L.R_SIGNAL:
+                self._signal(q[info], q[info + 1])
+            elif reason == L.R_INIT:
+                self._init()
+            elif reason == L.R_SIPI:
+                self._start(q[info])
+            else:
+                return VCpuExit(Exit.FAILED, f"translator came back with reason {reason}: {self.describe()}")
+
+    def _mmio_read(self, ops: Ops, address: int, size: int) -> None:
+        data = b"".join(
+            ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(address, size)
+        )
+        self._b[L.BOUNCE : L.BOUNCE + size] = data
+
+    def _mmio_write(self, ops: Ops, address: int, size: int, value: int) -> None:
+        for at, width in self._pieces(address, size):
+            ops.mmio_write(at, width, value >> (at - address) * 8 & ((1 << width * 8) - 1))
+
+    @staticmethod
+    def _pieces(address: int, size: int) -> list[tuple[int, int]]:
+        """Accesses of 1, 2, 4 or 8 bytes that make up a wider or odd one."""
+        if size in (1, 2, 4, 8):
+            return [(address, size)]
+        found = []
+        while size:
+            width = 8 if size >= 8 else 4 if size >= 4 else 2 if size >= 2 else 1
+            found.append((address, width))
+            address, size = address + width, size - width
+        return found
+
+    def _slow_write(self, ops: Ops, linear: int, size: int) -> None:
+        """The instruction at RIP writes where one host store cannot: run it alone on a copy, and write that back."""
+        try:
+            single = self._vm.single(self)
+        except Fault as fault:
+            self.raise_exception(fault.vector, fault.error)
+            return
+        if single is None:
+            self._emulator.run(ops)
+            return
+        address, reads = single
+        self._b[L.BOUNCE : L.BOUNCE + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
+        self._q[L.RESUME // 8] = address
+        self._q[L.BOUNCE_PTR // 8] = self.pointer + L.BOUNCE
+        self._enter(self.pointer)
+        reason = self._d[L.REASON // 4]
+        if reason == L.R_SINGLE:
+            self.write_linear(linear, bytes(self._b[L.BOUNCE : L.BOUNCE + size]), ops)
+            if self.mode & L.MODE_TF:
+                self.single_step()
+        else:
+            self._again(reason, ops)
+
+    def _again(self, reason: int, ops: Ops) -> None:
+        """A single did not end as one (its read faulted, or came to a device): the instruction starts over."""
+        q, info = self._q, L.INFO // 8
+        if reason == L.R_TRANSLATE:
+            self._vm.translate(self, q[info], q[info + 1])
+        elif reason == L.R_SIGNAL:
+            self._signal(q[info], q[info + 1])
+        elif reason == L.R_MMIO_READ:
+            self._q[L.RESUME // 8] = 0
+            raise AcceleratorError(f"an instruction reads one device and writes another: {self.describe()}")
+        elif reason == L.R_SHUTDOWN:
+            self._d[L.KICKED // 4] = 1
+        elif reason in (L.R_EMULATE, L.R_MSR):
+            self._emulator.run(ops)
+
+    def _signal(self, signal: int, host: int) -> None:
+        """A host fault in translated code, as the guest's exception."""
+        site = self._vm.fault_site(host)
+        if site is None:
+            raise AcceleratorError(f"signal {signal} at host {host:#x} outside any known instruction: {self.describe()}")
+        rip, stored = site
+        self.rip = rip
+        if not stored:
+            self._q[L.FL // 8] = self._q[L.SCRATCH // 8]
+        self._q[L.RESUME // 8] = 0
+        if signal == 8:
+            ins = self._emulator.fetch(rip)
+            self.raise_exception(*self._arithmetic_fault(ins))
+        elif signal in (7, 11):
+            self.raise_exception(GP_VECTOR, 0)
+        else:
+            self.raise_exception(6, None)
+
+    def _arithmetic_fault(self, ins: Instruction) -> tuple[int, None]:
+        from iced_x86 import CpuidFeature, Mnemonic
+
+        if ins.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
+            return 0, None
+        x87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.MMX}
+        return (16 if x87 & set(ins.cpuid_features()) else 19), None
+
+    def _init(self) -> None:
+        """INIT: registers as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
+        state = self.get_state()
+        fresh = reset_state(bootstrap=self.index == 0)
+        fresh.fpu, fresh.lapic, fresh.tsc = state.fpu, state.lapic, None
+        fresh.system.apic_base = state.system.apic_base
+        fresh.events = evolve(fresh.events, startup="wait-for-sipi" if self.index else "running")
+        fresh.msrs = {}
+        self.set_state(fresh)
+        self._d[L.STARTUP // 4] = 1 if self.index else 0
+
+    def _start(self, vector: int) -> None:
+        state = self.get_state()
+        state.system.cs = Segment(selector=vector << 8, base=vector << 12, type=11)
+        state.registers.rip = 0
+        state.events = Events()
+        state.lapic, state.tsc = None, None
+        self.set_state(state)
+        self._d[L.STARTUP // 4] = 0
+
+    # ---- registers, for the emulator ----
+
+    @property
+    def raw(self) -> memoryview:
+        """``struct cpu`` as bytes."""
+        return self._b
+
+    def field(self, offset: int) -> int:
+        """A 64-bit field of ``struct cpu``."""
+        return self._q[offset // 8]
+
+    def set_field(self, offset: int, value: int) -> None:
+        self._q[offset // 8] = value
+
+    @property
+    def mode(self) -> int:
+        """``MODE_*`` bits."""
+        return self._d[L.MODE // 4]
+
+    @property
+    def rip(self) -> int:
+        """Instruction pointer, an offset in CS."""
+        return self._q[L.RIP // 8]
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self._q[L.RIP // 8] = value
+
+    @property
+    def cs_base(self) -> int:
+        """Base of CS; 0 in 64-bit mode."""
+        return 0 if self.mode & L.MODE_64 else self.segment_base(1)
+
+    @property
+    def eflags(self) -> int:
+        """System flags, without the arithmetic ones."""
+        return self._q[L.EFLAGS // 8]
+
+    def arithmetic_flags(self) -> int:
+        """CF PF AF ZF SF OF."""
+        word = self._q[L.FL // 8]
+        return word >> 8 & 0xD5 | (word & 1) << 11
+
+    def gpr(self, number: int) -> int:
+        """General register *number*, 64 bits."""
+        return self._q[L.GPR // 8 + number]
+
+    def set_gpr(self, number: int, value: int) -> None:
+        self._q[L.GPR // 8 + number] = value
+
+    def segment_base(self, number: int) -> int:
+        return self._q[(L.SEG + L.SIZEOF_SEG * number + L.SEG_BASE) // 8]
+
+    def selector(self, number: int) -> int:
+        found: int = unpack_from("<H", self._b, L.SEG + L.SIZEOF_SEG * number + L.SEG_SEL)[0]
+        return found
+
+    @property
+    def xcr0(self) -> int:
+        """Extended control register 0."""
+        return self._d[L.GUEST_XCR0 // 4]
+
+    @xcr0.setter
+    def xcr0(self, value: int) -> None:
+        self._d[L.GUEST_XCR0 // 4] = value
+        self._native.update_mode(self.pointer)
+
+    def osxsave(self) -> bool:
+        """CR4.OSXSAVE."""
+        return bool(self._q[L.CR4 // 8] & 1 << 18)
+
+    def cpuid(self, leaf: int, sub: int) -> tuple[int, int, int, int]:
+        return self._vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), xcr0=self.xcr0)
+
+    def read_msr(self, index: int) -> int | None:
+        """The MSR's value, None when there is no such MSR."""
+        return self._msrs.read(index)
+
+    def write_msr(self, index: int, value: int) -> bool:
+        """Whether the MSR took the value."""
+        return self._msrs.write(index, value)
+
+    def raise_exception(self, vector: int, error: int | None) -> None:
+        """Deliver an exception at the present RIP."""
+        self._native.raise_(self.pointer, vector, error is not None, error or 0)
+
+    def single_step(self) -> None:
+        """The trap after an instruction that ran with TF set."""
+        self._native.single_step(self.pointer)
+
+    def unsupported(self, ins: Instruction) -> None:
+        """Note an instruction that ends in #UD: it may be one that this translator lacks."""
+        self._vm.note_unsupported(ins, self.rip)
+
+    # ---- memory ----
+
+    def walk(self, linear: int, access: int = 0, *, user: bool | None = None) -> tuple[int, int]:
+        """(vector, physical address): vector 0 when it is mapped. Sets CR2 for a page fault."""
+        level = (self._d[L.CPL // 4] == 3) if user is None else user
+        vector = self._native.walk(self.pointer, linear, access, level, ctypes.byref(self._phys))
+        return vector, self._phys.value
+
+    def _fault(self, vector: int) -> Fault:
+        return Fault(vector, self._q[L.SCRATCH // 8 + 3] & 0xFFFFFFFF if vector == PF_VECTOR else 0)
+
+    def fetch_bytes(self, linear: int, size: int) -> bytes:
+        """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
+        found = b""
+        while len(found) < size:
+            vector, phys = self.walk(linear + len(found), 2)
+            if vector:
+                if not found:
+                    raise self._fault(vector)
+                break
+            take = min(size - len(found), 4096 - (phys & 0xFFF))
+            data = self._vm.peek(phys, take)
+            found += data if data is not None else b"\xff" * take
+        return found
+
+    def fetch_fault(self, linear: int) -> None:
+        """Raise the fault of fetching the byte at *linear*."""
+        vector, _ = self.walk(linear, 2)
+        if vector:
+            raise self._fault(vector)
+
+    def read_linear(self, linear: int, size: int, ops: Ops) -> bytes:
+        """Data at a linear address, devices included. Raises Fault."""
+        buffer = (ctypes.c_char * size)()
+        user = self._d[L.CPL // 4] == 3
+        vector = self._native.vread(self.pointer, linear, buffer, size, user)
+        if not vector:
+            return bytes(buffer)
+        if vector > 0:
+            raise self._fault(vector)
+        found = b""
+        while len(found) < size:
+            vector, phys = self.walk(linear + len(found), 0)
+            if vector:
+                raise self._fault(vector)
+            take = min(size - len(found), 4096 - (phys & 0xFFF))
+            data = self._vm.peek(phys, take)
+            if data is None:
+                apic = self._msrs.apic_page(phys)
+                if apic is not None:
+                    value = ctypes.c_uint32()
+                    self._native.apic_read(self.pointer, phys & 0xFF0, ctypes.byref(value))
+                    data = value.value.to_bytes(4, "little")[phys & 3 :][:take].ljust(take, b"\0")
+                else:
+                    data = b"".join(ops.mmio_read(at, w).to_bytes(w, "little") for at, w in self._pieces(phys, take))
+            found += data
+        return found
+
+    def write_linear(self, linear: int, data: bytes, ops: Ops) -> None:
+        """Write at a linear address, devices and code included. Raises Fault before anything is written."""
+        size = len(data)
+        user = self._d[L.CPL // 4] == 3
+        vector = self._native.vwrite(self.pointer, linear, data, size, user)
+        if not vector:
+            return
+        if vector > 0:
+            raise self._fault(vector)
+        self.probe_write(linear, size)
+        at = 0
+        while at < size:
+            _, phys = self.walk(linear + at, 1)
+            take = min(size - at, 4096 - (phys & 0xFFF))
+            part = data[at : at + take]
+            if self._vm.poke(phys, part):
+                pass
+            elif self._msrs.apic_page(phys) is not None:
+                self._native.apic_write(self.pointer, phys & 0xFF0, int.from_bytes(part[:4], "little"))
+            else:
+                self._mmio_write(ops, phys, take, int.from_bytes(part, "little"))
+            at += take
+
+    def probe_write(self, linear: int, size: int) -> None:
+        """Raise the Fault that writing would, and write nothing."""
+        for at in {linear, linear + size - 1}:
+            vector, _ = self.walk(at, 1)
+            if vector:
+                raise self._fault(vector)
+
+    def port_allowed(self, port: int, size: int) -> bool:
+        """The TSS's I/O permission bitmap (Intel SDM vol. 1, 19.5.2)."""
+        base = self.segment_base(7)
+        limit, attributes = unpack_from("<I2xH", self._b, L.SEG + L.SIZEOF_SEG * 7 + L.SEG_LIMIT)
+        if attributes & 0xF not in (9, 11) or limit < 103:
+            return False
+        header = self._supervisor_read(base + 102, 2)
+        at = int.from_bytes(header, "little") + port // 8
+        if at + 1 > limit:
+            return False
+        bits = int.from_bytes(self._supervisor_read(base + at, 2), "little")
+        return not bits >> (port & 7) & ((1 << size) - 1)
+
+    def _supervisor_read(self, linear: int, size: int) -> bytes:
+        buffer = (ctypes.c_char * size)()
+        vector = self._native.vread(self.pointer, linear, buffer, size, 0)
+        if vector > 0:
+            raise self._fault(vector)
+        return bytes(buffer) if not vector else b"\xff" * size
+
+    # ---- state ----
+
+    def describe(self) -> str:
+        """Registers and the bytes at RIP, for a person."""
+        state = self.get_state()
+        r, s = state.registers, state.system
+        names = " ".join(f"{name}={getattr(r, name):#x}" for name in (*GENERAL, "rip", "rflags"))
+        try:
+            code = self.fetch_bytes(r.rip if self.mode & L.MODE_64 else s.cs.base + r.rip & 0xFFFFFFFF, 16).hex(" ")
+        except Fault:
+            code = "not mapped"
+        return (
+            f"{names} cs={s.cs.selector:#x}:{s.cs.base:#x} ss={s.ss.selector:#x} cr0={s.cr0:#x} cr2={s.cr2:#x} cr3={s.cr3:#x} "
+            f"cr4={s.cr4:#x} efer={s.efer:#x} code at rip: {code}"
+        )
+
+    def _segment(self, number: int) -> Segment:
+        base, limit, selector, attr = unpack_from("<QIHH", self._b, L.SEG + L.SIZEOF_SEG * number)
+        return Segment(
+            selector=selector, base=base, limit=limit, type=attr & 15, s=attr >> 4 & 1, dpl=attr >> 5 & 3,
+            present=attr >> 7 & 1, avl=attr >> 8 & 1, l=attr >> 9 & 1, db=attr >> 10 & 1, g=attr >> 11 & 1,
+            unusable=attr >> 12 & 1,
+        )  # fmt: skip
+
+    def get_state(self) -> VCpuState:
+        q, d = self._q, self._d
+        registers = Registers(**{name: q[L.GPR // 8 + i] for i, name in enumerate(GENERAL)})
+        registers.rip, registers.rflags = q[L.RIP // 8], self._native.get_eflags(self.pointer)
+        system = SystemRegisters(**{name: self._segment(i) for i, name in enumerate(SEGMENTS)})
+        system.gdt = DescriptorTable(q[L.GDT // 8], d[L.GDT // 4 + 2])
+        system.idt = DescriptorTable(q[L.IDT // 8], d[L.IDT // 4 + 2])
+        system.cr0, system.cr2, system.cr3, system.cr4 = (q[at // 8] for at in (L.CR0, L.CR2, L.CR3, L.CR4))
+        system.cr8, system.efer, system.apic_base = (q[at // 8] for at in (L.CR8, L.EFER, L.APIC_BASE))
+        xsave = bytearray(self._b[L.FX : L.FX + (832 if self.xcr0 & 4 else 576)])
+        if not self.xcr0 & 4:
+            pack_into("<Q", xsave, 512, 3)
+        events = Events(
+            nmi_pending=bool(d[(L.LAPIC + L.LAPIC_NMI) // 4]),
+            nmi_blocked=bool(d[L.NMI_BLOCKED // 4]),
+            interrupt_shadow=bool(d[L.SHADOW // 4]),
+            halted=bool(d[L.HALTED // 4]),
+            startup="wait-for-sipi" if d[L.STARTUP // 4] else "running",
+        )
+        dr = q[L.DR // 8 : L.DR // 8 + 8]
+        lapic = self._msrs.lapic_image() if self._vm.lapic else None
+        tsc = self._native.tsc() + q[L.TSC_OFFSET // 8] & 0xFFFFFFFFFFFFFFFF
+        return VCpuState(
+            registers, system, Fpu(bytes(xsave), self.xcr0), events, self._msrs.all(),
+            (dr[0], dr[1], dr[2], dr[3], dr[6], dr[7]), lapic, tsc,
+        )  # fmt: skip
+
+    def set_state(self, state: VCpuState, /) -> None:
+        q, d = self._q, self._d
+        for i, name in enumerate(GENERAL):
+            q[L.GPR // 8 + i] = getattr(state.registers, name) & 0xFFFFFFFFFFFFFFFF
+        system = state.system
+        for i, name in enumerate(SEGMENTS):
+            s: Segment = getattr(system, name)
+            attr = (
+                s.type | s.s << 4 | s.dpl << 5 | s.present << 7 | s.avl << 8 | s.l << 9 | s.db << 10 | s.g << 11 | s.unusable << 12
+            )
+            pack_into("<QIHH", self._b, L.SEG + L.SIZEOF_SEG * i, s.base, s.limit, s.selector, attr)
+        for at, table in ((L.GDT, system.gdt), (L.IDT, system.idt)):
+            q[at // 8], d[at // 4 + 2] = table.base, table.limit
+        for at, value in (
+            (L.CR0, system.cr0 | 0x10), (L.CR2, system.cr2), (L.CR3, system.cr3), (L.CR4, system.cr4), (L.CR8, system.cr8),
+            (L.EFER, system.efer), (L.APIC_BASE, system.apic_base),
+        ):  # fmt: skip
+            q[at // 8] = value
+        self._set_fpu(state.fpu)
+        q[L.RIP // 8] = state.registers.rip
+        self._native.set_eflags(self.pointer, state.registers.rflags)
+        events = state.events
+        for at, flag in ((L.NMI_BLOCKED, events.nmi_blocked), (L.SHADOW, events.interrupt_shadow), (L.HALTED, events.halted)):
+            d[at // 4] = int(flag)
+        d[(L.LAPIC + L.LAPIC_NMI) // 4] = int(events.nmi_pending)
+        d[L.STARTUP // 4] = int(events.startup != "running")
+        for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
+            q[L.DR // 8 + i] = value
+        if self._vm.lapic:
+            self._msrs.set_lapic(state.lapic, fresh=state.lapic is None and events.startup != "running" or not state.msrs)
+        self._msrs.set_all(state.msrs)
+        if state.tsc is not None:
+            q[L.TSC_OFFSET // 8] = state.tsc - self._native.tsc() & 0xFFFFFFFFFFFFFFFF
+        self._native.load_pdptes(self.pointer)
+        self._native.reset(self.pointer)
+        if events.exception is not None:
+            self.raise_exception(events.exception, events.error_code)
+        if events.interrupt is not None:
+            self._native.deliver_interrupt(self.pointer, events.interrupt)
+
+    def _set_fpu(self, fpu: Fpu) -> None:
+        if len(fpu.xsave) < 576:
+            raise UsageError(f"FPU state has {len(fpu.xsave)} bytes: expected at least 576")
+        image = fpu.xsave[: 832 if self._vm.model.avx else 576]
+        self._b[L.FX : L.FX + len(image)] = image
+        if len(image) < 832:
+            self._b[L.FX + len(image) : L.FX + 832] = bytes(832 - len(image))
+        self._b[L.FX + 520 : L.FX + 576] = bytes(56)  # XCOMP_BV and what follows must be zero
+        self._d[L.GUEST_XCR0 // 4] = fpu.xcr0 & (7 if self._vm.model.avx else 3) | 1
+
+    def close(self) -> None:
+        """Give its memory back."""
+        for view in (self._q, self._d, self._b):
+            view.release()
+        self._area.close()

@@ -1,0 +1,402 @@
+"""A virtual machine of the translator: memory slots, code buffer, blocks, interrupt entry, the timer thread."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from bisect import bisect_right
+from contextlib import contextmanager
+from struct import pack_into, unpack_from
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from iced_x86 import Code, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind
+
+from cardcage.errors import AcceleratorError, UsageError
+from cardcage_tcg import layout as L
+from cardcage_tcg.cpuid import CpuModel
+from cardcage_tcg.emulate import Fault
+from cardcage_tcg.library import Area, CodeBuffer, load
+from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
+from cardcage_tcg.vcpu import TcgVCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cardcage.accelerator import MemorySlot, VmSpec
+
+__all__ = ["TcgOptions", "TcgVm"]
+
+HASH_BITS = 18
+MODE_SINGLE = 1 << 15
+"""Not a mode of the processor: the key of singles, which no look-up finds."""
+
+
+@frozen
+class TcgOptions:
+    """Options of the accelerator (``[accel.tcg]``).
+
+    Attributes:
+        code_cache: MiB of executable memory, 8 to 1024; half of it is filled at a time.
+        block_size: the most instructions in one block, 1 to 64 (1 is a lockstep aid).
+    """
+
+    code_cache: int = field(default=256)
+    block_size: int = field(default=MAX_INSTRUCTIONS)
+
+    @code_cache.validator
+    def _cache(self, _: object, value: int) -> None:
+        if not 8 <= value <= 1024:
+            raise ValueError(f"{value} MiB: expected 8 to 1024")
+
+    @block_size.validator
+    def _block(self, _: object, value: int) -> None:
+        if not 1 <= value <= MAX_INSTRUCTIONS:
+            raise ValueError(f"{value}: expected 1 to {MAX_INSTRUCTIONS}")
+
+
+class TcgVm:
+    """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
+
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, spec: VmSpec) -> None:
+        if spec.irqchip == "full":
+            raise AcceleratorError('tcg: irqchip "full" is KVM\'s; expected "split" or "none"')
+        if spec.cpus > L.MAX_CPUS:
+            raise AcceleratorError(f"tcg: {spec.cpus} vCPUs: expected at most {L.MAX_CPUS}")
+        options = spec.options if isinstance(spec.options, TcgOptions) else TcgOptions()
+        self.native = load()
+        self.lapic = spec.irqchip == "split"
+        pair = (ctypes.c_uint64 * 2)()
+        self._pair = pair
+        first = self.clock_pair()
+        self._area = Area(L.SIZEOF_VM + 4096)
+        self._hash = Area(8 << HASH_BITS)
+        self._code = CodeBuffer(options.code_cache << 20)
+        self.pointer = self._area.address
+        self._limit = options.block_size
+        q, d = self._area.view[: L.SIZEOF_VM].cast("Q"), self._area.view[: L.SIZEOF_VM].cast("I")
+        self._q, self._d = q, d
+        d[L.VM_NCPUS // 4] = spec.cpus
+        d[L.VM_HAS_LAPIC // 4] = int(self.lapic)
+        q[L.VM_CODE_RX // 8], q[L.VM_CODE_RW // 8], q[L.VM_CODE_SIZE // 8] = self._code.rx, self._code.rw, self._code.size
+        q[L.VM_CODE_LIMIT // 8] = self._code.size // 2
+        q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
+        q[L.VM_APIC_BUS_HZ // 8] = 1_000_000_000
+        self.tsc_khz = self._measure_tsc(first)
+        q[L.VM_TSC_KHZ // 8] = self.tsc_khz
+        self.clock_scale = _pvclock_scale(self.tsc_khz)
+        start = self.clock_pair()
+        self.clock_zero = start[1]
+        self._tsc_zero = start[0]
+        self.model = CpuModel(self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz)
+        self.cr4_allowed = self._cr4()
+        self._translator = Translator(avx=self.model.avx)
+        self._lock = threading.Lock()
+        self._slots: list[MemorySlot] = []
+        self._starts: list[int] = []
+        self._pages: dict[MemorySlot, Area] = {}
+        self._cpus: list[TcgVCpu] = []
+        self._singles: dict[tuple[int, int, int, bytes], tuple[int, bool]] = {}
+        self._unsupported: set[bytes] = set()
+        self.log_unsupported: list[str] = []
+        self._range = self.native.add_range(self._code.rx, self._code.rx + self._code.size)
+        self.native.signals()
+        self._ticker: threading.Thread | None = None
+        if self.lapic:
+            self._ticker = threading.Thread(target=self.native.ticker, args=(self.pointer,), name="tcg-timer", daemon=True)
+        self._closed = False
+
+    # ---- time ----
+
+    def clock_pair(self) -> tuple[int, int]:
+        """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
+        self.native.rdtsc_pair(self._pair)
+        return self._pair[0], self._pair[1]
+
+    def _measure_tsc(self, first: tuple[int, int]) -> int:
+        """kHz of the time-stamp counter, against CLOCK_MONOTONIC over at least 10 ms."""
+        while True:
+            tsc, ns = self.clock_pair()
+            if ns - first[1] >= 10_000_000:
+                return round((tsc - first[0]) * 1_000_000 / (ns - first[1]))
+            threading.Event().wait(0.002)
+
+    def _cr4(self) -> int:
+        allowed = 0x7FF & ~(1 << 13)  # VME to OSXMMEXCPT
+        for feature, bit in (("umip", 11), ("fsgsbase", 16), ("xsave", 18), ("smep", 20), ("smap", 21)):
+            if feature in self.model.features:
+                allowed |= 1 << bit
+        return allowed
+
+    # ---- the accelerator's seam ----
+
+    def create_vcpu(self, index: int, /) -> TcgVCpu:
+        cpu = TcgVCpu(self, index)
+        cpu.set_field(L.TSC_OFFSET, -self._tsc_zero & 0xFFFFFFFFFFFFFFFF)
+        cpu.set_field(L.RW_DELTA, self._code.rw - self._code.rx & 0xFFFFFFFFFFFFFFFF)
+        self._cpus.append(cpu)
+        self._q[L.VM_CPUS // 8 + index] = cpu.pointer
+        if self._ticker is not None and self._ticker.ident is None:
+            self._ticker.start()
+        return cpu
+
+    def map_memory(self, slot: MemorySlot, /) -> None:
+        if len(self._slots) >= L.MAX_SLOTS:
+            raise AcceleratorError(f"tcg: more than {L.MAX_SLOTS} memory slots")
+        with self._changed_slots():
+            self._slots.append(slot)
+            self._pages[slot] = Area(slot.size // 4096 * L.SIZEOF_PAGE)
+
+    def unmap_memory(self, slot: MemorySlot, /) -> None:
+        if slot not in self._slots:
+            raise UsageError(f"tcg: no memory slot at {slot.address:#x}")
+        with self._changed_slots():
+            self._slots.remove(slot)
+            self._pages.pop(slot).close()
+
+    @contextmanager
+    def _changed_slots(self) -> Iterator[None]:
+        """Blocks and translations derive from the slots: both go when the slots change."""
+        with self.quiesce(), self._lock:
+            self._flush()
+            yield
+            self._slots.sort(key=lambda one: -one.size)  # look-ups go through them in order: main memory first
+            ordered = sorted(self._slots, key=lambda one: one.address)
+            self._starts, self._ordered = [one.address for one in ordered], ordered
+            for i, slot in enumerate(self._slots):
+                pack_into(
+                    "<QQQQII", self._area.view, L.VM_SLOTS + L.SIZEOF_SLOT * i,
+                    slot.address, slot.size, slot.host_address, self._pages[slot].address, slot.readonly, 1,
+                )  # fmt: skip
+            self._d[L.VM_NSLOTS // 4] = len(self._slots)
+            for cpu in self._cpus:
+                self.native.tlb_flush(cpu.pointer)
+
+    def memory_written(self, address: int, size: int, /) -> None:
+        self.native.memory_written(self.pointer, address, size)
+
+    @contextmanager
+    def quiesce(self) -> Iterator[None]:
+        self.native.stop_world(self.pointer)
+        try:
+            yield
+        finally:
+            self.native.start_world(self.pointer)
+
+    def set_extint(self, level: bool, /) -> None:
+        if self._cpus:
+            self.native.set_extint(self._cpus[0].pointer, level)
+
+    def set_irq(self, gsi: int, level: bool, /) -> None:
+        raise UsageError(f"tcg: line {gsi} ({level}): this accelerator has no PIC or IOAPIC of its own")
+
+    def signal_msi(self, address: int, data: int, /) -> None:
+        self.native.apic_message(self.pointer, address, data)
+
+    def inject_nmi(self, index: int, /) -> None:
+        self.native.inject_nmi(self._cpus[index].pointer)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.native.close(self.pointer)
+        if self._ticker is not None and self._ticker.ident is not None:
+            self._ticker.join()
+        self.native.remove_range(self._range)
+        for cpu in self._cpus:
+            cpu.close()
+        self._cpus = []
+        self._q.release()
+        self._d.release()
+        for area in (*self._pages.values(), self._area, self._hash):
+            area.close()
+        self._code.close()
+
+    # ---- guest-physical memory ----
+
+    def host(self, phys: int) -> tuple[int, MemorySlot] | None:
+        """(host address, slot) of a guest-physical address, None where there is no RAM."""
+        at = bisect_right(self._starts, phys) - 1
+        if at < 0:
+            return None
+        slot = self._ordered[at]
+        offset = phys - slot.address
+        return (slot.host_address + offset, slot) if offset < slot.size else None
+
+    def peek(self, phys: int, size: int) -> bytes | None:
+        """Bytes inside one page, None where there is no RAM."""
+        found = self.host(phys)
+        return None if found is None else ctypes.string_at(found[0], size)
+
+    def poke(self, phys: int, data: bytes) -> bool:
+        """Write bytes inside one page; False where there is no writable RAM."""
+        found = self.host(phys)
+        if found is None or found[1].readonly:
+            return False
+        ctypes.memmove(found[0], data, len(data))
+        self.native.memory_written(self.pointer, phys, len(data))
+        return True
+
+    def poke_physical(self, phys: int, data: bytes) -> None:
+        """Write bytes that may cross a page; what is not RAM is dropped."""
+        first = 4096 - (phys & 0xFFF)
+        for at, part in ((phys, data[:first]), (phys + first, data[first:])):
+            if part:
+                self.poke(at, part)
+
+    # ---- translation ----
+
+    def _flush(self) -> None:
+        """Forget all blocks; the world is stopped."""
+        self.native.flush_blocks(self.pointer)
+        self._singles.clear()
+
+    def translate(self, cpu: TcgVCpu, phys: int, linear: int) -> None:
+        """Make and install the block at the vCPU's RIP, or deliver the fault of fetching it."""
+        with self._lock:
+            try:
+                self._translate(cpu, phys, linear, cpu.mode, single=False)
+            except Fault as fault:
+                cpu.raise_exception(fault.vector, fault.error)
+
+    def _translate(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, *, single: bool) -> int:
+        pc, cs_base = cpu.rip, cpu.cs_base
+        while True:
+            data, phys2 = self._code_bytes(cpu, phys, linear, mode, pc)
+            self.native.watch(self.pointer, phys)
+            if phys2 != 0xFFFFFFFFFFFFFFFF:
+                self.native.watch(self.pointer, phys2)
+            block = self._translator.translate(mode, pc, cs_base, phys, phys2, data, single=single, limit=self._limit)
+            image = block.image
+            if single:
+                pack_into("<I", image, L.BLOCK_MODE, mode | MODE_SINGLE)
+            if phys2 != 0xFFFFFFFFFFFFFFFF and block.length <= 4096 - (phys & 0xFFF):
+                pack_into("<Q", image, L.BLOCK_PHYS2, 0xFFFFFFFFFFFFFFFF)
+            result: int = self.native.install(self.pointer, bytes(image), data)
+            if result > 1:
+                return result
+            if result == 1:
+                with self.quiesce():
+                    self._flush()
+
+    def _code_bytes(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, pc: int) -> tuple[bytes, int]:
+        """Code from *phys* to the end of its page, or with the next page where the first instruction reaches there."""
+        room = 4096 - (phys & 0xFFF)
+        data = self.peek(phys, min(room, 1024))
+        if data is None:
+            data = b"\xff" * 15
+        if room < 15:
+            code = self._translator.decode(mode, pc, data, 1)
+            if code[0][0].code == Code.INVALID:
+                vector, second = cpu.walk(linear + room & (0xFFFFFFFFFFFFFFFF if mode & L.MODE_64 else 0xFFFFFFFF), 2)
+                if vector:
+                    # perhaps the bytes here are enough to be invalid; else fetching goes on into the missing page
+                    raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
+                more = self.peek(second, 15 - room)
+                joined = data + (more if more is not None else b"\xff" * (15 - room))
+                (first, _), *_ = self._translator.decode(mode, pc, joined, 1)
+                return joined[: first.len if first.code != Code.INVALID else 15], second
+        return data, 0xFFFFFFFFFFFFFFFF
+
+    def single(self, cpu: TcgVCpu) -> tuple[int, bool] | None:
+        """(host address, whether the written operand is read first) of the instruction at RIP alone, its write going to
+        the bounce buffer; None for one that Python does. Raises Fault."""
+        with self._lock:
+            mode, pc = cpu.mode, cpu.rip
+            linear = pc if mode & L.MODE_64 else cpu.cs_base + pc & 0xFFFFFFFF
+            vector, phys = cpu.walk(linear, 2)
+            if vector:
+                raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
+            data = cpu.fetch_bytes(linear, 15)
+            key = mode, pc, phys, data
+            found = self._singles.get(key)
+            if found is None:
+                ins = self._translator.decode(mode, pc, data, 1)[0][0]
+                if ins.code == Code.INVALID or ins.flow_control != FlowControl.NEXT or not _writes_memory(ins):
+                    return None
+                block = self._translate(cpu, phys, linear, mode, single=True)
+                found = self._singles[key] = block + L.SIZEOF_BLOCK, _reads_memory(ins)
+            return found
+
+    def fault_site(self, host: int) -> tuple[int, bool] | None:
+        """(RIP, whether flags are in ``cpu.fl``) of the instruction whose translation holds host address *host*."""
+        with self._lock:
+            block = self._block_at(host)
+            if block is None:
+                return None
+            header = ctypes.string_at(block, L.SIZEOF_BLOCK)
+            pc, cs_base, phys, phys2, mode, length = unpack_from("<QQQQIH", header)
+            first = min(length, 4096 - (phys & 0xFFF))
+            data = (self.peek(phys, first) or b"") + ((self.peek(phys2, length - first) or b"") if length > first else b"")
+            single = bool(mode & MODE_SINGLE)
+            made = self._translator.translate(
+                mode & ~MODE_SINGLE, pc, cs_base, phys, phys2, data, single=single, limit=self._limit, sites=True
+            )
+            offset = host - block
+            for site in made.sites:
+                if site.start <= offset < site.end:
+                    return (pc + site.guest) & 0xFFFFFFFFFFFFFFFF, site.stored
+            return None
+
+    def _block_at(self, host: int) -> int | None:
+        """Blocks lie behind each other in a half of the buffer: walk to the one that holds *host*."""
+        half = self._code.size // 2
+        offset = host - self._code.rx
+        if not 0 <= offset < self._code.size:
+            return None
+        at = self._code.rx + (half if offset >= half else 0)
+        while at <= host:
+            (size,) = unpack_from("<I", ctypes.string_at(at, L.SIZEOF_BLOCK), L.BLOCK_CODE_LENGTH)
+            total = (L.SIZEOF_BLOCK + size + 63) & ~63
+            if host < at + total:
+                return at
+            at += total
+        return None
+
+    def note_unsupported(self, ins: Instruction, rip: int) -> None:
+        """Remember once what guests ran that this CPU model has not."""
+        text = f"{ins}" if ins.code != Code.INVALID else "(invalid)"
+        if len(self.log_unsupported) < 100:
+            self.log_unsupported.append(f"{rip:#x}: {text}")
+
+
+_INFO = InstructionInfoFactory()
+
+
+def _memory_access(ins: Instruction) -> int:
+    """The access of the explicit memory operand, or of the stack for PUSH."""
+    info = _INFO.info(ins)
+    for i in range(ins.op_count):
+        if ins.op_kind(i) == OpKind.MEMORY:
+            access = info.op_access(i)
+            if access not in (OpAccess.READ, OpAccess.COND_READ, OpAccess.NONE, OpAccess.NO_MEM_ACCESS):
+                return access
+    if ins.is_stack_instruction and ins.stack_pointer_increment < 0:
+        return OpAccess.WRITE
+    return OpAccess.NONE
+
+
+def _writes_memory(ins: Instruction) -> bool:
+    return not ins.is_string_instruction and _memory_access(ins) != OpAccess.NONE
+
+
+def _reads_memory(ins: Instruction) -> bool:
+    return _memory_access(ins) not in (OpAccess.WRITE, OpAccess.NONE)
+
+
+def _pvclock_scale(tsc_khz: int) -> tuple[int, int]:
+    """(multiplier, shift) with ns = (tsc << shift) * multiplier >> 32 (negative shift: to the right)."""
+    shift, scaled, base = 0, 1_000_000_000, tsc_khz * 1000
+    while base > scaled * 2 or base >> 32:
+        base >>= 1
+        shift -= 1
+    while base <= scaled or scaled >> 32:
+        if scaled >> 32 or base >> 31:
+            scaled >>= 1
+        else:
+            base <<= 1
+        shift += 1
+    return (scaled << 32) // base, shift
