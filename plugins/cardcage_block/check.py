@@ -173,6 +173,12 @@ class Counting:
         report, refcounts = self.report, self.tables.refcounts
         last = next((one for one in range(self.clusters - 1, -1, -1) if self.users[one]), 0)
         report.end = (last + 1) << self.bits
+        for first in self._counted_behind():
+            report.leaks += 1
+            report.say(f"leaked: cluster {first:#x} has a reference count, and lies past the end")
+            if fix_leaks or fix_all:
+                refcounts.set(first, 0)
+                report.leaks_fixed += 1
         for cluster, users in enumerate(self.users):
             count = refcounts.get(cluster)
             if count == users:
@@ -190,6 +196,17 @@ class Counting:
                 refcounts.cover_apart(cluster)
                 refcounts.set(cluster, users)
         self._compare_copied(fix=fix_all)
+
+    def _counted_behind(self) -> list[int]:
+        """Clusters past the end of the file that are counted: allocated before a crash, and never written."""
+        refcounts, found = self.tables.refcounts, []
+        per_block, per_slice = 1 << refcounts.block_bits, 1 << refcounts.slice_bits
+        for block, offset in enumerate(refcounts.table):
+            for start in range(block * per_block, (block + 1) * per_block, per_slice) if offset else ():
+                if start + per_slice > self.clusters and any(refcounts.cache.load(start >> refcounts.slice_bits)):
+                    clusters = range(max(start, self.clusters), start + per_slice)
+                    found += [cluster for cluster in clusters if refcounts.get(cluster)]
+        return found
 
     def _compare_copied(self, *, fix: bool) -> None:
         """The COPIED flag of the active tables has to say whether the count is 1."""

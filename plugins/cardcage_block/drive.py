@@ -159,8 +159,8 @@ def parse_pairs(text: str, first: str = "") -> dict[str, str]:
     Raises :exc:`ValueError`.
     """
     found: dict[str, str] = {}
-    for at, part in enumerate(re.split(r"(?<!,),(?!,)", text)):
-        part = part.replace(",,", ",")
+    for at, part in enumerate(text.replace(",,", "\0").split(",")):
+        part = part.replace("\0", ",")
         key, equals, value = part.partition("=")
         if not equals:
             if at or not first:

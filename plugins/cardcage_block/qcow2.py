@@ -100,8 +100,8 @@ class Qcow2Image:
     def _corrupt(self, problem: str) -> OSError:
         """Mark the image as corrupt and stop writing; gives the error to raise."""
         if self._broken is None:
-            self._broken = problem
-            self._warn(f"{self._file.path}: qcow2 image is corrupt: {problem}")
+            self._broken = f"qcow2 image is corrupt: {problem}"
+            self._warn(f"{self._file.path}: {self._broken}")
             if not self._readonly and self._header.version >= 3:
                 self._header.incompatible |= INCOMPAT_CORRUPT
                 packed = self._header.pack()

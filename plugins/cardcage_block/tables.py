@@ -158,7 +158,7 @@ class Refcounts:
         self._packed = 3 - order if order < 3 else 0  # log2 of the counts in a byte
         typecode = "BBBBHIQ"[order]
         self.cache = SliceCache(file, typecode, 1 << cluster_bits, self._locate, 1024)
-        self._slice_bits = self.cache.bits + self._packed
+        self.slice_bits = self.cache.bits + self._packed
         self.dirty_table: set[int] = set()
         self._writing_table: set[int] = set()
         self.moved = self._writing_moved = False
@@ -166,7 +166,7 @@ class Refcounts:
         self.outgrown: list[int] = []
 
     def _locate(self, key: int) -> int:
-        per_block = self.block_bits - self._slice_bits
+        per_block = self.block_bits - self.slice_bits
         block = key >> per_block
         if block >= len(self.table):
             return 0
