@@ -1,0 +1,245 @@
+"""The translator's local APIC."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import pytest
+from cardcage_tcg import layout as L
+from tcg_cpu import GP, RAX, RCX, RDX, RSP, Cpu, load
+
+
+@pytest.fixture
+def cpu() -> Cpu:
+    return Cpu(load())
+
+
+TPR, EOI, LDR, DFR, SVR, ESR, ICR, ICR2, LVTT, TICR, TCCR, DCR = (
+    0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x280, 0x300, 0x310, 0x320, 0x380, 0x390, 0x3E0,
+)  # fmt: skip
+
+
+def apic(cpu: Cpu, offset: int, value: int | None = None) -> int:
+    """Read a register, or write it and return the action."""
+    if value is not None:
+        return cpu.call("apic_write", offset, ctypes.c_uint32(value))
+    out = ctypes.c_uint32()
+    cpu.call("apic_read", offset, ctypes.byref(out))
+    return out.value
+
+
+def msr(cpu: Cpu, index: int, value: int | None = None) -> int:
+    """WRMSR (the action) or RDMSR (the value)."""
+    cpu[RCX] = index
+    if value is not None:
+        cpu[RAX], cpu[RDX] = value & 0xFFFFFFFF, value >> 32
+        return cpu.do("WRMSR")
+    assert cpu.do("RDMSR") == L.H_CONTINUE
+    return cpu[RAX] | cpu[RDX] << 32
+
+
+def pair() -> tuple[Cpu, Cpu]:
+    """Two processors of one VM in 64-bit mode, interrupts enabled, APICs on."""
+    first = Cpu(load())
+    second = Cpu(first.lib, first)
+    for one in (first, second):
+        one.long()
+        one.flags = 0x202
+        apic(one, SVR, 0x1FF)
+    return first, second
+
+
+def test_interrupt_priorities(cpu: Cpu) -> None:
+    """The higher vector goes first, a lower class waits for EOI and TPR, and IF holds everything back."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    for vector in (0x41, 0x52):
+        cpu.call("apic_post", vector, 0)
+    assert (cpu.call("check_events"), cpu.rip, cpu.get32("IRQ_PENDING")) == (L.H_REDIRECT, 0x7000, 1)
+    cpu.do("STI", length=1)
+    assert (cpu.get32("POLL"), cpu.rip) == (1, 0x7000)
+    cpu.call("check_events")
+    assert (cpu.taken(), apic(cpu, 0xA0)) == (0x52, 0x50)
+    cpu.flags = 0x202
+    cpu.call("check_events")
+    assert cpu.taken() == 0x52
+    assert apic(cpu, EOI, 0) == L.H_CONTINUE
+    apic(cpu, TPR, 0x40)
+    cpu.call("check_events")
+    assert cpu.taken() == 0x52
+    cpu.call("set_cr", 8, ctypes.c_uint64(3))
+    cpu.call("check_events")
+    assert (cpu.taken(), apic(cpu, TPR)) == (0x41, 0x30)
+
+
+def test_level_interrupts_are_broadcast(cpu: Cpu) -> None:
+    """EOI of a level-triggered vector leaves with R_EOI and its vector."""
+    cpu.long()
+    cpu.flags = 0x202
+    apic(cpu, SVR, 0x1FF)
+    cpu.call("apic_post", 0x61, 1)
+    cpu.call("check_events")
+    assert cpu.taken() == 0x61
+    assert (apic(cpu, EOI, 0), cpu.get32("REASON"), cpu.get("INFO")) == (L.H_EXIT, L.R_EOI, 0x61)
+
+
+def test_disabled_apic_accepts_nothing(cpu: Cpu) -> None:
+    """A software-disabled APIC masks its LVT and ignores fixed interrupts."""
+    cpu.call("apic_post", 0x41, 0)
+    apic(cpu, LVTT, 0x41)
+    assert (apic(cpu, 0x220), apic(cpu, LVTT)) == (0, 0x10041)
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"),
+    [
+        (0xFEE00000, (0,)), (0xFEE01000, (1,)), (0xFEEFF000, (0, 1)), (0xFEE02000, ()), (0xFEE03004, (0, 1)),
+        (0xFEE02004, (1,)),
+        (0xFEE0300C, (0,)),
+    ],
+)  # fmt: skip
+def test_messages_reach_their_destination(address: int, reached: tuple[int, ...]) -> None:
+    """MSIs go by physical ID, flat logical mask, broadcast, and to one processor with the redirection hint."""
+    cpus = pair()
+    for i, one in enumerate(cpus):
+        apic(one, LDR, 1 << 24 + i)
+    cpus[0].lib.tcg_apic_message(ctypes.c_void_p(cpus[0].vm_at), ctypes.c_uint64(address), ctypes.c_uint32(0x45))
+    assert tuple(i for i, one in enumerate(cpus) if apic(one, 0x220)) == reached
+
+
+def test_cluster_logical_destinations() -> None:
+    """In the cluster model the upper half names the cluster, 15 all of them."""
+    cpus = pair()
+    for i, one in enumerate(cpus):
+        apic(one, DFR, 0x0FFFFFFF)
+        apic(one, LDR, (i << 4 | 1) << 24)
+    for dest, vector in ((0x11, 0x40), (0xF1, 0x41), (0x01, 0x42)):
+        cpus[0].lib.tcg_apic_message(
+            ctypes.c_void_p(cpus[0].vm_at), ctypes.c_uint64(0xFEE00004 | dest << 12), ctypes.c_uint32(vector)
+        )
+    assert [apic(one, 0x220) for one in cpus] == [6, 3]
+
+
+def test_start_up_sequence() -> None:
+    """INIT, then SIPI by the ICR reach the other processor as R_INIT and R_SIPI exits."""
+    first, second = pair()
+    apic(first, ICR2, 1 << 24)
+    apic(first, ICR, 0xC500)
+    apic(first, ICR, 0x8500)
+    assert (second.call("check_events"), second.get32("REASON")) == (L.H_EXIT, L.R_INIT)
+    apic(first, ICR, 0x0609)
+    assert (second.call("check_events"), second.get32("REASON")) == (L.H_REDIRECT, L.R_INIT)
+    second.put32("STARTUP", 1)
+    apic(first, ICR, 0x0609)
+    assert (second.call("check_events"), second.get32("REASON"), second.get("INFO")) == (L.H_EXIT, L.R_SIPI, 9)
+
+
+@pytest.mark.parametrize(("shorthand", "reached"), [(0x40000, (0,)), (0x80000, (0, 1)), (0xC0000, (1,))])
+def test_shorthands(shorthand: int, reached: tuple[int, ...]) -> None:
+    """Destination shorthands: self, all, all but self."""
+    cpus = pair()
+    apic(cpus[0], ICR, 0x55 | shorthand)
+    assert tuple(i for i, one in enumerate(cpus) if apic(one, 0x220)) == reached
+
+
+def test_x2apic() -> None:
+    """x2APIC mode: the transitions of the base MSR, derived LDR, 64-bit ICR, self IPI, and #GP for what is reserved."""
+    first, second = pair()
+    msr(first, 0x1B, 0xFEE00400)
+    assert first.taken() == GP
+    first.long()
+    msr(first, 0x830, 0)
+    assert first.taken() == GP
+    for one in (first, second):
+        one.long()
+        assert msr(one, 0x1B, 0xFEE00C00) == L.H_CONTINUE
+    assert (msr(second, 0x802), msr(second, 0x80D), msr(second, 0x803)) == (1, 2, 0x50014)
+    assert msr(first, 0x830, 1 << 32 | 0x61) == L.H_CONTINUE
+    assert msr(second, 0x823) == 2
+    assert (msr(second, 0x83F, 0x62), msr(second, 0x823)) == (L.H_CONTINUE, 6)
+    for index, value in ((0x80B, 1), (0x80E, 0), (0x802, 0), (0x808, 0x100), (0x1B, 0xFEE00800), (0x83F, 0x100)):
+        first.long()
+        msr(first, index, value)
+        assert (index, first.taken()) == (index, GP)
+
+
+def test_timer_deadline(cpu: Cpu) -> None:
+    """A TSC deadline in the past fires at once and disarms; without deadline mode the MSR is inert."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    msr(cpu, 0x6E0, 1)
+    assert (msr(cpu, 0x6E0), apic(cpu, 0x270)) == (0, 0)
+    apic(cpu, LVTT, 0x400EC)
+    msr(cpu, 0x6E0, 1)
+    assert (apic(cpu, 0x270) >> (0xEC & 31) & 1, msr(cpu, 0x6E0)) == (1, 0)
+    msr(cpu, 0x6E0, (1 << 63) - 1)
+    assert cpu.get("LAPIC", L.LAPIC_TIMER_NEXT) > 1 << 50
+
+
+def test_timer_counts(cpu: Cpu) -> None:
+    """The counting timer divides, expires once or periodically, and only when its time has come."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0x200EC)
+    apic(cpu, DCR, 0b1011)
+    apic(cpu, TICR, 0xFFFFFFFF)
+    assert 0xF0000000 < apic(cpu, TCCR) <= 0xFFFFFFFF
+    due = cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)
+    assert due == cpu.get("LAPIC", L.LAPIC_TIMER_START) + 0xFFFFFFFF
+    apic(cpu, DCR, 0b1010)
+    assert 0x70000000 * 256 < cpu.get("LAPIC", L.LAPIC_TIMER_PERIOD) == 0xFFFFFFFF * 128
+    apic(cpu, TICR, 0)
+    assert (apic(cpu, TCCR), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)) == (0, (1 << 64) - 1)
+
+
+def test_halt_wakes_by_its_timer(cpu: Cpu) -> None:
+    """HLT sleeps in native code until the timer's interrupt, which returns after the HLT."""
+    cpu.long()
+    cpu.flags = 0x202
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0x30)
+    apic(cpu, TICR, 100_000)
+    assert (cpu.do("HLT", length=1), cpu.taken(), cpu.get32("HALTED")) == (L.H_REDIRECT, 0x30, 0)
+    assert cpu.read(cpu[RSP], "Q") == (0x7001,)
+
+
+def test_halt_without_apic(cpu: Cpu) -> None:
+    """Without a local APIC HLT leaves with R_HALTED, and an ExtINT then ends it."""
+    cpu.long()
+    cpu.flags = 0x202
+    struct.pack_into("<I", cpu._vm, L.VM_HAS_LAPIC, 0)
+    assert (cpu.do("HLT", length=1), cpu.get32("REASON"), cpu.rip) == (L.H_EXIT, L.R_HALTED, 0x7001)
+    cpu.put32("EXTINT", 1)
+    assert (cpu.call("check_events"), cpu.get32("REASON")) == (L.H_EXIT, L.R_EXTINT)
+    cpu.put32("EXTINT", 0)
+    cpu.call("deliver_interrupt", 0x20)
+    assert (cpu.taken(), cpu.get32("HALTED")) == (0x20, 0)
+
+
+def test_kick_ends_a_halt(cpu: Cpu) -> None:
+    """A kick comes back as R_POLL and the processor stays halted for the next entry."""
+    cpu.long()
+    cpu.call("kick")
+    assert (cpu.do("HLT", length=1), cpu.get32("REASON"), cpu.get32("HALTED"), cpu.get32("POLL")) == (
+        L.H_EXIT,
+        L.R_POLL,
+        1,
+        1,
+    )
+
+
+def test_apic_page_round_trip(cpu: Cpu) -> None:
+    """The register page is saved and restored, an interrupt in it is taken afterwards."""
+    cpu.long()
+    cpu.flags = 0x202
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LDR, 0x01000000)
+    cpu.call("apic_post", 0x77, 0)
+    page = (ctypes.c_uint32 * 256)()
+    cpu.call("apic_save", page)
+    cpu.call("apic_reset")
+    assert (cpu.call("check_events"), cpu.rip) == (L.H_REDIRECT, 0x7000)
+    cpu.call("apic_load", page)
+    cpu.call("check_events")
+    assert (cpu.taken(), apic(cpu, LDR)) == (0x77, 0x01000000)
