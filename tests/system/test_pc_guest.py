@@ -1,0 +1,90 @@
+"""The PC platform under real guest code: small programs, and SeaBIOS, on each accelerator that is usable here."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage import DebugExit, Host, Machine, Outcome, Panicked, PoweredOff, Reset
+
+SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
+HALT = b"\xf4\xeb\xfd"
+
+
+def usable() -> list[str]:
+    """Accelerators that say they work here."""
+    registry = Host().registry
+    return [name for name in registry.names("accelerator") if registry.get("accelerator", name).load()().probe().usable]
+
+
+accelerators = pytest.mark.parametrize("accel", usable())
+
+
+def out(port: int, value: int, size: int = 1) -> bytes:
+    """``mov dx, port; mov al/ax/eax, value; out dx, al/ax/eax`` in 16-bit code."""
+    opcode, form = {1: (b"\xb0", "<B"), 2: (b"\xb8", "<H"), 4: (b"\x66\xb8", "<I")}[size]
+    write = {1: b"\xee", 2: b"\xef", 4: b"\x66\xef"}[size]
+    return b"\xba" + struct.pack("<H", port) + opcode + struct.pack(form, value) + write
+
+
+def guest(tmp_path: Path, code: bytes, accel: str, **keys: Any) -> Machine:
+    """A machine that runs *code* in real mode."""
+    image = tmp_path / "image"
+    image.write_bytes(code)
+    return Machine(
+        boot={"protocol": "raw", "image": str(image)}, memory="4M", accel=accel, machine={"on_reset": "stop"}, **keys
+    )
+
+
+@accelerators
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        (out(0x604, 0x2000, 2), PoweredOff()),
+        (out(0x64, 0xFE), Reset("keyboard controller")),
+        (out(0x92, 0x03), Reset("port 0x92")),
+        (out(0xCF9, 0x06), Reset("port 0xCF9")),
+        (out(0x505, 0x01), Panicked("the guest reported a panic (pvpanic)")),
+        (out(0xF4, 0x10), DebugExit(0x10)),
+    ],
+)
+def test_how_a_guest_ends(tmp_path: Path, accel: str, code: bytes, outcome: Outcome) -> None:
+    """ACPI S5, the three resets, pvpanic and the debug exit each end the machine with their own outcome."""
+    with guest(tmp_path, code + HALT, accel, devices=[{"type": "isa-debug-exit"}]) as vm:
+        vm.start()
+        assert vm.wait(timeout=60) == outcome
+
+
+@accelerators
+def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str) -> None:
+    """IRQ 0 of the 8254 reaches a real-mode handler through the PIC, again and again, also out of HLT."""
+    handler = b"\x50\x52" + out(0x3F8, ord("T")) + b"\xb0\x20\xe6\x20\x5a\x58\xcf"
+    setup = b"\xfa\x31\xc0\x8e\xd8\x8e\xd0\xbc\x00\x70"  # cli; ds = ss = 0; sp = 0x7000
+    chips = ((0x20, 0x11), (0x21, 8), (0x21, 4), (0x21, 1), (0x21, 0xFE), (0x43, 0x34), (0x40, 0x9C), (0x40, 0x2E))
+    program = b"".join(b"\xb0" + bytes((value, 0xE6, port)) for port, value in chips) + b"\xfb" + HALT
+    at = 0x7C00 + len(setup) + 12 + len(program)
+    vector = b"\xc7\x06\x20\x00" + struct.pack("<H", at) + b"\xc7\x06\x22\x00\0\0"  # mov [0x20], handler; [0x22], 0
+    code = setup + vector + program + handler
+    with guest(tmp_path, code, accel) as vm:
+        vm.start()
+        vm.console.expect("TTTTTTTTTT", timeout=60)
+
+
+@accelerators
+@pytest.mark.skipif(not SEABIOS.exists(), reason="needs SeaBIOS (Debian: seabios)")
+def test_seabios_reaches_its_boot_menu_on_the_serial_port(accel: str) -> None:
+    """Firmware enumerates the PC, shadows itself, takes the ACPI tables, and offers its menu; after a reset again."""
+    with Machine(
+        boot={"firmware": str(SEABIOS)},
+        memory="64M",
+        accel=accel,
+        devices=[{"type": "fw_cfg", "boot_menu_wait": 60000}],
+    ) as vm:
+        vm.start()
+        for _ in range(2):
+            vm.console.expect("Press ESC for boot menu", timeout=120)
+            vm.console.send("\x1b")
+            vm.console.expect("Select boot device:", timeout=60)
+            vm.reset()
