@@ -44,3 +44,4 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.command:configure",
         help="boot a Linux kernel to a shell, or run one command in it",
     )
+    registry.check("kernel to boot", "cardcage_boot.check:check", help="what cardcage boot would start with")

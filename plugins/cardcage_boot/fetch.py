@@ -23,7 +23,7 @@ from cardcage_boot.initramfs import WANTED, build
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Kernel", "Shelf", "is_static_busybox"]
+__all__ = ["KERNELS", "Kernel", "Shelf", "distribution", "is_static_busybox"]
 
 KERNELS = {"debian": ("linux-image-cloud-amd64", "linux-image-amd64"), "ubuntu": ("linux-image-virtual",)}
 """By distribution: packages that depend on its newest kernel, the smallest first."""
@@ -67,7 +67,7 @@ class Shelf:
 
         Raises HostError with what to give instead, where this host's distribution is not known or the archive fails.
         """
-        name, version, likes = _distribution()
+        name, version, likes = distribution()
         known = next((one for one in (name, *likes) if one in KERNELS), None)
         if known is None:
             raise HostError(
@@ -75,21 +75,23 @@ class Shelf:
                 "give --kernel and --initrd"
             )
         home = self.root / f"{name}-{version}"
-        if not refresh and (there := self._kept(home, name)):
+        if not refresh and (there := self.kept_kernel()):
             return there
         with locked(self.root / "lock", self._wait):
-            if not refresh and (there := self._kept(home, name)):  # another run has just fetched it
+            if not refresh and (there := self.kept_kernel()):  # another run has just fetched it
                 return there
             self._fetch_kernel(home, KERNELS[known])
-        if there := self._kept(home, name):
+        if there := self.kept_kernel():
             return there
         raise HostError(f"the kernel package had no /boot/vmlinuz-*: look into {home}")
 
     def _wait(self) -> None:
         self.say("waiting for another cardcage that is fetching")
 
-    def _kept(self, home: Path, name: str) -> Kernel | None:
-        tree = home / "kernel"
+    def kept_kernel(self) -> Kernel | None:
+        """The kernel that an earlier run fetched for this distribution."""
+        name, version, _ = distribution()
+        tree = self.root / f"{name}-{version}" / "kernel"
         kernels = sorted(tree.glob("boot/vmlinuz-*"))
         if not kernels:
             return None
@@ -124,15 +126,19 @@ class Shelf:
         on_path = shutil.which("busybox")
         return Path(on_path) if on_path is not None and is_static_busybox(Path(on_path)) else None
 
+    def kept_busybox(self) -> Path | None:
+        """The host's own static busybox, or the one that an earlier run fetched."""
+        kept = self.root / "busybox"
+        return self.host_busybox() or (kept if kept.exists() else None)
+
     def busybox(self) -> Path:
         """A static busybox: the host's, else the distribution's package ``busybox-static``."""
-        if there := self.host_busybox():
+        if there := self.kept_busybox():
             return there
         kept = self.root / "busybox"
-        if not kept.exists():
-            with locked(self.root / "lock", self._wait):
-                if not kept.exists():
-                    self._fetch_busybox(kept)
+        with locked(self.root / "lock", self._wait):
+            if not kept.exists():
+                self._fetch_busybox(kept)
         return kept
 
     def _fetch_busybox(self, kept: Path) -> None:
@@ -162,7 +168,7 @@ class Shelf:
         return kept
 
 
-def _distribution() -> tuple[str, str, list[str]]:
+def distribution() -> tuple[str, str, list[str]]:
     """This host's distribution: name, version, and what it is like (os-release(5))."""
     try:
         release = platform.freedesktop_os_release()

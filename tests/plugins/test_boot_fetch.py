@@ -15,6 +15,7 @@ from attrs import define, field
 from cardcage.errors import HostError
 from cardcage_boot.apt import depends
 from cardcage_boot.cache import cache_root, locked, publish_file, publish_folder
+from cardcage_boot.check import check
 from cardcage_boot.fetch import Shelf
 
 needs_apt = pytest.mark.skipif(
@@ -143,6 +144,20 @@ def test_archive_without_a_kernel_is_one_clear_error(archive: Archive, shelf: Sh
     archive.add("something", {})
     with pytest.raises(HostError, match=r"no linux-image-cloud-amd64 .*give --kernel and --initrd"):
         shelf.kernel()
+
+
+@needs_apt
+def test_doctor_says_what_is_there(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's line tells a kept kernel from one that can be fetched and from one that cannot."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    works, found, _ = check()
+    assert works
+    assert "kernel not fetched yet" in found
+    add_kernel(archive, "9.9.9-1-cloud-amd64")
+    Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel()
+    assert "kernel 9.9.9-1-cloud-amd64" in check()[1]
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "arch"})
+    assert check()[0] is False
 
 
 def test_other_distribution_is_one_clear_error(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
