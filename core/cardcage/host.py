@@ -19,6 +19,7 @@ from cardcage.structure import structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from importlib.metadata import EntryPoint
 
     from cardcage.machine import Machine
 
@@ -137,7 +138,11 @@ class Host:
     def _load_installed(self) -> None:
         from importlib.metadata import entry_points
 
-        for point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+        def order(point: EntryPoint) -> tuple[bool, str]:
+            # Our own first: of two cards that offer the same name, the stranger's is the one left out.
+            return point.dist is None or point.dist.name != GROUP, point.name
+
+        for point in sorted(entry_points(group=GROUP), key=order):
             distribution = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown"
             self._load(point.name, distribution, point.load)
 

@@ -1,0 +1,194 @@
+"""The distribution: shelves, entry points, the wheel, `__all__`, reference pages, CI."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHELVES = ("core", "accel", "devices", "plugins")
+
+
+def packages() -> list[Path]:
+    """Every package on a shelf."""
+    return sorted(init.parent for shelf in SHELVES for init in (ROOT / shelf).glob("*/__init__.py"))
+
+
+def project() -> dict[str, Any]:
+    """pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_listing_is_exact() -> None:
+    """Every package on a shelf is built into the wheel, typed, and (core aside) announced as a card."""
+    names = [str(one.relative_to(ROOT)) for one in packages()]
+    assert sorted(project()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == names
+    assert all((one / "py.typed").exists() for one in packages())
+    announced = sorted(project()["project"]["entry-points"]["cardcage"].values())
+    assert announced == sorted(one.name for one in packages() if one.name != "cardcage")
+
+
+def test_mypy_and_tox_know_every_package() -> None:
+    """The type check covers every package on a shelf."""
+    text = (ROOT / "tox.ini").read_text()
+    assert all(str(one.relative_to(ROOT)) in text for one in packages())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is committed, without what lies about."""
+    target = tmp_path_factory.mktemp("export")
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(target, filter="data")
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of what is committed."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    target = tmp_path_factory.mktemp("wheel")
+    (made,) = WheelBuilder(str(exported)).build(directory=str(target), versions=["standard"])
+    return Path(made)
+
+
+def test_the_wheel_holds_what_git_lists(exported: Path, wheel: Path) -> None:
+    """The wheel holds each committed file of the packages and nothing else, the translator's library with them."""
+    listed = sorted(
+        str(file.relative_to(exported / shelf))
+        for shelf in SHELVES
+        for file in (exported / shelf).rglob("*")
+        if file.is_file()
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        held = sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+    assert held == listed
+    assert "cardcage_tcg/_native.so" in held
+
+
+def test_the_wheel_is_for_its_platform(wheel: Path) -> None:
+    """The wheel is tagged for Linux on x86-64 and any Python 3, for its native code is tied to none."""
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (one for one in archive.namelist() if one.endswith(".dist-info/WHEEL"))
+        text = archive.read(name).decode()
+    assert "Root-Is-Purelib: false" in text
+
+
+def modules() -> list[str]:
+    """Every module on a shelf."""
+    found = []
+    for package in packages():
+        for file in package.rglob("*.py"):
+            parts = file.relative_to(package.parent).with_suffix("").parts
+            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return sorted(found)
+
+
+def test_all_lists_exactly_what_is_offered() -> None:
+    """Each `__all__` is sorted, without repetition, and names what exists."""
+    problems = []
+    for name in modules():
+        if name.endswith("__main__"):
+            continue
+        module = importlib.import_module(name)
+        offered = getattr(module, "__all__", None)
+        if offered is None:
+            continue
+        # capitals sort first, as ruff has it (RUF022: constants, classes, then the rest)
+        if sorted(set(offered)) != sorted(offered):
+            problems.append(f"{name}: repetition")
+        problems += [f"{name}.{one}" for one in offered if not hasattr(module, one)]
+    assert not problems
+
+
+def test_cardcage_offers_exactly_its_all() -> None:
+    """`import cardcage` shows `__all__`, no more and no less, and each name comes from where the types say."""
+    import cardcage
+
+    tree = ast.parse(Path(str(cardcage.__file__)).read_text())
+    typed = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cardcage.")
+        for alias in node.names
+    }
+    assert sorted(typed) == sorted(cardcage.__all__)
+    for name, module in typed.items():
+        assert getattr(cardcage, name) is getattr(importlib.import_module(module), name)
+    with pytest.raises(AttributeError):
+        cardcage.nothing  # noqa: B018  the access is the test
+
+
+def test_importing_cardcage_imports_nothing_else() -> None:
+    """`import cardcage` alone costs nothing: not even attrs is imported."""
+    code = "import sys, cardcage; print(sorted({'attr', 'pluggy', 'asyncio', 'cattrs'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_reference_pages_are_up_to_date() -> None:
+    """docs/ says what the code says: hooks with signatures, protocols, keys, arguments."""
+    done = subprocess.run([sys.executable, ROOT / "docs" / "reference.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_documents_name_files_that_exist() -> None:
+    """Each relative link of README, CONTRIBUTING and docs/ leads to a file."""
+    import re
+
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            if not (page.parent / link).exists():
+                missing.append(f"{page.name}: {link}")
+    assert not missing
+
+
+def test_every_hook_is_tested() -> None:
+    """Each hook's name occurs in a test of the core room."""
+    from cardcage.hookspecs import Hooks
+
+    text = "".join(file.read_text() for file in (ROOT / "tests" / "core").glob("test_core_*.py"))
+    assert all(name in text for name in vars(Hooks) if name.startswith("cardcage_"))
+
+
+def test_every_error_is_in_the_drawn_tree() -> None:
+    """The tree in errors.py draws each class below its base."""
+    from cardcage import errors
+
+    above: dict[int, str] = {}
+    bases = {}
+    for line in str(errors.__doc__).splitlines():
+        words = line.replace("│", " ").replace("├──", "   ").replace("└──", "   ")
+        name = words.split()[0] if words.split() else ""
+        if name in errors.__all__:
+            depth = words.index(name)
+            above = {at: one for at, one in above.items() if at < depth}
+            bases[name] = above[max(above)] if above else "Exception"
+            above[depth] = name
+    classes = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+    assert bases == {one.__name__: one.__base__.__name__ for one in classes}
+
+
+def test_ci_runs_the_readmes_commands() -> None:
+    """`.ci/run` is executable, and the README's two shell blocks are an installation with a boot, and tox."""
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    blocks = (ROOT / "README.md").read_text().split("```sh\n")[1:]
+    assert len(blocks) == 2
+    assert "cardcage boot --exec 'uname -a; cat /proc/cpuinfo'" in blocks[0]
+    assert "tox" in blocks[1]
