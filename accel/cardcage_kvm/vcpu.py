@@ -97,8 +97,8 @@ class KvmVCpu:
                 try:
                     ioctl(fd, KVM_RUN, 0)
                     reason = longs[reason_at]
-                except InterruptedError:
-                    reason = INTERRUPTED
+                except (InterruptedError, BlockingIOError):
+                    reason = INTERRUPTED  # EAGAIN: an INIT or SIPI changed the state that the thread waited in
                 except OSError as error:
                     self.inside = False
                     return self._cannot_run(error)

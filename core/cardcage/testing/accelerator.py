@@ -18,19 +18,18 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 
 from cardcage.errors import CardcageError, ConfigError, near
 from cardcage.testing.lab import Lab
 from cardcage.testing.programs import all_programs
-from cardcage.vcpu import Exit
+from cardcage.vcpu import Exit, VCpuExit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cardcage.accelerator import Accelerator
     from cardcage.testing.conformance import Program
-    from cardcage.vcpu import VCpuExit
     from cardcage.x86 import VCpuState
 
 __all__ = ["Outcome", "Report", "check_accelerator", "check_program", "programs", "run_program"]
@@ -89,9 +88,11 @@ def programs(*names: str) -> list[Program]:
 def check_accelerator(accelerator: Accelerator, chosen: Iterable[Program] | None = None) -> Report:
     """Run conformance programs on *accelerator*. Raises AssertionError that lists every program that failed and how."""
     passed, skipped, wrong = [], {}, []
-    features = guest_features(accelerator)
+    features: dict[str, frozenset[str]] = {}
     for program in programs() if chosen is None else chosen:
-        outcome = run_program(accelerator, program, features)
+        if program.irqchip not in features:
+            features[program.irqchip] = guest_features(accelerator, program.irqchip)
+        outcome = run_program(accelerator, program, features[program.irqchip])
         if outcome.problems:
             wrong.append(f"{program.name} ({program.claim})\n    " + "\n    ".join(outcome.problems))
         elif outcome.skipped:
@@ -105,16 +106,15 @@ def check_accelerator(accelerator: Accelerator, chosen: Iterable[Program] | None
 
 def check_program(accelerator: Accelerator, program: Program) -> str:
     """Run one program. Returns why it had to be skipped, or an empty string; raises AssertionError when it failed."""
-    features = guest_features(accelerator) if program.needs else frozenset[str]()
-    outcome = run_program(accelerator, program, features)
+    outcome = run_program(accelerator, program)
     if outcome.problems:
         raise AssertionError(f"{accelerator.name}: {program.name}: {program.claim}\n  " + "\n  ".join(outcome.problems))
     return outcome.skipped
 
 
-def guest_features(accelerator: Accelerator) -> frozenset[str]:
+def guest_features(accelerator: Accelerator, irqchip: str) -> frozenset[str]:
     """What a guest on this accelerator is told by CPUID, as far as programs ask for it."""
-    dump = programs("cpuid-dump")[0]
+    dump = evolve(programs("cpuid-dump")[0], irqchip=irqchip)
     with Lab(accelerator, dump) as lab:
         lab.run()
         answers = {
@@ -129,7 +129,9 @@ def guest_features(accelerator: Accelerator) -> frozenset[str]:
 
 def run_program(accelerator: Accelerator, program: Program, features: frozenset[str] | None = None) -> Outcome:
     """Run one program and compare. *features* is what :func:`guest_features` found; ``None``: ask now."""
-    known = guest_features(accelerator) if features is None and program.needs else features or frozenset()
+    known = features or frozenset()
+    if features is None and program.needs:
+        known = guest_features(accelerator, program.irqchip)
     missing = sorted(set(program.needs) - known)
     emulated = accelerator.probe().speed == "emulated"
     with Lab(accelerator, program) as lab:
@@ -137,8 +139,6 @@ def run_program(accelerator: Accelerator, program: Program, features: frozenset[
         if emulated and program.emulated:
             skipped = f"this host emulates instructions: {program.emulated}"
         if skipped:
-            from cardcage.vcpu import VCpuExit
-
             return Outcome(VCpuExit(Exit.KICKED), lab.state(), skipped=skipped)
         ended = lab.run()
         outcome = Outcome(ended, lab.state())
@@ -157,6 +157,9 @@ def _problems(lab: Lab, program: Program, outcome: Outcome) -> list[str]:
         found.append("met an exception that it did not expect, or saw itself fail")
     if outcome.ended.reason is not program.exit:
         found.append(f"ended with {outcome.ended.reason.name}, expected {program.exit.name}: {outcome.ended.detail}")
+    for index, ended in sorted(lab.exits.items()):
+        if index and ended.reason is not Exit.KICKED:
+            found.append(f"processor {index} ended with {ended.reason.name}: {ended.detail}")
     for name, value in program.registers.items():
         have = getattr(outcome.state.registers, name)
         if have != value:

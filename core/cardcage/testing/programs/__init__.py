@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["THEMES", "all_programs"]
 
-THEMES = ("integer", "strings", "modes", "exceptions", "paging", "devices", "code", "privilege", "interrupts", "processors")
+THEMES = ("integer", "strings", "modes", "exceptions", "paging", "devices", "code", "privilege", "interrupts", "processors", "floating", "machine")
 
 
 def all_programs() -> list[Program]:

@@ -235,6 +235,165 @@ over:
         faults=(Fault(8, 0, rip="at_first"),),
     ),
     Program(
+        "stack-fault-64",
+        "A non-canonical stack address raises #SS where a data access would raise #GP",
+        """
+    mov byte [abs IDT + 12 * 16 + 4], 1         ; deliver on a good stack
+    mov byte [abs IDT + 13 * 16 + 4], 1
+    mov rbx, rsp
+    mov rsp, 0x8000000000000000
+    mov rbp, rsp
+    expect_fault one
+at_pop:
+    pop rax
+one:
+    expect_fault two
+at_bp:
+    mov al, [rbp + 8]
+two:
+    expect_fault three
+at_push:
+    push rax
+three:
+    mov r8, rsp
+    mov rsp, rbx
+    mov rcx, rbp
+    expect_fault four
+at_data:
+    mov al, [rcx + 8]
+four:
+    done
+""",
+        registers={"r8": 1 << 63},
+        faults=(Fault(12, 0, rip="at_pop"), Fault(12, 0, rip="at_bp"), Fault(12, 0, rip="at_push"), Fault(13, 0, rip="at_data")),
+    ),
+    Program(
+        "alignment-check",
+        "With CR0.AM and RFLAGS.AC, a misaligned access raises #AC in ring 3 and never in ring 0",
+        """
+    mov rax, cr0
+    bts rax, 18
+    mov cr0, rax
+    push 0x40002
+    popfq
+    mov eax, [abs DATA + 1]
+    push UDS
+    push USER_STACK
+    push 0x40002
+    push UCS64
+    push user
+    iretq
+user:
+    mov eax, [abs DATA + 4]
+    mov [abs DATA + 1], al
+    mov qword [abs RESUME], over
+at_misaligned:
+    mov eax, [abs DATA + 2]
+over:
+    push 2
+    popfq
+    mov eax, [abs DATA + 2]
+    done
+""",
+        faults=(Fault(17, 0, rip="at_misaligned"),),
+        emulated="its emulator knows no alignment checks",
+    ),
+    Program(
+        "single-step-string",
+        "TF traps behind each iteration of a repeated string instruction",
+        """
+    mov edi, DATA
+    mov ecx, 3
+    mov eax, 0x11
+    pushfq
+    or qword [rsp], 0x100
+    popfq
+at_string:
+    rep stosb
+at_behind:
+    pushfq
+at_pushed:
+    and qword [rsp], ~0x100
+at_cleared:
+    popfq
+at_end:
+    nop
+    done
+""",
+        registers={"rcx": 0, "rdi": 0x60003},
+        faults=tuple(Fault(1, rip=f"at_{name}") for name in ("string", "string", "behind", "pushed", "cleared", "end")),
+        emulated="its emulator runs several iterations in one step",
+    ),
+    Program(
+        "icebp",
+        "INT1 (opcode F1) is a trap of vector 1",
+        """
+    db 0xF1
+at_behind:
+    done
+""",
+        faults=(Fault(1, rip="at_behind"),),
+    ),
+    Program(
+        "debug-registers",
+        "Debug registers hold their values, DR6 and DR7 their fixed bits, and reserved bits raise #GP",
+        """
+    mov eax, DATA
+    mov dr0, rax
+    mov dr3, rax
+    mov r8, dr0
+    mov r9, dr3
+    mov eax, 0x400
+    mov dr7, rax
+    mov r10, dr7
+    xor eax, eax
+    mov dr6, rax
+    mov r11, dr6
+    bts rax, 40
+    expect_fault over
+at_reserved:
+    mov dr7, rax
+over:
+    xor eax, eax
+    mov dr0, rax
+    mov dr3, rax
+    done
+""",
+        registers={"r8": 0x60000, "r9": 0x60000, "r10": 0x400, "r11": 0xFFFF0FF0},
+        faults=(Fault(13, 0, rip="at_reserved"),),
+    ),
+    Program(
+        "invalid-tss",
+        "A ring change to a stack segment of the wrong ring in the TSS raises #TS with that selector",
+        """
+    mov dword [GDT + 0x58], 0x0000FFFF
+    mov dword [GDT + 0x5C], 0x00CFBB00          ; 0x58 code of ring 1
+    mov word [GDT + 0x60], gated
+    mov word [GDT + 0x62], 0x59
+    mov dword [GDT + 0x64], 0x0000EC00          ; 0x60 call gate to it
+    mov dword [TSS + 12], 0x2E000
+    mov dword [TSS + 16], DS0                   ; SS1
+    push UDS
+    push USER_STACK
+    push 2
+    push UCS32
+    push user
+    iretd
+user:
+    mov ax, UDS
+    mov ds, ax
+    mov dword [RESUME], over
+at_call:
+    call 0x60:0
+gated:
+    failed
+over:
+    done
+""",
+        start="protected32",
+        faults=(Fault(10, 0x10, rip="at_call", cs=0x23),),
+    ),
+    Program(
         "exceptions-32",
         "32-bit code gets #OF, #BR, #NP, #SS, #GP and #TS with their error codes",
         """

@@ -136,6 +136,7 @@ handler:
 """,
         registers={"r8": 1, "rbx": 3},
         on_host=_extint,
+        emulated="it takes a pending interrupt some instructions late",
     ),
     Program(
         "mov-ss-shadow",
@@ -161,6 +162,7 @@ handler:
 """,
         registers={"r9": 0, "r8": 7, "rbx": 8},
         on_host=_extint,
+        emulated="it takes a pending interrupt some instructions late",
     ),
     Program(
         "nmi",
@@ -187,8 +189,10 @@ handler:
         """
     set_gate 2, handler
     host 1
-    nop
-    nop
+    mov edx, 3000
+spin:
+    dec edx
+    jnz spin
     done
 handler:
     inc ebx
@@ -255,8 +259,8 @@ second:
     host 0x41
     host 0x41                   ; the same edge twice before it is taken
     sti
-    nop
-    nop
+    mov ecx, 3000
+    loop $
     cli
     mov r8d, [abs IRQS + 0x41 * 4]
     done
@@ -298,15 +302,13 @@ second:
     mov eax, 5
     mov cr8, rax
     sti
-    nop
-    nop
-    nop
+    mov ecx, 3000
+    loop $
     mov r8d, [abs IRQLOG]
     xor eax, eax
     mov cr8, rax
-    nop
-    nop
-    nop
+    mov ecx, 3000
+    loop $
     cli
     done
 """,
@@ -322,17 +324,14 @@ second:
     apic_on
     set_gate 0x55, handler
     host 0x55
-    sti
-    nop
-    nop
     wait_irq 0x41, 1
     done
 handler:
     host 0x41
     host 0x65
     sti
-    nop
-    nop
+    mov ecx, 3000
+    loop $
     cli
     mov r8d, [abs IRQLOG]
     movzx r9, byte [abs IRQLOG + 4]
@@ -343,6 +342,7 @@ handler:
         registers={"r8": 1, "r9": 0x65},
         interrupts=(0x65, 0x41),
         on_host=_msi,
+        emulated="its local APIC shows nothing in service",
     ),
     Program(
         "extint-through-lint0",

@@ -116,6 +116,165 @@ two:
         emulated="KVM's emulator writes the first page before it looks at the second",
     ),
     Program(
+        "upper-level-rights",
+        "Write and user rights are those of all levels together, no-execute of any",
+        """
+    mov rax, [abs 0x52000 + 8]                  ; 2 to 4 MiB, a large page
+    and rax, ~2
+    mov [abs 0x52000 + 8], rax
+    mov rax, [abs 0x52000 + 16]                 ; 4 to 6 MiB
+    bts rax, 63
+    mov [abs 0x52000 + 16], rax
+    and qword [abs 0x51000 + 24], ~2            ; all of 3 to 4 GiB read-only
+    mov qword [abs 0x50000 + 2048], 0x51001     ; HIGH: read-only, supervisor
+    mov rax, cr3
+    mov cr3, rax
+    mov byte [abs 0x100000], 0xC3
+    expect_fault one
+at_large:
+    mov byte [abs 0x200123], 1
+one:
+    expect_fault two
+    mov eax, 0x400000
+    jmp rax
+two:
+    mov ebx, MMIO
+    expect_fault three
+at_device:
+    mov [rbx + 4], eax
+three:
+    mov rbx, HIGH
+    expect_fault four
+at_high:
+    mov [rbx + DATA], eax
+four:
+    mov [abs DATA], eax
+    mov r8d, [rbx + DATA]
+    done
+""",
+        registers={"r8": 0x400000},
+        accesses=(),
+        faults=(
+            Fault(14, 3, rip="at_large", cr2=0x200123),
+            Fault(14, 0x11, cr2=0x400000),
+            Fault(14, 3, rip="at_device", cr2=0xD0000004),
+            Fault(14, 3, rip="at_high", cr2=0xFFFF800000060000),
+        ),
+    ),
+    Program(
+        "reserved-bits",
+        "A reserved bit in an entry faults with its own error bit; the NX bit is reserved while EFER.NXE is clear",
+        """
+    mov rax, [abs 0x52000 + 8]
+    bts rax, 13                                 ; reserved in a 2 MiB page
+    mov [abs 0x52000 + 8], rax
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault one
+at_bit:
+    mov al, [abs 0x200000]
+one:
+    mov ecx, 0xC0000080
+    rdmsr
+    btr eax, 11
+    wrmsr
+    bts qword [abs PTE(0x65000)], 63
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault two
+at_nx:
+    mov [abs 0x65010], al
+two:
+    done
+""",
+        faults=(Fault(14, 9, rip="at_bit", cr2=0x200000), Fault(14, 0xB, rip="at_nx", cr2=0x65010)),
+    ),
+    Program(
+        "large-pages-1g",
+        "1 GiB pages translate",
+        """
+    mov qword [abs 0x51000 + 8], 0x83           ; 1 to 2 GiB shows 0 to 1 GiB
+    mov rax, cr3
+    mov cr3, rax
+    mov dword [abs DATA], 0x1234
+    mov r8d, [abs 0x40000000 + DATA]
+    mov dword [abs 0x40000000 + DATA + 4], 0x77
+    mov r9d, [abs DATA + 4]
+    mov r10, [abs 0x51000 + 8]
+    and r10, 0x60
+    done
+""",
+        registers={"r8": 0x1234, "r9": 0x77, "r10": 0x60},
+        needs=("pdpe1gb",),
+    ),
+    Program(
+        "toggle-paging-bits",
+        "Clearing CR0.PG in compatibility mode leaves long mode, setting it with PAE in 32-bit mode gives PAE paging",
+        """
+    push CS32
+    push compat
+    retfq
+    bits 32
+compat:
+    mov eax, cr0
+    btr eax, 31
+    mov cr0, eax
+    mov ecx, 0xC0000080
+    rdmsr
+    mov ebx, eax                                ; LMA is gone, LME stays
+    btr eax, 8
+    wrmsr
+    mov dword [0x58000], 0x52001                ; PAE page directory pointers, at an address of their own
+    mov dword [0x58004], 0
+    mov dword [0x58008], 0
+    mov dword [0x58010], 0
+    mov dword [0x58018], 0x53001
+    mov eax, 0x58000
+    mov cr3, eax
+    mov eax, cr0
+    bts eax, 31
+    mov cr0, eax
+    mov dword [0x55000 + 0x65 * 8], 0x61007
+    invlpg [0x65000]
+    mov dword [0x61000], 0x4321
+    mov edx, [0x65000]
+    mov esi, [MMIO + 0x10]
+    and ebx, 0x500
+    xor eax, eax
+    done
+""",
+        registers={"rbx": 0x100, "rdx": 0x4321, "rsi": 0x13121110},
+        emulated="it has no paging outside long mode",
+    ),
+    Program(
+        "user-pages",
+        "The user bit is checked in ring 3 for reads, writes and code, and ring 3's accesses set accessed and dirty bits",
+        """
+    and qword [abs PTE(0x66000)], ~4
+    mov rax, cr3
+    mov cr3, rax
+    enter_user user
+user:
+    mov byte [abs 0x67000], 1
+    mov r8, [abs PTE(0x67000)]
+    and r8, 0x60
+    mov qword [abs RESUME], one
+at_read:
+    mov al, [abs 0x66000]
+one:
+    mov qword [abs RESUME], two
+    mov eax, 0x66000
+    jmp rax
+two:
+    mov ebx, MMIO
+    mov al, [rbx + 5]
+    done
+""",
+        registers={"r8": 0x60},
+        accesses=(("read", 0xD0000005, 1, 5),),
+        faults=(Fault(14, 5, rip="at_read", cr2=0x66000), Fault(14, 0x15, cr2=0x66000)),
+    ),
+    Program(
         "paging-32",
         "32-bit paging translates 4 KiB and 4 MiB pages and sets accessed and dirty bits",
         """
