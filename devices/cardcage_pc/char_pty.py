@@ -58,7 +58,7 @@ class Pty:
         self._poll.register(self._master, 0)  # hang-up is always told
         self._sink: Sink | None = None
         self._timer = slot.clock.timer(self._look)
-        slot.log.info("character device is a pty", path=self.path)
+        slot.log.warning("character device is a pty", path=self.path)  # nobody could find it otherwise
 
     def start(self, received: Callable[[bytes], None], /) -> None:
         """Begin; see CharBackend."""

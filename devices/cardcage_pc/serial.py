@@ -1,7 +1,7 @@
 """16550A UART (National Semiconductor PC16550D data sheet), as the PC's COM ports: QEMU's ``isa-serial``.
 
-Bytes leave at once and none are lost on the way in: what the receive FIFO cannot hold waits outside until the guest
-reads. The interrupt output is not gated by OUT2, as in QEMU.
+Bytes leave at once. What the receive FIFO cannot hold waits outside until the guest reads, up to 1 MiB of it. The
+interrupt output is not gated by OUT2, as in QEMU.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 16
 LSR_DATA, LSR_OVERRUN, LSR_BREAK, LSR_THRE, LSR_TEMT = 1, 2, 0x10, 0x20, 0x40
 LSR_ERRORS = 0x1E
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD, MSR_TERI = 0x10, 0x20, 0x40, 0x80, 0x04
+
+WAITING = 1 << 20
+"""Bytes that wait outside for a guest that does not read."""
 
 STANDARD_IRQ = {0x3F8: 4, 0x2F8: 3, 0x3E8: 4, 0x2E8: 3}
 BAUD_BASE = 1_843_200 // 16
@@ -83,6 +86,7 @@ class Serial:
         base = slot.mappings[0].address
         irq = STANDARD_IRQ.get(base or 0) if slot.irq_number is None else slot.irq_number
         self._irq = slot.irq(irq)
+        self._log = slot.log
         self._clock, self._timer = slot.clock, slot.clock.timer(self._timeout)
         self._back: Any = slot.open("char", self.options.char)
         slot.announce(Resource(hid="PNP0501", name="COM", irqs=() if irq is None else (irq,)))
@@ -112,7 +116,10 @@ class Serial:
 
     def received(self, data: bytes) -> None:
         """Bytes for the guest."""
-        self.waiting += data
+        room = WAITING - len(self.waiting)
+        if len(data) > room:
+            self._log.warning("the guest does not read its serial port: input is dropped", bytes=len(data) - room)
+        self.waiting += data[:room]
         self._fill()
 
     def _fill(self) -> None:

@@ -7,6 +7,8 @@ import pty
 import select
 import socket
 import stat
+import subprocess
+import sys
 import termios
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -262,3 +264,23 @@ def test_null_takes_everything(loop: Any) -> None:
     back.start(lambda data: None)
     back.write(b"x")
     back.close()
+
+
+@pytest.mark.parametrize("end", ["raise SystemError('crash')", "sys.exit(3)", "pass"])
+def test_the_terminal_comes_back_however_the_process_ends(terminal: tuple[int, int], end: str) -> None:
+    """An exception that nobody caught, and an exit without close, leave the terminal as it was."""
+    _, process = terminal
+    before = termios.tcgetattr(process)
+    program = f"""
+import sys, termios
+sys.path[:0] = {sys.path!r}
+from types import SimpleNamespace
+from cardcage_pc.char_stdio import Stdio, StdioOptions
+stdio = Stdio(SimpleNamespace(log=None), StdioOptions())
+assert not termios.tcgetattr(0)[3] & termios.ICANON
+{end}
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], stdin=process, stdout=process, stderr=subprocess.DEVNULL, timeout=60
+    )
+    assert termios.tcgetattr(process) == before

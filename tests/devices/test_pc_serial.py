@@ -107,6 +107,14 @@ def test_nothing_is_lost_that_the_fifo_cannot_hold(uart: Serial) -> None:
     assert get(uart, LSR) == 0x60
 
 
+def test_a_guest_that_never_reads_costs_at_most_a_megabyte(kit: Kit, uart: Serial) -> None:
+    """Input past 1 MiB is dropped, and logged."""
+    for _ in range(3):
+        uart.received(bytes(1 << 19))
+    assert len(uart.waiting) <= 1 << 20
+    assert [one[0] for one in kit.log.entries] == ["warning"]
+
+
 def test_linux_finds_a_16550a(uart: Serial) -> None:
     """The probes of Linux's 8250 driver see IER's four bits, working loopback, a scratch register and FIFOs."""
     put(uart, (IER, 0xFF))
