@@ -122,12 +122,25 @@ class Host:
         self.log_sink = LogSink()
         self.log = Log(self.log_sink)
         self.mediator = mediator or Mediator()
+        self._shared: dict[str, Any] = {}
+        self._shared_lock = threading.Lock()
         self._manager = self._new_manager()
         self.hooks = cast(Hooks, self._manager.hook)
         if installed:
             self._load_installed()
         for card in cards:
             self._load(getattr(card, "__name__", type(card).__name__), "given to Host", partial(_itself, card))
+
+    def share(self, key: str, make: Callable[[], Any]) -> Any:
+        """What cards of several machines of this host use together, made by the first who asks. Thread-safe.
+
+        Args:
+            key: begins with the name of the card, such as ``net:switch:lan``.
+        """
+        with self._shared_lock:
+            if key not in self._shared:
+                self._shared[key] = make()
+            return self._shared[key]
 
     @staticmethod
     def _new_manager() -> pluggy.PluginManager:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, frozen
 from cardcage.errors import ConfigError, near
+from cardcage.pairs import parse_pairs
 
 from cardcage_block.header import INCOMPAT_DIRTY, MAGIC, Header
 from cardcage_block.hostfile import HostFile
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from cardcage_block.hostfile import Image
 
-__all__ = ["Drive", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag", "parse_pairs"]
+__all__ = ["Drive", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag"]
 
 MAX_CHAIN = 64
 
@@ -151,25 +152,6 @@ def _open_backing(
         return open_image(below_drive, warn=warn, above=above)
     except ConfigError as error:
         raise ConfigError(f"its backing file: {error}", file=drive.file) from error
-
-
-def parse_pairs(text: str, first: str = "") -> dict[str, str]:
-    """QEMU's ``key=value,key=value``, where ``,,`` stands for a comma; *first* is the key of a first part without one.
-
-    Raises :exc:`ValueError`.
-    """
-    found: dict[str, str] = {}
-    for at, part in enumerate(text.replace(",,", "\0").split(",")):
-        part = part.replace("\0", ",")
-        key, equals, value = part.partition("=")
-        if not equals:
-            if at or not first:
-                raise ValueError(f'"{part}": expected key=value')
-            key, value = first, part
-        if key in found:
-            raise ValueError(f'"{key}" is given twice')
-        found[key] = value
-    return found
 
 
 def parse_file(text: str) -> dict[str, Any]:

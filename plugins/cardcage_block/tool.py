@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, evolve
 from cardcage.errors import ConfigError, near
+from cardcage.pairs import parse_pairs
 from cardcage.units import Size
 
 from cardcage_block.check import check
-from cardcage_block.drive import Drive, backing_path, open_image, parse_pairs
+from cardcage_block.drive import Drive, backing_path, open_image
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAGIC, Header
 from cardcage_block.hostfile import HostFile
 from cardcage_block.layout import Tables

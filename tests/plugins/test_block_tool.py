@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import cardcage_block
 import pytest
 from cardcage.errors import ConfigError
+from cardcage.pairs import parse_pairs
 from cardcage.registry import Registry
 from cardcage.structure import structure
 from cardcage_block import tool
-from cardcage_block.drive import Drive, open_image, parse_drive_flag, parse_file, parse_pairs
+from cardcage_block.drive import Drive, open_image, parse_drive_flag, parse_file
 from cardcage_block.make import Qcow2Shape, create_qcow2
 
 if TYPE_CHECKING:
