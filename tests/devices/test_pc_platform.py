@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cardcage.config import Draft
+from cardcage.registry import Registry
+from cardcage_pc import cardcage_register
 from cardcage_pc.platform import expand
 
 
@@ -45,3 +48,23 @@ def test_the_console_port() -> None:
     assert serial({"type": "isa-serial"}) == []
     (port,) = serial({"type": "isa-serial", "port": 0x2F8, "char": "console"})
     assert port["char"] == "null"
+
+
+def test_the_documentation_names_every_device_and_back_end() -> None:
+    """Each name that the card registers has its row in docs/pc.md."""
+    registry = Registry()
+    cardcage_register(registry)
+    text = (Path(__file__).parents[2] / "docs" / "pc.md").read_text()
+    for offer in registry:
+        if offer.kind in ("device", "backend"):
+            assert f"| `{offer.name.removeprefix('char:')}` |" in text
+
+
+def test_every_reference_can_be_imported() -> None:
+    """Factories, options and shorthands that are registered lazily exist."""
+    registry = Registry()
+    cardcage_register(registry)
+    for offer in registry:
+        offer.load()
+        offer.load_options()
+        offer.load_shorthand()
