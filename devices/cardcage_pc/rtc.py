@@ -77,9 +77,12 @@ class Rtc:
 
     def plug(self, slot: Slot, /) -> None:
         self._clock, self._irq, self._timer = slot.clock, slot.irq(8), slot.clock.timer(self._check)
+        self._set_from_host()
+        slot.announce(Resource(hid="PNP0B00", name="RTC", irqs=(8,)))
+
+    def _set_from_host(self) -> None:
         self.state.offset = self._host_time() - self._clock.now()
         self.state.checked = self._clock.now()
-        slot.announce(Resource(hid="PNP0B00", name="RTC", irqs=(8,)))
 
     def _host_time(self) -> int:
         if self.options.base == "utc":
@@ -93,6 +96,8 @@ class Rtc:
 
     def contribute(self, context: BootContext, /) -> None:
         """Leave the sizes of memory and the number of processors where firmware looks for them."""
+        if self._clock.now() == 0:  # the first boot, which may come long after the machine was built
+            self._set_from_host()
         cmos, low, high = self.state.cmos, context.ram_below_4g, context.ram_above_4g
         extended = min(max(low - 0x100000, 0) >> 10, 0xFFFF)
         above_16m = min(max(low - 0x1000000, 0) >> 16, 0xFFFF)

@@ -104,6 +104,8 @@ class Serial:
     def load(self, state: SerialState, /) -> None:
         self.state = deepcopy(state)
         self._last = None
+        self._touched()
+        self.state.timeout_pending = state.timeout_pending
         self._update()
 
     def read(self, offset: int, size: int, /) -> int:
