@@ -109,7 +109,7 @@ class Serial:
         self._update()
 
     def read(self, offset: int, size: int, /) -> int:
-        return read_bytes(self._get, offset, size)
+        return self._get(offset) if size == 1 else read_bytes(self._get, offset, size)
 
     def write(self, offset: int, size: int, value: int, /) -> None:
         write_bytes(self._put, offset, size, value)
@@ -241,6 +241,10 @@ class Serial:
 
     def _transmit(self, value: int) -> None:
         s = self.state
+        if not s.ier & IER_TRANSMIT and not s.mcr & MCR_LOOP:  # the console's common case: the line cannot change
+            s.thre_pending = True
+            self._back.write(bytes((value,)))
+            return
         s.thre_pending = False
         self._update()
         if s.mcr & MCR_LOOP:
