@@ -10,12 +10,11 @@ import ctypes
 import errno
 import fcntl
 import os
-from ctypes import Structure, Union, c_char, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from ctypes import Structure, Union, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from enum import IntEnum
 from typing import Any
 
 from attrs import frozen
-
 from cardcage.errors import AcceleratorError
 
 KVMIO = 0xAE
@@ -115,7 +114,9 @@ class Regs(Structure):
     _fields_ = [
         (name, c_uint64)
         for name in (
-            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()  # kvm_regs' order
+            *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+            *(f"r{number}" for number in range(8, 16)),
+            *("rip", "rflags"),
         )
     ]
 
@@ -125,7 +126,7 @@ class SegmentRegister(Structure):
         ("base", c_uint64),
         ("limit", c_uint32),
         ("selector", c_uint16),
-        *((name, c_uint8) for name in "type present dpl db s l g avl unusable padding".split()),
+        *((name, c_uint8) for name in ["type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable", "padding"]),
     ]
 
 
@@ -135,10 +136,10 @@ class Dtable(Structure):
 
 class Sregs(Structure):
     _fields_ = [
-        *((name, SegmentRegister) for name in "cs ds es fs gs ss tr ldt".split()),
+        *((name, SegmentRegister) for name in ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt"]),
         ("gdt", Dtable),
         ("idt", Dtable),
-        *((name, c_uint64) for name in "cr0 cr2 cr3 cr4 cr8 efer apic_base".split()),
+        *((name, c_uint64) for name in ["cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"]),
         ("interrupt_bitmap", c_uint64 * 4),
     ]
 
@@ -159,7 +160,7 @@ class MsrList(Structure):
 
 class CpuidEntry(Structure):
     _fields_ = [
-        *((name, c_uint32) for name in "function index flags eax ebx ecx edx".split()),
+        *((name, c_uint32) for name in ["function", "index", "flags", "eax", "ebx", "ecx", "edx"]),
         ("padding", c_uint32 * 3),
     ]
 
@@ -241,13 +242,13 @@ class PitConfig(Structure):
 
 class Msi(Structure):
     _fields_ = [
-        *((name, c_uint32) for name in "address_lo address_hi data flags devid".split()),
+        *((name, c_uint32) for name in ["address_lo", "address_hi", "data", "flags", "devid"]),
         ("pad", c_uint8 * 12),
     ]
 
 
 class IrqFd(Structure):
-    _fields_ = [*((name, c_uint32) for name in "fd gsi flags resamplefd".split()), ("pad", c_uint8 * 16)]
+    _fields_ = [*((name, c_uint32) for name in ["fd", "gsi", "flags", "resamplefd"]), ("pad", c_uint8 * 16)]
 
 
 class IoEventFd(Structure):
@@ -273,7 +274,7 @@ class Translation(Structure):
     _fields_ = [
         ("linear_address", c_uint64),
         ("physical_address", c_uint64),
-        *((name, c_uint8) for name in "valid writeable usermode".split()),
+        *((name, c_uint8) for name in ["valid", "writeable", "usermode"]),
         ("pad", c_uint8 * 5),
     ]
 
@@ -283,7 +284,7 @@ class RoutingIrqchip(Structure):
 
 
 class RoutingMsi(Structure):
-    _fields_ = [(name, c_uint32) for name in "address_lo address_hi data devid".split()]
+    _fields_ = [(name, c_uint32) for name in ["address_lo", "address_hi", "data", "devid"]]
 
 
 class RoutingTarget(Union):
@@ -291,7 +292,7 @@ class RoutingTarget(Union):
 
 
 class RoutingEntry(Structure):
-    _fields_ = [*((name, c_uint32) for name in "gsi type flags pad".split()), ("u", RoutingTarget)]
+    _fields_ = [*((name, c_uint32) for name in ["gsi", "type", "flags", "pad"]), ("u", RoutingTarget)]
 
 
 class Routing(Structure):
@@ -326,7 +327,7 @@ def _io(number: int, name: str) -> Request:
     return Request(name, KVMIO << 8 | number)
 
 
-def _sized(direction: int, number: int, name: str, structure: type[Structure] | type[Any]) -> Request:
+def _sized(direction: int, number: int, name: str, structure: type[Any]) -> Request:
     return Request(name, direction << 30 | sizeof(structure) << 16 | KVMIO << 8 | number)
 
 
@@ -397,7 +398,8 @@ def ioctl(fd: int, request: Request, argument: Any = 0) -> int:
     """
     try:
         if not isinstance(argument, int):
-            return fcntl.ioctl(fd, request.number, argument, True)
+            result: int = fcntl.ioctl(fd, request.number, argument, True)
+            return result
         if argument < 1 << 31:
             return fcntl.ioctl(fd, request.number, argument)
         return _wide(fd, request, argument)
@@ -434,8 +436,3 @@ def flexible(header: type[Structure], count_field: str, element: type[Any], coun
     both = Both()
     setattr(both.header, count_field, count)
     return both, both.elements
-
-
-def string(buffer: ctypes.Array[c_uint8] | ctypes.Array[c_char]) -> bytes:
-    """The bytes of a ctypes array."""
-    return bytes(buffer)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs.validators import ge
-
 from cardcage.accelerator import MemorySlot, Probe, VmSpec
 from cardcage.errors import AcceleratorError, ConfigError
 from cardcage.x86 import CR0_ET, CR0_PE, DescriptorTable, Registers, Segment
+
 from cardcage_kvm import abi
 from cardcage_kvm.vm import KvmVm
 

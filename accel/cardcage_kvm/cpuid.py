@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
-
 from cardcage.errors import AcceleratorError, ConfigError, near
+
 from cardcage_kvm import abi
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ class Leaf:
 
 def _bits(function: int, index: int, register: str, names: str, first: int = 0) -> dict[str, tuple[int, int, str, int]]:
     """Names of consecutive bits from *first*; ``-`` skips one."""
-    return {
-        name: (function, index, register, first + at) for at, name in enumerate(names.split()) if name != "-"
-    }
+    return {name: (function, index, register, first + at) for at, name in enumerate(names.split()) if name != "-"}
 
 
 FEATURES: dict[str, tuple[int, int, str, int]] = {
@@ -44,7 +42,9 @@ FEATURES: dict[str, tuple[int, int, str, int]] = {
     **_bits(1, 0, "ecx", "sse3 pclmulqdq dtes64 monitor - vmx smx est tm2 ssse3 - - fma cx16 - pdcm - pcid dca sse4.1"),
     **_bits(1, 0, "ecx", "sse4.2 x2apic movbe popcnt tsc-deadline aes xsave osxsave avx f16c rdrand hypervisor", 20),
     **_bits(7, 0, "ebx", "fsgsbase tsc-adjust sgx bmi1 hle avx2 - smep bmi2 erms invpcid rtm - - mpx - avx512f"),
-    **_bits(7, 0, "ebx", "avx512dq rdseed adx smap avx512ifma - clflushopt clwb - - - avx512cd sha avx512bw avx512vl", 17),
+    **_bits(
+        7, 0, "ebx", "avx512dq rdseed adx smap avx512ifma - clflushopt clwb - - - avx512cd sha avx512bw avx512vl", 17
+    ),
     **_bits(7, 0, "ecx", "- avx512vbmi umip pku ospke waitpkg avx512vbmi2 - gfni vaes vpclmulqdq avx512vnni"),
     **_bits(7, 0, "ecx", "avx512bitalg - avx512vpopcntdq - la57 - - - - - rdpid", 12),
     **_bits(7, 0, "edx", "fsrm", 4),
@@ -52,11 +52,16 @@ FEATURES: dict[str, tuple[int, int, str, int]] = {
     **_bits(0x80000001, 0, "edx", "syscall - - - - - - - - nx - mmxext - - fxsr-opt pdpe1gb rdtscp - lm", 11),
     **_bits(0xD, 1, "eax", "xsaveopt xsavec xgetbv1 xsaves"),
 }
-V2 = (
-    "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 ht sse3 ssse3 cx16 "
-    "sse4.1 sse4.2 popcnt lahf syscall nx lm pdpe1gb rdtscp x2apic tsc-deadline hypervisor tsc-adjust smep smap umip rdrand"
-).split()
-V3 = [*V2, *"xsave osxsave avx avx2 bmi1 bmi2 f16c fma abm movbe xgetbv1 xsaveopt xsavec fsgsbase".split()]
+V2_NAMES = """
+    fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 ht sse3 ssse3 cx16
+    sse4.1 sse4.2 popcnt lahf syscall nx lm pdpe1gb rdtscp x2apic tsc-deadline hypervisor tsc-adjust smep smap umip
+    rdrand
+"""
+V3_NAMES = "xsave osxsave avx avx2 bmi1 bmi2 f16c fma abm movbe xgetbv1 xsaveopt xsavec fsgsbase"
+KEPT = {
+    "x86-64-v2": frozenset(V2_NAMES.split()),
+    "x86-64-v3": frozenset(V2_NAMES.split()) | frozenset(V3_NAMES.split()),
+}
 
 
 def supported(system_fd: int) -> list[Leaf]:
@@ -93,13 +98,13 @@ def model(leaves: Iterable[Leaf], cpu: str, features: dict[str, bool], *, irqchi
     if irqchip == "none":
         for name in ("apic", "x2apic", "tsc-deadline"):
             _switch(found, name, False)
-    if cpu in ("x86-64-v2", "x86-64-v3"):
-        kept = set(V2 if cpu == "x86-64-v2" else V3)
+    kept = KEPT.get(cpu)
+    if kept is not None:
         for name in FEATURES:
             if name not in kept:
                 _switch(found, name, False)
         for function, index in list(found):
-            if function == 0xD and (cpu == "x86-64-v2" or index > 2) or function in (0x14, 0x1D, 0x1E, 0x24):
+            if (function == 0xD and (cpu == "x86-64-v2" or index > 2)) or function in (0x14, 0x1D, 0x1E, 0x24):
                 del found[function, index]
     available = {name for name in FEATURES if _has(found, name)} | {
         name for name in FEATURES if _has({(one.function, one.index): one for one in leaves}, name)

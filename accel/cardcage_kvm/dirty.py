@@ -8,10 +8,12 @@ import threading
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, StateError, UsageError
+
 from cardcage_kvm import abi
 
 if TYPE_CHECKING:
     from cardcage.accelerator import MemorySlot
+
     from cardcage_kvm.vcpu import KvmVCpu
     from cardcage_kvm.vm import KvmVm
 

@@ -3,7 +3,8 @@
 KVM_RUN only notices ``immediate_exit`` when it is entered; a thread that is inside needs a signal, and a signal needs a
 handler, or it ends the process. Python's own handlers would run on the main thread under the GIL for each kick and can
 only be set there, so the handler is a C function of the C library that takes an int and touches nothing: ``abs``.
-It is installed on the first real-time signal that nobody uses, from whichever thread, and stays: a kick may still be on its way.
+It is installed on the first real-time signal that nobody uses, from whichever thread, and stays: a kick may still be on
+its way.
 """
 
 from __future__ import annotations

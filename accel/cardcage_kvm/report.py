@@ -6,15 +6,17 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError
+
 from cardcage_kvm import abi, state
 
 if TYPE_CHECKING:
     from cardcage.x86 import Registers, SystemRegisters
+
     from cardcage_kvm.vcpu import KvmVCpu
 
 UNION = 32
 SUBERRORS = {2: "unexpected simultaneous exceptions", 3: "an exit while an event was delivered", 4: "unexpected exit"}
-ORDER = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
+ORDER = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{one}" for one in range(8, 16)), "rip", "rflags")
 
 
 def explain(vcpu: KvmVCpu, reason: int) -> str:
@@ -89,7 +91,9 @@ def describe(vcpu: KvmVCpu, what: str) -> str:
     lines = ["  " + " ".join(values[at : at + 6]) for at in range(0, len(values), 6)]
     segments = " ".join(f"{name}={getattr(system, name).selector:#x}" for name in ("cs", "ss", "ds", "es", "fs", "gs"))
     lines.append(f"  {segments} cs.base={system.cs.base:#x}")
-    lines.append(f"  cr0={system.cr0:#x} cr2={system.cr2:#x} cr3={system.cr3:#x} cr4={system.cr4:#x} efer={system.efer:#x}")
+    lines.append(
+        f"  cr0={system.cr0:#x} cr2={system.cr2:#x} cr3={system.cr3:#x} cr4={system.cr4:#x} efer={system.efer:#x}"
+    )
     lines.append(f"  bytes at RIP: {code_bytes(vcpu, registers, system).hex(' ') or 'not readable'}")
     return f"vCPU {vcpu.index}: {what}\n" + "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""GSI routes of a KVM VM: irqfds, the in-kernel PIC and IOAPIC's pins, and the level-triggered messages of a split irqchip.
+"""GSI routes of a KVM VM: irqfds, pins of the in-kernel PIC and IOAPIC, level-triggered messages of a split irqchip.
 
 KVM reports the EOI of a vector to user space (KVM_EXIT_IOAPIC_EOI) only when a level-triggered MSI route with that
 vector stands among the GSIs reserved for the IOAPIC. A message sent with KVM_SIGNAL_MSI alone would never be
@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, UsageError
+
 from cardcage_kvm import abi
 
 if TYPE_CHECKING:

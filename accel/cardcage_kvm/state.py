@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import AcceleratorError, UsageError
 from cardcage.x86 import DescriptorTable, Events, Fpu, Registers, Segment, SystemRegisters, VCpuState
+
 from cardcage_kvm import abi
 
 if TYPE_CHECKING:
     from cardcage_kvm.vcpu import KvmVCpu
 
 MSR_TSC, MSR_TSC_DEADLINE = 0x10, 0x6E0
-REGISTERS = tuple(name for name, _ in abi.Regs._fields_)
+REGISTERS = tuple(field[0] for field in abi.Regs._fields_)
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 SEGMENT_FIELDS = ("selector", "base", "limit", "type", "s", "dpl", "present", "avl", "l", "db", "g", "unusable")
@@ -81,11 +84,12 @@ def read_registers(fd: int) -> Registers:
 def read_system(fd: int) -> SystemRegisters:
     """Segments, tables and control registers."""
     sregs = _get(fd, abi.GET_SREGS, abi.Sregs)
+    parts: dict[str, Any] = {name: _segment(getattr(sregs, name)) for name in SEGMENTS}
+    parts |= {name: getattr(sregs, name) for name in CONTROL}
     return SystemRegisters(
-        **{name: _segment(getattr(sregs, name)) for name in SEGMENTS},
-        **{name: getattr(sregs, name) for name in CONTROL},
         gdt=DescriptorTable(sregs.gdt.base, sregs.gdt.limit),
         idt=DescriptorTable(sregs.idt.base, sregs.idt.limit),
+        **parts,
     )
 
 
@@ -138,8 +142,6 @@ def _read_fpu(vcpu: KvmVCpu) -> Fpu:
 
 
 def _xsave(vcpu: KvmVCpu) -> Any:
-    import ctypes
-
     return (ctypes.c_uint8 * vcpu.vm.xsave_size)()
 
 
@@ -214,12 +216,10 @@ def _read_lapic(fd: int) -> bytes:
 
 def msr_list(system_fd: int) -> tuple[int, ...]:
     """The MSRs that this host's KVM keeps for a guest."""
-    probe, _ = abi.flexible(abi.MsrList, "nmsrs", abi.c_uint32, 0)
-    try:
+    probe, _ = abi.flexible(abi.MsrList, "nmsrs", ctypes.c_uint32, 0)
+    with contextlib.suppress(AcceleratorError):  # E2BIG is the answer: the count is now in nmsrs
         abi.ioctl(system_fd, abi.GET_MSR_INDEX_LIST, probe)
-    except AcceleratorError:
-        pass  # E2BIG is the answer: the count is now in nmsrs
-    both, indices = abi.flexible(abi.MsrList, "nmsrs", abi.c_uint32, probe.header.nmsrs)
+    both, indices = abi.flexible(abi.MsrList, "nmsrs", ctypes.c_uint32, probe.header.nmsrs)
     abi.ioctl(system_fd, abi.GET_MSR_INDEX_LIST, both)
     return tuple(indices)
 

@@ -2,8 +2,8 @@
 
 How a vCPU is brought out of guest code: whoever wants it sets ``attention`` and, when ``inside`` says that the thread
 is in or about to enter KVM_RUN, sets ``immediate_exit`` and sends the kick signal. The loop sets ``inside`` before it
-looks at ``attention``, the other side writes them in the opposite order; with the GIL's ordering one of both always sees
-the other, so no kick is lost. The signal's handler is a C function that does nothing (:mod:`cardcage_kvm.kick`).
+looks at ``attention``, the other side writes them in the opposite order; with the GIL's ordering one of both always
+sees the other, so no kick is lost. The signal's handler is a C function that does nothing (:mod:`cardcage_kvm.kick`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError
 from cardcage.vcpu import Exit, VCpuExit
+
 from cardcage_kvm import abi, report, state
 
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops
     from cardcage.x86 import VCpuState
+
     from cardcage_kvm.vm import KvmVm
 
 # Where fields of struct kvm_run are, in bytes.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageError
+
 from cardcage_kvm import abi, cpuid, report, state
 from cardcage_kvm.dirty import DirtyPages
 from cardcage_kvm.kick import kick_signal
@@ -61,7 +63,7 @@ class KvmVm:
             deadline=bool(self._extension(abi.Cap.TSC_DEADLINE_TIMER)),
         )
         self.fd = abi.ioctl(self.system_fd, abi.CREATE_VM)
-        abi.ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, abi.c_uint64(IDENTITY_MAP_ADDRESS))
+        abi.ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(IDENTITY_MAP_ADDRESS))
         abi.ioctl(self.fd, abi.SET_TSS_ADDR, TSS_ADDRESS)
         self.msr_list = state.msr_list(self.system_fd)
         self.xsave_size = max(self._extension(abi.Cap.XSAVE2), 4096)
@@ -217,7 +219,9 @@ class KvmVm:
             return
         if data & MSI_LEVEL:
             self._routes.announce_level(address, data)
-        message = abi.Msi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32 & 0xFFFFFFFF, data=data & 0xFFFFFFFF)
+        message = abi.Msi(
+            address_lo=address & 0xFFFFFFFF, address_hi=address >> 32 & 0xFFFFFFFF, data=data & 0xFFFFFFFF
+        )
         abi.ioctl(self.fd, abi.SIGNAL_MSI, message)
 
     def inject_nmi(self, index: int, /) -> None:

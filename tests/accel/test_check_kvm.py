@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from cardcage.testing.accelerator import check_program, programs
 from cardcage.testing.conformance import Program
 from cardcage_kvm.accel import Kvm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-
 from cardcage.errors import ConfigError
 from cardcage.testing import assemble
 from cardcage.testing.accelerator import check_accelerator, check_program, programs
@@ -13,7 +12,7 @@ from cardcage.testing.lab import assembled
 from cardcage_kvm.accel import Kvm
 
 
-@pytest.fixture()
+@pytest.fixture
 def kvm() -> Kvm:
     accelerator = Kvm()
     found = accelerator.probe()

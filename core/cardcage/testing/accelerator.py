@@ -235,7 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     except CardcageError as error:
         print(error, file=sys.stderr)
         return 2
-    return int(any([_compare(accelerators, program, quiet=given.quiet) for program in chosen]))
+    wrong = [program.name for program in chosen if _compare(accelerators, program, quiet=given.quiet)]
+    return int(bool(wrong))
 
 
 def _compare(accelerators: list[Accelerator], program: Program, *, quiet: bool) -> bool:

@@ -1,6 +1,7 @@
 """Assemble the conformance programs with NASM into ``programs/assembled.json``, so that nobody else needs NASM.
 
-``python -m cardcage.testing.assemble`` writes the file; with ``--check`` it says whether the file is as it would be written.
+``python -m cardcage.testing.assemble`` writes the file; with ``--check`` it says whether the file is as it would be
+written.
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ["THEMES", "all_programs"]
 
-THEMES = ("integer", "strings", "modes", "exceptions", "paging", "devices", "code", "privilege", "interrupts", "processors", "floating", "machine")
+THEMES = (
+    *("flow", "integer", "strings", "floating", "modes", "paging", "segments", "privilege", "exceptions"),
+    *("devices", "machine", "code", "processors", "interrupts", "apic"),
+)
 
 
 def all_programs() -> list[Program]:

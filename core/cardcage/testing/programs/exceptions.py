@@ -83,7 +83,7 @@ five:
     ),
     Program(
         "general-protection",
-        "Non-canonical addresses, bad selectors, reserved control bits and unknown MSRs raise #GP with their error code",
+        "Non-canonical addresses, bad selectors, reserved control bits and unknown MSRs raise #GP",
         """
     mov rbx, 0x8000000000000000
     expect_fault one
@@ -265,7 +265,12 @@ four:
     done
 """,
         registers={"r8": 1 << 63},
-        faults=(Fault(12, 0, rip="at_pop"), Fault(12, 0, rip="at_bp"), Fault(12, 0, rip="at_push"), Fault(13, 0, rip="at_data")),
+        faults=(
+            Fault(12, 0, rip="at_pop"),
+            Fault(12, 0, rip="at_bp"),
+            Fault(12, 0, rip="at_push"),
+            Fault(13, 0, rip="at_data"),
+        ),
     ),
     Program(
         "alignment-check",

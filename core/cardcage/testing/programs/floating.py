@@ -365,7 +365,7 @@ two:
     ),
     Program(
         "xsave-xrstor",
-        "XSAVE writes the enabled components and its header, XRSTOR restores them and initialises what the header leaves out",
+        "XSAVE writes enabled components and a header, XRSTOR restores them and initialises what the header leaves out",
         """
     mov rax, cr4
     bts rax, 18

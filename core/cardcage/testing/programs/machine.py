@@ -84,9 +84,7 @@ def _swap_memory(lab: Lab, value: int) -> None:
     block = RamBlock(4096, "swapped")
     block.view[:4] = bytes([value]) * 4
     with lab.vm.quiesce():
-        lab.memory.change(
-            add=(RamRange(0x600000, 4096, block, readonly=value == 3, priority=2),), remove=tuple(old)
-        )
+        lab.memory.change(add=(RamRange(0x600000, 4096, block, readonly=value == 3, priority=2),), remove=tuple(old))
 
 
 def _write_page_table(lab: Lab, value: int) -> None:

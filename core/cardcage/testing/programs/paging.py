@@ -248,7 +248,7 @@ compat:
     ),
     Program(
         "user-pages",
-        "The user bit is checked in ring 3 for reads, writes and code, and ring 3's accesses set accessed and dirty bits",
+        "The user bit is checked in ring 3 for reads, writes and code, and its accesses set accessed and dirty bits",
         """
     and qword [abs PTE(0x66000)], ~4
     mov rax, cr3
