@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 from cardcage.device import Mmio, Pio
@@ -29,7 +29,7 @@ BAR_BITS = {"memory": 0, "memory64": 4, "io": 1}
 class FunctionState:
     """What a snapshot keeps of a function: configuration space and the MSI-X table with its pending bits."""
 
-    version: int = 1
+    version: ClassVar[int] = 1
     config: bytes = b""
     table: bytes = b""
     pending: int = 0

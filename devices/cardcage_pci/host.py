@@ -12,7 +12,7 @@ Port 0xCF9 (reset control) lies inside the address register's doubleword and is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import deep_iterable, ge, instance_of, le, max_len, min_len
@@ -57,7 +57,7 @@ class PciHostOptions:
 class PciHostState:
     """What a snapshot keeps: the address register and each function by address."""
 
-    version: int = 1
+    version: ClassVar[int] = 1
     address: int = 0
     functions: dict[int, FunctionState] = field(factory=dict)
 

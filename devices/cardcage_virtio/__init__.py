@@ -21,6 +21,8 @@ __all__ = ["offer"]
 DEVICES = (
     ("blk", "blk:Blk", "disk: multi-queue, flush, discard, write zeroes"),
     ("net", "net:Net", "network card: multi-queue, mergeable buffers, offloads"),
+    ("console", "console:Console", "consoles and named serial ports"),
+    ("balloon", "balloon:Balloon", "memory balloon: statistics, free page reporting"),
     ("rng", "rng:Rng", "entropy source"),
 )
 

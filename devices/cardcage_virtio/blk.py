@@ -1,28 +1,25 @@
 """Block device (virtio 1.2, section 5.2) on any back end that satisfies :class:`cardcage.backends.BlockBackend`.
 
-Requests are taken and served on worker threads; the vCPU that notifies only wakes one. While a worker serves, the
-driver need not notify. A worker that finds more requests than it takes at once wakes another.
+Requests are taken and served on worker threads: see :mod:`cardcage_virtio.workers`.
 """
 
 from __future__ import annotations
 
-from queue import SimpleQueue
 from struct import Struct, pack
-from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from attrs.validators import ge, in_, le, max_len
 from cardcage.errors import ConfigError
-from cardcage.memory import GuestMemoryError
 
 from cardcage_virtio.request import RingError
+from cardcage_virtio.workers import Workers
 
 if TYPE_CHECKING:
     from cardcage.backends import BlockBackend
     from cardcage.device import Slot
 
-    from cardcage_virtio.request import Request, Ring
+    from cardcage_virtio.request import Request
     from cardcage_virtio.virtio import Virtio
 
 __all__ = ["Blk", "BlkOptions"]
@@ -31,8 +28,6 @@ IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_MQ, F_DISCARD, F_ZEROES = 2, 5, 6, 9, 10, 12, 13, 14
 SECTOR, SEGMENTS, SECTORS_MAX = 512, 16, 1 << 21
-BATCH = 16
-"""Requests that a worker takes at once."""
 header = Struct("<I4xQ").unpack_from
 segment = Struct("<QII").iter_unpack
 
@@ -73,12 +68,7 @@ class Blk:
         self.features = 0
         self.backend: BlockBackend
         self._io: Virtio
-        self._wake: SimpleQueue[int | None] = SimpleQueue()
-        self._scheduled = [False] * options.queues
-        self._locks = [Lock() for _ in self.queue_sizes]
-        self._idle = Condition()
-        self._active, self._draining = 0, False
-        self._threads: list[Thread] = []
+        self._workers: Workers
 
     def plug(self, slot: Slot) -> None:
         self._slot, options = slot, self.options
@@ -92,21 +82,13 @@ class Blk:
         if not self.readonly:
             bits += [F_DISCARD] * info.discard + [F_ZEROES] * info.write_zeroes
         self.features = sum(1 << bit for bit in bits) | options.packed << 34
-        self._threads = [
-            Thread(target=self._work, name=f"{slot.id}-{at}", daemon=True) for at in range(options.threads)
-        ]
-        for thread in self._threads:
-            thread.start()
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
+        self._workers = Workers(io, self._process, self.options.threads, self._slot.id)
 
     def unplug(self) -> None:
-        for _ in self._threads:
-            self._wake.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._workers.close()
 
     def config(self) -> bytes:
         info, options = self.info, self.options
@@ -131,62 +113,11 @@ class Blk:
             1,
         )
 
-    # workers
-
     def notified(self, index: int) -> None:
-        """The driver, or whoever drained, says that there is work."""
-        self._draining = False
-        self._schedule(index)
-
-    def _schedule(self, index: int) -> None:
-        """Wake a worker, unless one is on its way to this queue."""
-        if not self._scheduled[index]:
-            self._scheduled[index] = True
-            self._wake.put(index)
+        self._workers.notify(index)
 
     def drain(self) -> None:
-        """Wait until no worker is inside a request; none begins before the next notification."""
-        with self._idle:
-            self._draining = True
-            self._idle.wait_for(lambda: not self._active)
-
-    def _work(self) -> None:
-        while (index := self._wake.get()) is not None:
-            with self._idle:
-                self._scheduled[index] = False
-                if self._draining:
-                    continue  # whoever drains notifies again
-                self._active += 1
-            try:
-                ring = self._io.rings[index]
-                if ring is not None and self._io.live:
-                    self._serve(ring)
-            except (RingError, GuestMemoryError) as error:
-                why = f"queue {index}: {error}"
-                self._slot.call_soon(lambda why=why: self._io.break_down(why))  # type: ignore[misc]
-            finally:
-                with self._idle:
-                    self._active -= 1
-                    if not self._active:
-                        self._idle.notify_all()
-
-    def _serve(self, ring: Ring) -> None:
-        lock, pop, push = self._locks[ring.index], ring.pop, ring.push
-        while not self._draining:
-            batch: list[Request] = []
-            with lock:
-                ring.silence()
-                while len(batch) < BATCH and (request := pop()) is not None:
-                    batch.append(request)
-                if not batch and not ring.rearm():
-                    return
-            if len(batch) == BATCH and len(self._threads) > 1:
-                self._schedule(ring.index)
-            try:
-                for request in batch:
-                    push(request, self._process(request))
-            finally:
-                ring.signal()
+        self._workers.drain()
 
     # requests
 
@@ -230,7 +161,7 @@ class Blk:
             else:
                 code = UNSUPP
         except OSError as error:
-            self._slot.log.warning("block request failed", type=kind, sector=sector, error=str(error))
+            self._io.warn("block request failed", type=kind, sector=sector, error=str(error))
             code, size = IOERR, sum(map(len, target))
         status[0] = code
         return size + 1

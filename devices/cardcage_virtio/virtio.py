@@ -30,6 +30,8 @@ from cardcage_virtio.request import RingError
 from cardcage_virtio.split import SplitRing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.device import Slot
 
     from cardcage_virtio.request import Ring
@@ -107,6 +109,7 @@ class Virtio:
         self.queues = [Queue(size, size) for size in device.queue_sizes]
         self.rings: list[Ring | None] = [None] * len(self.queues)
         self.slot: Slot
+        self._warned = (0, 0)
         self._handle = getattr(device, "handle", None)
         self._notified = getattr(device, "notified", None)
         if self._handle is None and self._notified is None:
@@ -146,7 +149,7 @@ class Virtio:
             agreed = self.driver_features
             if agreed & ~self.offered or not agreed & F_VERSION_1 or self._tell("accept", agreed) is False:
                 value &= ~FEATURES_OK
-                self.log.warning("driver asked for features not on offer", features=hex(agreed))
+                self.warn("driver asked for features not on offer", features=hex(agreed))
             else:
                 self.features = agreed
         started = value & DRIVER_OK and not self.status & DRIVER_OK
@@ -181,9 +184,18 @@ class Virtio:
         if self.status & NEEDS_RESET:
             return
         self.status |= NEEDS_RESET
-        self.log.warning("virtio device needs reset", why=why)
+        self.warn("virtio device needs reset", why=why)
         if self.status & DRIVER_OK:
             self.transport.config_interrupt()
+
+    def warn(self, event: str, **values: Any) -> None:
+        """Log what a guest can repeat at will: at most ten lines in a second of guest time."""
+        now = self.slot.clock.now()
+        if now - self._warned[0] > 1_000_000_000:
+            self._warned = (now, 0)
+        self._warned = (self._warned[0], self._warned[1] + 1)
+        if self._warned[1] <= 10:
+            self.log.warning(event, **values)
 
     def config_changed(self) -> None:
         """The device's configuration space is another now: tell the driver."""
@@ -252,6 +264,13 @@ class Virtio:
                 self._serve(ring, self._handle)
         except (RingError, GuestMemoryError) as error:
             self.break_down(f"queue {index}: {error}")
+
+    def guarded(self, act: Callable[[], None]) -> None:
+        """Do what takes requests outside a notification: what the driver broke puts the device in NEEDS_RESET."""
+        try:
+            act()
+        except (RingError, GuestMemoryError) as error:
+            self.break_down(str(error))
 
     def _serve(self, ring: Ring, handle: Any) -> None:
         pop, left = ring.pop, BURST

@@ -185,7 +185,7 @@ def test_reset_waits_for_requests_in_flight() -> None:
             bench.driver().add([head(0, at)], [4096, 1])
         bench.kick()
         bench.start()
-        assert bench.device._active == 0
+        assert bench.device._workers.active == 0
         assert bench.call([head(0)], [512, 1])[-1] == 0
     bench.close()
 

@@ -1,0 +1,118 @@
+"""Worker threads that take requests from a device's rings: for devices whose requests may wait for the host.
+
+The vCPU that notifies only wakes a worker. While a worker serves, the driver need not notify. A worker that finds more
+requests than it takes at once wakes another.
+"""
+
+from __future__ import annotations
+
+from queue import SimpleQueue
+from threading import Condition, Lock, Thread
+from typing import TYPE_CHECKING
+
+from cardcage.memory import GuestMemoryError
+
+from cardcage_virtio.request import RingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage_virtio.request import Request, Ring
+    from cardcage_virtio.virtio import Virtio
+
+__all__ = ["Workers"]
+
+BATCH = 16
+"""Requests that a worker takes at once."""
+
+
+class Workers:
+    """Threads that serve the queues of *io*.
+
+    Args:
+        process: serves one request and returns the bytes it wrote; RingError puts the device in NEEDS_RESET.
+        threads: how many. name: of the threads, for debuggers.
+
+    A device with workers calls :meth:`notify` in ``notified``, :meth:`drain` in ``drain``, :meth:`close` in ``unplug``.
+    """
+
+    def __init__(self, io: Virtio, process: Callable[[Request], int], threads: int, name: str) -> None:
+        self._io, self._process = io, process
+        self._wake: SimpleQueue[int | None] = SimpleQueue()
+        self._scheduled = [False] * len(io.queues)
+        self._locks = [Lock() for _ in io.queues]
+        self._idle = Condition()
+        self.active = 0
+        self._draining = False
+        self._threads = [Thread(target=self._work, name=f"{name}-{at}", daemon=True) for at in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def notify(self, index: int) -> None:
+        """The driver, or whoever drained, says that there is work in queue *index*."""
+        self._draining = False
+        self._schedule(index)
+
+    def _schedule(self, index: int) -> None:
+        """Wake a worker, unless one is on its way to this queue."""
+        if not self._scheduled[index]:
+            self._scheduled[index] = True
+            self._wake.put(index)
+
+    def drain(self) -> None:
+        """Wait until no worker is inside a request; none begins before the next notification."""
+        with self._idle:
+            self._draining = True
+            self._idle.wait_for(lambda: not self.active)
+
+    def close(self) -> None:
+        """End the threads, after what they are doing. Idempotent."""
+        for _ in self._threads:
+            self._wake.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _work(self) -> None:
+        while (index := self._wake.get()) is not None:
+            with self._idle:
+                self._scheduled[index] = False
+                if self._draining:
+                    continue  # whoever drains notifies again
+                self.active += 1
+            ring = self._io.rings[index]
+            try:
+                if ring is not None and self._io.live:
+                    self._serve(ring)
+            except (RingError, GuestMemoryError) as error:
+                self._broken(ring, f"queue {index}: {error}")
+            finally:
+                with self._idle:
+                    self.active -= 1
+                    if not self.active:
+                        self._idle.notify_all()
+
+    def _broken(self, ring: Ring | None, why: str) -> None:
+        def act() -> None:
+            if ring is not None and self._io.rings[ring.index] is ring:  # it may have been reset meanwhile
+                self._io.break_down(why)
+
+        self._io.slot.call_soon(act)
+
+    def _serve(self, ring: Ring) -> None:
+        lock, pop, push, process = self._locks[ring.index], ring.pop, ring.push, self._process
+        while not self._draining:
+            batch: list[Request] = []
+            with lock:
+                ring.silence()
+                while len(batch) < BATCH and (request := pop()) is not None:
+                    batch.append(request)
+                if not batch and not ring.rearm():
+                    return
+            if len(batch) == BATCH and len(self._threads) > 1:
+                self._schedule(ring.index)
+            try:
+                for request in batch:
+                    push(request, process(request))
+            finally:
+                ring.signal()
