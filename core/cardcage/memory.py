@@ -136,6 +136,10 @@ class GuestMemory(Protocol):
 
     def contains(self, address: int, size: int, /) -> bool: ...
 
+    def discard(self, address: int, size: int, /) -> bool:
+        """Give whole pages back to the host; they read as zeros from now on. False when the host cannot."""
+        ...
+
 
 class PhysicalMemory:
     """The physical address space's RAM: ranges by priority, flattened into sorted disjoint slots.
@@ -251,6 +255,21 @@ class PhysicalMemory:
             take = min(size, base + length - address)
             yield view[address - base : address - base + take]
             address, size = address + take, size - take
+
+    def discard(self, address: int, size: int, /) -> bool:
+        """Give the whole pages of one RAM range back to the host (balloon): they read as zeros from now on."""
+        at = bisect_right(self._starts, address) - 1
+        if at < 0 or address % PAGE or size % PAGE or size <= 0 or not self.contains(address, size):
+            raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not whole pages of RAM")
+        host = self.slots[at].host_address + address - self.slots[at].address
+        block = next(one.block for one in self.ranges if 0 <= host - one.block.host_address < one.block.size)
+        advice = mmap.MADV_DONTNEED if block.fd < 0 else mmap.MADV_REMOVE
+        try:
+            block.map.madvise(advice, host - block.host_address, size)
+        except OSError:
+            return False
+        self.written(address, size)
+        return True
 
     def written(self, address: int, size: int, /) -> None:
         if self.on_written is not None and size:

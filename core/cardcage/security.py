@@ -97,3 +97,7 @@ class MediatedMemory:
 
     def contains(self, address: int, size: int, /) -> bool:
         return self._memory.contains(address, size)
+
+    def discard(self, address: int, size: int, /) -> bool:
+        self._ask("write")
+        return self._memory.discard(address, size)
