@@ -73,9 +73,9 @@ def protocols() -> str:
     parts = [
         "# Protocols",
         "",
-        "What cards implement and what they are given: small `typing.Protocol`s, no base classes. Generated from the code",
-        "by `docs/reference.py`. Abilities of a device beyond `read` and `write` are found once, when it is plugged in, by",
-        "method names *and* signatures; `cardcage cards -v` lists what was found.",
+        "What cards implement and what they are given: small `typing.Protocol`s, no base classes. Generated from the",
+        "code by `docs/reference.py`. Abilities of a device beyond `read` and `write` are found once, when it is",
+        "plugged in, by method names *and* signatures; `cardcage cards -v` lists what was found.",
         "",
         "All callbacks of a device run under its machine's lock, on whichever thread (a vCPU's, or the machine's loop",
         "thread), and never wait for a vCPU. What the guest does wrong is logged, never raised.",

@@ -154,9 +154,7 @@ def plug_all(machine: Machine) -> None:
 def offer_of(machine: Machine, config: DeviceConfig) -> Any:
     """The device card's offer. Raises ConfigError with near matches."""
     place = config.place
-    return machine.host.registry.get(
-        "device", config.type, file=place.file, key=f"{place.key}.type" if place.key else "type"
-    )
+    return machine.host.registry.get("device", config.type, file=place.file, key=place.below("type").key)
 
 
 def _bus_ready(machine: Machine, config: DeviceConfig) -> bool:
@@ -193,8 +191,6 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
         slot.bind(device)
         if offer.bus != "system":
             address = config.address if isinstance(config.address, str) else None
-            if isinstance(config.address, (int, list)):
-                raise place.error(f'"address" on a {offer.bus} bus is text, such as "03.0"')
             carrier = _carrier(machine, config, offer.bus)
             blamed(who, place, lambda: carrier.attach(device, slot, address))
         if "plug" in abilities:

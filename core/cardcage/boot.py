@@ -1,18 +1,20 @@
-"""What a boot protocol finds and leaves: the concrete :class:`~cardcage.device.BootContext`."""
+"""Booting: what a boot protocol finds (the concrete :class:`~cardcage.device.BootContext`), and its replay at reset."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from cardcage.device import E820Entry
-from cardcage.errors import UsageError
+from cardcage.errors import ConfigError, UsageError
 from cardcage.memory import GIB, split_ram
+from cardcage.x86 import reset_state
 
 if TYPE_CHECKING:
+    from cardcage.device import BootImage
     from cardcage.machine import Machine
     from cardcage.memory import GuestMemory
 
-__all__ = ["MachineBoot", "carve"]
+__all__ = ["MachineBoot", "carve", "load_boot", "open_boot"]
 
 LOW_HOLE = (0xA0000, 0x60000)
 """Video memory, option ROMs and the BIOS: never free RAM on a PC."""
@@ -58,3 +60,40 @@ class MachineBoot:
         if size <= 0 or address < 0:
             raise UsageError(f"e820: {address:#x}+{size:#x} is no range")
         self.e820 = carve(self.e820, address, size, type)
+
+
+def open_boot(machine: Machine) -> BootImage | None:
+    """Read and check what ``[boot]`` names; None without one. Raises ConfigError that names the file or key."""
+    config, host = machine.config, machine.host
+    table = dict(config.boot or {})
+    if not table:
+        return None
+    place = config.place("boot")
+    file = next((config.place(f"boot.{key}").file for key in table), None)
+    name = table.pop("protocol", "auto")
+    offer = host.registry.get("boot", str(name), file=file, key="boot.protocol")
+    options = host.options(offer, table, file=file, key="boot")
+    try:
+        factory = offer.load()
+        image: BootImage = (factory(options) if options is not None else factory()).open()
+    except ConfigError as error:
+        if error.file is not None:  # the kernel's own path says more than the key does
+            raise
+        raise ConfigError(error.problem, file=file, key=error.key or place.key) from error
+    return image
+
+
+def load_boot(machine: Machine) -> None:
+    """Let contributors write, load the boot image (at reset: again), and put the vCPUs in their first states.
+
+    No vCPU may be in guest code. Without an image the boot processor starts as after power-up.
+    """
+    context = MachineBoot(machine)
+    with machine.lock:
+        for plugged in machine.devices.values():
+            if "boot" in plugged.abilities:
+                plugged.device.contribute(context)
+        first = machine.boot_image.load(context) if machine.boot_image is not None else reset_state()
+    for vcpu in machine.vcpus:
+        vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
+    machine.gate.wake()

@@ -34,6 +34,10 @@ class Place:
     file: str | None = None
     key: str | None = None
 
+    def below(self, key: str) -> Place:
+        """The place of *key* in the table here."""
+        return Place(self.file, f"{self.key}.{key}" if self.key else key)
+
     def error(self, problem: str) -> ConfigError:
         """A ConfigError about this place."""
         return ConfigError(problem, file=self.file, key=self.key)
@@ -109,7 +113,7 @@ class DeviceConfig:
         own = {name: value for name, value in table.items() if name not in known}
         device = structure(keys, cls, file=place.file, key=place.key)
         if device.irq is not None and not 0 <= device.irq < 24:
-            raise ConfigError(f"expected 0 to 23, got {device.irq}", file=place.file, key=f"{place.key}.irq")
+            raise place.below("irq").error(f"expected 0 to 23, got {device.irq}")
         return evolve(device, options=own, place=place)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of
-from cardcage.boot import MachineBoot
+from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
 from cardcage.config import Config, DeviceConfig, Draft, Place
 from cardcage.console import Console
@@ -38,7 +38,6 @@ from cardcage.ops import MachineOps, ObservedOps
 from cardcage.runner import run_vcpu
 from cardcage.security import Mediator
 from cardcage.wiring import Wiring
-from cardcage.x86 import reset_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -140,9 +139,7 @@ class Machine:
             self._build()
         except BaseException as error:
             self.close()
-            if isinstance(error, ConfigError):
-                raise self.host.blame(error) from error
-            raise
+            raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
 
     def _build(self) -> None:
         config, host = self.config, self.host
@@ -179,7 +176,7 @@ class Machine:
                     policy = self._made("policy", name, options, place)
                     policy.attach(self)
                     self.policies.append(policy)
-        self._open_boot()
+        self.boot_image = open_boot(self)
 
     def _made(self, kind: str, name: str, options: Any, place: Place) -> Any:
         offer = self.host.registry.get(kind, name, file=place.file, key=place.key)
@@ -196,23 +193,6 @@ class Machine:
         owner = next(one for one in self.devices.values() if one.slot.has_console)
         with self.lock:
             self.console.connect(owner.slot.open("char", spec))
-
-    def _open_boot(self) -> None:
-        table = dict(self.config.boot or {})
-        if not table:
-            return
-        place = self.config.place("boot")
-        file = next((self.config.place(f"boot.{key}").file for key in table), None)
-        name = table.pop("protocol", "auto")
-        offer = self.host.registry.get("boot", str(name), file=file, key="boot.protocol")
-        options = self.host.options(offer, table, file=file, key="boot")
-        try:
-            factory = offer.load()
-            self.boot_image = (factory(options) if options is not None else factory()).open()
-        except ConfigError as error:
-            if error.file is not None:  # the kernel's own path says more than the key does
-                raise
-            raise ConfigError(error.problem, file=file, key=error.key or place.key) from error
 
     def add(self, type: str, /, **keys: Any) -> PluggedDevice:
         """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
@@ -394,7 +374,7 @@ class Machine:
 
     def _do_start(self) -> None:
         if self.boot_image is not None:
-            self._load_image()
+            load_boot(self)
         self._threads = [
             threading.Thread(target=run_vcpu, args=(self, vcpu), name=f"{self.name}-cpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus
@@ -402,17 +382,6 @@ class Machine:
         for thread in self._threads:
             thread.start()
         self._do_resume()
-
-    def _load_image(self) -> None:
-        context = MachineBoot(self)
-        with self.lock:
-            for plugged in self.devices.values():
-                if "boot" in plugged.abilities:
-                    plugged.device.contribute(context)
-            first = self.boot_image.load(context) if self.boot_image is not None else reset_state()
-        for vcpu in self.vcpus:
-            vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
-        self.gate.wake()
 
     def pause(self) -> None:
         """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running."""
@@ -449,7 +418,7 @@ class Machine:
             for plugged in self.devices.values():
                 if "reset" in plugged.abilities:
                     plugged.device.reset()
-        self._load_image()
+        load_boot(self)
         self.observers.emit("reset", why)
         if self.state == "running":
             self.gate.open()

@@ -175,25 +175,23 @@ class DeviceSlot:
 
     def bind(self, device: Any) -> None:
         """Map the regions that the registration declared, at the configured or default addresses."""
-        place = self.config.place
-        given = {Pio: self.config.port, Mmio: self.config.address}
-        for kind, word in ((Pio, "port"), (Mmio, "address")):
+        place, system = self.config.place, self.offer.bus == "system"
+        for kind, word, value in ((Pio, "port", self.config.port), (Mmio, "address", self.config.address)):
             regions = [one for one in self.offer.regions if isinstance(one, kind)]
-            value = given[kind]
+            if kind is Mmio and not system:
+                if not isinstance(value, str | None):
+                    raise place.below(word).error(
+                        f'expected text such as "03.0", the place on the {self.offer.bus} bus'
+                    )
+                value = None  # the bus reads it
             if isinstance(value, str):
-                if self.offer.bus == "system":
-                    raise ConfigError(f'expected a number, got "{value}"', file=place.file, key=f"{place.key}.{word}")
-                value = None  # a place on a device bus, which is the bus's to read
+                raise place.below(word).error(f'expected a number, got "{value}"')
             bases = [value] if isinstance(value, int) else list(value or ())
             if len(bases) > len(regions):
-                raise ConfigError(
-                    f'"{self.offer.name}" takes {len(regions) or "no"} {word}{"s" * (len(regions) != 1)}',
-                    file=place.file,
-                    key=f"{place.key}.{word}",
-                )
+                raise place.below(word).error(f'"{self.offer.name}" has {len(regions)} to give, got {len(bases)}')
             for at, region in enumerate(regions):
                 base = bases[at] if at < len(bases) else region.base
-                if base is None and self.offer.bus == "system":
+                if base is None and system:
                     raise place.error(f'device "{self.id}" needs the key {word}')
                 try:
                     (self.map_pio if kind is Pio else self.map_mmio)(region, base, device)

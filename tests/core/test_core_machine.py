@@ -413,7 +413,7 @@ def test_addresses_are_checked(make: Any) -> None:
         ({}, 'device "mmio" needs the key address'),
         ({"address": 0x100000}, "overlaps RAM at 0xc0000-0x1fffff"),
         ({"address": "03.0"}, 'expected a number, got "03.0"'),
-        ({"port": 3, "address": 1 << 30}, '"mmio" takes no ports'),
+        ({"port": 3, "address": 1 << 30}, 'port: "mmio" has 0 to give, got 1'),
         ({"address": 1 << 60}, "outside the mmio bus"),
     ):
         with pytest.raises(ConfigError, match=re.escape(error)):

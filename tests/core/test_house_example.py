@@ -29,8 +29,8 @@ packages = ["mistake"]
 
 MISTAKES = {
     "raises at register": (
-        "@hookimpl\ndef cardcage_register(registry):\n    registry.device('half', 'x:X')\n    raise RuntimeError('boom')\n",
-        "RuntimeError: boom",
+        "@hookimpl\ndef cardcage_register(registry):\n    registry.device('half', 'x:X')\n    raise OSError('boom')\n",
+        "OSError: boom",
     ),
     "raises at import": ("raise OSError('no such luck')\n", "OSError: no such luck"),
     "is no Python": ("def (\n", "SyntaxError"),
@@ -98,7 +98,7 @@ def test_a_missing_name_mentions_the_broken_card(tmp_path: Path) -> None:
     done = cardcage("run", "vm.toml", site=tmp_path / "site", folder=tmp_path)
     assert done.returncode == 2
     assert 'no card offers device "half"' in done.stderr
-    assert 'card "mistake" (mistake 1.5) is broken and was left out: RuntimeError: boom' in done.stderr
+    assert 'card "mistake" (mistake 1.5) is broken and was left out: OSError: boom' in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from cardcage.bus import Bus, Claim
+from cardcage.bus import Bus
 from cardcage.device import Pio, Region, Resource
 from cardcage.errors import ConfigError
 from cardcage.interrupts import IrqSource, Line
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
+from cardcage.slot import MappedRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["TestChar", "TestClock", "TestMapping", "TestSlot"]
+__all__ = ["TestChar", "TestClock", "TestSlot"]
 
 
 class TestClock:
@@ -89,35 +90,6 @@ class TestChar:
         self.closed = True
 
 
-class TestMapping:
-    """A region on the slot's buses."""
-
-    __test__ = False
-
-    def __init__(self, bus: Bus, region: Region, device: Any, name: str) -> None:
-        self._bus, self.region = bus, region
-        self._serve = getattr(device, region.read), getattr(device, region.write)
-        self._name = name
-        self._claim: Claim | None = None
-        self.address: int | None = None
-
-    def move(self, address: int | None, /) -> None:
-        old = self._claim
-        if old is not None:
-            self._bus.remove(old)
-        self._claim = None
-        if address is not None:
-            self._claim = Claim(address, self.region.size, *self._serve, self._name)
-            try:
-                self._bus.add(self._claim)
-            except ConfigError:
-                self._claim = old
-                if old is not None:
-                    self._bus.add(old)
-                raise
-        self.address = address
-
-
 @define
 class _Log:
     entries: list[tuple[str, str, dict[str, Any]]] = field(factory=list)
@@ -152,7 +124,7 @@ class TestSlot:
         self.memory.on_written = lambda address, size: self.written.append((address, size))
         self.clock, self.log = TestClock(), _Log()
         self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
-        self.mappings: list[TestMapping] = []
+        self.mappings: list[MappedRegion] = []
         self.resources: list[Resource] = []
         self.requests: list[tuple[Any, ...]] = []
         self.messages: list[tuple[int, int]] = []
@@ -177,16 +149,16 @@ class TestSlot:
             free = max((claim.end for claim in bus), default=0)
             self._map(bus, region, region.base if region.base is not None else free, device)
 
-    def _map(self, bus: Bus, region: Region, base: int | None, device: Any) -> TestMapping:
-        mapping = TestMapping(bus, region, device, self.id)
+    def _map(self, bus: Bus, region: Region, base: int | None, device: Any) -> MappedRegion:
+        mapping = MappedRegion(bus, region, device, self.id, lambda mapping, address: None)
         mapping.move(base)
         self.mappings.append(mapping)
         return mapping
 
-    def map_pio(self, region: Region, base: int | None, device: Any, /) -> TestMapping:
+    def map_pio(self, region: Region, base: int | None, device: Any, /) -> MappedRegion:
         return self._map(self.pio, region, base, device)
 
-    def map_mmio(self, region: Region, base: int | None, device: Any, /) -> TestMapping:
+    def map_mmio(self, region: Region, base: int | None, device: Any, /) -> MappedRegion:
         return self._map(self.mmio, region, base, device)
 
     def irq(self, gsi: int | None = None, /) -> IrqSource:
