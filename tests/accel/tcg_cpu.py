@@ -62,6 +62,7 @@ class Cpu:
         self.seg(LDTR, 0, 0, 0, 0x1000)
         self.call("reset")
         self.call("apic_reset")
+        self.put32("POLL", 0)
 
     # state
 

@@ -63,6 +63,8 @@ def test_real_mode_without_vectors_shuts_down(cpu: Cpu) -> None:
     cpu.put32("IDT", 0, 8)
     assert cpu.do("RAISE", UD) == L.H_EXIT
     assert (cpu.get32("REASON"), cpu.get("INFO"), cpu.rip, cpu[RSP]) == (L.R_SHUTDOWN, UD, 0x7000, 0x1000)
+    cpu.put32("REASON", 0)
+    assert (cpu.call("check_events"), cpu.get32("REASON"), cpu.get("INFO")) == (L.H_EXIT, L.R_SHUTDOWN, UD)
 
 
 @pytest.mark.parametrize("cpl", [0, 3])

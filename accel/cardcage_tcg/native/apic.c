@@ -483,6 +483,7 @@ void apic_reset(struct cpu *c)
     l->x2 = l->enabled && c->apic_base & BASE_X2;
     l->nmi = l->init = l->sipi = 0;
     reset_registers(c);
+    c->poll = 1; /* it may have to wait for SIPI */
 }
 
 static int write_base(struct cpu *c, u64 value)

@@ -87,7 +87,8 @@ static int set_cr8(struct cpu *c, u64 value)
         return fault(c, EX_GP, 0);
     c->cr8 = value;
     c->lapic.regs[8] = (u32)value << 4;
-    c->poll = 1; /* a lower priority may let an interrupt in */
+    if (c->vm->has_lapic && apic_pending(c) >= 0)
+        c->poll = 1;
     return 0;
 }
 

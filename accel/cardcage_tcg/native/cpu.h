@@ -145,7 +145,8 @@ struct cpu {
     u64 jc_base[2];
     u32 last_vector, code_hit;
     u32 sleeping, abort_kind;  /* in the futex of HLT; what native_abort is to do */
-    u32 stepping, step_pad;    /* TF was set before the helper that runs now: see helper_call() */
+    u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
+    u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     struct vm *vm;
     u64 rw_delta;         /* writable alias of the code buffer = executable address + rw_delta */
@@ -180,6 +181,8 @@ struct vm {
     u64 apic_bus_hz;               /* LAPIC timer clock, 1000000000 */
     struct cpu *cpus[MAX_CPUS];
     u64 stat[16];
+    u64 store;                     /* struct store: templates */
+    u64 block_limit;               /* the most instructions in a block */
 };
 
 /* ---- mmu.c ---- */

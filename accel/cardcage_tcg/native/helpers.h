@@ -36,7 +36,6 @@
     HELPER(MOV_SREG, h_mov_sreg)     /* imm: seg | reg << 4 */ \
     HELPER(LOAD_SREG, h_load_sreg)   /* imm: seg; info[0] = selector */ \
     HELPER(POP_SREG, h_pop_sreg)     /* imm: seg | size << 4 */ \
-    HELPER(PUSH_SREG, h_push_sreg)   /* imm: seg | size << 4 */ \
     HELPER(LOAD_FAR, h_load_far)     /* LDS..LGS; imm: seg | reg << 4 | size << 8; info[0] = selector, info[1] = offset */ \
     HELPER(LLDT, h_lldt)             /* info[0] = selector */ \
     HELPER(LTR, h_ltr)               /* info[0] = selector */ \
@@ -68,13 +67,9 @@
     HELPER(WRMSR, h_wrmsr) \
     HELPER(PRIVILEGED_NOP, h_privileged_nop) /* WBINVD, INVD: #GP unless CPL is 0 */ \
     HELPER(STRING, h_string)         /* imm: STRING_* */ \
-    HELPER(BIT, h_bit)               /* imm: BT BTS BTR BTC | log2 of size << 2 | reg << 4 | address size 0-2 << 8 | LOCK << 10; \
-                                        info[0] = offset of the operand, info[1] = segment base */ \
-    HELPER(CMPXCHG8B, h_cmpxchg8b)   /* imm: 1 = 16 bytes, 2 = LOCK; info[0] = linear address */ \
     HELPER(PUSHA, h_pusha)           /* imm: size */ \
     HELPER(POPA, h_popa)             /* imm: size */ \
     HELPER(ENTER, h_enter)           /* imm: size; info[0] = bytes | level << 16 */ \
-    HELPER(LEAVE, h_leave)           /* imm: size */ \
     HELPER(BOUND, h_bound)           /* imm: reg | size << 4; info[0] = linear address */ \
     HELPER(XLAT, h_xlat)             /* imm: address size; info[1] = segment base */ \
     HELPER(AAA, h_aaa) \

@@ -35,6 +35,7 @@ EXPORTED void tcg_reset(struct cpu *c)
             c->xtlb[m][i].tag = TLB_EMPTY;
     c->resume = 0;
     c->code_hit = 0;
+    c->shutdown = 0;
     update_mode(c);
 }
 

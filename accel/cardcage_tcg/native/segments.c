@@ -115,17 +115,6 @@ int h_pop_sreg(struct cpu *c, u32 arg)
     return finish(c, arg, mode);
 }
 
-int h_push_sreg(struct cpu *c, u32 arg)
-{
-    u32 n = ARG_IMM(arg) & 7, size = ARG_IMM(arg) >> 4 & 15;
-    struct stack s = current_stack(c);
-    int r = push(c, &s, size, c->seg[n].sel);
-    if (r)
-        return raise_fault(c, r);
-    set_sp(c, &s);
-    return H_CONTINUE;
-}
-
 /* LDS, LES, LSS, LFS, LGS: info[0] = selector, info[1] = offset. */
 int h_load_far(struct cpu *c, u32 arg)
 {

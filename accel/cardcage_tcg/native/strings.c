@@ -12,7 +12,9 @@ struct string {
 static int has_source(const struct string *s) { return s->op == STRING_MOVS || s->op == STRING_CMPS || s->op == STRING_LODS; }
 static int has_dest(const struct string *s) { return s->op != STRING_LODS; }
 
-u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
+/* Host address of a linear one for writing up to the end of its page, or 0. On a page that holds code *slot is set: then
+ * code_written(vm, *slot, *phys, size) is to be called after the write. */
+static u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
 {
     u64 host = linear_host(c, linear, 1), keep = c->cr2, code = c->scratch[3];
     u32 global, writable;

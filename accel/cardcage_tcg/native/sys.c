@@ -394,8 +394,11 @@ int dispatch(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 kind, u64 
             return H_REDIRECT;
         }
         update_mode(c); /* nothing was committed, except by a task switch */
-        if (e.kind == EVENT_EXCEPTION && e.vector == EX_DF)
+        if (e.kind == EVENT_EXCEPTION && e.vector == EX_DF) {
+            c->shutdown = vector + 1; /* whoever raised it: nothing runs any more */
+            c->poll = 1;
             return exit_to(c, R_SHUTDOWN, vector);
+        }
         if (e.kind == EVENT_EXCEPTION &&
             ((contributory(e.vector) && contributory(r)) || (e.vector == EX_PF && (contributory(r) || r == EX_PF)))) {
             e.vector = EX_DF;
@@ -447,6 +450,10 @@ static int events(struct cpu *c)
     if (__atomic_exchange_n(&c->kicked, 0, __ATOMIC_SEQ_CST)) {
         c->poll = 1;
         return exit_to(c, R_POLL, 0);
+    }
+    if (c->shutdown && !l->init) {
+        c->poll = 1;
+        return exit_to(c, R_SHUTDOWN, c->shutdown - 1);
     }
     if (__atomic_exchange_n(&l->init, 0, __ATOMIC_SEQ_CST)) {
         c->poll = 1;

@@ -16,7 +16,7 @@ enum { EVENT_EXCEPTION, EVENT_SOFT, EVENT_EXTERNAL, EVENT_INT1 };
 enum { FAR_JMP, FAR_CALL, FAR_RET, FAR_IRET };
 enum { ATTR_A = 1, ATTR_RW = 2, ATTR_CONFORMING = 4, ATTR_CODE = 8, ATTR_S = 16, ATTR_P = 128, ATTR_L = 0x200, ATTR_DB = 0x400 };
 #define BAD_SELECTOR (-2) /* descriptor(): outside its table */
-#define FLAGS_SYSTEM 0x3f7702ul /* what cpu.eflags may hold, RF and the arithmetic ones apart: ID VIP VIF AC VM NT IOPL DF IF TF */
+#define FLAGS_SYSTEM 0x3e7702ul /* what cpu.eflags may hold, RF and the arithmetic ones apart: ID VIP VIF AC VM NT IOPL DF IF TF */
 
 struct stack {
     u64 sp, base, mask; /* mask: of the stack pointer, ~0 for 64-bit stacks */
@@ -101,9 +101,6 @@ enum { TASK_JMP, TASK_CALL, TASK_INT, TASK_IRET };
 int task_switch(struct cpu *c, u32 sel, u32 source, u64 next, u32 ext, u32 has_error, u32 error);
 /* segments.c, for SMSW */
 int store_word(struct cpu *c, u32 arg, u64 value);
-/* strings.c: host address of a linear one for writing up to the end of its page, or 0. On a page that holds code *slot is
- * set: then call code_written(vm, *slot, *phys, size) after the write. */
-u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys);
 /* control.c */
 int set_cr(struct cpu *c, u32 n, u64 value);
 int load_pdptes(struct cpu *c, u64 cr3);
