@@ -227,6 +227,8 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
         console |= {"token": plan.token, "fd": 1}
     if "machine.console" not in said:
         machine["console"] = console
+    if "machine.on_reset" not in said and (arguments.exec is not None or not _has_terminal()):
+        machine["on_reset"] = "stop"  # a kernel that panics early must not boot again and again with nobody there
     draft.add({"machine": machine, "boot": boot})
 
 
