@@ -151,13 +151,17 @@ class Host:
     def _load_installed(self) -> None:
         from importlib.metadata import entry_points
 
-        def order(point: EntryPoint) -> tuple[bool, str]:
-            # Our own first: of two cards that offer the same name, the stranger's is the one left out.
-            return point.dist is None or point.dist.name != GROUP, point.name
+        named: dict[int, tuple[str, str]] = {}  # reading a distribution's metadata is slow: once each
 
-        for point in sorted(entry_points(group=GROUP), key=order):
-            distribution = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown"
-            self._load(point.name, distribution, point.load)
+        def whose(point: EntryPoint) -> tuple[str, str]:
+            if id(point.dist) not in named:
+                metadata = point.dist.metadata if point.dist is not None else {"Name": "unknown", "Version": ""}
+                named[id(point.dist)] = metadata["Name"], metadata["Version"]
+            return named[id(point.dist)]
+
+        # Our own first: of two cards that offer the same name, the stranger's is the one left out.
+        for point in sorted(entry_points(group=GROUP), key=lambda one: (whose(one)[0] != GROUP, one.name)):
+            self._load(point.name, " ".join(whose(point)).strip(), point.load)
 
     def _load(self, name: str, distribution: str, load: Callable[[], Any]) -> None:
         staged = Registry(name, distribution)
