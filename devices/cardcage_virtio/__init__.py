@@ -23,6 +23,7 @@ DEVICES = (
     ("net", "net:Net", "network card: multi-queue, mergeable buffers, offloads"),
     ("console", "console:Console", "consoles and named serial ports"),
     ("balloon", "balloon:Balloon", "memory balloon: statistics, free page reporting"),
+    ("vsock", "vsock:Vsock", "sockets between guest and host, AF_UNIX on the host"),
     ("rng", "rng:Rng", "entropy source"),
 )
 

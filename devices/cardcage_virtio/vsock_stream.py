@@ -1,0 +1,225 @@
+"""One vsock stream between a guest's port and a host socket: credit both ways, and bytes on their way to the host."""
+
+from __future__ import annotations
+
+import select
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import socket
+
+__all__ = ["BUFFER", "RST", "Header", "Stream"]
+
+BUFFER = 1 << 18
+"""Bytes that the guest may have under way to a host socket that does not read."""
+RST = 3
+LAYOUT = struct.Struct("<QQIIIHHIII")
+
+
+@frozen
+class Header:
+    """The header of each packet (virtio 1.2, 5.10.6), fields in its order; ``credit`` is buf_alloc."""
+
+    SIZE: ClassVar[int] = 44
+    source_cid: int
+    destination_cid: int
+    source_port: int
+    destination_port: int
+    length: int
+    type: int
+    op: int
+    flags: int = 0
+    credit: int = 0
+    forwarded: int = 0
+
+    @classmethod
+    def unpack(cls, parts: list[memoryview]) -> Header | None:
+        """The header at the start of *parts*; None when that is too short or names more data than follows."""
+        total = sum(map(len, parts))
+        if total < cls.SIZE:
+            return None
+        start = parts[0] if len(parts[0]) >= cls.SIZE else b"".join(bytes(part[: cls.SIZE]) for part in parts[:44])
+        if len(start) < cls.SIZE:
+            return None
+        header = cls(*LAYOUT.unpack_from(start))
+        return header if header.length <= total - cls.SIZE else None
+
+    def pack(self) -> bytes:
+        return LAYOUT.pack(
+            self.source_cid,
+            self.destination_cid,
+            self.source_port,
+            self.destination_port,
+            self.length,
+            self.type,
+            self.op,
+            self.flags,
+            self.credit,
+            self.forwarded,
+        )
+
+    def answer(self, op: int) -> Header:
+        """A packet without data to where this one came from."""
+        return Header(
+            self.destination_cid,
+            self.source_cid,
+            self.destination_port,
+            self.source_port,
+            0,
+            self.type,
+            op,
+        )
+
+    def payload(self, parts: list[memoryview]) -> list[memoryview]:
+        """The data behind the header."""
+        skip, left, found = self.SIZE, self.length, []
+        for part in parts:
+            piece = part[skip:][:left]
+            skip = max(skip - len(part), 0)
+            left -= len(piece)
+            if len(piece):
+                found.append(piece)
+        return found
+
+
+class Stream:
+    """A stream.
+
+    Args:
+        end: the host's socket, not blocking. local, peer: ports of host and guest.
+        greet: a host program waits for ``OK``.
+
+    Attributes:
+        open: both sides agreed. readable: the socket may have bytes. queued: in line for the guest's buffers.
+        guest_ended: 1 the guest receives no more, 2 it sends no more. host_ended: the host's program sends no more.
+    """
+
+    def __init__(self, end: socket.socket, local: int, peer: int, *, greet: bool = False) -> None:
+        self._end, self.fd, self.local, self.peer, self.greet = end, end.fileno(), local, peer, greet
+        self.open = self.readable = self.queued = self.host_ended = self.half = False
+        self.guest_ended = 0
+        self.pending: deque[memoryview] = deque()
+        self._pending_bytes = self._uncounted = 0
+        self._taken = self._told = self._sent = 0
+        self._peer_credit = self._peer_forwarded = 0
+
+    # credit
+
+    def credit(self) -> int:
+        """Bytes that the guest has room for; below 1 for none."""
+        return self._peer_credit - (self._sent - self._peer_forwarded & 0xFFFFFFFF)
+
+    def peer_says(self, credit: int, forwarded: int) -> None:
+        """The guest's buffer and how much it has taken out."""
+        self._peer_credit, self._peer_forwarded = credit, forwarded
+
+    def said(self) -> int:
+        """Bytes taken from the guest so far, as each packet towards it says."""
+        self._told = self._taken
+        return self._taken & 0xFFFFFFFF
+
+    def update_due(self) -> bool:
+        """The guest may believe that there is little room left while there is."""
+        return self._taken - self._told >= BUFFER // 4
+
+    # bytes
+
+    def read_into(self, views: list[memoryview], offset: int, size: int) -> int | None:
+        """Receive up to *size* bytes at *offset* of *views*; 0 at the end of the stream, None when none are there."""
+        targets = []
+        for view in views:
+            piece = view[offset:][:size]
+            offset = max(offset - len(view), 0)
+            size -= len(piece)
+            if len(piece):
+                targets.append(piece)
+        try:
+            got = self._end.recvmsg_into(targets)[0]
+        except BlockingIOError:
+            self.readable = False
+            return None
+        except OSError:  # the host's program died: its stream ends
+            got = 0
+        self._sent += got
+        if not got:
+            self.readable = False
+        return got
+
+    def push(self, parts: list[memoryview], *, counted: bool = True) -> bool:
+        """Bytes for the host; False when that is more than the guest was allowed."""
+        size = sum(map(len, parts))
+        if counted and self._pending_bytes + size > BUFFER:
+            return False
+        if not counted:
+            self._uncounted += size
+        if not self.pending:  # the usual case: straight from guest memory to the socket
+            try:
+                sent = self._end.sendmsg(parts)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # write_out meets it again and ends the stream
+                sent = 0
+            self._count(sent)
+            parts = _after(parts, sent)
+        for part in parts:
+            copy = memoryview(bytes(part))
+            self.pending.append(copy)
+            self._pending_bytes += len(copy)
+        return True
+
+    def _count(self, sent: int) -> None:
+        free = min(sent, self._uncounted)
+        self._uncounted -= free
+        self._taken += sent - free
+
+    def write_out(self) -> bool:
+        """Write what waits; False when the stream is to end."""
+        try:
+            while self.pending:
+                sent = self._end.send(self.pending[0])
+                self._count(sent)
+                self._pending_bytes -= sent
+                if sent < len(self.pending[0]):
+                    self.pending[0] = self.pending[0][sent:]
+                else:
+                    self.pending.popleft()
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if self.guest_ended == 3:
+            return False
+        if self.guest_ended & 2 and not self.half:
+            self.half = True
+            try:
+                self._end.shutdown(1)
+            except OSError:
+                return False
+        return True
+
+    def watch(self, epoll: select.epoll) -> None:
+        """Ask for what can be used now: room to write, and bytes while they can be passed on."""
+        wanted = select.EPOLLOUT if self.pending else 0
+        if self.open and not self.readable and not self.host_ended:
+            wanted |= select.EPOLLIN
+        wanted |= select.EPOLLONESHOT  # a peer that hung up must not wake us for ever
+        try:
+            epoll.modify(self.fd, wanted)
+        except FileNotFoundError:
+            epoll.register(self.fd, wanted)
+
+    def close(self) -> None:
+        self._end.close()
+
+
+def _after(parts: list[memoryview], sent: int) -> list[memoryview]:
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(sent - len(part), 0)
+    return left
