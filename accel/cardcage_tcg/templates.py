@@ -112,11 +112,11 @@ class Emulate(Exception):
 class Access:
     """One memory access inside a template: where its slow path is entered and where that goes on."""
 
-    __slots__ = ("branch", "immediate", "resume", "size", "source", "stub")
+    __slots__ = ("branch", "flags", "immediate", "resume", "size", "source", "stub")
 
-    def __init__(self, branch: int, resume: int, stub: int, size: int, source: int = 0, immediate: int = 0) -> None:
+    def __init__(self, branch: int, resume: int, stub: int, size: int, source: int = 0, immediate: int = 0, flags: int = 0) -> None:
         self.branch, self.resume, self.stub, self.size = branch, resume, stub, size
-        self.source, self.immediate = source, immediate
+        self.source, self.immediate, self.flags = source, immediate, flags
 
 
 class Template:
@@ -265,7 +265,7 @@ class Templates:
             out += load32(7, L.SEGBASE + 16) + b"\x8d\x34\x3e"
 
     def access(self, out: bytearray, t: Template, size: int, write: bool, restore: bool, *, store_source: int = -1,
-               immediate: int = 0) -> int:
+               immediate: int = 0, stack: bool = False) -> int:
         """Code for RSI = host address of *size* bytes at linear RSI; index of the :class:`Access` it adds."""
         t.clobbers = True
         if write and self.bounce:
@@ -279,7 +279,7 @@ class Templates:
             branch = len(out) - 4
             out += b"\x48\x03\xb4\x3c" + pack("<i", table + 8)
         stub = (L.STUB_STORE_K if store_source >= 0 else L.STUB_WRITE_K if write else L.STUB_READ_K) + bool(self.user)
-        one = Access(branch, len(out), L.STUBS + 8 * stub, size, max(store_source, 0), immediate)
+        one = Access(branch, len(out), stub, size, max(store_source, 0), immediate, int(stack))
         if branch >= 0:
             t.accesses = (*t.accesses, one)
         if restore:

@@ -1,94 +1,100 @@
-"""Guest code to a block: decode up to a branch, find which flags live, and join the templates.
+"""The translator's Python half: decode guest code and make a template for each instruction that has none yet.
 
-A block is position independent but for its pc: it may be installed wherever its bytes are found again.
+Templates go into a store in native memory, keyed by mode and instruction bytes; ``native/assemble.c`` joins them to
+blocks. The store holds offsets only, so it is kept in a file between runs: later boots begin with it.
 """
 
 from __future__ import annotations
 
-from struct import pack, pack_into
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
-from attrs import define, frozen
-from iced_x86 import Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register
+from iced_x86 import Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, RflagsBits
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.emit import (
-    HOST,
-    NUMBER,
-    SPILLED,
-    call_state,
-    flags_load,
-    flags_save,
-    jmp_state,
-    load,
-    mov,
-    payload_nop,
-    store,
-)
+from cardcage_tcg.emit import flags_load, flags_save, load, store
+from cardcage_tcg.library import Area
 from cardcage_tcg.system import ends_block
-from cardcage_tcg.templates import ALL_FLAGS, Access, Emulate, Template, Templates
+from cardcage_tcg.templates import Emulate, Template, Templates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_INSTRUCTIONS", "Block", "FaultSite", "Translator"]
+__all__ = ["MAX_INSTRUCTIONS", "STORE_SIZE", "Translator"]
 
-F, M, R, K = FlowControl, Mnemonic, Register, OpKind
+F, M, K = FlowControl, Mnemonic, OpKind
 MAX_INSTRUCTIONS = 64
-CONDITIONS = {
-    getattr(ConditionCode, name): number
-    for number, name in enumerate("O NO B AE E NE BE A S NS P NP L GE LE G".split())
-    if hasattr(ConditionCode, name)
-} | {ConditionCode.S: 8, ConditionCode.NS: 9, ConditionCode.P: 10, ConditionCode.NP: 11, ConditionCode.O: 0, ConditionCode.NO: 1}
-COUNTED = {M.JRCXZ, M.JECXZ, M.JCXZ, M.LOOP, M.LOOPE, M.LOOPNE}
-HEADER = L.SIZEOF_BLOCK
+STORE_SIZE = 96 << 20
+_CONDITION_NAMES = "o no b ae e ne be a s ns p np l ge le g".split()
+CONDITIONS = {getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i for i, name in enumerate(_CONDITION_NAMES)}
+COUNTED = {M.JRCXZ: 0xE3, M.JECXZ: 0xE3, M.JCXZ: 0xE3, M.LOOP: 0xE2, M.LOOPE: 0xE1, M.LOOPNE: 0xE0}
+_NAMES = {getattr(Code, name): name for name in dir(Code) if not name.startswith("_")}
+_COUNTER_64 = {code for code, name in _NAMES.items() if name == "JRCXZ_REL8_64" or name.startswith("LOOP") and name.endswith("64_RCX")}
+_COUNTER_32 = {
+    code for code, name in _NAMES.items() if name.startswith("JECXZ_REL8") or name.startswith("LOOP") and name.endswith("_ECX")
+}
+_FLAG_BITS = (RflagsBits.OF, RflagsBits.SF, RflagsBits.ZF, RflagsBits.AF, RflagsBits.CF, RflagsBits.PF)
+_DIRECT = (K.NEAR_BRANCH16, K.NEAR_BRANCH32, K.NEAR_BRANCH64)
 
 
-@frozen
-class FaultSite:
-    """An instruction out of which a host signal can come: host and guest offsets in the block; flags in ``cpu.fl``."""
-
-    start: int
-    end: int
-    guest: int
-    stored: bool
+def _signed(value: int) -> int:
+    """A difference of two addresses as 64 bits with sign."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-@define
-class Block:
-    """A translated block, ready to be installed.
-
-    Attributes:
-        image: ``struct block`` and its code.
-        length: guest bytes.
-        relocations: offsets in the image of 64-bit fields that hold pc + what is there.
-        sites: host signal sites, only when asked for.
-    """
-
-    image: bytearray
-    length: int
-    instructions: int
-    relocations: list[tuple[int, int]]
-    sites: list[FaultSite]
+def _six(flags: int) -> int:
+    return sum(1 << i for i, bit in enumerate(_FLAG_BITS) if flags & bit)
 
 
 class Translator:
-    """Makes blocks. One for each VM; called with the VM's translation lock held."""
+    """The template store of one VM, and what fills it. Called with the VM's translation lock held.
 
-    def __init__(self, *, avx: bool = False) -> None:
+    Args:
+        add: ``tcg_add_template`` bound to the VM: takes bytes, size and whether a look-up shall find it.
+        has: ``tcg_has_template`` bound to the VM.
+        avx: AVX may be emitted.
+        keep: a file to begin with and to keep the store in, or None.
+    """
+
+    def __init__(self, *, avx: bool = False, keep: Path | None = None) -> None:
         self.avx = avx
+        self.area = Area(STORE_SIZE)
+        self._keep = keep
         self._templates: dict[tuple[int, bool], Templates] = {}
-        self.instructions = 0
+        self._six: dict[int, int] = {}
+        self.made = 0
+        if keep is None or not self._load(keep):
+            self._fresh()
+        self._loaded = self.used
 
-    def templates(self, mode: int, *, bounce: bool = False) -> Templates:
-        """The templates of *mode*."""
-        found = self._templates.get((mode, bounce))
-        if found is None:
-            found = self._templates[mode, bounce] = Templates(mode, avx=self.avx, bounce=bounce)
+    @property
+    def used(self) -> int:
+        """Bytes of the store in use."""
+        found: int = unpack_from("<I", self.area.view, L.STORE_USED)[0]
         return found
 
-    def decode(self, mode: int, pc: int, data: bytes, limit: int) -> list[tuple[Instruction, bytes]]:
-        """Instructions from *pc* up to the end of a block: a branch, a page's end (*data*'s end), *limit* of them."""
+    def _fresh(self) -> None:
+        view = self.area.view
+        pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, L.SIZEOF_STORE + 7 & ~7, 0)
+        for at, length, code in ((L.STORE_SAVE, L.STORE_SAVE_LENGTH, flags_save), (L.STORE_LOAD, L.STORE_LOAD_LENGTH, flags_load)):
+            view[at : at + len(code)] = code
+            pack_into("<I", view, length, len(code))
+
+    def templates(self, mode: int, *, single: bool = False) -> Templates:
+        """What makes templates for *mode*."""
+        found = self._templates.get((mode, single))
+        if found is None:
+            found = self._templates[mode, single] = Templates(mode, avx=self.avx, bounce=single)
+        return found
+
+    @staticmethod
+    def decode(mode: int, pc: int, data: bytes, limit: int) -> list[tuple[Instruction, bytes]]:
+        """Instructions from *pc* up to a branch, the end of *data*, or *limit* of them, or an invalid one."""
         bits = 64 if mode & L.MODE_64 else 32 if mode & L.MODE_32 else 16
         decoder = Decoder(bits, data, DecoderOptions.NONE, ip=pc)
         found: list[tuple[Instruction, bytes]] = []
@@ -96,7 +102,7 @@ class Translator:
         while at < size and len(found) < limit:
             ins = decoder.decode()
             if ins.code == Code.INVALID:
-                if not found:
+                if not found or size - at >= 15:
                     found.append((ins, data[at : at + 15]))
                 break
             length = ins.len
@@ -106,376 +112,174 @@ class Translator:
                 break
         return found
 
-    def translate(self, mode: int, pc: int, cs_base: int, phys: int, phys2: int, data: bytes, *, single: bool = False,
-                  limit: int = MAX_INSTRUCTIONS, sites: bool = False) -> Block:
-        """Translate the block at *pc*; *data* are the bytes from there to the end of what may be used."""
-        if mode & L.MODE_TF or single:
-            limit = 1
-        return _Assembly(self, mode, pc, self.decode(mode, pc, data, limit + 1), single, sites, limit).finish(
-            mode, pc, cs_base, phys, phys2
-        )
-
-
-class _Assembly:
-    """The making of one block."""
-
-    def __init__(self, translator: Translator, mode: int, pc: int, code: list[tuple[Instruction, bytes]], single: bool,
-                 sites: bool, limit: int) -> None:
-        self.mode, self.pc, self.single = mode, pc, single
-        self.long = bool(mode & L.MODE_64)
-        self.maker = translator.templates(mode, bounce=single)
-        self.out = bytearray()
-        self.slow: list[tuple[Access, int, int, int, int]] = []  # access, template's start, guest offset, length, back
-        self.polls: list[tuple[int, int, bytes]] = []  # branch field, guest offset, what to call
-        self.chains: list[tuple[int, int]] = []  # rel32 field, target
-        self.misses: list[int] = []
-        self.relocations: list[tuple[int, int]] = []
-        self.payloads: list[tuple[int, int]] = []
-        self.sites: list[FaultSite] | None = [] if sites else None
-        self.stored = False  # the guest's flags are in cpu.fl, the host's may be junk
-        self.emulated = False
-        self.body: list[tuple[Instruction, Template]] = []
-        self.raws: list[bytes] = []
-        self.terminator: Instruction | None = None
-        self._collect(code, limit)
-        translator.instructions += len(self.body) + 1
-
-    def _collect(self, code: list[tuple[Instruction, bytes]], limit: int) -> None:
-        shadow = False
-        for number, (ins, raw) in enumerate(code):
-            if number >= limit and not shadow:
-                self.next = ins.ip
-                break
-            if ins.code == Code.INVALID or (ins.flow_control != F.NEXT and not self._system(ins)):
-                self.terminator = ins
-                break
-            try:
-                t = self.maker.get(ins, raw, False)
-            except Emulate:
-                self.terminator, self.emulated = ins, True
-                break
-            self.body.append((ins, t))
-            self.raws.append(raw)
-            self.next = ins.next_ip
-            if ends_block(ins):
-                break
-            if shadow:  # the instruction after STI or a load of SS: look for interrupts after it
-                break
-            shadow = t.shadow
-        last = self.terminator if self.terminator is not None else self.body[-1][0]
-        self.length = (last.next_ip - self.pc) if last.code != Code.INVALID else max(last.ip - self.pc + 1, 1)
-
-    @staticmethod
-    def _system(ins: Instruction) -> bool:
-        return ends_block(ins)
-
-    # ---- liveness ----
-
-    def _liveness(self) -> list[tuple[int, int]]:
-        live = ALL_FLAGS
-        found = []
-        for _, t in reversed(self.body):
-            after = live
-            live = live & ~t.kills | t.reads
-            found.append((live, after))
-        found.reverse()
-        return found
-
-    # ---- assembly ----
-
-    def finish(self, mode: int, pc: int, cs_base: int, phys: int, phys2: int) -> Block:
-        out = self.out
-        lives = self._liveness()
-        entry_live = lives[0][0] if lives else ALL_FLAGS
-        if entry_live:
-            out += flags_load
-        entry = len(out)
-        poll = not self.single and self._wants_poll()
-        if poll and any(t.shadow for _, t in self.body):  # never between STI and the instruction after it
-            if entry_live:
-                self._save()
-            self._poll(pc)
-            poll = False
-        for i, (ins, t) in enumerate(self.body):
-            before, after = lives[i]
-            if poll and not before:
-                self._poll(ins.ip)
-                poll = False
-                self.stored = False
-            if t.clobbers:
-                if before or t.flags_stored:
-                    self._save()
-                    if t.flags_stored:
-                        pass
-                    elif t.reads or (t.kills and after & ~t.kills):
-                        t = self.maker.get(ins, self.raws[i], True)
-                        self.stored = False
-                    elif t.kills:
-                        self.stored = False
-                elif t.kills:
-                    self.stored = False
-            elif self.stored and (t.reads or (t.kills and after & ~t.kills)):
-                self._restore()
-            elif t.kills:
-                self.stored = False
-            self._place(ins, t)
-        if poll:
-            self._save()
-            self._poll(self.terminator.ip if self.terminator is not None else self.next)
-        self._end()
-        self._cold()
-        image = bytearray(HEADER) + out
-        pack_into("<QQQQIHHII", image, 0, pc, cs_base, phys, phys2, mode, self.length, 0, len(out), entry)
-        return Block(
-            image,
-            self.length,
-            len(self.body) + (self.terminator is not None),
-            [(HEADER + at, relative) for at, relative in self.relocations],
-            self.sites or [],
-        )
-
-    def _save(self) -> None:
-        if not self.stored:
-            self.out += flags_save
-            self.stored = True
-
-    def _restore(self) -> None:
-        if self.stored:
-            self.out += flags_load
-            self.stored = False
-
-    def _place(self, ins: Instruction, t: Template) -> None:
-        out = self.out
-        start = len(out)
-        stored = self.stored
-        out += t.code
-        guest = ins.ip - self.pc
-        if t.rip is not None:
-            self._relocate(start + t.rip[0], guest + t.rip[1])
-        for access in t.accesses:
-            self.slow.append((access, start, guest, ins.len, len(out)))
-        if t.payload >= 0:
-            self.payloads.append((start + t.payload, guest))
-        if t.flags_stored:
-            self.stored = True
-        if self.sites is not None:
-            self.sites.append(FaultSite(HEADER + start, HEADER + len(out), guest, stored))
-
-    def _relocate(self, at: int, relative: int) -> None:
-        """The 64-bit field at *at* is pc + *relative*."""
-        self.relocations.append((at, relative))
-        pack_into("<Q", self.out, at, (self.pc + relative) % (1 << 64))
-
-    def _wants_poll(self) -> bool:
-        """Every loop has a block that ends in a backward, indirect or unknown transfer: those look for events."""
-        ins = self.terminator
-        if ins is None or self.emulated:
-            return False
-        if ins.flow_control in (F.UNCONDITIONAL_BRANCH, F.CONDITIONAL_BRANCH) and ins.mnemonic not in COUNTED:
-            return bool(ins.near_branch_target <= ins.ip)
-        return ins.code != Code.INVALID
-
-    def _poll(self, ip: int) -> None:
-        self.out += b"\x83\xbc\x24" + pack("<iB", L.POLL, 0) + b"\x0f\x85\0\0\0\0"
-        self.polls.append((len(self.out) - 4, ip - self.pc, call_state(L.STUBS + 8 * L.STUB_POLL)))
-
-    # ---- ends ----
-
-    def _end(self) -> None:
-        ins = self.terminator
-        if ins is None:
-            last, t = self.body[-1]
-            if self.single:
-                self._save()
-                self._helper(L.HLP_SINGLE, last.ip, last.len)
-            elif self.mode & L.MODE_TF:
-                self._save()
-                self._helper(L.HLP_STEP, last.next_ip, 0)
-            elif len(self.body) > 1 and self.body[-2][1].shadow:
-                self._save()
-                self._poll_now(self.next)
-                self._restore()
-                self._chain(self.next)
-            else:
-                self._restore()
-                self._chain(self.next)
-            return
-        if ins.code == Code.INVALID or self.emulated or self.single:
-            self._save()
-            self._helper(L.HLP_EMULATE, ins.ip, ins.len if ins.code != Code.INVALID else 0)
-            return
-        flow = ins.flow_control
-        if self.mode & L.MODE_TF:  # rare: Python does the branch and then the trap
-            self._save()
-            self._helper(L.HLP_EMULATE, ins.ip, ins.len)
-        elif flow == F.CONDITIONAL_BRANCH and ins.mnemonic in COUNTED:
-            self._counted(ins)
-        elif flow == F.CONDITIONAL_BRANCH:
-            self._restore()
-            self._jcc(CONDITIONS[ins.condition_code], ins.near_branch_target)
-            self._chain(ins.next_ip)
-        elif flow == F.UNCONDITIONAL_BRANCH and ins.op0_kind in (K.NEAR_BRANCH16, K.NEAR_BRANCH32, K.NEAR_BRANCH64):
-            self._restore()
-            self._chain(ins.near_branch_target)
-        elif flow in (F.CALL, F.INDIRECT_CALL, F.INDIRECT_BRANCH, F.RETURN) and self._near(ins):
-            pass
-        else:
-            self._save()
-            self._helper(L.HLP_EMULATE, ins.ip, ins.len)
-
-    def _near(self, ins: Instruction) -> bool:
-        size = self.maker.width
-        near = {
-            2: (K.NEAR_BRANCH16,),
-            4: (K.NEAR_BRANCH32,),
-            8: (K.NEAR_BRANCH64,),
-        }[size]
-        start = len(self.out)
-        t = Template()
-        out = bytearray()
-        flow = ins.flow_control
-        target_direct = -1
-        if flow == F.RETURN:
-            if ins.mnemonic != M.RET or self.maker.operand_width_of_return(ins) != size:
-                return False
-            self.maker.stack_pointer(0, out)
-            self.maker.access(out, t, size, False, False)
-            out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
-            extra = ins.immediate16 if ins.op_count else 0
-            self.maker.stack_commit(size + extra, out)
-        else:
-            if flow == F.CALL:
-                if ins.op0_kind not in near:
+    def make(self, mode: int, pc: int, data: bytes, add: Callable[[bytes, bool], bool], has: Callable[[int, bytes], bool], *,
+             single: bool = False) -> bool:
+        """Make the templates that the block at *pc* lacks. False when the store is full."""
+        key = mode | (L.KEY_SINGLE if single else 0)
+        maker = self.templates(mode, single=single)
+        for ins, raw in self.decode(mode, pc, data, 1 if single or mode & L.MODE_TF else MAX_INSTRUCTIONS + 1):
+            if has(key, raw):
+                continue
+            self.made += 1
+            plain, restored = self._serialize(maker, key, ins, raw)
+            restore_at = 0
+            if restored is not None:
+                restore_at = self.used
+                if not add(restored, False):
                     return False
-                target_direct = ins.near_branch_target
-            elif not self.maker.branch_operand(ins, out, t):
+            if restore_at:
+                pack_into("<I", plain, 8, restore_at)
+            if not add(bytes(plain), True):
                 return False
-            if flow in (F.CALL, F.INDIRECT_CALL):
-                if flow == F.INDIRECT_CALL:
-                    out += store(6, L.SCRATCH + 24)
-                self.maker.stack_pointer(-size, out)
-                self.maker.access(out, t, size, True, False)
-                if size == 8:
-                    out += b"\x48\xbf"
-                    t.payload = len(out)  # the return address: filled in below
-                    out += bytes(8) + b"\x48\x89\x3e"
-                elif size == 4:
-                    out += b"\xc7\x06" + pack("<I", ins.next_ip & 0xFFFFFFFF)
-                else:
-                    out += b"\x66\xc7\x06" + pack("<H", ins.next_ip & 0xFFFF)
-                self.maker.stack_commit(-size, out)
-                if flow == F.INDIRECT_CALL:
-                    out += load(6, L.SCRATCH + 24)
-        self._save()
-        start = len(self.out)
-        self.out += out
-        if t.payload >= 0:
-            self._relocate(start + t.payload, ins.next_ip - self.pc)
-        guest = ins.ip - self.pc
-        if t.rip is not None:
-            self._relocate(start + t.rip[0], guest + t.rip[1])
-        for access in t.accesses:
-            self.slow.append((access, start, guest, ins.len, len(self.out)))
-        if target_direct >= 0:
-            self._restore()
-            self._chain(target_direct)
-        else:
-            self._indirect()
         return True
 
-    def _indirect(self) -> None:
-        """Go to RSI through the jump cache; flags are in cpu.fl."""
-        table = L.JC + (L.JC_SIZE * 16 if self.mode & L.MODE_CPL3 else 0)
-        self.out += b"\x89\xf7\xc1\xe7\x04\x81\xe7" + pack("<I", (L.JC_SIZE - 1) << 4)
-        self.out += b"\x48\x3b\xb4\x3c" + pack("<i", table) + b"\x0f\x85\0\0\0\0"
-        self.misses.append(len(self.out) - 4)
-        self.out += b"\xff\xa4\x3c" + pack("<i", table + 8)
+    def _serialize(self, maker: Templates, key: int, ins: Instruction, raw: bytes) -> tuple[bytearray, bytes | None]:
+        """A template as ``struct tmpl``, and the form that puts flags back where there is one."""
+        if ins.code == Code.INVALID:
+            return self._pack(key, raw, Template(), L.K_EMULATE, flags=L.T_INVALID), None
+        flow = ins.flow_control
+        try:
+            if flow != F.NEXT and not ends_block(ins):
+                return self._branch(maker, key, ins, raw), None
+            t = maker.get(ins, raw, False)
+            extra = L.T_END if ends_block(ins) else 0
+            restored = None
+            if t.clobbers and not t.flags_stored and (t.reads or t.kills):
+                restored = bytes(self._pack(key, raw, maker.get(ins, raw, True), L.K_NORMAL, flags=extra))
+            return self._pack(key, raw, t, L.K_NORMAL, flags=extra), restored
+        except Emulate:
+            return self._pack(key, raw, Template(), L.K_EMULATE), None
 
-    def _counted(self, ins: Instruction) -> None:
-        """LOOPcc, JRCXZ: the host's own, over a taken jump."""
-        self._restore()
-        out = self.out
-        address = ins.code
-        name_64 = {Code.JRCXZ_REL8_64, Code.LOOP_REL8_64_RCX, Code.LOOPE_REL8_64_RCX, Code.LOOPNE_REL8_64_RCX}
-        wide32 = {
-            Code.JECXZ_REL8_64, Code.LOOP_REL8_64_ECX, Code.LOOPE_REL8_64_ECX, Code.LOOPNE_REL8_64_ECX,
-            Code.JECXZ_REL8_32, Code.LOOP_REL8_32_ECX, Code.LOOPE_REL8_32_ECX, Code.LOOPNE_REL8_32_ECX,
-            Code.JECXZ_REL8_16, Code.LOOP_REL8_16_ECX, Code.LOOPE_REL8_16_ECX, Code.LOOPNE_REL8_16_ECX,
-        }
-        opcode = {M.LOOPNE: 0xE0, M.LOOPE: 0xE1, M.LOOP: 0xE2}.get(ins.mnemonic, 0xE3)
-        if address in name_64:
-            prefix = b""
-        elif address in wide32:
-            prefix = b"\x67"
+    def _branch(self, maker: Templates, key: int, ins: Instruction, raw: bytes) -> bytearray:
+        flow = ins.flow_control
+        direct = ins.op_count and ins.op0_kind in _DIRECT
+        relative = ins.near_branch_target - ins.ip if direct else 0
+        if flow == F.CONDITIONAL_BRANCH and ins.mnemonic in COUNTED:
+            if ins.code not in _COUNTER_64 and ins.code not in _COUNTER_32:
+                raise Emulate("16-bit counter")
+            flags = L.T_ADDRESS32 if ins.code in _COUNTER_32 else 0
+            return self._pack(key, raw, Template(), L.K_COUNTED, relative=relative, aux=COUNTED[ins.mnemonic], flags=flags)
+        if flow == F.CONDITIONAL_BRANCH and direct:
+            return self._pack(key, raw, Template(), L.K_JCC, relative=relative, aux=CONDITIONS[ins.condition_code])
+        near = {2: K.NEAR_BRANCH16, 4: K.NEAR_BRANCH32, 8: K.NEAR_BRANCH64}[maker.width]
+        if flow == F.UNCONDITIONAL_BRANCH and direct and ins.op0_kind == near:
+            return self._pack(key, raw, Template(), L.K_JMP, relative=relative)
+        return self._near(maker, key, ins, raw, near, relative)
+
+    def _near(self, maker: Templates, key: int, ins: Instruction, raw: bytes, near: int, relative: int) -> bytearray:
+        """Near CALL, RET and indirect JMP: code that moves the stack and, but for a direct CALL, leaves RSI = target."""
+        size, flow, t, out = maker.width, ins.flow_control, Template(), bytearray()
+        hole = None
+        if flow == F.RETURN:
+            if ins.mnemonic != M.RET or maker.operand_width_of_return(ins) != size:
+                raise Emulate("return")
+            maker.stack_pointer(0, out)
+            maker.access(out, t, size, False, False, stack=True)
+            out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
+            maker.stack_commit(size + (ins.immediate16 if ins.op_count else 0), out)
+        elif flow == F.CALL and ins.op_count and ins.op0_kind == near:
+            hole = self._push_return(maker, size, out, t)
+        elif flow in (F.INDIRECT_BRANCH, F.INDIRECT_CALL) and maker.branch_operand(ins, out, t):
+            if flow == F.INDIRECT_CALL:
+                out += store(6, L.SCRATCH + 24)
+                hole = self._push_return(maker, size, out, t)
+                out += load(6, L.SCRATCH + 24)
         else:
-            self._save()
-            self._helper(L.HLP_EMULATE, ins.ip, ins.len)
+            raise Emulate("branch")
+        t.code = bytes(out)
+        kind = L.K_CALL if flow == F.CALL else L.K_INDIRECT
+        return self._pack(key, raw, t, kind, relative=relative, hole=hole, length=ins.len)
+
+    @staticmethod
+    def _push_return(maker: Templates, size: int, out: bytearray, t: Template) -> tuple[int, int]:
+        """Push the address after the instruction: ``(offset, size)`` of the hole for it."""
+        maker.stack_pointer(-size, out)
+        maker.access(out, t, size, True, False, stack=True)
+        out += {2: b"\x66\xc7\x06", 4: b"\xc7\x06", 8: b"\x48\xbf"}[size]
+        hole = len(out), size
+        out += bytes(size)
+        if size == 8:
+            out += b"\x48\x89\x3e"
+        maker.stack_commit(-size, out)
+        return hole
+
+    def _pack(self, key: int, raw: bytes, t: Template, kind: int, *, relative: int = 0, aux: int = 0, flags: int = 0,
+              hole: tuple[int, int] | None = None, length: int = 0) -> bytearray:
+        holes = [(*t.rip, 8)] if t.rip is not None else []
+        if hole is not None:
+            holes.append((hole[0], length, hole[1]))
+        holes += [(0, 0, 0)] * (2 - len(holes))
+        flags |= (L.T_CLOBBERS if t.clobbers else 0) | (L.T_STORED if t.flags_stored else 0) | (L.T_SHADOW if t.shadow else 0)
+        six = self._six
+        for word in (t.reads, t.kills):
+            if word not in six:
+                six[word] = _six(word)
+        out = bytearray(
+            pack(
+                "<IIIHHqqqHHBBBBBBBBB3x",
+                0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, _signed(relative),
+                _signed(holes[0][1]), _signed(holes[1][1]), holes[0][0], holes[1][0], holes[0][2], holes[1][2],
+                len(raw), kind, aux, six[t.reads], six[t.kills], flags, len(t.accesses),
+            )
+        )  # fmt: skip
+        for a in t.accesses:
+            out += pack("<HHHHBB2xi", a.branch, a.resume, a.size, a.flags, a.source, a.stub, a.immediate)
+        out += raw.ljust(16, b"\0") + t.code
+        return out
+
+    # ---- the file ----
+
+    def _load(self, path: Path) -> bool:
+        """Take a kept store. It is code that will run: only a file of ours that nobody else can write will do."""
+        try:
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    return False
+                data = file.read(STORE_SIZE + 1)
+        except OSError:
+            return False
+        if len(data) < L.SIZEOF_STORE or len(data) > STORE_SIZE:
+            return False
+        digest, data = data[-32:], data[:-32]
+        magic, size, used, _ = unpack_from("<IIII", data, 0)
+        if magic != L.STORE_MAGIC or size != STORE_SIZE or used != len(data) or hashlib.sha256(data).digest() != digest:
+            return False
+        self.area.view[: len(data)] = data
+        return True
+
+    def save(self) -> None:
+        """Keep the store for the next run, when it has grown by a tenth; a failure to write costs only time later."""
+        used = self.used
+        if self._keep is None or used - self._loaded < max(65536, self._loaded // 10):
             return
-        out += prefix + bytes((opcode, 0))
-        branch = len(out)
-        self._chain(ins.next_ip)
-        out[branch - 1] = len(out) - branch
-        self._chain(ins.near_branch_target)
+        data = bytes(self.area.view[:used])
+        try:
+            self._keep.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._keep.parent, delete=False) as file:
+                file.write(data + hashlib.sha256(data).digest())
+            os.replace(file.name, self._keep)
+        except OSError:
+            return
+        self._loaded = used
 
-    def _align(self, before: int) -> None:
-        """A rel32 field that is patched while others run it must lie in one aligned word: pad with NOPs."""
-        pad = -(len(self.out) + before) % 4
-        self.out += {0: b"", 1: b"\x90", 2: b"\x66\x90", 3: b"\x0f\x1f\x00"}[pad]
-
-    def _jcc(self, condition: int, target: int) -> None:
-        self._align(2)
-        self.out += bytes((0x0F, 0x80 | condition, 0, 0, 0, 0))
-        self.chains.append((len(self.out) - 4, target))
-
-    def _chain(self, target: int) -> None:
-        self._align(1)
-        self.out += b"\xe9\0\0\0\0"
-        self.chains.append((len(self.out) - 4, target))
-
-    def _poll_now(self, ip: int) -> None:
-        """Look for events before the instruction at *ip*; flags are stored."""
-        self._poll(ip)
-
-    def _helper(self, number: int, ip: int, length: int) -> None:
-        """Call a helper as the block's end; flags are in cpu.fl."""
-        self.out += b"\xbf" + pack("<I", number | length << 8) + call_state(L.STUBS + 8 * L.STUB_HELPER)
-        self.payloads.append((len(self.out) + 4, ip - self.pc))
-        self.out += payload_nop
-
-    # ---- the cold part ----
-
-    def _cold(self) -> None:
-        out = self.out
-        for access, start, guest, length, _ in self.slow:
-            self._patch(start + access.branch, len(out))
-            out += call_state(access.stub) + b"\xe9"
-            out += pack("<i", start + access.resume - len(out) - 4)
-            out += pack("<IHHBBHi", HEADER + len(out), guest, access.size, access.source, length, 0, access.immediate)
-        for branch, guest, call in self.polls:
-            self._patch(branch, len(out))
-            out += call
-            self.payloads.append((len(out) + 4, guest))
-            out += payload_nop
-        if self.misses:
-            for branch in self.misses:
-                self._patch(branch, len(out))
-            out += jmp_state(L.STUBS + 8 * L.STUB_JUMP)
-        wrap = 0 if self.long else 1 if self.mode & L.MODE_32 else 2
-        for field, target in self.chains:
-            while (len(out) + 7) % 8:  # struct site holds a u64
-                out += b"\x90"
-            self._patch(field, len(out))
-            out += call_state(L.STUBS + 8 * L.STUB_CHAIN)
-            here = len(out)
-            delta = (target - self.pc + (1 << 31)) % (1 << 64) - (1 << 31)
-            if not -(1 << 31) <= delta < 1 << 31:
-                delta = (delta + (1 << 31)) % (1 << 32) - (1 << 31)
-            out += pack("<IIiIQ", HEADER + here, here - field, delta, wrap, 0)
-        for at, guest in self.payloads:
-            # the stub's return address is where the NOP begins
-            pack_into("<I", out, at, (HEADER + at - 4) << 12 | guest)
-
-    def _patch(self, field: int, to: int) -> None:
-        pack_into("<i", self.out, field, to - field - 4)
+    def close(self) -> None:
+        """Keep the store, and give its memory back."""
+        self.save()
+        self.area.close()
 
 
+def store_path(directory: str, avx: bool) -> Path | None:
+    """Where templates of exactly this translator are kept: below *directory*, or the user's cache (empty: nowhere)."""
+    if directory == "none":
+        return None
+    here = Path(__file__).parent
+    sources = sorted(one for one in here.iterdir() if one.suffix in (".py", ".so"))
+    digest = hashlib.sha256()
+    for one in sources:
+        digest.update(one.read_bytes())
+    import iced_x86
+
+    digest.update(f"{iced_x86.__version__ if hasattr(iced_x86, '__version__') else ''} {avx}".encode())
+    cache = directory or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg")
+    return Path(cache) / f"templates-{digest.hexdigest()[:24]}"

@@ -481,7 +481,7 @@ class TcgVCpu:
         for at, flag in ((L.NMI_BLOCKED, events.nmi_blocked), (L.SHADOW, events.interrupt_shadow), (L.HALTED, events.halted)):
             d[at // 4] = int(flag)
         d[(L.LAPIC + L.LAPIC_NMI) // 4] = int(events.nmi_pending)
-        d[L.STARTUP // 4] = int(events.startup != "running")
+        d[L.STARTUP // 4] = int(self._vm.lapic and events.startup != "running")
         for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
             q[L.DR // 8 + i] = value
         if self._vm.lapic:

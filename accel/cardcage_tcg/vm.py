@@ -17,7 +17,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import Fault
 from cardcage_tcg.library import Area, CodeBuffer, load
-from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
+from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator, store_path
 from cardcage_tcg.vcpu import TcgVCpu
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["TcgOptions", "TcgVm"]
 
 HASH_BITS = 18
-MODE_SINGLE = 1 << 15
-"""Not a mode of the processor: the key of singles, which no look-up finds."""
 
 
 @frozen
@@ -39,9 +37,11 @@ class TcgOptions:
     Attributes:
         code_cache: MiB of executable memory, 8 to 1024; half of it is filled at a time.
         block_size: the most instructions in one block, 1 to 64 (1 is a lockstep aid).
+        templates: directory where instruction templates are kept between runs; empty for the user's cache, ``none`` for nowhere.
     """
 
     code_cache: int = field(default=256)
+    templates: str = ""
     block_size: int = field(default=MAX_INSTRUCTIONS)
 
     @code_cache.validator
@@ -75,7 +75,6 @@ class TcgVm:
         self._hash = Area(8 << HASH_BITS)
         self._code = CodeBuffer(options.code_cache << 20)
         self.pointer = self._area.address
-        self._limit = options.block_size
         q, d = self._area.view[: L.SIZEOF_VM].cast("Q"), self._area.view[: L.SIZEOF_VM].cast("I")
         self._q, self._d = q, d
         d[L.VM_NCPUS // 4] = spec.cpus
@@ -92,7 +91,8 @@ class TcgVm:
         self._tsc_zero = start[0]
         self.model = CpuModel(self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz)
         self.cr4_allowed = self._cr4()
-        self._translator = Translator(avx=self.model.avx)
+        self._translator = Translator(avx=self.model.avx, keep=store_path(options.templates, self.model.avx))
+        q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._translator.area.address, options.block_size
         self._lock = threading.Lock()
         self._slots: list[MemorySlot] = []
         self._starts: list[int] = []
@@ -211,6 +211,7 @@ class TcgVm:
         self._cpus = []
         self._q.release()
         self._d.release()
+        self._translator.close()
         for area in (*self._pages.values(), self._area, self._hash):
             area.close()
         self._code.close()
@@ -255,51 +256,45 @@ class TcgVm:
         self._singles.clear()
 
     def translate(self, cpu: TcgVCpu, phys: int, linear: int) -> None:
-        """Make and install the block at the vCPU's RIP, or deliver the fault of fetching it."""
+        """Native code met instructions without a template at the vCPU's RIP, or a full buffer. Fetching may fault."""
         with self._lock:
+            if cpu.field(L.INFO + 16) == L.TRANSLATE_FULL:
+                self._flush_stopped()
+                return
             try:
-                self._translate(cpu, phys, linear, cpu.mode, single=False)
+                self._make(cpu, phys, linear, single=False)
             except Fault as fault:
                 cpu.raise_exception(fault.vector, fault.error)
 
-    def _translate(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, *, single: bool) -> int:
-        pc, cs_base = cpu.rip, cpu.cs_base
-        while True:
-            data, phys2 = self._code_bytes(cpu, phys, linear, mode, pc)
-            self.native.watch(self.pointer, phys)
-            if phys2 != 0xFFFFFFFFFFFFFFFF:
-                self.native.watch(self.pointer, phys2)
-            block = self._translator.translate(mode, pc, cs_base, phys, phys2, data, single=single, limit=self._limit)
-            image = block.image
-            if single:
-                pack_into("<I", image, L.BLOCK_MODE, mode | MODE_SINGLE)
-            if phys2 != 0xFFFFFFFFFFFFFFFF and block.length <= 4096 - (phys & 0xFFF):
-                pack_into("<Q", image, L.BLOCK_PHYS2, 0xFFFFFFFFFFFFFFFF)
-            result: int = self.native.install(self.pointer, bytes(image), data)
-            if result > 1:
-                return result
-            if result == 1:
-                with self.quiesce():
-                    self._flush()
+    def _flush_stopped(self) -> None:
+        with self.quiesce():
+            self._flush()
 
-    def _code_bytes(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, pc: int) -> tuple[bytes, int]:
-        """Code from *phys* to the end of its page, or with the next page where the first instruction reaches there."""
+    def _make(self, cpu: TcgVCpu, phys: int, linear: int, *, single: bool) -> None:
+        mode, pc = cpu.mode, cpu.rip
+        data = self._code_bytes(cpu, phys, linear, mode, pc)
+        if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
+            raise AcceleratorError(f"tcg: the template store is full ({self._translator.used >> 20} MiB)")
+
+    def _add_template(self, data: bytes, link: bool) -> bool:
+        return not self.native.add_template(self.pointer, data, len(data), link)
+
+    def _has_template(self, key: int, raw: bytes) -> bool:
+        return bool(self.native.has_template(self.pointer, key, raw, len(raw)))
+
+    def _code_bytes(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, pc: int) -> bytes:
+        """Code from *phys* to the end of its page, or into the next page where the first instruction reaches there."""
         room = 4096 - (phys & 0xFFF)
         data = self.peek(phys, min(room, 1024))
         if data is None:
             data = b"\xff" * 15
-        if room < 15:
-            code = self._translator.decode(mode, pc, data, 1)
-            if code[0][0].code == Code.INVALID:
-                vector, second = cpu.walk(linear + room & (0xFFFFFFFFFFFFFFFF if mode & L.MODE_64 else 0xFFFFFFFF), 2)
-                if vector:
-                    # perhaps the bytes here are enough to be invalid; else fetching goes on into the missing page
-                    raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
-                more = self.peek(second, 15 - room)
-                joined = data + (more if more is not None else b"\xff" * (15 - room))
-                (first, _), *_ = self._translator.decode(mode, pc, joined, 1)
-                return joined[: first.len if first.code != Code.INVALID else 15], second
-        return data, 0xFFFFFFFFFFFFFFFF
+        if room < 15 and self._translator.decode(mode, pc, data, 1)[0][0].code == Code.INVALID:
+            vector, second = cpu.walk(linear + room & (0xFFFFFFFFFFFFFFFF if mode & L.MODE_64 else 0xFFFFFFFF), 2)
+            if vector:
+                raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
+            more = self.peek(second, 15)
+            return data + (more if more is not None else b"\xff" * 15)
+        return data
 
     def single(self, cpu: TcgVCpu) -> tuple[int, bool] | None:
         """(host address, whether the written operand is read first) of the instruction at RIP alone, its write going to
@@ -317,7 +312,11 @@ class TcgVm:
                 ins = self._translator.decode(mode, pc, data, 1)[0][0]
                 if ins.code == Code.INVALID or ins.flow_control != FlowControl.NEXT or not _writes_memory(ins):
                     return None
-                block = self._translate(cpu, phys, linear, mode, single=True)
+                while (block := self.native.single(cpu.pointer, phys, linear)) <= L.TRANSLATE_MISSING:
+                    if block == L.TRANSLATE_MISSING:
+                        self._make(cpu, phys, linear, single=True)
+                    elif block == L.TRANSLATE_FULL:
+                        self._flush_stopped()
                 found = self._singles[key] = block + L.SIZEOF_BLOCK, _reads_memory(ins)
             return found
 
@@ -328,17 +327,16 @@ class TcgVm:
             if block is None:
                 return None
             header = ctypes.string_at(block, L.SIZEOF_BLOCK)
-            pc, cs_base, phys, phys2, mode, length = unpack_from("<QQQQIH", header)
+            pc, _, phys, phys2, _, length = unpack_from("<QQQQIH", header)
             first = min(length, 4096 - (phys & 0xFFF))
             data = (self.peek(phys, first) or b"") + ((self.peek(phys2, length - first) or b"") if length > first else b"")
-            single = bool(mode & MODE_SINGLE)
-            made = self._translator.translate(
-                mode & ~MODE_SINGLE, pc, cs_base, phys, phys2, data, single=single, limit=self._limit, sites=True
-            )
-            offset = host - block
-            for site in made.sites:
-                if site.start <= offset < site.end:
-                    return (pc + site.guest) & 0xFFFFFFFFFFFFFFFF, site.stored
+            sites = (ctypes.c_uint32 * (4 * 80))()
+            count = self.native.sites(self.pointer, block, data, sites)
+            offset = host - block - L.SIZEOF_BLOCK
+            for i in range(max(count, 0)):
+                start, end, guest, stored = sites[4 * i : 4 * i + 4]
+                if start <= offset < end:
+                    return pc + guest & 0xFFFFFFFFFFFFFFFF, bool(stored)
             return None
 
     def _block_at(self, host: int) -> int | None:

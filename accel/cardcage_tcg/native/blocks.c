@@ -109,6 +109,10 @@ u64 native_dispatch(struct cpu *c)
             return code;
         }
         spin_unlock(&c->vm->lock);
+        u64 made = native_translate(c, phys, linear, 0);
+        if (made != TRANSLATE_MISSING && made != TRANSLATE_FULL)
+            continue;
+        c->info[2] = made;
         c->reason = R_TRANSLATE;
         c->info[0] = phys;
         c->info[1] = linear;
@@ -347,17 +351,29 @@ EXPORTED void tcg_watch(struct vm *vm, u64 gpa)
     tcg_start_world(vm);
 }
 
-/* Put a block into the buffer. `code` has a struct block with pc, cs_base, phys, phys2, mode, length, code_length, entry
- * filled in and `guest` the bytes it was made from. Returns its executable address; 0: the bytes changed meanwhile,
- * translate again; 1: the buffer is full, flush. */
-EXPORTED u64 tcg_install(struct vm *vm, const u8 *code, const u8 *guest)
+/* As tcg_watch, from a vCPU that is in native code itself. */
+void tcg_watch_running(struct cpu *c, u64 gpa)
 {
-    const struct block *plan = (const struct block *)code;
-    u64 total = (sizeof(struct block) + plan->code_length + 63) & ~63ul, result = 0;
+    struct page *p = page_of(c->vm, gpa, 0);
+    if (!p || p->first)
+        return;
+    u32 native = c->in_native;
+    if (native)
+        world_leave(c);
+    tcg_watch(c->vm, gpa);
+    if (native)
+        world_enter(c);
+}
+
+/* Put a block into the buffer: its header as planned, its code, and the guest bytes that it was made from. Its executable
+ * address; TRANSLATE_CHANGED: the bytes changed meanwhile, translate again; TRANSLATE_FULL: flush first. */
+u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest)
+{
+    u64 total = (sizeof(struct block) + plan->code_length + 63) & ~63ul, result = TRANSLATE_CHANGED;
     spin_lock(&vm->lock);
     if (vm->code_used + total > vm->code_limit) {
         spin_unlock(&vm->lock);
-        return 1;
+        return TRANSLATE_FULL;
     }
     u32 first = 4096 - (u32)(plan->phys & 0xfff);
     if (first > plan->length)
@@ -375,8 +391,9 @@ EXPORTED u64 tcg_install(struct vm *vm, const u8 *code, const u8 *guest)
         if (ram2[i - first] != guest[i])
             goto out;
     struct block *b = (struct block *)(vm->code_rx + vm->code_used);
-    memcpy(RW(vm, u8, b), code, sizeof(struct block) + plan->code_length);
     struct block *w = RW(vm, struct block, b);
+    *w = *plan;
+    memcpy(w + 1, code, plan->code_length);
     u64 *head = &vm->hash[hash_of(b->phys, b->mode) & vm->hash_mask];
     w->valid = 1;
     w->incoming = 0;

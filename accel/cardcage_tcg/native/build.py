@@ -22,8 +22,8 @@ FLAGS = (
     *("-ffile-prefix-map=" + str(HERE) + "=.", "-Wall", "-Wextra", "-Werror", "-std=gnu11"),
 )
 LINK = ("-shared", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,now", "-Wl,-Bsymbolic", "-Wl,--hash-style=gnu", "-Wl,-s")
-CONSTANTS = re.compile(r"\b((?:MODE|R|H|STUB|TLB|JC|XTLB|MAX)_[A-Z0-9_]+)\b")
-STRUCTS = {"cpu": "", "vm": "VM_", "slot": "SLOT_", "block": "BLOCK_", "lapic": "LAPIC_", "seg": "SEG_", "site": "SITE_"}
+CONSTANTS = re.compile(r"\b((?:MODE|R|H|STUB|TLB|JC|XTLB|MAX|K|T|KEY|STORE|TRANSLATE)_[A-Z0-9_]+)\b")
+STRUCTS = {"cpu": "", "vm": "VM_", "slot": "SLOT_", "block": "BLOCK_", "lapic": "LAPIC_", "seg": "SEG_", "site": "SITE_", "store": "STORE_"}
 
 
 def fields(header: str, struct: str) -> list[str]:
@@ -48,9 +48,9 @@ def constants(cc: str) -> dict[str, int]:
     for struct, prefix in STRUCTS.items():
         wanted |= {f"{prefix}{one.upper()}": f"offsetof(struct {struct}, {one})" for one in fields(header, struct)}
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
-    for struct in ("tlb", "access", "page"):
+    for struct in ("tlb", "access", "page", "tmpl", "taccess", "fault_site"):
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
-    code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text(), flags=re.S)
+    code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
     wanted |= {name: name for name in CONSTANTS.findall(code) if name not in wanted}
     wanted |= {f"HLP_{name}": f"HLP_{name}" for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)}
     text = '#include "cpu.h"\n#include "internal.h"\n#include "helpers.h"\nvoid f(void) {\n' + "\n".join(

@@ -22,10 +22,46 @@ struct block {
 struct site {
     u32 header;          /* this - header = struct block */
     u32 jump;            /* this - jump = the rel32 field to patch */
-    s32 target;          /* target RIP - block pc */
-    u32 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16 */
+    s64 target;          /* target RIP - block pc */
     u64 next;
+    u64 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16 */
 };
+
+/* ---- templates: made by Python, joined by assemble.c; all offsets, so that a store can be kept in a file ---- */
+
+enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
+enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32 };
+enum { KEY_SINGLE = 1 << 20 };          /* beside the mode in a template's and a block's key */
+enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
+enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
+#define ALL_FLAGS 0x3f
+
+/* Then: struct taccess[accesses], 16 bytes that hold the instruction, and the code. */
+struct tmpl {
+    u32 next, key, restore; /* offset of the form that puts the flags back before the operation */
+    u16 code_length, payload;
+    s64 relative;           /* target - own RIP */
+    s64 hole_relative[2];
+    u16 hole[2];
+    u8 hole_size[2];
+    u8 raw_length, kind, aux, reads, kills, flags;
+    u8 accesses, pad[3];
+};
+
+struct taccess {
+    u16 branch, resume, size, flags;
+    u8 source, stub, pad[2];
+    s32 immediate;
+};
+
+struct store {
+    u32 magic, size, used, count;
+    u8 save[32], load[32];
+    u32 save_length, load_length;
+    u32 heads[STORE_HEADS];
+};
+
+struct fault_site { u32 start, end, guest, stored; };
 
 /* What a memory access leaves after its `call; jmp`. */
 struct access {
@@ -49,4 +85,7 @@ extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
 u64 native_lookup(struct cpu *c);
 void cross_unlink(struct vm *vm);
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single);
+u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest);
+void tcg_watch_running(struct cpu *c, u64 gpa);
 #endif

@@ -1,0 +1,530 @@
+/* Guest code to a block: templates that Python made, one for each distinct instruction, are looked up by the
+ * instruction's bytes and joined. Which flags live, where they are saved, polls and chains are decided here.
+ *
+ * No byte string that is an instruction begins with another, so trying lengths finds the one that is there. */
+#include "cpu.h"
+#include "internal.h"
+#include "helpers.h"
+
+#define MAX_BODY 66
+#define ROOM 20480
+#define PAGE_END 15     /* closer to a page's end than the longest instruction, a block just ends */
+
+struct out {
+    u8 code[ROOM + 8192];
+    u32 used, stored;   /* stored: guest flags are in cpu.fl, and the host's may be junk */
+    u32 payloads, chains, misses;
+    struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
+    struct { u32 field; s64 target; } chain[4];
+    u32 miss[4];
+    struct { u32 branch, guest; } poll[2];
+    u32 polls;
+};
+
+struct plan {
+    const struct tmpl *t[MAX_BODY];
+    u16 at[MAX_BODY];   /* guest offsets */
+    u8 before[MAX_BODY], after[MAX_BODY]; /* flags that live */
+    u32 count, next;    /* bytes up to where the body ends */
+    const struct tmpl *end;
+};
+
+static u32 hash_raw(u32 key, const u8 *raw, u32 length)
+{
+    u32 h = key * 0x9e3779b1u ^ length * 0x85ebca6bu;
+    for (u32 i = 0; i < length; i++)
+        h = (h ^ raw[i]) * 0x01000193u;
+    return h ^ h >> 15;
+}
+
+static const struct tmpl *at_offset(const struct store *s, u32 offset) { return (const struct tmpl *)((u64)s + offset); }
+static const struct taccess *accesses_of(const struct tmpl *t) { return (const struct taccess *)(t + 1); }
+static const u8 *raw_of(const struct tmpl *t) { return (const u8 *)(accesses_of(t) + t->accesses); }
+static const u8 *code_of(const struct tmpl *t) { return raw_of(t) + 16; }
+
+static const struct tmpl *find_template(const struct store *s, u32 key, const u8 *raw, u32 room)
+{
+    static const u8 order[] = { 3, 4, 5, 2, 7, 1, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
+    for (u32 i = 0; i < sizeof order; i++) {
+        u32 length = order[i];
+        if (length > room)
+            continue;
+        u32 at = __atomic_load_n(&s->heads[hash_raw(key, raw, length) & (STORE_HEADS - 1)], __ATOMIC_ACQUIRE);
+        while (at) {
+            const struct tmpl *t = at_offset(s, at);
+            if (t->key == key && t->raw_length == length) {
+                const u8 *known = raw_of(t);
+                u32 j = 0;
+                while (j < length && known[j] == raw[j])
+                    j++;
+                if (j == length)
+                    return t;
+            }
+            at = t->next;
+        }
+    }
+    return 0;
+}
+
+static void put(struct out *o, const u8 *bytes, u32 n)
+{
+    memcpy(o->code + o->used, bytes, n);
+    o->used += n;
+}
+
+static void put32(struct out *o, u32 v)
+{
+    *(u32 *)(o->code + o->used) = v;
+    o->used += 4;
+}
+
+static void save(struct out *o, const struct store *s)
+{
+    if (!o->stored)
+        put(o, s->save, s->save_length);
+    o->stored = 1;
+}
+
+static void restore(struct out *o, const struct store *s)
+{
+    if (o->stored)
+        put(o, s->load, s->load_length);
+    o->stored = 0;
+}
+
+static void patch(struct out *o, u32 field, u32 to) { *(s32 *)(o->code + field) = (s32)(to - field - 4); }
+
+static void call_stub(struct out *o, u32 stub)
+{
+    static const u8 call[] = { 0xff, 0x94, 0x24 };
+    put(o, call, 3);
+    put32(o, offsetof(struct cpu, stubs) + 8 * stub);
+}
+
+/* The NOP whose displacement tells a stub which instruction of which block called it. */
+static void payload_nop(struct out *o, u32 guest)
+{
+    static const u8 nop[] = { 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0 };
+    put(o, nop, 8);
+    o->payload[o->payloads].at = o->used - 4;
+    o->payload[o->payloads++].guest = guest;
+}
+
+static void emit_poll(struct out *o, u32 guest)
+{
+    static const u8 compare[] = { 0x83, 0xbc, 0x24 }, jne[] = { 0, 0x0f, 0x85, 0, 0, 0, 0 };
+    put(o, compare, 3);
+    put32(o, offsetof(struct cpu, poll));
+    put(o, jne, 7);
+    o->poll[o->polls].branch = o->used - 4;
+    o->poll[o->polls++].guest = guest;
+}
+
+static void align(struct out *o, u32 before) /* a field that is patched while others run it lies in one aligned word */
+{
+    static const u8 nops[4][3] = { { 0 }, { 0x90 }, { 0x66, 0x90 }, { 0x0f, 0x1f, 0x00 } };
+    u32 pad = -(o->used + before) % 4;
+    put(o, nops[pad], pad);
+}
+
+static void emit_chain(struct out *o, s64 target)
+{
+    static const u8 jmp[] = { 0xe9, 0, 0, 0, 0 };
+    align(o, 1);
+    put(o, jmp, 5);
+    o->chain[o->chains].field = o->used - 4;
+    o->chain[o->chains++].target = target;
+}
+
+static void emit_helper(struct out *o, u32 number, u32 length, u32 guest)
+{
+    static const u8 mov = 0xbf;
+    put(o, &mov, 1);
+    put32(o, number | length << 8);
+    call_stub(o, STUB_HELPER);
+    payload_nop(o, guest);
+}
+
+static void emit_indirect(struct out *o, u32 mode)
+{
+    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
+                    jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
+    u32 table = offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0);
+    put(o, index, 7);
+    put32(o, (JC_SIZE - 1) << 4);
+    put(o, compare, 4);
+    put32(o, table);
+    put(o, jne, 6);
+    o->miss[o->misses++] = o->used - 4;
+    put(o, jmp, 3);
+    put32(o, table + 8);
+}
+
+/* A template's code, its holes filled. */
+static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest)
+{
+    u32 start = o->used;
+    put(o, code_of(t), t->code_length);
+    for (u32 i = 0; i < 2; i++) {
+        u8 *hole = o->code + start + t->hole[i];
+        u64 value = ip + (u64)t->hole_relative[i];
+        if (t->hole_size[i] == 8)
+            *(u64 *)hole = value;
+        else if (t->hole_size[i] == 4)
+            *(u32 *)hole = (u32)value;
+        else if (t->hole_size[i] == 2)
+            *(u16 *)hole = (u16)value;
+    }
+    if (t->payload != 0xffff) {
+        o->payload[o->payloads].at = start + t->payload;
+        o->payload[o->payloads++].guest = guest;
+    }
+    if (t->flags & T_STORED)
+        o->stored = 1;
+}
+
+static int wants_poll(const struct plan *p)
+{
+    if (!p->end || p->end->kind == K_EMULATE)
+        return 0;
+    return p->end->kind == K_JCC || p->end->kind == K_JMP ? p->end->relative <= 0 : 1;
+}
+
+/* 0, or the offset + 1 of an instruction without a template. */
+static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *data, u32 size, u32 limit, int crosses)
+{
+    u32 at = 0, shadow = 0, bytes = 0;
+    p->count = 0;
+    p->end = 0;
+    while (at < size && (p->count < limit || shadow) && bytes < ROOM) {
+        const struct tmpl *t = find_template(s, key, data + at, size - at < 15 ? size - at : 15);
+        if (!t) {
+            if (p->count && size - at < PAGE_END && !crosses)
+                break;
+            return at + 1;
+        }
+        if (t->kind != K_NORMAL) {
+            p->end = t;
+            p->at[p->count] = (u16)at;
+            p->next = at + t->raw_length;
+            return 0;
+        }
+        p->t[p->count] = t;
+        p->at[p->count++] = (u16)at;
+        at += t->raw_length;
+        bytes += t->code_length + 40u * t->accesses + 40;
+        if (t->flags & T_END || shadow)
+            break;
+        shadow = t->flags & T_SHADOW;
+    }
+    p->next = at;
+    return 0;
+}
+
+static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, u32 single)
+{
+    const struct tmpl *end = p->end;
+    u32 here = p->at[p->count];
+    if (!end) {
+        const struct tmpl *last = p->t[p->count - 1];
+        u32 guest = p->at[p->count - 1];
+        if (single) {
+            save(o, s);
+            emit_helper(o, HLP_SINGLE, last->raw_length, guest);
+        } else if (mode & MODE_TF) {
+            save(o, s);
+            emit_helper(o, HLP_STEP, 0, p->next);
+        } else if (p->count > 1 && p->t[p->count - 2]->flags & T_SHADOW) {
+            save(o, s); /* interrupts that STI let in are looked for one instruction later */
+            emit_poll(o, p->next);
+            restore(o, s);
+            emit_chain(o, p->next);
+        } else {
+            restore(o, s);
+            emit_chain(o, p->next);
+        }
+        return;
+    }
+    if (end->kind == K_EMULATE || single || mode & MODE_TF) { /* a branch under TF is Python's, with the trap after it */
+        save(o, s);
+        emit_helper(o, HLP_EMULATE, end->flags & T_INVALID ? 0 : end->raw_length, here);
+        return;
+    }
+    s64 target = (s64)here + end->relative;
+    switch (end->kind) {
+    case K_JCC: {
+        u8 jcc[] = { 0x0f, (u8)(0x80 | end->aux), 0, 0, 0, 0 };
+        restore(o, s);
+        align(o, 2);
+        put(o, jcc, 6);
+        o->chain[o->chains].field = o->used - 4;
+        o->chain[o->chains++].target = target;
+        emit_chain(o, p->next);
+        return;
+    }
+    case K_JMP:
+        restore(o, s);
+        emit_chain(o, target);
+        return;
+    case K_COUNTED: {
+        u8 code[] = { 0x67, end->aux, 0 };
+        u32 from = !(end->flags & T_ADDRESS32);
+        restore(o, s);
+        put(o, code + from, 3 - from);
+        u32 branch = o->used;
+        emit_chain(o, p->next);
+        o->code[branch - 1] = (u8)(o->used - branch);
+        emit_chain(o, target);
+        return;
+    }
+    }
+}
+
+static void cold(struct out *o, const struct plan *p, const struct tmpl **placed, const u32 *starts, u32 count, u32 mode)
+{
+    static const u8 jmp = 0xe9, nop = 0x90;
+    for (u32 i = 0; i < count; i++) {
+        const struct tmpl *t = placed[i];
+        for (u32 j = 0; j < t->accesses; j++) {
+            const struct taccess *a = accesses_of(t) + j;
+            patch(o, starts[i] + a->branch, o->used);
+            call_stub(o, a->stub);
+            put(o, &jmp, 1);
+            put32(o, starts[i] + a->resume - o->used - 4);
+            struct access *to = (struct access *)(o->code + o->used);
+            to->header = sizeof(struct block) + o->used;
+            to->delta = p->at[i];
+            to->size = a->size;
+            to->source = a->source;
+            to->length = t->raw_length;
+            to->pad = a->flags;
+            to->immediate = a->immediate;
+            o->used += sizeof(struct access);
+        }
+    }
+    for (u32 i = 0; i < o->polls; i++) {
+        patch(o, o->poll[i].branch, o->used);
+        call_stub(o, STUB_POLL);
+        payload_nop(o, o->poll[i].guest);
+    }
+    if (o->misses) {
+        static const u8 jump[] = { 0xff, 0xa4, 0x24 };
+        for (u32 i = 0; i < o->misses; i++)
+            patch(o, o->miss[i], o->used);
+        put(o, jump, 3);
+        put32(o, offsetof(struct cpu, stubs) + 8 * STUB_JUMP);
+    }
+    for (u32 i = 0; i < o->chains; i++) {
+        while ((o->used + 7) % 8)
+            put(o, &nop, 1);
+        patch(o, o->chain[i].field, o->used);
+        call_stub(o, STUB_CHAIN);
+        struct site *site = (struct site *)(o->code + o->used);
+        site->header = sizeof(struct block) + o->used;
+        site->jump = o->used - o->chain[i].field;
+        site->target = o->chain[i].target;
+        site->wrap = mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2;
+        site->next = 0;
+        o->used += sizeof(struct site);
+    }
+    for (u32 i = 0; i < o->payloads; i++) /* a stub's return address is where the NOP begins */
+        *(u32 *)(o->code + o->payload[i].at) = (u32)(sizeof(struct block) + o->payload[i].at - 4) << 12 | o->payload[i].guest;
+}
+
+static void liveness(struct plan *p)
+{
+    u8 live = ALL_FLAGS;
+    for (u32 i = p->count; i--;) {
+        const struct tmpl *t = p->t[i];
+        p->after[i] = live;
+        live = (u8)((live & ~t->kills) | t->reads);
+        p->before[i] = live;
+    }
+}
+
+/* Assemble the block at block->pc from `size` bytes of code. Fills block->length, code_length, entry.
+ * 0, or the offset + 1 of an instruction without a template. */
+static u32 assemble(const struct store *s, struct out *o, struct block *block, const u8 *data, u32 size, u32 limit, u32 single,
+                    int crosses, struct fault_site *sites)
+{
+    struct plan p;
+    const struct tmpl *placed[MAX_BODY + 1];
+    u32 starts[MAX_BODY + 1], mode = block->mode, nsites = 0;
+    u32 missing = collect(s, &p, mode | (single ? KEY_SINGLE : 0), data, size, mode & MODE_TF || single ? 1 : limit, crosses);
+    if (missing)
+        return missing;
+    liveness(&p);
+    o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = 0;
+    u8 entry_live = p.count ? p.before[0] : ALL_FLAGS;
+    if (entry_live)
+        put(o, s->load, s->load_length);
+    block->entry = o->used;
+    int poll = !single && wants_poll(&p);
+    for (u32 i = 0; poll && i < p.count; i++)
+        if (p.t[i]->flags & T_SHADOW) { /* never between STI and the instruction after it: at the start instead */
+            if (entry_live)
+                save(o, s);
+            emit_poll(o, 0);
+            poll = 0;
+        }
+    for (u32 i = 0; i < p.count; i++) {
+        const struct tmpl *t = p.t[i];
+        u8 before = p.before[i], after = p.after[i];
+        if (poll && !before) {
+            emit_poll(o, p.at[i]);
+            poll = 0;
+            o->stored = 0;
+        }
+        u32 kept = o->stored;
+        int needs = t->reads || (t->kills && after & ~t->kills);
+        if (t->flags & T_CLOBBERS) {
+            if (before || t->flags & T_STORED) {
+                save(o, s);
+                kept = 1;
+                if (!(t->flags & T_STORED)) {
+                    if (needs && t->restore)
+                        t = at_offset(s, t->restore), o->stored = 0;
+                    else if (t->kills)
+                        o->stored = 0;
+                }
+            } else if (t->kills) {
+                o->stored = 0;
+            }
+        } else if (o->stored && needs) {
+            restore(o, s);
+            kept = 0;
+        } else if (t->kills) {
+            o->stored = 0;
+        }
+        starts[i] = o->used;
+        placed[i] = t;
+        place(o, t, block->pc + p.at[i], p.at[i]);
+        if (sites)
+            sites[nsites++] = (struct fault_site){ starts[i], o->used, p.at[i], kept };
+    }
+    u32 count = p.count;
+    if (poll) {
+        save(o, s);
+        emit_poll(o, p.at[p.count]);
+    }
+    if (p.end && (p.end->kind == K_CALL || p.end->kind == K_INDIRECT) && !single && !(mode & MODE_TF)) {
+        save(o, s);
+        starts[count] = o->used;
+        placed[count++] = p.end;
+        place(o, p.end, block->pc + p.at[p.count], p.at[p.count]);
+        if (sites)
+            sites[nsites++] = (struct fault_site){ starts[count - 1], o->used, p.at[p.count], 1 };
+        if (p.end->kind == K_CALL) {
+            restore(o, s);
+            emit_chain(o, (s64)p.at[p.count] + p.end->relative);
+        } else {
+            emit_indirect(o, mode);
+        }
+    } else {
+        finish(o, s, &p, mode, single);
+    }
+    cold(o, &p, placed, starts, count, mode);
+    if (sites)
+        sites[nsites].end = 0;
+    block->length = (u16)p.next;
+    block->code_length = o->used;
+    return 0;
+}
+
+/* Translate the code at cpu->rip and install it. Host address of the block, or TRANSLATE_*. */
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
+{
+    struct vm *vm = c->vm;
+    const struct store *s = (const struct store *)vm->store;
+    struct { struct block header; struct out out; } image;
+    struct block *b = &image.header;
+    u8 joined[32];
+    u32 room = 4096 - (u32)(phys & 0xfff);
+    const u8 *data = phys_host(vm, phys, 0);
+    int crosses = 0;
+    if (!data)
+        return TRANSLATE_MISSING;
+    memset(b, 0, sizeof *b);
+    b->pc = c->rip;
+    b->cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
+    b->phys = phys;
+    b->phys2 = ~0ul;
+    b->mode = c->mode;
+    u32 size = room;
+    if (room < 15 && !find_template(s, c->mode | (single ? KEY_SINGLE : 0), data, room)) {
+        u64 phys2;
+        u32 global, writable;
+        u64 next = linear + room, keep = c->cr2, code = c->scratch[3];
+        if (!(c->mode & MODE_64))
+            next &= 0xffffffff;
+        const u8 *more = 0;
+        if (!walk(c, next, ACC_EXEC, c->cpl == 3, &phys2, &global, &writable))
+            more = phys_host(vm, phys2 & ~0xffful, 0);
+        c->cr2 = keep, c->scratch[3] = code;
+        if (!more)
+            return TRANSLATE_MISSING;
+        memcpy(joined, data, room);
+        memcpy(joined + room, more, 15);
+        data = joined;
+        const struct tmpl *t = find_template(s, c->mode | (single ? KEY_SINGLE : 0), data, 15);
+        if (!t)
+            return TRANSLATE_MISSING;
+        size = t->raw_length;
+        b->phys2 = phys2 & ~0xffful;
+        crosses = 1;
+    }
+    tcg_watch_running(c, phys);
+    if (crosses)
+        tcg_watch_running(c, b->phys2);
+    if (assemble(s, &image.out, b, data, size, vm->block_limit, single, crosses, 0))
+        return TRANSLATE_MISSING;
+    if (single)
+        b->mode |= KEY_SINGLE; /* no look-up finds it */
+    return install(vm, b, image.out.code, data);
+}
+
+/* For Python: a single at cpu->rip (see R_SLOW_WRITE). */
+EXPORTED u64 tcg_single(struct cpu *c, u64 phys, u64 linear) { return native_translate(c, phys, linear, 1); }
+
+/* Where host signals can come out of an installed block: assemble it again. Returns how many, -1 when it cannot be. */
+EXPORTED int tcg_sites(struct vm *vm, const struct block *installed, const u8 *data, struct fault_site *sites)
+{
+    struct block b = *installed;
+    struct out out;
+    u32 single = b.mode & KEY_SINGLE ? 1 : 0, n = 0;
+    b.mode &= ~(u32)KEY_SINGLE;
+    if (assemble((const struct store *)vm->store, &out, &b, data, b.length, vm->block_limit, single, b.phys2 != ~0ul, sites))
+        return -1;
+    while (sites[n].end)
+        n++;
+    return (int)n;
+}
+
+/* Add a template (its bytes as struct tmpl and what follows). 0, or 1 when the store is full. */
+EXPORTED u32 tcg_add_template(struct vm *vm, const struct tmpl *t, u32 size, u32 link)
+{
+    struct store *s = (struct store *)vm->store;
+    spin_lock(&vm->lock);
+    u32 at = s->used;
+    if (at + size > s->size) {
+        spin_unlock(&vm->lock);
+        return 1;
+    }
+    memcpy((u8 *)s + at, t, size);
+    s->used = (at + size + 7) & ~7u;
+    if (link) {
+        struct tmpl *w = (struct tmpl *)((u8 *)s + at);
+        u32 *head = &s->heads[hash_raw(t->key, raw_of(t), t->raw_length) & (STORE_HEADS - 1)];
+        w->next = *head;
+        __atomic_store_n(head, at, __ATOMIC_RELEASE);
+        s->count++;
+    }
+    spin_unlock(&vm->lock);
+    return 0;
+}
+
+EXPORTED int tcg_has_template(struct vm *vm, u32 key, const u8 *raw, u32 length)
+{
+    const struct tmpl *t = find_template((const struct store *)vm->store, key, raw, length);
+    return t && t->raw_length == length;
+}
