@@ -46,7 +46,8 @@ class I8042State:
     """Controller registers and both devices."""
 
     version: ClassVar[int] = 1
-    mode: int = MODE_KEYBOARD_IRQ | MODE_SYSTEM
+    mode: int = MODE_KEYBOARD_IRQ | MODE_SYSTEM | MODE_TRANSLATE
+    """After reset as firmware leaves it, since Linux takes the keyboard as it finds it."""
     output_port: int = OUT_RESET | OUT_A20 | 0xC0
     pending: int = 0
     command: bool = False

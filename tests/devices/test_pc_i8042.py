@@ -61,8 +61,10 @@ def test_mode_byte_is_read_and_written(ps2: I8042) -> None:
 
 
 def test_keyboard_reset_and_identify(ps2: I8042) -> None:
-    """Reset answers ACK and BAT, identify an MF2 keyboard's bytes, echo echoes, unknown asks to resend."""
+    """Reset answers ACK and BAT, identify an MF2 keyboard's bytes (translated or not), unknown asks to resend."""
     assert keyboard(ps2, 0xFF) == [0xFA, 0xAA]
+    assert keyboard(ps2, 0xF2) == [0xFA, 0xAB, 0x41]
+    command(ps2, 0x60, 0x07)
     assert keyboard(ps2, 0xF2) == [0xFA, 0xAB, 0x83]
     assert keyboard(ps2, 0xEE) == [0xEE]
     assert keyboard(ps2, 0xED, 7) == [0xFA, 0xFA]
