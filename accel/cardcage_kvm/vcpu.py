@@ -42,7 +42,8 @@ class KvmVCpu:
         self.fd = abi.ioctl(vm.fd, abi.CREATE_VCPU, index)
         self._map = mmap.mmap(self.fd, abi.ioctl(vm.system_fd, abi.GET_VCPU_MMAP_SIZE))
         page = memoryview(self._map)
-        self.bytes, self._halves, self._longs, self._words = page, page.cast("H"), page.cast("I"), page.cast("Q")
+        self.bytes, self._longs, self._words = page, page.cast("I"), page.cast("Q")
+        self._views = {1: page, 2: page.cast("H"), 4: self._longs}
         self.attention = self.inside = self._kicked = self._nmi = self._halted = self._incomplete = False
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
@@ -50,7 +51,7 @@ class KvmVCpu:
     def close(self) -> None:
         """Release the descriptor and the shared page. Idempotent."""
         if self.fd >= 0:
-            for view in (self._words, self._longs, self._halves, self.bytes):
+            for view in (self._words, *reversed(self._views.values())):
                 view.release()
             self._map.close()
             os.close(self.fd)
@@ -81,9 +82,11 @@ class KvmVCpu:
 
     def run(self, ops: Ops, /) -> VCpuExit:
         """Run guest code until something ends the loop; see :class:`cardcage.vcpu.VCpu`."""
-        fd, ioctl, longs, vm = self.fd, fcntl.ioctl, self._longs, self.vm
-        reason_at = EXIT_REASON // 4
-        serve_io, serve_mmio = self._serve_io, self._serve_mmio
+        # The loop is written for speed: everything it needs is local, and one OUT or IN is served in place. ioctl is
+        # called without its third argument, which Python would try as a buffer and as bytes first (1.3 µs).
+        fd, ioctl, longs, words, vm = self.fd, fcntl.ioctl, self._longs, self._words, self.vm
+        reason_at, io_at, data_at, views = EXIT_REASON // 4, UNION // 8, UNION // 8 + 1, self._views
+        pio_read, pio_write = ops.pio_read, ops.pio_write
         with self._thread_lock:
             self._thread = threading.get_ident()
         self.attention = True
@@ -97,7 +100,7 @@ class KvmVCpu:
                         return ended
                     continue
                 try:
-                    ioctl(fd, KVM_RUN, 0)
+                    ioctl(fd, KVM_RUN)
                     reason = longs[reason_at]
                 except (InterruptedError, BlockingIOError):
                     reason = INTERRUPTED  # EAGAIN: an INIT or SIPI changed the state that the thread waited in
@@ -109,10 +112,17 @@ class KvmVCpu:
                     vm.left_guest()
                 if reason == IO:
                     self._incomplete = True
-                    serve_io(ops)
+                    io = words[io_at]  # direction, size, port, count: 8, 8, 16 and 32 bits
+                    size = io >> 8 & 0xFF
+                    if io >> 32 != 1:
+                        self._serve_string_io(ops)
+                    elif io & 0xFF:
+                        pio_write(io >> 16 & 0xFFFF, size, views[size][words[data_at] // size])
+                    else:
+                        views[size][words[data_at] // size] = pio_read(io >> 16 & 0xFFFF, size) & MASKS[size]
                 elif reason == MMIO:
                     self._incomplete = True
-                    serve_mmio(ops)
+                    self._serve_mmio(ops)
                 elif reason == INTERRUPTED:
                     self.bytes[IMMEDIATE_EXIT] = 0
                 else:
@@ -125,18 +135,12 @@ class KvmVCpu:
             with self._thread_lock:
                 self._thread = None
 
-    def _serve_io(self, ops: Ops) -> None:
-        io = self._words[UNION // 8]  # direction, size, port, count: 8, 8, 16 and 32 bits
+    def _serve_string_io(self, ops: Ops) -> None:
+        """The iterations of INS and OUTS, which KVM hands over several at once."""
+        io = self._words[UNION // 8]
         size, port, count = io >> 8 & 0xFF, io >> 16 & 0xFFFF, io >> 32
-        data = self._words[UNION // 8 + 1] // size  # KVM keeps it page aligned
-        view = self.bytes if size == 1 else self._halves if size == 2 else self._longs
-        if count == 1:
-            if io & 0xFF:
-                ops.pio_write(port, size, view[data])
-            else:
-                view[data] = ops.pio_read(port, size) & MASKS[size]
-            return
-        for at in range(data, data + count):  # KVM hands over the iterations of INS and OUTS at once
+        first, view = self._words[UNION // 8 + 1] // size, self._views[size]
+        for at in range(first, first + count):
             if io & 0xFF:
                 ops.pio_write(port, size, view[at])
             else:
@@ -227,7 +231,7 @@ class KvmVCpu:
         while self._incomplete:
             self.bytes[IMMEDIATE_EXIT] = 1
             try:
-                fcntl.ioctl(self.fd, KVM_RUN, 0)
+                fcntl.ioctl(self.fd, KVM_RUN)
             except InterruptedError:
                 self._incomplete = False
                 return
@@ -239,7 +243,7 @@ class KvmVCpu:
             if ops is not None and self._longs[EXIT_REASON // 4] == MMIO:
                 self._serve_mmio(ops)
             elif ops is not None and self._longs[EXIT_REASON // 4] == IO:
-                self._serve_io(ops)
+                self._serve_string_io(ops)
 
     def _cannot_run(self, error: OSError) -> VCpuExit:
         return VCpuExit(Exit.FAILED, report.describe(self, str(abi.failure(abi.RUN, error))))
