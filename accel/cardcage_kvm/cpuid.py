@@ -93,6 +93,7 @@ def model(leaves: Iterable[Leaf], cpu: str, features: dict[str, bool], *, irqchi
     if cpu not in MODELS:
         raise ConfigError(f"no CPU model {cpu!r}.{near(cpu, MODELS) or ' Known: ' + ', '.join(MODELS) + '.'}")
     found = {(one.function, one.index): one for one in leaves}
+    _switch(found, "hypervisor", True)
     if deadline and irqchip != "none":
         _switch(found, "tsc-deadline", True)
     if irqchip == "none":
@@ -103,19 +104,33 @@ def model(leaves: Iterable[Leaf], cpu: str, features: dict[str, bool], *, irqchi
         for name in FEATURES:
             if name not in kept:
                 _switch(found, name, False)
-        for function, index in list(found):
-            if (function == 0xD and (cpu == "x86-64-v2" or index > 2)) or function in (0x14, 0x1D, 0x1E, 0x24):
-                del found[function, index]
-    available = {name for name in FEATURES if _has(found, name)} | {
-        name for name in FEATURES if _has({(one.function, one.index): one for one in leaves}, name)
-    }
+    offered = {(one.function, one.index): one for one in leaves}
     for name, wanted in features.items():
         if name not in FEATURES:
             raise ConfigError(f"no CPU feature {name!r}.{near(name, FEATURES)}")
-        if wanted and name not in available:
+        if wanted and not (_has(found, name) or _has(offered, name)):
             raise ConfigError(f"CPU feature {name}: this host's KVM cannot offer it")
         _switch(found, name, wanted)
+    if kept is not None:
+        _trim_extended_state(found)
+        for function, index in list(found):
+            if function in (0x14, 0x1D, 0x1E, 0x24):  # processor trace, AMX, AVX10: of no model
+                del found[function, index]
     return list(found.values())
+
+
+def _trim_extended_state(found: dict[tuple[int, int], Leaf]) -> None:
+    """Leave leaf 0xD only the XSAVE components whose features are there: x87 and SSE, AVX, AVX-512."""
+    components = 3 | (4 if _has(found, "avx") else 0) | (0xE0 if _has(found, "avx512f") else 0)
+    if not _has(found, "xsave"):
+        components = 0
+    for function, index in list(found):
+        if function == 0xD and (not components or (index > 1 and not components >> index & 1)):
+            del found[function, index]
+    main = found.get((0xD, 0))
+    if main is not None:
+        ends = [one.ebx + one.eax for (function, index), one in found.items() if function == 0xD and index > 1]
+        found[0xD, 0] = evolve(main, eax=main.eax & components, ecx=max([576, *ends]), edx=0)
 
 
 def _has(leaves: dict[tuple[int, int], Leaf], name: str) -> bool:
