@@ -118,7 +118,10 @@ def report(error: BaseException, *, traceback: bool = False) -> int:
 
         print_exception(error)
     words, status = blamed_for(error)
-    text = " ".join(str(error).split("\n")) if isinstance(error, CardcageError) else describe(error)
+    text = str(error) if isinstance(error, CardcageError) else describe(error)
+    text, *more = text.splitlines() or [""]
+    for line in more:  # registers and the like come first, so that the outcome is the last line
+        print(line, file=sys.stderr)
     print(f"outcome: {words}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
     return status
 

@@ -1,0 +1,135 @@
+"""The whole way, from the command line to a guest on a real accelerator and back: outcomes, reset, pause."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cardcage import Crashed, DebugExit, Machine, Panicked, PoweredOff
+from cardcage.assembly import probe_of
+from cardcage.host import Host
+
+ACCELERATORS = [
+    name
+    for host in [Host()]
+    for name in host.registry.names("accelerator")
+    if probe_of(host.registry.get("accelerator", name))[1].usable
+]
+"""Those usable on this host; the translator always is."""
+
+
+TRIPLE_FAULT = "0f011d0e7c000066b8f8ff8ed8f4000000000000"
+"""lidt [0x7c0e], whose limit is 0; mov ax,0xfff8; mov ds,ax; hlt (32-bit)."""
+
+
+@pytest.fixture(params=ACCELERATORS)
+def accel(request: pytest.FixtureRequest) -> str:
+    """Each usable accelerator."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Path:
+    """Where a guest's code is put."""
+    return tmp_path / "guest.bin"
+
+
+def pc(accel: str, guest: Path, code: str, mode: int = 16, **more: object) -> Machine:
+    """A PC that runs *code* (hexadecimal) at 0x7C00."""
+    guest.write_bytes(bytes.fromhex(code))
+    devices = [{"type": "isa-debug-exit", "iobase": 0xF4}, {"type": "pvpanic"}]
+    boot = {"protocol": "raw", "image": str(guest), "address": 0x7C00, "mode": mode}
+    return Machine(accel=accel, memory="16M", boot=boot, devices=devices, **more)  # type: ignore[arg-type]
+
+
+def test_the_translator_is_always_usable() -> None:
+    """The translator works on every host of the wheel's platform."""
+    assert "tcg" in ACCELERATORS
+
+
+def test_debug_exit(accel: str, guest: Path) -> None:
+    """A guest's write to the debug exit port ends the machine with its code."""
+    with pc(accel, guest, "b02ae6f4f4") as vm:  # mov al,0x2a; out 0xf4,al; hlt
+        assert vm.start().wait(60) == DebugExit(0x2A)
+
+
+def test_panic(accel: str, guest: Path) -> None:
+    """A guest's write to pvpanic ends the machine as a panic."""
+    with pc(accel, guest, "ba0505b001eef4") as vm:  # mov dx,0x505; mov al,1; out dx,al; hlt
+        assert isinstance(vm.start().wait(60), Panicked)
+
+
+def test_a_triple_fault_shows_registers(accel: str, guest: Path) -> None:
+    """A triple fault ends the machine, and the registers at the fault are in its detail."""
+    with pc(accel, guest, TRIPLE_FAULT, mode=32) as vm:
+        outcome = vm.start().wait(60)
+        assert isinstance(outcome, Crashed)
+        assert "rip" in outcome.detail.lower()
+
+
+def test_reset_by_the_keyboard_controller(accel: str, guest: Path) -> None:
+    """Pulsing the reset line boots again: RAM keeps a counter, and the third boot powers the debug exit."""
+    # inc byte [0x500]; cmp byte [0x500],3; je done; mov al,0xfe; out 0x64,al; jmp $; done: mov al,[0x500]; out 0xf4,al
+    with pc(accel, guest, "fe060005803e00050374 06b0fee664ebfe a00005e6f4".replace(" ", "")) as vm:
+        resets: list[str] = []
+        vm.observers.add("reset", resets.append)
+        assert vm.start().wait(60) == DebugExit(3)
+        assert len(resets) == 2
+
+
+def test_pause_and_resume_a_running_guest(accel: str, guest: Path) -> None:
+    """While paused a spinning guest's registers stand still; resumed it goes on to its end."""
+    # mov byte [0x500],1; cmp byte [0x501],0; je $-5; out 0xf4,al
+    with pc(accel, guest, "c606000501 803e010500 74f9 b001e6f4".replace(" ", "")) as vm:
+        vm.start()
+        while vm.memory.read(0x500, 1) != b"\1":
+            vm.wait(0.01)
+        vm.pause()
+        first = vm.vcpus[0].get_state().registers
+        assert 0x7C05 <= first.rip <= 0x7C0C
+        assert vm.vcpus[0].get_state().registers == first
+        vm.memory.write(0x501, b"\1")
+        vm.resume()
+        assert vm.wait(60) == DebugExit(1)
+
+
+def test_stop_ends_a_guest_that_never_exits(accel: str, guest: Path) -> None:
+    """A guest in an endless loop with interrupts off is stopped from outside, and closing returns."""
+    with pc(accel, guest, "faebfe", cpus=2) as vm:  # cli; jmp $
+        vm.start()
+        vm.stop("enough")
+        assert str(vm.wait(60)) == "stopped by the host (enough)"
+
+
+def test_two_machines_at_once(accel: str, guest: Path, tmp_path: Path) -> None:
+    """Two machines of one process run side by side, each to its own outcome."""
+    with pc(accel, guest, "b001e6f4") as first, pc(accel, tmp_path / "second.bin", "b002e6f4") as second:
+        first.start()
+        second.start()
+        assert (first.wait(60), second.wait(60)) == (DebugExit(1), DebugExit(2))
+
+
+def test_the_command_line_end_to_end(accel: str, guest: Path, tmp_path: Path) -> None:
+    """``cardcage run`` in a process of its own, without a terminal: status and outcome line, no traceback."""
+    guest.write_bytes(bytes.fromhex(TRIPLE_FAULT))
+    (tmp_path / "vm.toml").write_text(
+        '[machine]\nmemory = "16M"\n[boot]\nprotocol = "raw"\nimage = "guest.bin"\nmode = 32\n'
+    )
+    code = "import sys; from cardcage.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, "run", "vm.toml", "--accel", accel, "--timeout", "60"]
+    done = subprocess.run(words, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 12, done.stderr
+    assert done.stderr.splitlines()[-1] == "outcome: the guest crashed: triple fault on cpu 0"
+    assert "rip" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
+def test_power_off_by_acpi(accel: str, guest: Path) -> None:
+    """Writing S5 to the PM control register powers the machine off."""
+    # mov dx,0x604; mov ax,0x2000|(5<<10); out dx,ax; the type is the platform's: each is tried
+    code = "".join(f"ba0406b8{(0x2000 | kind << 10).to_bytes(2, 'little').hex()}ef" for kind in range(8)) + "ebfe"
+    with pc(accel, guest, code) as vm:
+        assert vm.start().wait(60) == PoweredOff()
