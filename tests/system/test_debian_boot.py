@@ -1,0 +1,95 @@
+"""The main job: the distribution's unmodified kernel boots under the translator, from one command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cardcage.errors import HostError
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf
+
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Path:
+    """The distribution's kernel, from the cache or fetched; the test is skipped where it cannot be had."""
+    try:
+        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
+    except HostError as error:
+        pytest.skip(str(error))
+
+
+def boot(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "240", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_command_runs_in_the_guest(kernel: Path, cpus: int) -> None:
+    """The guest has the kernel and processors asked for; output is exact, and the status is the command's."""
+    script = "uname -r; nproc; echo problem >&2; seq 20000 > /tmp/x; md5sum < /tmp/x; cat /tmp/x; exit 7"
+    done = boot("--cpus", str(cpus), "--exec", script)
+    numbers = "".join(f"{at}\n" for at in range(1, 20001))
+    digest = hashlib.md5(numbers.encode(), usedforsecurity=False).hexdigest()
+    release = kernel.name.removeprefix("vmlinuz-")
+    assert done.stdout.decode() == f"{release}\n{cpus}\n{digest}  -\n{numbers}", done.stderr.decode()
+    assert done.returncode == 7
+    assert b"\nproblem\n" in done.stderr
+    assert done.stderr.endswith(b"outcome: the guest powered off\n")
+
+
+def test_commands_come_from_a_pipe(kernel: Path) -> None:
+    """Without a terminal the shell reads standard input to its end, and the machine powers off."""
+    done = boot(stdin=b"x=1\nfor i in 1 2; do\necho $((x + i))\ndone\n")
+    assert (done.returncode, done.stdout) == (0, b"2\n3\n"), done.stderr.decode()
+
+
+def test_guest_panic_is_an_outcome(kernel: Path) -> None:
+    """A panic of the real kernel ends with status 10 and its message."""
+    done = boot("--exec", "echo c > /proc/sysrq-trigger")
+    assert done.returncode == 10, done.stderr.decode()
+    assert b"outcome: the guest panicked: sysrq triggered crash" in done.stderr
+
+
+def test_shell_on_a_terminal(kernel: Path) -> None:
+    """On a terminal there is a shell with job control: Ctrl-C reaches the guest, and its exit ends the machine."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "240", "--append", "quiet"])
+    seen = bytearray()
+
+    def until(pattern: bytes) -> None:
+        limit = time.monotonic() + 240
+        while not (found := re.search(pattern, seen)):
+            assert time.monotonic() < limit, bytes(seen)
+            if select.select([terminal], [], [], 1)[0]:
+                try:
+                    seen.extend(os.read(terminal, 4096))
+                except OSError:  # the other side is closed: Linux's way to say so
+                    pytest.fail(f"cardcage ended: {bytes(seen)!r}")
+        del seen[: found.end()]
+
+    try:
+        until(rb"~ # ")
+        os.write(terminal, b"tty; sleep 1000\r")
+        until(rb"/dev/ttyS0\r\n")
+        os.write(terminal, b"\x03")
+        until(rb"~ # ")
+        os.write(terminal, b"echo $((6 * 7))-$?\r")
+        until(rb"\n42-130\r\n")
+        os.write(terminal, b"exit\r")
+        until(rb"outcome: the guest powered off")
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -1)
