@@ -1,4 +1,4 @@
-"""Card cardcage_net."""
+"""Networks: tap, user mode, switch, sockets and none as net back ends, and the ``--net`` shorthand."""
 
 from __future__ import annotations
 
@@ -12,4 +12,27 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer what this card has."""
+    """Offer the back ends of kind ``net``, ``--net``, and a line of ``cardcage doctor``."""
+    offers = {
+        "null": ("null", "Null", "nowhere: frames are dropped"),
+        "tap": ("tap", "Tap", "a tap interface of the host, on a bridge if wanted"),
+        "user": ("user", "User", "the host's own connections, without root (passt), with forwarded ports"),
+        "switch": ("switch", "SwitchPort", "a switch between machines of this process, and of others by a socket"),
+        "stream": ("sockets", "Stream", "a TCP or unix stream socket, as QEMU's -netdev stream"),
+        "dgram": ("sockets", "Dgram", "UDP, multicast or unix datagrams, as QEMU's -netdev dgram"),
+    }
+    for name, (module, options, help) in offers.items():
+        registry.backend(
+            "net",
+            name,
+            f"cardcage_net.{module}:open_{name}",
+            options=f"cardcage_net.{module}:{options}",
+            shorthand=f"cardcage_net.parse:parse_{name}",
+            help=help,
+        )
+    registry.flag(
+        "--net",
+        "cardcage_net.parse:parse_net_flag",
+        help="add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0 or switch,name=lan, ...",
+    )
+    registry.check("user networking", "cardcage_net.user:check_passt", help="networks without root need passt")

@@ -1,0 +1,228 @@
+"""Tap interfaces: frames to and from the host's own network stack (Linux, Documentation/networking/tuntap.rst)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from struct import pack, unpack_from
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs.validators import ge, le
+from cardcage.backends import NetFeatures
+from cardcage.errors import ConfigError, HostError
+
+from cardcage_net.inbox import FRAME_MAX, Inbox
+from cardcage_net.pcap import dumped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cardcage.backends import NetBackend
+    from cardcage.device import Slot
+    from typing_extensions import Buffer
+
+__all__ = ["Tap", "TapNet", "open_tap"]
+
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
+IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR, IFF_UP = 0x0002, 0x1000, 0x0100, 0x4000, 0x1
+SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, SIOCBRADDIF, SIOCGIFINDEX = 0x8913, 0x8914, 0x8922, 0x89A2, 0x8933
+OFFLOADS = {"csum": 1, "tso4": 2, "tso6": 4, "ecn": 8, "ufo": 16}
+HEADER = 12
+ROUND = 64
+"""Frames that one turn of the loop reads at most, so that others get theirs."""
+
+
+@frozen
+class Tap:
+    """Options of ``net:tap``.
+
+    Attributes:
+        ifname: the interface, made when there is none of this name (which needs CAP_NET_ADMIN; one that the
+            administrator made for this user does not); empty lets the host choose a name.
+        bridge: bridge that the interface joins.
+        queues: queue pairs, 1 to 64; the device's ``queues`` should say the same.
+        vnet_header: let the host and the guest leave checksums and segmentation to each other.
+        up: bring the interface up.
+        mtu: of the interface, 0 leaves it.
+        dump: pcap file of what passes.
+    """
+
+    ifname: str = ""
+    bridge: str | None = None
+    queues: int = field(default=1, validator=[ge(1), le(64)])
+    vnet_header: bool = True
+    up: bool = True
+    mtu: int = field(default=0, validator=[ge(0), le(65521)])
+    dump: str | None = None
+
+
+def _request(name: str, rest: bytes) -> bytes:
+    """A struct ifreq."""
+    return name.encode().ljust(16, b"\0") + rest.ljust(24, b"\0")
+
+
+class TapNet:
+    """A tap interface. Satisfies :class:`~cardcage.backends.NetBackend`.
+
+    Raises :exc:`~cardcage.errors.HostError` with what would make it possible when the host refuses.
+    """
+
+    def __init__(self, slot: Slot, options: Tap) -> None:
+        if len(options.ifname.encode()) > 15 or "/" in options.ifname or "%" in options.ifname:
+            raise ConfigError(f'interface name "{options.ifname}": expected at most 15 bytes without / and %')
+        self._slot = slot
+        self._vnet = HEADER if options.vnet_header else 0
+        self._fds: list[int] = []
+        self.name = options.ifname
+        try:
+            for _ in range(options.queues):
+                self._open(multiple=options.queues > 1)
+            offloads = self._probe_offloads() if self._vnet else frozenset[str]()
+            self._configure(options)
+        except BaseException:
+            self.close()
+            raise
+        self.features = NetFeatures(self._vnet, options.queues, offloads)
+        self._inboxes = [
+            Inbox(at, lambda fd=fd: slot.remove_reader(fd), lambda at=at: self._watch(at))  # type: ignore[misc]
+            for at, fd in enumerate(self._fds)
+        ]
+
+    def _open(self, *, multiple: bool) -> None:
+        try:
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"tap: /dev/net/tun: {error.strerror}: load the module tun, or use net user") from error
+        self._fds.append(fd)
+        flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if self._vnet else 0) | (IFF_MULTI_QUEUE if multiple else 0)
+        try:
+            answer = fcntl.ioctl(fd, TUNSETIFF, _request(self.name, pack("H", flags)))
+            self.name = answer[:16].rstrip(b"\0").decode()
+            if self._vnet:
+                fcntl.ioctl(fd, TUNSETVNETHDRSZ, pack("i", HEADER))
+        except OSError as error:
+            raise HostError(self._why(error)) from error
+
+    def _why(self, error: OSError) -> str:
+        name = self.name or "tap0"
+        if error.errno == errno.EPERM:
+            return f"tap {name}: not allowed; make it once as root: ip tuntap add dev {name} mode tap user $USER"
+        if error.errno == errno.EBUSY:
+            return f"tap {name}: in use by another process"
+        if error.errno == errno.EINVAL:
+            return f"tap {name}: exists, and is no tap interface with as many queues: see ip -d link show {name}"
+        return f"tap {name}: {error.strerror}"
+
+    def _probe_offloads(self) -> frozenset[str]:
+        """What this kernel takes (newer ones have no UFO); leaves all off."""
+        found = {"csum"} if self._try_offloads({"csum"}) else set()
+        for name in OFFLOADS if found else ():
+            with_base = found | {name} | ({"tso4"} if name == "ecn" else set())
+            if self._try_offloads(with_base):
+                found.add(name)
+        self._try_offloads(set())
+        return frozenset(found)
+
+    def _try_offloads(self, names: set[str]) -> bool:
+        try:
+            fcntl.ioctl(self._fds[0], TUNSETOFFLOAD, sum(OFFLOADS[name] for name in names))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise HostError(f"tap {self.name}: {error.strerror}") from error
+            return False
+        return True
+
+    def _configure(self, options: Tap) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+            try:
+                if options.mtu:
+                    fcntl.ioctl(control, SIOCSIFMTU, _request(self.name, pack("i", options.mtu)))
+                if options.bridge is not None:
+                    index = unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, _request(self.name, b"")), 16)[0]
+                    self._join(control, options.bridge, index)
+                flags = unpack_from("H", fcntl.ioctl(control, SIOCGIFFLAGS, _request(self.name, b"")), 16)[0]
+                if options.up and not flags & IFF_UP:
+                    fcntl.ioctl(control, SIOCSIFFLAGS, _request(self.name, pack("H", flags | IFF_UP)))
+            except OSError as error:
+                raise HostError(f"tap {self.name}: cannot be set up: {error.strerror}") from error
+
+    def _join(self, control: socket.socket, bridge: str, index: int) -> None:
+        if os.path.exists(f"/sys/class/net/{self.name}/master"):
+            there = os.path.basename(os.path.realpath(f"/sys/class/net/{self.name}/master"))
+            if there == bridge:
+                return
+        try:
+            fcntl.ioctl(control, SIOCBRADDIF, _request(bridge, pack("i", index)))
+        except OSError as error:
+            if error.errno == errno.EBUSY and self._is_member(bridge):
+                return
+            reasons = {errno.ENODEV: "no such interface", errno.EOPNOTSUPP: "not a bridge"}
+            reason = reasons.get(error.errno or 0, error.strerror)
+            raise HostError(f"tap {self.name}: cannot join bridge {bridge}: {reason}") from error
+
+    def _is_member(self, bridge: str) -> bool:
+        return os.path.exists(f"/sys/class/net/{bridge}/brif/{self.name}")
+
+    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+        """Begin to read."""
+        for at, inbox in enumerate(self._inboxes):
+            inbox.received = received
+            self._watch(at)
+
+    def _watch(self, at: int) -> None:
+        if self._fds:
+            self._slot.add_reader(self._fds[at], lambda: self._readable(at))
+
+    def _readable(self, at: int) -> None:
+        fd, put = self._fds[at], self._inboxes[at].put
+        try:
+            for _ in range(ROUND):
+                if not put(os.read(fd, FRAME_MAX + HEADER)):
+                    return
+        except BlockingIOError:
+            return
+        except OSError as error:  # EIO while the interface is down, EBADFD once it was deleted
+            if error.errno != errno.EIO:
+                self._slot.remove_reader(fd)
+                self._slot.log.warning("tap is gone", interface=self.name, reason=error.strerror)
+
+    def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
+        """One frame from the guest; what the host has no room for, or does not like, is dropped."""
+        if len(parts) > 512:
+            parts = [b"".join(parts)]
+        try:
+            os.writev(self._fds[queue % len(self._fds)], parts)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+
+    def resume(self, queue: int, /) -> None:
+        """The guest has given receive buffers again."""
+        if queue < len(self._inboxes):
+            self._inboxes[queue].resume()
+
+    def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
+        """What the guest takes; *vnet_header* is the size that :attr:`features` says."""
+        if self._vnet:
+            wanted = set(offloads & self.features.offloads)
+            if "csum" not in wanted:
+                wanted = set()
+            if not wanted & {"tso4", "tso6"}:
+                wanted -= {"ecn"}
+            if not self._try_offloads(wanted):
+                self._slot.log.warning("tap refused offloads", interface=self.name, offloads=sorted(wanted))
+
+    def close(self) -> None:
+        """Idempotent. An interface that was made here is gone with it."""
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            self._slot.remove_reader(fd)
+            os.close(fd)
+
+
+def open_tap(slot: Slot, options: Tap) -> NetBackend:
+    """Back end ``net:tap``."""
+    return dumped(TapNet(slot, options), options.dump)

@@ -1,0 +1,291 @@
+"""User-mode networking by passt: the guest's connections become sockets of an unprivileged process of the host.
+
+passt (https://passt.top) is a process of its own, joined by a socket pair on which each frame follows its length. The
+guest gets its address by DHCP; the gateway's address stands for the host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shutil
+import socket
+import subprocess
+from struct import pack
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs.validators import ge, le
+from cardcage.backends import NetFeatures
+from cardcage.errors import ConfigError, HostError
+
+from cardcage_net.framing import FrameStream
+from cardcage_net.inbox import Inbox
+from cardcage_net.pcap import dumped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cardcage.backends import NetBackend
+    from cardcage.device import Slot
+    from typing_extensions import Buffer
+
+__all__ = ["User", "UserNet", "check_passt", "forward", "open_user"]
+
+START_TIMEOUT = 10.0
+FIRST_RETRY, LAST_RETRY = 1_000_000_000, 30_000_000_000
+INSTALL = "apt install passt (or your distribution's package of that name)"
+_FORWARD = re.compile(r"(?:(tcp|udp):)?(\[[0-9a-fA-F:]+\]|[0-9.]*):(\d+)-([0-9.]*):(\d+)", re.ASCII)
+
+
+@frozen
+class User:
+    """Options of ``net:user``.
+
+    Attributes:
+        hostfwd: ports of the host that lead to the guest, as ``tcp:127.0.0.1:2222-:22`` (QEMU's words); without an
+            address all of the host's are meant.
+        address: the guest's, with the length of its prefix. gateway: what the guest sees the host at.
+        dns: name server that DHCP tells, by default those of the host.
+        interface: of the host, whose routes are used; by default the one of the default route.
+        mtu: that DHCP tells; large ones are what makes it fast.
+        ipv6: offer IPv6 too where the host has it.
+        engine: the program.
+        dump: pcap file of what passes.
+    """
+
+    hostfwd: list[str] = field(factory=list)
+    address: str = "10.0.2.15/24"
+    gateway: str = "10.0.2.2"
+    dns: str | None = None
+    interface: str | None = None
+    mtu: int = field(default=65520, validator=[ge(68), le(65520)])
+    ipv6: bool = True
+    engine: str = "passt"
+    dump: str | None = None
+
+
+def forward(text: str) -> tuple[str, str]:
+    """What passt is told for a *hostfwd*: its option (``-t`` or ``-u``) and the value. Raises ConfigError."""
+    found = _FORWARD.fullmatch(text)
+    if found is None or not (0 < int(found[3]) < 65536 and 0 < int(found[5]) < 65536):
+        raise ConfigError(f'hostfwd "{text}": expected such as tcp:127.0.0.1:2222-:22')
+    address = found[2].strip("[]")
+    try:
+        if address:
+            ipaddress.ip_address(address)
+        if found[4]:
+            ipaddress.IPv4Address(found[4])
+    except ValueError as error:
+        raise ConfigError(f'hostfwd "{text}": {error}') from error
+    return "-u" if found[
+        1
+    ] == "udp" else "-t", f"{address}/{found[3]}:{found[5]}" if address else f"{found[3]}:{found[5]}"
+
+
+def _arguments(options: User, fd: int) -> list[str]:
+    try:
+        interface = ipaddress.IPv4Interface(options.address)
+        gateway = ipaddress.IPv4Address(options.gateway)
+        if options.dns is not None:
+            ipaddress.ip_address(options.dns)
+    except ValueError as error:
+        raise ConfigError(f"net user: {error}") from error
+    if gateway not in interface.network or gateway == interface.ip:
+        raise ConfigError(f"net user: gateway {gateway} is not another address of {interface.network}")
+    words = [options.engine, "--foreground", "--quiet", "--stderr", "--one-off", "--fd", str(fd)]
+    words += ["--address", str(interface.ip), "--netmask", str(interface.netmask), "--gateway", str(gateway)]
+    words += ["--mtu", str(options.mtu)]
+    words += ["--dns", options.dns] if options.dns is not None else []
+    words += ["--interface", options.interface] if options.interface is not None else []
+    words += [] if options.ipv6 else ["--ipv4-only"]
+    for one in options.hostfwd:
+        if interface.ip != ipaddress.IPv4Address(_guest(one) or interface.ip):
+            raise ConfigError(f'hostfwd "{one}": the guest has the address {interface.ip}')
+        words += forward(one)
+    return words
+
+
+def _guest(text: str) -> str:
+    found = _FORWARD.fullmatch(text)
+    forward(text)
+    return found[4] if found else ""
+
+
+class UserNet:
+    """The engine and the socket to it. Satisfies :class:`~cardcage.backends.NetBackend`.
+
+    An engine that dies while the machine runs is started again, after a second and then ever longer.
+
+    Raises :exc:`~cardcage.errors.HostError` when there is no engine or it cannot start, in its own words, and
+    :exc:`~cardcage.errors.ConfigError` for options that do not fit.
+    """
+
+    features = NetFeatures()
+
+    def __init__(self, slot: Slot, options: User) -> None:
+        self._slot, self._options = slot, options
+        self._inbox = Inbox(0, self._pause, self._go_on)
+        self._stream: FrameStream | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors = -1
+        self._retry = FIRST_RETRY
+        self._timer = slot.clock.timer(self._restart)
+        self._started = self._closed = False
+        connection = self._spawn()
+        try:
+            self._await(connection)
+        except BaseException:
+            connection.close()
+            self._end()
+            raise
+        self._attach(connection)
+
+    def _spawn(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            words = _arguments(self._options, theirs.fileno())
+            self._errors, errors = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # what does not fit in the pipe is lost
+            try:
+                self._process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    pass_fds=(theirs.fileno(),),
+                    cwd="/",
+                )
+            except OSError as error:
+                ours.close()
+                os.close(self._errors)
+                if isinstance(error, FileNotFoundError):
+                    raise HostError(f"net user: {words[0]} is not installed: {INSTALL}") from error
+                raise HostError(f"net user: {words[0]} cannot be started: {error.strerror}") from error
+            finally:
+                os.close(errors)
+        return ours
+
+    def _await(self, connection: socket.socket) -> None:
+        """Wait until the engine answers an ARP request for the gateway, which it does from its first moment on."""
+        mac = b"\x52\x54\0\0\0\1"
+        own = ipaddress.IPv4Interface(self._options.address).ip
+        gateway = ipaddress.IPv4Address(self._options.gateway)
+        arp = b"\xff" * 6 + mac + pack(">HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1)
+        arp += mac + own.packed + bytes(6) + gateway.packed + bytes(18)
+        connection.settimeout(START_TIMEOUT)
+        try:
+            connection.sendall(pack(">I", len(arp)) + arp)
+            while True:
+                length = int.from_bytes(_exactly(connection, 4), "big")
+                if not 14 <= length <= 1 << 17 or _exactly(connection, length)[12:14] == b"\x08\x06":
+                    break
+        except TimeoutError as error:
+            raise HostError(f"net user: {self._options.engine} did not answer in {START_TIMEOUT:.0f} s") from error
+        except (ConnectionError, EOFError) as error:
+            raise HostError(f"net user: {self._reason()}") from error
+
+    def _attach(self, connection: socket.socket) -> None:
+        self._stream = FrameStream(self._slot, connection, self._inbox.put, self._lost)
+        if self._started and not self._inbox.full:
+            self._stream.start()
+
+    def _reason(self) -> str:
+        """The engine's last words."""
+        if self._process is not None:
+            try:
+                self._process.wait(1)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        try:
+            text = os.read(self._errors, 1 << 16).decode("utf-8", "replace")
+        except OSError:
+            text = ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        telling = [line for line in lines if "syslog" not in line and not line.startswith("Don't run as root")]
+        return f"{self._options.engine} ended: {'; '.join(telling) or 'it gave no reason'}"
+
+    def _end(self) -> None:
+        """Let the engine end, which it does once its socket is closed, and reap it."""
+        if self._process is not None:
+            try:
+                self._process.wait(1)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            os.close(self._errors)
+            self._process, self._errors = None, -1
+
+    def _lost(self, reason: str) -> None:
+        self._stream = None
+        if self._closed:
+            return
+        self._slot.log.warning("user networking ended, starting it again", reason=self._reason())
+        self._end()
+        self._timer.arm(self._slot.clock.now() + self._retry)
+
+    def _restart(self) -> None:
+        if self._closed:
+            return
+        self._retry = min(self._retry * 2, LAST_RETRY)
+        try:
+            self._attach(self._spawn())
+        except HostError as error:
+            self._slot.log.warning("user networking cannot be started again", reason=str(error))
+            self._timer.arm(self._slot.clock.now() + self._retry)
+
+    def _pause(self) -> None:
+        if self._stream is not None:
+            self._stream.pause()
+
+    def _go_on(self) -> None:
+        if self._stream is not None:
+            self._stream.go_on()
+
+    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+        """Begin."""
+        self._inbox.received, self._started = received, True
+        if self._stream is not None:
+            self._stream.start()
+
+    def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
+        """One frame from the guest."""
+        if self._stream is not None:
+            self._stream.send(parts)
+
+    def resume(self, queue: int, /) -> None:
+        self._inbox.resume()
+
+    def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
+        """passt fills in all checksums and takes none over."""
+
+    def close(self) -> None:
+        """Idempotent. The engine has ended when this returns."""
+        if not self._closed:
+            self._closed = True
+            self._timer.cancel()
+            if self._stream is not None:
+                self._stream.close()
+            self._end()
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = connection.recv(length - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+def open_user(slot: Slot, options: User) -> NetBackend:
+    """Back end ``net:user``."""
+    return dumped(UserNet(slot, options), options.dump)
+
+
+def check_passt() -> tuple[bool, str, str]:
+    """A line of ``cardcage doctor``."""
+    found = shutil.which("passt")
+    return (True, f"passt at {found}", "") if found else (False, "no passt", INSTALL)
