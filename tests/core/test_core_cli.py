@@ -236,6 +236,22 @@ def test_a_broken_pipe_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_closed_streams_are_no_error() -> None:
+    """Started with standard input, output and error closed, a command works and its status is right."""
+    command = f"{sys.executable} -c 'from cardcage.cli import main; raise SystemExit(main())' cards <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True).returncode == 0
+
+
+def test_a_missing_extra_is_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    """What needs an extra that is not installed says in the list how to get it."""
+
+    def extra(registry: Registry) -> None:
+        registry.device("fancy", "no_such_module:X", needs="fancy")
+
+    assert main(["cards"], cards=[Scripted(extra=extra)]) == 0
+    assert "device fancy (needs: pip install 'cardcage[fancy]' (No module named" in capfd.readouterr().out
+
+
 def test_help_loads_nothing_heavy() -> None:
     """``cardcage --help`` imports neither asyncio, cattrs, rich, structlog nor any card's own modules."""
     code = (

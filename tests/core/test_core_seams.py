@@ -491,7 +491,7 @@ def test_devices_sit_on_their_bus_in_any_order() -> None:
     with machine(devices=devices) as vm:
         assert vm.devices["first"].device.carried == [("carried", "03.0")]
         assert vm.devices["second"].device.carried == [("carried1", None)]
-        with pytest.raises(ConfigError, match='address: expected text such as'):
+        with pytest.raises(ConfigError, match="address: expected text such as"):
             vm.add("carried", address=3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,23 @@ def test_power_off_by_acpi(accel: str, guest: Path) -> None:
     code = "".join(f"ba0406b8{(0x2000 | kind << 10).to_bytes(2, 'little').hex()}ef" for kind in range(8)) + "ebfe"
     with pc(accel, guest, code) as vm:
         assert vm.start().wait(60) == PoweredOff()
+
+
+def test_ctrl_c_ends_it_in_order(accel: str, guest: Path, tmp_path: Path) -> None:
+    """SIGINT at a running machine: status 130, the outcome in one line, no traceback."""
+    guest.write_bytes(bytes.fromhex("faebfe"))
+    (tmp_path / "vm.toml").write_text('[machine]\nmemory = "16M"\n[boot]\nprotocol = "raw"\nimage = "guest.bin"\n')
+    code = "import sys; from cardcage.cli import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "run", "vm.toml", "--accel", accel],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("accelerator: ")
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert said == "outcome: interrupted\n"

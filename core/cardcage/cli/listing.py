@@ -41,8 +41,18 @@ def summary(host: Host, card: str) -> str:
         if kind == "accelerator":
             parts += [f"accelerator {offer.name} ({usable(offer)})" for offer in offers]
         elif offers:
-            parts.append(f"{kind} {', '.join(offer.name for offer in offers)}")
+            parts.append(f"{kind} {', '.join(offer.name + missing(offer) for offer in offers)}")
     return "; ".join(parts) or "offers nothing yet"
+
+
+def missing(offer: Offer) -> str:
+    """What an offer with an extra still needs here, in brackets; empty when it has all."""
+    if offer.needs:
+        try:
+            offer.load()
+        except CardcageError as error:
+            return f" ({str(error).removeprefix(f'{offer.name}: ')})"
+    return ""
 
 
 def usable(offer: Offer) -> str:

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int
         argv: the words after the program's name, by default the process's.
         cards: loaded besides the installed ones, for programs that bring their own.
     """
+    _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     try:
@@ -52,6 +53,17 @@ def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int
         return error.code if isinstance(error.code, int) else 0
     except BaseException as error:
         return report(error, traceback=traceback)
+
+
+def _open_standard_streams() -> None:
+    """A service manager may start us with closed streams: no file of ours may take their numbers by chance."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
 
 
 def make_parser(host: Host) -> ArgumentParser:
