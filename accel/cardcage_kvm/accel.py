@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEVICE = "/dev/kvm"
 # mov ecx, LOOPS; l: dec ecx; jnz l; hlt
-LOOPS = 4000
+LOOPS, TRIES = 1000, 3
 PROGRAM = b"\xb9" + LOOPS.to_bytes(4, "little") + b"\x49\x75\xfd\xf4"
 # A processor does the loop's two instructions in under a nanosecond; KVM's instruction emulator needs about half a
 # microsecond each. In between lies a factor of several hundred.
@@ -57,7 +57,7 @@ class Kvm:
     def probe(self) -> Probe:
         """Whether KVM works here; a guest of some thousand instructions tells hardware from instruction emulation.
 
-        The answer is kept for the process: about 5 ms the first time.
+        The answer is kept for the process: some 10 ms the first time.
         """
         return _probe(self._device)
 
@@ -102,7 +102,7 @@ def _why(error: OSError) -> str:
 @cache  # a fact about the host that does not change while the process lives
 def _probe(device: str) -> Probe:
     try:
-        nanoseconds = min(_time_loop(device) for _ in range(2)) / LOOPS
+        nanoseconds = _time_loop(device) / LOOPS
     except AcceleratorError as error:
         return Probe(usable=False, reason=str(error))
     if nanoseconds < EMULATED_NS:
@@ -116,20 +116,25 @@ def _probe(device: str) -> Probe:
 
 
 def _time_loop(device: str) -> int:
-    """Nanoseconds for the loop of :data:`PROGRAM` in 32-bit protected mode."""
+    """Nanoseconds for the loop of :data:`PROGRAM` in 32-bit protected mode; the best try, as others use the host."""
     page = mmap.mmap(-1, abi.PAGE)
     page[: len(PROGRAM)] = PROGRAM
     vm = KvmVm(_open(device), VmSpec(irqchip="none"))
     try:
         vm.map_memory(MemorySlot(0x1000, abi.PAGE, ctypes.addressof(ctypes.c_char.from_buffer(page))))
-        return _run(vm.create_vcpu(0))
+        vcpu, best = vm.create_vcpu(0), 1 << 62
+        for _ in range(TRIES):
+            best = min(best, _run(vcpu))
+            if best < EMULATED_NS * LOOPS:
+                break
+        return best
     finally:
         vm.close()
 
 
 def _run(vcpu: KvmVCpu) -> int:
     state = vcpu.get_state()
-    state.registers = Registers(rip=0x1000)
+    state.registers, state.events.halted = Registers(rip=0x1000), False
     system = state.system
     system.cr0 = CR0_PE | CR0_ET
     system.cs, flat = Segment.flat(8, code=True), Segment.flat(16)

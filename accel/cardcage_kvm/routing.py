@@ -22,6 +22,11 @@ MAX_ROUTES = 4096
 MSI_LEVEL = 1 << 15
 
 
+def high_part(address: int) -> int:
+    """The upper half of an MSI address as KVM takes it: bits 31 to 8 extend the destination, the rest must be 0."""
+    return address >> 32 & 0xFFFFFF00
+
+
 class Routes:
     """The VM's whole routing table; KVM takes it only whole.
 
@@ -91,7 +96,9 @@ class Routes:
                     yield self._pin(gsi, abi.IRQCHIP_IOAPIC, 2 if gsi == 0 else gsi)
         for gsi, (address, data) in self._messages.items():
             entry = abi.RoutingEntry(gsi=gsi, type=abi.ROUTING_MSI)
-            entry.u.msi = abi.RoutingMsi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32, data=data)
+            entry.u.msi = abi.RoutingMsi(
+                address_lo=address & 0xFFFFFFFF, address_hi=high_part(address), data=data & 0xFFFFFFFF
+            )
             yield entry
 
     @staticmethod

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageError
@@ -13,7 +13,7 @@ from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageErro
 from cardcage_kvm import abi, cpuid, report, state
 from cardcage_kvm.dirty import DirtyPages
 from cardcage_kvm.kick import kick_signal
-from cardcage_kvm.routing import IOAPIC_PINS, MSI_LEVEL, Routes
+from cardcage_kvm.routing import IOAPIC_PINS, MSI_LEVEL, Routes, high_part
 from cardcage_kvm.vcpu import KvmVCpu
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class KvmVm:
         limit = self._extension(abi.Cap.MAX_VCPUS)
         if spec.cpus > limit:
             raise ConfigError(f"{spec.cpus} vCPUs: this host's KVM has at most {limit}")
+        offered = cpuid.supported(self.system_fd)
         self._cpuid = cpuid.model(
-            cpuid.supported(self.system_fd),
+            offered,
             spec.cpu,
             spec.features,
             irqchip=spec.irqchip,
@@ -67,7 +68,7 @@ class KvmVm:
         abi.ioctl(self.fd, abi.SET_TSS_ADDR, TSS_ADDRESS)
         self.msr_list = state.msr_list(self.system_fd)
         self.xsave_size = max(self._extension(abi.Cap.XSAVE2), 4096)
-        self.has_xcrs = any(leaf.function == 1 and leaf.ecx & 1 << 26 for leaf in cpuid.supported(self.system_fd))
+        self.has_xcrs = any(leaf.function == 1 and leaf.ecx & 1 << 26 for leaf in offered)
         if spec.irqchip == "split":
             self._enable(abi.Cap.SPLIT_IRQCHIP, IOAPIC_PINS)
         elif spec.irqchip == "full":
@@ -163,7 +164,7 @@ class KvmVm:
 
     # quiescence
 
-    @contextmanager
+    @contextlib.contextmanager
     def quiesce(self) -> Iterator[None]:
         """All vCPUs out of guest code while the block runs; may be nested and called within *ops*."""
         with self._gate:
@@ -214,15 +215,17 @@ class KvmVm:
         abi.ioctl(self.fd, abi.IRQ_LINE, abi.IrqLevel(irq=gsi, level=int(level)))
 
     def signal_msi(self, address: int, data: int, /) -> None:
-        """Deliver a message-signalled interrupt. Thread-safe. Without a local APIC it goes nowhere."""
+        """Deliver a message-signalled interrupt. Thread-safe.
+
+        The guest chose address and data: a message that no local APIC accepts goes nowhere, as on the bus.
+        """
         if self.irqchip == "none":
             return
         if data & MSI_LEVEL:
             self._routes.announce_level(address, data)
-        message = abi.Msi(
-            address_lo=address & 0xFFFFFFFF, address_hi=address >> 32 & 0xFFFFFFFF, data=data & 0xFFFFFFFF
-        )
-        abi.ioctl(self.fd, abi.SIGNAL_MSI, message)
+        message = abi.Msi(address_lo=address & 0xFFFFFFFF, address_hi=high_part(address), data=data & 0xFFFFFFFF)
+        with contextlib.suppress(AcceleratorError):  # KVM's answer when nobody took it
+            abi.ioctl(self.fd, abi.SIGNAL_MSI, message)
 
     def inject_nmi(self, index: int, /) -> None:
         """Send an NMI to vCPU *index*. Thread-safe."""

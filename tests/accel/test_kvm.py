@@ -345,6 +345,20 @@ def test_irqfd_interrupts_the_guest(bench: Callable[..., Bench]) -> None:
         os.close(fd)
 
 
+def test_messages_to_nobody_go_nowhere(bench: Callable[..., Bench]) -> None:
+    """Messages whose address or data the guest made up neither raise nor stop the VM, as message or as route."""
+    for irqchip in ("none", "split"):
+        vm = bench(irqchip=irqchip).vm
+        for address in (0xFEE55000, 0, 0xFFFFFFFFFFFFFFFF, 0xFEE00000FEE00000):
+            for data in (0x41, 0xC041, 0xFFFFFFFF, 0):
+                vm.signal_msi(address, data)
+    fd = os.eventfd(0)
+    try:
+        vm.remove_irqfd(fd, vm.add_irqfd(fd, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF))
+    finally:
+        os.close(fd)
+
+
 def test_full_irqchip_takes_lines(bench: Callable[..., Bench]) -> None:
     """With irqchip full, a line programmed in the in-kernel IOAPIC interrupts; ExtINT and bad lines are refused."""
     machine = bench(irqchip="full")
