@@ -701,7 +701,9 @@ class Templates:
             if ins.op1_kind == K.REGISTER and R.ES <= ins.op1_register <= R.GS and ins.op0_kind == K.REGISTER:
                 return self._store_segment(ins, t)
             if ins.op0_kind == K.REGISTER and R.ES <= ins.op0_register <= R.GS and not self.mode & (L.MODE_PE | L.MODE_FLAT):
-                return self._load_segment_real(ins, t)
+                in_line = self._load_segment_real(ins, t)
+                if in_line is not None:  # from memory, and CS, it is the helper's
+                    return in_line
         found = helper_of(ins, self.mode)
         if found is None:
             return None
