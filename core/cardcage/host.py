@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 from attrs import frozen
 
+from cardcage import __version__
 from cardcage.errors import CardError, ConfigError, UsageError
 from cardcage.hookspecs import Hooks
 from cardcage.log import Log, LogSink
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["BrokenCard", "CardInfo", "Host", "Signals"]
 
 GROUP = "cardcage"
+MISMATCH = (pluggy.PluginValidationError, AttributeError, ImportError, TypeError)
+"""What is raised when a card was written for another version of the interface."""
 
 
 @frozen
@@ -161,9 +165,11 @@ class Host:
 
         # Our own first: of two cards that offer the same name, the stranger's is the one left out.
         for point in sorted(entry_points(group=GROUP), key=lambda one: (whose(one)[0] != GROUP, one.name)):
-            self._load(point.name, " ".join(whose(point)).strip(), point.load)
+            self._load(
+                point.name, " ".join(whose(point)).strip(), point.load, (point.dist and point.dist.requires) or ()
+            )
 
-    def _load(self, name: str, distribution: str, load: Callable[[], Any]) -> None:
+    def _load(self, name: str, distribution: str, load: Callable[[], Any], requires: Iterable[str] = ()) -> None:
         staged = Registry(name, distribution)
         try:
             self.mediator.check("host", name, "card", "load")
@@ -178,6 +184,9 @@ class Host:
             self.registry.merge(staged)
         except Exception as error:  # anything that a stranger's import or hook may raise
             reason = str(error) if isinstance(error, CardError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, MISMATCH):
+                wanted = next((one for one in requires if re.match(rf"{GROUP}\b(?!-)", one)), "no particular cardcage")
+                reason += f" (this is cardcage {__version__}; the card asks for {wanted})"
             self.broken.append(BrokenCard(name, distribution, " ".join(reason.split()), error))
             return
         self._manager.register(module, name)

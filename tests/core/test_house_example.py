@@ -21,6 +21,7 @@ build-backend = "hatchling.build"
 [project]
 name = "mistake"
 version = "1.5"
+dependencies = ["cardcage>=7"]
 [project.entry-points.cardcage]
 mistake = "mistake"
 [tool.hatch.build.targets.wheel]
@@ -87,6 +88,8 @@ def test_a_card_with_a_mistake_is_named_and_left_out(mistake: str, tmp_path: Pat
     assert "mistake 1.5" in line
     assert "broken: " in line
     assert reason in line
+    if mistake in ("wrong signature", "misspelt hook", "unknown option"):
+        assert "(this is cardcage 0.1.0; the card asks for cardcage>=7)" in line
     assert "platform pc" in listed.stdout
     assert listed.stderr == ""
 
