@@ -24,6 +24,7 @@ DEVICES = (
     ("console", "console:Console", "consoles and named serial ports"),
     ("balloon", "balloon:Balloon", "memory balloon: statistics, free page reporting"),
     ("vsock", "vsock:Vsock", "sockets between guest and host, AF_UNIX on the host"),
+    ("9p", "p9:P9", "host directory, confined to its root"),
     ("rng", "rng:Rng", "entropy source"),
 )
 
