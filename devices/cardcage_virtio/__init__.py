@@ -28,6 +28,12 @@ DEVICES = (
     ("rng", "rng:Rng", "entropy source"),
 )
 
+VHOST_USER = (
+    ("blk", "VhostUserBlkOptions", "disk served by another process (qemu-storage-daemon)"),
+    ("fs", "VhostUserFsOptions", "host directory served by virtiofsd"),
+    ("device", "VhostUserOptions", "any virtio device served by another process"),
+)
+
 
 @frozen
 class Behind:

@@ -8,7 +8,8 @@ What a device's author writes is any object with
 
 and, where it has more to say (each is looked for by name):
 
-- ``features``: bits it offers; those of the ring and VERSION_1 are added here. ``class_code``: for PCI;
+- ``features``: bits it offers; those of the ring and VERSION_1 are added here, unless it says itself which
+  (``ring_features``). ``class_code``: for PCI;
 - ``config() -> bytes``: configuration space as it is now. ``config_written(offset, data)``: the driver wrote there;
 - ``plug(slot)``: the machine's slot. ``plug_virtio(io)``: the :class:`Virtio` of this device;
 - ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
@@ -61,6 +62,12 @@ class Transport(Protocol):
 
     def config_interrupt(self) -> None: ...
 
+    def connect(self, index: int, kick: int, call: int, /) -> None:
+        """A back end outside this process takes the queue: eventfds for notifications and interrupts."""
+        ...
+
+    def disconnect(self, index: int, /) -> None: ...
+
 
 @define
 class Queue:
@@ -104,7 +111,7 @@ class Virtio:
 
     def __init__(self, device: Any, transport: Transport) -> None:
         self.device, self.transport = device, transport
-        self.offered: int = COMMON | getattr(device, "features", 0)
+        self.offered: int = getattr(device, "ring_features", COMMON) | getattr(device, "features", 0)
         self.features = self.driver_features = self.status = self.generation = 0
         self.queues = [Queue(size, size) for size in device.queue_sizes]
         self.rings: list[Ring | None] = [None] * len(self.queues)
@@ -126,7 +133,8 @@ class Virtio:
         self.slot, self.log = slot, slot.log
         self._tell("plug", slot)
         self._tell("plug_virtio", self)
-        self.offered = COMMON | getattr(self.device, "features", 0)  # a back end may have decided some
+        common = getattr(self.device, "ring_features", COMMON)
+        self.offered = common | getattr(self.device, "features", 0)  # a back end may have decided some
 
     def has(self, bit: int) -> bool:
         """Whether feature *bit* was agreed."""

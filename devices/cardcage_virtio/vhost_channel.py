@@ -1,0 +1,201 @@
+"""The vhost-user protocol's front end side of a socket (QEMU's docs/interop/vhost-user.rst)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+from cardcage.errors import HostError
+
+if TYPE_CHECKING:
+    from cardcage.memory import PhysicalMemory
+
+__all__ = ["Channel", "MemoryRegion", "memory_regions"]
+
+GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
+SET_VRING_KICK, SET_VRING_CALL = 12, 13
+GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
+GET_CONFIG, SET_CONFIG, GET_INFLIGHT_FD, SET_INFLIGHT_FD = 24, 25, 31, 32
+F_PROTOCOL_FEATURES = 1 << 30
+P_MQ, P_REPLY_ACK, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 3, 1 << 9, 1 << 12
+WANTED = P_MQ | P_REPLY_ACK | P_CONFIG | P_INFLIGHT
+VERSION, REPLY, NEED_REPLY = 1, 4, 8
+HEADER = struct.Struct("<III")
+INFLIGHT = struct.Struct("<QQHH")
+TIMEOUT = 10.0
+"""Seconds that a back end may take to answer one message."""
+REGIONS_MAX = 8
+
+
+@frozen
+class MemoryRegion:
+    """RAM as the back end maps it: guest-physical address, size, our address, and offset in *fd*."""
+
+    address: int
+    size: int
+    host: int
+    offset: int
+    fd: int
+
+    def host_address(self, address: int, size: int) -> int | None:
+        """Our address of guest-physical *address*, ``None`` when it is not all in this region."""
+        inside = self.address <= address and address + size <= self.address + self.size
+        return self.host + address - self.address if inside else None
+
+
+def memory_regions(memory: PhysicalMemory) -> list[MemoryRegion]:
+    """The RAM that another process can map. Raises HostError when some cannot be shared, or is in too many pieces."""
+    spans: dict[tuple[int, int], tuple[int, int]] = {}
+    blocks = {}
+    for one in memory.ranges:
+        if one.readonly:
+            continue
+        if one.block.fd < 0:
+            raise HostError(
+                f"vhost-user: guest memory ({one.block.name}) cannot be shared with another process: "
+                "set machine.shared_memory = true"
+            )
+        key = one.block.fd, one.address - one.offset  # pieces of a block that keep their distance are one region
+        low, high = spans.get(key, (one.address, one.address + one.size))
+        spans[key], blocks[key] = (min(low, one.address), max(high, one.address + one.size)), one.block
+    if len(spans) > REGIONS_MAX:
+        raise HostError(f"vhost-user: guest memory is in {len(spans)} pieces, more than {REGIONS_MAX}")
+    return [
+        MemoryRegion(low, high - low, blocks[key].host_address + low - key[1], low - key[1], key[0])
+        for key, (low, high) in spans.items()
+    ]
+
+
+class Channel:
+    """A connection to a back end, past feature and protocol negotiation.
+
+    Args:
+        path: AF_UNIX socket that the back end listens at.
+
+    Raises OSError when it cannot be reached, HostError when it does not speak the protocol.
+
+    Attributes:
+        features: virtio and vhost features of the back end. protocol: protocol features both have.
+        queues: most queues that it serves, ``None`` when it does not say.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(TIMEOUT)
+            self._socket.connect(path)
+            self.features = self.get(GET_FEATURES)
+            self.protocol = 0
+            if self.features & F_PROTOCOL_FEATURES:
+                self.protocol = self.get(GET_PROTOCOL_FEATURES) & WANTED
+                self.send(SET_PROTOCOL_FEATURES, struct.pack("<Q", self.protocol))
+            self.queues = self.get(GET_QUEUE_NUM) if self.protocol & P_MQ else None
+            self.send(SET_OWNER)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, request: int, payload: bytes = b"", fds: list[int] | None = None, *, reply: bool = False) -> None:
+        """Send a message; with REPLY_ACK agreed, wait until it was acted on. Raises HostError when it could not be."""
+        acknowledge = not reply and self._acknowledged(request)
+        flags = VERSION | (NEED_REPLY if acknowledge else 0)
+        message = HEADER.pack(request, flags, len(payload)) + payload
+        socket.send_fds(self._socket, [message], fds or [])
+        if acknowledge:
+            (code,) = struct.unpack("<Q", self.receive(request)[0])
+            if code:
+                raise HostError(f"vhost-user: the back end refused message {request}: {code}")
+
+    def _acknowledged(self, request: int) -> bool:
+        return bool(getattr(self, "protocol", 0) & P_REPLY_ACK) and request not in (SET_PROTOCOL_FEATURES, SET_OWNER)
+
+    def receive(self, request: int) -> tuple[bytes, list[int]]:
+        """The answer to *request*, with descriptors that came along."""
+        data, fds, _, _ = socket.recv_fds(self._socket, HEADER.size, 8)
+        try:
+            data += self._exactly(HEADER.size - len(data))
+            kind, flags, size = HEADER.unpack(data)
+            if kind != request or flags & 7 != VERSION | REPLY or size > 4096:
+                raise HostError(f"vhost-user: answer {kind}, flags {flags:#x}, {size} bytes to message {request}")
+            return self._exactly(size), fds
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _exactly(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            part = self._socket.recv(size - len(found))
+            if not part:
+                raise ConnectionResetError("vhost-user: the back end hung up")
+            found += part
+        return found
+
+    def get(self, request: int, payload: bytes = b"") -> int:
+        """Ask for a 64-bit number."""
+        self.send(request, payload, reply=True)
+        data, fds = self.receive(request)
+        for fd in fds:
+            os.close(fd)
+        if len(data) != 8:
+            raise HostError(f"vhost-user: {len(data)} bytes for message {request}, expected 8")
+        return int.from_bytes(data, "little")
+
+    # memory and rings
+
+    def set_memory(self, regions: list[MemoryRegion]) -> None:
+        rows = b"".join(struct.pack("<QQQQ", one.address, one.size, one.host, one.offset) for one in regions)
+        self.send(SET_MEM_TABLE, struct.pack("<II", len(regions), 0) + rows, [one.fd for one in regions])
+
+    def set_ring(
+        self, index: int, size: int, base: int, table: int, used: int, avail: int, kick: int, call: int
+    ) -> None:
+        """Start queue *index*; ring addresses are ours (:meth:`MemoryRegion.host_address`)."""
+        self.send(SET_VRING_NUM, struct.pack("<II", index, size))
+        self.send(SET_VRING_BASE, struct.pack("<II", index, base))
+        self.send(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, 0, table, used, avail, 0))
+        self.send(SET_VRING_CALL, struct.pack("<Q", index), [call])
+        self.send(SET_VRING_KICK, struct.pack("<Q", index), [kick])
+        if self.features & F_PROTOCOL_FEATURES:
+            self.send(SET_VRING_ENABLE, struct.pack("<II", index, 1))
+
+    def stop_ring(self, index: int) -> int:
+        """Stop queue *index*; returns the available index to go on from."""
+        return self.get(GET_VRING_BASE, struct.pack("<II", index, 0)) >> 32
+
+    def config(self, size: int) -> bytes:
+        """The device's configuration space. Raises HostError when the back end has none."""
+        if not self.protocol & P_CONFIG:
+            raise HostError("vhost-user: the back end gives no configuration space")
+        self.send(GET_CONFIG, struct.pack("<III", 0, size, 0) + bytes(size), reply=True)
+        return self.receive(GET_CONFIG)[0][12:]
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        if self.protocol & P_CONFIG:
+            self.send(SET_CONFIG, struct.pack("<III", offset, len(data), 0) + data)
+
+    def new_inflight(self, queues: int, size: int) -> tuple[int, bytes] | None:
+        """Shared memory in which the back end notes requests in flight: its descriptor and description."""
+        if not self.protocol & P_INFLIGHT:
+            return None
+        self.send(GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, size), reply=True)
+        data, fds = self.receive(GET_INFLIGHT_FD)
+        if len(data) != INFLIGHT.size or len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise HostError("vhost-user: the back end gave no memory for requests in flight")
+        return fds[0], data
+
+    def set_inflight(self, inflight: tuple[int, bytes]) -> None:
+        self.send(SET_INFLIGHT_FD, inflight[1], [inflight[0]])

@@ -1,0 +1,297 @@
+"""vhost-user front ends: a virtio device whose queues another process serves, over shared guest memory.
+
+The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must be shared
+(``machine.shared_memory = true``). Notifications and interrupts are eventfds that need not pass through this process.
+When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
+the note of requests in flight, and goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+from attrs.validators import ge, in_, le, max_len, min_len
+from cardcage.errors import ConfigError, HostError
+
+from cardcage_virtio.vhost_channel import F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.clock import Timer
+    from cardcage.device import Slot
+
+    from cardcage_virtio.vhost_channel import MemoryRegion
+    from cardcage_virtio.virtio import Virtio
+
+__all__ = [
+    "VhostUser",
+    "VhostUserBlkOptions",
+    "VhostUserFsOptions",
+    "VhostUserOptions",
+    "vhost_user_blk",
+    "vhost_user_device",
+    "vhost_user_fs",
+]
+
+F_INDIRECT, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+NOT_FOR_GUESTS = F_PROTOCOL_FEATURES | 1 << 26 | 1 << 34 | 1 << 40 | 1 << 33  # LOG_ALL, packed, queue reset, IOMMU
+RETRY = 100_000_000
+"""Nanoseconds between two attempts to reach a back end that died."""
+SIZES = [1 << at for at in range(2, 16)]
+
+
+@frozen
+class VhostUserOptions:
+    """Options of ``vhost-user-device``, for any kind of virtio device.
+
+    Attributes:
+        socket: AF_UNIX socket that the back end listens at.
+        device_id: of the virtio device (virtio 1.2, chapter 5).
+        queues: 1 to 256. queue_size: entries of each, a power of two.
+        config_size: bytes of configuration space that the back end has, 0 for none.
+    """
+
+    socket: str = field(validator=min_len(1))
+    device_id: int = field(validator=[ge(1), le(63)])
+    queues: int = field(default=1, validator=[ge(1), le(256)])
+    queue_size: int = field(default=128, validator=in_(SIZES))
+    config_size: int = field(default=0, validator=[ge(0), le(256)])
+
+
+@frozen
+class VhostUserBlkOptions:
+    """Options of ``vhost-user-blk``: ``socket``, ``queues`` (1 to 64), ``queue_size`` as for ``vhost-user-device``."""
+
+    socket: str = field(validator=min_len(1))
+    queues: int = field(default=1, validator=[ge(1), le(64)])
+    queue_size: int = field(default=128, validator=in_(SIZES))
+
+
+@frozen
+class VhostUserFsOptions:
+    """Options of ``vhost-user-fs`` (virtiofs).
+
+    Attributes:
+        socket: that ``virtiofsd --socket-path`` listens at.
+        tag: what the guest mounts it by (``mount -t virtiofs TAG /mnt``).
+        queues: request queues, 1 to 16. queue_size: entries of each.
+    """
+
+    socket: str = field(validator=min_len(1))
+    tag: str = field(default="share", validator=[min_len(1), max_len(36)])
+    queues: int = field(default=1, validator=[ge(1), le(16)])
+    queue_size: int = field(default=128, validator=in_(SIZES))
+
+
+class VhostUser:
+    """The front end of one back end.
+
+    Args:
+        queues: of the virtio device, all kinds together. read_config: gives what the guest sees as configuration space.
+    """
+
+    def __init__(
+        self,
+        options: VhostUserOptions | VhostUserBlkOptions | VhostUserFsOptions,
+        device_id: int,
+        queues: int,
+        read_config: Callable[[Channel], bytes],
+    ) -> None:
+        self.options, self.device_id, self._read_config = options, device_id, read_config
+        self.queue_sizes = (options.queue_size,) * queues
+        self.features = self.ring_features = 0
+        self.channel: Channel | None = None
+        self._config = b""
+        self._regions: list[MemoryRegion] = []
+        self._events: list[tuple[int, int]] = []
+        self._inflight: tuple[int, bytes] | None = None
+        self._started: list[int] = []
+        self._slot: Slot
+        self._io: Virtio
+        self._timer: Timer
+
+    def plug(self, slot: Slot) -> None:
+        self._slot, self._timer = slot, slot.clock.timer(self._retry)
+        memory: Any = getattr(slot.machine, "memory", slot.memory)  # the blocks behind it, which no device else needs
+        try:
+            self._regions = memory_regions(memory)
+            self.channel = self._connect()
+        except HostError as error:
+            raise ConfigError(f"{slot.id}: {error}") from error
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"{slot.id}: no vhost-user back end at {self.options.socket}: {why}") from error
+        offered = self.channel.features & ~NOT_FOR_GUESTS
+        self.features, self.ring_features = offered, F_VERSION_1
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self._events = [(os.eventfd(0, flags), os.eventfd(0, flags)) for _ in self.queue_sizes]
+
+    def plug_virtio(self, io: Virtio) -> None:
+        self._io = io
+
+    def unplug(self) -> None:
+        self._timer.cancel()
+        self._close()
+        for kick, call in self._events:
+            os.close(kick)
+            os.close(call)
+        self._events = []
+
+    def _connect(self) -> Channel:
+        channel = Channel(self.options.socket)
+        try:
+            if channel.queues is not None and channel.queues < len(self.queue_sizes):
+                raise HostError(f"the back end serves {channel.queues} queues, {len(self.queue_sizes)} are wanted")
+            self._config = self._read_config(channel)
+        except BaseException:
+            channel.close()
+            raise
+        self._slot.add_reader(channel.fileno(), self._spoke)
+        return channel
+
+    def config(self) -> bytes:
+        return self._config
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        try:
+            if self.channel is not None and offset + len(data) <= len(self._config):
+                self.channel.set_config(offset, data)
+                self._config = self._read_config(self.channel)
+        except (OSError, HostError) as error:
+            self._died(str(error))
+
+    # life of the rings
+
+    def notified(self, index: int) -> None:
+        """Between the death of a back end and the next: the request waits in its ring."""
+
+    def start(self) -> None:
+        self._started = [at for at, ring in enumerate(self._io.rings) if ring is not None]
+        for index in self._started:
+            self._io.transport.connect(index, *self._events[index])
+        self._begin(fresh=True)
+
+    def _begin(self, *, fresh: bool) -> None:
+        """Hand memory and rings to the back end: all anew, or as they stand after the last one died."""
+        channel = self.channel
+        if channel is None:
+            return
+        try:
+            channel.send(SET_FEATURES, struct.pack("<Q", self._io.features | channel.features & F_PROTOCOL_FEATURES))
+            channel.set_memory(self._regions)
+            if fresh:
+                self._drop_inflight()
+                self._inflight = channel.new_inflight(len(self.queue_sizes), max(self.queue_sizes))
+            if self._inflight is not None:
+                channel.set_inflight(self._inflight)
+            for index in self._started:
+                self._start_ring(channel, index, fresh)
+        except (OSError, HostError) as error:
+            self._died(str(error))
+
+    def _start_ring(self, channel: Channel, index: int, fresh: bool) -> None:
+        queue, (kick, call) = self._io.queues[index], self._events[index]
+        size = queue.size
+        table, avail, used = (
+            self._host(queue.table, 16 * size),
+            self._host(queue.driver, 6 + 2 * size),
+            self._host(queue.device, 6 + 8 * size),
+        )
+        base = 0
+        if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
+            base = self._slot.memory.view(queue.device, 4).cast("H")[1]
+        channel.set_ring(index, size, base, table, used, avail, kick, call)
+        if not fresh:
+            os.eventfd_write(kick, 1)  # what came while nobody listened
+            os.eventfd_write(call, 1)
+
+    def _host(self, address: int, size: int) -> int:
+        for region in self._regions:
+            found = region.host_address(address, size)
+            if found is not None:
+                return found
+        raise HostError(f"ring at {address:#x} is not in shared memory")
+
+    def drain(self) -> None:
+        """The back end stops and has no request in flight when it has answered."""
+        channel = self.channel
+        if channel is None:
+            return
+        try:
+            for index in self._started:
+                channel.stop_ring(index)
+        except (OSError, HostError) as error:
+            self._died(str(error))
+
+    def stop(self) -> None:
+        for index in self._started:
+            self._io.transport.disconnect(index)
+        self._started = []
+        self._drop_inflight()
+
+    def _drop_inflight(self) -> None:
+        if self._inflight is not None:
+            os.close(self._inflight[0])
+            self._inflight = None
+
+    # death and return of the back end
+
+    def _spoke(self) -> None:
+        """The socket is readable without a question of ours: the back end is gone."""
+        self._died("hung up")
+
+    def _close(self) -> None:
+        if self.channel is not None:
+            self._slot.remove_reader(self.channel.fileno())
+            self.channel.close()
+            self.channel = None
+
+    def _died(self, why: str) -> None:
+        if self.channel is not None:
+            self._close()
+            self._slot.log.warning(
+                "vhost-user back end is gone, waiting for another", why=why, socket=self.options.socket
+            )
+        self._timer.arm(self._slot.clock.now() + RETRY)
+
+    def _retry(self) -> None:
+        try:
+            self.channel = self._connect()
+        except (OSError, HostError):
+            self._timer.arm(self._slot.clock.now() + RETRY)
+            return
+        missing = self._io.features & ~(self.channel.features | F_VERSION_1)
+        if missing:
+            self._close()
+            self._io.break_down(f"the new vhost-user back end lacks features {missing:#x}")
+            return
+        self._slot.log.info("vhost-user back end is back", socket=self.options.socket)
+        if self._started:
+            self._begin(fresh=False)
+
+
+def vhost_user_device(options: VhostUserOptions) -> VhostUser:
+    """Any virtio device served by another process."""
+    size = options.config_size
+    return VhostUser(options, options.device_id, options.queues, lambda channel: channel.config(size) if size else b"")
+
+
+def vhost_user_blk(options: VhostUserBlkOptions) -> VhostUser:
+    """A disk served by another process."""
+
+    def config(channel: Channel) -> bytes:
+        found = bytearray(channel.config(60))
+        struct.pack_into("<H", found, 34, options.queues)
+        return bytes(found)
+
+    return VhostUser(options, 2, options.queues, config)
+
+
+def vhost_user_fs(options: VhostUserFsOptions) -> VhostUser:
+    """A host directory served by virtiofsd; queue 0 is for what must not wait."""
+    config = options.tag.encode().ljust(36, b"\0") + struct.pack("<I", options.queues)
+    return VhostUser(options, 26, options.queues + 1, lambda channel: config)

@@ -1,0 +1,215 @@
+"""vhost-user front ends against qemu-storage-daemon, virtiofsd, and back ends that misbehave."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage.errors import ConfigError
+from cardcage_virtio.testing import Bench
+from cardcage_virtio.vhost_user import (
+    VhostUserBlkOptions,
+    VhostUserFsOptions,
+    VhostUserOptions,
+    vhost_user_blk,
+    vhost_user_device,
+    vhost_user_fs,
+)
+
+DAEMON = shutil.which("qemu-storage-daemon")
+VIRTIOFSD = next((path for path in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd") if os.path.exists(path)), None)
+MIB = 1 << 20
+
+
+class Daemon:
+    """A qemu-storage-daemon that exports one raw file."""
+
+    def __init__(self, folder: Path, *, throttled: bool = False) -> None:
+        self.folder, self.socket, self.disk = folder, folder / "s", folder / "disk"
+        self.throttled = throttled
+        if not self.disk.exists():
+            self.disk.write_bytes(b"".join(struct.pack("<Q", at) * 64 for at in range(8 * MIB // 512)))
+        self.start()
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        node, blocks = "f", ["--blockdev", f"driver=file,node-name=f,filename={self.disk},locking=off"]
+        if self.throttled:
+            blocks = ["--object", "throttle-group,id=t,x-iops-total=400", *blocks]
+            blocks += ["--blockdev", "driver=throttle,node-name=d,throttle-group=t,file=f"]
+            node = "d"
+        export = f"type=vhost-user-blk,id=e,addr.type=unix,addr.path={self.socket},node-name={node},writable=on"
+        pipe = self.folder / "pid"
+        pipe.unlink(missing_ok=True)
+        command = [DAEMON or "", *blocks, "--export", export + ",num-queues=2", "--pidfile", str(pipe)]
+        self.process = subprocess.Popen(command)
+        while not pipe.exists():
+            assert self.process.poll() is None
+            try:
+                self.process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Any:
+    if DAEMON is None:
+        pytest.skip("needs qemu-storage-daemon (Debian: qemu-system-common)")
+    daemon = Daemon(tmp_path)
+    yield daemon
+    daemon.kill()
+
+
+def blk(daemon: Daemon, **options: Any) -> Bench:
+    return Bench(vhost_user_blk(VhostUserBlkOptions(str(daemon.socket), **options)), shared=True)
+
+
+def read(sector: int) -> bytes:
+    return struct.pack("<IIQ", 0, 0, sector)
+
+
+def test_a_disk_served_by_qemu_storage_daemon(daemon: Daemon) -> None:
+    """Reads, writes and flushes reach the file; capacity and queues are in the configuration."""
+    bench = blk(daemon, queues=2)
+    assert struct.unpack_from("<Q", bench.device.config()) == (8 * MIB // 512,)
+    assert struct.unpack_from("<H", bench.device.config(), 34) == (2,)
+    for queue in (0, 1):
+        data = bench.call([read(5 + queue)], [512, 1], queue=queue)
+        assert data == struct.pack("<Q", 5 + queue) * 64 + b"\0"
+    assert bench.call([struct.pack("<IIQ", 1, 0, 9), b"w" * 512], [1]) == b"\0"
+    assert bench.call([struct.pack("<IIQ", 4, 0, 0)], [1]) == b"\0"
+    assert daemon.disk.read_bytes()[9 * 512 : 10 * 512] == b"w" * 512
+    assert bench.interrupts
+    bench.close()
+
+
+def test_a_device_reset_and_a_second_start(daemon: Daemon) -> None:
+    """After a reset the same back end serves new rings."""
+    bench = blk(daemon)
+    for _ in range(3):
+        assert bench.call([read(1)], [512, 1])[-1] == 0
+        bench.start()
+    bench.close()
+
+
+def test_no_request_is_lost_when_the_back_end_is_killed(tmp_path: Path) -> None:
+    """Kill and restart under load: each request comes back, with the right bytes, and each write is in the file."""
+    if DAEMON is None:
+        pytest.skip("needs qemu-storage-daemon (Debian: qemu-system-common)")
+    daemon = Daemon(tmp_path, throttled=True)
+    bench = Bench(vhost_user_blk(VhostUserBlkOptions(str(daemon.socket))), shared=True, size=128)
+    driver = bench.driver()
+    wanted: dict[int, bytes] = {}
+    written: dict[int, bytes] = {}
+    done = at = 0
+
+    def fill() -> None:
+        nonlocal at
+        while driver.free > 3 and at < 900:
+            if at % 2:
+                data = struct.pack("<Q", at | 1 << 40) * 64
+                wanted[driver.add([struct.pack("<IIQ", 1, 0, 8000 + at), data], [1])] = b"\0"
+                written[8000 + at] = data
+            else:
+                wanted[driver.add([read(at)], [512, 1])] = struct.pack("<Q", at) * 64 + b"\0"
+            at += 1
+        bench.kick()
+
+    def some_done(more: int) -> bool:
+        nonlocal done
+        for token, data in driver.used():
+            assert data == wanted.pop(token)
+            done += 1
+        return done >= more
+
+    for _ in range(3):
+        fill()
+        target = done + 40
+        bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+        daemon.kill()
+        fill()
+        bench.until(lambda: bench.device.channel is None)
+        daemon.start()
+        bench.slot.clock.advance(200_000_000)
+        assert bench.device.channel is not None
+    while at < 900 or wanted:
+        fill()
+        target = done + min(20, len(wanted))
+        bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+    bench.call([struct.pack("<IIQ", 4, 0, 0)], [1])
+    disk = daemon.disk.read_bytes()
+    assert all(disk[512 * sector : 512 * sector + 512] == data for sector, data in written.items())
+    bench.close()
+    daemon.kill()
+
+
+def test_virtiofsd_answers(tmp_path: Path) -> None:
+    """The fs front end carries a FUSE session's first request to virtiofsd and its answer back."""
+    if VIRTIOFSD is None or os.geteuid() != 0:
+        pytest.skip("needs virtiofsd (Debian: qemu-system-common) and root")
+    path = tmp_path / "s"
+    command = [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot", "-f"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while not path.exists():
+            if process.poll() is not None:
+                pytest.skip("virtiofsd may not run here")
+            try:
+                process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+        bench = Bench(vhost_user_fs(VhostUserFsOptions(str(path), tag="host")), shared=True)
+        assert bench.device.config() == b"host".ljust(36, b"\0") + struct.pack("<I", 1)
+        init = struct.pack("<IIII", 7, 31, 65536, 0)
+        head = struct.pack("<IIQQIIII", 40 + len(init), 26, 1, 0, 0, 0, 0, 0)
+        answer = bench.call([head, init], [16, 64], queue=1)
+        length, error, unique = struct.unpack_from("<IiQ", answer)
+        assert (error, unique) == (0, 1)
+        assert length == len(answer) == 80
+        assert struct.unpack_from("<I", answer, 16) == (7,)
+        bench.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_missing_back_end_or_private_memory_is_named(tmp_path: Path) -> None:
+    """Configuration errors say which socket, or what to set."""
+    with pytest.raises(ConfigError, match="nobody"):
+        Bench(vhost_user_blk(VhostUserBlkOptions(str(tmp_path / "nobody"))), shared=True)
+    with pytest.raises(ConfigError, match="shared_memory"):
+        Bench(vhost_user_blk(VhostUserBlkOptions(str(tmp_path / "nobody"))))
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"\0" * 12, b"\xff" * 20, struct.pack("<IIIQ", 1, 5, 4, 0), b"\1\0\0\0\5\0\0\0\xff\xff"]
+)
+def test_a_back_end_that_talks_nonsense_is_an_error(tmp_path: Path, answer: bytes) -> None:
+    """Wrong, short or no answers end in one clear error."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ConfigError):
+            Bench(vhost_user_device(VhostUserOptions(path, device_id=42)), shared=True)
+        thread.join()
