@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 from attrs import define
 from cardcage.errors import ConfigError
 
-from cardcage_boot.elf import is_elf, read_elf
 from cardcage_boot.files import open_file
-from cardcage_boot.firmware import open_firmware
-from cardcage_boot.linux import is_bzimage, open_linux
-from cardcage_boot.multiboot import find_header, open_multiboot
-from cardcage_boot.pvh import open_pvh, pvh_entry
 
 if TYPE_CHECKING:
     from cardcage.device import BootImage
@@ -30,16 +25,25 @@ class AutoLoader:
 
     def open(self) -> BootImage:
         """Read and check the files. Raises ConfigError naming the file and what was expected."""
+        # Only the protocol that is used gets imported: start-up time counts.
         options = self.options
         if options.firmware and options.kernel:
             raise ConfigError("give a kernel or a firmware, not both", key="boot.firmware")
         if options.firmware:
+            from cardcage_boot.firmware import open_firmware
+
             return open_firmware(open_file(options.firmware, "firmware ROM"))
         if not options.kernel:
             raise ConfigError("nothing to boot: expected a kernel or a firmware", key="boot")
+        from cardcage_boot.linux import is_bzimage, open_linux
+
         file = open_file(options.kernel, "kernel")
         if is_bzimage(file.data):
             return open_linux(file, options.initrds(), options.append)
+        from cardcage_boot.elf import is_elf, read_elf
+        from cardcage_boot.multiboot import find_header, open_multiboot
+        from cardcage_boot.pvh import open_pvh, pvh_entry
+
         if is_elf(file.data) and pvh_entry(read_elf(file)) is not None:
             return open_pvh(file, options.initrds(), options.append)
         if find_header(file) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import shutil
 import sys
@@ -107,7 +106,7 @@ class Plan:
     boot: dict[str, Any]
     name: str
     kernel: str
-    token: str = field(factory=lambda: secrets.token_hex(8))
+    token: str = field(factory=lambda: os.urandom(8).hex())
     own_init: bool = False
 
 
