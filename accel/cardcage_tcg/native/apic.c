@@ -466,6 +466,8 @@ static void reset_registers(struct cpu *c)
     l->regs[A_SVR] = 0xff;
     for (u32 i = A_TIMER; i <= A_ERROR; i++)
         l->regs[i] = LVT_MASKED;
+    if (c->index == 0) /* as firmware leaves it, and as KVM has it: the 8259 reaches the boot processor */
+        l->regs[A_LINT0] = MODE_EXTINT << 8;
     if (l->x2)
         l->regs[A_LDR] = l->id >> 4 << 16 | 1u << (l->id & 15);
     l->esr = 0;
