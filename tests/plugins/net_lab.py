@@ -156,7 +156,7 @@ class Cable:
     """Joins two plain back ends of one slot: what one receives the other sends."""
 
     def __init__(self, slot: Slot, left: Any, right: Any) -> None:
-        self.ends = [left, right]
+        self._slot, self._ends = slot, (left, right)
 
         def towards(end: Any) -> Callable[[int, bytes], bool]:
             def received(queue: int, data: bytes) -> bool:
@@ -168,3 +168,8 @@ class Cable:
         with slot.lock:
             left.start(towards(right))
             right.start(towards(left))
+
+    def close(self) -> None:
+        with self._slot.lock:
+            for end in self._ends:
+                end.close()

@@ -314,6 +314,7 @@ def test_dump_is_read_by_tshark(slot: Slot, stack: ExitStack, tmp_path: Path) ->
     right.count(1)
     right.send(frame(2, 200))
     left.count(1)
+    left.close()
     words = ["tshark", "-r", str(dump), "-T", "fields", "-e", "frame.len", "-e", "eth.type", "-e", "frame.protocols"]
     lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\n")
     assert [line.split("\t")[:2] for line in lines if line] == [["100", "0x88b5"], ["200", "0x88b5"]]
