@@ -155,7 +155,9 @@ class Shelf:
     def initramfs(self, kernel: Kernel) -> Path:
         """The initramfs for *kernel*, built once for each set of ingredients."""
         busybox = self.busybox()
-        made_of = [files("cardcage_boot").joinpath(name).read_bytes() for name in ("init.sh", "initramfs.py")]
+        made_of = [
+            files("cardcage_boot").joinpath(name).read_bytes() for name in ("init.sh", "dhcp.sh", "initramfs.py")
+        ]
         made_of.append(repr((WANTED, kernel.release, str(kernel.modules), str(busybox))).encode())
         for path in (busybox, kernel.modules):
             if path is not None:

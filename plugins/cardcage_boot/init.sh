@@ -32,10 +32,18 @@ drivers() {  # for each device id, the modules that drive it, in order
 drivers  # buses and their transports first,
 drivers  # then what they carry
 
+for nic in /sys/class/net/*; do  # an address for each network card, from whoever gives one within seconds
+    nic=${nic##*/}
+    [ "$nic" = lo ] && continue
+    ip link set "$nic" up
+    udhcpc -i "$nic" -q -n -t 3 -T 1 -s /cardcage/dhcp > /dev/null 2>&1 &
+done
+
 interactive=1 rows=0 cols=0
 if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
 
 if [ -f /cardcage/exec ]; then
+    wait
     dmesg -n 1  # from here on the console carries the command's error output; only a panic may mix with it
     stty -F /dev/ttyS1 raw -echo
     stty -F /dev/console raw -echo

@@ -79,6 +79,7 @@ def build(busybox: Path, modules_root: Path | None, release: str) -> bytes:
     )
     aliases = "".join(f"alias {alias} {one.name}\n" for one in modules for alias in one.aliases)
     program = open_file(str(busybox), "static busybox").data
+    scripts = files("cardcage_boot")
     entries = [
         *(cpio.directory(name) for name in ("bin", "dev", "etc", "mnt", "proc", "run", "sbin", "sys")),
         cpio.directory("root", 0o700),
@@ -91,7 +92,8 @@ def build(busybox: Path, modules_root: Path | None, release: str) -> bytes:
         cpio.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"),
         cpio.file("etc/group", b"root:x:0:\n"),
         cpio.file("etc/profile", SHELL_PROFILE.encode()),
-        cpio.file("init", files("cardcage_boot").joinpath("init.sh").read_bytes(), 0o755),
+        cpio.file("init", scripts.joinpath("init.sh").read_bytes(), 0o755),
+        cpio.file("cardcage/dhcp", scripts.joinpath("dhcp.sh").read_bytes(), 0o755),
         cpio.file("cardcage/drivers", driver_script(modules).encode()),
         *(cpio.file(f"{folder}/{one.name}.ko", one.data) for one in modules),
         cpio.file(f"{folder}/modules.dep", depends.encode()),
