@@ -66,6 +66,13 @@ def offer(registry: Registry, name: str, factory: Any, *, options: Any = None, h
 def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
     for name, place, help in DEVICES:
-        offer(
-            registry, f"virtio-{name}", f"cardcage_virtio.{place}", options=f"cardcage_virtio.{place}Options", help=help
-        )
+        factory = f"cardcage_virtio.{place}"
+        offer(registry, f"virtio-{name}", factory, options=f"{factory}Options", help=help)
+    for name, options, help in VHOST_USER:
+        factory = f"cardcage_virtio.vhost_user:vhost_user_{name}"
+        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost_user:{options}", help=help)
+    share, vsock = "cardcage_virtio.flags:parse_share", "cardcage_virtio.flags:parse_vsock"
+    registry.flag(
+        "--share", share, help="a host directory: DIR[,tag=share][,readonly=on], mounted as 9p", metavar="DIR"
+    )
+    registry.flag("--vsock", vsock, help="sockets to the guest: CID[,uds=PATH]", metavar="CID")

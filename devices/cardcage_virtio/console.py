@@ -53,7 +53,7 @@ class ConsoleOptions:
         columns, rows: size that the guest is told, 0 for none.
     """
 
-    char: str | dict[str, Any] = "console"
+    char: str | dict[str, Any]
     ports: tuple[PortOptions, ...] = field(default=(), validator=max_len(30))
     columns: int = field(default=0, validator=[ge(0), le(65535)])
     rows: int = field(default=0, validator=[ge(0), le(65535)])

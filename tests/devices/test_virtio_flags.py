@@ -1,0 +1,37 @@
+"""--share and --vsock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cardcage_virtio.flags import parse_share, parse_vsock
+
+
+def test_share_is_a_9p_device(tmp_path: Path) -> None:
+    """A directory, with tag and readonly where wanted."""
+    device = {"type": "virtio-9p", "path": str(tmp_path), "tag": "share"}
+    assert parse_share(str(tmp_path)) == {"device": [device]}
+    assert parse_share(f"{tmp_path},tag=x,readonly=on") == {"device": [device | {"tag": "x", "readonly": True}]}
+
+
+def test_vsock_is_a_device_with_a_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A number is enough; the socket then has a name made of it."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+    device = {"type": "virtio-vsock", "cid": 5, "uds": "/run/user/1/cardcage-vsock-5.sock"}
+    assert parse_vsock("5") == {"device": [device]}
+    assert parse_vsock("5,uds=/x") == {"device": [device | {"uds": "/x"}]}
+
+
+@pytest.mark.parametrize("text", ["", "/nonexistent", ".,colour=red", ".,readonly=maybe"])
+def test_bad_shares_are_refused(text: str) -> None:
+    """What is no directory, or no key, is named."""
+    with pytest.raises(ValueError, match=r"expected|no key"):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "5,path=/x"])
+def test_bad_vsocks_are_refused(text: str) -> None:
+    """What is no number, or no key, is named."""
+    with pytest.raises(ValueError, match=r"expected|no key"):
+        parse_vsock(text)
