@@ -16,5 +16,8 @@ __all__ = ["cardcage_register"]
 def cardcage_register(registry: Registry) -> None:
     """Offer the translator."""
     registry.accelerator(
-        "tcg", "cardcage_tcg.accel:Tcg", options="cardcage_tcg.vm:TcgOptions", help="binary translation, needs no /dev/kvm"
+        "tcg",
+        "cardcage_tcg.accel:Tcg",
+        options="cardcage_tcg.vm:TcgOptions",
+        help="binary translation, needs no /dev/kvm",
     )

@@ -30,7 +30,20 @@ MORE = (
     "abm", "3dnowprefetch", "smep", "umip", "clflushopt",
 )  # fmt: skip
 WIDE = ("xsave", "avx", "avx2", "f16c", "fma")
-OURS = {"x2apic", "tsc-deadline", "smep", "smap", "umip", "fsgsbase", "erms", "fsrm", "cx16", "lahf_lm", "3dnowprefetch", "clflushopt"}
+OURS = {
+    "x2apic",
+    "tsc-deadline",
+    "smep",
+    "smap",
+    "umip",
+    "fsgsbase",
+    "erms",
+    "fsrm",
+    "cx16",
+    "lahf_lm",
+    "3dnowprefetch",
+    "clflushopt",
+}
 """Features that the translator itself provides, whatever the host has."""
 
 
@@ -42,7 +55,9 @@ class CpuModel:
         features: names switched on or off; raises ConfigError for one that is unknown, or that this host has not.
     """
 
-    def __init__(self, native: Native, name: str, features: dict[str, bool], cpus: int, *, lapic: bool, tsc_khz: int) -> None:
+    def __init__(
+        self, native: Native, name: str, features: dict[str, bool], cpus: int, *, lapic: bool, tsc_khz: int
+    ) -> None:
         self._native = native
         wanted = set(V2)
         if name in ("max", "host"):
@@ -76,7 +91,11 @@ class CpuModel:
         return bool(self._host(leaf)[register] >> bit & 1)
 
     def _bits(self, leaf: int, register: int) -> int:
-        return sum(1 << bit for name, (at, index, bit) in FEATURES.items() if (at, index) == (leaf, register) and name in self.features)
+        return sum(
+            1 << bit
+            for name, (at, index, bit) in FEATURES.items()
+            if (at, index) == (leaf, register) and name in self.features
+        )
 
     def leaf(self, leaf: int, sub: int, index: int, *, osxsave: bool, xcr0: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of processor *index* for a leaf and subleaf."""

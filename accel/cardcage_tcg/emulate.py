@@ -204,10 +204,29 @@ class Emulator:
         del ops
         code = ins.code
         names = (
-            (2, (Code.JCXZ_REL8_16, Code.JCXZ_REL8_32, Code.LOOP_REL8_16_CX, Code.LOOPE_REL8_16_CX, Code.LOOPNE_REL8_16_CX,
-                 Code.LOOP_REL8_32_CX, Code.LOOPE_REL8_32_CX, Code.LOOPNE_REL8_32_CX)),
-            (8, (Code.JRCXZ_REL8_16, Code.JRCXZ_REL8_64, Code.LOOP_REL8_64_RCX, Code.LOOPE_REL8_64_RCX,
-                 Code.LOOPNE_REL8_64_RCX)),
+            (
+                2,
+                (
+                    Code.JCXZ_REL8_16,
+                    Code.JCXZ_REL8_32,
+                    Code.LOOP_REL8_16_CX,
+                    Code.LOOPE_REL8_16_CX,
+                    Code.LOOPNE_REL8_16_CX,
+                    Code.LOOP_REL8_32_CX,
+                    Code.LOOPE_REL8_32_CX,
+                    Code.LOOPNE_REL8_32_CX,
+                ),
+            ),
+            (
+                8,
+                (
+                    Code.JRCXZ_REL8_16,
+                    Code.JRCXZ_REL8_64,
+                    Code.LOOP_REL8_64_RCX,
+                    Code.LOOPE_REL8_64_RCX,
+                    Code.LOOPNE_REL8_64_RCX,
+                ),
+            ),
         )
         size = next((width for width, codes in names if code in codes), 4)
         count = self.cpu.gpr(1) & ((1 << size * 8) - 1)
@@ -394,7 +413,12 @@ class Emulator:
         self.cpu.xcr0 = value
 
 
-_SUFFIX = {getattr(M, f"{op}{s}"): s for op in ("MOVS", "STOS", "LODS", "INS", "OUTS") for s in "BWDQ" if hasattr(M, f"{op}{s}")}
+_SUFFIX = {
+    getattr(M, f"{op}{s}"): s
+    for op in ("MOVS", "STOS", "LODS", "INS", "OUTS")
+    for s in "BWDQ"
+    if hasattr(M, f"{op}{s}")
+}
 _WIDTH = {
     **dict.fromkeys((K.MEMORY_SEG_SI, K.MEMORY_ESDI, K.MEMORY_SEG_DI), 2),
     **dict.fromkeys((K.MEMORY_SEG_ESI, K.MEMORY_ESEDI, K.MEMORY_SEG_EDI), 4),

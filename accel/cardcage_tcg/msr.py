@@ -24,10 +24,36 @@ FIELDS = {
 """MSRs kept in ``struct cpu``: part of the state, handled natively for the guest."""
 WALL_CLOCK, SYSTEM_TIME = 0x4B564D00, 0x4B564D01
 OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
-STORED = {0x277: 0x0007040600070406, 0x2FF: 0, 0x8B: 0, 0x17: 0, 0x1A0: 1, 0x1D9: 0, 0x3A: 1, SYSTEM_TIME: 0, WALL_CLOCK: 0}
+STORED = {
+    0x277: 0x0007040600070406,
+    0x2FF: 0,
+    0x8B: 0,
+    0x17: 0,
+    0x1A0: 1,
+    0x1D9: 0,
+    0x3A: 1,
+    SYSTEM_TIME: 0,
+    WALL_CLOCK: 0,
+}
 """MSRs that hold what is written; the value is that after reset."""
-FIXED = {0xFE: 0, 0x2A: 0, 0x34: 0, 0xCD: 0, 0xCE: 0, 0x1D6: 0, 0x1DB: 0, 0xC0010010: 0, 0xC0010015: 0, 0xC001001F: 0, 0xC0010055: 0,
-         0xC0010112: 0, 0xC0010113: 0, 0xC0010114: 0, 0xC001102C: 0, 0xC0011029: 0}
+FIXED = {
+    0xFE: 0,
+    0x2A: 0,
+    0x34: 0,
+    0xCD: 0,
+    0xCE: 0,
+    0x1D6: 0,
+    0x1DB: 0,
+    0xC0010010: 0,
+    0xC0010015: 0,
+    0xC001001F: 0,
+    0xC0010055: 0,
+    0xC0010112: 0,
+    0xC0010113: 0,
+    0xC0010114: 0,
+    0xC001102C: 0,
+    0xC0011029: 0,
+}
 """MSRs that read as a constant and swallow writes: AMD's family registers that Linux and SeaBIOS touch."""
 
 
@@ -61,7 +87,9 @@ class Msrs:
 
     def all(self) -> dict[int, int]:
         """All of them, for a snapshot."""
-        return self._values | {index: self._cpu.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)}
+        return self._values | {
+            index: self._cpu.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)
+        }
 
     def set_all(self, values: dict[int, int]) -> None:
         """Set those given; the others take their reset value. Raises UsageError for one that is unknown."""

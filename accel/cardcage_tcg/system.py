@@ -67,7 +67,11 @@ def _far_memory(ins: Instruction) -> int:
 def _jmp_far(ins: Instruction, number: int) -> HelperCall | None:
     name = _NAMES[ins.code]
     if "_PTR16" in name:
-        return HelperCall(number, int(name[-2:]) // 8, info=((0, ins.far_branch_selector), (1, ins.far_branch32 if name[-2:] == "32" else ins.far_branch16)))
+        return HelperCall(
+            number,
+            int(name[-2:]) // 8,
+            info=((0, ins.far_branch_selector), (1, ins.far_branch32 if name[-2:] == "32" else ins.far_branch16)),
+        )
     if "_M16" in name:
         return HelperCall(number, _far_memory(ins), "far")
     return None
@@ -123,7 +127,9 @@ def _table(ins: Instruction, number: int) -> HelperCall:
 
 def _fsgsbase(ins: Instruction) -> HelperCall:
     number, size = NUMBER[ins.op0_register]
-    flags = (16 if ins.mnemonic in (M.RDGSBASE, M.WRGSBASE) else 0) | (32 if ins.mnemonic in (M.WRFSBASE, M.WRGSBASE) else 0)
+    flags = (16 if ins.mnemonic in (M.RDGSBASE, M.WRGSBASE) else 0) | (
+        32 if ins.mnemonic in (M.WRFSBASE, M.WRGSBASE) else 0
+    )
     return HelperCall(L.HLP_FSGSBASE, number | flags | (64 if size == 8 else 0))
 
 
@@ -163,9 +169,7 @@ def _string(ins: Instruction) -> HelperCall | None:
     width = next(_ADDRESS[ins.op_kind(i)] for i in range(ins.op_count) if ins.op_kind(i) in _ADDRESS)
     repeat = 2 if ins.has_repne_prefix and kind in (1, 4) else 1 if ins.has_rep_prefix or ins.has_repne_prefix else 0
     segment = ins.memory_segment - R.ES if kind in (0, 1, 3) else 3
-    return HelperCall(
-        L.HLP_STRING, kind | size << 3 | repeat << 5 | (width.bit_length() - 2) << 7 | segment << 9
-    )
+    return HelperCall(L.HLP_STRING, kind | size << 3 | repeat << 5 | (width.bit_length() - 2) << 7 | segment << 9)
 
 
 def _plain(number: int) -> Callable[[Instruction], HelperCall]:
@@ -178,9 +182,12 @@ def _sized(number: int) -> Callable[[Instruction], HelperCall]:
 
 
 _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
-    **{getattr(M, name): _plain(getattr(L, f"HLP_{name}")) for name in (
-        "CLI STI HLT CLD STD CLAC STAC INT3 INTO INT1 SYSCALL SYSENTER SWAPGS CLTS RDTSC RDTSCP RDPMC RDMSR WRMSR AAA AAS DAA DAS"
-    ).split()},
+    **{
+        getattr(M, name): _plain(getattr(L, f"HLP_{name}"))
+        for name in (
+            "CLI STI HLT CLD STD CLAC STAC INT3 INTO INT1 SYSCALL SYSENTER SWAPGS CLTS RDTSC RDTSCP RDPMC RDMSR WRMSR AAA AAS DAA DAS"
+        ).split()
+    },
     **{getattr(M, name): _plain(L.HLP_PRIVILEGED_NOP) for name in ("WBINVD", "INVD")},
     **{getattr(M, name): _sized(L.HLP_PUSHF) for name in ("PUSHF", "PUSHFD", "PUSHFQ")},
     **{getattr(M, name): _sized(L.HLP_POPF) for name in ("POPF", "POPFD", "POPFQ")},

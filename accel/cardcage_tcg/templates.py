@@ -21,6 +21,7 @@ from iced_x86 import (
     OpAccess,
     OpKind,
     Register,
+    RegisterExt,
     RflagsBits,
 )
 
@@ -51,17 +52,15 @@ if TYPE_CHECKING:
 __all__ = ["ALL_FLAGS", "Access", "Emulate", "Template", "Templates"]
 
 M, R, K = Mnemonic, Register, OpKind
-ALL_FLAGS = (
-    RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
-)
+ALL_FLAGS = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE, OpAccess.COND_WRITE}
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
 NOTHING = {
     getattr(M, name)
     for name in (
-        "NOP ENDBR64 ENDBR32 PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHNTA PREFETCHW PREFETCH PAUSE CLFLUSH CLFLUSHOPT CLWB"
-        " RESERVEDNOP FNOP"
+        "NOP ENDBR64 ENDBR32 PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHNTA PREFETCHW PREFETCH PREFETCHWT1 PREFETCHIT0 PREFETCHIT1"
+        " PAUSE CLFLUSH CLFLUSHOPT CLWB CLDEMOTE RESERVEDNOP"
     ).split()
 }
 INTEGER = {
@@ -82,11 +81,30 @@ SIMD = {
         " FPU FPU287 FPU387 FXSR"
     ).split()
 }
-AVX = {getattr(CpuidFeature, name) for name in "AVX AVX2 F16C FMA VAES VPCLMULQDQ XSAVE".split()}
-X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.FPU287XL_ONLY}
-STATE_IMAGES = {M.FXSAVE, M.FXSAVE64}
-NEVER = {M.MASKMOVDQU, M.MASKMOVQ, M.VMASKMOVDQU, M.FNSAVE, M.FNSTENV, M.FRSTOR, M.FLDENV, M.EMMS} - {M.EMMS}
+AVX = {getattr(CpuidFeature, name) for name in "AVX AVX2 F16C FMA VAES VPCLMULQDQ".split()}
+BASIC = {getattr(CpuidFeature, name) for name in "INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 CMOV X64".split()}
+X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.FPU287XL_ONLY, CpuidFeature.FXSR}
+XSAVES = {
+    M.XSAVE: 832,
+    M.XSAVE64: 832,
+    M.XSAVEC: 832,
+    M.XSAVEC64: 832,
+    M.XSAVEOPT: 832,
+    M.XSAVEOPT64: 832,
+    M.XRSTOR: 832,
+    M.XRSTOR64: 832,
+}
+"""Instructions with an XSAVE image, and the most bytes they reach (state up to AVX's)."""
+MASKED_STORES = {M.MASKMOVDQU, M.MASKMOVQ, M.VMASKMOVDQU}
+MASKED_MOVES = {M.VMASKMOVPS, M.VMASKMOVPD, M.VPMASKMOVD, M.VPMASKMOVQ}
 AH_TO_BH = {R.AH, R.CH, R.DH, R.BH}
+ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8}
+"""Operand size to the alignment that #AC is about."""
+BORROWED = (12, 13, 14, 15, 8, 5)
+"""Host registers that stand in for guest registers in memory when RSI and RDI do not suffice."""
+RETAINING = {M.BSF, M.BSR}
+"""Instructions that may leave a destination as it was, though they are said to write it."""
+OFF_X87, OFF_MMX, OFF_SSE, OFF_AVX, OFF_XSAVE, OFF_WAIT = range(6)
 
 _CODES = {name: getattr(Code, name) for name in dir(Code) if not name.startswith("_")}
 RECODE = {
@@ -102,7 +120,35 @@ RECODE = {
     _CODES["MOV_MOFFS64_RAX"]: _CODES["MOV_RM64_R64"],
 }
 """Codes of 16- and 32-bit mode, or with their own addressing, and the same operation's general form."""
+RECODE |= {_CODES[f"XSAVEOPT{wide}_MEM"]: _CODES[f"XSAVE{wide}_MEM"] for wide in ("", "64")}
+"""What XSAVEOPT may leave out depends on addresses, which are not the host's."""
+_IMAGE = b"\x66\xc7\x46\x06\0\0\x48\xc7\x46\x08\0\0\0\0\x48\xc7\x46\x10\0\0\0\0"
+_ENVIRONMENT = b"\xc7\x46\x0c\0\0\0\0\xc7\x46\x10\0\0\0\0\xc7\x46\x14\0\0\0\0"
+HIDDEN = {
+    **{_CODES[f"{op}{wide}"]: _IMAGE for op in ("XSAVE", "XSAVEC", "XSAVEOPT") for wide in ("_MEM", "64_MEM")},
+    **{_CODES[f"FXSAVE{wide}_M512BYTE"]: _IMAGE for wide in ("", "64")},
+    **{_CODES[name]: _ENVIRONMENT for name in ("FNSTENV_M28BYTE", "FNSAVE_M108BYTE")},
+    **{_CODES[name]: b"\x48\xc7\x46\x06\0\0\0\0" for name in ("FNSTENV_M14BYTE", "FNSAVE_M94BYTE")},
+}
+"""Code that clears the last x87 opcode and its pointers in an image at RSI: the pointers are the host's."""
+ADDRESSED = {
+    M.SGDT: (6, True), M.SIDT: (6, True), M.LGDT: (6, False), M.LIDT: (6, False), M.SLDT: (2, True), M.STR: (2, True),
+    M.SMSW: (2, True), M.ARPL: (2, True), M.BOUND: (4, False),
+}  # fmt: skip
+"""Size of the operand of helpers that take an address, and whether it is written, for the segment's limit."""
 NEAR_MEMORY = {_CODES[f"{op}_RM{bits}"] for op in ("JMP", "CALL") for bits in (16, 32, 64)}
+
+
+def unit_of(ins: Instruction) -> int:
+    """The unit (``OFF_*``) of an instruction that is not the integer unit's."""
+    features = set(ins.cpuid_features())
+    if features & AVX:
+        return OFF_AVX
+    if features & X87:
+        return OFF_X87
+    registers = [ins.op_register(i) for i in range(ins.op_count) if ins.op_kind(i) == K.REGISTER]
+    narrow = any(R.MM0 <= one <= R.MM7 for one in registers) and not any(R.XMM0 <= one <= R.XMM15 for one in registers)
+    return OFF_MMX if narrow or CpuidFeature.MMX in features else OFF_SSE
 
 
 class Emulate(Exception):
@@ -114,7 +160,9 @@ class Access:
 
     __slots__ = ("branch", "flags", "immediate", "resume", "size", "source", "stub")
 
-    def __init__(self, branch: int, resume: int, stub: int, size: int, source: int = 0, immediate: int = 0, flags: int = 0) -> None:
+    def __init__(
+        self, branch: int, resume: int, stub: int, size: int, source: int = 0, immediate: int = 0, flags: int = 0
+    ) -> None:
         self.branch, self.resume, self.stub, self.size = branch, resume, stub, size
         self.source, self.immediate, self.flags = source, immediate, flags
 
@@ -189,23 +237,39 @@ class Templates:
             size = self._sizes[ins.memory_size] = MemorySizeInfo(ins.memory_size).size
         return size
 
-    def address(self, ins: Instruction, out: bytearray, t: Template) -> None:
-        """Code for RSI = linear address of the memory operand (RDI clobbered, flags kept)."""
+    def address(self, ins: Instruction, out: bytearray, t: Template, size: int, write: bool) -> None:
+        """Code for RSI = linear address of a memory operand of *size* bytes; RDI is clobbered.
+
+        Flags are kept, except where the segment has a limit to look at; *size* 0 looks at none.
+        """
+        self._offset(ins, out, t)
+        self._segment(ins, out, t, size, write)
+
+    def _offset(self, ins: Instruction, out: bytearray, t: Template) -> int:
+        """Code for RSI = effective address of the memory operand (RDI clobbered, flags kept); its width in bytes."""
         base, index, scale, disp = ins.memory_base, ins.memory_index, ins.memory_index_scale, ins.memory_displacement
         if base in (R.RIP, R.EIP):
             t.rip = len(out) + 2, disp - ins.ip
             out += b"\x48\xbe" + bytes(8)
             if base == R.EIP:
                 out += mov32(6, 6)
-            self._segment(ins, out)
-            return
+            return 8 if base == R.RIP else 4
         b, x = NUMBER.get(base), NUMBER.get(index)
         if b is None and x is None:
-            out += b"\x48\xbe" + pack("<Q", disp if self.long else disp & (0xFFFF if self._narrow(ins) else 0xFFFFFFFF))
-        elif (b or x)[1] == 2:  # type: ignore[index]  # one of them is there
+            width = (
+                ins.memory_displ_size
+                if ins.memory_displ_size in (2, 4) and not self.long
+                else self.width
+                if not self.long
+                else 8
+            )
+            out += b"\x48\xbe" + pack("<Q", disp & ((1 << width * 8) - 1))
+            return width
+        if (b or x)[1] == 2:  # type: ignore[index]  # one of them is there
             self._address16(b, x, disp, out)
+            return 2
         else:
-            wide = (b or x)[1]  # type: ignore[index]
+            wide = (b or x)[1]  # type: ignore[index]  # as before
             host_base = self._host(b, 6, out)
             host_index = self._host(x, 7, out)
             if host_base is None and scale == 1:
@@ -227,10 +291,7 @@ class Templates:
                 )
                 code, target = (Code.LEA_R64_M, R.RSI) if wide == 8 else (Code.LEA_R32_M, R.ESI)
                 out += self.encode(Instruction.create_reg_mem(code, target, operand))
-        self._segment(ins, out)
-
-    def _narrow(self, ins: Instruction) -> bool:
-        return ins.memory_displ_size == 2
+        return wide
 
     def _host(self, register: tuple[int, int] | None, scratch: int, out: bytearray) -> int | None:
         if register is None:
@@ -244,7 +305,7 @@ class Templates:
     def _address16(self, b: tuple[int, int] | None, x: tuple[int, int] | None, disp: int, out: bytearray) -> None:
         for register, scratch in ((b, 6), (x, 7)):
             if register is None:
-                out += b"\x31\xf6" if False else pack("<Bi", 0xB8 | scratch, 0)
+                out += pack("<Bi", 0xB8 | scratch, 0)
             else:
                 host = HOST.get(register[0], register[0])
                 rex = 0x40 | host >> 3
@@ -252,22 +313,54 @@ class Templates:
         out += b"\x8d\xb4\x3e" + pack("<i", disp & 0xFFFF)  # lea esi, [rsi+rdi+disp]
         out += b"\x0f\xb7\xf6"  # movzx esi, si
 
-    def _segment(self, ins: Instruction, out: bytearray) -> None:
+    def _segment(self, ins: Instruction, out: bytearray, t: Template, size: int, write: bool) -> None:
         segment = ins.memory_segment
         if self.long:
             if segment in (R.FS, R.GS):
                 out += load(7, L.FSBASE if segment == R.FS else L.GSBASE) + b"\x48\x8d\x34\x3e"
         elif segment in (R.FS, R.GS) or not self.mode & L.MODE_FLAT:
+            self._limit(out, t, segment - R.ES, size, write)
             out += load32(7, L.SEGBASE + 8 * (segment - R.ES)) + b"\x8d\x34\x3e"
 
-    def stack_segment(self, out: bytearray) -> None:
+    def stack_segment(self, out: bytearray, t: Template, size: int, write: bool) -> None:
+        """RSI, an offset in the stack segment, becomes a linear address."""
         if not self.long and not self.mode & L.MODE_FLAT:
+            self._limit(out, t, 2, size, write)
             out += load32(7, L.SEGBASE + 16) + b"\x8d\x34\x3e"
 
-    def access(self, out: bytearray, t: Template, size: int, write: bool, restore: bool, *, store_source: int = -1,
-               immediate: int = 0, stack: bool = False) -> int:
+    def _limit(self, out: bytearray, t: Template, segment: int, size: int, write: bool) -> None:
+        """Protected mode: #GP or #SS unless RSI to RSI + *size* lie in the segment (``struct limit``)."""
+        if not size or not self.mode & L.MODE_PE:
+            return
+        at = L.LIMITS + L.SIZEOF_LIMIT * segment
+        out += b"\x89\xf7\x2b\xbc\x24" + pack("<i", at + L.LIMIT_LOW)  # mov edi, esi; sub edi, [low]
+        out += b"\x48\x8d\xbf" + pack("<i", size)  # lea rdi, [rdi + size]
+        out += b"\x48\x3b\xbc\x24" + pack("<i", at + (L.LIMIT_WRITE if write else L.LIMIT_READ))
+        self._unless(out, t, b"\x0f\x87", size, 1 if segment == 2 else 0)
+
+    def _unless(self, out: bytearray, t: Template, branch: bytes, size: int, flags: int) -> None:
+        """The conditional *branch* goes to what raises the exception that *flags* (``ACCESS_*``) say."""
+        out += branch + bytes(4)
+        t.clobbers = True
+        t.accesses = (*t.accesses, Access(len(out) - 4, len(out), L.STUB_LIMIT, size, flags=flags))
+
+    def access(
+        self,
+        out: bytearray,
+        t: Template,
+        size: int,
+        write: bool,
+        restore: bool,
+        *,
+        store_source: int = -1,
+        immediate: int = 0,
+        stack: bool = False,
+    ) -> int:
         """Code for RSI = host address of *size* bytes at linear RSI; index of the :class:`Access` it adds."""
         t.clobbers = True
+        if self.mode & L.MODE_AC and size in ALIGNED:  # test esi, size - 1
+            out += b"\xf7\xc6" + pack("<I", ALIGNED[size] - 1)
+            self._unless(out, t, b"\x0f\x85", size, L.ACCESS_AC)
         if write and self.bounce:
             out += load(6, L.BOUNCE_PTR)
             branch = -1
@@ -295,6 +388,12 @@ class Templates:
         if mnemonic in NOTHING:
             t.reads = t.kills = 0
             return t
+        if mnemonic == M.WAIT:
+            t.fault = True
+            if self.mode & L.MODE_NOFPU:
+                self._off(t, OFF_WAIT, ins)
+            t.code += b"\x9b"
+            return t
         special = self._special(ins, t)
         if special is not None:
             return special
@@ -304,7 +403,13 @@ class Templates:
             return self._pop(ins, t, restore)
         if mnemonic == M.LEAVE:
             return self._leave(ins, t, restore)
-        self._check_allowed(ins, t)
+        kind = self._check_allowed(ins, t)
+        if kind is not None and self._is_off(kind, ins):
+            self._off(t, kind, ins)
+            if kind != OFF_XSAVE:
+                return t
+        if mnemonic in MASKED_STORES:
+            return self._masked_store(ins, t, restore)
         if mnemonic in SHIFTS and ins.op_count and ins.op_kind(ins.op_count - 1) == K.REGISTER:
             t.kills, t.reads = 0, ALL_FLAGS  # a count of zero keeps them
         registers: list[tuple[int, int]] = []
@@ -324,27 +429,42 @@ class Templates:
             return self._registers(ins, raw, t, registers)
         return self._memory(ins, t, registers, memory, restore)
 
-    def _check_allowed(self, ins: Instruction, t: Template) -> None:
-        if ins.mnemonic in INTEGER:
-            t.fault = ins.mnemonic in (M.DIV, M.IDIV)
-            return
+    def _check_allowed(self, ins: Instruction, t: Template) -> int | None:
+        """Raise Emulate for what may not be emitted; the unit it needs (``OFF_*``), None for the integer unit."""
+        mnemonic = ins.mnemonic
+        if mnemonic in INTEGER:
+            t.fault = mnemonic in (M.DIV, M.IDIV)
+            return None
         features = set(ins.cpuid_features())
-        if ins.mnemonic in NEVER or ins.is_privileged or ins.is_vsib:
-            raise Emulate("not on the allow-list")
-        simd = features & SIMD - {CpuidFeature.INTEL8086, CpuidFeature.INTEL186, CpuidFeature.INTEL286, CpuidFeature.INTEL386,
-                                  CpuidFeature.INTEL486, CpuidFeature.CMOV, CpuidFeature.X64}
-        avx = features & AVX
-        if not (simd or avx) or features - SIMD - AVX:
+        if ins.is_privileged or ins.is_vsib:
             raise Emulate("not on the allow-list")
         t.fault = True
-        if self.mode & L.MODE_NOFPU:
-            raise Emulate("FPU off")
-        if avx and (not self.avx or self.mode & L.MODE_NOAVX):
-            raise Emulate("AVX off")
-        if self.mode & L.MODE_NOSSE and not features & X87 and CpuidFeature.MMX not in features and not avx and (
-            ins.mnemonic not in (M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64)
-        ):
-            raise Emulate("SSE off")
+        if mnemonic in XSAVES:
+            if not self.avx:
+                raise Emulate("no XSAVE")
+            return OFF_XSAVE
+        avx = features & AVX
+        if not (features & SIMD - BASIC or avx) or features - SIMD - AVX:
+            raise Emulate("not on the allow-list")
+        if avx and not self.avx:
+            raise Emulate("no AVX")
+        return unit_of(ins)
+
+    def _is_off(self, kind: int, ins: Instruction) -> bool:
+        """Whether the mode may keep the unit from working; a helper then knows which exception it is."""
+        if kind in (OFF_AVX, OFF_XSAVE):
+            return bool(self.mode & (L.MODE_NOAVX | L.MODE_NOFPU))
+        del ins
+        return bool(self.mode & L.MODE_NOFPU) or (kind == OFF_SSE and bool(self.mode & L.MODE_NOSSE))
+
+    def _off(self, t: Template, kind: int, ins: Instruction) -> None:
+        out = bytearray(b"\xbf" + pack("<I", L.HLP_FPU_OFF | ins.len << 8 | kind << 12))
+        out += call_state(L.STUBS + 8 * L.STUB_HELPER)
+        t.payload = len(out) + 4
+        out += payload_nop
+        t.reads, t.kills = ALL_FLAGS, 0
+        t.clobbers = t.flags_stored = True
+        t.code = bytes(out)
 
     def _registers(self, ins: Instruction, raw: bytes, t: Template, registers: list[tuple[int, int]]) -> Template:
         touched = False
@@ -372,9 +492,23 @@ class Templates:
         before, after = bytearray(), bytearray()
         if any(register in AH_TO_BH for _, register in registers):
             return self._high_byte(ins, copy, t, registers)
+        self._homes(ins, copy, registers, [6, 7], before, after)
+        t.code = bytes(before) + self.encode(copy) + bytes(after)
+        return t
+
+    def _homes(
+        self,
+        ins: Instruction,
+        copy: Instruction,
+        registers: list[tuple[int, int]],
+        free: list[int],
+        before: bytearray,
+        after: bytearray,
+    ) -> None:
+        """Put host registers in place of guest ones; *before* and *after* get the code that moves those in memory."""
         info = self._info.info(ins)
         homes: dict[int, int] = {}
-        free = [6, 7]
+        borrowed = 0
         for i, register in registers:
             known = NUMBER.get(register)
             if known is None:
@@ -384,37 +518,50 @@ class Templates:
                 copy.set_op_register(i, named[HOST[number], size])
             elif number in SPILLED:
                 if number not in homes:
-                    if not free:
-                        raise Emulate("three registers in memory")
-                    homes[number] = free.pop(0)
-                    if size < 4 or any(
-                        info.op_access(j) in READS for j, other in registers if NUMBER.get(other, (-1,))[0] == number
+                    if free:
+                        homes[number] = free.pop(0)
+                    else:
+                        home = homes[number] = self._borrow(info, homes)
+                        slot = L.SCRATCH + 8 * borrowed
+                        borrowed += 1
+                        before += store(home, slot)
+                        after[:0] = b""
+                        after += load(home, slot)
+                    if (
+                        size < 4
+                        or ins.mnemonic in RETAINING
+                        or any(
+                            info.op_access(j) in READS
+                            for j, other in registers
+                            if NUMBER.get(other, (-1,))[0] == number
+                        )
                     ):
                         before += load(homes[number], L.GPR + 8 * number)
                 copy.set_op_register(i, named[homes[number], size])
                 if info.op_access(i) in WRITES:
-                    after += store(homes[number], L.GPR + 8 * number)
-        t.code = bytes(before) + self.encode(copy) + bytes(after)
-        return t
+                    after[:0] = store(homes[number], L.GPR + 8 * number)
 
-    def _high_byte(self, ins: Instruction, copy: Instruction, t: Template, registers: list[tuple[int, int]]) -> Template:
-        """AH..BH cannot be encoded beside a renamed register: go through RSI."""
+    @staticmethod
+    def _borrow(info: InstructionInfo, homes: dict[int, int]) -> int:
+        used = {
+            NUMBER[RegisterExt.full_register(one.register)][0]
+            for one in info.used_registers()
+            if RegisterExt.full_register(one.register) in NUMBER
+        }
+        return next(one for one in BORROWED if one not in used and one not in homes.values())
+
+    def _high_byte(
+        self, ins: Instruction, copy: Instruction, t: Template, registers: list[tuple[int, int]]
+    ) -> Template:
+        """AH..BH cannot be encoded beside a renamed register, here ESP, ESI or EDI: go through RSI."""
         (i, first), *rest = registers
-        if ins.mnemonic in (M.MOVZX, M.MOVSX) and rest:
-            number, size = NUMBER[first]
-            copy.set_op_register(i, named[6, size])
-            code = self.encode(copy)
-            if number in SPILLED:
-                if size == 2:
-                    t.code = load(6, L.GPR + 8 * number) + code + store(6, L.GPR + 8 * number)
-                else:
-                    t.code = code + store(6, L.GPR + 8 * number)
-            else:
-                host = HOST[number]
-                move = mov(host, 6) if size >= 4 else b"\x66" + mov32(host, 6)
-                t.code = code + move
-            return t
-        raise Emulate("high byte")
+        if not rest or first in AH_TO_BH or first not in NUMBER or NUMBER[first][0] not in HOST:
+            raise Emulate("high byte")
+        number, size = NUMBER[first]
+        host = HOST[number]
+        copy.set_op_register(i, named[6, size])
+        t.code = mov(6, host) + self.encode(copy) + (mov(host, 6) if size >= 4 else b"\x66" + mov32(host, 6))
+        return t
 
     def _lea(self, ins: Instruction, t: Template, registers: list[tuple[int, int]]) -> Template:
         number, size = NUMBER[registers[0][1]]
@@ -424,21 +571,14 @@ class Templates:
         if self.long:
             base, index = ins.memory_base, ins.memory_index
             simple = base not in (R.RIP, R.EIP) and not any(
-                NUMBER[one][0] in HOST or NUMBER[one][0] in SPILLED for one in (base, index, registers[0][1]) if one in NUMBER
+                NUMBER[one][0] in HOST or NUMBER[one][0] in SPILLED
+                for one in (base, index, registers[0][1])
+                if one in NUMBER
             )
             if simple and size > 2 and (base != R.NONE or index != R.NONE):
                 t.code = self.encode(plain)
                 return t
-        flat = self.mode
-        try:
-            self.mode |= L.MODE_FLAT
-            long_segment = plain.memory_segment
-            if not self.long or long_segment not in (R.FS, R.GS):
-                self.address(plain, out, t)
-            else:
-                raise Emulate("lea with a segment")
-        finally:
-            self.mode = flat
+        self._offset(plain, out, t)
         if number in SPILLED:
             if size == 8:
                 out += store(6, L.GPR + 8 * number)
@@ -452,27 +592,36 @@ class Templates:
         t.code = bytes(out)
         return t
 
-    def _memory(self, ins: Instruction, t: Template, registers: list[tuple[int, int]], memory: int, restore: bool) -> Template:
+    def _memory(
+        self, ins: Instruction, t: Template, registers: list[tuple[int, int]], memory: int, restore: bool
+    ) -> Template:
         mnemonic = ins.mnemonic
         size = self.size_of(ins)
         if mnemonic in (M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64):
             size = 512
-        elif mnemonic in (M.XSAVE, M.XSAVE64, M.XRSTOR, M.XRSTOR64, M.XSAVEC, M.XSAVEOPT):
-            raise Emulate("XSAVE")
-        if not 0 < size <= 512:
+        elif mnemonic in XSAVES:
+            size = 576 if self.mode & L.MODE_NOAVX else 832
+        if not 0 < size <= 832:
             raise Emulate("size")
-        info = self._info.info(ins)
-        write = info.op_access(memory) in WRITES
-        out = bytearray()
-        self.address(ins, out, t)
+        write = self._info.info(ins).op_access(memory) in WRITES
+        stack = ins.memory_segment == R.SS
+        out = bytearray(t.code)
+        width = self._offset(ins, out, t)
         far_bit = mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER
         if far_bit:
-            self._bit_offset(ins, size, out)
+            self._bit_offset(ins, size, width, out)
             t.clobbers = True
+        self._segment(ins, out, t, size, write)
+        if mnemonic in XSAVES:
+            out += b"\xf7\xc6" + pack("<I", 63)
+            self._unless(out, t, b"\x0f\x85", size, int(stack))
+        elif mnemonic in MASKED_MOVES:  # elements that are masked out must not fault: beyond one page it is Python's
+            out += b"\x89\xf7\x81\xe7\xff\x0f\0\0\x81\xff" + pack("<I", 4096 - size)
+            self._unless(out, t, b"\x0f\x87", size, L.ACCESS_EMULATE)
         source, immediate = -1, 0
         if mnemonic in (M.MOV, M.MOVNTI) and write and not self.bounce:
             source, immediate = self._store_source(ins)
-        at = self.access(out, t, size, write, False, store_source=source, immediate=immediate)
+        at = self.access(out, t, size, write, False, store_source=source, immediate=immediate, stack=stack)
         if far_bit:
             out += b"\x48\x2b\xb4\x24" + pack("<i", L.SCRATCH + 24)  # sub rsi, [scratch]: the operation adds it again
         if restore:
@@ -483,36 +632,30 @@ class Templates:
             copy.code = code
         copy.memory_base, copy.memory_index, copy.memory_index_scale = R.RSI, R.NONE, 1
         copy.memory_displacement, copy.memory_displ_size, copy.segment_prefix = 0, 0, R.NONE
-        for i in range(ins.op_count):  # moffs and string kinds became ordinary operands
-            if i == memory:
-                copy.set_op_kind(i, K.MEMORY)
-        kept = None
-        after = b""
-        for i, register in registers:
-            known = NUMBER.get(register)
-            if known is None:
-                continue
-            number, width = known
-            if number in HOST:
-                copy.set_op_register(i, named[HOST[number], width])
-            elif number in SPILLED:
-                if kept is not None and kept != number:
-                    raise Emulate("two registers in memory")
-                reach = info.op_access(i)
-                if kept is None and (reach in READS or width < 4):
-                    out += load(7, L.GPR + 8 * number)
-                kept = number
-                copy.set_op_register(i, named[7, width])
-                if reach in WRITES:
-                    after = store(7, L.GPR + 8 * number)
-        if after and mnemonic in (M.MULX,):
-            raise Emulate("mulx")
-        out += self.encode(copy) + after
-        if mnemonic in STATE_IMAGES:  # last instruction and operand pointers are the host's
-            out += b"\x48\xc7\x46\x08\0\0\0\0\x48\xc7\x46\x10\0\0\0\0"
+        copy.set_op_kind(memory, K.MEMORY)  # also that of moffs
+        before, after = bytearray(), bytearray()
+        if mnemonic in XSAVES:  # only states that the guest has; a fault puts RAX and RDX back from scratch
+            before += store(0, L.SCRATCH + 16) + store(2, L.SCRATCH + 24)
+            before += b"\x23\x84\x24" + pack("<i", L.GUEST_XCR0) + b"\x31\xd2"
+            after += load(0, L.SCRATCH + 16) + load(2, L.SCRATCH + 24)
+        self._homes(ins, copy, registers, [7], before, after)
+        out += before + self.encode(copy) + after + HIDDEN.get(ins.code, b"")
         if source >= 0 and t.accesses:
             t.accesses[at].resume = len(out)
         t.code = bytes(out)
+        return t
+
+    def _masked_store(self, ins: Instruction, t: Template, restore: bool) -> Template:
+        """MASKMOVDQU and the like: the operand is at DS:RDI, also for the host."""
+        size = 8 if ins.mnemonic == M.MASKMOVQ else 16
+        width = {K.MEMORY_SEG_DI: 2, K.MEMORY_SEG_EDI: 4, K.MEMORY_SEG_RDI: 8}[ins.op0_kind]
+        out = bytearray({2: b"\x41\x0f\xb7\xf3", 4: mov32(6, 11), 8: mov(6, 11)}[width])  # movzx esi, r11w
+        self._segment(ins, out, t, size, True)
+        self.access(out, t, size, True, restore, stack=ins.memory_segment == R.SS)
+        copy = ins.copy()
+        copy.segment_prefix = R.NONE
+        copy.set_op_kind(0, K.MEMORY_SEG_RDI)
+        t.code = bytes(out + mov(7, 6) + self.encode(copy))
         return t
 
     def _store_source(self, ins: Instruction) -> tuple[int, int]:
@@ -525,8 +668,8 @@ class Templates:
         value -= 1 << 64 if value >> 63 else 0
         return 32, (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
-    def _bit_offset(self, ins: Instruction, size: int, out: bytearray) -> None:
-        """RSI += the operand-sized distance that the bit number reaches; the distance is kept in scratch."""
+    def _bit_offset(self, ins: Instruction, size: int, address: int, out: bytearray) -> None:
+        """RSI, *address* bytes wide, += the operand-sized distance that the bit number reaches; the distance is kept in scratch."""
         register = ins.op1_register
         number, width = NUMBER[register]
         if number in SPILLED:
@@ -542,19 +685,19 @@ class Templates:
             out += bytes((0x48 | host >> 3, 0x0F, 0xBF, 0xF8 | (host & 7)))  # movsx rdi, r16
         out += b"\x48\xc1\xff\x03\x48\x83\xe7" + pack("<b", -size)  # sar rdi, 3; and rdi, -size
         out += store(7, L.SCRATCH + 24)
-        out += b"\x48\x8d\x34\x3e" if self.long else b"\x8d\x34\x3e"
+        out += {8: b"\x48\x8d\x34\x3e", 4: b"\x8d\x34\x3e", 2: b"\x8d\x34\x3e\x0f\xb7\xf6"}[address]
 
     # ---- stack ----
 
-    def stack_pointer(self, delta: int, out: bytearray) -> None:
-        """RSI = linear address at the stack pointer plus *delta*."""
+    def stack_pointer(self, delta: int, out: bytearray, t: Template, size: int, write: bool) -> None:
+        """RSI = linear address of *size* bytes at the stack pointer plus *delta*; flags as with :meth:`address`."""
         if self.long:
             out += lea_disp(6, 9, delta)
         elif self.mode & L.MODE_SS32:
             out += lea_disp(6, 9, delta, 4)
         else:
             out += lea_disp(6, 9, delta, 4) + b"\x0f\xb7\xf6"
-        self.stack_segment(out)
+        self.stack_segment(out, t, size, write)
 
     def stack_commit(self, delta: int, out: bytearray) -> None:
         """The stack pointer moves by *delta*; flags are kept."""
@@ -588,8 +731,8 @@ class Templates:
                     out += mov(6, host) if size == 8 else mov32(6, host)
             return True
         if ins.op0_kind == K.MEMORY and self.size_of(ins) == size and ins.code in NEAR_MEMORY:
-            self.address(ins, out, t)
-            self.access(out, t, size, False, False)
+            self.address(ins, out, t, size, False)
+            self.access(out, t, size, False, False, stack=ins.memory_segment == R.SS)
             out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
             return True
         return False
@@ -603,11 +746,11 @@ class Templates:
         if kind == K.MEMORY:
             if self.bounce:
                 raise Emulate("push of memory")
-            self.address(ins, out, t)
-            self.access(out, t, size, False, False)
+            self.address(ins, out, t, size, False)
+            self.access(out, t, size, False, False, stack=ins.memory_segment == R.SS)
             out += {2: b"\x0f\xb7\x3e", 4: b"\x8b\x3e", 8: b"\x48\x8b\x3e"}[size] + store(7, L.SCRATCH + 24)
-        self.stack_pointer(-size, out)
-        self.access(out, t, size, True, restore)
+        self.stack_pointer(-size, out, t, size, True)
+        self.access(out, t, size, True, restore, stack=True)
         prefix = {2: b"\x66", 4: b"", 8: b""}[size]
         wide = 0x48 if size == 8 else 0x40
         if kind == K.REGISTER:
@@ -642,8 +785,8 @@ class Templates:
             raise Emulate("pop")
         number = NUMBER[ins.op0_register][0]
         out = bytearray()
-        self.stack_pointer(0, out)
-        self.access(out, t, size, False, restore)
+        self.stack_pointer(0, out, t, size, False)
+        self.access(out, t, size, False, restore, stack=True)
         if number == 4:  # POP SP: the popped value wins
             if size == 2:
                 out += b"\x0f\xb7\x36"
@@ -672,12 +815,12 @@ class Templates:
         out = bytearray()
         if self.long and ins.code == Code.LEAVEQ:
             out += mov(6, 5)
-            self.access(out, t, 8, False, restore)
+            self.access(out, t, 8, False, restore, stack=True)
             out += b"\x4c\x8d\x4d\x08\x48\x8b\x2e"  # lea r9, [rbp+8]; mov rbp, [rsi]
         elif not self.long and ins.code == Code.LEAVED and self.mode & L.MODE_SS32:
             out += mov32(6, 5)
-            self.stack_segment(out)
-            self.access(out, t, 4, False, restore)
+            self.stack_segment(out, t, 4, False)
+            self.access(out, t, 4, False, restore, stack=True)
             out += b"\x44\x8d\x4d\x04\x8b\x2e"
         else:
             raise Emulate(f"leave {size}")
@@ -700,7 +843,11 @@ class Templates:
         if mnemonic == M.MOV and ins.op_count == 2:
             if ins.op1_kind == K.REGISTER and R.ES <= ins.op1_register <= R.GS and ins.op0_kind == K.REGISTER:
                 return self._store_segment(ins, t)
-            if ins.op0_kind == K.REGISTER and R.ES <= ins.op0_register <= R.GS and not self.mode & (L.MODE_PE | L.MODE_FLAT):
+            if (
+                ins.op0_kind == K.REGISTER
+                and R.ES <= ins.op0_register <= R.GS
+                and not self.mode & (L.MODE_PE | L.MODE_FLAT)
+            ):
                 in_line = self._load_segment_real(ins, t)
                 if in_line is not None:  # from memory, and CS, it is the helper's
                     return in_line
@@ -715,7 +862,9 @@ class Templates:
                 return t
         if found.segment:
             segment = ins.memory_segment - R.ES
-            out += load(7, L.SEG + L.SIZEOF_SEG * segment + L.SEG_BASE) if segment >= 4 or not self.long else b"\x31\xff"
+            out += (
+                load(7, L.SEG + L.SIZEOF_SEG * segment + L.SEG_BASE) if segment >= 4 or not self.long else b"\x31\xff"
+            )
             out += store(7, L.INFO + 8)
         for slot, value in found.info:
             out += b"\xbf" + pack("<I", value & 0xFFFFFFFF) + store(7, L.INFO + 8 * slot)
@@ -731,24 +880,27 @@ class Templates:
 
     def _helper_source(self, ins: Instruction, source: str, out: bytearray, t: Template) -> None:
         """Code that puts a helper's operand into ``info``."""
-        register = next((ins.op_register(i) for i in reversed(range(ins.op_count)) if ins.op_kind(i) == K.REGISTER), R.NONE)
+        register = next(
+            (ins.op_register(i) for i in reversed(range(ins.op_count)) if ins.op_kind(i) == K.REGISTER), R.NONE
+        )
         in_memory = any(ins.op_kind(i) == K.MEMORY for i in range(ins.op_count))
+        stack = ins.memory_segment == R.SS
         if source == "store selector":
-            self.address(ins, out, t)
-            self.access(out, t, 2, True, False)
+            self.address(ins, out, t, 2, True)
+            self.access(out, t, 2, True, False, stack=stack)
             out += load16(7, L.SEG + L.SIZEOF_SEG * (ins.op1_register - R.ES) + L.SEG_SEL) + b"\x66\x89\x3e"
         elif source == "address":
-            self.address(ins, out, t)
+            self.address(ins, out, t, *ADDRESSED.get(ins.mnemonic, (0, False)))
             out += store(6, L.INFO)
         elif source == "far":
             size = self.size_of(ins) - 2
-            self.address(ins, out, t)
-            self.access(out, t, size + 2, False, False)
+            self.address(ins, out, t, size + 2, False)
+            self.access(out, t, size + 2, False, False, stack=stack)
             out += b"\x0f\xb7\x7e" + pack("<b", size) + store(7, L.INFO)
             out += {2: b"\x0f\xb7\x3e", 4: b"\x8b\x3e", 8: b"\x48\x8b\x3e"}[size] + store(7, L.INFO + 8)
         elif in_memory:
-            self.address(ins, out, t)
-            self.access(out, t, 2, False, False)
+            self.address(ins, out, t, 2, False)
+            self.access(out, t, 2, False, False, stack=stack)
             out += b"\x0f\xb7\x3e" + store(7, L.INFO)
         else:
             number = NUMBER[register][0]
@@ -790,5 +942,3 @@ class Templates:
         t.shadow = segment == 2
         t.code = bytes(out)
         return t
-
-

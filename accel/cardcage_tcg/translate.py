@@ -14,7 +14,17 @@ from pathlib import Path
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, RflagsBits
+from iced_x86 import (
+    Code,
+    ConditionCode,
+    Decoder,
+    DecoderOptions,
+    FlowControl,
+    Instruction,
+    Mnemonic,
+    OpKind,
+    RflagsBits,
+)
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import flags_load, flags_save, load, store
@@ -31,12 +41,21 @@ F, M, K = FlowControl, Mnemonic, OpKind
 MAX_INSTRUCTIONS = 64
 STORE_SIZE = 96 << 20
 _CONDITION_NAMES = "o no b ae e ne be a s ns p np l ge le g".split()
-CONDITIONS = {getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i for i, name in enumerate(_CONDITION_NAMES)}
+CONDITIONS = {
+    getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i
+    for i, name in enumerate(_CONDITION_NAMES)
+}
 COUNTED = {M.JRCXZ: 0xE3, M.JECXZ: 0xE3, M.JCXZ: 0xE3, M.LOOP: 0xE2, M.LOOPE: 0xE1, M.LOOPNE: 0xE0}
 _NAMES = {getattr(Code, name): name for name in dir(Code) if not name.startswith("_")}
-_COUNTER_64 = {code for code, name in _NAMES.items() if name == "JRCXZ_REL8_64" or name.startswith("LOOP") and name.endswith("64_RCX")}
+_COUNTER_64 = {
+    code
+    for code, name in _NAMES.items()
+    if name == "JRCXZ_REL8_64" or name.startswith("LOOP") and name.endswith("64_RCX")
+}
 _COUNTER_32 = {
-    code for code, name in _NAMES.items() if name.startswith("JECXZ_REL8") or name.startswith("LOOP") and name.endswith("_ECX")
+    code
+    for code, name in _NAMES.items()
+    if name.startswith("JECXZ_REL8") or name.startswith("LOOP") and name.endswith("_ECX")
 }
 _FLAG_BITS = (RflagsBits.OF, RflagsBits.SF, RflagsBits.ZF, RflagsBits.AF, RflagsBits.CF, RflagsBits.PF)
 _DIRECT = (K.NEAR_BRANCH16, K.NEAR_BRANCH32, K.NEAR_BRANCH64)
@@ -81,7 +100,10 @@ class Translator:
     def _fresh(self) -> None:
         view = self.area.view
         pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, L.SIZEOF_STORE + 7 & ~7, 0)
-        for at, length, code in ((L.STORE_SAVE, L.STORE_SAVE_LENGTH, flags_save), (L.STORE_LOAD, L.STORE_LOAD_LENGTH, flags_load)):
+        for at, length, code in (
+            (L.STORE_SAVE, L.STORE_SAVE_LENGTH, flags_save),
+            (L.STORE_LOAD, L.STORE_LOAD_LENGTH, flags_load),
+        ):
             view[at : at + len(code)] = code
             pack_into("<I", view, length, len(code))
 
@@ -112,8 +134,16 @@ class Translator:
                 break
         return found
 
-    def make(self, mode: int, pc: int, data: bytes, add: Callable[[bytes, bool], bool], has: Callable[[int, bytes], bool], *,
-             single: bool = False) -> bool:
+    def make(
+        self,
+        mode: int,
+        pc: int,
+        data: bytes,
+        add: Callable[[bytes, bool], bool],
+        has: Callable[[int, bytes], bool],
+        *,
+        single: bool = False,
+    ) -> bool:
         """Make the templates that the block at *pc* lacks. False when the store is full."""
         key = mode | (L.KEY_SINGLE if single else 0)
         maker = self.templates(mode, single=single)
@@ -158,7 +188,9 @@ class Translator:
             if ins.code not in _COUNTER_64 and ins.code not in _COUNTER_32:
                 raise Emulate("16-bit counter")
             flags = L.T_ADDRESS32 if ins.code in _COUNTER_32 else 0
-            return self._pack(key, raw, Template(), L.K_COUNTED, relative=relative, aux=COUNTED[ins.mnemonic], flags=flags)
+            return self._pack(
+                key, raw, Template(), L.K_COUNTED, relative=relative, aux=COUNTED[ins.mnemonic], flags=flags
+            )
         if flow == F.CONDITIONAL_BRANCH and direct:
             return self._pack(key, raw, Template(), L.K_JCC, relative=relative, aux=CONDITIONS[ins.condition_code])
         near = {2: K.NEAR_BRANCH16, 4: K.NEAR_BRANCH32, 8: K.NEAR_BRANCH64}[maker.width]
@@ -173,16 +205,17 @@ class Translator:
         if flow == F.RETURN:
             if ins.mnemonic != M.RET or maker.operand_width_of_return(ins) != size:
                 raise Emulate("return")
-            maker.stack_pointer(0, out)
+            maker.stack_pointer(0, out, t, size, False)
             maker.access(out, t, size, False, False, stack=True)
             out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
-            maker.stack_commit(size + (ins.immediate16 if ins.op_count else 0), out)
+            relative = size + (ins.immediate16 if ins.op_count else 0)  # of an indirect branch: what a fault takes back
+            maker.stack_commit(relative, out)
         elif flow == F.CALL and ins.op_count and ins.op0_kind == near:
             hole = self._push_return(maker, size, out, t)
         elif flow in (F.INDIRECT_BRANCH, F.INDIRECT_CALL) and maker.branch_operand(ins, out, t):
             if flow == F.INDIRECT_CALL:
                 out += store(6, L.SCRATCH + 24)
-                hole = self._push_return(maker, size, out, t)
+                hole, relative = self._push_return(maker, size, out, t), -size
                 out += load(6, L.SCRATCH + 24)
         else:
             raise Emulate("branch")
@@ -193,7 +226,7 @@ class Translator:
     @staticmethod
     def _push_return(maker: Templates, size: int, out: bytearray, t: Template) -> tuple[int, int]:
         """Push the address after the instruction: ``(offset, size)`` of the hole for it."""
-        maker.stack_pointer(-size, out)
+        maker.stack_pointer(-size, out, t, size, True)
         maker.access(out, t, size, True, False, stack=True)
         out += {2: b"\x66\xc7\x06", 4: b"\xc7\x06", 8: b"\x48\xbf"}[size]
         hole = len(out), size
@@ -203,13 +236,28 @@ class Translator:
         maker.stack_commit(-size, out)
         return hole
 
-    def _pack(self, key: int, raw: bytes, t: Template, kind: int, *, relative: int = 0, aux: int = 0, flags: int = 0,
-              hole: tuple[int, int] | None = None, length: int = 0) -> bytearray:
+    def _pack(
+        self,
+        key: int,
+        raw: bytes,
+        t: Template,
+        kind: int,
+        *,
+        relative: int = 0,
+        aux: int = 0,
+        flags: int = 0,
+        hole: tuple[int, int] | None = None,
+        length: int = 0,
+    ) -> bytearray:
         holes = [(*t.rip, 8)] if t.rip is not None else []
         if hole is not None:
             holes.append((hole[0], length, hole[1]))
         holes += [(0, 0, 0)] * (2 - len(holes))
-        flags |= (L.T_CLOBBERS if t.clobbers else 0) | (L.T_STORED if t.flags_stored else 0) | (L.T_SHADOW if t.shadow else 0)
+        flags |= (
+            (L.T_CLOBBERS if t.clobbers else 0)
+            | (L.T_STORED if t.flags_stored else 0)
+            | (L.T_SHADOW if t.shadow else 0)
+        )
         six = self._six
         for word in (t.reads, t.kills):
             if word not in six:
@@ -281,5 +329,7 @@ def store_path(directory: str, avx: bool) -> Path | None:
     import iced_x86
 
     digest.update(f"{iced_x86.__version__ if hasattr(iced_x86, '__version__') else ''} {avx}".encode())
-    cache = directory or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg")
+    cache = directory or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg"
+    )
     return Path(cache) / f"templates-{digest.hexdigest()[:24]}"

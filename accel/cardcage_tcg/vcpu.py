@@ -7,6 +7,7 @@ from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import evolve
+from iced_x86 import Mnemonic
 
 from cardcage.errors import AcceleratorError, UsageError
 from cardcage.vcpu import Exit, VCpuExit
@@ -15,6 +16,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.msr import Msrs
 from cardcage_tcg.library import Area
+from cardcage_tcg.templates import OFF_MMX, OFF_X87, XSAVES, unit_of
 
 if TYPE_CHECKING:
     from iced_x86 import Instruction
@@ -49,7 +51,7 @@ class TcgVCpu:
         q, d = self._q, self._d
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
-        for stub in range(10):
+        for stub in range(L.STUB_LIMIT + 1):
             q[L.STUBS // 8 + stub] = vm.native.stub(stub)
         q[L.CR4_ALLOWED // 8] = vm.cr4_allowed
         self.set_state(reset_state(bootstrap=index == 0))
@@ -98,9 +100,7 @@ class TcgVCpu:
                 return VCpuExit(Exit.FAILED, f"translator came back with reason {reason}: {self.describe()}")
 
     def _mmio_read(self, ops: Ops, address: int, size: int) -> None:
-        data = b"".join(
-            ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(address, size)
-        )
+        data = b"".join(ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(address, size))
         self._b[L.BOUNCE : L.BOUNCE + size] = data
 
     def _mmio_write(self, ops: Ops, address: int, size: int, value: int) -> None:
@@ -161,27 +161,32 @@ class TcgVCpu:
         """A host fault in translated code, as the guest's exception."""
         site = self._vm.fault_site(host)
         if site is None:
-            raise AcceleratorError(f"signal {signal} at host {host:#x} outside any known instruction: {self.describe()}")
+            raise AcceleratorError(
+                f"signal {signal} at host {host:#x} outside any known instruction: {self.describe()}"
+            )
         rip, stored = site
         self.rip = rip
         if not stored:
             self._q[L.FL // 8] = self._q[L.SCRATCH // 8]
         self._q[L.RESUME // 8] = 0
+        ins = self._emulator.fetch(rip)
+        if ins.mnemonic in XSAVES:  # its template had put the mask of the guest's states there
+            self.set_gpr(0, self.field(L.SCRATCH + 16))
+            self.set_gpr(2, self.field(L.SCRATCH + 24))
         if signal == 8:
-            ins = self._emulator.fetch(rip)
-            self.raise_exception(*self._arithmetic_fault(ins))
+            self.raise_exception(self._arithmetic_fault(ins), None)
         elif signal in (7, 11):
             self.raise_exception(GP_VECTOR, 0)
         else:
             self.raise_exception(6, None)
 
-    def _arithmetic_fault(self, ins: Instruction) -> tuple[int, None]:
-        from iced_x86 import CpuidFeature, Mnemonic
-
+    def _arithmetic_fault(self, ins: Instruction) -> int:
+        """The vector of SIGFPE: #DE, #MF, #XM, or #UD where the guest has not announced a handler for #XM."""
         if ins.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
-            return 0, None
-        x87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.MMX}
-        return (16 if x87 & set(ins.cpuid_features()) else 19), None
+            return 0
+        if ins.mnemonic == Mnemonic.WAIT or unit_of(ins) in (OFF_X87, OFF_MMX):
+            return 16
+        return 19 if self.field(L.CR4) & 1 << 10 else 6
 
     def _init(self) -> None:
         """INIT: registers as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
@@ -464,7 +469,15 @@ class TcgVCpu:
         for i, name in enumerate(SEGMENTS):
             s: Segment = getattr(system, name)
             attr = (
-                s.type | s.s << 4 | s.dpl << 5 | s.present << 7 | s.avl << 8 | s.l << 9 | s.db << 10 | s.g << 11 | s.unusable << 12
+                s.type
+                | s.s << 4
+                | s.dpl << 5
+                | s.present << 7
+                | s.avl << 8
+                | s.l << 9
+                | s.db << 10
+                | s.g << 11
+                | s.unusable << 12
             )
             pack_into("<QIHH", self._b, L.SEG + L.SIZEOF_SEG * i, s.base, s.limit, s.selector, attr)
         for at, table in ((L.GDT, system.gdt), (L.IDT, system.idt)):
@@ -478,14 +491,20 @@ class TcgVCpu:
         q[L.RIP // 8] = state.registers.rip
         self._native.set_eflags(self.pointer, state.registers.rflags)
         events = state.events
-        for at, flag in ((L.NMI_BLOCKED, events.nmi_blocked), (L.SHADOW, events.interrupt_shadow), (L.HALTED, events.halted)):
+        for at, flag in (
+            (L.NMI_BLOCKED, events.nmi_blocked),
+            (L.SHADOW, events.interrupt_shadow),
+            (L.HALTED, events.halted),
+        ):
             d[at // 4] = int(flag)
         d[(L.LAPIC + L.LAPIC_NMI) // 4] = int(events.nmi_pending)
         d[L.STARTUP // 4] = int(self._vm.lapic and events.startup != "running")
         for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
             q[L.DR // 8 + i] = value
         if self._vm.lapic:
-            self._msrs.set_lapic(state.lapic, fresh=state.lapic is None and events.startup != "running" or not state.msrs)
+            self._msrs.set_lapic(
+                state.lapic, fresh=state.lapic is None and events.startup != "running" or not state.msrs
+            )
         self._msrs.set_all(state.msrs)
         if state.tsc is not None:
             q[L.TSC_OFFSET // 8] = state.tsc - self._native.tsc() & 0xFFFFFFFFFFFFFFFF

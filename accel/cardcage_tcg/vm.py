@@ -79,7 +79,11 @@ class TcgVm:
         self._q, self._d = q, d
         d[L.VM_NCPUS // 4] = spec.cpus
         d[L.VM_HAS_LAPIC // 4] = int(self.lapic)
-        q[L.VM_CODE_RX // 8], q[L.VM_CODE_RW // 8], q[L.VM_CODE_SIZE // 8] = self._code.rx, self._code.rw, self._code.size
+        q[L.VM_CODE_RX // 8], q[L.VM_CODE_RW // 8], q[L.VM_CODE_SIZE // 8] = (
+            self._code.rx,
+            self._code.rw,
+            self._code.size,
+        )
         q[L.VM_CODE_LIMIT // 8] = self._code.size // 2
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
         q[L.VM_APIC_BUS_HZ // 8] = 1_000_000_000
@@ -89,7 +93,9 @@ class TcgVm:
         start = self.clock_pair()
         self.clock_zero = start[1]
         self._tsc_zero = start[0]
-        self.model = CpuModel(self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz)
+        self.model = CpuModel(
+            self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
+        )
         self.cr4_allowed = self._cr4()
         self._translator = Translator(avx=self.model.avx, keep=store_path(options.templates, self.model.avx))
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._translator.area.address, options.block_size
@@ -105,7 +111,9 @@ class TcgVm:
         self.native.signals()
         self._ticker: threading.Thread | None = None
         if self.lapic:
-            self._ticker = threading.Thread(target=self.native.ticker, args=(self.pointer,), name="tcg-timer", daemon=True)
+            self._ticker = threading.Thread(
+                target=self.native.ticker, args=(self.pointer,), name="tcg-timer", daemon=True
+            )
         self._closed = False
 
     # ---- time ----
@@ -329,7 +337,9 @@ class TcgVm:
             header = ctypes.string_at(block, L.SIZEOF_BLOCK)
             pc, _, phys, phys2, _, length = unpack_from("<QQQQIH", header)
             first = min(length, 4096 - (phys & 0xFFF))
-            data = (self.peek(phys, first) or b"") + ((self.peek(phys2, length - first) or b"") if length > first else b"")
+            data = (self.peek(phys, first) or b"") + (
+                (self.peek(phys2, length - first) or b"") if length > first else b""
+            )
             sites = (ctypes.c_uint32 * (4 * 80))()
             count = self.native.sites(self.pointer, block, data, sites)
             offset = host - block - L.SIZEOF_BLOCK

@@ -297,7 +297,7 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
             to->size = a->size;
             to->source = a->source;
             to->length = t->raw_length;
-            to->pad = a->flags;
+            to->flags = a->flags;
             to->immediate = a->immediate;
             o->used += sizeof(struct access);
         }
@@ -308,11 +308,13 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
         payload_nop(o, o->poll[i].guest);
     }
     if (o->misses) {
-        static const u8 jump[] = { 0xff, 0xa4, 0x24 };
+        static const u8 mov = 0xbf;
         for (u32 i = 0; i < o->misses; i++)
             patch(o, o->miss[i], o->used);
-        put(o, jump, 3);
-        put32(o, offsetof(struct cpu, stubs) + 8 * STUB_JUMP);
+        put(o, &mov, 1);
+        put32(o, (u32)p->end->relative); /* how far the branch moved the stack pointer */
+        call_stub(o, STUB_JUMP);
+        payload_nop(o, p->at[p->count]);
     }
     for (u32 i = 0; i < o->chains; i++) {
         while ((o->used + 7) % 8)

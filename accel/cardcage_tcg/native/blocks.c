@@ -144,6 +144,23 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
     return action;
 }
 
+/* An indirect branch that the jump cache did not know. One to a non-canonical address faults before it moves the stack. */
+int native_jump(struct cpu *c, u64 target, u64 ret, s32 moved)
+{
+    u64 rip;
+    payload(ret, &rip);
+    if (c->mode & MODE_64 ? (u64)((s64)(target << 16) >> 16) != target : c->mode & MODE_PE && target > c->seg[CS].limit) {
+        c->rip = rip;
+        if (c->mode & (MODE_64 | MODE_SS32))
+            c->gpr[RSP] = c->mode & MODE_64 ? c->gpr[RSP] - (u64)(s64)moved : (u32)(c->gpr[RSP] - (u64)(s64)moved);
+        else
+            c->gpr[RSP] = (c->gpr[RSP] & ~0xfffful) | (u16)(c->gpr[RSP] - (u64)(s64)moved);
+        return raise(c, EX_GP, 1, 0);
+    }
+    c->rip = target;
+    return H_REDIRECT;
+}
+
 int native_poll(struct cpu *c, u64 ret)
 {
     u64 rip;

@@ -21,15 +21,35 @@ FLAGS = (
     *("-fno-stack-protector", "-fvisibility=hidden", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
     *("-ffile-prefix-map=" + str(HERE) + "=.", "-Wall", "-Wextra", "-Werror", "-std=gnu11"),
 )
-LINK = ("-shared", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,now", "-Wl,-Bsymbolic", "-Wl,--hash-style=gnu", "-Wl,-s")
-CONSTANTS = re.compile(r"\b((?:MODE|R|H|STUB|TLB|JC|XTLB|MAX|K|T|KEY|STORE|TRANSLATE)_[A-Z0-9_]+)\b")
-STRUCTS = {"cpu": "", "vm": "VM_", "slot": "SLOT_", "block": "BLOCK_", "lapic": "LAPIC_", "seg": "SEG_", "site": "SITE_", "store": "STORE_"}
+LINK = (
+    "-shared",
+    "-Wl,--build-id=none",
+    "-Wl,-z,noexecstack",
+    "-Wl,-z,now",
+    "-Wl,-Bsymbolic",
+    "-Wl,--hash-style=gnu",
+    "-Wl,-s",
+)
+CONSTANTS = re.compile(r"\b((?:MODE|R|H|STUB|TLB|JC|XTLB|MAX|K|T|KEY|STORE|TRANSLATE|ACCESS)_[A-Z0-9_]+)\b")
+STRUCTS = {
+    "cpu": "",
+    "vm": "VM_",
+    "slot": "SLOT_",
+    "block": "BLOCK_",
+    "lapic": "LAPIC_",
+    "seg": "SEG_",
+    "site": "SITE_",
+    "store": "STORE_",
+    "limit": "LIMIT_",
+}
 
 
 def fields(header: str, struct: str) -> list[str]:
     """Names of a struct's members, as the header declares them."""
     header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
-    body = re.search(rf"struct {struct} {{([^\n]+)}};", header) or re.search(rf"struct {struct} {{(.*?)^}};", header, re.S | re.M)
+    body = re.search(rf"struct {struct} {{([^\n]+)}};", header) or re.search(
+        rf"struct {struct} {{(.*?)^}};", header, re.S | re.M
+    )
     assert body is not None, struct
     text = body[1]
     text = re.sub(r"struct {[^}]*}", "struct x", text)
@@ -52,7 +72,10 @@ def constants(cc: str) -> dict[str, int]:
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
     code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
     wanted |= {name: name for name in CONSTANTS.findall(code) if name not in wanted}
-    wanted |= {f"HLP_{name}": f"HLP_{name}" for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)}
+    wanted |= {
+        f"HLP_{name}": f"HLP_{name}"
+        for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)
+    }
     text = '#include "cpu.h"\n#include "internal.h"\n#include "helpers.h"\nvoid f(void) {\n' + "\n".join(
         f'__asm__("@@ {name} %0" : : "i"((long)({value})));' for name, value in wanted.items()
     )
@@ -60,7 +83,10 @@ def constants(cc: str) -> dict[str, int]:
         source = Path(scratch, "offsets.c")
         source.write_text(text + "\n}\n")
         assembly = subprocess.run(
-            [cc, "-S", "-O1", "-std=gnu11", "-I", str(HERE), "-o", "-", str(source)], check=True, stdout=subprocess.PIPE, text=True
+            [cc, "-S", "-O1", "-std=gnu11", "-I", str(HERE), "-o", "-", str(source)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
     return {name: int(value) for name, value in re.findall(r"@@ (\w+) \$(-?\d+)", assembly)}
 
@@ -72,7 +98,10 @@ def build(target: Path, layout: Path, cc: str = "gcc") -> None:
         Path(scratch, "offsets.h").write_text("".join(f"#define {name} {value}\n" for name, value in found.items()))
         sources = [str(HERE / name) for name in sorted({*SOURCES, *(one.name for one in HERE.glob("*.c"))})]
         subprocess.run([cc, *FLAGS, *LINK, "-I", scratch, "-I", str(HERE), "-o", str(target), *sources], check=True)
-    lines = ['"""Offsets and constants of the native half. Made by ``cardcage_tcg.native.build`` from its C headers."""', ""]
+    lines = [
+        '"""Offsets and constants of the native half. Made by ``cardcage_tcg.native.build`` from its C headers."""',
+        "",
+    ]
     lines += [f"{name} = {value}" for name, value in found.items()]
     layout.write_text("\n".join(lines) + "\n")
 

@@ -25,9 +25,9 @@ enum {
     F_IOPL = 0x3000, F_NT = 0x4000, F_RF = 0x10000, F_VM = 0x20000, F_AC = 0x40000, F_VIF = 0x80000, F_VIP = 0x100000,
     F_ID = 0x200000, F_ARITH = 0x8d5
 };
-enum { CR0_PE = 1, CR0_MP = 2, CR0_EM = 4, CR0_TS = 8, CR0_NE = 32, CR0_WP = 1 << 16, CR0_AM = 1 << 18 };
+enum { CR0_PE = 1, CR0_MP = 2, CR0_EM = 4, CR0_TS = 8, CR0_ET = 16, CR0_NE = 32, CR0_WP = 1 << 16, CR0_AM = 1 << 18 };
 #define CR0_PG 0x80000000u
-enum { CR4_VME = 1, CR4_PVI = 2, CR4_TSD = 4, CR4_DE = 8, CR4_PSE = 16, CR4_PAE = 32, CR4_PGE = 128, CR4_OSFXSR = 512, CR4_UMIP = 1 << 11,
+enum { CR4_VME = 1, CR4_PVI = 2, CR4_TSD = 4, CR4_DE = 8, CR4_PSE = 16, CR4_PAE = 32, CR4_PGE = 128, CR4_OSFXSR = 512, CR4_OSXMMEXCPT = 1024, CR4_UMIP = 1 << 11,
        CR4_FSGSBASE = 1 << 16, CR4_OSXSAVE = 1 << 18, CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21 };
 enum { EFER_SCE = 1, EFER_LME = 1 << 8, EFER_LMA = 1 << 10, EFER_NXE = 1 << 11 };
 enum { EX_DE = 0, EX_DB = 1, EX_NMI = 2, EX_BP = 3, EX_OF = 4, EX_BR = 5, EX_UD = 6, EX_NM = 7, EX_DF = 8, EX_TS = 10, EX_NP = 11,
@@ -38,6 +38,9 @@ enum { EX_DE = 0, EX_DB = 1, EX_NMI = 2, EX_BP = 3, EX_OF = 4, EX_BR = 5, EX_UD 
 struct seg { u64 base; u32 limit; u16 sel, attr; };
 #define SEG_UNUSABLE 0x1000
 #define SEG_DPL(s) (((s).attr >> 5) & 3)
+
+/* What of a segment may be accessed: *read* or *write* bytes from offset *low* on (0: none). */
+struct limit { u64 low, read, write; };
 
 /* What a block's code depends on besides its bytes and addresses: the block key. */
 enum {
@@ -54,6 +57,7 @@ enum {
     MODE_IOPL = 1024,   /* CPL <= IOPL: CLI, STI allowed; IN, OUT need no bitmap */
     MODE_NOAVX = 2048,  /* CR4.OSXSAVE clear or XCR0 lacks AVX */
     MODE_VM86 = 4096,
+    MODE_AC = 8192,     /* CR0.AM and EFLAGS.AC at CPL 3: misaligned accesses raise #AC */
 };
 
 /* ---- why native code came back (cpu.reason) ---- */
@@ -127,6 +131,7 @@ struct cpu {
     u64 stubs[16];        /* addresses that translated code calls through: see STUB_* */
     struct seg seg[NSEG];
     u64 segbase[6];       /* seg[i].base truncated to 32 bits, for 16- and 32-bit code */
+    struct limit limits[6];
     struct { u64 base; u32 limit, pad; } gdt, idt;
     u64 cr0, cr2, cr3, cr4, cr8, efer, dr[8];
     u64 pdpte[4];         /* PAE paging: loaded with CR3 */
@@ -159,7 +164,8 @@ struct cpu {
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };
 
-enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_STORE_U, STUB_CHAIN, STUB_JUMP, STUB_HELPER, STUB_POLL };
+enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_STORE_U, STUB_CHAIN, STUB_JUMP, STUB_HELPER, STUB_POLL,
+       STUB_LIMIT };
 
 /* Guest-physical memory, as the accelerator's slots. */
 struct page { u64 code; u64 first; };  /* code: which 64-byte pieces hold translated code; first: list of blocks (struct block *) */

@@ -184,6 +184,16 @@ EXPORT \name
 STORE stub_store_k, TLB_W
 STORE stub_store_u, TLB_W+SIZEOF_TLB
 
+/* An access that its segment or its alignment forbids: nothing was done, flags are dead or in cpu.fl. */
+EXPORT stub_limit
+    SAVE_REGS 8
+    pop rsi
+    mov rdi, rsp
+    call native_limit
+    cmp eax, 1
+    je dispatch
+    jmp leave
+
 /* Called by a chain site with guest flags live in the host's. */
 EXPORT stub_chain
     mov rdi, rax
@@ -201,11 +211,16 @@ EXPORT stub_chain
     LOAD_REGS 0
     jmp [rsp+SCRATCH]
 
-/* Jumped to with RSI = target; flags are in cpu.fl. */
+/* Called with RSI = target, EDI = how far the branch moved the stack pointer; the payload NOP follows, flags are in cpu.fl. */
 EXPORT stub_jump
-    SAVE_REGS 0
-    mov [rsp+RIP], rsi
-    jmp dispatch
+    SAVE_REGS 8
+    mov ecx, edi
+    pop rdx
+    mov rdi, rsp
+    call native_jump
+    cmp eax, 1
+    je dispatch
+    jmp leave
 
 /* A poll that fired: flags are dead or in cpu.fl; the payload NOP follows the call. */
 EXPORT stub_poll

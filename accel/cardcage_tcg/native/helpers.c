@@ -19,6 +19,23 @@ int helper_call(struct cpu *c, u32 arg)
 }
 
 int h_raise(struct cpu *c, u32 arg) { return raise(c, ARG_IMM(arg) & 0xff, ARG_IMM(arg) >> 8 & 1, 0); }
+
+/* Intel SDM vol. 3, tables 2-2 and 13-1. */
+int h_fpu_off(struct cpu *c, u32 arg)
+{
+    u32 unit = ARG_IMM(arg) & 7, ts = (c->cr0 & CR0_TS) != 0, em = (c->cr0 & CR0_EM) != 0;
+    if (unit == FPU_WAIT)
+        ts = ts && c->cr0 & CR0_MP;
+    else if (unit == FPU_X87)
+        ts |= em;
+    else if (unit == FPU_AVX || unit == FPU_XSAVE) {
+        if (!(c->cr4 & CR4_OSXSAVE) || (unit == FPU_AVX && (c->guest_xcr0 & 6) != 6))
+            return raise_ud(c);
+    } else if (em || (unit == FPU_SSE && !(c->cr4 & CR4_OSFXSR)))
+        return raise_ud(c);
+    return ts ? raise(c, EX_NM, 0, 0) : H_CONTINUE;
+}
+
 int h_emulate(struct cpu *c, u32 arg) { return emulate(c, arg); }
 
 int h_step(struct cpu *c, u32 arg)
@@ -86,7 +103,7 @@ int h_popf(struct cpu *c, u32 arg)
         mask |= F_IOPL;
     set_sp(c, &s);
     set_eflags(c, (old & ~mask) | (value & mask));
-    if (!((old ^ value) & mask & (F_TF | F_IOPL)))
+    if (!((old ^ value) & mask & (F_TF | F_IOPL | F_AC)))
         return H_CONTINUE;
     update_mode(c);
     return mode == c->mode ? H_CONTINUE : redirect(c, arg);

@@ -8,6 +8,7 @@
 
 #define HELPERS \
     HELPER(RAISE, h_raise)           /* imm: vector | 0x100 if it has an error code (which is 0) */ \
+    HELPER(FPU_OFF, h_fpu_off)       /* imm: FPU_*; the exception of an instruction whose unit is off, if it is */ \
     HELPER(EMULATE, h_emulate)       /* leave with R_EMULATE */ \
     HELPER(STEP, h_step)             /* the single-step trap; imm nothing, length 0, called at the next instruction */ \
     HELPER(SINGLE, h_single)         /* the end of a single (see R_SLOW_WRITE): leave with R_SINGLE */ \
@@ -81,6 +82,7 @@
 
 /* The operand of STRING: operation | log2 of the element size << 3 | repeat (1 REP or REPE, 2 REPNE) << 5 |
  * address size (0, 1, 2: 16, 32, 64 bits) << 7 | segment register of the source << 9. */
+enum { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_XSAVE, FPU_WAIT };
 enum { STRING_MOVS, STRING_CMPS, STRING_STOS, STRING_LODS, STRING_SCAS };
 
 #define HELPER(name, function) HLP_##name,

@@ -31,7 +31,7 @@ struct site {
 
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
 enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32 };
-enum { KEY_SINGLE = 1 << 20 };          /* beside the mode in a template's and a block's key */
+enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21 };  /* beside the mode in a template's and a block's key */
 enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
@@ -69,9 +69,10 @@ struct access {
     u16 delta;           /* instruction's guest offset in the block */
     u16 size;
     u8 source, length;   /* stores: register 0-15, 16-19 AH CH DH BH, 32 imm; instruction length */
-    u16 pad;
+    u16 flags;           /* ACCESS_* */
     s32 immediate;
 };
+enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4 };  /* the last two at STUB_LIMIT: why it was called */
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);

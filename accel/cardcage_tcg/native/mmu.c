@@ -250,6 +250,19 @@ static int bad_address(struct cpu *c, u64 linear)
 }
 
 static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
+static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ? EX_SS : EX_GP; }
+
+int native_limit(struct cpu *c, u64 ret)
+{
+    struct access *a = (struct access *)(ret + 5);
+    c->rip = owner(a)->pc + a->delta;
+    if (a->flags & ACCESS_EMULATE) {
+        c->reason = R_EMULATE;
+        c->info[0] = a->length;
+        return H_EXIT;
+    }
+    return raise(c, a->flags & ACCESS_AC ? EX_AC : bad_vector(a), 1, 0);
+}
 
 static u64 give_up(struct cpu *c, u32 vector, u32 kind)
 {
@@ -296,7 +309,7 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     struct slot *slot;
     c->rip = b->pc + a->delta;
     if (bad_address(c, linear))
-        return give_up(c, EX_GP, ABORT_RAISE);
+        return give_up(c, bad_vector(a), ABORT_RAISE);
     int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, (u32)vector, ABORT_RAISE);
@@ -310,9 +323,10 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         if (vector)
             return give_up(c, (u32)vector, ABORT_RAISE);
         if (host && host2) {
-            memcpy(c->bounce, (u8 *)host + (linear & 0xfff), first);
-            memcpy(c->bounce + first, host2, a->size - first);
-            return (u64)c->bounce;
+            u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
+            memcpy(bounce, (u8 *)host + (linear & 0xfff), first);
+            memcpy(bounce + first, host2, a->size - first);
+            return (u64)bounce;
         }
         host = 0;
     }
@@ -340,7 +354,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     struct slot *slot;
     c->rip = b->pc + a->delta;
     if (bad_address(c, linear))
-        return give_up(c, EX_GP, ABORT_RAISE);
+        return give_up(c, bad_vector(a), ABORT_RAISE);
     int vector = data_page(c, linear, 1, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, (u32)vector, ABORT_RAISE);
@@ -388,7 +402,7 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
     struct slot *slot;
     c->rip = b->pc + a->delta;
     if (bad_address(c, linear))
-        return raise(c, EX_GP, 1, 0);
+        return raise(c, bad_vector(a), 1, 0);
     u32 at = (u32)(linear & 0xfff);
     if (likely(at + a->size <= 4096)) {
         int vector = data_page(c, linear, 1, c->cpl == 3, &phys, &host, &slot);

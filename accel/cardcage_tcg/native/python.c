@@ -6,7 +6,7 @@
 
 #define STUB(name) extern void name(void);
 STUB(stub_read_k) STUB(stub_read_u) STUB(stub_write_k) STUB(stub_write_u) STUB(stub_store_k) STUB(stub_store_u)
-STUB(stub_chain) STUB(stub_jump) STUB(stub_helper) STUB(stub_poll)
+STUB(stub_chain) STUB(stub_jump) STUB(stub_helper) STUB(stub_poll) STUB(stub_limit)
 
 EXPORTED u64 tcg_stub(int i)
 {
@@ -21,6 +21,7 @@ EXPORTED u64 tcg_stub(int i)
     case STUB_JUMP: return (u64)stub_jump;
     case STUB_HELPER: return (u64)stub_helper;
     case STUB_POLL: return (u64)stub_poll;
+    case STUB_LIMIT: return (u64)stub_limit;
     }
     return 0;
 }

@@ -20,6 +20,26 @@ void set_eflags(struct cpu *c, u64 value)
 static int flat(const struct seg *s) { return s->base == 0 && s->limit == 0xffffffffu && !(s->attr & SEG_UNUSABLE); }
 static int flat_data(const struct seg *s) { return flat(s) && (s->attr & 0xe) == 2; }
 
+/* What offsets a protected-mode segment lets through (Intel SDM vol. 3, 5.3). */
+static struct limit limit_of(u32 attr, u64 limit)
+{
+    u64 low = 0, span = limit + 1;
+    if (attr & SEG_UNUSABLE)
+        return (struct limit){0, 0, 0};
+    if ((attr & (ATTR_CODE | 4)) == 4) /* expand-down data */
+        low = limit + 1, span = (attr & ATTR_DB ? 0x100000000ul : 0x10000) - (low > 0x10000 && !(attr & ATTR_DB) ? 0x10000 : low);
+    return (struct limit){low, attr & ATTR_CODE && !(attr & ATTR_RW) ? 0 : span, attr & ATTR_CODE || !(attr & ATTR_RW) ? 0 : span};
+}
+
+/* 0, or #GP(0) or #SS(0) when the bytes are not all in the segment. */
+int check_segment(struct cpu *c, int n, u64 off, u64 size, int write)
+{
+    const struct limit *l = &c->limits[n];
+    if (c->mode & MODE_64 || !(c->mode & MODE_PE) || (u64)(u32)(off - l->low) + size <= (write ? l->write : l->read))
+        return 0;
+    return fault(c, n == SS ? EX_SS : EX_GP, 0);
+}
+
 void update_mode(struct cpu *c)
 {
     u32 m = 0, pe = c->cr0 & CR0_PE, vm = pe && (c->eflags & F_VM), cs = c->seg[CS].attr;
@@ -53,9 +73,13 @@ void update_mode(struct cpu *c)
         m |= MODE_PE;
     if (c->cpl <= ((c->eflags & F_IOPL) >> 12))
         m |= MODE_IOPL;
+    if (c->cpl == 3 && c->cr0 & CR0_AM && c->eflags & F_AC)
+        m |= MODE_AC;
     c->mode = m;
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < 6; i++) {
         c->segbase[i] = (u32)c->seg[i].base;
+        c->limits[i] = limit_of(c->seg[i].attr, c->seg[i].limit);
+    }
     c->fsbase = c->seg[FS].base;
     c->gsbase = c->seg[GS].base;
 }

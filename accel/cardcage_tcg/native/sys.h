@@ -77,6 +77,7 @@ int linear_read(struct cpu *c, u64 linear, void *to, u32 size, int user);
 int linear_write(struct cpu *c, u64 linear, const void *from, u32 size, int user);
 int sys_read(struct cpu *c, u64 linear, void *to, u32 size);            /* supervisor rights; nothing there reads as ones */
 int sys_write(struct cpu *c, u64 linear, const void *from, u32 size);   /* supervisor rights; nothing there drops it */
+int check_segment(struct cpu *c, int n, u64 off, u64 size, int write);  /* of a 16- or 32-bit mode's segment */
 struct stack current_stack(const struct cpu *c);
 struct stack stack_of(const struct cpu *c, u64 ss_desc, u64 sp, int long_stack, int user);
 int push(struct cpu *c, struct stack *s, u32 size, u64 value);
