@@ -1,0 +1,144 @@
+"""virtio devices in a whole machine, driven through its buses as a guest's driver would, without guest code."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage import ConfigError, Machine
+from cardcage_virtio.testing import Driver
+
+WINDOW = 0x100_0000
+
+
+class Function:
+    """A PCI function of a machine, found by its device id."""
+
+    def __init__(self, vm: Any, device: int, *, enable: bool = True) -> None:
+        self.vm = vm
+        self.slot = next(slot for slot in range(32) if self.config(0, slot=slot) == device << 16 | 0x1AF4)
+        if enable:
+            self.set_config(4, 6)
+        self.bar = self.config(0x20) & ~15
+
+    def config(self, offset: int, *, slot: int | None = None) -> int:
+        slot = self.slot if slot is None else slot
+        with self.vm.lock:
+            self.vm.pio.write(0xCF8, 4, 1 << 31 | slot << 11 | offset)
+            found: int = self.vm.pio.read(0xCFC, 4)
+        return found
+
+    def set_config(self, offset: int, value: int) -> None:
+        with self.vm.lock:
+            self.vm.pio.write(0xCF8, 4, 1 << 31 | self.slot << 11 | offset)
+            self.vm.pio.write(0xCFC, 4, value)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        with self.vm.lock:
+            self.vm.mmio.write(self.bar + offset, size, value)
+
+    def read(self, offset: int, size: int) -> int:
+        with self.vm.lock:
+            found: int = self.vm.mmio.read(self.bar + offset, size)
+        return found
+
+    def start(self, queues: int) -> list[Driver]:
+        self.write(0x14, 1, 3)
+        for half in (0, 1):
+            self.write(0x00, 4, half)
+            self.write(0x08, 4, half)
+            self.write(0x0C, 4, self.read(0x04, 4))
+        self.write(0x14, 1, 11)
+        drivers = []
+        for index in range(queues):
+            driver = Driver(self.vm.memory, WINDOW + index * (1 << 20), 16)
+            self.write(0x16, 2, index)
+            self.write(0x18, 2, 16)
+            for offset, address in ((0x20, driver.table), (0x28, driver.driver), (0x30, driver.device)):
+                self.write(offset, 8, address)
+            self.write(0x1C, 2, 1)
+            drivers.append(driver)
+        self.write(0x14, 1, 15)
+        assert self.read(0x14, 1) == 15
+        return drivers
+
+    def call(self, driver: Driver, index: int, readable: list[bytes], writable: list[int]) -> bytes:
+        driver.add(readable, writable)
+        self.write(0x3000 + 4 * index, 2, index)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            found = driver.used()
+            if found:
+                return found[0][1]
+            self.vm.events.call_soon(lambda: None)
+        raise TimeoutError
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(b"".join(struct.pack("<Q", at) * 64 for at in range(2048)))
+    return path
+
+
+def machine(*devices: dict[str, Any], **keys: Any) -> Machine:
+    return Machine(memory="32M", accel="tcg", devices=devices, **keys)
+
+
+def test_a_disk_in_a_machine(disk: Path) -> None:
+    """From configuration to sectors: the file's bytes come through BARs and rings, and INTx rises."""
+    with machine({"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}) as vm:
+        function = Function(vm, 0x1042)
+        (driver,) = function.start(1)
+        data = function.call(driver, 0, [struct.pack("<IIQ", 0, 0, 77)], [512, 1])
+        assert data == struct.pack("<Q", 77) * 64 + b"\0"
+        assert vm.devices["virtio-blk"].slot.irqs[0] in (10, 11)
+
+
+def test_every_device_fits_one_machine(tmp_path: Path, disk: Path) -> None:
+    """All of them on one bus: distinct slots and BARs, each with its own id."""
+    devices: list[dict[str, Any]] = [
+        {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}},
+        {"type": "virtio-net", "net": "null"},
+        {"type": "virtio-rng"},
+        {"type": "virtio-console", "char": "null", "ports": [{"char": "null", "name": "agent"}]},
+        {"type": "virtio-balloon", "stats_interval": 1},
+        {"type": "virtio-vsock", "cid": 3, "uds": str(tmp_path / "v")},
+        {"type": "virtio-9p", "path": str(tmp_path), "address": "1f.0"},
+    ]
+    with machine(*devices) as vm:
+        functions = [Function(vm, 0x1040 + id) for id in (2, 1, 4, 3, 5, 19, 9)]
+        assert functions[-1].slot == 0x1F
+        assert len({function.bar for function in functions}) == 7
+        (driver,) = functions[2].start(1)
+        assert len(functions[2].call(driver, 0, [], [32])) == 32
+
+
+def test_a_device_without_pci(disk: Path) -> None:
+    """The -mmio variant sits at a configured address and interrupt."""
+    table = {"type": "virtio-blk-mmio", "drive": {"file": str(disk)}, "address": 0xD0000000, "irq": 5}
+    with machine(table) as vm, vm.lock:
+        assert vm.mmio.read(0xD0000000, 4) == 0x74726976
+        assert vm.mmio.read(0xD0000008, 4) == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"type": "virtio-blk"}, "drive"),
+        ({"type": "virtio-rng", "max_bytes": 0}, "max_bytes"),
+        ({"type": "virtio-vsock", "cid": 2, "uds": "x"}, "cid"),
+        ({"type": "virtio-net", "net": "null", "mac": "zz"}, "mac"),
+        ({"type": "virtio-9p", "path": "/nonexistent/x"}, "/nonexistent/x"),
+        ({"type": "virtio-rng", "address": "77.0"}, "77.0"),
+        ({"type": "vhost-user-blk", "socket": "/nonexistent/s"}, "shared_memory"),
+        ({"type": "virtio-rnd"}, "virtio-rng"),
+    ],
+)
+def test_wrong_tables_are_refused_with_their_key(table: dict[str, Any], message: str) -> None:
+    """Each mistake in a device's table ends in one line that names it."""
+    with pytest.raises(ConfigError, match=message):
+        machine(table)
