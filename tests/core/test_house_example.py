@@ -148,3 +148,27 @@ def test_the_example_keeps_the_contract() -> None:
     from debugcon_card.device import DebugConsole, Options
 
     check_device(lambda: DebugConsole(Options()), Pio(1, base=0xE9))
+
+
+def test_a_strangers_tests_get_the_fixtures(tmp_path: Path) -> None:
+    """``pytest_plugins = "cardcage.testing.pytest"`` brings a slot, and machines that are closed."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = "cardcage.testing.pytest"\n')
+    (tmp_path / "test_stranger.py").write_text(
+        """
+def test_slot(slot):
+    slot.memory.write(0, b"x")
+    assert slot.memory.read(0, 1) == b"x"
+
+def test_machine(make_machine):
+    vm = make_machine(memory="16M", accel="tcg", devices=[{"type": "debug-console", "char": "null"}])
+    assert vm.state == "built"
+
+def test_failing(make_machine):
+    vm = make_machine(memory="16M", accel="tcg")
+    vm.fail(RuntimeError("a card's bug"))
+"""
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert "3 passed, 1 error" in done.stdout
+    assert "RuntimeError: a card's bug" in done.stdout
