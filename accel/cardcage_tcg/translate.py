@@ -80,8 +80,8 @@ class Translator:
         keep: a file to begin with and to keep the store in, or None.
     """
 
-    def __init__(self, *, avx: bool = False, keep: Path | None = None) -> None:
-        self.avx = avx
+    def __init__(self, rip_displacement: Callable[[bytes, int], int], *, avx: bool = False, keep: Path | None = None) -> None:
+        self.avx, self._rip_displacement = avx, rip_displacement
         self.area = Area(STORE_SIZE)
         self._keep = keep
         self._templates: dict[tuple[int, bool], Templates] = {}
@@ -151,6 +151,13 @@ class Translator:
             if has(key, raw):
                 continue
             self.made += 1
+            if raw[0] == 0xE8 and ins.mnemonic == M.CALL and ins.op0_kind in _DIRECT[1:]:
+                plain, _ = self._serialize(maker, key | L.KEY_CALL, ins, raw[:1])  # one template serves all direct calls
+                if not add(bytes(plain), True):
+                    return False
+                continue
+            if mode & L.MODE_64 and ins.is_ip_rel_memory_operand:
+                ins, raw = self._without_displacement(ins, raw)
             plain, restored = self._serialize(maker, key, ins, raw)
             restore_at = 0
             if restored is not None:
@@ -162,6 +169,14 @@ class Translator:
             if not add(bytes(plain), True):
                 return False
         return True
+
+    def _without_displacement(self, ins: Instruction, raw: bytes) -> tuple[Instruction, bytes]:
+        """The same instruction with a RIP-relative displacement of 0: one template serves all."""
+        at = self._rip_displacement(raw, len(raw))
+        if not at:
+            return ins, raw
+        raw = raw[:at] + bytes(4) + raw[at + 4 :]
+        return Decoder(64, raw, ip=ins.ip).decode(), raw
 
     def _serialize(self, maker: Templates, key: int, ins: Instruction, raw: bytes) -> tuple[bytearray, bytes | None]:
         """A template as ``struct tmpl``, and the form that puts flags back where there is one."""

@@ -97,7 +97,7 @@ class TcgVm:
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
         )
         self.cr4_allowed = self._cr4()
-        self._translator = Translator(avx=self.model.avx, keep=store_path(options.templates, self.model.avx))
+        self._translator = Translator(self.native.rip_displacement, avx=self.model.avx, keep=store_path(options.templates, self.model.avx))
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._translator.area.address, options.block_size
         self._lock = threading.Lock()
         self._slots: list[MemorySlot] = []
@@ -280,6 +280,9 @@ class TcgVm:
 
     def _make(self, cpu: TcgVCpu, phys: int, linear: int, *, single: bool) -> None:
         mode, pc = cpu.mode, cpu.rip
+        skip = cpu.field(L.INFO + 24)  # the instructions before this one have templates
+        if skip and not single:
+            phys, linear, pc = phys + skip, linear + skip, pc + skip
         data = self._code_bytes(cpu, phys, linear, mode, pc)
         if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
             raise AcceleratorError(f"tcg: the template store is full ({self._translator.used >> 20} MiB)")

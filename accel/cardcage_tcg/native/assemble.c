@@ -25,8 +25,12 @@ struct plan {
     const struct tmpl *t[MAX_BODY];
     u16 at[MAX_BODY];   /* guest offsets */
     u8 before[MAX_BODY], after[MAX_BODY]; /* flags that live */
+    u8 length[MAX_BODY];
+    s32 disp[MAX_BODY]; /* of a RIP-relative operand: templates are made for 0 */
     u32 count, next;    /* bytes up to where the body ends */
     const struct tmpl *end;
+    s64 relative;       /* the end's target - its own RIP */
+    struct tmpl branch; /* a direct jump, which needs no template */
 };
 
 static u32 hash_raw(u32 key, const u8 *raw, u32 length)
@@ -64,6 +68,87 @@ static const struct tmpl *find_template(const struct store *s, u32 key, const u8
         }
     }
     return 0;
+}
+
+/* Where a RIP-relative displacement stands in an instruction of 64-bit mode, 0 when it has none (Intel SDM vol. 2, 2.2.1.6). */
+static u32 rip_displacement(const u8 *raw, u32 room)
+{
+    static const u32 modrm[8] = { 0x0f0f0f0f, 0x0f0f0f0f, 0, 0x00000a08, 0x0000ffff, 0, 0xff0f00c3, 0xc0c00000 };
+    static const u32 modrm_0f[8] = { 0xffff200f, 0x0000ff00, 0xfffeffff, 0xf371ffff, 0xffff0000, 0xfffff838, 0xff7f00df, 0xff7fffff };
+    u32 i = 0, op;
+    for (; i < room; i++) { /* legacy prefixes */
+        op = raw[i];
+        if (op != 0x66 && op != 0xf2 && op != 0xf3 && op != 0xf0 && op != 0x67 && (op & 0xe7) != 0x26 && (op & 0xfe) != 0x64)
+            break;
+    }
+    if (i + 6 > room)
+        return 0;
+    if ((raw[i] & 0xf0) == 0x40)
+        i++;
+    op = raw[i++];
+    if (op == 0xc5 || op == 0xc4) {
+        i += op == 0xc5 ? 2 : 3; /* VEX, and the opcode */
+    } else if (op == 0x0f) {
+        op = raw[i++];
+        if (op == 0x38 || op == 0x3a)
+            i++;
+        else if (!(modrm_0f[op >> 5] >> (op & 31) & 1))
+            return 0;
+    } else if (!(modrm[op >> 5] >> (op & 31) & 1)) {
+        return 0;
+    }
+    return i + 5 <= room && (raw[i] & 0xc7) == 0x05 ? i + 1 : 0;
+}
+
+/* The template of the instruction at raw; *disp is added to its first hole. */
+static const struct tmpl *resolve(const struct store *s, u32 key, const u8 *raw, u32 room, s32 *disp)
+{
+    *disp = 0;
+    u32 at = key & MODE_64 ? rip_displacement(raw, room) : 0;
+    if (!at)
+        return find_template(s, key, raw, room);
+    u8 plain[16];
+    memcpy(plain, raw, room);
+    memcpy(disp, raw + at, 4);
+    memset(plain + at, 0, 4);
+    return find_template(s, key, plain, room);
+}
+
+/* Direct jumps and calls without prefixes, in 32- and 64-bit mode: no two have the same bytes, so none is remembered.
+ * Calls share one template, kept under the opcode alone with a key of its own. */
+static int direct_branch(const struct store *s, struct plan *p, u32 key, const u8 *raw, u32 room, u32 at)
+{
+    struct tmpl *t = &p->branch;
+    u32 length = 0;
+    p->end = t;
+    if ((raw[0] & 0xf0) == 0x70 || raw[0] == 0xeb) {
+        if (room < 2)
+            return 0;
+        length = 2;
+        p->relative = (signed char)raw[1] + 2;
+        t->kind = raw[0] == 0xeb ? K_JMP : K_JCC;
+        t->aux = raw[0] & 15;
+    } else if (room >= 6 && raw[0] == 0x0f && (raw[1] & 0xf0) == 0x80) {
+        length = 6;
+        p->relative = (s64)*(const s32 *)(raw + 2) + 6;
+        t->kind = K_JCC;
+        t->aux = raw[1] & 15;
+    } else if (room >= 5 && (raw[0] == 0xe9 || raw[0] == 0xe8)) {
+        length = 5;
+        p->relative = (s64)*(const s32 *)(raw + 1) + 5;
+        t->kind = K_JMP;
+        if (raw[0] == 0xe8 && !(p->end = find_template(s, key | KEY_CALL, raw, 1)))
+            return 0;
+    } else {
+        return 0;
+    }
+    t->raw_length = (u8)length;
+    t->accesses = t->flags = 0;
+    p->at[p->count] = (u16)at;
+    p->length[p->count] = (u8)length;
+    p->disp[p->count] = 0;
+    p->next = at + length;
+    return 1;
 }
 
 static void put(struct out *o, const u8 *bytes, u32 n)
@@ -161,13 +246,13 @@ static void emit_indirect(struct out *o, u32 mode)
 }
 
 /* A template's code, its holes filled. */
-static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest)
+static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, s32 disp)
 {
     u32 start = o->used;
     put(o, code_of(t), t->code_length);
     for (u32 i = 0; i < 2; i++) {
         u8 *hole = o->code + start + t->hole[i];
-        u64 value = ip + (u64)t->hole_relative[i];
+        u64 value = ip + (u64)t->hole_relative[i] + (i ? 0 : (u64)(s64)disp);
         if (t->hole_size[i] == 8)
             *(u64 *)hole = value;
         else if (t->hole_size[i] == 4)
@@ -187,7 +272,7 @@ static int wants_poll(const struct plan *p)
 {
     if (!p->end || p->end->kind == K_EMULATE)
         return 0;
-    return p->end->kind == K_JCC || p->end->kind == K_JMP ? p->end->relative <= 0 : 1;
+    return p->end->kind == K_JCC || p->end->kind == K_JMP ? p->relative <= 0 : 1;
 }
 
 /* 0, or the offset + 1 of an instruction without a template. */
@@ -197,20 +282,25 @@ static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *dat
     p->count = 0;
     p->end = 0;
     while (at < size && (p->count < limit || shadow) && bytes < ROOM) {
-        const struct tmpl *t = find_template(s, key, data + at, size - at < 15 ? size - at : 15);
+        u32 room = size - at < 15 ? size - at : 15;
+        if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at))
+            return 0;
+        p->end = 0;
+        const struct tmpl *t = resolve(s, key, data + at, room, &p->disp[p->count]);
         if (!t) {
             if (p->count && size - at < PAGE_END && !crosses)
                 break;
             return at + 1;
         }
+        p->at[p->count] = (u16)at;
+        p->length[p->count] = t->raw_length;
         if (t->kind != K_NORMAL) {
             p->end = t;
-            p->at[p->count] = (u16)at;
+            p->relative = t->relative;
             p->next = at + t->raw_length;
             return 0;
         }
-        p->t[p->count] = t;
-        p->at[p->count++] = (u16)at;
+        p->t[p->count++] = t;
         at += t->raw_length;
         bytes += t->code_length + 40u * t->accesses + 40;
         if (t->flags & T_END || shadow)
@@ -247,10 +337,10 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
     }
     if (end->kind == K_EMULATE || single || mode & MODE_TF) { /* a branch under TF is Python's, with the trap after it */
         save(o, s);
-        emit_helper(o, HLP_EMULATE, end->flags & T_INVALID ? 0 : end->raw_length, here);
+        emit_helper(o, HLP_EMULATE, end->flags & T_INVALID ? 0 : p->length[p->count], here);
         return;
     }
-    s64 target = (s64)here + end->relative;
+    s64 target = (s64)here + p->relative;
     switch (end->kind) {
     case K_JCC: {
         u8 jcc[] = { 0x0f, (u8)(0x80 | end->aux), 0, 0, 0, 0 };
@@ -296,7 +386,7 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
             to->delta = p->at[i];
             to->size = a->size;
             to->source = a->source;
-            to->length = t->raw_length;
+            to->length = p->length[i];
             to->flags = a->flags;
             to->immediate = a->immediate;
             o->used += sizeof(struct access);
@@ -400,7 +490,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         }
         starts[i] = o->used;
         placed[i] = t;
-        place(o, t, block->pc + p.at[i], p.at[i]);
+        place(o, t, block->pc + p.at[i], p.at[i], p.disp[i]);
         if (sites)
             sites[nsites++] = (struct fault_site){ starts[i], o->used, p.at[i], kept };
     }
@@ -413,12 +503,12 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         save(o, s);
         starts[count] = o->used;
         placed[count++] = p.end;
-        place(o, p.end, block->pc + p.at[p.count], p.at[p.count]);
+        place(o, p.end, block->pc + p.at[p.count], p.at[p.count], p.disp[p.count]);
         if (sites)
             sites[nsites++] = (struct fault_site){ starts[count - 1], o->used, p.at[p.count], 1 };
         if (p.end->kind == K_CALL) {
             restore(o, s);
-            emit_chain(o, (s64)p.at[p.count] + p.end->relative);
+            emit_chain(o, (s64)p.at[p.count] + p.relative);
         } else {
             emit_indirect(o, mode);
         }
@@ -444,6 +534,7 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
     u32 room = 4096 - (u32)(phys & 0xfff);
     const u8 *data = phys_host(vm, phys, 0);
     int crosses = 0;
+    c->info[3] = 0;
     if (!data)
         return TRANSLATE_MISSING;
     memset(b, 0, sizeof *b);
@@ -453,7 +544,11 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
     b->phys2 = ~0ul;
     b->mode = c->mode;
     u32 size = room;
-    if (room < 15 && !find_template(s, c->mode | (single ? KEY_SINGLE : 0), data, room)) {
+    u32 key = c->mode | (single ? KEY_SINGLE : 0);
+    s32 disp;
+    struct plan first;
+    first.count = 0;
+    if (room < 15 && !(key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, room, 0)) && !resolve(s, key, data, room, &disp)) {
         u64 phys2;
         u32 global, writable;
         u64 next = linear + room, keep = c->cr2, code = c->scratch[3];
@@ -468,18 +563,24 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
         memcpy(joined, data, room);
         memcpy(joined + room, more, 15);
         data = joined;
-        const struct tmpl *t = find_template(s, c->mode | (single ? KEY_SINGLE : 0), data, 15);
-        if (!t)
+        const struct tmpl *t = 0;
+        if (key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, 15, 0))
+            size = first.next;
+        else if ((t = resolve(s, key, data, 15, &disp)))
+            size = t->raw_length;
+        else
             return TRANSLATE_MISSING;
-        size = t->raw_length;
         b->phys2 = phys2 & ~0xffful;
         crosses = 1;
     }
     tcg_watch_running(c, phys);
     if (crosses)
         tcg_watch_running(c, b->phys2);
-    if (assemble(s, &image.out, b, data, size, vm->block_limit, single, crosses, 0))
+    u32 missing = assemble(s, &image.out, b, data, size, vm->block_limit, single, crosses, 0);
+    if (missing) {
+        c->info[3] = missing - 1;
         return TRANSLATE_MISSING;
+    }
     if (single)
         b->mode |= KEY_SINGLE; /* no look-up finds it */
     return install(vm, b, image.out.code, data);
@@ -525,8 +626,15 @@ EXPORTED u32 tcg_add_template(struct vm *vm, const struct tmpl *t, u32 size, u32
     return 0;
 }
 
+EXPORTED u32 tcg_rip_displacement(const u8 *raw, u32 length) { return rip_displacement(raw, length); }
+
 EXPORTED int tcg_has_template(struct vm *vm, u32 key, const u8 *raw, u32 length)
 {
-    const struct tmpl *t = find_template((const struct store *)vm->store, key, raw, length);
+    struct plan p;
+    s32 disp;
+    p.count = 0;
+    if (key & (MODE_64 | MODE_32) && direct_branch((const struct store *)vm->store, &p, key, raw, length, 0))
+        return 1;
+    const struct tmpl *t = resolve((const struct store *)vm->store, key, raw, length, &disp);
     return t && t->raw_length == length;
 }
