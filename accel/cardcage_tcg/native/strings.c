@@ -81,7 +81,10 @@ static void host_store(u32 size, int back, u64 to, u64 value, u64 n)
 
 static inline u64 host_load(u64 at, u32 size)
 {
-    return size == 1 ? *(volatile u8 *)at : size == 2 ? *(volatile u16 *)at : size == 4 ? *(volatile u32 *)at : *(volatile u64 *)at;
+    return size == 1   ? *(volatile u8 *)at
+           : size == 2 ? *(volatile u16 *)at
+           : size == 4 ? *(volatile u32 *)at
+                       : *(volatile u64 *)at;
 }
 
 /* The arithmetic flags of CMP a, b in cpu.fl's form. */
@@ -102,7 +105,8 @@ static u64 compare(u32 size, u64 a, u64 b)
 }
 
 /* Compare up to n elements, until the repeat condition ends; *last* are the two that were compared last. */
-static inline __attribute__((always_inline)) u64 scan_of(u32 size, s64 step, u64 a_at, u64 a, u64 b_at, u64 n, int until_equal, u64 last[2])
+static inline __attribute__((always_inline)) u64 scan_of(u32 size, s64 step, u64 a_at, u64 a, u64 b_at, u64 n,
+                                                         int until_equal, u64 last[2])
 {
     u64 i = 0;
     for (;;) {

@@ -16,7 +16,7 @@ enum { EVENT_EXCEPTION, EVENT_SOFT, EVENT_EXTERNAL, EVENT_INT1 };
 enum { FAR_JMP, FAR_CALL, FAR_RET, FAR_IRET };
 enum { ATTR_A = 1, ATTR_RW = 2, ATTR_CONFORMING = 4, ATTR_CODE = 8, ATTR_S = 16, ATTR_P = 128, ATTR_L = 0x200, ATTR_DB = 0x400 };
 #define BAD_SELECTOR (-2) /* descriptor(): outside its table */
-#define FLAGS_SYSTEM 0x3e7702ul /* what cpu.eflags may hold, RF and the arithmetic ones apart: ID VIP VIF AC VM NT IOPL DF IF TF */
+#define FLAGS_SYSTEM 0x3e7702ul /* in cpu.eflags: ID VIP VIF AC VM NT IOPL DF IF TF; RF is never kept */
 
 struct stack {
     u64 sp, base, mask; /* mask: of the stack pointer, ~0 for 64-bit stacks */
