@@ -39,6 +39,12 @@ class File:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         os.preadv(self.fd, buffers, offset)
 
+    def try_readv(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        try:
+            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == sum(map(len, buffers))
+        except BlockingIOError:
+            return False
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         os.pwritev(self.fd, buffers, offset)
 

@@ -201,6 +201,33 @@ def test_queue_reset_leaves_other_queues_going() -> None:
     bench.close()
 
 
+def test_a_read_at_hand_is_served_at_once() -> None:
+    """A back end with try_readv serves the first read on the notifying thread; what would wait goes to a worker."""
+    disk = MemoryDisk()
+    ready = True
+
+    def try_readv(offset: int, buffers: Any) -> bool:
+        if ready:
+            MemoryDisk.readv(disk, offset, buffers)
+        return ready
+
+    disk.try_readv = try_readv  # type: ignore[attr-defined]
+    disk.data[512:1024] = b"n" * 512
+    bench, _ = make(disk)
+    bench.driver().add([head(0, 1)], [512, 1])
+    bench.kick()
+    assert [data for _, data in bench.driver().used()] == [b"n" * 512 + b"\0"]
+    ready = False
+    disk.calls.clear()
+    for at in range(40):
+        bench.driver().add([head(0, at)], [512, 1])
+    bench.kick()
+    assert len(bench.wait(0, 40)) == 40
+    assert len(disk.calls) == 40
+    assert bench.call([head(0, 1 << 40)], [512, 1])[-1] == 1
+    bench.close()
+
+
 REQUEST = st.tuples(
     st.lists(st.binary(max_size=40) | st.builds(head, st.integers(0, 14), st.integers(0, 4096)), max_size=4),
     st.lists(st.sampled_from([0, 1, 20, 511, 512, 4096]), max_size=4),
