@@ -47,6 +47,9 @@ class BlockBackend(Protocol):
     """A disk. Called from the device's worker threads: must be thread-safe. Errors are :exc:`OSError`.
 
     Offsets and lengths are multiples of 512 and inside ``info.size``; the caller checks them.
+
+    One that can tell also has ``try_readv(offset, buffers) -> bool``: fill the buffers if that takes no waiting (the
+    host's page cache has the bytes), else return False; what the buffers hold then does not matter.
     """
 
     @property

@@ -158,6 +158,7 @@ class HostFile:
         self.alignment = self._find_alignment() if direct else 1
         self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
         self._closing = threading.Lock()
+        self._nowait = True
 
     def _find_alignment(self) -> int:
         if self._device:
@@ -181,6 +182,17 @@ class HostFile:
             done = 0
         if done != length:
             self._read_rest(offset, take(buffers, done, length - done), done, length)
+
+    def try_read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> bool:
+        """Fill *buffers* if the page cache has all of it; else False, with part of them filled perhaps."""
+        if self._direct or not self._nowait:
+            return False
+        try:
+            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == length
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                self._nowait = False  # a file system that cannot tell
+            return False
 
     def _read_rest(self, offset: int, left: list[memoryview], done: int, length: int) -> None:
         """The uncommon ways: more buffers than the kernel takes, misaligned direct I/O, a short read, the end."""

@@ -74,6 +74,7 @@ class Qcow2Image:
         self._offset = OFFSET & ~self._mask
         self._flags = ~self._offset & ((1 << 64) - 1)
         self._zero = ZERO if header.version >= 3 else 0
+        self._try_read = getattr(file, "try_read", None)
         self._readonly, self._punch = readonly, discard
         self._broken: str | None = None
         if header.incompatible & INCOMPAT_CORRUPT:
@@ -126,6 +127,24 @@ class Qcow2Image:
                     self._file.read(host + start, buffers, length)
                     return
             self._read(offset, buffers, length)
+        finally:
+            self._inflight.pop(me, None)
+
+    def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Fill the *buffers* if that takes no waiting: one cluster's data, its table entry and bytes both in memory."""
+        length = sum(map(len, buffers))
+        me = get_ident()
+        self._inflight[me] = self._epoch  # as in readv
+        try:
+            start, cluster = offset & self._mask, offset >> self._bits
+            table = self._slices.get(cluster >> self._slice_bits)
+            if table is None or start + length > self._size:
+                return False
+            entry = table[cluster & self._slice_mask]
+            host = entry & self._offset
+            if not host or entry & (COMPRESSED | self._zero):
+                return False
+            return self._try_read is not None and bool(self._try_read(host + start, buffers, length))
         finally:
             self._inflight.pop(me, None)
 

@@ -54,6 +54,10 @@ class RawImage:
         """Fill the writable *buffers* one after another."""
         self._file.read(offset, buffers, sum(map(len, buffers)))
 
+    def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Fill the *buffers* if that takes no waiting."""
+        return self._file.try_read(offset, buffers, sum(map(len, buffers)))
+
     def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Write *buffers* one after another."""
         if self._readonly:
