@@ -81,16 +81,8 @@ class Machine:
         fragments: Iterable[Mapping[str, Any]] = (),
         host: Host | None = None,
     ) -> None:
-        named = {
-            "memory": memory,
-            "cpus": cpus,
-            "accel": accel if accel is None or isinstance(accel, str) else list(accel),
-        }
-        files = {
-            "kernel": None if kernel is None else str(kernel),
-            "initrd": None if initrd is None else str(initrd),
-            "append": append,
-        }
+        named = {"memory": memory, "cpus": cpus, "accel": accel if isinstance(accel, str | None) else list(accel)}
+        files = {"kernel": kernel and str(kernel), "initrd": initrd and str(initrd), "append": append}
         keys = {**(machine or {}), **{key: value for key, value in named.items() if value is not None}}
         start = {**(boot or {}), **{key: value for key, value in files.items() if value is not None}}
         draft = Draft.of(*fragments, {"machine": keys, "device": [dict(one) for one in devices]})
@@ -118,13 +110,13 @@ class Machine:
 
     def _assemble(self, config: Config, host: Host | None) -> None:
         self.config, self.name, self.label = config, config.machine.name, config.machine.label
-        self._own_host = host is None
         self.host = host or Host()
         self.log = self.host.log.bind(machine=self.name)
         self.lock = threading.RLock()
         self.state = "built"
         self.outcome: outcomes.Outcome | None = None
         self._failure: BaseException | None = None
+        self._told = False  # whether wait() has raised it
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._closed = False
@@ -132,6 +124,7 @@ class Machine:
         self.devices: dict[str, PluggedDevice] = {}
         self.vcpus: list[VCpu] = []
         self._threads: list[threading.Thread] = []
+        self._loop_thread: threading.Thread | None = None
         self._cleanup = ExitStack()
         self.policies: list[Any] = []
         self.boot_image: BootImage | None = None
@@ -163,6 +156,8 @@ class Machine:
         self.clock = MachineClock(self.events)
         self._cleanup.callback(self.clock.close)
         self._cleanup.callback(self.events.close)
+        self._cleanup.callback(self._unplug_all)
+        self._loop_thread = self.events.thread
         self.console = Console(self.events.call_soon)
         self._choose_ops()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
@@ -438,8 +433,11 @@ class Machine:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
         self.mediator.check("operator", self.label, "machine", "stop")
         self.end(outcomes.Stopped(why))
-        if not self.events.here and threading.current_thread() not in self._threads:
+        if not self._on_own_thread():
             self._ended.wait()
+
+    def _on_own_thread(self) -> bool:
+        return threading.current_thread() in (*self._threads, self._loop_thread)
 
     def wait(self, timeout: float | None = None) -> outcomes.Outcome:
         """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
@@ -451,6 +449,7 @@ class Machine:
         if not self._ended.wait(timeout) and timeout is not None:
             return outcomes.TimedOut(timeout)
         if self._failure is not None:
+            self._told = True
             raise self._failure
         if self.outcome is None:
             raise StateError("the machine was closed")
@@ -460,17 +459,15 @@ class Machine:
         """Stop and give everything back: threads joined, devices unplugged, memory freed. Idempotent."""
         if self._closed:
             return
-        if hasattr(self, "events") and (self.events.here or threading.current_thread() in self._threads):
+        if self._on_own_thread():
             raise StateError("close() joins the machine's threads; call it from another one (stop() works from these)")
         self._closed = True
-        if hasattr(self, "events"):
-            self._close_running()
         self._cleanup.close()
         if self in self.host.machines:
             self.host.machines.remove(self)
 
-    def _close_running(self) -> None:
-        if self.state != "stopped" and hasattr(self, "gate"):
+    def _unplug_all(self) -> None:
+        if self.state != "stopped":
             self.end(outcomes.Stopped("closed"))
             self._ended.wait()
         for thread in self._threads:
@@ -491,7 +488,7 @@ class Machine:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        failure = self._failure
+        failure = None if self._told else self._failure
         self.close()
         if failure is not None and error is None:
             raise failure

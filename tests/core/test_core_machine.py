@@ -162,8 +162,18 @@ def test_a_cards_exception_is_raised_by_wait_and_with(make: Any) -> None:
         machine.start().wait(20)
     assert any(entry.name == "write" for entry in caught.traceback)
     assert machine.state == "stopped"
+    machine.__exit__(None, None, None)  # wait() has told: nothing more to raise
+    untold = make(out(4))
+    ended = threading.Event()
+    untold.observers.add("state", lambda state: ended.set() if state == "stopped" else None)
+
+    def leave() -> None:
+        with untold:
+            untold.start()
+            assert ended.wait(20)
+
     with pytest.raises(ZeroDivisionError):
-        machine.__exit__(None, None, None)
+        leave()
 
 
 def test_an_exception_on_the_loop_thread_stops_the_machine(make: Any) -> None:
