@@ -1,135 +1,62 @@
-"""What the tests of cardcage_pc plug a device into: a slot whose time, lines and back ends the test holds."""
+"""What the tests of cardcage_pc plug devices into: a slot that is its own machine."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cardcage.interrupts import Line
-from cardcage.memory import PhysicalMemory, RamBlock, RamRange
+from cardcage.testing import TestSlot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage.device import Resource
+    from cardcage.device import Region
+    from cardcage.memory import RamRange
+    from cardcage.testing.slot import TestChar
 
 T = TypeVar("T")
 SECOND = 1_000_000_000
 
 
-class HandTimer:
-    """A timer on a :class:`HandClock`."""
-
-    def __init__(self, clock: HandClock, callback: Callable[[], None]) -> None:
-        self._clock, self.callback, self.when = clock, callback, None
-
-    when: int | None
-
-    def arm(self, when: int, /) -> None:
-        self.when = when
-        heapq.heappush(self._clock.heap, (when, next(self._clock.order), self))
-
-    def cancel(self) -> None:
-        self.when = None
-
-
-class HandClock:
-    """Time moves when the test says so; timers fire in their order, at their exact times."""
-
-    def __init__(self) -> None:
-        self.time, self.heap, self.order = 0, [], itertools.count()
-
-    heap: list[tuple[int, int, HandTimer]]
-
-    def now(self) -> int:
-        return self.time
-
-    def timer(self, callback: Callable[[], None], /) -> HandTimer:
-        return HandTimer(self, callback)
-
-    def advance(self, nanoseconds: int) -> None:
-        end = self.time + nanoseconds
-        while self.heap and self.heap[0][0] <= end:
-            when, _, timer = heapq.heappop(self.heap)
-            if timer.when == when:
-                self.time, timer.when = max(when, self.time), None
-                timer.callback()
-        self.time = end
-
-
-class Wire:
-    """The back end's end of a cable."""
-
-    def __init__(self) -> None:
-        self.sent, self.received = bytearray(), None
-
-    received: Callable[[bytes], None] | None
-
-    def start(self, received: Callable[[bytes], None], /) -> None:
-        self.received = received
-
-    def write(self, data: bytes, /) -> None:
-        self.sent += data
-
-    def close(self) -> None: ...
-
-
-class Log:
-    """Keeps what was logged."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[str, str, dict[str, Any]]] = []
-
-    def __getattr__(self, level: str) -> Callable[..., None]:
-        return lambda event, **keys: self.entries.append((level, event, keys))
-
-
-class Control:
-    """Keeps what was requested."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: self.requests.append((name.removeprefix("request_"), *arguments))
-
-
 class KitMapping:
-    def __init__(self, region: Any, address: int | None) -> None:
+    """A region that is mapped nowhere really."""
+
+    def __init__(self, region: Region | None, address: int | None) -> None:
         self.region, self.address = region, address
 
     def move(self, address: int | None, /) -> None:
         self.address = address
 
 
-class Kit:
-    """Slot and machine in one. ``edges[gsi]`` counts rising edges, ``level(gsi)`` is the line's level now."""
+class Kit(TestSlot):
+    """``edges[gsi]`` counts rising edges; ``extint`` is the 8259's output; ``wire`` the end of the cable.
 
-    id, irqchip, irq_number = "dut", "split", None
+    Args:
+        bases: where the device's regions are.
+    """
 
-    def __init__(self, *bases: int, ram: int = 1 << 20) -> None:
-        self.clock, self.log, self.control, self.wire = HandClock(), Log(), Control(), Wire()
-        self.mappings = [KitMapping(None, base) for base in bases]
+    def __init__(self, *bases: int) -> None:
         self.edges = [0] * 24
-        self.lines = [Line(partial(self._changed, gsi)) for gsi in range(24)]
+        super().__init__(irq=None)
+        self.mappings = cast(Any, [KitMapping(None, base) for base in bases])
         self.controllers: list[Callable[[int, bool], None]] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
         self.extint = False
         self.acknowledge: Callable[[], int | None] | None = None
-        self.messages: list[tuple[int, int]] = []
-        self.resources: list[Resource] = []
-        self.memory = PhysicalMemory()
-        self.memory.add(RamRange(0, ram, RamBlock(ram)))
-        self.machine = self.vm = self
-        self.devices: dict[str, Any] = {}
 
-    def _changed(self, gsi: int, level: bool) -> None:
-        self.edges[gsi] += level
-        for controller in self.controllers:
-            controller(gsi, level)
+    @property
+    def wire(self) -> TestChar:
+        """The back end that was opened."""
+        (opened,) = self.opened.values()
+        return cast("TestChar", opened)
+
+    def _changed(self, gsi: int) -> Callable[[bool], None]:
+        def changed(level: bool) -> None:
+            self.edges[gsi] += level
+            for controller in self.controllers:
+                controller(gsi, level)
+
+        return changed
 
     def plugged(self, device: T, name: str = "") -> T:
         """Plug *device* in and return it."""
@@ -138,26 +65,8 @@ class Kit:
         return device
 
     def level(self, gsi: int) -> bool:
+        """The level of line *gsi* now."""
         return self.lines[gsi].level
-
-    # the slot's side
-
-    def irq(self, gsi: int | None = None, /) -> Any:
-        assert gsi is not None
-        return self.lines[gsi].source()
-
-    def open(self, kind: str, spec: Any, /) -> Wire:
-        return self.wire
-
-    def announce(self, resource: Resource, /) -> None:
-        self.resources.append(resource)
-
-    def msi(self, address: int, data: int, /) -> None:
-        self.messages.append((address, data))
-
-    def map_pio(self, region: Any, base: int | None, device: Any, /) -> KitMapping:
-        self.mappings.append(KitMapping(region, base))
-        return self.mappings[-1]
 
     # the machine's side
 

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError
+from cardcage.testing import TestSlot
+from cardcage.testing.slot import TestClock
 from cardcage_pc.char_fd import FileOptions, Null, Sink, open_file, open_null
 from cardcage_pc.char_pty import Pty, PtyOptions
 from cardcage_pc.char_socket import Socket, SocketOptions
 from cardcage_pc.char_stdio import Stdio, StdioOptions
-from pc_kit import SECOND, HandClock, Log
+from pc_kit import SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ class Loop:
     """The slot's loop side: readers are called when the test asks for it."""
 
     def __init__(self) -> None:
-        self.clock, self.log = HandClock(), Log()
+        self.clock, self.log = TestClock(), TestSlot().log
         self.readers: dict[int, Callable[[], None]] = {}
         self.soon: list[Callable[[], None]] = []
         self.stopped: list[str] = []
@@ -155,7 +157,7 @@ def test_a_sink_drops_what_nobody_reads_and_says_so_once() -> None:
             os.write(write, bytes(4096))
         except BlockingIOError:
             break
-    log = Log()
+    log = TestSlot().log
     sink = Sink(write, log)
     sink._stuck = True  # the second's patience is spent
     sink.write(b"dropped")

@@ -199,9 +199,9 @@ def test_pvpanic_reports_a_panic(kit: Kit) -> None:
     panic = kit.plugged(PvPanic())
     assert panic.read(0, 1) == 3
     panic.write(0, 1, 2)
-    assert kit.control.requests == []
+    assert kit.requests == []
     panic.write(0, 1, 1)
-    assert kit.control.requests[0][0] == "panic"
+    assert kit.requests[0][0] == "panic"
 
 
 def test_debug_exit_ends_with_its_value() -> None:
@@ -209,7 +209,7 @@ def test_debug_exit_ends_with_its_value() -> None:
     kit = Kit(0xF4)
     device = kit.plugged(IsaDebugExit(IsaDebugExitOptions()))
     device.write(0, 4, 0x110)
-    assert (kit.control.requests, kit.mappings[0].address) == ([("debug_exit", 0x10)], 0xF4)
+    assert (kit.requests, kit.mappings[0].address) == ([("debug-exit", 0x10)], 0xF4)
     moved = Kit(0xF4)
     moved.plugged(IsaDebugExit(IsaDebugExitOptions(iobase=0x501, iosize=2)))
     assert [(one.address, getattr(one.region, "size", None)) for one in moved.mappings] == [(None, None), (0x501, 2)]
@@ -219,7 +219,7 @@ def test_debugcon_and_port_80(kit: Kit) -> None:
     """Debug console bytes reach the back end, its port reads 0xE9; a POST code is logged when it changes."""
     console, post = kit.plugged(DebugCon(DebugConOptions())), kit.plugged(Port80())
     console.write(0, 1, 0x41)
-    assert (bytes(kit.wire.sent), console.read(0, 1)) == (b"A", 0xE9)
+    assert (bytes(kit.wire.output), console.read(0, 1)) == (b"A", 0xE9)
     for value in (1, 1, 2):
         post.write(0, 1, value)
     assert (len(kit.log.entries), post.read(0, 1)) == (2, 2)

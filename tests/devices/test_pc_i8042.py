@@ -120,9 +120,9 @@ def test_keys_come_only_while_scanning(ps2: I8042) -> None:
 def test_pulsing_output_bit_0_resets(kit: Kit, ps2: I8042, value: int) -> None:
     """Commands 0xF0 to 0xFF with bit 0 clear pulse the reset line; 0xFF does not."""
     command(ps2, 0xFF)
-    assert kit.control.requests == []
+    assert kit.requests == []
     command(ps2, value)
-    assert [one[0] for one in kit.control.requests] == ["reset"]
+    assert [one[0] for one in kit.requests] == ["reset"]
 
 
 def test_a20_and_fast_reset_at_port_92(kit: Kit, ps2: I8042) -> None:
@@ -135,7 +135,7 @@ def test_a20_and_fast_reset_at_port_92(kit: Kit, ps2: I8042) -> None:
     command(ps2, 0xD1, 0xDD)
     assert ps2.read_fast(0, 1) == 0
     ps2.write_fast(0, 1, 3)
-    assert [one[0] for one in kit.control.requests] == ["reset"]
+    assert [one[0] for one in kit.requests] == ["reset"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -44,7 +44,7 @@ def test_standard_ports_have_their_interrupts(base: int, irq: int) -> None:
 def test_bytes_leave_at_once_and_the_transmitter_is_empty(kit: Kit, uart: Serial) -> None:
     """A byte written to THR reaches the back end, and LSR says THRE and TEMT."""
     put(uart, *((DATA, byte) for byte in b"hello"))
-    assert kit.wire.sent == b"hello"
+    assert kit.wire.output == b"hello"
     assert get(uart, LSR) == 0x60
 
 
@@ -129,7 +129,7 @@ def test_loopback_turns_data_and_modem_lines_round(kit: Kit, uart: Serial) -> No
     """In loopback THR feeds the receiver, the outputs feed MSR with deltas, and the cable is silent."""
     put(uart, (2, 1), (MCR, 0x10), (DATA, 0x55))
     uart.received(b"outside")
-    assert (bytes(kit.wire.sent), get(uart, DATA)) == (b"", 0x55)
+    assert (bytes(kit.wire.output), get(uart, DATA)) == (b"", 0x55)
     get(uart, MSR)
     put(uart, (IER, 8), (MCR, 0x14))
     assert (get(uart, MSR), kit.level(4)) == (0x40, False)
@@ -153,7 +153,7 @@ def test_divisor_latch_hides_data_and_ier(kit: Kit, uart: Serial) -> None:
     put(uart, (LCR, 0x83), (0, 1), (1, 2))
     assert (get(uart, 0), get(uart, 1)) == (1, 2)
     put(uart, (LCR, 3))
-    assert (bytes(kit.wire.sent), get(uart, IER)) == (b"", 0)
+    assert (bytes(kit.wire.output), get(uart, IER)) == (b"", 0)
 
 
 def test_state_survives_save_and_load(kit: Kit, uart: Serial) -> None:

@@ -205,9 +205,9 @@ def test_the_power_button_raises_sci_and_s5_powers_off(kit: Kit) -> None:
     pm.write(2, 2, 0x100)
     assert kit.level(9)
     pm.write(4, 2, 0x2400)
-    assert kit.control.requests == []
+    assert kit.requests == []
     pm.write(4, 2, 0x2000)
-    assert (kit.control.requests, pm.read(4, 2)) == ([("poweroff",)], 1)
+    assert (kit.requests, pm.read(4, 2)) == ([("poweroff",)], 1)
 
 
 # HPET

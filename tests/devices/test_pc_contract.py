@@ -1,0 +1,35 @@
+"""Every device of the platform is held to the contract of ``cardcage.testing.check_device``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cardcage.registry import Registry
+from cardcage.testing import check_device
+from cardcage_pc import cardcage_register
+from pc_kit import Kit
+
+if TYPE_CHECKING:
+    from cardcage.registry import Offer
+
+REGISTRY = Registry()
+cardcage_register(REGISTRY)
+DEVICES = [one for one in REGISTRY if one.kind == "device" and one.bus == "system"]
+OPTIONS = {"rtc": {"base": "2024-01-01T00:00:00"}, "debugcon": {"char": "null"}}
+KEEPS = {"rtc"}
+"""What a reset does not put back: time and CMOS memory."""
+
+
+@pytest.mark.parametrize("offer", DEVICES, ids=lambda offer: offer.name)
+def test_contract(offer: Offer) -> None:
+    """Random accesses raise nothing, answers fit, reset and state work, and no two devices share anything."""
+    factory, options = offer.load(), offer.load_options()
+
+    def make() -> Any:
+        device = factory() if options is None else factory(options(**OPTIONS.get(offer.name, {})))
+        if offer.name in KEEPS:
+            device.__class__ = type("Kept", (type(device),), {"reset": None})
+        return device
+
+    check_device(make, *offer.regions, slot=Kit)
