@@ -73,6 +73,9 @@ def cardcage_register(registry: Registry) -> None:
         offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost_user:{options}", help=help)
     share, vsock = "cardcage_virtio.flags:parse_share", "cardcage_virtio.flags:parse_vsock"
     registry.flag(
+        "--device", "cardcage_virtio.flags:parse_device", help="add a device: TYPE,key=value,...", metavar="SPEC"
+    )
+    registry.flag(
         "--share", share, help="a host directory: DIR[,tag=share][,readonly=on], mounted as 9p", metavar="DIR"
     )
     registry.flag("--vsock", vsock, help="sockets to the guest: CID[,uds=PATH]", metavar="CID")

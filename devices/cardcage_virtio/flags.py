@@ -1,4 +1,4 @@
-"""Command line shorthands: ``--share DIR`` and ``--vsock CID``."""
+"""Command line shorthands: ``--device TYPE``, ``--share DIR`` and ``--vsock CID``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ from typing import Any
 from cardcage.errors import near
 from cardcage.pairs import parse_pairs
 
-__all__ = ["parse_share", "parse_vsock"]
+__all__ = ["parse_device", "parse_share", "parse_vsock"]
 
 
 def _known(pairs: dict[str, str], keys: tuple[str, ...]) -> None:
     for key in pairs:
         if key not in keys:
             raise ValueError(f'no key "{key}".{near(key, keys) or " Known: " + ", ".join(keys)}')
+
+
+def parse_device(text: str) -> dict[str, Any]:
+    """``--device TYPE[,key=value]...``, any device: numbers, ``true`` and ``false`` are what they look like.
+
+    Raises :exc:`ValueError`.
+    """
+    pairs = parse_pairs(text, first="type")
+    if not pairs.get("type"):
+        raise ValueError("expected the name of a device")
+    return {"device": [{key: value if key == "type" else _value(value) for key, value in pairs.items()}]}
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return int(text, 0)
+    except ValueError:
+        return text
 
 
 def parse_share(text: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cardcage_virtio.flags import parse_share, parse_vsock
+from cardcage_virtio.flags import parse_device, parse_share, parse_vsock
 
 
 def test_share_is_a_9p_device(tmp_path: Path) -> None:
@@ -35,3 +35,11 @@ def test_bad_vsocks_are_refused(text: str) -> None:
     """What is no number, or no key, is named."""
     with pytest.raises(ValueError, match=r"expected|no key"):
         parse_vsock(text)
+
+
+def test_any_device_can_be_added() -> None:
+    """Type first, then its keys; numbers and truth values are what they look like."""
+    table = {"type": "virtio-rng", "max_bytes": 64, "address": "03.0", "x": True}
+    assert parse_device("virtio-rng,max_bytes=0x40,address=03.0,x=true") == {"device": [table]}
+    with pytest.raises(ValueError, match="name of a device"):
+        parse_device("")
