@@ -152,6 +152,7 @@ def resize(drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str
     from cardcage_block.drive import open_image
     from cardcage_block.qcow2 import Qcow2Image
 
+    size = int(size)
     if size % 512:
         raise ConfigError(f"{size} bytes: a disk is made of sectors of 512", file=drive.file)
     image = open_image(drive, warn=warn)

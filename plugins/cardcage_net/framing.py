@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+from collections import deque
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,11 +15,15 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["Events", "FrameStream"]
+__all__ = ["BACKLOG", "Events", "FrameStream"]
 
-BACKLOG = 1 << 20
+BACKLOG = 4 << 20
 """Bytes that wait for a slow peer; frames beyond are dropped, as a network does."""
+AHEAD = 4 << 20
+"""Bytes read ahead of the guest: passt sends what the guest's TCP window allows, and drops what nobody takes from it."""
 AT_ONCE = 256 << 10
+ROUND = 128
+"""Frames delivered in one turn of the loop, so that others get theirs and the socket is emptied in between."""
 _LENGTH = Struct(">I")
 
 
@@ -28,6 +33,8 @@ class Events(Protocol):
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None: ...
 
     def remove_reader(self, fd: int, /) -> None: ...
+
+    def call_soon(self, callback: Callable[[], None], /) -> None: ...
 
 
 class FrameStream:
@@ -51,65 +58,112 @@ class FrameStream:
         connection.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, BACKLOG)
-        self._in = bytearray()
+        self._chunks: deque[bytes] = deque()
+        self._ahead = self._at = 0
+        self._ended = ""
         self._out = bytearray()
-        self._room = memoryview(bytearray(AT_ONCE))
         self._poll: select.epoll | None = None
-        self._paused = self._reading = False
+        self._paused = self._reading = self._again = False
         self.dropped = 0
 
     def start(self) -> None:
         """Begin to read."""
-        if not self._reading and self._socket.fileno() >= 0:
+        if not self._reading and not self._ended and self._socket.fileno() >= 0:
             self._reading = True
             self._events.add_reader(self._socket.fileno(), self._readable)
 
-    def pause(self) -> None:
-        """Read no more until :meth:`go_on`."""
-        self._paused = True
+    def _stop(self) -> None:
         if self._reading:
             self._reading = False
             self._events.remove_reader(self._socket.fileno())
 
+    def pause(self) -> None:
+        """Deliver nothing until :meth:`go_on`."""
+        self._paused = True
+
     def go_on(self) -> None:
         """Deliver what is here, and read again."""
         self._paused = False
+        self._more()
+
+    def _more(self) -> None:
+        self._again = False
+        if self._reading:
+            self._fill()
         self._parse()
-        if not self._paused:
-            self.start()
 
     def _readable(self) -> None:
-        try:
-            count = self._socket.recv_into(self._room)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._fail(error.strerror or str(error))
-            return
-        if not count:
-            self._fail("the peer closed the connection")
-            return
-        self._in += self._room[:count]
-        self._parse()
+        self._fill()
+        if not self._again:
+            self._parse()
+
+    def _fill(self) -> None:
+        """Take what the socket holds, as far as there is room."""
+        while self._ahead < AHEAD:
+            try:
+                chunk = self._socket.recv(AT_ONCE)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._ended = error.strerror or str(error)
+            else:
+                self._ended = "" if chunk else "the peer closed the connection"
+            if self._ended:
+                break
+            self._chunks.append(chunk)
+            self._ahead += len(chunk)
+            if len(chunk) < AT_ONCE:
+                return
+        self._stop()
 
     def _parse(self) -> None:
-        data, at = self._in, 0
-        end = len(data)
-        while end - at >= 4 and not self._paused:
-            (length,) = _LENGTH.unpack_from(data, at)
-            if not FRAME_MIN <= length <= FRAME_MAX:
-                del data[:]
-                self._fail(f"the peer sent a frame of {length} bytes")
+        for _ in range(ROUND):
+            if self._paused or self._socket.fileno() < 0:
                 return
-            if end - at - 4 < length:
+            frame = self._next()
+            if frame is None:
                 break
-            frame = bytes(data[at + 4 : at + 4 + length])
-            at += 4 + length
-            if not self._deliver(frame) and not self._paused:
+            if not self._deliver(frame):
                 self.pause()
-            if data is not self._in:  # closed by what the frame led to
-                return
-        del data[:at]
+        else:
+            if not self._again:
+                self._again = True
+                self._events.call_soon(self._more)
+            return
+        if self._ended:
+            self._fail(self._ended)
+        else:
+            self.start()
+
+    def _next(self) -> bytes | None:
+        """The next whole frame, None when there is none."""
+        header = self._piece(4)
+        if header is None:
+            return None
+        (length,) = _LENGTH.unpack(header)
+        if not FRAME_MIN <= length <= FRAME_MAX:
+            self._ended = f"the peer sent a frame of {length} bytes"
+            return None
+        if self._ahead < length + 4:
+            return None
+        whole = self._piece(4 + length)
+        if whole is None:
+            return None
+        self._at += 4 + length
+        self._ahead -= 4 + length
+        return whole[4:]
+
+    def _piece(self, length: int) -> bytes | None:
+        """The next *length* bytes, not taken yet; None when they are not here."""
+        chunks = self._chunks
+        while chunks and len(chunks[0]) - self._at < length:
+            if len(chunks) == 1 and self._at < len(chunks[0]):
+                return None
+            rest = chunks.popleft()[self._at :]
+            self._at = 0
+            if chunks:
+                chunks[0] = rest + chunks[0]
+        return chunks[0][self._at : self._at + length] if chunks else None
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one frame, or drop it when the peer is too slow."""
@@ -129,8 +183,7 @@ class FrameStream:
         try:
             sent = self._socket.sendmsg([_LENGTH.pack(length), *parts])
         except (BlockingIOError, InterruptedError):
-            self.dropped += 1  # nothing of it went out, so that it can be dropped whole
-            return
+            sent = 0
         except OSError as error:
             self._fail(error.strerror or str(error))
             return
@@ -169,8 +222,7 @@ class FrameStream:
         if self._socket.fileno() < 0:
             return
         self._end_poll()
-        if self._reading:
-            self._reading = False
-            self._events.remove_reader(self._socket.fileno())
+        self._stop()
         self._socket.close()
-        self._in, self._out = bytearray(), bytearray()
+        self._out = bytearray()
+        self._chunks.clear()

@@ -20,7 +20,7 @@ from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
 
-from cardcage_net.framing import FrameStream
+from cardcage_net.framing import BACKLOG, FrameStream
 from cardcage_net.inbox import Inbox
 from cardcage_net.pcap import dumped
 
@@ -144,6 +144,8 @@ class UserNet:
 
     def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
+        # The engine drops what does not fit, so the room should be that of a large TCP window.
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BACKLOG)
         with theirs:
             words = _arguments(self._options, theirs.fileno())
             self._errors, errors = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # what does not fit in the pipe is lost
