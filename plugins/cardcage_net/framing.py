@@ -20,7 +20,7 @@ __all__ = ["BACKLOG", "Events", "FrameStream"]
 BACKLOG = 4 << 20
 """Bytes that wait for a slow peer; frames beyond are dropped, as a network does."""
 AHEAD = 4 << 20
-"""Bytes read ahead of the guest: passt sends what the guest's TCP window allows, and drops what nobody takes from it."""
+"""Bytes read ahead of the guest: passt sends what the TCP window allows, and drops what nobody takes from it."""
 AT_ONCE = 256 << 10
 ROUND = 128
 """Frames delivered in one turn of the loop, so that others get theirs and the socket is emptied in between."""
