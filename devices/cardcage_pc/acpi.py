@@ -281,6 +281,7 @@ class Acpi:
                 plugged.device.set_file(TABLES, bytes(data))
                 plugged.device.set_file(RSDP, bytes(unsummed))
                 plugged.device.set_file("etc/table-loader", linker_script(blob))
+                plugged.device.reserve(*([host.ecam] if host is not None and host.ecam else []))
         base = AREA + 64
         if base + len(blob.data) > AREA_END:
             raise ConfigError(f"the ACPI tables of this machine take {len(blob.data)} bytes: too many devices")

@@ -61,6 +61,8 @@ class FwCfg:
         self.options, self.state = options, FwCfgState()
         self.items = {SIGNATURE: b"QEMU", ID: struct.pack("<I", 3)}
         self.files: dict[str, bytes] = {}
+        self._map: list[tuple[int, int, int]] = []
+        self._reserved: tuple[tuple[int, int], ...] = ()
         if options.serial_console:
             self.files["etc/sercon-port"] = struct.pack("<Q", options.serial_console)
         self.items[BOOT_MENU] = struct.pack("<H", options.boot_menu)
@@ -108,8 +110,14 @@ class FwCfg:
         low, high = context.ram_below_4g, context.ram_above_4g
         self.items[RAM_SIZE] = struct.pack("<Q", low + high)
         self.items[CPUS] = self.items[MAX_CPUS] = struct.pack("<H", context.cpus)
-        ram = [(0, low)] + ([(1 << 32, high)] if high else [])
-        self.set_file("etc/e820", b"".join(struct.pack("<QQI", *one, 1) for one in ram))
+        self._map = [(0, low, 1)] + ([(1 << 32, high, 1)] if high else [])
+        self.reserve(*self._reserved)
+
+    def reserve(self, *ranges: tuple[int, int]) -> None:
+        """Mark *ranges*, (address, size), in the memory map that firmware gets, besides the RAM."""
+        self._reserved = ranges
+        entries = [*self._map, *((address, size, 2) for address, size in ranges)]
+        self.set_file("etc/e820", b"".join(struct.pack("<QQI", *one) for one in entries))
 
     # ports
 

@@ -134,6 +134,7 @@ def test_linker_script_gives_what_relocation_gives() -> None:
     )
     kit.devices["acpi"].device.contribute(context)
     files = kit.devices["fw_cfg"].device.files
+    assert files["etc/e820"] == struct.pack("<QQI", *Bridge.ecam, 2)
     where = {"etc/acpi/rsdp": 0xF5000, "etc/acpi/tables": 0x7FE0000}
     loaded = {name: bytearray(files[name]) for name in where}
     script = files["etc/table-loader"]
