@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
-from cardcage.cli import EXIT, add_machine_arguments, draft_of, run_machine
-from cardcage.cli.arguments import timeout_of
-from cardcage.cli.main import SWITCH_INTERVAL
+from cardcage.cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
 from cardcage.errors import ConfigError, GuestError
 from cardcage.machine import Machine
 from cardcage.units import Size

@@ -11,6 +11,7 @@ import lzma
 import os
 import shutil
 import subprocess
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -66,10 +67,20 @@ def decompress(file: BootFile) -> BootFile:
 
 
 def _unzstd(file: BootFile) -> bytes:
-    tool = shutil.which("zstd")
-    if tool is None:
-        raise HostError(f"{file.path}: this kernel's modules are compressed with zstd: install the program zstd")
-    done = subprocess.run([tool, "-dcq"], input=file.data, capture_output=True, check=False)
+    """By the program zstd, else by dpkg-deb, which has zstd built in and is there wherever Ubuntu's kernels are."""
+    with tempfile.NamedTemporaryFile(prefix="cardcage-", suffix=".deb") as package:
+        if zstd := shutil.which("zstd"):
+            command = [zstd, "-dcq", file.path]
+        elif dpkg := shutil.which("dpkg-deb"):
+            package.write(b"!<arch>\n")
+            for name, data in (("debian-binary", b"2.0\n"), ("control.tar", bytes(10240)), ("data.tar.zst", file.data)):
+                head = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n"
+                package.write(head.encode() + data + b"\n" * (len(data) % 2))
+            package.flush()
+            command = [dpkg, "--fsys-tarfile", package.name]
+        else:
+            raise HostError(f"{file.path}: this kernel's modules are compressed with zstd: install the program zstd")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode:
         raise file.error(f"damaged compressed kernel module: {done.stderr.decode('utf-8', 'replace').strip()}")
     return done.stdout

@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cardcage.errors import CardcageError, ConfigError
+from cardcage.errors import CardcageError, ConfigError, HostError
 from cardcage_boot import cpio
 from cardcage_boot.fetch import is_static_busybox
-from cardcage_boot.files import BootFile
+from cardcage_boot.files import BootFile, open_file
 from cardcage_boot.initramfs import build, driver_script
 from cardcage_boot.modules import Module, collect, decompress
 from hypothesis import given
@@ -164,6 +164,30 @@ def test_any_compressed_bytes_are_an_error_or_data(data: bytes, ending: str) -> 
         decompress(BootFile(f"m{ending}", data, "kernel module"))
     except CardcageError:
         return
+
+
+def zstd_frame(data: bytes) -> bytes:
+    """A Zstandard frame of one raw block (RFC 8878, 3.1.1)."""
+    head = bytes.fromhex("28b52ffd") + b"\xa0" + len(data).to_bytes(4, "little")
+    return head + (len(data) << 3 | 1).to_bytes(3, "little") + data
+
+
+@pytest.mark.parametrize("tool", ["zstd", "dpkg-deb"])
+def test_zstd_modules_are_read_by_either_program(tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A .ko.zst is decompressed by zstd, else by dpkg-deb; damage is named, and a host with neither gets a hint."""
+    found = shutil.which(tool)
+    if found is None:
+        pytest.skip(f"needs the program {tool}")
+    monkeypatch.setattr(shutil, "which", lambda name: found if name == tool else None)
+    path = tmp_path / "a.ko.zst"
+    path.write_bytes(zstd_frame(b"module" * 100))
+    assert decompress(open_file(str(path), "kernel module")).data == b"module" * 100
+    path.write_bytes(zstd_frame(b"module")[:-3])
+    with pytest.raises(ConfigError, match=r"a\.ko\.zst: damaged"):
+        decompress(open_file(str(path), "kernel module"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(HostError, match="install the program zstd"):
+        decompress(open_file(str(path), "kernel module"))
 
 
 def busybox() -> Path | None:
