@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,27 @@ def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str) -> No
     with guest(tmp_path, code, accel) as vm:
         vm.start()
         vm.console.expect("TTTTTTTTTT", timeout=60)
+
+
+@accelerators
+def test_a_serial_port_on_a_socket_echoes(tmp_path: Path, accel: str) -> None:
+    """What a peer sends to COM2's socket reaches the guest, and its answer the peer; the next peer is served too."""
+    echo = b"\xba\xfd\x02\xec\xa8\x01\x74\xfb\xba\xf8\x02\xec\xee\xeb\xf1"  # poll LSR; in al, dx; out dx, al
+    path = str(tmp_path / "com2")
+    port = {"type": "isa-serial", "port": 0x2F8, "char": f"socket:{path}"}
+    with guest(tmp_path, echo, accel, devices=[port]) as vm:
+        vm.start()
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.settimeout(60)
+                peer.connect(path)
+                data = bytes(range(1, 201))
+                peer.sendall(data)
+                got = b""
+                while len(got) < len(data):
+                    got += peer.recv(100)
+                assert got == data
+    assert not Path(path).exists()
 
 
 @accelerators
