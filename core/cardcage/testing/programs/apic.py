@@ -426,4 +426,50 @@ by_msi:
         interrupts=(0x61, 0x62, 0x64, 0x66),
         on_host=_msi_to_second,
     ),
+    Program(
+        "ipi-ping-pong",
+        "Two processors that wake each other from HLT by IPI lose no wake-up in hundreds of rounds",
+        """
+    apic_on
+    set_gate 0x71, first
+    set_gate 0x72, second_
+    mov dword [rbp + 0x300], 0xC4500
+    mov dword [rbp + 0x300], 0xC4609
+    mov r12d, 300
+rounds:
+    cli
+    cmp r8d, r12d
+    jae over
+    sti
+    hlt
+    jmp rounds
+over:
+    done
+first:                                  ; on processor 0
+    inc r8d
+    mov dword [rbp + 0xB0], 0
+    mov dword [rbp + 0x310], 1 << 24
+    mov dword [rbp + 0x300], 0x4072
+    iretq
+second_:                                ; on processor 1
+    mov dword [rbp + 0xB0], 0
+    mov dword [rbp + 0x310], 0
+    mov dword [rbp + 0x300], 0x4071
+    iretq
+    times 0x1000 - ($ - $$) nop
+    ap_start second, 0x38000
+second:
+    mov ebp, LAPIC
+    mov dword [rbp + 0xF0], 0x1FF
+    mov dword [rbp + 0x310], 0
+    mov dword [rbp + 0x300], 0x4071
+    sti
+sleep:
+    hlt
+    jmp sleep
+""",
+        irqchip="split",
+        cpus=2,
+        registers={"r8": 300},
+    ),
 )

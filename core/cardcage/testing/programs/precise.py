@@ -23,7 +23,7 @@ def _interrupt_soon(lab: Lab, value: int) -> None:
 PROGRAMS = (
     Program(
         "flags-at-a-fault",
-        "The flags that a fault saves, where code goes on to read them, are those of the last instruction that set them",
+        "The flags that a fault saves, where code reads them later, are those of the last instruction that set them",
         """
     mov edx, 0x65000
     mov qword [abs PTE(0x65000)], 0

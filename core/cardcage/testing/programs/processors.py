@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from cardcage.memory import RamBlock, RamRange
 from cardcage.testing.conformance import Program
+
+if TYPE_CHECKING:
+    from cardcage.testing.lab import Lab
+
+
+def _patch_by_dma(lab: Lab, value: int) -> None:
+    lab.write(0x9000, b"\xb8" + bytes([value]) + b"\0\0\0\xc3")  # mov eax, value; ret
+
+
+def _swap_memory(lab: Lab, value: int) -> None:
+    block = RamBlock(4096, "swapped")
+    block.view[:4] = value.to_bytes(4, "little")
+    old = tuple(one for one in lab.memory.ranges if one.priority == 2)
+    with lab.vm.quiesce():
+        lab.memory.change(add=(RamRange(0x600000, 4096, block, priority=2),), remove=old)
+
 
 PROGRAMS = (
     Program(
@@ -227,5 +246,78 @@ poll:
 """,
         cpus=2,
         registers={"rbx": 0, "rcx": 100},
+    ),
+    Program(
+        "smp-dma-over-others-code",
+        "A processor in a loop of calls runs the code that a device wrote over the old one",
+        """
+    test edi, edi
+    jnz runner
+    mov ecx, 1
+patch:
+    mov al, cl
+    out 0xE0, al
+wait_:
+    cmp [abs DATA], ecx
+    jne wait_
+    inc ecx
+    cmp ecx, 60
+    jne patch
+    done
+runner:
+    mov edx, 0x9000
+run:
+    call rdx
+    mov [abs DATA], eax
+    jmp run
+    times 0x1000 - ($ - $$) nop
+    xor eax, eax
+    ret
+""",
+        cpus=2,
+        registers={"rcx": 60},
+        on_host=_patch_by_dma,
+    ),
+    Program(
+        "smp-slots-change-under-others",
+        "While one processor has memory replaced, the other never sees the gap, nor an old page after a new one",
+        """
+    test edi, edi
+    jnz reader
+    mov ecx, 1
+change:
+    mov al, cl
+    out 0xE0, al
+wait_:
+    cmp [abs DATA], ecx
+    jne wait_
+    inc ecx
+    cmp ecx, 40
+    jne change
+    mov r8d, [abs DATA + 8]
+    done
+reader:
+    xor ebx, ebx
+    mov edx, 0x600000
+read:
+    mov eax, [rdx]
+    cmp eax, ebx
+    jae later
+    inc dword [abs DATA + 8]            ; went back
+later:
+    cmp eax, 40
+    jb good
+    inc dword [abs DATA + 8]            ; saw nothing there
+good:
+    mov ebx, eax
+    inc esi
+    mov [rdx + 8], esi
+    mov [abs DATA], eax
+    jmp read
+""",
+        cpus=2,
+        registers={"rcx": 40, "r8": 0},
+        accesses=(),
+        on_host=_swap_memory,
     ),
 )
