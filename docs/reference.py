@@ -153,7 +153,7 @@ def config() -> str:
 
 def cli() -> str:
     """docs/cli.md: the static text, and the help of the built-in commands."""
-    from cardcage.cli.main import make_parser
+    from cardcage.cli.program import make_parser
     from cardcage.host import Host
 
     text = (HERE / "cli.in.md").read_text()

@@ -12,8 +12,51 @@ Errors are raised, not printed: :func:`main` turns them into one line and a stat
 
 from __future__ import annotations
 
-from cardcage.cli.arguments import add_machine_arguments, draft_of, timeout_of
-from cardcage.cli.main import main
-from cardcage.cli.running import EXIT, report, run_machine
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EXIT", "add_machine_arguments", "draft_of", "main", "report", "run_machine", "timeout_of"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cardcage.cli.arguments import add_machine_arguments, draft_of, timeout_of
+    from cardcage.cli.running import EXIT, SWITCH_INTERVAL, report, run_machine
+
+__all__ = [
+    "EXIT",
+    "SWITCH_INTERVAL",
+    "add_machine_arguments",
+    "draft_of",
+    "main",
+    "report",
+    "run_machine",
+    "timeout_of",
+]
+
+_HOMES = {
+    "arguments": ("add_machine_arguments", "draft_of", "timeout_of"),
+    "running": ("EXIT", "SWITCH_INTERVAL", "report", "run_machine"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"cardcage.cli.{module}"), name)
+    raise AttributeError(f"module 'cardcage.cli' has no attribute {name!r}")
+
+
+def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int:
+    """The console script. Returns the exit status.
+
+    Args:
+        argv: the words after the program's name, by default the process's.
+        cards: loaded besides the installed ones, for programs that bring their own.
+    """
+    try:
+        from cardcage.cli.program import run_program
+
+        return run_program(sys.argv[1:] if argv is None else argv, cards)
+    except KeyboardInterrupt:  # before there was anything that could say more
+        print("outcome: interrupted", file=sys.stderr)
+        return 130

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.outcome import Outcome
 
-__all__ = ["EXIT", "Terminated", "blamed_for", "report", "run_machine"]
+__all__ = ["EXIT", "SWITCH_INTERVAL", "Terminated", "blamed_for", "report", "run_machine"]
 
 EXIT = {
     "done": 0,
@@ -38,6 +38,10 @@ EXIT = {
     "interrupted": 130,
 }
 """Exit statuses by name; a debug exit is ``code << 1 | 1``, a signal 128 plus its number."""
+
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
 
 
 class Terminated(BaseException):

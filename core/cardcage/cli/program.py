@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cardcage.cli.arguments import add_common_arguments, add_machine_arguments, draft_of, timeout_of
-from cardcage.cli.running import report, run_machine
+from cardcage.cli.running import SWITCH_INTERVAL, report, run_machine
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -16,21 +16,13 @@ if TYPE_CHECKING:
     from cardcage.host import Host
     from cardcage.registry import Offer
 
-__all__ = ["main", "make_parser"]
-
-SWITCH_INTERVAL = 1e-4
-"""Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
+__all__ = ["make_parser", "run_program"]
 
 
-def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int:
-    """The console script. Returns the exit status.
-
-    Args:
-        argv: the words after the program's name, by default the process's.
-        cards: loaded besides the installed ones, for programs that bring their own.
-    """
+def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
+    """Parse the words *argv*, do what they say, and return the exit status."""
     _open_standard_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(argv)
     traceback = "--traceback" in words
     try:
         from cardcage.host import Host
