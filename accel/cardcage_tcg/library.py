@@ -32,7 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_single": (_U64, (_PTR, _U64, _U64)),
     "tcg_sites": (_INT, (_PTR, _PTR, _PTR, _PTR)),
     "tcg_add_template": (_U32, (_PTR, _PTR, _U32, _U32)),
-    "tcg_rip_displacement": (_U32, (_PTR, _U32)),
+    "tcg_head_length": (_U32, (_PTR, _U32, _U32)),
     "tcg_has_template": (_INT, (_PTR, _U32, _PTR, _U32)),
     "tcg_flush_blocks": (None, (_PTR,)),
     "tcg_reset": (None, (_PTR,)),

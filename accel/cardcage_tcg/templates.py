@@ -263,7 +263,11 @@ class Templates:
                 if not self.long
                 else 8
             )
-            out += b"\x48\xbe" + pack("<Q", disp & ((1 << width * 8) - 1))
+            disp &= (1 << width * 8) - 1
+            if width == 8 and (disp < 1 << 31 or disp >= (1 << 64) - (1 << 31)):
+                out += b"\x48\xc7\xc6" + pack("<I", disp & 0xFFFFFFFF)
+            else:
+                out += b"\x48\xbe" + pack("<Q", disp) if width == 8 else b"\xbe" + pack("<I", disp)
             return width
         if (b or x)[1] == 2:  # type: ignore[index]  # one of them is there
             self._address16(b, x, disp, out)

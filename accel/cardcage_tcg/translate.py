@@ -14,6 +14,7 @@ from pathlib import Path
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
+from attrs import frozen
 from iced_x86 import (
     Code,
     ConditionCode,
@@ -30,10 +31,10 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.emit import flags_load, flags_save, load, store
 from cardcage_tcg.library import Area
 from cardcage_tcg.system import ends_block
-from cardcage_tcg.templates import Emulate, Template, Templates
+from cardcage_tcg.templates import SHIFTS, Emulate, Template, Templates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["MAX_INSTRUCTIONS", "STORE_SIZE", "Translator"]
 
@@ -70,6 +71,40 @@ def _six(flags: int) -> int:
     return sum(1 << i for i, bit in enumerate(_FLAG_BITS) if flags & bit)
 
 
+@frozen
+class _Part:
+    """What ``struct tmpl`` says beside the template: how it ends a block, where it goes, and the hole of a return address."""
+
+    template: Template
+    kind: int = L.K_NORMAL
+    relative: int = 0
+    aux: int = 0
+    flags: int = 0
+    hole: tuple[int, int] | None = None
+
+
+def _fields(maker: Templates, raw: bytes) -> list[tuple[int, int]]:
+    """(offset, size) of displacement and immediate."""
+    decoder = Decoder(8 * maker.width, raw, ip=0)
+    where = decoder.get_constant_offsets(decoder.decode())
+    found = []
+    if where.has_displacement:
+        found.append((where.displacement_offset, where.displacement_size))
+    if where.has_immediate:
+        found.append((where.immediate_offset, where.immediate_size))
+    if where.has_immediate2:
+        found.append((where.immediate_offset2, where.immediate_size2))
+    return found
+
+
+def _value(raw: bytes, at: int, size: int) -> int:
+    return int.from_bytes(raw[at : at + size], "little", signed=True)
+
+
+def _delta(raw: bytes, at: int, relative: int) -> int:
+    return _signed(relative - _value(raw, at, 4))
+
+
 class Translator:
     """The template store of one VM, and what fills it. Called with the VM's translation lock held.
 
@@ -80,8 +115,10 @@ class Translator:
         keep: a file to begin with and to keep the store in, or None.
     """
 
-    def __init__(self, rip_displacement: Callable[[bytes, int], int], *, avx: bool = False, keep: Path | None = None) -> None:
-        self.avx, self._rip_displacement = avx, rip_displacement
+    def __init__(
+        self, head_length: Callable[[bytes, int, int], int], *, avx: bool = False, keep: Path | None = None
+    ) -> None:
+        self.avx, self._head_length = avx, head_length
         self.area = Area(STORE_SIZE)
         self._keep = keep
         self._templates: dict[tuple[int, bool], Templates] = {}
@@ -140,7 +177,7 @@ class Translator:
         pc: int,
         data: bytes,
         add: Callable[[bytes, bool], bool],
-        has: Callable[[int, bytes], bool],
+        has: Callable[[int, bytes], int],
         *,
         single: bool = False,
     ) -> bool:
@@ -148,54 +185,174 @@ class Translator:
         key = mode | (L.KEY_SINGLE if single else 0)
         maker = self.templates(mode, single=single)
         for ins, raw in self.decode(mode, pc, data, 1 if single or mode & L.MODE_TF else MAX_INSTRUCTIONS + 1):
-            if has(key, raw):
+            known = has(key, raw)
+            if known == 1:
                 continue
             self.made += 1
             if raw[0] == 0xE8 and ins.mnemonic == M.CALL and ins.op0_kind in _DIRECT[1:]:
-                plain, _ = self._serialize(maker, key | L.KEY_CALL, ins, raw[:1])  # one template serves all direct calls
+                # one template serves all direct calls
+                made = [self._serialize(maker, key | L.KEY_CALL, ins, raw[:1])]
+            else:
+                made = self._shape(maker, key, ins, raw, exact=known == 2)
+            for plain, restored in made:
+                if restored is not None:
+                    pack_into("<I", plain, 8, self.used)
+                    if not add(bytes(restored), False):
+                        return False
                 if not add(bytes(plain), True):
                     return False
-                continue
-            if mode & L.MODE_64 and ins.is_ip_rel_memory_operand:
-                ins, raw = self._without_displacement(ins, raw)
-            plain, restored = self._serialize(maker, key, ins, raw)
-            restore_at = 0
-            if restored is not None:
-                restore_at = self.used
-                if not add(restored, False):
-                    return False
-            if restore_at:
-                pack_into("<I", plain, 8, restore_at)
-            if not add(bytes(plain), True):
-                return False
         return True
 
-    def _without_displacement(self, ins: Instruction, raw: bytes) -> tuple[Instruction, bytes]:
-        """The same instruction with a RIP-relative displacement of 0: one template serves all."""
-        at = self._rip_displacement(raw, len(raw))
-        if not at:
-            return ins, raw
-        raw = raw[:at] + bytes(4) + raw[at + 4 :]
-        return Decoder(64, raw, ip=ins.ip).decode(), raw
+    def _shape(
+        self, maker: Templates, key: int, ins: Instruction, raw: bytes, *, exact: bool
+    ) -> list[tuple[bytearray, bytearray | None]]:
+        """The template of all instructions with *raw*'s head; or, *exact* or not possible, of this one alone."""
+        head = self._head_length(raw, len(raw), key)
+        if head and not exact:
+            fields = _fields(maker, raw) if ins.code != Code.INVALID else []
+            if not fields:
+                return [self._serialize(maker, key, ins, raw, head=raw[:head])]
+            if ins.mnemonic not in SHIFTS:  # a count of zero keeps the flags
+                found = self._generalize(maker, key, ins, raw, raw[:head], fields)
+                if found is not None:
+                    return [found]
+        own = self._serialize(maker, key | L.KEY_EXACT, ins, raw)
+        if exact or not head:
+            return [own]
+        marker = self._pack(key, raw[:head], Template(), L.K_NORMAL, flags=L.T_EXACT, total=len(raw))
+        return [own, (marker, None)]
 
-    def _serialize(self, maker: Templates, key: int, ins: Instruction, raw: bytes) -> tuple[bytearray, bytes | None]:
-        """A template as ``struct tmpl``, and the form that puts flags back where there is one."""
-        if ins.code == Code.INVALID:
-            return self._pack(key, raw, Template(), L.K_EMULATE, flags=L.T_INVALID), None
+    def _generalize(
+        self, maker: Templates, key: int, ins: Instruction, raw: bytes, head: bytes, fields: list[tuple[int, int]]
+    ) -> tuple[bytearray, bytearray | None] | None:
+        """Make the template twice, with other displacements and immediates, and see where those land. None when the two
+        differ in more than copies of them."""
+        raws = []
+        for pattern in (b"\x11\x12\x13\x14\x15\x16\x17\x18", b"\xa1\xa2\xa3\xa4\xa5\xa6\xa7\xa8"):
+            changed = bytearray(raw)
+            for number, (at, size) in enumerate(fields):
+                part = bytes(value + 0x20 * number for value in pattern[8 - size :])
+                changed[at : at + size] = part
+            raws.append(bytes(changed))
+        bits = 64 if key & L.MODE_64 else 32 if key & L.MODE_32 else 16
+        pairs = []
+        for one in raws:
+            again = Decoder(bits, one, ip=ins.ip).decode()
+            if again.code != ins.code or again.len != ins.len:
+                return None
+            pairs.append(self._parts(maker, again, one))
+        done = []
+        for first, second in zip(*pairs, strict=True):
+            if first is None or second is None:
+                if first is not second:
+                    return None
+                done.append(None)
+                continue
+            made = self._merge(key, head, len(raw), raws, fields, first, second)
+            if made is None:
+                return None
+            done.append(made)
+        plain, restored = done
+        return None if plain is None else (plain, restored)
+
+    def _merge(
+        self,
+        key: int,
+        head: bytes,
+        total: int,
+        raws: list[bytes],
+        fields: list[tuple[int, int]],
+        first: _Part,
+        second: _Part,
+    ) -> bytearray | None:
+        """One template out of two that differ only in *fields*, or None."""
+        a, b = first.template, second.template
+        if (
+            len(a.code) != len(b.code) or (a.reads, a.kills, a.payload) != (b.reads, b.kills, b.payload)
+            or (first.kind, first.flags, first.relative, first.hole) != (second.kind, second.flags, second.relative, second.hole)
+            or len(a.accesses) != len(b.accesses) or (a.rip is None) != (b.rip is None)
+        ):  # fmt: skip
+            return None
+        rip_field = immediate_field = immediate_size = 0
+        rip = a.rip
+        if a.rip is not None and b.rip is not None and a.rip != b.rip:
+            at = next(
+                (
+                    at
+                    for at, size in fields
+                    if size == 4 and _delta(raws[0], at, a.rip[1]) == _delta(raws[1], at, b.rip[1])
+                ),
+                0,
+            )
+            if not at or a.rip[0] != b.rip[0]:
+                return None
+            rip_field, rip = at, (a.rip[0], _delta(raws[0], at, a.rip[1]))
+        for one, other in zip(a.accesses, b.accesses, strict=True):
+            if (one.branch, one.resume, one.stub, one.size, one.source, one.flags) != (
+                other.branch, other.resume, other.stub, other.size, other.source, other.flags,
+            ):  # fmt: skip
+                return None
+            if one.immediate != other.immediate:
+                match = [
+                    (at, size) for at, size in fields
+                    if size <= 4 and _value(raws[0], at, size) == one.immediate and _value(raws[1], at, size) == other.immediate
+                ]  # fmt: skip
+                if len(match) != 1:
+                    return None
+                immediate_field, immediate_size = match[0]
+        copies = []
+        rebuilt = bytearray(a.code)
+        for at, size in fields:
+            places = [
+                i for i in range(len(a.code) - size + 1)
+                if a.code[i : i + size] == raws[0][at : at + size] and b.code[i : i + size] == raws[1][at : at + size]
+            ]  # fmt: skip
+            if len(places) > 1:
+                return None
+            if places:
+                copies.append((at, size, places[0]))
+                rebuilt[places[0] : places[0] + size] = raws[1][at : at + size]
+        if bytes(rebuilt) != b.code:
+            return None
+        a.rip = rip
+        return self._pack(
+            key, head, a, first.kind, relative=first.relative, flags=first.flags, hole=first.hole, aux=first.aux, length=total, total=total,
+            rip_field=rip_field, immediate=(immediate_field, immediate_size), copies=copies,
+        )  # fmt: skip
+
+    def _parts(self, maker: Templates, ins: Instruction, raw: bytes) -> tuple[_Part, _Part | None]:
+        """What a template is made of, and that of the form which puts flags back."""
         flow = ins.flow_control
         try:
             if flow != F.NEXT and not ends_block(ins):
-                return self._branch(maker, key, ins, raw), None
+                return self._branch(maker, ins), None
             t = maker.get(ins, raw, False)
             extra = L.T_END if ends_block(ins) else 0
             restored = None
             if t.clobbers and not t.flags_stored and (t.reads or t.kills):
-                restored = bytes(self._pack(key, raw, maker.get(ins, raw, True), L.K_NORMAL, flags=extra))
-            return self._pack(key, raw, t, L.K_NORMAL, flags=extra), restored
+                restored = _Part(maker.get(ins, raw, True), flags=extra)
+            return _Part(t, flags=extra), restored
         except Emulate:
-            return self._pack(key, raw, Template(), L.K_EMULATE), None
+            return _Part(Template(), L.K_EMULATE), None
 
-    def _branch(self, maker: Templates, key: int, ins: Instruction, raw: bytes) -> bytearray:
+    def _serialize(
+        self, maker: Templates, key: int, ins: Instruction, raw: bytes, *, head: bytes = b""
+    ) -> tuple[bytearray, bytearray | None]:
+        """A template as ``struct tmpl``, kept by *head* (else by all of *raw*), and the form that puts flags back."""
+        if ins.code == Code.INVALID:
+            return self._pack(key, head or raw, Template(), L.K_EMULATE, flags=L.T_INVALID, total=len(raw)), None
+        packed = [
+            None if part is None else self._pack(
+                key, head or raw, part.template, part.kind, relative=part.relative, aux=part.aux, flags=part.flags,
+                hole=part.hole, length=ins.len, total=ins.len,
+            )
+            for part in self._parts(maker, ins, raw)
+        ]  # fmt: skip
+        plain, restored = packed
+        assert plain is not None
+        return plain, restored
+
+    def _branch(self, maker: Templates, ins: Instruction) -> _Part:
         flow = ins.flow_control
         direct = ins.op_count and ins.op0_kind in _DIRECT
         relative = ins.near_branch_target - ins.ip if direct else 0
@@ -203,17 +360,15 @@ class Translator:
             if ins.code not in _COUNTER_64 and ins.code not in _COUNTER_32:
                 raise Emulate("16-bit counter")
             flags = L.T_ADDRESS32 if ins.code in _COUNTER_32 else 0
-            return self._pack(
-                key, raw, Template(), L.K_COUNTED, relative=relative, aux=COUNTED[ins.mnemonic], flags=flags
-            )
+            return _Part(Template(), L.K_COUNTED, relative, COUNTED[ins.mnemonic], flags)
         if flow == F.CONDITIONAL_BRANCH and direct:
-            return self._pack(key, raw, Template(), L.K_JCC, relative=relative, aux=CONDITIONS[ins.condition_code])
+            return _Part(Template(), L.K_JCC, relative, CONDITIONS[ins.condition_code])
         near = {2: K.NEAR_BRANCH16, 4: K.NEAR_BRANCH32, 8: K.NEAR_BRANCH64}[maker.width]
         if flow == F.UNCONDITIONAL_BRANCH and direct and ins.op0_kind == near:
-            return self._pack(key, raw, Template(), L.K_JMP, relative=relative)
-        return self._near(maker, key, ins, raw, near, relative)
+            return _Part(Template(), L.K_JMP, relative)
+        return self._near(maker, ins, near, relative)
 
-    def _near(self, maker: Templates, key: int, ins: Instruction, raw: bytes, near: int, relative: int) -> bytearray:
+    def _near(self, maker: Templates, ins: Instruction, near: int, relative: int) -> _Part:
         """Near CALL, RET and indirect JMP: code that moves the stack and, but for a direct CALL, leaves RSI = target."""
         size, flow, t, out = maker.width, ins.flow_control, Template(), bytearray()
         hole = None
@@ -236,7 +391,7 @@ class Translator:
             raise Emulate("branch")
         t.code = bytes(out)
         kind = L.K_CALL if flow == F.CALL else L.K_INDIRECT
-        return self._pack(key, raw, t, kind, relative=relative, hole=hole, length=ins.len)
+        return _Part(t, kind, relative, hole=hole)
 
     @staticmethod
     def _push_return(maker: Templates, size: int, out: bytearray, t: Template) -> tuple[int, int]:
@@ -263,6 +418,10 @@ class Translator:
         flags: int = 0,
         hole: tuple[int, int] | None = None,
         length: int = 0,
+        total: int = 0,
+        rip_field: int = 0,
+        immediate: tuple[int, int] = (0, 0),
+        copies: Sequence[tuple[int, int, int]] = (),
     ) -> bytearray:
         holes = [(*t.rip, 8)] if t.rip is not None else []
         if hole is not None:
@@ -273,16 +432,18 @@ class Translator:
             | (L.T_STORED if t.flags_stored else 0)
             | (L.T_SHADOW if t.shadow else 0)
         )
+        first, second = (*copies, (0, 0, 0), (0, 0, 0))[:2]
         six = self._six
         for word in (t.reads, t.kills):
             if word not in six:
                 six[word] = _six(word)
         out = bytearray(
             pack(
-                "<IIIHHqqqHHBBBBBBBBB3x",
+                "<IIIHHqqqHHBBBBBBBB" "BBBBBBBBBxHH6x",
                 0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, _signed(relative),
                 _signed(holes[0][1]), _signed(holes[1][1]), holes[0][0], holes[1][0], holes[0][2], holes[1][2],
-                len(raw), kind, aux, six[t.reads], six[t.kills], flags, len(t.accesses),
+                len(raw), kind, aux, six[t.reads], six[t.kills], flags,
+                len(t.accesses), total, rip_field, *immediate, first[0], second[0], first[1], second[1], first[2], second[2],
             )
         )  # fmt: skip
         for a in t.accesses:

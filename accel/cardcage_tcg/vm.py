@@ -97,7 +97,9 @@ class TcgVm:
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
         )
         self.cr4_allowed = self._cr4()
-        self._translator = Translator(self.native.rip_displacement, avx=self.model.avx, keep=store_path(options.templates, self.model.avx))
+        self._translator = Translator(
+            self.native.head_length, avx=self.model.avx, keep=store_path(options.templates, self.model.avx)
+        )
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._translator.area.address, options.block_size
         self._lock = threading.Lock()
         self._slots: list[MemorySlot] = []
@@ -290,8 +292,9 @@ class TcgVm:
     def _add_template(self, data: bytes, link: bool) -> bool:
         return not self.native.add_template(self.pointer, data, len(data), link)
 
-    def _has_template(self, key: int, raw: bytes) -> bool:
-        return bool(self.native.has_template(self.pointer, key, raw, len(raw)))
+    def _has_template(self, key: int, raw: bytes) -> int:
+        found: int = self.native.has_template(self.pointer, key, raw, len(raw))
+        return found
 
     def _code_bytes(self, cpu: TcgVCpu, phys: int, linear: int, mode: int, pc: int) -> bytes:
         """Code from *phys* to the end of its page, or into the next page where the first instruction reaches there."""

@@ -1,7 +1,9 @@
 /* Guest code to a block: templates that Python made, one for each distinct instruction, are looked up by the
  * instruction's bytes and joined. Which flags live, where they are saved, polls and chains are decided here.
  *
- * No byte string that is an instruction begins with another, so trying lengths finds the one that is there. */
+ * What an instruction is, and how long, its head says: prefixes, opcode, ModRM, SIB. So templates are kept by heads (shapes), and
+ * displacement and immediate are copied from the instruction into the template's code. Where that does not do (a shift by an
+ * immediate count, say), the shape is marked exact, and its templates are kept by all bytes. */
 #include "cpu.h"
 #include "internal.h"
 #include "helpers.h"
@@ -26,7 +28,6 @@ struct plan {
     u16 at[MAX_BODY];   /* guest offsets */
     u8 before[MAX_BODY], after[MAX_BODY]; /* flags that live */
     u8 length[MAX_BODY];
-    s32 disp[MAX_BODY]; /* of a RIP-relative operand: templates are made for 0 */
     u32 count, next;    /* bytes up to where the body ends */
     const struct tmpl *end;
     s64 relative;       /* the end's target - its own RIP */
@@ -46,72 +47,98 @@ static const struct taccess *accesses_of(const struct tmpl *t) { return (const s
 static const u8 *raw_of(const struct tmpl *t) { return (const u8 *)(accesses_of(t) + t->accesses); }
 static const u8 *code_of(const struct tmpl *t) { return raw_of(t) + 16; }
 
-static const struct tmpl *find_template(const struct store *s, u32 key, const u8 *raw, u32 room)
+static const struct tmpl *find_template(const struct store *s, u32 key, const u8 *raw, u32 length)
 {
-    static const u8 order[] = { 3, 4, 5, 2, 7, 1, 6, 8, 9, 10, 11, 12, 13, 14, 15 };
-    for (u32 i = 0; i < sizeof order; i++) {
-        u32 length = order[i];
-        if (length > room)
-            continue;
-        u32 at = __atomic_load_n(&s->heads[hash_raw(key, raw, length) & (STORE_HEADS - 1)], __ATOMIC_ACQUIRE);
-        while (at) {
-            const struct tmpl *t = at_offset(s, at);
-            if (t->key == key && t->raw_length == length) {
-                const u8 *known = raw_of(t);
-                u32 j = 0;
-                while (j < length && known[j] == raw[j])
-                    j++;
-                if (j == length)
-                    return t;
-            }
-            at = t->next;
+    u32 at = __atomic_load_n(&s->heads[hash_raw(key, raw, length) & (STORE_HEADS - 1)], __ATOMIC_ACQUIRE);
+    while (at) {
+        const struct tmpl *t = at_offset(s, at);
+        if (t->key == key && t->raw_length == length) {
+            const u8 *known = raw_of(t);
+            u32 j = 0;
+            while (j < length && known[j] == raw[j])
+                j++;
+            if (j == length)
+                return t;
         }
+        at = t->next;
     }
     return 0;
 }
 
-/* Where a RIP-relative displacement stands in an instruction of 64-bit mode, 0 when it has none (Intel SDM vol. 2, 2.2.1.6). */
-static u32 rip_displacement(const u8 *raw, u32 room)
+/* Length of an instruction's head (Intel SDM vol. 2, 2.1): legacy prefixes, REX or VEX, opcode, ModRM, SIB. 0: more than room. */
+static u32 head_length(const u8 *raw, u32 room, u32 mode)
 {
-    static const u32 modrm[8] = { 0x0f0f0f0f, 0x0f0f0f0f, 0, 0x00000a08, 0x0000ffff, 0, 0xff0f00c3, 0xc0c00000 };
-    static const u32 modrm_0f[8] = { 0xffff200f, 0x0000ff00, 0xfffeffff, 0xf371ffff, 0xffff0000, 0xfffff838, 0xff7f00df, 0xff7fffff };
-    u32 i = 0, op;
-    for (; i < room; i++) { /* legacy prefixes */
+    /* opcodes with a ModRM byte, of the one-byte map and of 0F */
+    static const u32 modrm[8] = { 0x0f0f0f0f, 0x0f0f0f0f, 0, 0x00000a0c, 0x0000ffff, 0, 0xff0f00f3, 0xc0c00000 };
+    static const u32 plain_0f[8] = { 0x00004be0, 0x00ff0000, 0, 0x00800000, 0x0000ffff, 0x00000707, 0x0000ff00, 0 };
+    u32 i = 0, op, narrow = !(mode & (MODE_64 | MODE_32));
+    for (;; i++) {
+        if (i >= room || i >= 14)
+            return 0;
         op = raw[i];
-        if (op != 0x66 && op != 0xf2 && op != 0xf3 && op != 0xf0 && op != 0x67 && (op & 0xe7) != 0x26 && (op & 0xfe) != 0x64)
+        if (op == 0x67)
+            narrow = mode & MODE_64 ? 0 : !(mode & (MODE_64 | MODE_32)) ? 0 : 1;
+        else if (op != 0x66 && op != 0xf2 && op != 0xf3 && op != 0xf0 && (op & 0xe7) != 0x26 && (op & 0xfe) != 0x64)
             break;
     }
-    if (i + 6 > room)
-        return 0;
-    if ((raw[i] & 0xf0) == 0x40)
-        i++;
-    op = raw[i++];
+    if (mode & MODE_64 && (op & 0xf0) == 0x40) {
+        if (++i >= room)
+            return 0;
+        op = raw[i];
+    }
+    i++;
+    u32 has = 1, vex = 0;
     if (op == 0xc5 || op == 0xc4) {
-        i += op == 0xc5 ? 2 : 3; /* VEX, and the opcode */
+        if (i >= room)
+            return 0;
+        vex = mode & MODE_64 || raw[i] >= 0xc0;
+    }
+    if (vex) {
+        i += op == 0xc5 ? 2 : 3;
+        has = i > room || op == 0xc4 || raw[i - 1] != 0x77; /* VZEROUPPER, VZEROALL */
+    } else if (op == 0x62 && mode & MODE_64) {
+        i += 4;
     } else if (op == 0x0f) {
+        if (i >= room)
+            return 0;
         op = raw[i++];
         if (op == 0x38 || op == 0x3a)
             i++;
-        else if (!(modrm_0f[op >> 5] >> (op & 31) & 1))
-            return 0;
-    } else if (!(modrm[op >> 5] >> (op & 31) & 1)) {
-        return 0;
+        else
+            has = !(plain_0f[op >> 5] >> (op & 31) & 1);
+    } else {
+        has = modrm[op >> 5] >> (op & 31) & 1;
     }
-    return i + 5 <= room && (raw[i] & 0xc7) == 0x05 ? i + 1 : 0;
+    if (!has)
+        return i <= room ? i : 0;
+    if (i >= room)
+        return 0;
+    op = raw[i++];
+    if (!narrow && op < 0xc0 && (op & 7) == 4)
+        i++;
+    return i <= room ? i : 0;
 }
 
-/* The template of the instruction at raw; *disp is added to its first hole. */
-static const struct tmpl *resolve(const struct store *s, u32 key, const u8 *raw, u32 room, s32 *disp)
+/* The template of the instruction at raw, 0 when there is none yet. *truncated: it may reach past `room`. */
+static const struct tmpl *resolve(const struct store *s, u32 key, const u8 *raw, u32 room, u32 *truncated)
 {
-    *disp = 0;
-    u32 at = key & MODE_64 ? rip_displacement(raw, room) : 0;
-    if (!at)
-        return find_template(s, key, raw, room);
-    u8 plain[16];
-    memcpy(plain, raw, room);
-    memcpy(disp, raw + at, 4);
-    memset(plain + at, 0, 4);
-    return find_template(s, key, plain, room);
+    *truncated = 0;
+    u32 head = head_length(raw, room, key);
+    if (!head) {
+        *truncated = room < 15;
+        /* nothing but prefixes up to the longest length: kept by all bytes */
+        return room < 15 ? 0 : find_template(s, key | KEY_EXACT, raw, 15);
+    }
+    const struct tmpl *t = find_template(s, key, raw, head);
+    if (!t) {
+        *truncated = room < 15;
+        return 0;
+    }
+    if (t->length > room) {
+        *truncated = 1;
+        return 0;
+    }
+    return t->flags & T_EXACT ? find_template(s, key | KEY_EXACT, raw, t->length) : t;
 }
 
 /* Direct jumps and calls without prefixes, in 32- and 64-bit mode: no two have the same bytes, so none is remembered.
@@ -142,11 +169,10 @@ static int direct_branch(const struct store *s, struct plan *p, u32 key, const u
     } else {
         return 0;
     }
-    t->raw_length = (u8)length;
+    t->length = (u8)length;
     t->accesses = t->flags = 0;
     p->at[p->count] = (u16)at;
     p->length[p->count] = (u8)length;
-    p->disp[p->count] = 0;
     p->next = at + length;
     return 1;
 }
@@ -246,20 +272,22 @@ static void emit_indirect(struct out *o, u32 mode)
 }
 
 /* A template's code, its holes filled. */
-static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, s32 disp)
+static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, const u8 *raw)
 {
     u32 start = o->used;
     put(o, code_of(t), t->code_length);
     for (u32 i = 0; i < 2; i++) {
         u8 *hole = o->code + start + t->hole[i];
-        u64 value = ip + (u64)t->hole_relative[i] + (i ? 0 : (u64)(s64)disp);
+        u64 value = ip + (u64)t->hole_relative[i];
         if (t->hole_size[i] == 8)
-            *(u64 *)hole = value;
+            *(u64 *)hole = value + (i == 0 && t->rip_field ? (u64)(s64)*(const s32 *)(raw + t->rip_field) : 0);
         else if (t->hole_size[i] == 4)
             *(u32 *)hole = (u32)value;
         else if (t->hole_size[i] == 2)
             *(u16 *)hole = (u16)value;
     }
+    for (u32 i = 0; i < 2 && t->field_size[i]; i++)
+        memcpy(o->code + start + t->field_code[i], raw + t->field_raw[i], t->field_size[i]);
     if (t->payload != 0xffff) {
         o->payload[o->payloads].at = start + t->payload;
         o->payload[o->payloads++].guest = guest;
@@ -286,22 +314,23 @@ static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *dat
         if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at))
             return 0;
         p->end = 0;
-        const struct tmpl *t = resolve(s, key, data + at, room, &p->disp[p->count]);
+        u32 truncated;
+        const struct tmpl *t = resolve(s, key, data + at, room, &truncated);
         if (!t) {
-            if (p->count && size - at < PAGE_END && !crosses)
+            if (p->count && truncated && !crosses)
                 break;
             return at + 1;
         }
         p->at[p->count] = (u16)at;
-        p->length[p->count] = t->raw_length;
+        p->length[p->count] = t->length;
         if (t->kind != K_NORMAL) {
             p->end = t;
             p->relative = t->relative;
-            p->next = at + t->raw_length;
+            p->next = at + t->length;
             return 0;
         }
         p->t[p->count++] = t;
-        at += t->raw_length;
+        at += t->length;
         bytes += t->code_length + 40u * t->accesses + 40;
         if (t->flags & T_END || shadow)
             break;
@@ -320,7 +349,7 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
         u32 guest = p->at[p->count - 1];
         if (single) {
             save(o, s);
-            emit_helper(o, HLP_SINGLE, last->raw_length, guest);
+            emit_helper(o, HLP_SINGLE, last->length, guest);
         } else if (mode & MODE_TF) {
             save(o, s);
             emit_helper(o, HLP_STEP, 0, p->next);
@@ -370,7 +399,13 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
     }
 }
 
-static void cold(struct out *o, const struct plan *p, const struct tmpl **placed, const u32 *starts, u32 count, u32 mode)
+static s32 field_value(const u8 *at, u32 size)
+{
+    return size == 1 ? (signed char)*at : size == 2 ? *(const short *)at : *(const s32 *)at;
+}
+
+static void cold(struct out *o, const struct plan *p, const struct tmpl **placed, const u32 *starts, u32 count, u32 mode,
+                 const u8 *data)
 {
     static const u8 jmp = 0xe9, nop = 0x90;
     for (u32 i = 0; i < count; i++) {
@@ -388,7 +423,7 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
             to->source = a->source;
             to->length = p->length[i];
             to->flags = a->flags;
-            to->immediate = a->immediate;
+            to->immediate = t->immediate_field ? field_value(data + p->at[i] + t->immediate_field, t->immediate_size) : a->immediate;
             o->used += sizeof(struct access);
         }
     }
@@ -490,7 +525,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         }
         starts[i] = o->used;
         placed[i] = t;
-        place(o, t, block->pc + p.at[i], p.at[i], p.disp[i]);
+        place(o, t, block->pc + p.at[i], p.at[i], data + p.at[i]);
         if (sites)
             sites[nsites++] = (struct fault_site){ starts[i], o->used, p.at[i], kept };
     }
@@ -503,7 +538,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         save(o, s);
         starts[count] = o->used;
         placed[count++] = p.end;
-        place(o, p.end, block->pc + p.at[p.count], p.at[p.count], p.disp[p.count]);
+        place(o, p.end, block->pc + p.at[p.count], p.at[p.count], data + p.at[p.count]);
         if (sites)
             sites[nsites++] = (struct fault_site){ starts[count - 1], o->used, p.at[p.count], 1 };
         if (p.end->kind == K_CALL) {
@@ -515,7 +550,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     } else {
         finish(o, s, &p, mode, single);
     }
-    cold(o, &p, placed, starts, count, mode);
+    cold(o, &p, placed, starts, count, mode, data);
     if (sites)
         sites[nsites].end = 0;
     block->length = (u16)p.next;
@@ -543,12 +578,11 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
     b->phys = phys;
     b->phys2 = ~0ul;
     b->mode = c->mode;
-    u32 size = room;
-    u32 key = c->mode | (single ? KEY_SINGLE : 0);
-    s32 disp;
+    u32 size = room, key = c->mode | (single ? KEY_SINGLE : 0), truncated;
     struct plan first;
     first.count = 0;
-    if (room < 15 && !(key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, room, 0)) && !resolve(s, key, data, room, &disp)) {
+    if (room < 15 && !(key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, room, 0)) &&
+        !resolve(s, key, data, room, &truncated) && truncated) {
         u64 phys2;
         u32 global, writable;
         u64 next = linear + room, keep = c->cr2, code = c->scratch[3];
@@ -566,12 +600,16 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
         const struct tmpl *t = 0;
         if (key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, 15, 0))
             size = first.next;
-        else if ((t = resolve(s, key, data, 15, &disp)))
-            size = t->raw_length;
+        else if ((t = resolve(s, key, data, 15, &truncated)))
+            size = t->length;
         else
             return TRANSLATE_MISSING;
         b->phys2 = phys2 & ~0xffful;
         crosses = 1;
+        if (size <= room) { /* it does not reach over after all */
+            b->phys2 = ~0ul;
+            crosses = 0;
+        }
     }
     tcg_watch_running(c, phys);
     if (crosses)
@@ -626,15 +664,20 @@ EXPORTED u32 tcg_add_template(struct vm *vm, const struct tmpl *t, u32 size, u32
     return 0;
 }
 
-EXPORTED u32 tcg_rip_displacement(const u8 *raw, u32 length) { return rip_displacement(raw, length); }
+EXPORTED u32 tcg_head_length(const u8 *raw, u32 room, u32 mode) { return head_length(raw, room, mode); }
 
+/* 0: nothing known of it; 1: it has a template; 2: its shape is exact, and it has none. */
 EXPORTED int tcg_has_template(struct vm *vm, u32 key, const u8 *raw, u32 length)
 {
+    const struct store *s = (const struct store *)vm->store;
     struct plan p;
-    s32 disp;
+    u32 truncated;
     p.count = 0;
-    if (key & (MODE_64 | MODE_32) && direct_branch((const struct store *)vm->store, &p, key, raw, length, 0))
+    if (key & (MODE_64 | MODE_32) && direct_branch(s, &p, key, raw, length, 0))
         return 1;
-    const struct tmpl *t = resolve((const struct store *)vm->store, key, raw, length, &disp);
-    return t && t->raw_length == length;
+    if (resolve(s, key, raw, length, &truncated))
+        return 1;
+    u32 head = head_length(raw, length, key);
+    const struct tmpl *t = head ? find_template(s, key, raw, head) : 0;
+    return t && t->flags & T_EXACT ? 2 : 0;
 }

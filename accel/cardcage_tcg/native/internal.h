@@ -30,8 +30,8 @@ struct site {
 /* ---- templates: made by Python, joined by assemble.c; all offsets, so that a store can be kept in a file ---- */
 
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
-enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32 };
-enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21 };  /* beside the mode in a template's and a block's key */
+enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64 };
+enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22 };  /* beside the mode in a template's and a block's key */
 enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
@@ -45,7 +45,10 @@ struct tmpl {
     u16 hole[2];
     u8 hole_size[2];
     u8 raw_length, kind, aux, reads, kills, flags;
-    u8 accesses, pad[3];
+    u8 accesses, length;    /* guest bytes; raw_length are those it is kept by */
+    u8 rip_field, immediate_field, immediate_size; /* offsets in the instruction: of the displacement that hole 0 adds, of a store's immediate */
+    u8 field_raw[2], field_size[2], pad;
+    u16 field_code[2];      /* bytes of the instruction that are copied into the code */
 };
 
 struct taccess {
