@@ -111,9 +111,9 @@ def restore(machine: Machine, state: MachineState) -> None:
             raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
     with machine.lock:
         ready = [(_stateful(machine)[id], _device_state(machine, id, saved)) for id, saved in state.devices.items()]
+        machine.clock.set(state.clock)  # first: devices find their next alarms by it
         for device, loaded in ready:
             device.load(loaded)
-        machine.clock.set(state.clock)
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
         vcpu.set_state(registers)
     machine.gate.wake()
