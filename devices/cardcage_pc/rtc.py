@@ -52,7 +52,7 @@ class RtcState:
     """CMOS bytes and time. ``offset`` is the calendar time in ns since 1970 at clock 0."""
 
     version: ClassVar[int] = 1
-    cmos: bytearray = field(factory=lambda: bytearray(128))
+    cmos: list[int] = field(factory=lambda: [0] * 128)
     index: int = 0
     offset: int = 0
     stopped: bool = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.registry import Registry
 from cardcage.testing import check_device
 from cardcage_pc import cardcage_register
+from cattrs.preconf.json import make_converter
 from pc_kit import Kit
 
 if TYPE_CHECKING:
@@ -33,3 +35,14 @@ def test_contract(offer: Offer) -> None:
         return device
 
     check_device(make, *offer.regions, slot=Kit)
+
+
+@pytest.mark.parametrize("offer", DEVICES, ids=lambda offer: offer.name)
+def test_state_survives_json(offer: Offer) -> None:
+    """What ``save`` gives comes back the same from the plain values that a file holds."""
+    factory, options = offer.load(), offer.load_options()
+    device = factory() if options is None else factory(options(**OPTIONS.get(offer.name, {})))
+    if hasattr(device, "save"):
+        Kit(*(region.base or 0 for region in offer.regions)).plugged(device)
+        state, converter = device.save(), make_converter(forbid_extra_keys=True)
+        assert converter.structure(json.loads(converter.dumps(state)), type(state)) == state
