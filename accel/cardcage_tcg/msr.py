@@ -63,6 +63,7 @@ class Msrs:
     def __init__(self, vm: TcgVm, cpu: TcgVCpu) -> None:
         self._vm, self._cpu = vm, cpu
         self._values = dict(STORED)
+        self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
         index = OLD.get(index, index)
@@ -110,9 +111,8 @@ class Msrs:
         tsc, nanoseconds = vm.clock_pair()
         guest_tsc = tsc + self._cpu.field(L.TSC_OFFSET) & 0xFFFFFFFFFFFFFFFF
         multiplier, shift = vm.clock_scale
-        version = self._values.get(-1, 0) + 2
-        self._values[-1] = version
-        body = pack("<IIQQIbB2x", version, 0, guest_tsc, nanoseconds - vm.clock_zero, multiplier, shift, 1)
+        self._version += 2
+        body = pack("<IIQQIbB2x", self._version, 0, guest_tsc, nanoseconds - vm.clock_zero, multiplier, shift, 1)
         vm.poke_physical(address, body)
 
     def _wall_clock(self, address: int) -> None:
