@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from cardcage import Machine
 from cardcage.errors import HostError
+from cardcage.outcome import PoweredOff
 from cardcage_boot.cache import cache_root
+from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
 
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
@@ -59,6 +62,23 @@ def test_guest_panic_is_an_outcome(kernel: Path) -> None:
     done = boot("--exec", "echo c > /proc/sysrq-trigger")
     assert done.returncode == 10, done.stderr.decode()
     assert b"outcome: the guest panicked: sysrq triggered crash" in done.stderr
+
+
+def test_reboot_replays_the_boot(kernel: Path) -> None:
+    """The guest's own reboot starts the same kernel and initramfs again, from Python too, with fresh memory."""
+    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
+    found = shelf.kernel()
+    with Machine(
+        kernel=found.path, initrd=shelf.initramfs(found), append=f"{COMMAND_LINE} quiet", memory="256M", accel="tcg"
+    ) as machine:
+        machine.start()
+        machine.console.expect("~ # ", timeout=120)
+        machine.console.send("echo gone > /tmp/file; reboot -f\r")
+        machine.console.expect("cardcage: init", timeout=120)
+        machine.console.expect("~ # ", timeout=120)
+        machine.console.send("ls /tmp/file; poweroff -f\r")
+        machine.console.expect("No such file", timeout=60)
+        assert machine.wait(120) == PoweredOff()
 
 
 def test_shell_on_a_terminal(kernel: Path) -> None:
