@@ -448,8 +448,11 @@ over:
 first:                                  ; on processor 0
     inc r8d
     mov dword [rbp + 0xB0], 0
+    cmp r8d, r12d
+    jae enough
     mov dword [rbp + 0x310], 1 << 24
     mov dword [rbp + 0x300], 0x4072
+enough:
     iretq
 second_:                                ; on processor 1
     mov dword [rbp + 0xB0], 0

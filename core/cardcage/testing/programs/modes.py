@@ -222,4 +222,39 @@ ivt: dw 0x3FF
         start="protected32",
         registers={"rcx": 0xABCD, "rdx": 0xABCD, "rsi": 0x409300, "rdi": 0xFFFF, "rbx": 1, "rbp": 0x12346FEE},
     ),
+    Program(
+        "sixteen-bit-wrap",
+        "16-bit addresses and stack pointers wrap at 64 KiB",
+        """
+    mov ax, 0x2000
+    mov ds, ax
+    mov bx, 0xFFFF
+    mov byte [bx + 2], 0x77             ; offset 1
+    mov al, [1]
+    movzx ecx, al
+    mov si, 0x8000
+    mov bp, 0x8004
+    mov byte [bp + si], 0x66            ; SS:4, as BP takes the stack segment
+    mov ax, 0x3000
+    mov ss, ax
+    mov byte [bp + si], 0x55            ; 0x30004
+    mov sp, 2
+    push word 0x1234
+    push word 0x5678                    ; at SS:FFFE
+    mov dx, sp
+    movzx edx, dx
+    xor ax, ax
+    mov ss, ax
+    mov sp, 0x6FF0
+    mov ds, ax
+    movzx eax, ax
+    xor ebx, ebx
+    xor esi, esi
+    xor ebp, ebp
+    done
+""",
+        start="real16",
+        registers={"rcx": 0x77, "rdx": 0xFFFE},
+        memory={0x20001: b"\x77", 0x30004: b"\x55", 0x30000: b"\x34\x12", 0x3FFFE: b"\x78\x56"},
+    ),
 )
