@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cardcage import DebugExit, Host, Machine, Outcome, Panicked, PoweredOff, Reset
+from cardcage.state import capture, dumps, loads, restore
 
 SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 HALT = b"\xf4\xeb\xfd"
@@ -58,19 +59,41 @@ def test_how_a_guest_ends(tmp_path: Path, accel: str, code: bytes, outcome: Outc
         assert vm.wait(timeout=60) == outcome
 
 
-@accelerators
-def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str) -> None:
-    """IRQ 0 of the 8254 reaches a real-mode handler through the PIC, again and again, also out of HLT."""
+def ticking() -> bytes:
+    """A program that sets up PIC and 8254 and writes a T to COM1 at each interrupt 0, halting in between."""
     handler = b"\x50\x52" + out(0x3F8, ord("T")) + b"\xb0\x20\xe6\x20\x5a\x58\xcf"
     setup = b"\xfa\x31\xc0\x8e\xd8\x8e\xd0\xbc\x00\x70"  # cli; ds = ss = 0; sp = 0x7000
     chips = ((0x20, 0x11), (0x21, 8), (0x21, 4), (0x21, 1), (0x21, 0xFE), (0x43, 0x34), (0x40, 0x9C), (0x40, 0x2E))
     program = b"".join(b"\xb0" + bytes((value, 0xE6, port)) for port, value in chips) + b"\xfb" + HALT
     at = 0x7C00 + len(setup) + 12 + len(program)
     vector = b"\xc7\x06\x20\x00" + struct.pack("<H", at) + b"\xc7\x06\x22\x00\0\0"  # mov [0x20], handler; [0x22], 0
-    code = setup + vector + program + handler
-    with guest(tmp_path, code, accel) as vm:
+    return setup + vector + program + handler
+
+
+@accelerators
+def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str) -> None:
+    """IRQ 0 of the 8254 reaches a real-mode handler through the PIC, again and again, also out of HLT."""
+    with guest(tmp_path, ticking(), accel) as vm:
         vm.start()
         vm.console.expect("TTTTTTTTTT", timeout=60)
+
+
+@accelerators
+def test_the_platform_goes_on_from_a_saved_state(tmp_path: Path, accel: str) -> None:
+    """RAM and state of a paused machine, given to new ones, let timer, PIC and UART go on where they were."""
+    with guest(tmp_path, ticking(), accel) as vm:
+        vm.start()
+        vm.console.expect("TTT", timeout=60)
+        vm.pause()
+        state = dumps(capture(vm))
+        ram = [(slot.address, vm.memory.read(slot.address, slot.size)) for slot in vm.memory.slots]
+    for _ in range(2):
+        with Machine(memory="4M", accel=accel) as vm:
+            for address, data in ram:
+                vm.memory.write(address, data)
+            restore(vm, loads(state))
+            vm.start()
+            vm.console.expect("TTTTTTTTTT", timeout=60)
 
 
 @accelerators
