@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m cardcage.testing.accelerator", description="run conformance programs"
     )
     parser.add_argument("--accel", default="kvm,tcg", help="accelerator cards, comma separated (default: %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="only programs with problems or differences")
+    parser.add_argument("--quiet", action="store_true", help="only programs with problems")
     parser.add_argument("names", nargs="*", metavar="NAME", help="programs; all when none is named")
     given = parser.parse_args(arguments)
     try:
@@ -251,15 +251,19 @@ def _compare(accelerators: list[Accelerator], program: Program, *, quiet: bool) 
             print(f"      {problem}")
         if not outcome.skipped:
             outcomes.append((accelerator.name, outcome))
+    lines = []
     for name, outcome in outcomes[1:]:
         base_name, base = outcomes[0]
         if outcome.ended.reason is not base.ended.reason:
-            print(f"      exit: {base_name} {base.ended.reason.name}, {name} {outcome.ended.reason.name}")
+            lines.append(f"exit: {base_name} {base.ended.reason.name}, {name} {outcome.ended.reason.name}")
         for part in ("registers", "system"):
             here, there = asdict(getattr(base.state, part)), asdict(getattr(outcome.state, part))
             for key in here:
                 if here[key] != there[key]:
-                    print(f"      {key}: {base_name} {_shown(here[key])}, {name} {_shown(there[key])}")
+                    lines.append(f"{key}: {base_name} {_shown(here[key])}, {name} {_shown(there[key])}")
+    if lines and (wrong or not quiet):
+        print(f"      {program.name}: final states differ (as those of clocks and random numbers may):")
+        print("\n".join(f"        {line}" for line in lines))
     return wrong
 
 
