@@ -63,6 +63,12 @@ def _devices(registry: Registry) -> None:
     )
     registry.device("acpi", "cardcage_pc.acpi:Acpi", help="ACPI tables, from what the devices announce")
     registry.device(
+        "smbios",
+        "cardcage_pc.smbios:Smbios",
+        options="cardcage_pc.smbios:SmbiosOptions",
+        help="SMBIOS tables: maker, product, serial number, UUID",
+    )
+    registry.device(
         "fw_cfg",
         "cardcage_pc.fw_cfg:FwCfg",
         options="cardcage_pc.fw_cfg:FwCfgOptions",

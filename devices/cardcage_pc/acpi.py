@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Acpi", "Blob", "dsdt", "linker_script", "render"]
 
-AREA, AREA_END = 0xE0000, 0x100000
+AREA, AREA_END = 0xE0000, 0xF0000
 TABLES, RSDP = "etc/acpi/tables", "etc/acpi/rsdp"
 CENTURY = 0x32
 

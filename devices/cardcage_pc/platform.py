@@ -34,6 +34,4 @@ def expand(config: Config) -> list[dict[str, Any]]:
     if not any(one.port in (None, COM1, [COM1]) for one in serial):
         taken = any("console" in one.options.values() for one in config.devices)
         tables.append({"type": "isa-serial", "port": COM1, "irq": 4, "char": "null" if taken else "console"})
-    if "acpi" not in configured:
-        tables.append({"type": "acpi"})
-    return tables
+    return tables + [{"type": one} for one in ("acpi", "smbios") if one not in configured]
