@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Emulator", "Fault"]
 
 M, R, K = Mnemonic, Register, OpKind
-UD, NM, NP, SS, GP, PF = 6, 7, 11, 12, 13, 14
+UD, NM, NP, SS, GP, PF, AC = 6, 7, 11, 12, 13, 14, 17
 HIGH = {R.AH: 0, R.CH: 1, R.DH: 2, R.BH: 3}
 CF, PF_FLAG, ZF, OF = 1, 4, 0x40, 0x800
 
@@ -148,10 +148,16 @@ class Emulator:
         return offset + self.cpu.segment_base(segment - R.ES) & 0xFFFFFFFF
 
     def load(self, linear: int, size: int, ops: Ops) -> int:
+        self._aligned(linear, size)
         return int.from_bytes(self.cpu.read_linear(linear, size, ops), "little")
 
     def store(self, linear: int, size: int, value: int, ops: Ops) -> None:
+        self._aligned(linear, size)
         self.cpu.write_linear(linear, (value & ((1 << size * 8) - 1)).to_bytes(size, "little"), ops)
+
+    def _aligned(self, linear: int, size: int) -> None:
+        if self.cpu.mode & L.MODE_AC and linear & size - 1:
+            raise Fault(AC, 0)
 
     def stack(self) -> tuple[int, int]:
         """Stack pointer and the mask of its width."""

@@ -100,6 +100,8 @@ MASKED_MOVES = {M.VMASKMOVPS, M.VMASKMOVPD, M.VPMASKMOVD, M.VPMASKMOVQ}
 AH_TO_BH = {R.AH, R.CH, R.DH, R.BH}
 ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8}
 """Operand size to the alignment that #AC is about."""
+UNALIGNED = {M.MOVUPS, M.MOVUPD, M.MOVDQU, M.LDDQU, M.PCMPESTRI, M.PCMPESTRM, M.PCMPISTRI, M.PCMPISTRM}
+"""Instructions of 16 bytes whose misaligned operand is #AC's; with the others it is #GP's, from the host."""
 BORROWED = (12, 13, 14, 15, 8, 5)
 """Host registers that stand in for guest registers in memory when RSI and RDI do not suffice."""
 RETAINING = {M.BSF, M.BSR}
@@ -322,7 +324,7 @@ class Templates:
         if self.long:
             if segment in (R.FS, R.GS):
                 out += load(7, L.FSBASE if segment == R.FS else L.GSBASE) + b"\x48\x8d\x34\x3e"
-        elif segment in (R.FS, R.GS) or not self.mode & L.MODE_FLAT:
+        elif segment in (R.CS, R.FS, R.GS) or not self.mode & L.MODE_FLAT:  # CS: not to be written
             self._limit(out, t, segment - R.ES, size, write)
             out += load32(7, L.SEGBASE + 8 * (segment - R.ES)) + b"\x8d\x34\x3e"
 
@@ -359,11 +361,13 @@ class Templates:
         store_source: int = -1,
         immediate: int = 0,
         stack: bool = False,
+        alignment: int = 0,
     ) -> int:
         """Code for RSI = host address of *size* bytes at linear RSI; index of the :class:`Access` it adds."""
         t.clobbers = True
-        if self.mode & L.MODE_AC and size in ALIGNED:  # test esi, size - 1
-            out += b"\xf7\xc6" + pack("<I", ALIGNED[size] - 1)
+        aligned = alignment or ALIGNED.get(size, 1)
+        if self.mode & L.MODE_AC and aligned > 1:  # test esi, alignment - 1
+            out += b"\xf7\xc6" + pack("<I", aligned - 1)
             self._unless(out, t, b"\x0f\x85", size, L.ACCESS_AC)
         if write and self.bounce:
             out += load(6, L.BOUNCE_PTR)
@@ -625,7 +629,17 @@ class Templates:
         source, immediate = -1, 0
         if mnemonic in (M.MOV, M.MOVNTI) and write and not self.bounce:
             source, immediate = self._store_source(ins)
-        at = self.access(out, t, size, write, False, store_source=source, immediate=immediate, stack=stack)
+        at = self.access(
+            out,
+            t,
+            size,
+            write,
+            False,
+            store_source=source,
+            immediate=immediate,
+            stack=stack,
+            alignment=16 if mnemonic in UNALIGNED else 0,
+        )
         if far_bit:
             out += b"\x48\x2b\xb4\x24" + pack("<i", L.SCRATCH + 24)  # sub rsi, [scratch]: the operation adds it again
         if restore:

@@ -130,13 +130,14 @@ class TcgVCpu:
             self._emulator.run(ops)
             return
         address, reads = single
-        self._b[L.BOUNCE : L.BOUNCE + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
+        bounce = L.BOUNCE + (linear & 63)  # as misaligned as the operand
+        self._b[bounce : bounce + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
         self._q[L.RESUME // 8] = address
-        self._q[L.BOUNCE_PTR // 8] = self.pointer + L.BOUNCE
+        self._q[L.BOUNCE_PTR // 8] = self.pointer + bounce
         self._enter(self.pointer)
         reason = self._d[L.REASON // 4]
         if reason == L.R_SINGLE:
-            self.write_linear(linear, bytes(self._b[L.BOUNCE : L.BOUNCE + size]), ops)
+            self.write_linear(linear, bytes(self._b[bounce : bounce + size]), ops)
             if self.mode & L.MODE_TF:
                 self.single_step()
         else:

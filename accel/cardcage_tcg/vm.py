@@ -10,13 +10,14 @@ from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from iced_x86 import Code, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind
+from iced_x86 import Code, FlowControl, Instruction, InstructionInfoFactory, MemorySizeInfo, OpAccess, OpKind
 
 from cardcage.errors import AcceleratorError, UsageError
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import Fault
 from cardcage_tcg.library import Area, CodeBuffer, load
+from cardcage_tcg.templates import MASKED_STORES, OFF_X87, unit_of
 from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator, store_path
 from cardcage_tcg.vcpu import TcgVCpu
 
@@ -383,6 +384,8 @@ _INFO = InstructionInfoFactory()
 def _memory_access(ins: Instruction) -> int:
     """The access of the explicit memory operand, or of the stack for PUSH."""
     info = _INFO.info(ins)
+    if ins.mnemonic in MASKED_STORES:
+        return OpAccess.READ_WRITE
     for i in range(ins.op_count):
         if ins.op_kind(i) == OpKind.MEMORY:
             access = info.op_access(i)
@@ -398,7 +401,10 @@ def _writes_memory(ins: Instruction) -> bool:
 
 
 def _reads_memory(ins: Instruction) -> bool:
-    return _memory_access(ins) not in (OpAccess.WRITE, OpAccess.NONE)
+    """Whether the bounce buffer must begin with what is there: also where not all bytes of the operand are written."""
+    if _memory_access(ins) not in (OpAccess.WRITE, OpAccess.NONE) or MemorySizeInfo(ins.memory_size).size in (0, 512):
+        return True
+    return unit_of(ins) == OFF_X87  # an unmasked exception keeps it from storing
 
 
 def _pvclock_scale(tsc_khz: int) -> tuple[int, int]:

@@ -1,0 +1,517 @@
+"""Differential fuzzing: user-level instructions on the real processor and under the translator, state against state.
+
+``python tests/accel/tcg_fuzz.py [--bits 32] [--avx] [--count N] [--seed S] FILE...`` takes distinct encodings from the
+text of ELF files; ``--corpus`` writes some of them, one a line in hexadecimal, for the test's short form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import define, field
+from iced_x86 import (
+    Code,
+    CpuidFeature,
+    Decoder,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeInfo,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    RegisterExt,
+    RflagsBits,
+)
+from tcg_guest import Guest
+from tcg_host import CODE, DATA, DATA_SIZE, GENERAL, Host, State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Case", "Fuzzer", "encodings", "usable"]
+
+M, R, K = Mnemonic, Register, OpKind
+NUMBER = {getattr(R, name.upper()): i for i, name in enumerate(GENERAL)}
+ARITHMETIC = 0x8D5
+STACK = DATA + 0x4000
+AREA = range(DATA + 0x200, DATA + 0x3000)
+_names = lambda text: {getattr(M, name) for name in text.split() if hasattr(M, name)}  # noqa: E731
+OTHERS = _names(
+    "IN OUT INSB INSW INSD OUTSB OUTSW OUTSD HLT CLI STI CPUID RDTSC RDTSCP RDPMC RDRAND RDSEED XGETBV RDPID RDPRU RDPKRU WRPKRU"
+    " RDFSBASE RDGSBASE WRFSBASE WRGSBASE SGDT SIDT SLDT STR SMSW LAR LSL VERR VERW ARPL LDS LES LFS LGS LSS PUSHF PUSHFD PUSHFQ"
+    " POPF POPFD POPFQ CLZERO MONITOR MWAIT MONITORX MWAITX XABORT XBEGIN XEND XTEST MOVDIRI MOVDIR64B SERIALIZE SALC"
+    " XSAVE XSAVE64 XSAVEC XSAVEC64 XSAVEOPT XSAVEOPT64 XRSTOR XRSTOR64 FNSETPM INCSSPD INCSSPQ RDSSPD RDSSPQ UD0 UD1 UD2 VMCALL"
+    " INVLPGB TLBSYNC CLAC STAC SWAPGS VMMCALL FEMMS FSTDW FSTSG FRSTPM CLDEMOTE PTWRITE"
+)
+"""Instructions that a user's program runs differently here and there, or not at all."""
+NEW = {
+    getattr(CpuidFeature, name)
+    for name in dir(CpuidFeature)
+    if name.startswith(
+        (
+            "AVX512",
+            "AVX_",
+            "SSE4A",
+            "GFNI",
+            "XOP",
+            "FMA4",
+            "TBM",
+            "LWP",
+            "D3NOW",
+            "CET",
+            "MPX",
+            "VAES",
+            "VPCLMUL",
+            "CYRIX",
+        )
+    )
+}
+WIDE = {getattr(CpuidFeature, name) for name in "AVX AVX2 FMA F16C".split()}
+IMAGES = _names("FXSAVE FXSAVE64 FNSAVE FNSTENV")
+STRINGS = {K.MEMORY_SEG_RSI, K.MEMORY_SEG_RDI, K.MEMORY_ESRDI, K.MEMORY_SEG_ESI, K.MEMORY_SEG_EDI, K.MEMORY_ESEDI}
+STRINGS_16 = {K.MEMORY_SEG_SI, K.MEMORY_SEG_DI, K.MEMORY_ESDI}
+INTERESTING = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 63,
+    (1 << 63) - 1,
+)
+FLOATS = (
+    0,
+    1 << 63,
+    0x3FF0000000000000,
+    0x7FF0000000000000,
+    0x7FF8000000000000,
+    0x7FF0000000000001,
+    1,
+    0x40590CCCCCCCCCCD,
+)
+_INFO = InstructionInfoFactory()
+
+
+def usable(ins: Instruction, *, avx: bool = False) -> bool:
+    """Whether an instruction can be compared: unprivileged, and no branch."""
+    if ins.code == Code.INVALID or ins.flow_control not in (FlowControl.NEXT, FlowControl.INTERRUPT):
+        return False
+    if (
+        ins.mnemonic in OTHERS
+        or ins.is_privileged
+        or (ins.flow_control == FlowControl.INTERRUPT and ins.mnemonic != M.INTO)
+    ):
+        return False
+    features = set(ins.cpuid_features())
+    if features & NEW or (features & WIDE and not avx):
+        return False
+    return not any(
+        ins.op_kind(i) == K.REGISTER and (R.ES <= ins.op_register(i) <= R.GS or R.CR0 <= ins.op_register(i) <= R.TR7)
+        for i in range(ins.op_count)
+    ) and not any(ins.op_kind(i) in STRINGS_16 for i in range(ins.op_count))
+
+
+def encodings(path: Path, bits: int = 64) -> Iterator[bytes]:
+    """Instructions in the executable sections of an ELF file (or, when it is none, all bytes), decoded one after the other."""
+    data = path.read_bytes()
+    pieces = [data]
+    if data[:4] == b"\x7fELF" and data[4] == 2:
+        shoff, shentsize, shnum = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<HH", data, 58)
+        pieces = []
+        for i in range(shnum):
+            _, kind, flags, _, offset, size = struct.unpack_from("<IIQQQQ", data, shoff + i * shentsize)
+            if kind == 1 and flags & 4:
+                pieces.append(data[offset : offset + size])
+    for piece in pieces:
+        decoder = Decoder(bits, piece)
+        at = 0
+        for ins in decoder:
+            yield piece[at : at + ins.len]
+            at += ins.len
+
+
+def shape(ins: Instruction) -> tuple[object, ...]:
+    """What makes an encoding distinct: code, registers, addressing; not displacements and immediates."""
+    return (
+        ins.code, tuple(ins.op_register(i) for i in range(ins.op_count)), ins.memory_base, ins.memory_index,
+        ins.memory_index_scale, ins.memory_displ_size, ins.segment_prefix, ins.has_lock_prefix, ins.has_rep_prefix, ins.has_repne_prefix,
+    )  # fmt: skip
+
+
+@define
+class Case:
+    """One run: code, start, data."""
+
+    code: bytes
+    start: State
+    memory: bytes
+    bits: int
+    text: str
+    ignore: list[tuple[int, int]] = field(factory=list)
+    undefined: int = 0
+
+
+class Fuzzer:
+    """Makes cases and compares what both processors make of them."""
+
+    def __init__(self, seed: int, *, avx: bool = False, bits: int = 64) -> None:
+        self.random = random.Random(seed)
+        self.avx, self.bits = avx, bits
+        self.host, self.guest = Host(), Guest(avx=avx)
+        self.mask = 0xFFFFFFFFFFFFFFFF if bits == 64 else 0xFFFFFFFF
+        self.runs = 0
+        self.ended: Counter[str] = Counter()
+
+    def close(self) -> None:
+        self.host.close()
+        self.guest.close()
+
+    # ---- random values ----
+
+    def value(self) -> int:
+        r = self.random
+        kind = r.randrange(8)
+        if kind == 0:
+            return r.choice(INTERESTING) & self.mask
+        if kind == 1:
+            return r.randrange(64)
+        if kind == 2:
+            return -r.randrange(1, 300) & self.mask
+        return r.getrandbits(self.bits)
+
+    def xstate(self) -> bytes:
+        r = self.random
+        out = bytearray(832)
+        control = 0x37F if r.random() < 0.9 else 0x340 | r.randrange(64) | r.randrange(16) << 8
+        top = r.randrange(8)
+        tags = r.choice((0, 0xFF, 0xFF, r.randrange(256)))
+        struct.pack_into("<HHB", out, 0, control, top << 11 | (r.randrange(64) if control & 0x3F == 0x3F else 0), tags)
+        mxcsr = 0x1F80 if r.random() < 0.9 else r.randrange(0x10000) & ~0x3F
+        struct.pack_into("<I", out, 24, mxcsr)
+        for i in range(8):
+            exponent = r.choice((0, 0x3FFF, 0x3FFF + r.randrange(-70, 70), 0x7FFF, r.randrange(0x8000)))
+            mantissa = r.getrandbits(63) | 1 << 63 if exponent or r.random() < 0.5 else 0
+            struct.pack_into("<QH", out, 32 + 16 * i, mantissa, exponent | r.randrange(2) << 15)
+        for i in range(16):
+            out[160 + 16 * i : 176 + 16 * i] = self._vector()
+            if self.avx:
+                out[576 + 16 * i : 592 + 16 * i] = self._vector()
+        struct.pack_into("<Q", out, 512, 7 if self.avx else 3)
+        return bytes(out)
+
+    def _vector(self) -> bytes:
+        r = self.random
+        kind = r.randrange(4)
+        if kind == 0:
+            return struct.pack("<QQ", r.choice(FLOATS), r.choice(FLOATS))
+        if kind == 1:
+            return struct.pack("<dd", r.uniform(-1e6, 1e6), r.uniform(-3, 3))
+        if kind == 2:
+            return struct.pack("<ffff", *(r.uniform(-1e5, 1e5) for _ in range(4)))
+        return r.randbytes(16)
+
+    # ---- cases ----
+
+    def case(self, raws: list[bytes]) -> Case | None:
+        """A case that runs *raws* one after the other; None where their addresses cannot be arranged."""
+        r = self.random
+        general = [self.value() for _ in range(16)]
+        general[4] = STACK + 0x400 + r.choice((0, 0, 0, r.randrange(64)))
+        state = State(general, CODE, 0x202 | r.getrandbits(12) & ARITHMETIC, self.xstate())
+        if r.random() < 0.05:
+            state.flags |= 0x40000  # AC
+        if r.random() < 0.1:
+            state.fs, state.gs = r.getrandbits(20), r.getrandbits(24)
+        if r.random() < 0.1:
+            state.rip = CODE + 0x1000 - r.randrange(1, 20)
+        memory = bytearray(r.randbytes(DATA_SIZE))
+        case = Case(b"", state, b"", self.bits, "")
+        written: set[int] = set()
+        fixed: set[int] = set()
+        out = bytearray()
+        for raw in raws:
+            rip = state.rip + len(out)
+            ins = Decoder(self.bits, raw, ip=rip).decode()
+            ready = self._arrange(ins, bytearray(raw), state, written, fixed, memory, case)
+            if ready is None:
+                return None
+            out += ready
+            if ins.rflags_read & case.undefined:
+                return None
+            case.undefined = (
+                case.undefined & ~(ins.rflags_written | ins.rflags_cleared | ins.rflags_set) | ins.rflags_undefined
+            )
+            for one in _INFO.info(ins).used_registers():
+                full = NUMBER.get(RegisterExt.full_register(one.register))
+                if full is not None and one.access not in (OpAccess.READ, OpAccess.COND_READ):
+                    written.add(full)
+            case.text += ("; " if case.text else "") + f"{ins}"
+        case.code = bytes(out) + b"\x0f\x0b"
+        case.memory = bytes(memory)
+        return case
+
+    def _target(self, size: int) -> int:
+        r = self.random
+        kind = r.random()
+        if kind < 0.02:
+            return DATA + DATA_SIZE - r.randrange(max(size, 1) + 1)  # into nothing
+        if kind < 0.15 and size > 1:
+            return DATA + 0x1000 * r.randrange(1, 3) - r.randrange(1, size)
+        return r.choice(AREA) & ~(
+            63 if size > 8 and kind < 0.9 else size - 1 if size in (2, 4, 8) and kind < 0.8 else 0
+        )
+
+    def _arrange(self, ins: Instruction, raw: bytearray, state: State, written: set[int], fixed: set[int], memory: bytearray,
+                 case: Case) -> bytes | None:  # fmt: skip
+        """Set registers, or the displacement, so that the instruction reaches data; its bytes."""
+        r, general = self.random, state.general
+
+        def put(number: int, value: int) -> bool:
+            if number in written or (number in fixed and general[number] != value & self.mask):
+                return False
+            general[number] = value & self.mask
+            fixed.add(number)
+            return True
+
+        kinds = [ins.op_kind(i) for i in range(ins.op_count)]
+        if any(kind in STRINGS for kind in kinds):
+            state.flags |= r.choice((0, 0x400)) if ins.is_string_instruction and not written else 0
+            count = r.choice((0, 1, 2, 3, 5, 9, 200, 300)) if ins.has_rep_prefix or ins.has_repne_prefix else general[1]
+            for number in (6, 7):
+                if not put(number, self._target(16)):
+                    return None
+            return bytes(raw) if put(1, count) else None
+        if ins.mnemonic == M.XLATB:
+            return bytes(raw) if put(3, r.choice(AREA)) else None
+        if ins.mnemonic in (M.LEAVE, M.ENTER):
+            return bytes(raw) if put(5, STACK + 0x200 + 8 * r.randrange(16)) else None
+        if K.MEMORY not in kinds or ins.mnemonic in (M.LEA, M.NOP):
+            return bytes(raw)
+        size = MemorySizeInfo(ins.memory_size).size or 512
+        size = 512 if ins.mnemonic in (M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64) else size
+        target = self._target(size)
+        if ins.memory_segment in (R.FS, R.GS):
+            if self.bits == 32:
+                return None
+            target -= state.fs if ins.memory_segment == R.FS else state.gs
+        base, index = (
+            NUMBER.get(RegisterExt.full_register(ins.memory_base)),
+            NUMBER.get(RegisterExt.full_register(ins.memory_index)),
+        )
+        if ins.is_vsib or RegisterExt.size(ins.memory_base) == 2 or RegisterExt.size(ins.memory_index) == 2:
+            return None
+        if ins.mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER:
+            bit = NUMBER[RegisterExt.full_register(ins.op1_register)]
+            if bit in (base, index, 4) or not put(bit, r.randrange(-4000, 4000)):
+                return None
+        disp = ins.memory_displacement
+        if base is None and index is None:
+            if ins.is_ip_rel_memory_operand:
+                disp, target = 0, target - (ins.next_ip if self.bits == 64 else 0)
+            at = Decoder(self.bits, bytes(raw), ip=ins.ip)
+            where = at.get_constant_offsets(at.decode())
+            if where.displacement_size != 4:
+                return None
+            raw[where.displacement_offset : where.displacement_offset + 4] = struct.pack("<I", target & 0xFFFFFFFF)
+            target += ins.next_ip if ins.is_ip_rel_memory_operand else 0
+        elif index is None:
+            assert base is not None
+            if base == 4 and not self._stack_operand(disp, size):
+                return None
+            if base != 4 and not put(base, target - disp):
+                return None
+            target = general[base] + disp
+        elif base is None or base == index:
+            scale = ins.memory_index_scale + (base is not None)
+            target -= (target - disp) % scale
+            if not put(index, (target - disp) // scale % (1 << 40)):
+                return None
+        else:
+            step = general[index] if index in fixed | written else r.choice((0, 1, 2, r.randrange(64)))
+            if (
+                base == 4
+                or index in written
+                or not put(index, step)
+                or not put(base, target - disp - step * ins.memory_index_scale)
+            ):
+                return None
+        if ins.mnemonic in IMAGES:
+            offset = (target - DATA) & self.mask
+            case.ignore.append((offset, offset + 32))
+            if self.bits == 32:  # XMM8 to XMM15 go to reserved bytes
+                case.ignore.append((offset + 288, offset + 416))
+        if ins.mnemonic in (M.CMPXCHG, M.CMPXCHG8B, M.CMPXCHG16B) and r.random() < 0.5:
+            self._expect(ins, target, size, general, memory, written | fixed)
+        return bytes(raw)
+
+    def _stack_operand(self, disp: int, size: int) -> bool:
+        signed = disp - (1 << 64) if disp >> 63 else disp - (1 << 32) if self.bits == 32 and disp >> 31 else disp
+        return -0x300 <= signed <= 0x1000 - size
+
+    def _expect(
+        self, ins: Instruction, target: int, size: int, general: list[int], memory: bytearray, busy: set[int]
+    ) -> None:
+        """Make a compare-and-exchange succeed."""
+        at = target - DATA
+        if {0, 2} & busy or not 0 <= at <= DATA_SIZE - 16:
+            return
+        if ins.mnemonic == M.CMPXCHG:
+            general[0] = general[0] & ~((1 << 8 * size) - 1) | int.from_bytes(memory[at : at + size], "little")
+        else:
+            half = size // 2
+            general[0] = int.from_bytes(memory[at : at + half], "little")
+            general[2] = int.from_bytes(memory[at + half : at + size], "little")
+
+    # ---- comparison ----
+
+    def check(self, case: Case) -> str:
+        """Run the case on both; what differs, or an empty string."""
+        self.runs += 1
+        try:
+            want = self.host.run(case.code, case.start, case.memory, bits=case.bits)
+        except OSError as error:
+            raise AssertionError(f"{case.text} {case.code.hex()}: {error}") from error
+        got = self.guest.run(case.code, case.start, case.memory, bits=case.bits)
+        self.ended[want.ended] += 1
+        return self._compare(case, want, got)
+
+    def _compare(self, case: Case, want: State, got: State) -> str:
+        found = []
+        if want.ended != got.ended:
+            found.append(f"ends with {got.ended or 'nothing'}, not {want.ended or 'nothing'}")
+        if want.rip != got.rip:
+            found.append(f"rip {got.rip:#x}, not {want.rip:#x}")
+        count = 16 if case.bits == 64 else 8
+        for name, a, b in zip(GENERAL[:count], got.general, want.general, strict=False):
+            if (a ^ b) & self.mask:
+                found.append(f"{name} {a & self.mask:#x}, not {b & self.mask:#x}")
+        mask = 0x400 if want.ended else (ARITHMETIC | 0x40400) & ~_flags(case.undefined)
+        if (want.flags ^ got.flags) & mask:
+            found.append(f"flags {got.flags & mask:#x}, not {want.flags & mask:#x}")
+        end = 832 if self.avx else 416
+        a, b = got.xstate, want.xstate
+        if a[:512] != b[:512] or (self.avx and a[576:end] != b[576:end]):
+            at = next(i for i in range(end) if a[i] != b[i] and not 512 <= i < 576)
+            found.append(f"FPU state at {at}: {a[at : at + 16].hex()}, not {b[at : at + 16].hex()}")
+        x, y = bytearray(got.memory), bytearray(want.memory)
+        for low, high in case.ignore:
+            x[low:high] = y[low:high]
+        if x != y:
+            at = next(i for i in range(len(x)) if x[i] != y[i])
+            found.append(f"memory at {DATA + at:#x}: {x[at : at + 16].hex()}, not {y[at : at + 16].hex()}")
+        return "; ".join(found)
+
+    def explain(self, case: Case, difference: str) -> str:
+        """A report of a case that differs."""
+        start = " ".join(f"{name}={value:#x}" for name, value in zip(GENERAL, case.start.general, strict=True))
+        return f"{case.text}  [{case.code[:-2].hex()}] at {case.start.rip:#x}: {difference}\n    {start} flags={case.start.flags:#x}"
+
+
+def _flags(iced: int) -> int:
+    """EFLAGS bits of iced's flags."""
+    names = (("CF", 1), ("PF", 4), ("AF", 16), ("ZF", 64), ("SF", 128), ("OF", 0x800))
+    return sum(bit for name, bit in names if iced & getattr(RflagsBits, name))
+
+
+def mutated(raw: bytes, r: random.Random, bits: int) -> bytes:
+    """The same instruction with other registers: bits of ModRM, SIB and REX changed."""
+    decoder = Decoder(bits, raw)
+    ins = decoder.decode()
+    out = bytearray(raw)
+    offsets = decoder.get_constant_offsets(ins)
+    tail = min((one for one in (offsets.displacement_offset, offsets.immediate_offset) if one), default=len(raw))
+    at = r.randrange(max(tail - 2, 0), tail) if tail else 0
+    out[at] ^= r.choice((1, 2, 4, 8, 16, 32, 5, 9, 0x3F & r.getrandbits(6)))
+    if bits == 64 and r.random() < 0.5:
+        rex = next((i for i, one in enumerate(out) if one not in (0x66, 0xF2, 0xF3, 0xF0, 0x64, 0x65, 0x67)), 0)
+        if out[rex] & 0xF0 == 0x40:
+            out[rex] ^= r.randrange(16)
+        elif len(out) < 15:
+            out.insert(rex, 0x40 | r.randrange(16))
+    return bytes(out)
+
+
+def collect(paths: Iterable[Path], *, bits: int, avx: bool, mutate: int, seed: int) -> list[bytes]:
+    """Distinct encodings of files, and *mutate* variants of each."""
+    r = random.Random(seed)
+    found: dict[tuple[object, ...], bytes] = {}
+
+    def take(raw: bytes) -> None:
+        ins = Decoder(bits, raw, ip=CODE).decode()
+        if ins.len == len(raw) and usable(ins, avx=avx):
+            found.setdefault(shape(ins), raw)
+
+    for path in paths:
+        for raw in encodings(path, bits):
+            take(raw)
+    for raw in list(found.values()):
+        for _ in range(mutate):
+            take(mutated(raw, r, bits))
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Compare the translator with the real processor, instruction by instruction."
+    )
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--bits", type=int, default=64, choices=(32, 64))
+    parser.add_argument("--avx", action="store_true")
+    parser.add_argument("--only-avx", action="store_true")
+    parser.add_argument("--mutate", type=int, default=1)
+    parser.add_argument("--states", type=int, default=1, help="start states for each encoding")
+    parser.add_argument("--count", type=int, default=0, help="at most so many encodings")
+    parser.add_argument("--sequence", type=int, default=1, help="instructions in a case")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--show", type=int, default=40)
+    parser.add_argument("--corpus", type=Path)
+    options = parser.parse_args()
+    raws = collect(options.files, bits=options.bits, avx=options.avx, mutate=options.mutate, seed=options.seed)
+    if options.only_avx:
+        raws = [raw for raw in raws if set(Decoder(options.bits, raw).decode().cpuid_features()) & WIDE]
+    chooser = random.Random(options.seed)
+    chooser.shuffle(raws)
+    raws = raws[: options.count or None]
+    if options.corpus:
+        options.corpus.write_text("".join(raw.hex() + "\n" for raw in sorted(raws)))
+        return 0
+    fuzzer = Fuzzer(options.seed, avx=options.avx, bits=options.bits)
+    bad: Counter[str] = Counter()
+    skipped = 0
+    for raw in raws:
+        for _ in range(options.states):
+            case = fuzzer.case([raw, *(chooser.choice(raws) for _ in range(options.sequence - 1))])
+            if case is None:
+                skipped += 1
+                continue
+            difference = fuzzer.check(case)
+            if difference:
+                name = case.text.split()[0]
+                bad[name] += 1
+                if bad[name] <= 3 and sum(bad.values()) <= options.show:
+                    print(fuzzer.explain(case, difference))
+    print(f"{len(raws)} encodings, {fuzzer.runs} runs, {skipped} not arranged; ended {dict(fuzzer.ended)}")
+    print(f"{sum(bad.values())} differ: {dict(bad.most_common(60))}")
+    fuzzer.close()
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
