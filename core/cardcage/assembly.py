@@ -182,7 +182,7 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
     if name in taken:
         raise place.error(f'the id "{name}" is taken by another device ({taken[name].type})')
     options = host.options(offer, config.options, file=place.file, key=place.key)
-    slot = DeviceSlot(machine, config, offer, name, len(taken))
+    slot = DeviceSlot(machine, config, offer, name)
     who = f'device "{name}" (card {offer.card}, {offer.distribution})'
     device = None
     try:

@@ -81,9 +81,9 @@ def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) ->
 class DeviceSlot:
     """Made by the machine for each device. See :class:`~cardcage.device.Slot` for what each member means."""
 
-    def __init__(self, machine: Machine, config: DeviceConfig, offer: Offer, id: str, order: int) -> None:
+    def __init__(self, machine: Machine, config: DeviceConfig, offer: Offer, id: str) -> None:
         self.machine = machine
-        self.config, self.offer, self.id, self.order = config, offer, id, order
+        self.config, self.offer, self.id = config, offer, id
         self.label = config.label or offer.name
         self.mappings: list[MappedRegion] = []
         self.resources: list[Resource] = []
@@ -94,7 +94,6 @@ class DeviceSlot:
         self.irqchip: str = machine.irqchip
         self.vm: Any = machine.vm
         self._physical: GuestMemory = machine.memory
-        self._line: IrqLine | None = None
         self.has_console = False
         self._opened: list[Any] = []
         self._readers: set[int] = set()
@@ -112,11 +111,8 @@ class DeviceSlot:
     # interrupts
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:
-        """A source of line *gsi* (0 to 23); by default the line that the device's bus gave, or the ``irq`` key."""
-        if gsi is None:
-            if self._line is not None:
-                return self._line
-            gsi = self.config.irq
+        """A source of line *gsi* (0 to 23), by default of the ``irq`` key's."""
+        gsi = self.config.irq if gsi is None else gsi
         if gsi is None:
             raise self.config.place.error(f'device "{self.id}" needs an interrupt: give it the key irq')
         if not 0 <= gsi < len(self.machine.lines):
@@ -131,10 +127,6 @@ class DeviceSlot:
     def irq_number(self) -> int | None:
         """The ``irq`` key, None where the configuration has none."""
         return self.config.irq
-
-    def give_irq(self, line: IrqLine) -> None:
-        """For a device's bus: what :meth:`irq` without a number is to return (a PCI function's INTx pin)."""
-        self._line = line
 
     def msi(self, address: int, data: int, /) -> None:
         """Send a message-signalled interrupt."""
