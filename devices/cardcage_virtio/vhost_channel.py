@@ -102,6 +102,16 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def ended(self) -> bool:
+        """Whether the back end hung up, or says something that nobody asked for, which ends the connection too."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def close(self) -> None:
         self._socket.close()
 

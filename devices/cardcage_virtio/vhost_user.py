@@ -241,8 +241,9 @@ class VhostUser:
     # death and return of the back end
 
     def _spoke(self) -> None:
-        """The socket is readable without a question of ours: the back end is gone."""
-        self._died("hung up")
+        """The socket is readable: an answer that another thread has read meanwhile, or the end of the back end."""
+        if self.channel is not None and self.channel.ended():
+            self._died("hung up")
 
     def _close(self) -> None:
         if self.channel is not None:
