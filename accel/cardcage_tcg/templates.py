@@ -869,6 +869,22 @@ class Templates:
                 in_line = self._load_segment_real(ins, t)
                 if in_line is not None:  # from memory, and CS, it is the helper's
                     return in_line
+        if not self.user and mnemonic == M.SWAPGS and self.long:
+            t.code = (
+                load(6, L.GSBASE) + load(7, L.KERNEL_GS_BASE) + store(6, L.KERNEL_GS_BASE) + store(7, L.GSBASE)
+                + store(7, L.SEG + 5 * L.SIZEOF_SEG + L.SEG_BASE)
+            )  # fmt: skip
+            return t
+        if not self.user and mnemonic in (M.RDTSC, M.RDTSCP) and self.long:  # CR4.TSD does not reach supervisors
+            # rdtsc; shl rdx, 32; or rax, rdx; add rax, [tsc_offset]; mov rdx, rax; shr rdx, 32; mov eax, eax
+            t.clobbers = True
+            t.code = (
+                (b"\x0f\x01\xf9" if mnemonic == M.RDTSCP else b"\x0f\x31")
+                + b"\x48\xc1\xe2\x20\x48\x09\xd0\x48\x03\x84\x24" + pack("<i", L.TSC_OFFSET)
+                + b"\x48\x89\xc2\x48\xc1\xea\x20\x89\xc0"
+                + (load32(1, L.TSC_AUX) if mnemonic == M.RDTSCP else b"")
+            )  # fmt: skip
+            return t
         found = helper_of(ins, self.mode)
         if found is None:
             return None

@@ -73,7 +73,7 @@ class TcgVm:
         self._pair = pair
         first = self.clock_pair()
         self._area = Area(L.SIZEOF_VM + 4096)
-        self._hash = Area(8 << HASH_BITS)
+        self._hash, self._cross = Area(8 << HASH_BITS), Area(8 * L.MAX_CROSS)
         self._code = CodeBuffer(options.code_cache << 20)
         self.pointer = self._area.address
         q, d = self._area.view[: L.SIZEOF_VM].cast("Q"), self._area.view[: L.SIZEOF_VM].cast("I")
@@ -87,6 +87,7 @@ class TcgVm:
         )
         q[L.VM_CODE_LIMIT // 8] = self._code.size // 2
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
+        q[L.VM_CROSS // 8] = self._cross.address
         q[L.VM_APIC_BUS_HZ // 8] = 1_000_000_000
         self.tsc_khz = self._measure_tsc(first)
         q[L.VM_TSC_KHZ // 8] = self.tsc_khz
@@ -223,7 +224,7 @@ class TcgVm:
         self._q.release()
         self._d.release()
         self._translator.close()
-        for area in (*self._pages.values(), self._area, self._hash):
+        for area in (*self._pages.values(), self._area, self._hash, self._cross):
             area.close()
         self._code.close()
 

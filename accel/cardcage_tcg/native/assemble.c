@@ -18,7 +18,8 @@ struct out {
     u32 payloads, chains, misses;
     struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
     struct { u32 field; s64 target; } chain[4];
-    u32 miss[4];
+    u32 miss[8], moved; /* moved: how far the indirect branch moved the stack pointer */
+    u32 page;           /* offset of the block's start in its page */
     struct { u32 branch, guest; } poll[2];
     u32 polls;
 };
@@ -271,6 +272,25 @@ static void emit_indirect(struct out *o, u32 mode)
     put32(o, table + 8);
 }
 
+/* User mappings go with every context switch, so that no chain of theirs may leave its page: through the jump cache instead. */
+static int leaves_user_page(const struct out *o, u32 mode, s64 target)
+{
+    return mode & MODE_CPL3 && ((s64)o->page + target) >> 12 != 0;
+}
+
+static void emit_target(struct out *o, u32 mode, u64 target)
+{
+    static const u8 wide[] = { 0x48, 0xbe }, narrow = 0xbe;
+    if (mode & MODE_64) {
+        put(o, wide, 2);
+        *(u64 *)(o->code + o->used) = target;
+        o->used += 8;
+    } else {
+        put(o, &narrow, 1);
+        put32(o, mode & MODE_32 ? (u32)target : (u16)target);
+    }
+}
+
 /* A template's code, its holes filled. */
 static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, const u8 *raw)
 {
@@ -404,8 +424,8 @@ static s32 field_value(const u8 *at, u32 size)
     return size == 1 ? (signed char)*at : size == 2 ? *(const short *)at : *(const s32 *)at;
 }
 
-static void cold(struct out *o, const struct plan *p, const struct tmpl **placed, const u32 *starts, u32 count, u32 mode,
-                 const u8 *data)
+static void cold(struct out *o, const struct store *s, const struct plan *p, const struct tmpl **placed, const u32 *starts,
+                 u32 count, u32 mode, u64 pc, const u8 *data)
 {
     static const u8 jmp = 0xe9, nop = 0x90;
     for (u32 i = 0; i < count; i++) {
@@ -432,16 +452,14 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
         call_stub(o, STUB_POLL);
         payload_nop(o, o->poll[i].guest);
     }
-    if (o->misses) {
-        static const u8 mov = 0xbf;
-        for (u32 i = 0; i < o->misses; i++)
-            patch(o, o->miss[i], o->used);
-        put(o, &mov, 1);
-        put32(o, (u32)p->end->relative); /* how far the branch moved the stack pointer */
-        call_stub(o, STUB_JUMP);
-        payload_nop(o, p->at[p->count]);
-    }
     for (u32 i = 0; i < o->chains; i++) {
+        if (leaves_user_page(o, mode, o->chain[i].target)) {
+            patch(o, o->chain[i].field, o->used);
+            put(o, s->save, s->save_length);
+            emit_target(o, mode, pc + (u64)o->chain[i].target);
+            emit_indirect(o, mode);
+            continue;
+        }
         while ((o->used + 7) % 8)
             put(o, &nop, 1);
         patch(o, o->chain[i].field, o->used);
@@ -451,8 +469,17 @@ static void cold(struct out *o, const struct plan *p, const struct tmpl **placed
         site->jump = o->used - o->chain[i].field;
         site->target = o->chain[i].target;
         site->wrap = mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2;
-        site->next = 0;
+        site->next = site->block = 0;
         o->used += sizeof(struct site);
+    }
+    if (o->misses) {
+        static const u8 mov = 0xbf;
+        for (u32 i = 0; i < o->misses; i++)
+            patch(o, o->miss[i], o->used);
+        put(o, &mov, 1);
+        put32(o, o->moved);
+        call_stub(o, STUB_JUMP);
+        payload_nop(o, p->at[p->count - !p->end]);
     }
     for (u32 i = 0; i < o->payloads; i++) /* a stub's return address is where the NOP begins */
         *(u32 *)(o->code + o->payload[i].at) = (u32)(sizeof(struct block) + o->payload[i].at - 4) << 12 | o->payload[i].guest;
@@ -481,6 +508,8 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     if (missing)
         return missing;
     liveness(&p);
+    o->moved = 0;
+    o->page = (u32)(block->cs_base + block->pc) & 0xfff;
     o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = 0;
     u8 entry_live = p.count ? p.before[0] : ALL_FLAGS;
     if (entry_live)
@@ -541,21 +570,46 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         place(o, p.end, block->pc + p.at[p.count], p.at[p.count], data + p.at[p.count]);
         if (sites)
             sites[nsites++] = (struct fault_site){ starts[count - 1], o->used, p.at[p.count], 1 };
-        if (p.end->kind == K_CALL) {
-            restore(o, s);
-            emit_chain(o, (s64)p.at[p.count] + p.relative);
-        } else {
+        s64 target = (s64)p.at[p.count] + p.relative;
+        if (p.end->kind == K_INDIRECT) {
+            o->moved = (u32)p.end->relative;
             emit_indirect(o, mode);
+        } else if (leaves_user_page(o, mode, target)) {
+            emit_target(o, mode, block->pc + (u64)target);
+            emit_indirect(o, mode);
+        } else {
+            restore(o, s);
+            emit_chain(o, target);
         }
     } else {
         finish(o, s, &p, mode, single);
     }
-    cold(o, &p, placed, starts, count, mode, data);
+    cold(o, s, &p, placed, starts, count, mode, block->pc, data);
     if (sites)
         sites[nsites].end = 0;
     block->length = (u16)p.next;
     block->code_length = o->used;
     return 0;
+}
+
+/* Code that goes to `target` through the jump cache, with the guest's flags in the host's; its length, at most 128. */
+u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target)
+{
+    static const u8 mov = 0xbf;
+    const struct store *s = (const struct store *)vm->store;
+    struct out o;
+    o.used = o.stored = o.payloads = o.chains = o.misses = o.polls = 0;
+    save(&o, s);
+    emit_target(&o, mode, target);
+    emit_indirect(&o, mode);
+    patch(&o, o.miss[0], o.used);
+    put(&o, &mov, 1);
+    put32(&o, 0);
+    call_stub(&o, STUB_JUMP);
+    payload_nop(&o, 0);
+    *(u32 *)(o.code + o.payload[0].at) = (u32)(sizeof(struct block) + o.payload[0].at - 4) << 12;
+    memcpy(code, o.code, o.used);
+    return o.used;
 }
 
 /* Translate the code at cpu->rip and install it. Host address of the block, or TRANSLATE_*. */

@@ -169,15 +169,24 @@ int native_poll(struct cpu *c, u64 ret)
     return check_events(c);
 }
 
-static void link(struct vm *vm, struct site *s, struct block *to)
+static void aim(struct vm *vm, struct site *s, u64 target)
 {
     u64 field = (u64)s - s->jump;
-    u64 target = (u64)(to + 1) + to->entry;
-    if (s->next)                            /* linked meanwhile by another vCPU */
-        return;
-    RW(vm, struct site, s)->next = to->incoming ? to->incoming : 1;
-    RW(vm, struct block, to)->incoming = (u64)s;
     __atomic_store_n(RW(vm, s32, field), (s32)(target - field - 4), __ATOMIC_RELEASE);
+}
+
+static u64 stub_of(const struct site *s) { return (u64)s - 7; } /* the call before it */
+
+static void link(struct vm *vm, struct site *s, struct block *to)
+{
+    if (s->next && s->block != (u64)to) /* in the list of a block that the target's address meant before */
+        return;
+    if (!s->next) {
+        RW(vm, struct site, s)->next = to->incoming ? to->incoming : 1;
+        RW(vm, struct site, s)->block = (u64)to;
+        RW(vm, struct block, to)->incoming = (u64)s;
+    }
+    aim(vm, s, (u64)(to + 1) + to->entry);
 }
 
 static void unlink_all(struct vm *vm, struct block *to)
@@ -185,10 +194,9 @@ static void unlink_all(struct vm *vm, struct block *to)
     u64 at = to->incoming;
     while (at > 1) {
         struct site *s = (struct site *)at;
-        u64 field = (u64)s - s->jump, stub = (u64)s - 7; /* the call before it */
         at = s->next;
         RW(vm, struct site, s)->next = 0;
-        __atomic_store_n(RW(vm, s32, field), (s32)(stub - field - 4), __ATOMIC_RELEASE);
+        aim(vm, s, stub_of(s));
     }
     RW(vm, struct block, to)->incoming = 0;
 }
@@ -202,15 +210,32 @@ static void unlink_blocks(struct vm *vm)
     }
 }
 
-/* Chains between pages hold while the translation of both does; any change of a global translation drops them all. */
+/* Chains between pages hold while the translation of both does; a change of a global translation stops them all. */
 void cross_unlink(struct vm *vm)
 {
     if (!vm->crossed)
         return;
     spin_lock(&vm->lock);
+    for (u32 i = 0; i < vm->crossed; i++)
+        aim(vm, ((struct site **)vm->cross)[i], stub_of(((struct site **)vm->cross)[i]));
     vm->crossed = 0;
-    unlink_blocks(vm);
     spin_unlock(&vm->lock);
+}
+
+/* A jump that no chain may take: code that goes through the jump cache, put behind the blocks. */
+static struct block *make_bridge(struct vm *vm, const struct block *from, u64 target)
+{
+    struct block plan = { .pc = target, .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = from->mode | KEY_BRIDGE };
+    u8 code[128];
+    plan.code_length = bridge_code(vm, code, from->mode, target);
+    u64 total = (sizeof(struct block) + plan.code_length + 63) & ~63ul;
+    if (vm->code_used + total > vm->code_limit)
+        return 0;
+    struct block *b = (struct block *)(vm->code_rx + vm->code_used), *w = RW(vm, struct block, b);
+    *w = plan;
+    memcpy(w + 1, code, plan.code_length);
+    vm->code_used += total;
+    return b;
 }
 
 u64 native_chain(struct cpu *c, u64 ret)
@@ -232,14 +257,20 @@ u64 native_chain(struct cpu *c, u64 ret)
     int same = (linear ^ goal) >> 12 == 0 && to->phys2 == ~0ul && (from->phys ^ to->phys) >> 12 == 0;
     u64 phys;
     u32 global_from = 0, global_to = 0, g2 = 1;
-    if (!same && !(exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
-                   (to->phys2 == ~0ul || exec_page(c, (goal & ~0xffful) + 4096, &phys, &g2) == 0) && global_from && global_to && g2))
-        return code;
+    int cross = !same && exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
+                (to->phys2 == ~0ul || exec_page(c, (goal & ~0xffful) + 4096, &phys, &g2) == 0) && global_from && global_to && g2;
     spin_lock(&vm->lock);
     if (from->valid && to->valid) {
-        if (!same)
-            vm->crossed = 1;
-        link(vm, s, to);
+        if (same) {
+            link(vm, s, to);
+        } else if (cross && vm->crossed < MAX_CROSS) {
+            ((struct site **)vm->cross)[vm->crossed++] = s;
+            link(vm, s, to);
+        } else if (!s->next) {
+            struct block *bridge = make_bridge(vm, from, pc);
+            if (bridge)
+                link(vm, s, bridge);
+        }
     }
     spin_unlock(&vm->lock);
     return code;

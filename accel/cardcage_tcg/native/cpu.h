@@ -98,6 +98,7 @@ struct xtlb_entry { u64 tag, phys; };
 
 #define MAX_CPUS 64
 #define MAX_SLOTS 64
+#define MAX_CROSS 0x20000
 
 struct lapic {
     u32 regs[256];        /* by offset >> 2 of the 4 KiB page's 16-byte slots: regs[(off >> 4) * 4] layout is NOT used; regs[off >> 4] */
@@ -176,7 +177,7 @@ struct vm {
     struct slot slots[MAX_SLOTS];
     u32 nslots, ncpus;
     u32 stopping, lock;            /* futexes */
-    u32 crossed, closing;          /* some chain joins two pages */
+    u32 crossed, closing;          /* how many chains join two pages */
     u32 ticker_seq, has_lapic;
     u64 code_rx, code_rw, code_size, code_used;
     u64 code_start, code_limit;    /* the half of the buffer that is filled now, as offsets */
@@ -188,6 +189,7 @@ struct vm {
     struct cpu *cpus[MAX_CPUS];
     u64 stat[16];
     u64 store;                     /* struct store: templates */
+    u64 cross;                     /* struct site *[MAX_CROSS]: those chains */
     u64 block_limit;               /* the most instructions in a block */
 };
 

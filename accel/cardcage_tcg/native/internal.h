@@ -23,7 +23,8 @@ struct site {
     u32 header;          /* this - header = struct block */
     u32 jump;            /* this - jump = the rel32 field to patch */
     s64 target;          /* target RIP - block pc */
-    u64 next;
+    u64 next;            /* in the list of jumps to `block`, 1 at its end; 0: not linked */
+    u64 block;
     u64 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16 */
 };
 
@@ -31,7 +32,7 @@ struct site {
 
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
 enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64 };
-enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22 };  /* beside the mode in a template's and a block's key */
+enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23 };  /* beside the mode in a template's and a block's key */
 enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
@@ -89,6 +90,7 @@ extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
 u64 native_lookup(struct cpu *c);
 void cross_unlink(struct vm *vm);
+u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
 u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single);
 u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest);
 void tcg_watch_running(struct cpu *c, u64 gpa);

@@ -226,7 +226,8 @@ void tlb_flush_page(struct cpu *c, u64 linear)
         if ((c->xtlb[m][x].tag & ~1ul) == page) {
             c->xtlb[m][x].tag = TLB_EMPTY;
             jc_flush_one(c, m);
-            cross_unlink(c->vm);
+            if (m == 0) /* user code has no chains between pages */
+                cross_unlink(c->vm);
         }
     }
 }
