@@ -6,10 +6,8 @@ are looked at; timers run only for interrupts that the guest switched on.
 
 from __future__ import annotations
 
-import calendar
 import time
 from copy import deepcopy
-from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
@@ -89,8 +87,11 @@ class Rtc:
             return time.time_ns()
         if self.options.base == "localtime":
             return time.time_ns() + time.localtime().tm_gmtoff * SECOND
+        from datetime import UTC, datetime  # only who sets a date pays for it
+
         try:
-            return calendar.timegm(datetime.fromisoformat(self.options.base).utctimetuple()) * SECOND
+            start = datetime.fromisoformat(self.options.base)
+            return int((start if start.tzinfo else start.replace(tzinfo=UTC)).timestamp()) * SECOND
         except ValueError as error:
             raise ConfigError(f'base "{self.options.base}": expected utc, localtime or YYYY-MM-DDTHH:MM:SS') from error
 
@@ -210,18 +211,13 @@ class Rtc:
     def _load_time(self) -> int:
         """Seconds since 1970 of the time registers; what is no date (month 0, hour 99) is carried over or cut."""
         cmos = self.state.cmos
-        year = self._decode(cmos[CENTURY]) * 100 + self._decode(cmos[YEAR])
+        year = min(max(self._decode(cmos[CENTURY]) * 100 + self._decode(cmos[YEAR]), 1), 9000)
         month = min(max(self._decode(cmos[MONTH]), 1), 12)
-        return calendar.timegm(
-            (
-                min(max(year, 1), 9000),
-                month,
-                self._decode(cmos[DAY_OF_MONTH]),
-                self._hour(cmos[HOUR]),
-                self._decode(cmos[MIN]),
-                self._decode(cmos[SEC]),
-            )
-        )
+        # days since 1970, with the year taken to begin in March, so that the leap day is its last
+        year -= month < 3
+        days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * ((month + 9) % 12) + 2) // 5 - 719_469
+        hours = (days + self._decode(cmos[DAY_OF_MONTH])) * 24 + self._hour(cmos[HOUR])
+        return (hours * 60 + self._decode(cmos[MIN])) * 60 + self._decode(cmos[SEC])
 
     def _next_alarm(self, after: int) -> int | None:
         """The first second past *after* (since 1970) that the alarm registers match, ``None`` for never."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from attrs import field, frozen
 from attrs.validators import matches_re
@@ -53,12 +52,16 @@ def _structure(type: int, body: bytes, *strings: str) -> bytes:
     return struct.pack("<BBH", type, 4 + len(body), type) + body + (text if strings else b"\0\0")
 
 
-def tables(options: SmbiosOptions, uuid: UUID) -> tuple[bytes, int, int]:
-    """All structures; returns them, their number and the size of the largest. Structures 0, 1, 3, 32 and 127."""
+def tables(options: SmbiosOptions, uuid: bytes) -> tuple[bytes, int, int]:
+    """All structures; returns them, their number and the size of the largest. Structures 0, 1, 3, 32 and 127.
+
+    Args:
+        uuid: 16 bytes, the first three fields little-endian.
+    """
     wanted = [options.manufacturer, options.product, options.version, options.serial, options.sku, options.family]
     given = [one for one in wanted if one]
     maker, product, version, serial, sku, family = (given.index(one) + 1 if one else 0 for one in wanted)
-    identity = bytes((maker, product, version, serial)) + uuid.bytes_le + bytes((6, sku, family))  # power switch
+    identity = bytes((maker, product, version, serial)) + uuid + bytes((6, sku, family))  # power switch
     characteristics = 1 << 3  # none are stated
     virtual = 1 << 4 | 1 << 3  # extension byte 2: a virtual machine, UEFI not
     made = [
@@ -93,11 +96,15 @@ class Smbios:
     """No hardware: gives the guest its tables at each boot."""
 
     def __init__(self, options: SmbiosOptions) -> None:
-        try:
-            self._uuid = UUID(options.uuid) if options.uuid else UUID(int=0)
-        except ValueError as error:
-            raise ConfigError(f'"{options.uuid}" is no UUID', key="uuid") from error
-        self._data, self._count, self._largest = tables(options, self._uuid)
+        self._uuid = little = bytes(16)
+        if options.uuid:
+            from uuid import UUID  # only who gives one pays for it
+
+            try:
+                self._uuid, little = UUID(options.uuid).bytes, UUID(options.uuid).bytes_le
+            except ValueError as error:
+                raise ConfigError(f'"{options.uuid}" is no UUID', key="uuid") from error
+        self._data, self._count, self._largest = tables(options, little)
 
     def plug(self, slot: Slot, /) -> None:
         self._machine: Any = slot.machine
@@ -115,7 +122,7 @@ class Smbios:
                 anchor = entry_point(0, len(self._data), self._count, self._largest)
                 plugged.device.set_file("etc/smbios/smbios-anchor", anchor)
                 plugged.device.set_file("etc/smbios/smbios-tables", self._data)
-                plugged.device.items[UUID_ITEM] = self._uuid.bytes
+                plugged.device.items[UUID_ITEM] = self._uuid
         shown = self._machine.memory.slots
         if any(one.readonly and one.address < AREA_END and one.address + one.size > AREA for one in shown):
             return  # firmware's ROM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,21 @@ def test_setting_the_time_as_a_guest_does(kit: Kit, rtc: Rtc) -> None:
     put(rtc, 0x0B, 0x02)
     kit.clock.advance(SECOND)
     assert when(rtc) == (0x20, 0x00, 0x01, 0x01, 0x00, 0x00, 0x00, 7)
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["1970-01-01", "1999-12-31", "2000-02-29", "2024-02-29", "2024-03-01", "2100-02-28", "2100-03-01", "2399-06-30"],
+)
+def test_dates_that_are_set_read_back(kit: Kit, rtc: Rtc, date: str) -> None:
+    """Setting the registers to a date and back gives that date, leap years and centuries included."""
+    century, year, month, day = (int(part, 16) for part in (date[:2], date[2:4], date[5:7], date[8:]))
+    put(rtc, 0x0B, 0x82)
+    for at, value in ((0x32, century), (9, year), (8, month), (7, day)):
+        put(rtc, at, value)
+    put(rtc, 0x0B, 0x02)
+    assert when(rtc)[:4] == (century, year, month, day)
+    assert when(rtc)[7] == datetime.date.fromisoformat(date).isoweekday() % 7 + 1
 
 
 def test_update_in_progress_precedes_the_second(kit: Kit, rtc: Rtc) -> None:
