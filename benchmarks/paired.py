@@ -102,20 +102,23 @@ def _fresh(folder: Path) -> tuple[Path, Path]:
     return ports
 
 
-def start_qemu(guest: Guest, folder: Path) -> Run:
-    """Start QEMU's system emulator with its translator."""
+def start_qemu(guest: Guest, folder: Path, more: Iterable[str] = ()) -> Run:
+    """Start QEMU's system emulator with its translator, and *more* arguments."""
     console, second = _fresh(folder)
     command = [
         *(find_qemu(), "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "pc", "-m", str(guest.memory)),
         *("-smp", str(guest.cpus), "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", guest.append),
         *("-serial", f"file:{console}", "-serial", f"file:{second}"),
+        *more,
     ]
     return _start(command, console, second, {})
 
 
-def start_cardcage(guest: Guest, folder: Path, accel: str, environment: dict[str, str]) -> Run:
-    """Start ``cardcage run`` with the same devices as far as the guest uses them."""
+def start_cardcage(
+    guest: Guest, folder: Path, accel: str, environment: dict[str, str], more: Iterable[str] = ()
+) -> Run:
+    """Start ``cardcage run`` with the same devices as far as the guest uses them, and *more* arguments."""
     console, second = _fresh(folder)
     config = folder / "machine.toml"
     config.write_text(
@@ -142,7 +145,7 @@ char = "file:{second}"
 """
     )
     program = "import sys; from cardcage.cli import main; sys.exit(main())"
-    return _start([sys.executable, "-c", program, "run", str(config)], console, second, environment)
+    return _start([sys.executable, "-c", program, "run", str(config), *more], console, second, environment)
 
 
 def _start(command: list[str], console: Path, second: Path, environment: dict[str, str]) -> Run:
