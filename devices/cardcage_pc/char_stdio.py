@@ -2,7 +2,7 @@
 
 On a terminal every key goes to the guest but the escape key Ctrl-], which stops the machine. The terminal is put back
 at close, and at the interpreter's exit when nobody closed. With no terminal, with stdin closed, ended, or a file,
-it works as far as there is something to read.
+it works as far as there is something to read; as a job in the background it leaves the terminal alone.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Stdio:
         self._sink = None if self._out is None else Sink(self._out, slot.log)
         self._saved: list[Any] | None = None
         self._watched = False
+        if self._in is not None and _in_background(self._in):
+            os.close(self._in)
+            self._in = None
         if self._in is not None and os.isatty(self._in):
             self._saved = termios.tcgetattr(self._in)
             atexit.register(self._restore)
@@ -138,6 +141,14 @@ def _duplicate(fd: int) -> int | None:
         return os.dup(fd)
     except OSError:  # closed by who started us
         return None
+
+
+def _in_background(fd: int) -> bool:
+    """Whether *fd* is our terminal but another job has it: touching it would stop us (SIGTTOU, SIGTTIN)."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # no terminal, or not the one that controls us
+        return False
 
 
 def _pollable(fd: int) -> bool:

@@ -286,3 +286,27 @@ assert not termios.tcgetattr(0)[3] & termios.ICANON
         [sys.executable, "-c", program], stdin=process, stdout=process, stderr=subprocess.DEVNULL, timeout=60
     )
     assert termios.tcgetattr(process) == before
+
+
+def test_a_background_job_is_not_stopped_by_its_terminal(terminal: tuple[int, int]) -> None:
+    """Where another job has the terminal, stdio neither changes nor reads it."""
+    _, process = terminal
+    before = termios.tcgetattr(process)
+    program = f"""
+import fcntl, os, sys, termios
+sys.path[:0] = {sys.path!r}
+from types import SimpleNamespace
+from cardcage_pc.char_stdio import Stdio, StdioOptions
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    stdio = Stdio(SimpleNamespace(log=None), StdioOptions())
+    stdio.start(print)
+    os._exit(17)
+_, status = os.waitpid(child, os.WUNTRACED)
+sys.exit(os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.WEXITSTATUS(status))
+"""
+    run = subprocess.run([sys.executable, "-c", program], stdin=process, start_new_session=True, timeout=60)
+    assert run.returncode == 17
+    assert termios.tcgetattr(process) == before
