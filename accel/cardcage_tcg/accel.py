@@ -11,6 +11,7 @@ from cardcage.errors import CardcageError
 
 if TYPE_CHECKING:
     from cardcage.accelerator import VmSpec
+
     from cardcage_tcg.vm import TcgVm
 
 __all__ = ["Tcg"]

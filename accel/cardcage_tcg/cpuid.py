@@ -14,12 +14,12 @@ __all__ = ["CpuModel"]
 
 # name: (leaf, register index in EAX EBX ECX EDX, bit)
 FEATURES = {
-    "sse3": (1, 2, 0), "pclmulqdq": (1, 2, 1), "ssse3": (1, 2, 9), "fma": (1, 2, 12), "cx16": (1, 2, 13), "sse4.1": (1, 2, 19),
-    "sse4.2": (1, 2, 20), "x2apic": (1, 2, 21), "movbe": (1, 2, 22), "popcnt": (1, 2, 23), "tsc-deadline": (1, 2, 24),
-    "aes": (1, 2, 25), "xsave": (1, 2, 26), "avx": (1, 2, 28), "f16c": (1, 2, 29), "rdrand": (1, 2, 30),
-    "fsgsbase": (7, 1, 0), "bmi1": (7, 1, 3), "avx2": (7, 1, 5), "smep": (7, 1, 7), "bmi2": (7, 1, 8), "erms": (7, 1, 9),
-    "rdseed": (7, 1, 18), "adx": (7, 1, 19), "smap": (7, 1, 20), "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29),
-    "umip": (7, 2, 2), "fsrm": (7, 3, 4),
+    "sse3": (1, 2, 0), "pclmulqdq": (1, 2, 1), "ssse3": (1, 2, 9), "fma": (1, 2, 12), "cx16": (1, 2, 13),
+    "sse4.1": (1, 2, 19), "sse4.2": (1, 2, 20), "x2apic": (1, 2, 21), "movbe": (1, 2, 22), "popcnt": (1, 2, 23),
+    "tsc-deadline": (1, 2, 24), "aes": (1, 2, 25), "xsave": (1, 2, 26), "avx": (1, 2, 28), "f16c": (1, 2, 29),
+    "rdrand": (1, 2, 30), "fsgsbase": (7, 1, 0), "bmi1": (7, 1, 3), "avx2": (7, 1, 5), "smep": (7, 1, 7),
+    "bmi2": (7, 1, 8), "erms": (7, 1, 9), "rdseed": (7, 1, 18), "adx": (7, 1, 19), "smap": (7, 1, 20),
+    "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "fsrm": (7, 3, 4),
     "lahf_lm": (0x80000001, 2, 0), "abm": (0x80000001, 2, 5), "3dnowprefetch": (0x80000001, 2, 8),
 }  # fmt: skip
 BASE_1D = 0x078BFBFD & ~(1 << 12) & ~(1 << 7) & ~(1 << 14)

@@ -1,12 +1,13 @@
 """Host code as bytes: the few shapes that translated blocks are made of (Intel SDM vol. 2 for the encodings).
 
-In translated code host RSP points at ``struct cpu``; RSI and RDI are scratch; guest RSP, RSI and RDI live in R9, R10 and
-R11, guest R9, R10 and R11 in ``cpu.gpr``; the other registers keep their numbers.
+In translated code host RSP points at ``struct cpu``; RSI and RDI are scratch; guest RSP, RSI and RDI live in R9, R10
+and R11, guest R9, R10 and R11 in ``cpu.gpr``; the other registers keep their numbers.
 """
 
 from __future__ import annotations
 
 from struct import pack
+from typing import Any
 
 from iced_x86 import Register
 
@@ -47,7 +48,7 @@ _NAMES = {
 }
 NUMBER: dict[int, tuple[int, int]] = {}
 """iced register to (number, size in bytes), without AH, CH, DH, BH."""
-named: dict[tuple[int, int], int] = {}
+named: dict[tuple[int, int], Any] = {}
 """(number, size) to iced register."""
 for _size, _list in _NAMES.items():
     for _number, _name in enumerate(_list.split()):

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage.vcpu import Ops
+
     from cardcage_tcg.vcpu import TcgVCpu
 
 __all__ = ["Emulator", "Fault"]
 
 M, R, K = Mnemonic, Register, OpKind
 UD, NM, NP, SS, GP, PF, AC = 6, 7, 11, 12, 13, 14, 17
-HIGH = {R.AH: 0, R.CH: 1, R.DH: 2, R.BH: 3}
+HIGH: dict[int, int] = {R.AH: 0, R.CH: 1, R.DH: 2, R.BH: 3}
 CF, PF_FLAG, ZF, OF = 1, 4, 0x40, 0x800
 
 

@@ -1,4 +1,4 @@
-"""Model-specific registers that native code leaves to Python: kvmclock, PAT, MTRRs, and what Linux and firmware ask for."""
+"""Model-specific registers that native code leaves to Python: kvmclock, PAT, and what Linux and firmware ask for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 from cardcage.errors import UsageError
+
 from cardcage_tcg import layout as L
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ class HelperCall:
 
     Attributes:
         number: ``HLP_*``. immediate: bits 12 to 31 of its argument.
-        source: what ``info`` gets from the memory or register operand: ``"address"`` (linear, in info[0]), ``"word"`` (a 16-bit
-            value in info[0]), ``"far"`` (a far pointer: selector in info[0], offset in info[1]), or nothing.
+        source: what ``info`` gets from the memory or register operand: ``"address"`` (linear, in info[0]),
+            ``"word"`` (a 16-bit value in info[0]), ``"far"`` (selector in info[0], offset in info[1]), or nothing.
         info: constants as ``(slot, value)``.
         segment: the effective segment's base goes to info[1].
         shadow: interrupts wait until after the next instruction.
@@ -184,9 +184,31 @@ def _sized(number: int) -> Callable[[Instruction], HelperCall]:
 _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     **{
         getattr(M, name): _plain(getattr(L, f"HLP_{name}"))
-        for name in (
-            "CLI STI HLT CLD STD CLAC STAC INT3 INTO INT1 SYSCALL SYSENTER SWAPGS CLTS RDTSC RDTSCP RDPMC RDMSR WRMSR AAA AAS DAA DAS"
-        ).split()
+        for name in [
+            "CLI",
+            "STI",
+            "HLT",
+            "CLD",
+            "STD",
+            "CLAC",
+            "STAC",
+            "INT3",
+            "INTO",
+            "INT1",
+            "SYSCALL",
+            "SYSENTER",
+            "SWAPGS",
+            "CLTS",
+            "RDTSC",
+            "RDTSCP",
+            "RDPMC",
+            "RDMSR",
+            "WRMSR",
+            "AAA",
+            "AAS",
+            "DAA",
+            "DAS",
+        ]
     },
     **{getattr(M, name): _plain(L.HLP_PRIVILEGED_NOP) for name in ("WBINVD", "INVD")},
     **{getattr(M, name): _sized(L.HLP_PUSHF) for name in ("PUSHF", "PUSHFD", "PUSHFQ")},
@@ -248,8 +270,8 @@ def helper_of(ins: Instruction, mode: int) -> HelperCall | None:
 
 
 _FLOW = {
-    M.SYSCALL, M.SYSRET, M.SYSRETQ, M.SYSENTER, M.SYSEXIT, M.SYSEXITQ, M.INT, M.INT3, M.INT1, M.INTO, M.IRET, M.IRETD, M.IRETQ, M.RETF,
-    M.UD0, M.UD1, M.UD2, M.HLT,
+    M.SYSCALL, M.SYSRET, M.SYSRETQ, M.SYSENTER, M.SYSEXIT, M.SYSEXITQ, M.INT, M.INT3, M.INT1, M.INTO, M.IRET, M.IRETD,
+    M.IRETQ, M.RETF, M.UD0, M.UD1, M.UD2, M.HLT,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from iced_x86 import (
     CpuidFeature,
     Encoder,
     Instruction,
+    InstructionInfo,
     InstructionInfoFactory,
     MemoryOperand,
     MemorySizeInfo,
@@ -42,7 +43,6 @@ from cardcage_tcg.emit import (
     named,
     payload_nop,
     store,
-    store32,
 )
 from cardcage_tcg.system import helper_of
 
@@ -58,31 +58,175 @@ READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_C
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
 NOTHING = {
     getattr(M, name)
-    for name in (
-        "NOP ENDBR64 ENDBR32 PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHNTA PREFETCHW PREFETCH PREFETCHWT1 PREFETCHIT0 PREFETCHIT1"
-        " PAUSE CLFLUSH CLFLUSHOPT CLWB CLDEMOTE RESERVEDNOP"
-    ).split()
+    for name in [
+        "NOP",
+        "ENDBR64",
+        "ENDBR32",
+        "PREFETCHT0",
+        "PREFETCHT1",
+        "PREFETCHT2",
+        "PREFETCHNTA",
+        "PREFETCHW",
+        "PREFETCH",
+        "PREFETCHWT1",
+        "PREFETCHIT0",
+        "PREFETCHIT1",
+        "PAUSE",
+        "CLFLUSH",
+        "CLFLUSHOPT",
+        "CLWB",
+        "CLDEMOTE",
+        "RESERVEDNOP",
+    ]
 }
 INTEGER = {
     getattr(M, name)
-    for name in (
-        "ADD ADC SUB SBB AND OR XOR CMP TEST MOV MOVZX MOVSX MOVSXD LEA INC DEC NEG NOT MUL IMUL DIV IDIV SHL SHR SAR SAL"
-        " ROL ROR RCL RCR SHLD SHRD BT BTS BTR BTC BSF BSR BSWAP XCHG XADD CMPXCHG CMPXCHG8B CMPXCHG16B CBW CWDE CDQE CWD CDQ CQO"
-        " CLC STC CMC LAHF SAHF POPCNT LZCNT TZCNT MOVBE CRC32 RDRAND RDSEED ADCX ADOX MOVNTI LFENCE SFENCE MFENCE"
-        " SETO SETNO SETB SETAE SETE SETNE SETBE SETA SETS SETNS SETP SETNP SETL SETGE SETLE SETG"
-        " CMOVO CMOVNO CMOVB CMOVAE CMOVE CMOVNE CMOVBE CMOVA CMOVS CMOVNS CMOVP CMOVNP CMOVL CMOVGE CMOVLE CMOVG"
-        " ANDN BEXTR BLSI BLSMSK BLSR BZHI MULX PDEP PEXT RORX SARX SHLX SHRX"
-    ).split()
+    for name in [
+        "ADD",
+        "ADC",
+        "SUB",
+        "SBB",
+        "AND",
+        "OR",
+        "XOR",
+        "CMP",
+        "TEST",
+        "MOV",
+        "MOVZX",
+        "MOVSX",
+        "MOVSXD",
+        "LEA",
+        "INC",
+        "DEC",
+        "NEG",
+        "NOT",
+        "MUL",
+        "IMUL",
+        "DIV",
+        "IDIV",
+        "SHL",
+        "SHR",
+        "SAR",
+        "SAL",
+        "ROL",
+        "ROR",
+        "RCL",
+        "RCR",
+        "SHLD",
+        "SHRD",
+        "BT",
+        "BTS",
+        "BTR",
+        "BTC",
+        "BSF",
+        "BSR",
+        "BSWAP",
+        "XCHG",
+        "XADD",
+        "CMPXCHG",
+        "CMPXCHG8B",
+        "CMPXCHG16B",
+        "CBW",
+        "CWDE",
+        "CDQE",
+        "CWD",
+        "CDQ",
+        "CQO",
+        "CLC",
+        "STC",
+        "CMC",
+        "LAHF",
+        "SAHF",
+        "POPCNT",
+        "LZCNT",
+        "TZCNT",
+        "MOVBE",
+        "CRC32",
+        "RDRAND",
+        "RDSEED",
+        "ADCX",
+        "ADOX",
+        "MOVNTI",
+        "LFENCE",
+        "SFENCE",
+        "MFENCE",
+        "SETO",
+        "SETNO",
+        "SETB",
+        "SETAE",
+        "SETE",
+        "SETNE",
+        "SETBE",
+        "SETA",
+        "SETS",
+        "SETNS",
+        "SETP",
+        "SETNP",
+        "SETL",
+        "SETGE",
+        "SETLE",
+        "SETG",
+        "CMOVO",
+        "CMOVNO",
+        "CMOVB",
+        "CMOVAE",
+        "CMOVE",
+        "CMOVNE",
+        "CMOVBE",
+        "CMOVA",
+        "CMOVS",
+        "CMOVNS",
+        "CMOVP",
+        "CMOVNP",
+        "CMOVL",
+        "CMOVGE",
+        "CMOVLE",
+        "CMOVG",
+        "ANDN",
+        "BEXTR",
+        "BLSI",
+        "BLSMSK",
+        "BLSR",
+        "BZHI",
+        "MULX",
+        "PDEP",
+        "PEXT",
+        "RORX",
+        "SARX",
+        "SHLX",
+        "SHRX",
+    ]
 }
 SIMD = {
     getattr(CpuidFeature, name)
-    for name in (
-        "INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 CMOV X64 MMX SSE SSE2 SSE3 SSSE3 SSE4_1 SSE4_2 AES PCLMULQDQ SHA"
-        " FPU FPU287 FPU387 FXSR"
-    ).split()
+    for name in [
+        "INTEL8086",
+        "INTEL186",
+        "INTEL286",
+        "INTEL386",
+        "INTEL486",
+        "CMOV",
+        "X64",
+        "MMX",
+        "SSE",
+        "SSE2",
+        "SSE3",
+        "SSSE3",
+        "SSE4_1",
+        "SSE4_2",
+        "AES",
+        "PCLMULQDQ",
+        "SHA",
+        "FPU",
+        "FPU287",
+        "FPU387",
+        "FXSR",
+    ]
 }
-AVX = {getattr(CpuidFeature, name) for name in "AVX AVX2 F16C FMA VAES VPCLMULQDQ".split()}
-BASIC = {getattr(CpuidFeature, name) for name in "INTEL8086 INTEL186 INTEL286 INTEL386 INTEL486 CMOV X64".split()}
+AVX = {getattr(CpuidFeature, name) for name in ["AVX", "AVX2", "F16C", "FMA", "VAES", "VPCLMULQDQ"]}
+BASIC = {
+    getattr(CpuidFeature, name) for name in ["INTEL8086", "INTEL186", "INTEL286", "INTEL386", "INTEL486", "CMOV", "X64"]
+}
 X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.FPU287XL_ONLY, CpuidFeature.FXSR}
 XSAVES = {
     M.XSAVE: 832,
@@ -271,32 +415,31 @@ class Templates:
             else:
                 out += b"\x48\xbe" + pack("<Q", disp) if width == 8 else b"\xbe" + pack("<I", disp)
             return width
-        if (b or x)[1] == 2:  # type: ignore[index]  # one of them is there
+        if (b or x)[1] == 2:
             self._address16(b, x, disp, out)
             return 2
+        wide = (b or x)[1]
+        host_base = self._host(b, 6, out)
+        host_index = self._host(x, 7, out)
+        if host_base is None and scale == 1:
+            host_base, host_index = host_index, None
+        disp -= 1 << 64 if disp >> 63 else 0
+        if wide == 4 and disp >= 1 << 31:
+            disp -= 1 << 32
+        if not disp and host_index is None and host_base is not None:
+            if host_base != 6 or wide == 4:
+                out += mov(6, host_base) if wide == 8 else mov32(6, host_base)
         else:
-            wide = (b or x)[1]  # type: ignore[index]  # as before
-            host_base = self._host(b, 6, out)
-            host_index = self._host(x, 7, out)
-            if host_base is None and scale == 1:
-                host_base, host_index = host_index, None
-            disp -= 1 << 64 if disp >> 63 else 0
-            if wide == 4 and disp >= 1 << 31:
-                disp -= 1 << 32
-            if not disp and host_index is None and host_base is not None:
-                if host_base != 6 or wide == 4:
-                    out += mov(6, host_base) if wide == 8 else mov32(6, host_base)
-            else:
-                shape = 0 if disp == 0 else 1 if -128 <= disp < 128 else 8
-                operand = MemoryOperand(
-                    R.NONE if host_base is None else named[host_base, 8],
-                    R.NONE if host_index is None else named[host_index, 8],
-                    1 if host_index is None else scale,
-                    disp,
-                    shape or int(host_base in (5, 13)),
-                )
-                code, target = (Code.LEA_R64_M, R.RSI) if wide == 8 else (Code.LEA_R32_M, R.ESI)
-                out += self.encode(Instruction.create_reg_mem(code, target, operand))
+            shape = 0 if disp == 0 else 1 if -128 <= disp < 128 else 8
+            operand = MemoryOperand(
+                R.NONE if host_base is None else named[host_base, 8],
+                R.NONE if host_index is None else named[host_index, 8],
+                1 if host_index is None else scale,
+                disp,
+                shape or int(host_base in (5, 13)),
+            )
+            code, target = (Code.LEA_R64_M, R.RSI) if wide == 8 else (Code.LEA_R32_M, R.ESI)
+            out += self.encode(Instruction.create_reg_mem(code, target, operand))
         return wide
 
     def _host(self, register: tuple[int, int] | None, scratch: int, out: bytearray) -> int | None:
@@ -687,7 +830,7 @@ class Templates:
         return 32, (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
     def _bit_offset(self, ins: Instruction, size: int, address: int, out: bytearray) -> None:
-        """RSI, *address* bytes wide, += the operand-sized distance that the bit number reaches; the distance is kept in scratch."""
+        """RSI, *address* bytes wide, += the operand-sized distance of the bit number; it is kept in scratch."""
         register = ins.op1_register
         number, width = NUMBER[register]
         if number in SPILLED:

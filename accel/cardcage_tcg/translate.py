@@ -14,7 +14,7 @@ from pathlib import Path
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import evolve, frozen
 from iced_x86 import (
     Code,
     ConditionCode,
@@ -41,7 +41,7 @@ __all__ = ["MAX_INSTRUCTIONS", "STORE_SIZE", "Translator"]
 F, M, K = FlowControl, Mnemonic, OpKind
 MAX_INSTRUCTIONS = 64
 STORE_SIZE = 96 << 20
-_CONDITION_NAMES = "o no b ae e ne be a s ns p np l ge le g".split()
+_CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
 CONDITIONS = {
     getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i
     for i, name in enumerate(_CONDITION_NAMES)
@@ -51,12 +51,12 @@ _NAMES = {getattr(Code, name): name for name in dir(Code) if not name.startswith
 _COUNTER_64 = {
     code
     for code, name in _NAMES.items()
-    if name == "JRCXZ_REL8_64" or name.startswith("LOOP") and name.endswith("64_RCX")
+    if name == "JRCXZ_REL8_64" or (name.startswith("LOOP") and name.endswith("64_RCX"))
 }
 _COUNTER_32 = {
     code
     for code, name in _NAMES.items()
-    if name.startswith("JECXZ_REL8") or name.startswith("LOOP") and name.endswith("_ECX")
+    if name.startswith("JECXZ_REL8") or (name.startswith("LOOP") and name.endswith("_ECX"))
 }
 _FLAG_BITS = (RflagsBits.OF, RflagsBits.SF, RflagsBits.ZF, RflagsBits.AF, RflagsBits.CF, RflagsBits.PF)
 _DIRECT = (K.NEAR_BRANCH16, K.NEAR_BRANCH32, K.NEAR_BRANCH64)
@@ -73,7 +73,7 @@ def _six(flags: int) -> int:
 
 @frozen
 class _Part:
-    """What ``struct tmpl`` says beside the template: how it ends a block, where it goes, and the hole of a return address."""
+    """What ``struct tmpl`` says beside the template: how it ends a block, where it goes, a return address's hole."""
 
     template: Template
     kind: int = L.K_NORMAL
@@ -241,7 +241,7 @@ class Translator:
             if again.code != ins.code or again.len != ins.len:
                 return None
             pairs.append(self._parts(maker, again, one))
-        done = []
+        done: list[bytearray | None] = []
         for first, second in zip(*pairs, strict=True):
             if first is None or second is None:
                 if first is not second:
@@ -269,7 +269,7 @@ class Translator:
         a, b = first.template, second.template
         if (
             len(a.code) != len(b.code) or (a.reads, a.kills, a.payload) != (b.reads, b.kills, b.payload)
-            or (first.kind, first.flags, first.relative, first.hole) != (second.kind, second.flags, second.relative, second.hole)
+            or evolve(first, template=b) != second
             or len(a.accesses) != len(b.accesses) or (a.rip is None) != (b.rip is None)
         ):  # fmt: skip
             return None
@@ -295,7 +295,8 @@ class Translator:
             if one.immediate != other.immediate:
                 match = [
                     (at, size) for at, size in fields
-                    if size <= 4 and _value(raws[0], at, size) == one.immediate and _value(raws[1], at, size) == other.immediate
+                    if size <= 4
+                    and (_value(raws[0], at, size), _value(raws[1], at, size)) == (one.immediate, other.immediate)
                 ]  # fmt: skip
                 if len(match) != 1:
                     return None
@@ -316,8 +317,8 @@ class Translator:
             return None
         a.rip = rip
         return self._pack(
-            key, head, a, first.kind, relative=first.relative, flags=first.flags, hole=first.hole, aux=first.aux, length=total, total=total,
-            rip_field=rip_field, immediate=(immediate_field, immediate_size), copies=copies,
+            key, head, a, first.kind, relative=first.relative, flags=first.flags, hole=first.hole, aux=first.aux,
+            length=total, total=total, rip_field=rip_field, immediate=(immediate_field, immediate_size), copies=copies,
         )  # fmt: skip
 
     def _parts(self, maker: Templates, ins: Instruction, raw: bytes) -> tuple[_Part, _Part | None]:
@@ -369,7 +370,7 @@ class Translator:
         return self._near(maker, ins, near, relative)
 
     def _near(self, maker: Templates, ins: Instruction, near: int, relative: int) -> _Part:
-        """Near CALL, RET and indirect JMP: code that moves the stack and, but for a direct CALL, leaves RSI = target."""
+        """Near CALL, RET and indirect JMP: moves the stack and, but for a direct CALL, leaves RSI = target."""
         size, flow, t, out = maker.width, ins.flow_control, Template(), bytearray()
         hole = None
         if flow == F.RETURN:
@@ -443,7 +444,8 @@ class Translator:
                 0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, _signed(relative),
                 _signed(holes[0][1]), _signed(holes[1][1]), holes[0][0], holes[1][0], holes[0][2], holes[1][2],
                 len(raw), kind, aux, six[t.reads], six[t.kills], flags,
-                len(t.accesses), total, rip_field, *immediate, first[0], second[0], first[1], second[1], first[2], second[2],
+                len(t.accesses), total, rip_field, *immediate,
+                first[0], second[0], first[1], second[1], first[2], second[2],
             )
         )  # fmt: skip
         for a in t.accesses:

@@ -7,28 +7,28 @@ from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import evolve
-from iced_x86 import Mnemonic
-
 from cardcage.errors import AcceleratorError, UsageError
 from cardcage.vcpu import Exit, VCpuExit
 from cardcage.x86 import DescriptorTable, Events, Fpu, Registers, Segment, SystemRegisters, VCpuState, reset_state
+from iced_x86 import Mnemonic
+
 from cardcage_tcg import layout as L
 from cardcage_tcg.emulate import Emulator, Fault
-from cardcage_tcg.msr import Msrs
 from cardcage_tcg.library import Area
+from cardcage_tcg.msr import Msrs
 from cardcage_tcg.templates import OFF_MMX, OFF_X87, XSAVES, unit_of
 
 if TYPE_CHECKING:
+    from cardcage.vcpu import Ops
     from iced_x86 import Instruction
 
-    from cardcage.vcpu import Ops
     from cardcage_tcg.vm import TcgVm
 
 __all__ = ["TcgVCpu"]
 
 STACK = 512 << 10
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
-GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+GENERAL = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"]
 ARITHMETIC = 0x8D5
 PF_VECTOR, GP_VECTOR = 14, 13
 KICKED, SINGLE_NEEDS_READ = VCpuExit(Exit.KICKED), 1
@@ -190,7 +190,7 @@ class TcgVCpu:
         return 19 if self.field(L.CR4) & 1 << 10 else 6
 
     def _init(self) -> None:
-        """INIT: registers as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
+        """INIT: as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
         state = self.get_state()
         fresh = reset_state(bootstrap=self.index == 0)
         fresh.fpu, fresh.lapic, fresh.tsc = state.fpu, state.lapic, None
@@ -423,8 +423,8 @@ class TcgVCpu:
         except Fault:
             code = "not mapped"
         return (
-            f"{names} cs={s.cs.selector:#x}:{s.cs.base:#x} ss={s.ss.selector:#x} cr0={s.cr0:#x} cr2={s.cr2:#x} cr3={s.cr3:#x} "
-            f"cr4={s.cr4:#x} efer={s.efer:#x} code at rip: {code}"
+            f"{names} cs={s.cs.selector:#x}:{s.cs.base:#x} ss={s.ss.selector:#x} cr0={s.cr0:#x} "
+            f"cr2={s.cr2:#x} cr3={s.cr3:#x} cr4={s.cr4:#x} efer={s.efer:#x} code at rip: {code}"
         )
 
     def _segment(self, number: int) -> Segment:
@@ -439,7 +439,9 @@ class TcgVCpu:
         q, d = self._q, self._d
         registers = Registers(**{name: q[L.GPR // 8 + i] for i, name in enumerate(GENERAL)})
         registers.rip, registers.rflags = q[L.RIP // 8], self._native.get_eflags(self.pointer)
-        system = SystemRegisters(**{name: self._segment(i) for i, name in enumerate(SEGMENTS)})
+        system = SystemRegisters()
+        for i, name in enumerate(SEGMENTS):
+            setattr(system, name, self._segment(i))
         system.gdt = DescriptorTable(q[L.GDT // 8], d[L.GDT // 4 + 2])
         system.idt = DescriptorTable(q[L.IDT // 8], d[L.IDT // 4 + 2])
         system.cr0, system.cr2, system.cr3, system.cr4 = (q[at // 8] for at in (L.CR0, L.CR2, L.CR3, L.CR4))
@@ -484,8 +486,8 @@ class TcgVCpu:
         for at, table in ((L.GDT, system.gdt), (L.IDT, system.idt)):
             q[at // 8], d[at // 4 + 2] = table.base, table.limit
         for at, value in (
-            (L.CR0, system.cr0 | 0x10), (L.CR2, system.cr2), (L.CR3, system.cr3), (L.CR4, system.cr4), (L.CR8, system.cr8),
-            (L.EFER, system.efer), (L.APIC_BASE, system.apic_base),
+            (L.CR0, system.cr0 | 0x10), (L.CR2, system.cr2), (L.CR3, system.cr3), (L.CR4, system.cr4),
+            (L.CR8, system.cr8), (L.EFER, system.efer), (L.APIC_BASE, system.apic_base),
         ):  # fmt: skip
             q[at // 8] = value
         self._set_fpu(state.fpu)
@@ -504,7 +506,7 @@ class TcgVCpu:
             q[L.DR // 8 + i] = value
         if self._vm.lapic:
             self._msrs.set_lapic(
-                state.lapic, fresh=state.lapic is None and events.startup != "running" or not state.msrs
+                state.lapic, fresh=(state.lapic is None and events.startup != "running") or not state.msrs
             )
         self._msrs.set_all(state.msrs)
         if state.tsc is not None:

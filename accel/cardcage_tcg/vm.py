@@ -10,9 +10,9 @@ from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
+from cardcage.errors import AcceleratorError, UsageError
 from iced_x86 import Code, FlowControl, Instruction, InstructionInfoFactory, MemorySizeInfo, OpAccess, OpKind
 
-from cardcage.errors import AcceleratorError, UsageError
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import Fault
@@ -38,7 +38,8 @@ class TcgOptions:
     Attributes:
         code_cache: MiB of executable memory, 8 to 1024; half of it is filled at a time.
         block_size: the most instructions in one block, 1 to 64 (1 is a lockstep aid).
-        templates: directory where instruction templates are kept between runs; empty for the user's cache, ``none`` for nowhere.
+        templates: directory where instruction templates are kept between runs; empty for the user's cache,
+            ``none`` for nowhere.
     """
 
     code_cache: int = field(default=256)

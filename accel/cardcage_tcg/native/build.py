@@ -64,7 +64,7 @@ def fields(header: str, struct: str) -> list[str]:
 def constants(cc: str) -> dict[str, int]:
     """Ask the compiler for offsets, sizes and enumerators."""
     header = (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text()
-    wanted = {}
+    wanted: dict[str, str] = {}
     for struct, prefix in STRUCTS.items():
         wanted |= {f"{prefix}{one.upper()}": f"offsetof(struct {struct}, {one})" for one in fields(header, struct)}
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
