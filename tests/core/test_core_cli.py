@@ -114,10 +114,12 @@ def vm(tmp_path: Path) -> Path:
     ],
 )
 def test_each_outcome_has_its_status_and_line(
-    vm: Path, capfd: pytest.CaptureFixture[str], step: Any, status: int, outcome: str
+    vm: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest, step: Any, status: int, outcome: str
 ) -> None:
     """``cardcage run`` exits with the documented status and says the outcome in one line on stderr."""
     timeout = ["--timeout", "50ms"] if step == ("wait",) else ["--timeout", "60"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert main(["run", str(vm), *timeout], cards=[card(guest(step))]) == status
     said = capfd.readouterr().err
     assert said == f"accelerator: scripted: scripted by the test\n{outcome}\n"

@@ -140,7 +140,9 @@ def test_ctrl_c_ends_it_in_order(accel: str, guest: Path, tmp_path: Path) -> Non
     """SIGINT at a running machine: status 130, the outcome in one line, no traceback."""
     guest.write_bytes(bytes.fromhex("faebfe"))
     (tmp_path / "vm.toml").write_text('[machine]\nmemory = "16M"\n[boot]\nprotocol = "raw"\nimage = "guest.bin"\n')
-    code = "import sys; from cardcage.cli import main; sys.exit(main())"
+    # A shell starts background jobs with SIGINT ignored, which is inherited, and which we then respect.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from cardcage.cli import main; sys.exit(main())"
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", "vm.toml", "--accel", accel],
         cwd=tmp_path,
