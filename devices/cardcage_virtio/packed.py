@@ -6,9 +6,7 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage.memory import GuestMemoryError
-
-from cardcage_virtio.request import Request, RingError, pieces
+from cardcage_virtio.request import Request, RingError, Window, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +18,7 @@ __all__ = ["PackedRing"]
 NEXT, WRITE, INDIRECT, AVAIL, USED = 1, 2, 4, 1 << 7, 1 << 15
 ENABLE, DISABLE, DESCRIPTOR = 0, 1, 2
 INDIRECT_MAX = 1024
-descriptor = Struct("<QIHH").unpack_from
+descriptor, descriptors = Struct("<QIHH").unpack_from, Struct("<QIHH").iter_unpack
 completion = Struct("<IH").pack_into
 
 
@@ -52,7 +50,8 @@ class PackedRing:
         if table & 15 or driver & 3 or device & 3:
             raise RingError(f"ring parts {table:#x}, {driver:#x}, {device:#x} are not aligned")
         self.index, self.size, self.batching, self.dead = index, size, False, False
-        self._memory, self._view, self._event_index, self._interrupt = memory, memory.view, event_index, interrupt
+        self._memory, self._event_index, self._interrupt = memory, event_index, interrupt
+        self._window = Window(memory)
         self._table = memory.view(table, 16 * size)
         self._table16 = self._table.cast("H")
         self._driver = memory.view(driver, 4).cast("H")
@@ -75,6 +74,7 @@ class PackedRing:
         writable: list[memoryview] = []
         areas: list[tuple[int, int]] = []
         count = 0
+        self._window.renew()
         while True:
             address, length, id, flags = descriptor(table, at << 4)
             count += 1
@@ -84,12 +84,10 @@ class PackedRing:
             if flags & INDIRECT:
                 if flags & NEXT or count > 1 or not length or length & 15 or length >> 4 > max(size, INDIRECT_MAX):
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
-                inner = self._view(address, length)
-                for entry in range(0, length, 16):
-                    address, length, _, more = descriptor(inner, entry)
+                for start, size, _, more in descriptors(self._memory.view(address, length)):
                     if more & INDIRECT:
                         raise RingError("an indirect table inside an indirect table")
-                    self._take(address, length, more, readable, writable, areas)
+                    self._take(start, size, more, readable, writable, areas)
                 break
             self._take(address, length, flags, readable, writable, areas)
             if not flags & NEXT:
@@ -117,9 +115,10 @@ class PackedRing:
             raise RingError("a readable descriptor follows a writable one")
         else:
             into = readable
-        try:
-            into.append(self._view(address, length))
-        except GuestMemoryError:
+        piece = self._window.piece(address, length)
+        if piece is not None:
+            into.append(piece)
+        else:
             into.extend(pieces(self._memory, address, length))
 
     def unpop(self, request: Request) -> None:
@@ -147,6 +146,10 @@ class PackedRing:
                 self._used_wrap ^= 1
             self._used = used
             self._unsignalled += request.slots
+
+    def push_many(self, done: list[tuple[Request, int]]) -> None:
+        for request, written in done:
+            self.push(request, written)
 
     def signal(self) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from cardcage.memory import PAGE, GuestMemoryError
 if TYPE_CHECKING:
     from cardcage.memory import GuestMemory
 
-__all__ = ["Request", "Ring", "RingError", "pieces"]
+__all__ = ["Request", "Ring", "RingError", "Window", "pieces"]
 
 
 class RingError(GuestError):
@@ -96,6 +96,10 @@ class Ring(Protocol):
         """Mark a request used; the driver is told by :meth:`signal`. Thread-safe."""
         ...
 
+    def push_many(self, done: list[tuple[Request, int]]) -> None:
+        """As :meth:`push` for each, made visible to the driver together. Thread-safe."""
+        ...
+
     def signal(self) -> None:
         """Interrupt the driver if it wants to hear of what was used since the last time. Thread-safe."""
         ...
@@ -115,6 +119,42 @@ class Ring(Protocol):
     def save(self) -> tuple[int, int, int, int]: ...
 
     def load(self, state: tuple[int, int, int, int]) -> None: ...
+
+
+class Window:
+    """Cuts views of buffers out of one long view of the RAM they lie in, which is kept from one to the next.
+
+    Memory that checks each access by itself (security) has no such view; there each buffer is asked for.
+    ``low``, ``high`` and ``ram`` are that view's addresses and bytes, for callers that cut by themselves; they hold
+    until :meth:`renew` is called, which those do before each request.
+    """
+
+    __slots__ = ("_generation", "_memory", "_span", "high", "low", "ram")
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory, self._span = memory, getattr(memory, "span", None)
+        self.low = self.high = 0
+        self.ram = memoryview(b"")
+        self._generation = -1
+
+    def renew(self) -> None:
+        """Forget the view if RAM is laid out anew."""
+        generation = getattr(self._memory, "generation", 0)
+        if generation != self._generation:
+            self.low = self.high = 0
+            self.ram, self._generation = memoryview(b""), generation
+
+    def piece(self, address: int, length: int) -> memoryview | None:
+        """A buffer's view, ``None`` when it lies in more than one RAM range. Raises GuestMemoryError outside RAM."""
+        if address < self.low or address + length > self.high:
+            if self._span is None:
+                return self._memory.view(address, length) if self._memory.contains(address, length) else None
+            self.low, self.ram = self._span(address)
+            self.high = self.low + len(self.ram)
+            if address + length > self.high:
+                return None
+        at = address - self.low
+        return self.ram[at : at + length]
 
 
 def pieces(memory: GuestMemory, address: int, length: int) -> list[memoryview]:

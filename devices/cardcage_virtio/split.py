@@ -11,9 +11,7 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage.memory import GuestMemoryError
-
-from cardcage_virtio.request import Request, RingError, pieces
+from cardcage_virtio.request import Request, RingError, Window, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +22,7 @@ __all__ = ["SplitRing"]
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 INDIRECT_MAX = 1024
-descriptor = Struct("<QIHH").unpack_from
+descriptor, descriptors = Struct("<QIHH").unpack_from, Struct("<QIHH").iter_unpack
 element = Struct("<II").pack_into
 
 
@@ -56,7 +54,8 @@ class SplitRing:
         if table & 15 or avail & 1 or used & 3:
             raise RingError(f"ring parts {table:#x}, {avail:#x}, {used:#x} are not aligned")
         self.index, self.size, self.batching, self.dead = index, size, False, False
-        self._memory, self._view, self._event_index, self._interrupt = memory, memory.view, event_index, interrupt
+        self._memory, self._event_index, self._interrupt = memory, event_index, interrupt
+        self._window = Window(memory)
         self._table = memory.view(table, 16 * size)
         self._avail = memory.view(avail, 6 + 2 * size).cast("H")
         self._used = memory.view(used, 6 + 8 * size)
@@ -75,28 +74,34 @@ class SplitRing:
         if index - last & 0xFFFF > self.size:
             raise RingError(f"available index jumped from {last} to {index} in a ring of {self.size}")
         head = at = avail[2 + (last & self._mask)]
-        table, size, indirect = self._table, self.size, False
+        table, size = self._table, self.size
         left = size
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         areas: list[tuple[int, int]] = []
-        view = self._view
+        window = self._window
+        window.renew()
+        low, high, ram = window.low, window.high, window.ram
+        entries: list[tuple[int, int, int, int]] = []
         while True:
             if at >= size:
                 raise RingError(f"descriptor {at} is outside its table of {size}")
-            address, length, flags, at = descriptor(table, at << 4)
+            address, length, flags, at = entries[at] if entries else descriptor(table, at << 4)
             if flags & INDIRECT:
-                if indirect or flags & NEXT or not length or length & 15 or length >> 4 > self._limit:
+                if entries or flags & NEXT or not length or length & 15 or length >> 4 > self._limit:
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
-                table, size, indirect, at = view(address, length), length >> 4, True, 0
+                entries, size, at = list(descriptors(self._memory.view(address, length))), length >> 4, 0
                 left += size
                 continue
             if length:
-                try:
-                    piece = view(address, length)
-                except GuestMemoryError:
-                    (writable if flags & WRITE else readable).extend(pieces(self._memory, address, length))
-                    piece = None
+                piece: memoryview | None
+                if low <= address and address + length <= high:
+                    piece = ram[address - low : address - low + length]
+                else:
+                    piece = window.piece(address, length)
+                    low, high, ram = window.low, window.high, window.ram
+                    if piece is None:
+                        (writable if flags & WRITE else readable).extend(pieces(self._memory, address, length))
                 if flags & WRITE:
                     areas.append((address, length))
                     if piece is not None:
@@ -129,6 +134,23 @@ class SplitRing:
             tail = self._tail
             element(self._used, 4 + ((tail & self._mask) << 3), request.id, written)
             self._tail = self._used16[1] = tail + 1 & 0xFFFF
+
+    def push_many(self, done: list[tuple[Request, int]]) -> None:
+        report = self._memory.written
+        for request, written in done:
+            for address, length in request.areas:
+                if written <= 0:
+                    break
+                report(address, length if length < written else written)
+                written -= length
+        with self._lock:
+            if self.dead:
+                return
+            tail, used, mask = self._tail, self._used, self._mask
+            for request, written in done:
+                element(used, 4 + ((tail & mask) << 3), request.id, written)
+                tail += 1
+            self._tail = self._used16[1] = tail & 0xFFFF
 
     def signal(self) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from queue import SimpleQueue
 from threading import Condition, Lock, Thread
+from time import monotonic as now
 from typing import TYPE_CHECKING
 
 from cardcage.memory import GuestMemoryError
@@ -24,6 +25,8 @@ __all__ = ["Workers"]
 
 BATCH = 16
 """Requests that a worker takes at once."""
+LINGER = 0.0005
+"""Seconds that a served request may wait for others of its batch before the driver hears of it."""
 
 
 class Workers:
@@ -130,7 +133,7 @@ class Workers:
         self._io.slot.call_soon(act)
 
     def _serve(self, ring: Ring) -> None:
-        lock, pop, push, process = self._locks[ring.index], ring.pop, ring.push, self._process
+        lock, pop, push, process = self._locks[ring.index], ring.pop, ring.push_many, self._process
         while not self._draining:
             batch: list[Request] = []
             with lock:
@@ -141,8 +144,15 @@ class Workers:
                     return
             if len(batch) == BATCH and len(self._threads) > 1:
                 self._schedule(ring.index)
+            done: list[tuple[Request, int]] = []
+            began = now()
             try:
                 for request in batch:
-                    push(request, process(request))
+                    done.append((request, process(request)))
+                    if now() - began > LINGER:
+                        push(done)
+                        ring.signal()
+                        done, began = [], now()
             finally:
+                push(done)
                 ring.signal()
