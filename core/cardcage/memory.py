@@ -152,6 +152,8 @@ class PhysicalMemory:
         self.slots: list[MemorySlot] = []
         self._views: list[tuple[int, int, memoryview, bool]] = []
         self._starts: list[int] = []
+        self.generation = 0
+        """Counts changes of what is shown where: what was kept of :meth:`span` holds until the next."""
         self.listener: SlotListener | None = None
         self.on_written: Callable[[int, int], None] | None = None
 
@@ -204,6 +206,7 @@ class PhysicalMemory:
             start = slot.host_address - owner.block.host_address
             views.append((slot.address, slot.size, owner.block.view[start : start + slot.size], slot.readonly))
         self._starts, self._views = [one[0] for one in views], views
+        self.generation += 1
 
     def attach(self, listener: SlotListener) -> None:
         """Tell *listener* all slots, and from now on each change."""
@@ -232,6 +235,11 @@ class PhysicalMemory:
     def view(self, address: int, size: int, /) -> memoryview:
         view, offset = self._find(address, size)
         return view[offset : offset + size]
+
+    def span(self, address: int, /) -> tuple[int, memoryview]:
+        """The stretch of RAM around *address*: its start, and a view to keep until :attr:`generation` changes."""
+        view, offset = self._find(address, 1)
+        return address - offset, view
 
     def read(self, address: int, size: int, /) -> bytes:
         return b"".join(self._pieces(address, size))
