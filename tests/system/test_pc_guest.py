@@ -1,4 +1,4 @@
-"""The PC platform under real guest code: small programs, and SeaBIOS, on each accelerator that is usable here."""
+"""The PC platform under real guest code: small programs on each accelerator that is usable here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cardcage import DebugExit, Host, Machine, Outcome, Panicked, PoweredOff, Reset
+from cardcage import AcceleratorError, DebugExit, Host, Machine, Outcome, Panicked, PoweredOff, Reset
 from cardcage.state import capture, dumps, loads, restore
 
-SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 HALT = b"\xf4\xeb\xfd"
 
 
@@ -31,13 +30,12 @@ def out(port: int, value: int, size: int = 1) -> bytes:
     return b"\xba" + struct.pack("<H", port) + opcode + struct.pack(form, value) + write
 
 
-def guest(tmp_path: Path, code: bytes, accel: str, **keys: Any) -> Machine:
+def guest(tmp_path: Path, code: bytes, accel: str, irqchip: str = "auto", **keys: Any) -> Machine:
     """A machine that runs *code* in real mode."""
     image = tmp_path / "image"
     image.write_bytes(code)
-    return Machine(
-        boot={"protocol": "raw", "image": str(image)}, memory="4M", accel=accel, machine={"on_reset": "stop"}, **keys
-    )
+    boot = {"protocol": "raw", "image": str(image)}
+    return Machine(boot=boot, memory="4M", accel=accel, machine={"on_reset": "stop", "irqchip": irqchip}, **keys)
 
 
 @accelerators
@@ -71,9 +69,14 @@ def ticking() -> bytes:
 
 
 @accelerators
-def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str) -> None:
-    """IRQ 0 of the 8254 reaches a real-mode handler through the PIC, again and again, also out of HLT."""
-    with guest(tmp_path, ticking(), accel) as vm:
+@pytest.mark.parametrize("irqchip", ["none", "split", "full"])
+def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str, irqchip: str) -> None:
+    """IRQ 0 of the 8254 reaches a real-mode handler through our PIC or KVM's, again and again, also out of HLT."""
+    if irqchip == "full" and accel == "tcg":
+        with pytest.raises(AcceleratorError, match="irqchip"):
+            guest(tmp_path, ticking(), accel, irqchip=irqchip)
+        return
+    with guest(tmp_path, ticking(), accel, irqchip=irqchip) as vm:
         vm.start()
         vm.console.expect("TTTTTTTTTT", timeout=60)
 
@@ -115,21 +118,3 @@ def test_a_serial_port_on_a_socket_echoes(tmp_path: Path, accel: str) -> None:
                     got += peer.recv(100)
                 assert got == data
     assert not Path(path).exists()
-
-
-@accelerators
-@pytest.mark.skipif(not SEABIOS.exists(), reason="needs SeaBIOS (Debian: seabios)")
-def test_seabios_reaches_its_boot_menu_on_the_serial_port(accel: str) -> None:
-    """Firmware enumerates the PC, shadows itself, takes the ACPI tables, and offers its menu; after a reset again."""
-    with Machine(
-        boot={"firmware": str(SEABIOS)},
-        memory="64M",
-        accel=accel,
-        devices=[{"type": "fw_cfg", "boot_menu_wait": 60000}],
-    ) as vm:
-        vm.start()
-        for _ in range(2):
-            vm.console.expect("Press ESC for boot menu", timeout=120)
-            vm.console.send("\x1b")
-            vm.console.expect("Select boot device:", timeout=60)
-            vm.reset()
