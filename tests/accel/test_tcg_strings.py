@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cardcage_tcg import layout as L
-from tcg_cpu import DATA16, DS, ES, PF, RAM, RAX, RBP, RCX, RDI, RSI, RSP, Cpu, load
+from tcg_cpu import CODE0, DATA16, DS, ES, GDT, PF, RAM, RAX, RBP, RCX, RDI, RSI, RSP, SS, Cpu, load
 
 
 @pytest.fixture
@@ -128,3 +128,24 @@ def test_bcd(cpu: Cpu, helper: str, ax: int, flags: int, result: int, cf_af: int
     cpu[RAX], cpu.flags = ax, flags | 2
     cpu.do(helper, 10)
     assert (cpu[RAX], cpu.flags & 0x11) == (result, cf_af)
+
+
+@pytest.mark.parametrize(("back", "left", "at"), [(False, 8, 0x10000), (True, 0xFFF8, 0xFFFFFFFF)])
+def test_strings_stop_at_the_segment_limit(cpu: Cpu, back: bool, left: int, at: int) -> None:
+    """REP STOS that runs over the end of ES does what fits and raises #GP(0) at the element that does not."""
+    cpu.protected()
+    cpu.call("load_segment", ES, DATA16)
+    cpu.flags = 0x402 if back else 2
+    cpu[RDI], cpu[RCX] = (7, 0x10000) if back else (0xFFF8, 16)
+    cpu.do("STRING", string(STOS, 1, 1, 4))
+    assert (cpu.taken(), cpu.read(cpu[RSP], "II"), cpu[RCX], cpu[RDI]) == (13, (0, 0x7000), left, at)
+
+
+def test_a_stack_has_a_limit(cpu: Cpu) -> None:
+    """PUSHA that would leave the stack segment raises #SS, which finds the stack as it was."""
+    cpu.protected()
+    cpu.write(GDT + DATA16, "HH", 0x0FFF, 0)
+    cpu.call("load_segment", SS, DATA16)
+    cpu[RSP] = 0x10
+    cpu.do("PUSHA", 4)
+    assert (cpu.taken(), cpu[RSP], cpu.read(0x30000, "III")) == (12, 0, (0, 0x7000, CODE0))

@@ -126,10 +126,11 @@ static int protected_interrupt(struct cpu *c, const struct event *e)
         return fault(c, EX_GP, (sel & 0xfffc) | e->ext);
     if (target > desc_limit(desc))
         return fault(c, EX_GP, e->ext);
+    s.error = e->ext;
     if (cpl != c->cpl) {
         if ((r = tss_stack(c, cpl, e->ext, &ss, &sp, &ss_desc, &ss_at)))
             return r;
-        s = stack_of(c, ss_desc, sp, 0, cpl == 3);
+        s = stack_of(ss_desc, sp, 0, cpl == 3, (ss & 0xfffc) | e->ext);
         for (int i = 0; vm && i < 4; i++)
             if ((r = push(c, &s, size, c->seg[v86_order[i]].sel)))
                 return r;

@@ -5,7 +5,7 @@
 
 struct string {
     u32 op, size, rep, asize; /* sizes in bytes */
-    int back;
+    int back, limits;         /* limits: segments are to be looked at */
     u64 amask, source_base, dest_base, lmask;
 };
 
@@ -31,17 +31,25 @@ static u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
     return at && !(*slot)->readonly ? (u64)at : 0;
 }
 
-/* How many elements from this one on stay in the page and do not wrap around the address size. */
-static u64 span(const struct string *s, u64 linear, u64 off)
+/* How many elements from this one on stay in the page, in the segment, and do not wrap around the address size. */
+static u64 span(struct cpu *c, const struct string *s, u32 seg, int write, u64 linear, u64 off)
 {
     u64 in_page = linear & 0xfff, n, wrap;
+    if (s->limits && check_segment(c, (int)seg, off, s->size, write))
+        return 0;
     if (in_page + s->size > 4096)
         return 0;
     n = s->back ? in_page / s->size + 1 : (4096 - in_page) / s->size;
     if (s->amask == ~0ul)
         return n;
     wrap = s->back ? off / s->size + 1 : (s->amask + 1 - off) / s->size;
-    return n < wrap ? n : wrap;
+    n = n < wrap ? n : wrap;
+    if (s->limits) {
+        const struct limit *l = &c->limits[seg];
+        u64 at = (u32)(off - l->low), room = s->back ? at / s->size + 1 : ((write ? l->write : l->read) - at) / s->size;
+        n = n < room ? n : room;
+    }
+    return n;
 }
 
 #define REPEAT(instruction)                                                                                             \
@@ -161,16 +169,19 @@ static u64 fast(struct cpu *c, const struct string *s, u64 source, u64 dest, u64
 }
 
 /* One element by way of the MMU: 0, a vector, or -1. */
-static int slow(struct cpu *c, const struct string *s, u64 source, u64 dest)
+static int slow(struct cpu *c, const struct string *s, u32 seg, u64 source, u64 dest)
 {
     u64 a = c->gpr[RAX] & size_mask(s->size), b = 0;
-    int r, user = c->cpl == 3;
+    int r, user = c->cpl == 3, writes = s->op == STRING_MOVS || s->op == STRING_STOS;
+    if (s->limits && ((has_source(s) && (r = check_segment(c, (int)seg, c->gpr[RSI] & s->amask, s->size, 0))) ||
+                      (has_dest(s) && (r = check_segment(c, ES, c->gpr[RDI] & s->amask, s->size, writes)))))
+        return r;
     if (has_source(s)) {
         a = 0;
         if ((r = linear_read(c, source, &a, s->size, user)))
             return r;
     }
-    if (s->op == STRING_MOVS || s->op == STRING_STOS)
+    if (writes)
         return linear_write(c, dest, &a, s->size, user);
     if (s->op == STRING_LODS) {
         set_reg(c, RAX, s->size, a);
@@ -187,6 +198,7 @@ int h_string(struct cpu *c, u32 arg)
     u32 imm = ARG_IMM(arg), seg = imm >> 9 & 7;
     struct string s = {.op = imm & 7, .size = 1u << (imm >> 3 & 3), .rep = imm >> 5 & 3, .asize = 2u << (imm >> 7 & 3)};
     s.back = (c->eflags & F_DF) != 0;
+    s.limits = (c->mode & (MODE_PE | MODE_64)) == MODE_PE;
     s.amask = size_mask(s.asize);
     s.lmask = linear_mask(c);
     s.source_base = seg == FS ? c->fsbase : seg == GS ? c->gsbase : c->mode & MODE_64 ? 0 : c->segbase[seg];
@@ -202,18 +214,18 @@ int h_string(struct cpu *c, u32 arg)
         if (has_source(&s)) {
             off = c->gpr[RSI] & s.amask;
             source = (s.source_base + off) & s.lmask;
-            more = span(&s, source, off);
+            more = span(c, &s, seg, 0, source, off);
             n = more < n ? more : n;
         }
         if (has_dest(&s)) {
             off = c->gpr[RDI] & s.amask;
             dest = (s.dest_base + off) & s.lmask;
-            more = span(&s, dest, off);
+            more = span(c, &s, ES, s.op == STRING_MOVS || s.op == STRING_STOS, dest, off);
             n = more < n ? more : n;
         }
         done = n ? fast(c, &s, source, dest, n) : 0;
         if (!done) {
-            int r = slow(c, &s, source, dest);
+            int r = slow(c, &s, seg, source, dest);
             if (r)
                 return memory_fault(c, arg, r);
             done = 1;

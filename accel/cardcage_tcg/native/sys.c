@@ -116,7 +116,9 @@ int sys_write(struct cpu *c, u64 linear, const void *from, u32 size)
 
 struct stack current_stack(const struct cpu *c)
 {
-    struct stack s = {c->gpr[RSP], c->segbase[SS], 0xffff, c->cpl == 3, 0};
+    struct stack s = {c->gpr[RSP], c->segbase[SS], 0xffff, c->cpl == 3, 0, {0, ~0ul, ~0ul}};
+    if (c->mode & MODE_PE)
+        s.limit = c->limits[SS];
     if (c->mode & MODE_64)
         s.base = 0, s.mask = ~0ul;
     else if (c->mode & MODE_SS32)
@@ -124,23 +126,25 @@ struct stack current_stack(const struct cpu *c)
     return s;
 }
 
-struct stack stack_of(const struct cpu *c, u64 ss_desc, u64 sp, int long_stack, int user)
+struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error)
 {
-    struct stack s = {sp, 0, ~0ul, user, 0};
-    (void)c;
+    struct stack s = {sp, 0, ~0ul, user, error, {0, ~0ul, ~0ul}};
     if (!long_stack) {
+        s.limit = limit_of(desc_attr(ss_desc), desc_limit(ss_desc));
         s.base = ((ss_desc >> 16) & 0xffffff) | ((ss_desc >> 32) & 0xff000000);
         s.mask = desc_attr(ss_desc) & ATTR_DB ? 0xffffffff : 0xffff;
     }
     return s;
 }
 
-static int stack_linear(struct cpu *c, const struct stack *s, u32 size, u64 *linear)
+static int stack_linear(struct cpu *c, const struct stack *s, u32 size, int write, u64 *linear)
 {
     if (s->mask == ~0ul) {
         *linear = s->sp;
         return canonical(s->sp) && canonical(s->sp + size - 1) ? 0 : fault(c, EX_SS, s->error);
     }
+    if ((u64)(u32)((s->sp & s->mask) - s->limit.low) + size > (write ? s->limit.write : s->limit.read))
+        return fault(c, EX_SS, s->error);
     *linear = (u32)(s->base + (s->sp & s->mask));
     return 0;
 }
@@ -151,7 +155,7 @@ int push(struct cpu *c, struct stack *s, u32 size, u64 value)
     u64 at;
     int r;
     n.sp = (n.sp & ~n.mask) | ((n.sp - size) & n.mask);
-    if ((r = stack_linear(c, &n, size, &at)) || (r = linear_write(c, at, &value, size, s->user)) > 0)
+    if ((r = stack_linear(c, &n, size, 1, &at)) || (r = linear_write(c, at, &value, size, s->user)) > 0)
         return r;
     *s = n; /* r < 0: a stack outside RAM loses what is pushed */
     return 0;
@@ -162,7 +166,7 @@ int pop(struct cpu *c, struct stack *s, u32 size, u64 *value)
     u64 at;
     int r;
     *value = 0;
-    if ((r = stack_linear(c, s, size, &at)) || (r = linear_read(c, at, value, size, s->user)) > 0)
+    if ((r = stack_linear(c, s, size, 0, &at)) || (r = linear_read(c, at, value, size, s->user)) > 0)
         return r;
     if (r < 0)
         *value = size_mask(size);

@@ -21,7 +21,8 @@ enum { ATTR_A = 1, ATTR_RW = 2, ATTR_CONFORMING = 4, ATTR_CODE = 8, ATTR_S = 16,
 struct stack {
     u64 sp, base, mask; /* mask: of the stack pointer, ~0 for 64-bit stacks */
     int user;
-    u32 error;          /* of #SS when it runs out of canonical space */
+    u32 error;          /* of #SS when it leaves its segment or canonical space */
+    struct limit limit;
 };
 
 static inline int fault(struct cpu *c, int vector, u32 error)
@@ -79,7 +80,7 @@ int sys_read(struct cpu *c, u64 linear, void *to, u32 size);            /* super
 int sys_write(struct cpu *c, u64 linear, const void *from, u32 size);   /* supervisor rights; nothing there drops it */
 int check_segment(struct cpu *c, int n, u64 off, u64 size, int write);  /* of a 16- or 32-bit mode's segment */
 struct stack current_stack(const struct cpu *c);
-struct stack stack_of(const struct cpu *c, u64 ss_desc, u64 sp, int long_stack, int user);
+struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error);
 int push(struct cpu *c, struct stack *s, u32 size, u64 value);
 int pop(struct cpu *c, struct stack *s, u32 size, u64 *value);
 void set_sp(struct cpu *c, const struct stack *s);

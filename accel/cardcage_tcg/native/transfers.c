@@ -94,8 +94,7 @@ static int gate_far(struct cpu *c, u32 kind, u32 gate_sel, u64 gate, u64 gate_at
         } else if ((r = tss_stack(c, cpl, 0, &ss, &sp, &ss_desc, &ss_at))) {
             return r;
         }
-        s = stack_of(c, ss_desc, sp, (int)lm, 0);
-        s.error = lm ? 0 : ss & 0xfffc;
+        s = stack_of(ss_desc, sp, (int)lm, 0, lm ? 0 : ss & 0xfffc);
         if ((r = push(c, &s, size, c->seg[SS].sel)) || (r = push(c, &s, size, c->gpr[RSP])))
             return r;
         for (u32 i = lm ? 0 : count; i-- > 0;) {
