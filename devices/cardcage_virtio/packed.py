@@ -127,29 +127,37 @@ class PackedRing:
             self._at, self._wrap = self._at + self.size, self._wrap ^ 1
 
     def push(self, request: Request, written: int) -> None:
-        left, report = written, self._memory.written
-        for address, length in request.areas:
-            if left <= 0:
-                break
-            report(address, length if length < left else left)
-            left -= length
+        self.push_many([(request, written)])
+
+    def push_many(self, done: list[tuple[Request, int]]) -> None:
+        report = self._memory.written
+        for request, written in done:
+            left = written
+            for address, length in request.areas:
+                if left <= 0:
+                    break
+                report(address, length if length < left else left)
+                left -= length
         with self._lock:
             if self.dead:
                 return
-            used = self._used
-            completion(self._table, (used << 4) + 8, written, request.id)
-            flags = (AVAIL | USED if self._used_wrap else 0) | (WRITE if written else 0)
-            self._table16[(used << 3) + 7] = flags
-            used += request.slots
-            if used >= self.size:
-                used -= self.size
-                self._used_wrap ^= 1
-            self._used = used
-            self._unsignalled += request.slots
-
-    def push_many(self, done: list[tuple[Request, int]]) -> None:
-        for request, written in done:
-            self.push(request, written)
+            first = None
+            for request, written in done:
+                used = self._used
+                completion(self._table, (used << 4) + 8, written, request.id)
+                flags = (AVAIL | USED if self._used_wrap else 0) | (WRITE if written else 0)
+                if first is None:
+                    first = (used << 3) + 7, flags
+                else:
+                    self._table16[(used << 3) + 7] = flags
+                used += request.slots
+                if used >= self.size:
+                    used -= self.size
+                    self._used_wrap ^= 1
+                self._used = used
+                self._unsignalled += request.slots
+            if first is not None:  # the first last: a driver that sees it finds all the others
+                self._table16[first[0]] = first[1]
 
     def signal(self) -> None:
         with self._lock:
