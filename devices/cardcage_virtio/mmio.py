@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 from cardcage.device import Resource
 
+from cardcage_virtio.calls import CallThread
 from cardcage_virtio.virtio import Virtio, VirtioState
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class MmioTransport:
 
     def plug(self, slot: Slot) -> None:
         self._slot, self._line = slot, slot.irq()
+        self._thread = CallThread(self.queue_interrupt, f"{slot.id}-calls")
         self.virtio.plug(slot)
         irqs = tuple(getattr(slot, "irqs", ()))
         slot.announce(Resource(hid="LNRO0005", irqs=irqs, level=True))
@@ -76,23 +79,14 @@ class MmioTransport:
 
     def connect(self, index: int, kick: int, call: int) -> None:
         """See :meth:`cardcage_virtio.pci.PciTransport.connect`."""
-        import os
-
-        def called() -> None:
-            try:
-                os.eventfd_read(call)
-            except BlockingIOError:
-                return
-            self.queue_interrupt(index)
-
         self._calls[index] = (kick, call)
-        self._slot.add_reader(call, called)
+        self._thread.add(call, index)
 
     def disconnect(self, index: int) -> None:
         """Undo :meth:`connect`."""
         kick, call = self._calls.pop(index, (-1, -1))
         if kick >= 0:
-            self._slot.remove_reader(call)
+            self._thread.remove(call)
 
     def read(self, offset: int, size: int) -> int:
         virtio = self.virtio
@@ -132,8 +126,6 @@ class MmioTransport:
         elif offset == 0x50:
             index = value & 0xFFFF
             if index in self._calls:
-                import os
-
                 os.eventfd_write(self._calls[index][0], 1)
             else:
                 virtio.kick(index)

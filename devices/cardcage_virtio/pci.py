@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define
 from cardcage_pci.spec import Bar, Capability, FunctionSpec
 
+from cardcage_virtio.calls import CallThread
 from cardcage_virtio.virtio import Virtio, VirtioState
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class PciTransport:
 
     def plug(self, slot: Slot) -> None:
         self._slot = slot
+        self._direct = "irqfds" in getattr(slot.vm, "capabilities", ())
+        self._thread = CallThread(self.queue_interrupt, f"{slot.id}-calls")
         self.virtio.plug(slot)
 
     def plug_pci(self, function: Function) -> None:
@@ -135,25 +138,18 @@ class PciTransport:
             self._ring_bells()
 
     def _bind(self, index: int) -> None:
-        call, vector = self._calls[index], self.virtio.queues[index].vector
-        if self.function.msix is not None and self.function.msix.enabled and vector < self.function.msix.vectors:
-            self.function.msix.bind(vector, call)
+        call, vector, msix = self._calls[index], self.virtio.queues[index].vector, self.function.msix
+        if self._direct and msix is not None and msix.enabled and vector < msix.vectors:
+            msix.bind(vector, call)
         else:
-            self._slot.add_reader(call, lambda: self._called(index, call))
+            self._thread.add(call, index)
 
     def _unbind(self, index: int) -> None:
-        vector = self.virtio.queues[index].vector
-        if self.function.msix is not None and self.function.msix.bound(vector) == self._calls[index]:
-            self.function.msix.unbind(vector)
+        call, vector, msix = self._calls[index], self.virtio.queues[index].vector, self.function.msix
+        if msix is not None and msix.bound(vector) == call:
+            msix.unbind(vector)
         else:
-            self._slot.remove_reader(self._calls[index])
-
-    def _called(self, index: int, call: int) -> None:
-        try:
-            os.eventfd_read(call)
-        except BlockingIOError:
-            return
-        self.queue_interrupt(index)
+            self._thread.remove(call)
 
     def bars_moved(self) -> None:
         """The doorbells move with the BAR."""
@@ -291,7 +287,12 @@ class PciTransport:
             bar, at, length = self._target()
             if bar == 4 and length in (1, 2, 4) and at % length == 0 and at + length <= BAR_SIZE:
                 self.write(at, length, int.from_bytes(self.function.config[offset : offset + length], "little"))
-        if self._calls and self.function.msix is not None and offset <= self.function.msix.offset + 3 < offset + size:
+        if (
+            self._direct
+            and self._calls
+            and self.function.msix is not None
+            and offset <= self.function.msix.offset + 3 < offset + size
+        ):
             for index in self._calls:  # MSI-X went on or off: the call eventfds take another way
                 self._rebind(index)
 

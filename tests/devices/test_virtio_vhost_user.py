@@ -213,3 +213,26 @@ def test_a_back_end_that_talks_nonsense_is_an_error(tmp_path: Path, answer: byte
         with pytest.raises(ConfigError):
             Bench(vhost_user_device(VhostUserOptions(path, device_id=42)), shared=True)
         thread.join()
+
+
+def test_calls_become_interrupts_on_a_thread() -> None:
+    """Each write to an eventfd delivers its number; the thread ends with the last eventfd."""
+    from cardcage_virtio.calls import CallThread
+
+    got: list[int] = []
+    told = threading.Semaphore(0)
+    calls = CallThread(lambda number: (got.append(number), told.release()) and None, "calls")
+    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    for _ in range(2):
+        for at, fd in enumerate(fds):
+            calls.add(fd, at + 5)
+        for fd in (fds[1], fds[0], fds[1]):
+            os.eventfd_write(fd, 1)
+            assert told.acquire(timeout=10)
+        for fd in fds:
+            calls.remove(fd)
+            calls.remove(fd)
+        assert calls._thread is None
+    assert got == [6, 5, 6] * 2
+    for fd in fds:
+        os.close(fd)
