@@ -45,11 +45,12 @@ STACK = DATA + 0x4000
 AREA = range(DATA + 0x200, DATA + 0x3000)
 _names = lambda text: {getattr(M, name) for name in text.split() if hasattr(M, name)}  # noqa: E731
 OTHERS = _names(
-    "IN OUT INSB INSW INSD OUTSB OUTSW OUTSD HLT CLI STI CPUID RDTSC RDTSCP RDPMC RDRAND RDSEED XGETBV RDPID RDPRU RDPKRU WRPKRU"
-    " RDFSBASE RDGSBASE WRFSBASE WRGSBASE SGDT SIDT SLDT STR SMSW LAR LSL VERR VERW ARPL LDS LES LFS LGS LSS PUSHF PUSHFD PUSHFQ"
-    " POPF POPFD POPFQ CLZERO MONITOR MWAIT MONITORX MWAITX XABORT XBEGIN XEND XTEST MOVDIRI MOVDIR64B SERIALIZE SALC"
-    " XSAVE XSAVE64 XSAVEC XSAVEC64 XSAVEOPT XSAVEOPT64 XRSTOR XRSTOR64 FNSETPM INCSSPD INCSSPQ RDSSPD RDSSPQ UD0 UD1 UD2 VMCALL"
-    " INVLPGB TLBSYNC CLAC STAC SWAPGS VMMCALL FEMMS FSTDW FSTSG FRSTPM CLDEMOTE PTWRITE"
+    "IN OUT INSB INSW INSD OUTSB OUTSW OUTSD HLT CLI STI CPUID RDTSC RDTSCP RDPMC RDRAND RDSEED XGETBV RDPID RDPRU"
+    " RDPKRU WRPKRU RDFSBASE RDGSBASE WRFSBASE WRGSBASE SGDT SIDT SLDT STR SMSW LAR LSL VERR VERW ARPL LDS LES LFS"
+    " LGS LSS PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ CLZERO MONITOR MWAIT MONITORX MWAITX XABORT XBEGIN XEND XTEST"
+    " MOVDIRI MOVDIR64B SERIALIZE SALC XSAVE XSAVE64 XSAVEC XSAVEC64 XSAVEOPT XSAVEOPT64 XRSTOR XRSTOR64 FNSETPM"
+    " INCSSPD INCSSPQ RDSSPD RDSSPQ UD0 UD1 UD2 VMCALL INVLPGB TLBSYNC CLAC STAC SWAPGS VMMCALL FEMMS FSTDW FSTSG"
+    " FRSTPM CLDEMOTE PTWRITE"
 )
 """Instructions that a user's program runs differently here and there, or not at all."""
 NEW = {
@@ -129,7 +130,7 @@ def usable(ins: Instruction, *, avx: bool = False) -> bool:
 
 
 def encodings(path: Path, bits: int = 64) -> Iterator[bytes]:
-    """Instructions in the executable sections of an ELF file (or, when it is none, all bytes), decoded one after the other."""
+    """Instructions in an ELF file's executable sections (in all bytes when it is none), one after the other."""
     data = path.read_bytes()
     pieces = [data]
     if data[:4] == b"\x7fELF" and data[4] == 2:
@@ -149,10 +150,9 @@ def encodings(path: Path, bits: int = 64) -> Iterator[bytes]:
 
 def shape(ins: Instruction) -> tuple[object, ...]:
     """What makes an encoding distinct: code, registers, addressing; not displacements and immediates."""
-    return (
-        ins.code, tuple(ins.op_register(i) for i in range(ins.op_count)), ins.memory_base, ins.memory_index,
-        ins.memory_index_scale, ins.memory_displ_size, ins.segment_prefix, ins.has_lock_prefix, ins.has_rep_prefix, ins.has_repne_prefix,
-    )  # fmt: skip
+    address = ins.memory_base, ins.memory_index, ins.memory_index_scale, ins.memory_displ_size
+    prefixes = ins.segment_prefix, ins.has_lock_prefix, ins.has_rep_prefix, ins.has_repne_prefix
+    return (ins.code, tuple(ins.op_register(i) for i in range(ins.op_count)), address, prefixes)
 
 
 @define
@@ -278,8 +278,16 @@ class Fuzzer:
             63 if size > 8 and kind < 0.9 else size - 1 if size in (2, 4, 8) and kind < 0.8 else 0
         )
 
-    def _arrange(self, ins: Instruction, raw: bytearray, state: State, written: set[int], fixed: set[int], memory: bytearray,
-                 case: Case) -> bytes | None:  # fmt: skip
+    def _arrange(
+        self,
+        ins: Instruction,
+        raw: bytearray,
+        state: State,
+        written: set[int],
+        fixed: set[int],
+        memory: bytearray,
+        case: Case,
+    ) -> bytes | None:
         """Set registers, or the displacement, so that the instruction reaches data; its bytes."""
         r, general = self.random, state.general
 
@@ -421,7 +429,8 @@ class Fuzzer:
     def explain(self, case: Case, difference: str) -> str:
         """A report of a case that differs."""
         start = " ".join(f"{name}={value:#x}" for name, value in zip(GENERAL, case.start.general, strict=True))
-        return f"{case.text}  [{case.code[:-2].hex()}] at {case.start.rip:#x}: {difference}\n    {start} flags={case.start.flags:#x}"
+        where = f"{case.text}  [{case.code[:-2].hex()}] at {case.start.rip:#x}"
+        return f"{where}: {difference}\n    {start} flags={case.start.flags:#x}"
 
 
 def _flags(iced: int) -> int:

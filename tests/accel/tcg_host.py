@@ -18,7 +18,10 @@ DATA, DATA_SIZE = 0x20000000, 0x6000
 XSTATE_SIZE = 832
 """Bytes of an XSAVE image up to AVX's state."""
 GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
-_USER_REGS = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs".split()
+_USER_REGS = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss"
+    " fs_base gs_base ds es fs gs"
+).split()
 _AT = {name: i for i, name in enumerate(_USER_REGS)}
 _GENERAL_AT = [_AT[name] for name in GENERAL]
 TRACEME, CONT, GETREGS, SETREGS, GETREGSET, SETREGSET = 0, 7, 12, 13, 0x4204, 0x4205
@@ -128,7 +131,7 @@ class Host:
 
 
 def normalize(image: bytearray) -> None:
-    """Clear what is the host's or nobody's in an XSAVE image; states that the header says are initial are written out."""
+    """Clear what is the host's or nobody's in an XSAVE image; write out states that the header says are initial."""
     (present,) = struct.unpack_from("<Q", image, 512)
     if not present & 1:
         image[0:24] = struct.pack("<HHBxHQQ", 0x37F, 0, 0, 0, 0, 0)
