@@ -221,7 +221,12 @@ def test_calls_become_interrupts_on_a_thread() -> None:
 
     got: list[int] = []
     told = threading.Semaphore(0)
-    calls = CallThread(lambda number: (got.append(number), told.release()) and None, "calls")
+
+    def deliver(number: int) -> None:
+        got.append(number)
+        told.release()
+
+    calls = CallThread(deliver, "calls")
     fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     for _ in range(2):
         for at, fd in enumerate(fds):
