@@ -48,6 +48,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_apic_load": (None, (_PTR, _PTR)),
     "tcg_apic_read": (_INT, (_PTR, _U32, _PTR)),
     "tcg_apic_write": (_INT, (_PTR, _U32, _U32)),
+    "tcg_apic_msr": (_INT, (_PTR, _U32, _INT, _PTR)),
+    "tcg_precise_timers": (None, ()),
     "tcg_inject_nmi": (None, (_PTR,)),
     "tcg_load_pdptes": (None, (_PTR,)),
     "tcg_set_extint": (None, (_PTR, _U32)),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cardcage_tcg.vcpu import TcgVCpu
     from cardcage_tcg.vm import TcgVm
 
-__all__ = ["Msrs"]
+__all__ = ["TSC_DEADLINE", "Msrs"]
 
 FIELDS = {
     0x1B: L.APIC_BASE, 0x174: L.SYSENTER_CS, 0x175: L.SYSENTER_ESP, 0x176: L.SYSENTER_EIP, 0xC0000080: L.EFER,
@@ -23,6 +23,7 @@ FIELDS = {
     0xC0000103: L.TSC_AUX,
 }  # fmt: skip
 """MSRs kept in ``struct cpu``: part of the state, handled natively for the guest."""
+TSC_DEADLINE = 0x6E0
 WALL_CLOCK, SYSTEM_TIME = 0x4B564D00, 0x4B564D01
 OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
 STORED = {
@@ -64,6 +65,7 @@ class Msrs:
     def __init__(self, vm: TcgVm, cpu: TcgVCpu) -> None:
         self._vm, self._cpu = vm, cpu
         self._values = dict(STORED)
+        self._version = 0
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
@@ -89,14 +91,17 @@ class Msrs:
 
     def all(self) -> dict[int, int]:
         """All of them, for a snapshot."""
-        return self._values | {
-            index: self._cpu.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)
-        }
+        deadline = {TSC_DEADLINE: self.tsc_deadline()} if self._vm.lapic else {}
+        return (
+            self._values
+            | deadline
+            | {index: self._cpu.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)}
+        )
 
     def set_all(self, values: dict[int, int]) -> None:
         """Set those given; the others take their reset value. Raises UsageError for one that is unknown."""
         for index in values:
-            if index not in FIELDS and index not in STORED:
+            if index not in FIELDS and index not in STORED and index != TSC_DEADLINE:
                 raise UsageError(f"the translator has no MSR {index:#x}")
         self._values = STORED | {index: value for index, value in values.items() if index in STORED}
         for index, at in FIELDS.items():
@@ -104,6 +109,12 @@ class Msrs:
                 self._cpu.set_field(at, values.get(index, 0))
         if self._values[SYSTEM_TIME] & 1:
             self._system_time(self._values[SYSTEM_TIME] & ~1)
+
+    def tsc_deadline(self, value: int | None = None) -> int:
+        """The APIC timer's deadline, 0 when it is not armed; set to *value* first, once the TSC is right."""
+        word = ctypes.c_uint64(value or 0)
+        self._vm.native.apic_msr(self._cpu.pointer, TSC_DEADLINE, value is not None, ctypes.byref(word))
+        return word.value
 
     # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst) ----
 

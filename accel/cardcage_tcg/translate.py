@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ __all__ = ["MAX_INSTRUCTIONS", "STORE_SIZE", "Translator"]
 F, M, K = FlowControl, Mnemonic, OpKind
 MAX_INSTRUCTIONS = 64
 STORE_SIZE = 96 << 20
+KEPT_STORES = 4
 _CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
 CONDITIONS = {
     getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i
@@ -477,7 +479,7 @@ class Translator:
     def save(self) -> None:
         """Keep the store for the next run, when it has grown by a tenth; a failure to write costs only time later."""
         used = self.used
-        if self._keep is None or used - self._loaded < max(65536, self._loaded // 10):
+        if self._keep is None or used - self._loaded < max(16384, (self._loaded - L.SIZEOF_STORE) // 10):
             return
         data = bytes(self.area.view[:used])
         try:
@@ -485,9 +487,17 @@ class Translator:
             with tempfile.NamedTemporaryFile(dir=self._keep.parent, delete=False) as file:
                 file.write(data + hashlib.sha256(data).digest())
             os.replace(file.name, self._keep)
+            self._prune(self._keep.parent)
         except OSError:
             return
         self._loaded = used
+
+    @staticmethod
+    def _prune(directory: Path) -> None:
+        """Each version of the translator has a file of its own: keep the newest few."""
+        files = sorted(directory.glob("templates-*"), key=lambda one: one.stat().st_mtime, reverse=True)
+        for old in files[KEPT_STORES:]:
+            old.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keep the store, and give its memory back."""
@@ -495,19 +505,24 @@ class Translator:
         self.area.close()
 
 
+def _digest() -> str:
+    """What names a store: the translator's code, taken when it is loaded, and the decoder's version."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(version("iced-x86").encode())
+    for one in sorted(here.iterdir()):
+        if one.suffix in (".py", ".so"):
+            digest.update(one.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+_DIGEST = _digest()
+
+
 def store_path(directory: str, avx: bool) -> Path | None:
     """Where templates of exactly this translator are kept: below *directory*, or the user's cache (empty: nowhere)."""
     if directory == "none":
         return None
-    here = Path(__file__).parent
-    sources = sorted(one for one in here.iterdir() if one.suffix in (".py", ".so"))
-    digest = hashlib.sha256()
-    for one in sources:
-        digest.update(one.read_bytes())
-    import iced_x86
-
-    digest.update(f"{iced_x86.__version__ if hasattr(iced_x86, '__version__') else ''} {avx}".encode())
     cache = directory or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg"
     )
-    return Path(cache) / f"templates-{digest.hexdigest()[:24]}"
+    return Path(cache) / f"templates-{_DIGEST}{'-avx' if avx else ''}"

@@ -15,7 +15,7 @@ from iced_x86 import Mnemonic
 from cardcage_tcg import layout as L
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.library import Area
-from cardcage_tcg.msr import Msrs
+from cardcage_tcg.msr import TSC_DEADLINE, Msrs
 from cardcage_tcg.templates import OFF_MMX, OFF_X87, XSAVES, unit_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class TcgVCpu:
     def run(self, ops: Ops, /) -> VCpuExit:
         q, d, enter, pointer, emulate = self._q, self._d, self._enter, self.pointer, self._emulator.run
         reason_at, info = L.REASON // 4, L.INFO // 8
+        self._native.precise_timers()
         while True:
             enter(pointer)
             reason = d[reason_at]
@@ -84,7 +85,6 @@ class TcgVCpu:
             elif reason == L.R_EOI:
                 ops.end_of_interrupt(q[info])
             elif reason == L.R_POLL:
-                d[L.KICKED // 4] = 0
                 return KICKED
             elif reason == L.R_HALTED:
                 return VCpuExit(Exit.HALTED)
@@ -511,6 +511,8 @@ class TcgVCpu:
         self._msrs.set_all(state.msrs)
         if state.tsc is not None:
             q[L.TSC_OFFSET // 8] = state.tsc - self._native.tsc() & 0xFFFFFFFFFFFFFFFF
+        if state.msrs.get(TSC_DEADLINE):
+            self._msrs.tsc_deadline(state.msrs[TSC_DEADLINE])
         self._native.load_pdptes(self.pointer)
         self._native.reset(self.pointer)
         if events.exception is not None:

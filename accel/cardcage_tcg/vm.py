@@ -137,7 +137,7 @@ class TcgVm:
             threading.Event().wait(0.002)
 
     def _cr4(self) -> int:
-        allowed = 0x7FF & ~(1 << 13)  # VME to OSXMMEXCPT
+        allowed = 0x7FC  # TSD to OSXMMEXCPT; no VME
         for feature, bit in (("umip", 11), ("fsgsbase", 16), ("xsave", 18), ("smep", 20), ("smap", 21)):
             if feature in self.model.features:
                 allowed |= 1 << bit
