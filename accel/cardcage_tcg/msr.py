@@ -65,7 +65,6 @@ class Msrs:
     def __init__(self, vm: TcgVm, cpu: TcgVCpu) -> None:
         self._vm, self._cpu = vm, cpu
         self._values = dict(STORED)
-        self._version = 0
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
