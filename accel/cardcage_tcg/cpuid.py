@@ -73,8 +73,10 @@ class CpuModel:
             if on and feature not in OURS and not self._host_has(feature):
                 raise ConfigError(f'this host\'s processor has no "{feature}"', key="machine.features")
             (wanted.add if on else wanted.discard)(feature)
-        if wanted & {"avx", "avx2", "f16c", "fma"}:
-            wanted |= {"avx", "xsave"}
+        if wanted & {"xsave", "avx", "avx2", "f16c", "fma"}:
+            if not (self._host_has("xsave") and self._host_has("avx")):
+                raise ConfigError("this host's processor has no AVX", key="machine.features")
+            wanted |= {"avx", "xsave"}  # one does not come without the other
         if not lapic:
             wanted -= {"x2apic", "tsc-deadline"}
         self.features = frozenset(wanted)
@@ -137,9 +139,11 @@ class CpuModel:
         return 0, 0, 0, 0
 
     def _xsave(self, sub: int, xcr0: int) -> tuple[int, int, int, int]:
-        offered = 7 if self.avx else 3
+        size = 832 if xcr0 & 4 else 576
         if sub == 0:
-            return offered, 832 if xcr0 & 4 else 576, 832 if self.avx else 576, 0
-        if sub == 2 and self.avx:
+            return 7, size, 832, 0
+        if sub == 1:
+            return self._host(0xD, 1)[0] & 3, size, 0, 0  # XSAVEOPT, XSAVEC
+        if sub == 2:
             return 256, 576, 0, 0
         return 0, 0, 0, 0

@@ -8,6 +8,7 @@ from iced_x86 import Code, Decoder, Instruction, MemorySizeInfo, Mnemonic, OpKin
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import NUMBER
+from cardcage_tcg.vectors import vector_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +58,7 @@ class Emulator:
             **dict.fromkeys((M.STOSB, M.STOSW, M.STOSD, M.STOSQ), self._stos),
             **dict.fromkeys((M.LODSB, M.LODSW, M.LODSD, M.LODSQ), self._lods),
             **dict.fromkeys((M.LOOP, M.LOOPE, M.LOOPNE, M.JCXZ, M.JECXZ, M.JRCXZ), self._counted),
+            **(vector_table(self) if cpu.avx else {}),
         }
 
     # ---- what instructions are made of ----
@@ -415,7 +417,7 @@ class Emulator:
             raise Fault(UD)
         self._supervisor()
         value = self.cpu.gpr(0) & 0xFFFFFFFF | (self.cpu.gpr(2) & 0xFFFFFFFF) << 32
-        if self.cpu.gpr(1) & 0xFFFFFFFF or value not in (1, 3, 7):
+        if self.cpu.gpr(1) & 0xFFFFFFFF or value not in (1, 3, 7) or not self.cpu.avx:
             raise Fault(GP, 0)
         self.cpu.xcr0 = value
 

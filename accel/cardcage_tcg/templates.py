@@ -241,6 +241,7 @@ XSAVES = {
 """Instructions with an XSAVE image, and the most bytes they reach (state up to AVX's)."""
 MASKED_STORES = {M.MASKMOVDQU, M.MASKMOVQ, M.VMASKMOVDQU}
 MASKED_MOVES = {M.VMASKMOVPS, M.VMASKMOVPD, M.VPMASKMOVD, M.VPMASKMOVQ}
+ALIGNED_VEX = {M.VMOVAPS, M.VMOVAPD, M.VMOVDQA, M.VMOVNTPS, M.VMOVNTPD, M.VMOVNTDQ, M.VMOVNTDQA}
 AH_TO_BH = {R.AH, R.CH, R.DH, R.BH}
 ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8}
 """Operand size to the alignment that #AC is about."""
@@ -283,6 +284,11 @@ ADDRESSED = {
 }  # fmt: skip
 """Size of the operand of helpers that take an address, and whether it is written, for the segment's limit."""
 NEAR_MEMORY = {_CODES[f"{op}_RM{bits}"] for op in ("JMP", "CALL") for bits in (16, 32, 64)}
+
+
+def _is_unaligned_vex(ins: Instruction) -> bool:
+    """VEX instructions do not ask for alignment, but for those that say so by their names."""
+    return bool(set(ins.cpuid_features()) & AVX) and ins.mnemonic not in ALIGNED_VEX
 
 
 def unit_of(ins: Instruction) -> int:
@@ -781,7 +787,7 @@ class Templates:
             store_source=source,
             immediate=immediate,
             stack=stack,
-            alignment=16 if mnemonic in UNALIGNED else 0,
+            alignment=size if mnemonic in UNALIGNED or (size > 8 and _is_unaligned_vex(ins)) else 0,
         )
         if far_bit:
             out += b"\x48\x2b\xb4\x24" + pack("<i", L.SCRATCH + 24)  # sub rsi, [scratch]: the operation adds it again

@@ -212,9 +212,12 @@ class Translator:
         head = self._head_length(raw, len(raw), key)
         if head and not exact:
             fields = _fields(maker, raw) if ins.code != Code.INVALID else []
-            if not fields:
+            whole = head + sum(size for _, size in fields) == len(
+                raw
+            )  # else its last byte names a register (VEX's is4)
+            if not fields and (whole or ins.code == Code.INVALID):
                 return [self._serialize(maker, key, ins, raw, head=raw[:head])]
-            if ins.mnemonic not in SHIFTS:  # a count of zero keeps the flags
+            if whole and ins.mnemonic not in SHIFTS:  # a count of zero keeps the flags
                 found = self._generalize(maker, key, ins, raw, raw[:head], fields)
                 if found is not None:
                     return [found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from struct import pack_into, unpack_from
+from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import evolve
@@ -39,6 +39,7 @@ class TcgVCpu:
 
     def __init__(self, vm: TcgVm, index: int) -> None:
         self.index, self._vm, self._native = index, vm, vm.native
+        self.avx = vm.model.avx
         self._area = Area(STACK + L.SIZEOF_CPU + 4096)
         self.pointer = self._area.address + STACK
         view = self._area.view[STACK : STACK + (L.SIZEOF_CPU + 7) // 8 * 8]
@@ -273,6 +274,8 @@ class TcgVCpu:
 
     @xcr0.setter
     def xcr0(self, value: int) -> None:
+        if value & 4 and not self.xcr0 & 4:
+            self._b[L.FX + 512] |= 3  # until now FXSAVE kept the state, which has no header
         self._d[L.GUEST_XCR0 // 4] = value
         self._native.update_mode(self.pointer)
 
@@ -523,12 +526,18 @@ class TcgVCpu:
     def _set_fpu(self, fpu: Fpu) -> None:
         if len(fpu.xsave) < 576:
             raise UsageError(f"FPU state has {len(fpu.xsave)} bytes: expected at least 576")
-        image = fpu.xsave[: 832 if self._vm.model.avx else 576]
-        self._b[L.FX : L.FX + len(image)] = image
-        if len(image) < 832:
-            self._b[L.FX + len(image) : L.FX + 832] = bytes(832 - len(image))
-        self._b[L.FX + 520 : L.FX + 576] = bytes(56)  # XCOMP_BV and what follows must be zero
-        self._d[L.GUEST_XCR0 // 4] = fpu.xcr0 & (7 if self._vm.model.avx else 3) | 1
+        image = bytearray(fpu.xsave[: 832 if self.avx else 576].ljust(832, b"\0"))
+        present = image[512]
+        if not present & 1:  # a state that is not there is the initial one
+            image[0:24] = pack("<H22x", 0x37F)
+            image[32:160] = bytes(128)
+        if not present & 2:
+            image[160:416] = bytes(256)
+            if not present & 4:
+                image[24:28] = pack("<I", 0x1F80)
+        image[512:576] = pack("<B63x", present & 7)
+        self._b[L.FX : L.FX + 832] = image
+        self._d[L.GUEST_XCR0 // 4] = fpu.xcr0 & (7 if self.avx else 3) | 1
 
     def close(self) -> None:
         """Give its memory back."""

@@ -34,7 +34,7 @@ from tcg_guest import Guest
 from tcg_host import CODE, DATA, DATA_SIZE, GENERAL, Host, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Case", "Fuzzer", "encodings", "usable"]
 
@@ -323,7 +323,9 @@ class Fuzzer:
             NUMBER.get(RegisterExt.full_register(ins.memory_base)),
             NUMBER.get(RegisterExt.full_register(ins.memory_index)),
         )
-        if ins.is_vsib or RegisterExt.size(ins.memory_base) == 2 or RegisterExt.size(ins.memory_index) == 2:
+        if ins.is_vsib:
+            return bytes(raw) if self._gather(ins, base, target, state, put) else None
+        if RegisterExt.size(ins.memory_base) == 2 or RegisterExt.size(ins.memory_index) == 2:
             return None
         if ins.mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER:
             bit = NUMBER[RegisterExt.full_register(ins.op1_register)]
@@ -368,6 +370,22 @@ class Fuzzer:
         if ins.mnemonic in (M.CMPXCHG, M.CMPXCHG8B, M.CMPXCHG16B) and r.random() < 0.5:
             self._expect(ins, target, size, general, memory, written | fixed)
         return bytes(raw)
+
+    def _gather(
+        self, ins: Instruction, base: int | None, target: int, state: State, put: Callable[[int, int], bool]
+    ) -> bool:
+        """Small indices from the base register, in 4 or 8 bytes, both ways."""
+        if base is None or not put(base, target - ins.memory_displacement):
+            return False
+        image, number = bytearray(state.xstate), RegisterExt.number(ins.memory_index)
+        layout, count = ("<i", 8) if ins.is_vsib32 else ("<q", 4)
+        size = struct.calcsize(layout)
+        for i in range(count):
+            at = i * size
+            at += 160 + 16 * number if at < 16 else 560 + 16 * number
+            struct.pack_into(layout, image, at, self.random.randrange(-64, 256))
+        state.xstate = bytes(image)
+        return True
 
     def _stack_operand(self, disp: int, size: int) -> bool:
         signed = disp - (1 << 64) if disp >> 63 else disp - (1 << 32) if self.bits == 32 and disp >> 31 else disp

@@ -1,0 +1,105 @@
+"""AVX instructions that Python does: gathers, and masked moves that reach beyond a page (Intel SDM vol. 2C).
+
+Elements that are masked out are not accessed, so they cannot fault; a gather that faults keeps what it has got.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iced_x86 import Mnemonic, OpKind, Register, RegisterExt
+
+from cardcage_tcg import layout as L
+from cardcage_tcg.emit import NUMBER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.vcpu import Ops
+    from cardcage_tcg.emulate import Emulator
+    from iced_x86 import Instruction
+
+__all__ = ["vector_table"]
+
+M, R, K = Mnemonic, Register, OpKind
+SSE_AT, AVX_AT, HEADER_AT = L.FX + 160, L.FX + 576, L.FX + 512
+# (bytes of an element, bytes of an index)
+GATHERS = {
+    M.VGATHERDPS: (4, 4), M.VPGATHERDD: (4, 4), M.VGATHERQPS: (4, 8), M.VPGATHERQD: (4, 8),
+    M.VGATHERDPD: (8, 4), M.VPGATHERDQ: (8, 4), M.VGATHERQPD: (8, 8), M.VPGATHERQQ: (8, 8),
+}  # fmt: skip
+MOVES = {M.VMASKMOVPS: 4, M.VMASKMOVPD: 8, M.VPMASKMOVD: 4, M.VPMASKMOVQ: 8}
+
+
+class _Vectors:
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+
+    def _get(self, register: int, size: int = 32) -> bytearray:
+        number, raw = RegisterExt.number(register), self._emulator.cpu.raw
+        low, high = SSE_AT + 16 * number, AVX_AT + 16 * number
+        return bytearray(bytes(raw[low : low + 16]) + bytes(raw[high : high + 16]))[:size]
+
+    def _put(self, register: int, value: bytes | bytearray) -> None:
+        number, raw = RegisterExt.number(register), self._emulator.cpu.raw
+        value = bytes(value).ljust(32, b"\0")
+        raw[SSE_AT + 16 * number : SSE_AT + 16 * number + 16] = value[:16]
+        raw[AVX_AT + 16 * number : AVX_AT + 16 * number + 16] = value[16:]
+        raw[HEADER_AT] |= 6
+
+    def _base(self, ins: Instruction) -> int:
+        base = ins.memory_base
+        return ins.memory_displacement + (self._emulator.get(base) if base in NUMBER else 0)
+
+    def gather(self, ins: Instruction, ops: Ops) -> None:
+        width, step = GATHERS[ins.mnemonic]
+        size = RegisterExt.size(ins.op0_register)
+        count = min(size // width, RegisterExt.size(ins.memory_index) // step)
+        into, mask, indices = (
+            self._get(ins.op0_register, size),
+            self._get(ins.op2_register),
+            self._get(ins.memory_index),
+        )
+        address_size = 8 if self._emulator.cpu.mode & L.MODE_64 else 4
+        if ins.memory_base in NUMBER:
+            address_size = NUMBER[ins.memory_base][1]
+        done = 0
+        try:
+            for i in range(count):
+                part = slice(i * width, (i + 1) * width)
+                if mask[part.stop - 1] >> 7:
+                    index = int.from_bytes(indices[i * step : (i + 1) * step], "little", signed=True)
+                    offset = self._base(ins) + index * ins.memory_index_scale & (1 << address_size * 8) - 1
+                    linear = self._emulator.linear(ins.memory_segment, offset)
+                    into[part] = self._emulator.load(linear, width, ops).to_bytes(width, "little")
+                mask[part] = bytes(width)
+                done += 1
+        finally:
+            if 0 < done < count:
+                self._put(ins.op0_register, into + self._get(ins.op0_register)[size:])
+                self._put(ins.op2_register, mask)
+        self._put(ins.op0_register, into[: count * width])
+        self._put(ins.op2_register, b"")
+
+    def move(self, ins: Instruction, ops: Ops) -> None:
+        width, linear = MOVES[ins.mnemonic], self._emulator.address(ins)
+        load = ins.op0_kind == K.REGISTER
+        register = ins.op0_register if load else ins.op2_register
+        size = RegisterExt.size(register)
+        mask, data = self._get(ins.op1_register), bytearray(size) if load else self._get(register)
+        parts = [i for i in range(0, size, width) if mask[i + width - 1] >> 7]
+        if load:
+            for i in parts:
+                data[i : i + width] = self._emulator.load(linear + i, width, ops).to_bytes(width, "little")
+            self._put(register, data)
+            return
+        for i in parts:  # all or nothing
+            self._emulator.cpu.probe_write(linear + i, width)
+        for i in parts:
+            self._emulator.store(linear + i, width, int.from_bytes(data[i : i + width], "little"), ops)
+
+
+def vector_table(emulator: Emulator) -> dict[int, Callable[[Instruction, Ops], None]]:
+    """What the emulator does these instructions with."""
+    vectors = _Vectors(emulator)
+    return {**dict.fromkeys(GATHERS, vectors.gather), **dict.fromkeys(MOVES, vectors.move)}
