@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Mnemonic, OpKind, Register, RegisterExt
+from iced_x86 import Mnemonic, OpKind, RegisterExt
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import NUMBER
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import Ops
     from cardcage_tcg.emulate import Emulator
-    from iced_x86 import Instruction
+    from iced_x86 import Instruction, Register
 
 __all__ = ["vector_table"]
 
-M, R, K = Mnemonic, Register, OpKind
+M, K = Mnemonic, OpKind
 SSE_AT, AVX_AT, HEADER_AT = L.FX + 160, L.FX + 576, L.FX + 512
 # (bytes of an element, bytes of an index)
 GATHERS = {
@@ -35,12 +35,12 @@ class _Vectors:
     def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
 
-    def _get(self, register: int, size: int = 32) -> bytearray:
+    def _get(self, register: Register, size: int = 32) -> bytearray:
         number, raw = RegisterExt.number(register), self._emulator.cpu.raw
         low, high = SSE_AT + 16 * number, AVX_AT + 16 * number
         return bytearray(bytes(raw[low : low + 16]) + bytes(raw[high : high + 16]))[:size]
 
-    def _put(self, register: int, value: bytes | bytearray) -> None:
+    def _put(self, register: Register, value: bytes | bytearray) -> None:
         number, raw = RegisterExt.number(register), self._emulator.cpu.raw
         value = bytes(value).ljust(32, b"\0")
         raw[SSE_AT + 16 * number : SSE_AT + 16 * number + 16] = value[:16]

@@ -79,13 +79,9 @@ static u32 head_length(const u8 *raw, u32 room, u32 mode)
         op = raw[i];
         if (op == 0x67)
             narrow = mode & MODE_64 ? 0 : !(mode & (MODE_64 | MODE_32)) ? 0 : 1;
-        else if (op != 0x66 && op != 0xf2 && op != 0xf3 && op != 0xf0 && (op & 0xe7) != 0x26 && (op & 0xfe) != 0x64)
+        else if (op != 0x66 && op != 0xf2 && op != 0xf3 && op != 0xf0 && (op & 0xe7) != 0x26 && (op & 0xfe) != 0x64 &&
+                 !(mode & MODE_64 && (op & 0xf0) == 0x40)) /* a REX before another prefix does nothing */
             break;
-    }
-    if (mode & MODE_64 && (op & 0xf0) == 0x40) {
-        if (++i >= room)
-            return 0;
-        op = raw[i];
     }
     i++;
     u32 has = 1, vex = 0;
@@ -114,8 +110,9 @@ static u32 head_length(const u8 *raw, u32 room, u32 mode)
         return i <= room ? i : 0;
     if (i >= room)
         return 0;
+    u32 registers = !vex && i >= 2 && raw[i - 2] == 0x0f && (raw[i - 1] & 0xfc) == 0x20; /* MOV CRn, DRn: no memory form */
     op = raw[i++];
-    if (!narrow && op < 0xc0 && (op & 7) == 4)
+    if (!narrow && !registers && op < 0xc0 && (op & 7) == 4)
         i++;
     return i <= room ? i : 0;
 }
