@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import Factory, field, frozen
 
 from cardcage.errors import ConfigError, UsageError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["Bus", "Claim"]
+
+MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
 
 
 @frozen(order=False)
@@ -36,11 +38,8 @@ class Claim:
     read: Callable[[int, int], int]
     write: Callable[[int, int, int], None]
     name: str = ""
-
-    @property
-    def end(self) -> int:
-        """First address past the range."""
-        return self.base + self.size
+    end: int = field(init=False, default=Factory(lambda self: self.base + self.size, takes_self=True))
+    """First address past the range; kept, because every access asks for it."""
 
 
 class Bus:
@@ -98,19 +97,19 @@ class Bus:
         claim = self._cache.get(address)
         if claim is None:
             claim = self.find(address)
-            if claim is None or address + size > claim.end:
+            if claim is None:
                 return self._split_read(address, size)
             self._remember(address, claim)
         if address + size > claim.end:
             return self._split_read(address, size)
-        return claim.read(address - claim.base, size) & ((1 << size * 8) - 1)
+        return claim.read(address - claim.base, size) & MASKS[size]
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write *size* bytes, little-endian."""
         claim = self._cache.get(address)
         if claim is None:
             claim = self.find(address)
-            if claim is None or address + size > claim.end:
+            if claim is None:
                 return self._split_write(address, size, value)
             self._remember(address, claim)
         if address + size > claim.end:

@@ -1,69 +1,106 @@
-"""What guest code asks of the machine while it runs: the concrete :class:`~cardcage.vcpu.Ops`, one for all vCPUs."""
+"""What guest code asks of the machine while it runs: the concrete :class:`~cardcage.vcpu.Ops`, one for all vCPUs.
+
+This is the hottest path that is Python. Measured on 3.11: ``with lock`` costs 0.22 µs, ``acquire`` and ``release`` by
+bound methods 0.09 µs; closures spare an attribute look-up each. So the four accesses are closures, made once.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
 
 __all__ = ["MachineOps", "ObservedOps"]
 
 
 class MachineOps:
-    """Serves accesses under the machine's lock."""
+    """Serves accesses under the machine's lock.
 
-    __slots__ = ("_lock", "_machine", "_mmio_read", "_mmio_write", "_pio_read", "_pio_write")
+    ``pio_read(port, size)``, ``pio_write(port, size, value)``, ``mmio_read``, ``mmio_write``: see the protocol.
+    """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine, self._lock = machine, machine.lock
-        self._pio_read, self._pio_write = machine.pio.read, machine.pio.write
-        self._mmio_read, self._mmio_write = machine.mmio.read, machine.mmio.write
-
-    def pio_read(self, port: int, size: int, /) -> int:
-        with self._lock:
-            return self._pio_read(port, size)
-
-    def pio_write(self, port: int, size: int, value: int, /) -> None:
-        with self._lock:
-            self._pio_write(port, size, value)
-
-    def mmio_read(self, address: int, size: int, /) -> int:
-        with self._lock:
-            return self._mmio_read(address, size)
-
-    def mmio_write(self, address: int, size: int, value: int, /) -> None:
-        with self._lock:
-            self._mmio_write(address, size, value)
+        self._machine = machine
+        acquire, release = machine.lock.acquire, machine.lock.release
+        self.pio_read = reader(acquire, release, machine.pio.read)
+        self.pio_write = writer(acquire, release, machine.pio.write)
+        self.mmio_read = reader(acquire, release, machine.mmio.read)
+        self.mmio_write = writer(acquire, release, machine.mmio.write)
 
     def acknowledge_extint(self) -> int | None:
-        with self._lock:
+        with self._machine.lock:
             return self._machine.wiring.acknowledge()
 
     def end_of_interrupt(self, vector: int, /) -> None:
-        with self._lock:
+        with self._machine.lock:
             self._machine.wiring.end_of_interrupt(vector)
+
+
+def reader(
+    acquire: Callable[[], bool], release: Callable[[], None], read: Callable[[int, int], int]
+) -> Callable[[int, int], int]:
+    """*read* under a lock."""
+
+    def locked(address: int, size: int, /) -> int:
+        acquire()
+        try:
+            return read(address, size)
+        finally:
+            release()
+
+    return locked
+
+
+def writer(
+    acquire: Callable[[], bool], release: Callable[[], None], write: Callable[[int, int, int], None]
+) -> Callable[[int, int, int], None]:
+    """*write* under a lock."""
+
+    def locked(address: int, size: int, value: int, /) -> None:
+        acquire()
+        try:
+            write(address, size, value)
+        finally:
+            release()
+
+    return locked
 
 
 class ObservedOps(MachineOps):
     """The same, and tells the observers of ``pio`` and ``mmio``."""
 
-    __slots__ = ()
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        emit = machine.observers.emit
+        self.pio_read = observed_reader("pio", self.pio_read, emit)
+        self.pio_write = observed_writer("pio", self.pio_write, emit)
+        self.mmio_read = observed_reader("mmio", self.mmio_read, emit)
+        self.mmio_write = observed_writer("mmio", self.mmio_write, emit)
 
-    def pio_read(self, port: int, size: int, /) -> int:
-        value = super().pio_read(port, size)
-        self._machine.observers.emit("pio", port, size, value, False)
+
+def observed_reader(
+    event: str, read: Callable[[int, int], int], emit: Callable[..., None]
+) -> Callable[[int, int], int]:
+    """*read*, told to observers of *event*."""
+
+    def observed(address: int, size: int, /) -> int:
+        value = read(address, size)
+        emit(event, address, size, value, False)
         return value
 
-    def pio_write(self, port: int, size: int, value: int, /) -> None:
-        super().pio_write(port, size, value)
-        self._machine.observers.emit("pio", port, size, value, True)
+    return observed
 
-    def mmio_read(self, address: int, size: int, /) -> int:
-        value = super().mmio_read(address, size)
-        self._machine.observers.emit("mmio", address, size, value, False)
-        return value
 
-    def mmio_write(self, address: int, size: int, value: int, /) -> None:
-        super().mmio_write(address, size, value)
-        self._machine.observers.emit("mmio", address, size, value, True)
+def observed_writer(
+    event: str, write: Callable[[int, int, int], None], emit: Callable[..., None]
+) -> Callable[[int, int, int], None]:
+    """*write*, told to observers of *event*."""
+
+    def observed(address: int, size: int, value: int, /) -> None:
+        write(address, size, value)
+        emit(event, address, size, value, True)
+
+    return observed

@@ -13,7 +13,7 @@ from cardcage.config import Draft
 from cardcage.errors import ConfigError
 from cardcage.structure import structure, unstructure
 from cardcage.units import Duration, Size
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -241,6 +241,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, error
     assert str(caught.value).startswith(f"{file}: {error}")
 
 
+@settings(max_examples=60)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
