@@ -148,7 +148,7 @@ def test_reference_pages_are_up_to_date() -> None:
 
 
 def test_documents_name_files_that_exist() -> None:
-    """Each relative link of README, CONTRIBUTING and docs/ leads to a file."""
+    """Each relative link of README, CONTRIBUTING and docs/ leads to a file, and README links every page of docs/."""
     import re
 
     missing = []
@@ -157,6 +157,9 @@ def test_documents_name_files_that_exist() -> None:
             if not (page.parent / link).exists():
                 missing.append(f"{page.name}: {link}")
     assert not missing
+    readme = (ROOT / "README.md").read_text()
+    pages = [one.name for one in (ROOT / "docs").glob("*.md") if not one.name.endswith(".in.md")]
+    assert [name for name in pages if f"(docs/{name})" not in readme] == []
 
 
 def test_every_hook_is_tested() -> None:
