@@ -37,6 +37,7 @@ class Emulator:
 
     def __init__(self, cpu: TcgVCpu) -> None:
         self.cpu = cpu
+        self._pushed: int | None = None
         self._decoded: dict[tuple[bytes, int, int], Instruction] = {}
         self._table: dict[int, Callable[[Instruction, Ops], None]] = {
             **dict.fromkeys((M.IN,), self._in),
@@ -81,8 +82,13 @@ class Emulator:
             self._decoded[key] = found
         return found
 
-    def run(self, ops: Ops) -> None:
-        """Do the instruction at RIP, or deliver the exception it ends with."""
+    def run(self, ops: Ops, *, pushed: int | None = None) -> None:
+        """Do the instruction at RIP, or deliver the exception it ends with.
+
+        Args:
+            pushed: what a PUSH of memory has already read: a device must not be asked twice.
+        """
+        self._pushed = pushed
         cpu = self.cpu
         start = cpu.rip
         try:
@@ -254,7 +260,7 @@ class Emulator:
         if ins.op0_kind == K.REGISTER:
             value = self.get(ins.op0_register)
         elif ins.op0_kind == K.MEMORY:
-            value = self.load(self.address(ins), size, ops)
+            value = self.load(self.address(ins), size, ops) if self._pushed is None else self._pushed
         else:
             value = ins.immediate(0)
         self.push(size, value, ops)

@@ -519,7 +519,7 @@ class Templates:
             out += b"\xf7\xc6" + pack("<I", aligned - 1)
             self._unless(out, t, b"\x0f\x85", size, L.ACCESS_AC)
         if write and self.bounce:
-            out += load(6, L.BOUNCE_PTR)
+            out += load(6, L.WRITE_PTR)
             branch = -1
         else:
             table = self.tlb_write if write else self.tlb_read

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["TcgVCpu"]
 
 STACK = 512 << 10
+SINGLE = L.BOUNCE + 4096
+"""Where singles write; what they read from devices comes through the bounce buffer's first half."""
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
 GENERAL = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"]
-ARITHMETIC = 0x8D5
 PF_VECTOR, GP_VECTOR = 14, 13
-KICKED, SINGLE_NEEDS_READ = VCpuExit(Exit.KICKED), 1
+KICKED = VCpuExit(Exit.KICKED)
 
 
 class TcgVCpu:
@@ -48,7 +49,7 @@ class TcgVCpu:
         self._emulator = Emulator(self)
         self._msrs = Msrs(vm, self)
         self._phys = ctypes.c_uint64()
-        self._shutdown_shown = ""
+        self._single = 0, SINGLE, 0  # linear address, where its bytes are, how many
         q, d = self._q, self._d
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
@@ -79,6 +80,8 @@ class TcgVCpu:
                 self._mmio_write(ops, q[info], q[info + 1], q[info + 2])
             elif reason == L.R_SLOW_WRITE:
                 self._slow_write(ops, q[info], q[info + 1])
+            elif reason == L.R_SINGLE:
+                self._end_single(ops)
             elif reason == L.R_EXTINT:
                 vector = ops.acknowledge_extint()
                 if vector is not None:
@@ -121,43 +124,28 @@ class TcgVCpu:
         return found
 
     def _slow_write(self, ops: Ops, linear: int, size: int) -> None:
-        """The instruction at RIP writes where one host store cannot: run it alone on a copy, and write that back."""
+        """The instruction at RIP writes where one host store cannot: it goes on with a copy of its operand."""
         try:
             single = self._vm.single(self)
         except Fault as fault:
             self.raise_exception(fault.vector, fault.error)
             return
         if single is None:
-            self._emulator.run(ops)
+            self._emulator.run(ops, pushed=self.field(L.SCRATCH + 24))
             return
         address, reads = single
-        bounce = L.BOUNCE + (linear & 63)  # as misaligned as the operand
-        self._b[bounce : bounce + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
+        at = SINGLE + (linear & 63)  # as misaligned as the operand
+        self._b[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
         self._q[L.RESUME // 8] = address
-        self._q[L.BOUNCE_PTR // 8] = self.pointer + bounce
-        self._enter(self.pointer)
-        reason = self._d[L.REASON // 4]
-        if reason == L.R_SINGLE:
-            self.write_linear(linear, bytes(self._b[bounce : bounce + size]), ops)
-            if self.mode & L.MODE_TF:
-                self.single_step()
-        else:
-            self._again(reason, ops)
+        self._q[L.WRITE_PTR // 8] = self.pointer + at
+        self._single = linear, at, size
 
-    def _again(self, reason: int, ops: Ops) -> None:
-        """A single did not end as one (its read faulted, or came to a device): the instruction starts over."""
-        q, info = self._q, L.INFO // 8
-        if reason == L.R_TRANSLATE:
-            self._vm.translate(self, q[info], q[info + 1])
-        elif reason == L.R_SIGNAL:
-            self._signal(q[info], q[info + 1])
-        elif reason == L.R_MMIO_READ:
-            self._q[L.RESUME // 8] = 0
-            raise AcceleratorError(f"an instruction reads one device and writes another: {self.describe()}")
-        elif reason == L.R_SHUTDOWN:
-            self._d[L.KICKED // 4] = 1
-        elif reason in (L.R_EMULATE, L.R_MSR):
-            self._emulator.run(ops)
+    def _end_single(self, ops: Ops) -> None:
+        """The single has run to its end (a fault of its other operand goes to the guest's handler)."""
+        linear, at, size = self._single
+        self.write_linear(linear, bytes(self._b[at : at + size]), ops)
+        if self.mode & L.MODE_TF:
+            self.single_step()
 
     def _signal(self, signal: int, host: int) -> None:
         """A host fault in translated code, as the guest's exception."""

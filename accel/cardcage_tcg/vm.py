@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from cardcage.errors import AcceleratorError, UsageError
-from iced_x86 import Code, FlowControl, Instruction, InstructionInfoFactory, MemorySizeInfo, OpAccess, OpKind
+from iced_x86 import (
+    Code,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeInfo,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+)
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
@@ -327,7 +336,12 @@ class TcgVm:
             found = self._singles.get(key)
             if found is None:
                 ins = self._translator.decode(mode, pc, data, 1)[0][0]
-                if ins.code == Code.INVALID or ins.flow_control != FlowControl.NEXT or not _writes_memory(ins):
+                if (
+                    ins.code == Code.INVALID
+                    or ins.flow_control != FlowControl.NEXT
+                    or not _writes_memory(ins)
+                    or _pushes_memory(ins)
+                ):
                     return None
                 while (block := self.native.single(cpu.pointer, phys, linear)) <= L.TRANSLATE_MISSING:
                     if block == L.TRANSLATE_MISSING:
@@ -400,6 +414,10 @@ def _memory_access(ins: Instruction) -> int:
 
 def _writes_memory(ins: Instruction) -> bool:
     return not ins.is_string_instruction and _memory_access(ins) != OpAccess.NONE
+
+
+def _pushes_memory(ins: Instruction) -> bool:
+    return ins.mnemonic == Mnemonic.PUSH and ins.op0_kind == OpKind.MEMORY
 
 
 def _reads_memory(ins: Instruction) -> bool:

@@ -156,7 +156,7 @@ struct cpu {
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     struct vm *vm;
     u64 rw_delta;         /* writable alias of the code buffer = executable address + rw_delta */
-    u64 walk_pages;       /* scratch for tests */
+    u64 write_ptr;        /* where a single writes instead of its operand (see R_SLOW_WRITE) */
     struct lapic lapic;
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));

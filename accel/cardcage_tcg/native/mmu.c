@@ -209,7 +209,6 @@ void tlb_flush(struct cpu *c, int global)
         if (local)
             jc_flush_one(c, m);
     }
-    c->walk_pages++;
     if (global)
         cross_unlink(c->vm);
 }

@@ -45,6 +45,30 @@ PROGRAMS = (
         ),
     ),
     Program(
+        "mmio-from-device-to-device",
+        "PUSH and MOVS whose operands are both registers of devices read the one and write the other",
+        """
+    mov ebx, MMIO
+    mov r8, rsp
+    lea rsp, [rbx + 0x108]
+    push qword [rbx + 8]
+    mov rsp, r8
+    lea rsi, [rbx + 0x10]
+    lea rdi, [rbx + 0x200]
+    movsd
+    mov rax, rdi
+    sub rax, rbx
+    done
+""",
+        registers={"rax": 0x204},
+        accesses=(
+            ("read", 0xD0000008, 8, 0x0F0E0D0C0B0A0908),
+            ("write", 0xD0000100, 8, 0x0F0E0D0C0B0A0908),
+            ("read", 0xD0000010, 4, 0x13121110),
+            ("write", 0xD0000200, 4, 0x13121110),
+        ),
+    ),
+    Program(
         "mmio-moves",
         "Moves of 1, 2, 4 and 8 bytes, with zero and sign extension and immediates, reach the device whole",
         """
