@@ -128,6 +128,7 @@ class Machine:
         self._cleanup = ExitStack()
         self.policies: list[Any] = []
         self.boot_image: BootImage | None = None
+        self.boots_at_start = True  # not once a saved state was loaded
         try:
             self._build()
         except BaseException as error:
@@ -368,7 +369,7 @@ class Machine:
         return self
 
     def _do_start(self) -> None:
-        if self.boot_image is not None:
+        if self.boot_image is not None and self.boots_at_start:
             load_boot(self)
         self._threads = [
             threading.Thread(target=run_vcpu, args=(self, vcpu), name=f"{self.name}-cpu{vcpu.index}", daemon=True)

@@ -91,8 +91,8 @@ def capture(machine: Machine) -> MachineState:
 def restore(machine: Machine, state: MachineState) -> None:
     """Give *machine* (built or paused, its RAM already in place) the *state*.
 
-    Checks all before it changes anything. Raises StateError while it runs, ConfigError when the machines differ or a
-    device refuses its state.
+    ``start`` or ``resume`` then goes on from it; a later reset boots. Checks all before it changes anything. Raises
+    StateError while it runs, ConfigError when the machines differ or a device refuses its state.
     """
     if machine.state not in ("built", "paused"):
         raise StateError(f"cannot load a state: the machine is {machine.state}")
@@ -116,6 +116,7 @@ def restore(machine: Machine, state: MachineState) -> None:
             device.load(loaded)
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
         vcpu.set_state(registers)
+    machine.boots_at_start = False
     machine.gate.wake()
 
 

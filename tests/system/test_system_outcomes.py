@@ -11,6 +11,7 @@ import pytest
 from cardcage import Crashed, DebugExit, Machine, Panicked, PoweredOff
 from cardcage.assembly import probe_of
 from cardcage.host import Host
+from cardcage.state import capture, dumps, loads, restore
 
 ACCELERATORS = [
     name
@@ -156,3 +157,28 @@ def test_ctrl_c_ends_it_in_order(accel: str, guest: Path, tmp_path: Path) -> Non
         said = process.stderr.read()
         assert process.wait(60) == 130
     assert said == "outcome: interrupted\n"
+
+
+def test_a_saved_machine_goes_on_elsewhere(accel: str, guest: Path) -> None:
+    """A paused PC's state and RAM, through JSON, continue in another machine where the first one stood."""
+    # inc dword [0x500]; cmp byte [0x510],0; je $-10; mov al,[0x510]; out 0xf4,al
+    code = "66ff060005803e10050074f4a01005e6f4"
+    with pc(accel, guest, code) as first:
+        first.start()
+        while first.memory.read(0x500, 4) == bytes(4):
+            first.wait(0.01)
+        first.pause()
+        text = dumps(capture(first))
+        ram = {slot.address: first.memory.read(slot.address, slot.size) for slot in first.memory.slots}
+        stood = first.vcpus[0].get_state().registers
+    for exit_code in (5, 6):  # as often as one likes
+        with pc(accel, guest, code) as second:
+            for address, data in ram.items():
+                second.memory.write(address, data)
+            restore(second, loads(text))
+            assert second.vcpus[0].get_state().registers == stood
+            second.memory.write(0x510, bytes([exit_code]))
+            second.start()
+            assert second.wait(60) == DebugExit(exit_code)
+            counted, before = second.memory.read(0x500, 4), ram[0][0x500:0x504]
+            assert int.from_bytes(counted, "little") >= int.from_bytes(before, "little")
