@@ -120,6 +120,7 @@ def net(seconds: float, receive: bool, depth: int = 64, **form: Any) -> tuple[fl
                 wire.received(0, frame)
         else:
             bench.kick(1)
+            bench.slot.poll()
         spent, cpu = spent + clock() - start, cpu + time.process_time() - busy
         driver.collect()
         count += depth
