@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from struct import pack, pack_into, unpack_from
+from struct import unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import evolve
-from cardcage.errors import AcceleratorError, UsageError
+from cardcage.errors import AcceleratorError
 from cardcage.vcpu import Exit, VCpuExit
-from cardcage.x86 import DescriptorTable, Events, Fpu, Registers, Segment, SystemRegisters, VCpuState, reset_state
+from cardcage.x86 import Events, Segment, reset_state
 from iced_x86 import Mnemonic
 
 from cardcage_tcg import layout as L
+from cardcage_tcg import state
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.library import Area
-from cardcage_tcg.msr import TSC_DEADLINE, Msrs
+from cardcage_tcg.msr import Msrs
 from cardcage_tcg.templates import OFF_MMX, OFF_X87, XSAVES, unit_of
 
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops
+    from cardcage.x86 import VCpuState
     from iced_x86 import Instruction
 
     from cardcage_tcg.vm import TcgVm
@@ -29,8 +31,6 @@ __all__ = ["TcgVCpu"]
 STACK = 512 << 10
 SINGLE = L.BOUNCE + 4096
 """Where singles write; what they read from devices comes through the bounce buffer's first half."""
-SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
-GENERAL = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"]
 PF_VECTOR, GP_VECTOR = 14, 13
 KICKED = VCpuExit(Exit.KICKED)
 
@@ -39,18 +39,18 @@ class TcgVCpu:
     """Satisfies :class:`cardcage.vcpu.VCpu`."""
 
     def __init__(self, vm: TcgVm, index: int) -> None:
-        self.index, self._vm, self._native = index, vm, vm.native
+        self.index, self.vm, self.native = index, vm, vm.native
         self.avx = vm.model.avx
         self._area = Area(STACK + L.SIZEOF_CPU + 4096)
         self.pointer = self._area.address + STACK
         view = self._area.view[STACK : STACK + (L.SIZEOF_CPU + 7) // 8 * 8]
-        self._q, self._d, self._b = view.cast("Q"), view.cast("I"), view
+        self.words, self.halves, self.raw = view.cast("Q"), view.cast("I"), view
         self._enter = vm.native.enter
         self._emulator = Emulator(self)
-        self._msrs = Msrs(vm, self)
+        self.msrs = Msrs(vm, self)
         self._phys = ctypes.c_uint64()
         self._single = 0, SINGLE, 0  # linear address, where its bytes are, how many
-        q, d = self._q, self._d
+        q, d = self.words, self.halves
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
         for stub in range(L.STUB_LIMIT + 1):
@@ -61,19 +61,20 @@ class TcgVCpu:
     # ---- the loop ----
 
     def kick(self) -> None:
-        self._native.kick(self.pointer)
+        self.native.kick(self.pointer)
 
     def run(self, ops: Ops, /) -> VCpuExit:
-        q, d, enter, pointer, emulate = self._q, self._d, self._enter, self.pointer, self._emulator.run
+        q, d, enter, pointer, emulate = self.words, self.halves, self._enter, self.pointer, self._emulator.run
         reason_at, info = L.REASON // 4, L.INFO // 8
-        self._native.precise_timers()
+        self.native.precise_timers()
+        self.native.signals()  # somebody else (pytest's faulthandler) may have replaced the handlers
         while True:
             enter(pointer)
             reason = d[reason_at]
             if reason == L.R_EMULATE or reason == L.R_MSR:
                 emulate(ops)
             elif reason == L.R_TRANSLATE:
-                self._vm.translate(self, q[info], q[info + 1])
+                self.vm.translate(self, q[info], q[info + 1])
             elif reason == L.R_MMIO_READ:
                 self._mmio_read(ops, q[info], q[info + 1])
             elif reason == L.R_MMIO_WRITE:
@@ -85,7 +86,7 @@ class TcgVCpu:
             elif reason == L.R_EXTINT:
                 vector = ops.acknowledge_extint()
                 if vector is not None:
-                    self._native.deliver_interrupt(pointer, vector)
+                    self.native.deliver_interrupt(pointer, vector)
             elif reason == L.R_EOI:
                 ops.end_of_interrupt(q[info])
             elif reason == L.R_POLL:
@@ -105,7 +106,7 @@ class TcgVCpu:
 
     def _mmio_read(self, ops: Ops, address: int, size: int) -> None:
         data = b"".join(ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(address, size))
-        self._b[L.BOUNCE : L.BOUNCE + size] = data
+        self.raw[L.BOUNCE : L.BOUNCE + size] = data
 
     def _mmio_write(self, ops: Ops, address: int, size: int, value: int) -> None:
         for at, width in self._pieces(address, size):
@@ -126,7 +127,7 @@ class TcgVCpu:
     def _slow_write(self, ops: Ops, linear: int, size: int) -> None:
         """The instruction at RIP writes where one host store cannot: it goes on with a copy of its operand."""
         try:
-            single = self._vm.single(self)
+            single = self.vm.single(self)
         except Fault as fault:
             self.raise_exception(fault.vector, fault.error)
             return
@@ -135,21 +136,21 @@ class TcgVCpu:
             return
         address, reads = single
         at = SINGLE + (linear & 63)  # as misaligned as the operand
-        self._b[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
-        self._q[L.RESUME // 8] = address
-        self._q[L.WRITE_PTR // 8] = self.pointer + at
+        self.raw[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
+        self.words[L.RESUME // 8] = address
+        self.words[L.WRITE_PTR // 8] = self.pointer + at
         self._single = linear, at, size
 
     def _end_single(self, ops: Ops) -> None:
         """The single has run to its end (a fault of its other operand goes to the guest's handler)."""
         linear, at, size = self._single
-        self.write_linear(linear, bytes(self._b[at : at + size]), ops)
+        self.write_linear(linear, bytes(self.raw[at : at + size]), ops)
         if self.mode & L.MODE_TF:
             self.single_step()
 
     def _signal(self, signal: int, host: int) -> None:
         """A host fault in translated code, as the guest's exception."""
-        site = self._vm.fault_site(host)
+        site = self.vm.fault_site(host)
         if site is None:
             raise AcceleratorError(
                 f"signal {signal} at host {host:#x} outside any known instruction: {self.describe()}"
@@ -157,8 +158,8 @@ class TcgVCpu:
         rip, stored = site
         self.rip = rip
         if not stored:
-            self._q[L.FL // 8] = self._q[L.SCRATCH // 8]
-        self._q[L.RESUME // 8] = 0
+            self.words[L.FL // 8] = self.words[L.SCRATCH // 8]
+        self.words[L.RESUME // 8] = 0
         ins = self._emulator.fetch(rip)
         if ins.mnemonic in XSAVES:  # its template had put the mask of the guest's states there
             self.set_gpr(0, self.field(L.SCRATCH + 16))
@@ -180,51 +181,46 @@ class TcgVCpu:
 
     def _init(self) -> None:
         """INIT: as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
-        state = self.get_state()
+        now = self.get_state()
         fresh = reset_state(bootstrap=self.index == 0)
-        fresh.fpu, fresh.lapic, fresh.tsc = state.fpu, state.lapic, None
-        fresh.system.apic_base = state.system.apic_base
+        fresh.fpu, fresh.lapic, fresh.tsc = now.fpu, now.lapic, None
+        fresh.system.apic_base = now.system.apic_base
         fresh.events = evolve(fresh.events, startup="wait-for-sipi" if self.index else "running")
         fresh.msrs = {}
         self.set_state(fresh)
-        self._d[L.STARTUP // 4] = 1 if self.index else 0
+        self.halves[L.STARTUP // 4] = 1 if self.index else 0
 
     def _start(self, vector: int) -> None:
-        state = self.get_state()
-        state.system.cs = Segment(selector=vector << 8, base=vector << 12, type=11)
-        state.registers.rip = 0
-        state.events = Events()
-        state.lapic, state.tsc = None, None
-        self.set_state(state)
-        self._d[L.STARTUP // 4] = 0
+        now = self.get_state()
+        now.system.cs = Segment(selector=vector << 8, base=vector << 12, type=11)
+        now.registers.rip = 0
+        now.events = Events()
+        now.lapic, now.tsc = None, None
+        self.set_state(now)
+        self.halves[L.STARTUP // 4] = 0
 
     # ---- registers, for the emulator ----
 
-    @property
-    def raw(self) -> memoryview:
-        """``struct cpu`` as bytes."""
-        return self._b
-
     def field(self, offset: int) -> int:
         """A 64-bit field of ``struct cpu``."""
-        return self._q[offset // 8]
+        return self.words[offset // 8]
 
     def set_field(self, offset: int, value: int) -> None:
-        self._q[offset // 8] = value
+        self.words[offset // 8] = value
 
     @property
     def mode(self) -> int:
         """``MODE_*`` bits."""
-        return self._d[L.MODE // 4]
+        return self.halves[L.MODE // 4]
 
     @property
     def rip(self) -> int:
         """Instruction pointer, an offset in CS."""
-        return self._q[L.RIP // 8]
+        return self.words[L.RIP // 8]
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self._q[L.RIP // 8] = value
+        self.words[L.RIP // 8] = value
 
     @property
     def cs_base(self) -> int:
@@ -234,76 +230,76 @@ class TcgVCpu:
     @property
     def eflags(self) -> int:
         """System flags, without the arithmetic ones."""
-        return self._q[L.EFLAGS // 8]
+        return self.words[L.EFLAGS // 8]
 
     def arithmetic_flags(self) -> int:
         """CF PF AF ZF SF OF."""
-        word = self._q[L.FL // 8]
+        word = self.words[L.FL // 8]
         return word >> 8 & 0xD5 | (word & 1) << 11
 
     def gpr(self, number: int) -> int:
         """General register *number*, 64 bits."""
-        return self._q[L.GPR // 8 + number]
+        return self.words[L.GPR // 8 + number]
 
     def set_gpr(self, number: int, value: int) -> None:
-        self._q[L.GPR // 8 + number] = value
+        self.words[L.GPR // 8 + number] = value
 
     def segment_base(self, number: int) -> int:
-        return self._q[(L.SEG + L.SIZEOF_SEG * number + L.SEG_BASE) // 8]
+        return self.words[(L.SEG + L.SIZEOF_SEG * number + L.SEG_BASE) // 8]
 
     def selector(self, number: int) -> int:
-        found: int = unpack_from("<H", self._b, L.SEG + L.SIZEOF_SEG * number + L.SEG_SEL)[0]
+        found: int = unpack_from("<H", self.raw, L.SEG + L.SIZEOF_SEG * number + L.SEG_SEL)[0]
         return found
 
     @property
     def xcr0(self) -> int:
         """Extended control register 0."""
-        return self._d[L.GUEST_XCR0 // 4]
+        return self.halves[L.GUEST_XCR0 // 4]
 
     @xcr0.setter
     def xcr0(self, value: int) -> None:
         if value & 4 and not self.xcr0 & 4:
-            self._b[L.FX + 512] |= 3  # until now FXSAVE kept the state, which has no header
-        self._d[L.GUEST_XCR0 // 4] = value
-        self._native.update_mode(self.pointer)
+            self.raw[L.FX + 512] |= 3  # until now FXSAVE kept the state, which has no header
+        self.halves[L.GUEST_XCR0 // 4] = value
+        self.native.update_mode(self.pointer)
 
     def osxsave(self) -> bool:
         """CR4.OSXSAVE."""
-        return bool(self._q[L.CR4 // 8] & 1 << 18)
+        return bool(self.words[L.CR4 // 8] & 1 << 18)
 
     def cpuid(self, leaf: int, sub: int) -> tuple[int, int, int, int]:
-        return self._vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), xcr0=self.xcr0)
+        return self.vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), xcr0=self.xcr0)
 
     def read_msr(self, index: int) -> int | None:
         """The MSR's value, None when there is no such MSR."""
-        return self._msrs.read(index)
+        return self.msrs.read(index)
 
     def write_msr(self, index: int, value: int) -> bool:
         """Whether the MSR took the value."""
-        return self._msrs.write(index, value)
+        return self.msrs.write(index, value)
 
     def raise_exception(self, vector: int, error: int | None) -> None:
         """Deliver an exception at the present RIP."""
-        self._native.raise_(self.pointer, vector, error is not None, error or 0)
+        self.native.raise_(self.pointer, vector, error is not None, error or 0)
 
     def single_step(self) -> None:
         """The trap after an instruction that ran with TF set."""
-        self._native.single_step(self.pointer)
+        self.native.single_step(self.pointer)
 
     def unsupported(self, ins: Instruction) -> None:
         """Note an instruction that ends in #UD: it may be one that this translator lacks."""
-        self._vm.note_unsupported(ins, self.rip)
+        self.vm.note_unsupported(ins, self.rip)
 
     # ---- memory ----
 
     def walk(self, linear: int, access: int = 0, *, user: bool | None = None) -> tuple[int, int]:
         """(vector, physical address): vector 0 when it is mapped. Sets CR2 for a page fault."""
-        level = (self._d[L.CPL // 4] == 3) if user is None else user
-        vector = self._native.walk(self.pointer, linear, access, level, ctypes.byref(self._phys))
+        level = (self.halves[L.CPL // 4] == 3) if user is None else user
+        vector = self.native.walk(self.pointer, linear, access, level, ctypes.byref(self._phys))
         return vector, self._phys.value
 
     def _fault(self, vector: int) -> Fault:
-        return Fault(vector, self._q[L.SCRATCH // 8 + 3] & 0xFFFFFFFF if vector == PF_VECTOR else 0)
+        return Fault(vector, self.words[L.SCRATCH // 8 + 3] & 0xFFFFFFFF if vector == PF_VECTOR else 0)
 
     def fetch_bytes(self, linear: int, size: int) -> bytes:
         """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
@@ -315,7 +311,7 @@ class TcgVCpu:
                     raise self._fault(vector)
                 break
             take = min(size - len(found), 4096 - (phys & 0xFFF))
-            data = self._vm.peek(phys, take)
+            data = self.vm.peek(phys, take)
             found += data if data is not None else b"\xff" * take
         return found
 
@@ -328,8 +324,8 @@ class TcgVCpu:
     def read_linear(self, linear: int, size: int, ops: Ops) -> bytes:
         """Data at a linear address, devices included. Raises Fault."""
         buffer = (ctypes.c_char * size)()
-        user = self._d[L.CPL // 4] == 3
-        vector = self._native.vread(self.pointer, linear, buffer, size, user)
+        user = self.halves[L.CPL // 4] == 3
+        vector = self.native.vread(self.pointer, linear, buffer, size, user)
         if not vector:
             return bytes(buffer)
         if vector > 0:
@@ -340,12 +336,12 @@ class TcgVCpu:
             if vector:
                 raise self._fault(vector)
             take = min(size - len(found), 4096 - (phys & 0xFFF))
-            data = self._vm.peek(phys, take)
+            data = self.vm.peek(phys, take)
             if data is None:
-                apic = self._msrs.apic_page(phys)
+                apic = self.msrs.apic_page(phys)
                 if apic is not None:
                     value = ctypes.c_uint32()
-                    self._native.apic_read(self.pointer, phys & 0xFF0, ctypes.byref(value))
+                    self.native.apic_read(self.pointer, phys & 0xFF0, ctypes.byref(value))
                     data = value.value.to_bytes(4, "little")[phys & 3 :][:take].ljust(take, b"\0")
                 else:
                     data = b"".join(ops.mmio_read(at, w).to_bytes(w, "little") for at, w in self._pieces(phys, take))
@@ -355,8 +351,8 @@ class TcgVCpu:
     def write_linear(self, linear: int, data: bytes, ops: Ops) -> None:
         """Write at a linear address, devices and code included. Raises Fault before anything is written."""
         size = len(data)
-        user = self._d[L.CPL // 4] == 3
-        vector = self._native.vwrite(self.pointer, linear, data, size, user)
+        user = self.halves[L.CPL // 4] == 3
+        vector = self.native.vwrite(self.pointer, linear, data, size, user)
         if not vector:
             return
         if vector > 0:
@@ -367,10 +363,10 @@ class TcgVCpu:
             _, phys = self.walk(linear + at, 1)
             take = min(size - at, 4096 - (phys & 0xFFF))
             part = data[at : at + take]
-            if self._vm.poke(phys, part):
+            if self.vm.poke(phys, part):
                 pass
-            elif self._msrs.apic_page(phys) is not None:
-                self._native.apic_write(self.pointer, phys & 0xFF0, int.from_bytes(part[:4], "little"))
+            elif self.msrs.apic_page(phys) is not None:
+                self.native.apic_write(self.pointer, phys & 0xFF0, int.from_bytes(part[:4], "little"))
             else:
                 self._mmio_write(ops, phys, take, int.from_bytes(part, "little"))
             at += take
@@ -385,7 +381,7 @@ class TcgVCpu:
     def port_allowed(self, port: int, size: int) -> bool:
         """The TSS's I/O permission bitmap (Intel SDM vol. 1, 19.5.2)."""
         base = self.segment_base(7)
-        limit, attributes = unpack_from("<I2xH", self._b, L.SEG + L.SIZEOF_SEG * 7 + L.SEG_LIMIT)
+        limit, attributes = unpack_from("<I2xH", self.raw, L.SEG + L.SIZEOF_SEG * 7 + L.SEG_LIMIT)
         if attributes & 0xF not in (9, 11) or limit < 103:
             return False
         header = self._supervisor_read(base + 102, 2)
@@ -397,7 +393,7 @@ class TcgVCpu:
 
     def _supervisor_read(self, linear: int, size: int) -> bytes:
         buffer = (ctypes.c_char * size)()
-        vector = self._native.vread(self.pointer, linear, buffer, size, 0)
+        vector = self.native.vread(self.pointer, linear, buffer, size, 0)
         if vector > 0:
             raise self._fault(vector)
         return bytes(buffer) if not vector else b"\xff" * size
@@ -406,129 +402,16 @@ class TcgVCpu:
 
     def describe(self) -> str:
         """Registers and the bytes at RIP, for a person."""
-        state = self.get_state()
-        r, s = state.registers, state.system
-        names = " ".join(f"{name}={getattr(r, name):#x}" for name in (*GENERAL, "rip", "rflags"))
-        try:
-            code = self.fetch_bytes(r.rip if self.mode & L.MODE_64 else s.cs.base + r.rip & 0xFFFFFFFF, 16).hex(" ")
-        except Fault:
-            code = "not mapped"
-        return (
-            f"{names} cs={s.cs.selector:#x}:{s.cs.base:#x} ss={s.ss.selector:#x} cr0={s.cr0:#x} "
-            f"cr2={s.cr2:#x} cr3={s.cr3:#x} cr4={s.cr4:#x} efer={s.efer:#x} code at rip: {code}"
-        )
-
-    def _segment(self, number: int) -> Segment:
-        base, limit, selector, attr = unpack_from("<QIHH", self._b, L.SEG + L.SIZEOF_SEG * number)
-        return Segment(
-            selector=selector, base=base, limit=limit, type=attr & 15, s=attr >> 4 & 1, dpl=attr >> 5 & 3,
-            present=attr >> 7 & 1, avl=attr >> 8 & 1, l=attr >> 9 & 1, db=attr >> 10 & 1, g=attr >> 11 & 1,
-            unusable=attr >> 12 & 1,
-        )  # fmt: skip
+        return state.describe(self)
 
     def get_state(self) -> VCpuState:
-        q, d = self._q, self._d
-        registers = Registers(**{name: q[L.GPR // 8 + i] for i, name in enumerate(GENERAL)})
-        registers.rip, registers.rflags = q[L.RIP // 8], self._native.get_eflags(self.pointer)
-        system = SystemRegisters()
-        for i, name in enumerate(SEGMENTS):
-            setattr(system, name, self._segment(i))
-        system.gdt = DescriptorTable(q[L.GDT // 8], d[L.GDT // 4 + 2])
-        system.idt = DescriptorTable(q[L.IDT // 8], d[L.IDT // 4 + 2])
-        system.cr0, system.cr2, system.cr3, system.cr4 = (q[at // 8] for at in (L.CR0, L.CR2, L.CR3, L.CR4))
-        system.cr8, system.efer, system.apic_base = (q[at // 8] for at in (L.CR8, L.EFER, L.APIC_BASE))
-        xsave = bytearray(self._b[L.FX : L.FX + (832 if self.xcr0 & 4 else 576)])
-        if not self.xcr0 & 4:
-            pack_into("<Q", xsave, 512, 3)
-        events = Events(
-            nmi_pending=bool(d[(L.LAPIC + L.LAPIC_NMI) // 4]),
-            nmi_blocked=bool(d[L.NMI_BLOCKED // 4]),
-            interrupt_shadow=bool(d[L.SHADOW // 4]),
-            halted=bool(d[L.HALTED // 4]),
-            startup="wait-for-sipi" if d[L.STARTUP // 4] else "running",
-        )
-        dr = q[L.DR // 8 : L.DR // 8 + 8]
-        lapic = self._msrs.lapic_image() if self._vm.lapic else None
-        tsc = self._native.tsc() + q[L.TSC_OFFSET // 8] & 0xFFFFFFFFFFFFFFFF
-        return VCpuState(
-            registers, system, Fpu(bytes(xsave), self.xcr0), events, self._msrs.all(),
-            (dr[0], dr[1], dr[2], dr[3], dr[6], dr[7]), lapic, tsc,
-        )  # fmt: skip
+        return state.get_state(self)
 
-    def set_state(self, state: VCpuState, /) -> None:
-        q, d = self._q, self._d
-        for i, name in enumerate(GENERAL):
-            q[L.GPR // 8 + i] = getattr(state.registers, name) & 0xFFFFFFFFFFFFFFFF
-        system = state.system
-        for i, name in enumerate(SEGMENTS):
-            s: Segment = getattr(system, name)
-            attr = (
-                s.type
-                | s.s << 4
-                | s.dpl << 5
-                | s.present << 7
-                | s.avl << 8
-                | s.l << 9
-                | s.db << 10
-                | s.g << 11
-                | s.unusable << 12
-            )
-            pack_into("<QIHH", self._b, L.SEG + L.SIZEOF_SEG * i, s.base, s.limit, s.selector, attr)
-        for at, table in ((L.GDT, system.gdt), (L.IDT, system.idt)):
-            q[at // 8], d[at // 4 + 2] = table.base, table.limit
-        for at, value in (
-            (L.CR0, system.cr0 | 0x10), (L.CR2, system.cr2), (L.CR3, system.cr3), (L.CR4, system.cr4),
-            (L.CR8, system.cr8), (L.EFER, system.efer), (L.APIC_BASE, system.apic_base),
-        ):  # fmt: skip
-            q[at // 8] = value
-        self._set_fpu(state.fpu)
-        q[L.RIP // 8] = state.registers.rip
-        self._native.set_eflags(self.pointer, state.registers.rflags)
-        events = state.events
-        for at, flag in (
-            (L.NMI_BLOCKED, events.nmi_blocked),
-            (L.SHADOW, events.interrupt_shadow),
-            (L.HALTED, events.halted),
-        ):
-            d[at // 4] = int(flag)
-        d[(L.LAPIC + L.LAPIC_NMI) // 4] = int(events.nmi_pending)
-        d[L.STARTUP // 4] = int(self._vm.lapic and events.startup != "running")
-        for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
-            q[L.DR // 8 + i] = value
-        if self._vm.lapic:
-            self._msrs.set_lapic(
-                state.lapic, fresh=(state.lapic is None and events.startup != "running") or not state.msrs
-            )
-        self._msrs.set_all(state.msrs)
-        if state.tsc is not None:
-            q[L.TSC_OFFSET // 8] = state.tsc - self._native.tsc() & 0xFFFFFFFFFFFFFFFF
-        if state.msrs.get(TSC_DEADLINE):
-            self._msrs.tsc_deadline(state.msrs[TSC_DEADLINE])
-        self._native.load_pdptes(self.pointer)
-        self._native.reset(self.pointer)
-        if events.exception is not None:
-            self.raise_exception(events.exception, events.error_code)
-        if events.interrupt is not None:
-            self._native.deliver_interrupt(self.pointer, events.interrupt)
-
-    def _set_fpu(self, fpu: Fpu) -> None:
-        if len(fpu.xsave) < 576:
-            raise UsageError(f"FPU state has {len(fpu.xsave)} bytes: expected at least 576")
-        image = bytearray(fpu.xsave[: 832 if self.avx else 576].ljust(832, b"\0"))
-        present = image[512]
-        if not present & 1:  # a state that is not there is the initial one
-            image[0:24] = pack("<H22x", 0x37F)
-            image[32:160] = bytes(128)
-        if not present & 2:
-            image[160:416] = bytes(256)
-            if not present & 4:
-                image[24:28] = pack("<I", 0x1F80)
-        image[512:576] = pack("<B63x", present & 7)
-        self._b[L.FX : L.FX + 832] = image
-        self._d[L.GUEST_XCR0 // 4] = fpu.xcr0 & (7 if self.avx else 3) | 1
+    def set_state(self, new: VCpuState, /) -> None:
+        state.set_state(self, new)
 
     def close(self) -> None:
         """Give its memory back."""
-        for view in (self._q, self._d, self._b):
+        for view in (self.words, self.halves, self.raw):
             view.release()
         self._area.close()

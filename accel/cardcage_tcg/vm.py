@@ -26,8 +26,9 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import Fault
 from cardcage_tcg.library import Area, CodeBuffer, load
+from cardcage_tcg.store import TemplateStore, store_path
 from cardcage_tcg.templates import MASKED_STORES, OFF_X87, unit_of
-from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator, store_path
+from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
 from cardcage_tcg.vcpu import TcgVCpu
 
 if TYPE_CHECKING:
@@ -109,10 +110,9 @@ class TcgVm:
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
         )
         self.cr4_allowed = self._cr4()
-        self._translator = Translator(
-            self.native.head_length, avx=self.model.avx, keep=store_path(options.templates, self.model.avx)
-        )
-        q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._translator.area.address, options.block_size
+        self._store = TemplateStore(store_path(options.templates, self.model.avx))
+        self._translator = Translator(self._store, self.native.head_length, avx=self.model.avx)
+        q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._store.area.address, options.block_size
         self._lock = threading.Lock()
         self._slots: list[MemorySlot] = []
         self._starts: list[int] = []
@@ -233,7 +233,7 @@ class TcgVm:
         self._cpus = []
         self._q.release()
         self._d.release()
-        self._translator.close()
+        self._store.close()
         for area in (*self._pages.values(), self._area, self._hash, self._cross):
             area.close()
         self._code.close()
@@ -299,7 +299,7 @@ class TcgVm:
             phys, linear, pc = phys + skip, linear + skip, pc + skip
         data = self._code_bytes(cpu, phys, linear, mode, pc)
         if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
-            raise AcceleratorError(f"tcg: the template store is full ({self._translator.used >> 20} MiB)")
+            raise AcceleratorError(f"tcg: the template store is full ({self._store.used >> 20} MiB)")
 
     def _add_template(self, data: bytes, link: bool) -> bool:
         return not self.native.add_template(self.pointer, data, len(data), link)
