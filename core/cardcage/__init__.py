@@ -13,8 +13,9 @@ Names here are loaded when first used. A card imports from the modules: ``cardca
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cardcage.errors import (
@@ -63,22 +64,16 @@ __all__ = [
     "hookimpl",
 ]
 
-_HOMES = {
-    "errors": "AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra "
-    "StateError UsageError",
-    "hookspecs": "hookimpl",
-    "host": "Host",
-    "machine": "Machine",
-    "outcome": "Crashed DebugExit Outcome Panicked PoweredOff Reset Stopped TimedOut",
-    "units": "Duration Size",
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names.split():
-            return getattr(import_module(f"cardcage.{module}"), name)
-    raise AttributeError(f"module 'cardcage' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    "cardcage",
+    errors="AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra StateError "
+    "UsageError",
+    hookspecs="hookimpl",
+    host="Host",
+    machine="Machine",
+    outcome="Crashed DebugExit Outcome Panicked PoweredOff Reset Stopped TimedOut",
+    units="Duration Size",
+)
 
 
 def __dir__() -> list[str]:

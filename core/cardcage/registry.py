@@ -82,7 +82,7 @@ class Offer:
             raise CardError(
                 f"{self.name} (card {self.card}, {self.distribution}): cannot be imported: {error}"
             ) from error
-        except Exception as error:
+        except Exception as error:  # a stranger's module may raise anything while it is imported
             raise CardError(f"{self.name} (card {self.card}, {self.distribution}): {error}") from error
 
 

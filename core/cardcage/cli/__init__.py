@@ -13,8 +13,9 @@ Errors are raised, not printed: :func:`main` turns them into one line and a stat
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,17 +34,11 @@ __all__ = [
     "timeout_of",
 ]
 
-_HOMES = {
-    "arguments": ("add_machine_arguments", "draft_of", "timeout_of"),
-    "running": ("EXIT", "SWITCH_INTERVAL", "report", "run_machine"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"cardcage.cli.{module}"), name)
-    raise AttributeError(f"module 'cardcage.cli' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    "cardcage.cli",
+    arguments="add_machine_arguments draft_of timeout_of",
+    running="EXIT SWITCH_INTERVAL report run_machine",
+)
 
 
 def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int:

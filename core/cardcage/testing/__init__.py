@@ -7,8 +7,9 @@ loaded when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cardcage.testing.accelerator import check_accelerator
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TestSlot", "check_accelerator", "check_device", "check_memory"]
 
-_HOMES = {
-    "TestSlot": "slot",
-    "check_accelerator": "accelerator",
-    "check_device": "device",
-    "check_memory": "memory",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"cardcage.testing.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'cardcage.testing' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    "cardcage.testing", accelerator="check_accelerator", device="check_device", memory="check_memory", slot="TestSlot"
+)

@@ -1,0 +1,23 @@
+"""Names of a package that are imported when first used (PEP 562), so that ``import cardcage`` costs nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["lazy_names"]
+
+
+def lazy_names(package: str, **homes: str) -> Callable[[str], Any]:
+    """A package's ``__getattr__``: each keyword is a module of it, its value the names from there, by spaces."""
+
+    def find(name: str) -> Any:
+        for module, names in homes.items():
+            if name in names.split():
+                return getattr(import_module(f"{package}.{module}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
