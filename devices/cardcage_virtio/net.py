@@ -127,6 +127,7 @@ class Net:
     def stop(self) -> None:
         self._pairs = 1
         self._starved.clear()
+        self._gathering.clear()
 
     def _agree(self, features: int) -> None:
         self._offloads = features
