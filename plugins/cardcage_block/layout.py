@@ -21,6 +21,8 @@ COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
 OFFSET = 0x00FFFFFFFFFFFE00
 L2_CACHE = 8192
 """Slices of 4 KiB, each for 512 clusters: 32 MiB for 256 GiB of disk at the usual cluster size."""
+MAX_METADATA = 1 << 23
+"""Clusters of tables that an image may have; an L1 table of QEMU's largest size names half as many."""
 
 
 class Tables:
@@ -47,14 +49,14 @@ class Tables:
         self._note(header.l1_offset, header.l1_size * 8)
         self._note(header.reftable_offset, header.reftable_clusters << bits)
         self._note(header.snapshots_offset, length)
-        tables = [self.l1]
-        for snapshot in self.snapshots:
-            fits(f"snapshot {snapshot.id}'s L1 table", snapshot.l1_offset, snapshot.l1_size * 8)
-            self._note(snapshot.l1_offset, snapshot.l1_size * 8)
-            tables.append(read_array(file, snapshot.l1_offset, snapshot.l1_size))
-        for table in tables:
-            self.metadata.update((entry & OFFSET) >> bits for entry in table if entry)
+        self.metadata.update((entry & OFFSET) >> bits for entry in self.l1 if entry)
         self.metadata.update(entry >> bits for entry in reftable if entry)
+        for offset, size in {(one.l1_offset, one.l1_size) for one in self.snapshots}:
+            fits("L1 table of a snapshot", offset, size * 8)
+            self._note(offset, size * 8)
+            self.metadata.update((entry & OFFSET) >> bits for entry in read_array(file, offset, size) if entry)
+            if len(self.metadata) > MAX_METADATA:
+                raise ConfigError(f"qcow2 image with more than {MAX_METADATA} clusters of tables", file=file.path)
         self._table_slices = 0
         self.l2 = SliceCache(file, "Q", header.cluster_size, self._locate, L2_CACHE)
         self._table_slices = self.l2_bits - self.l2.bits
