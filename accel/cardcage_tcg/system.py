@@ -150,7 +150,7 @@ def _arpl(ins: Instruction) -> HelperCall:
 
 
 def _xlat(ins: Instruction) -> HelperCall:
-    return HelperCall(L.HLP_XLAT, NUMBER[ins.memory_base][1], segment=True)
+    return HelperCall(L.HLP_XLAT, NUMBER[ins.memory_base][1] | (ins.memory_segment - R.ES) << 4, segment=True)
 
 
 _ADDRESS = {

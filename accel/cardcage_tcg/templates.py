@@ -243,7 +243,7 @@ MASKED_STORES = {M.MASKMOVDQU, M.MASKMOVQ, M.VMASKMOVDQU}
 MASKED_MOVES = {M.VMASKMOVPS, M.VMASKMOVPD, M.VPMASKMOVD, M.VPMASKMOVQ}
 ALIGNED_VEX = {M.VMOVAPS, M.VMOVAPD, M.VMOVDQA, M.VMOVNTPS, M.VMOVNTPD, M.VMOVNTDQ, M.VMOVNTDQA}
 AH_TO_BH = {R.AH, R.CH, R.DH, R.BH}
-ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8}
+ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8, 14: 2, 28: 4, 94: 2, 108: 4, 512: 16}
 """Operand size to the alignment that #AC is about."""
 UNALIGNED = {M.MOVUPS, M.MOVUPD, M.MOVDQU, M.LDDQU, M.PCMPESTRI, M.PCMPESTRM, M.PCMPISTRI, M.PCMPISTRM}
 """Instructions of 16 bytes whose misaligned operand is #AC's; with the others it is #GP's, from the host."""

@@ -5,7 +5,7 @@ Elements that are masked out are not accessed, so they cannot fault; a gather th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iced_x86 import Mnemonic, OpKind, RegisterExt
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage.vcpu import Ops
-    from iced_x86 import Instruction
+    from iced_x86 import Instruction, Register_
 
     from cardcage_tcg.emulate import Emulator
 
@@ -36,12 +36,12 @@ class _Vectors:
     def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
 
-    def _get(self, register: Any, size: int = 32) -> bytearray:
+    def _get(self, register: Register_, size: int = 32) -> bytearray:
         number, raw = RegisterExt.number(register), self._emulator.cpu.raw
         low, high = SSE_AT + 16 * number, AVX_AT + 16 * number
         return bytearray(bytes(raw[low : low + 16]) + bytes(raw[high : high + 16]))[:size]
 
-    def _put(self, register: Any, value: bytes | bytearray) -> None:
+    def _put(self, register: Register_, value: bytes | bytearray) -> None:
         number, raw = RegisterExt.number(register), self._emulator.cpu.raw
         value = bytes(value).ljust(32, b"\0")
         raw[SSE_AT + 16 * number : SSE_AT + 16 * number + 16] = value[:16]

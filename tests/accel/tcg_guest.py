@@ -82,7 +82,9 @@ class Guest:
         self._compat = bytes(raw[L.SEG : L.LAPIC])
 
     def _tables(self) -> None:
-        put = lambda at, value: self.memory.write(at, struct.pack("<Q", value))  # noqa: E731
+        def put(at: int, value: int) -> None:
+            self.memory.write(at, struct.pack("<Q", value))
+
         put(PML4, PDPT | 7)
         put(PDPT, PD_LOW | 7)
         put(PD_LOW, PT_LOW | 7)

@@ -19,8 +19,8 @@ XSTATE_SIZE = 832
 """Bytes of an XSAVE image up to AVX's state."""
 GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 _USER_REGS = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss"
-    " fs_base gs_base ds es fs gs"
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base"
+    " ds es fs gs"
 ).split()
 _AT = {name: i for i, name in enumerate(_USER_REGS)}
 _GENERAL_AT = [_AT[name] for name in GENERAL]

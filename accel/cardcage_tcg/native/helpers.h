@@ -72,7 +72,7 @@
     HELPER(POPA, h_popa)             /* imm: size */ \
     HELPER(ENTER, h_enter)           /* imm: size; info[0] = bytes | level << 16 */ \
     HELPER(BOUND, h_bound)           /* imm: reg | size << 4; info[0] = linear address */ \
-    HELPER(XLAT, h_xlat)             /* imm: address size; info[1] = segment base */ \
+    HELPER(XLAT, h_xlat)             /* imm: address size | segment << 4; info[1] = segment base */ \
     HELPER(AAA, h_aaa) \
     HELPER(AAS, h_aas) \
     HELPER(DAA, h_daa) \

@@ -50,6 +50,8 @@ int h_enter(struct cpu *c, u32 arg)
     if (level && (r = push(c, &s, size, frame)))
         return raise_fault(c, r);
     s.sp = (s.sp & ~s.mask) | ((s.sp - (u16)c->info[0]) & s.mask);
+    if ((r = probe_stack(c, &s)))
+        return raise_fault(c, r);
     set_reg(c, RBP, size, frame);
     set_sp(c, &s);
     return H_CONTINUE;
@@ -62,6 +64,8 @@ int h_bound(struct cpu *c, u32 arg)
     union { s32 d[2]; short w[2]; } limits;
     s64 index, low, high;
     int r;
+    if (c->mode & MODE_AC && c->info[0] & (size - 1))
+        return raise(c, EX_AC, 1, 0);
     if ((r = linear_read(c, c->info[0], &limits, size * 2, c->cpl == 3)))
         return memory_fault(c, arg, r);
     index = size == 2 ? (short)value : (s32)value;
@@ -74,7 +78,10 @@ int h_xlat(struct cpu *c, u32 arg)
 {
     u64 off = (c->gpr[RBX] + (c->gpr[RAX] & 0xff)) & size_mask(ARG_IMM(arg) & 15);
     u8 value;
-    int r = linear_read(c, (c->info[1] + off) & linear_mask(c), &value, 1, c->cpl == 3);
+    int r = check_segment(c, (int)(ARG_IMM(arg) >> 4 & 7), off, 1, 0);
+    if (r)
+        return raise_fault(c, r);
+    r = linear_read(c, (c->info[1] + off) & linear_mask(c), &value, 1, c->cpl == 3);
     if (r)
         return memory_fault(c, arg, r);
     set_reg(c, RAX, 1, value);

@@ -174,6 +174,15 @@ int pop(struct cpu *c, struct stack *s, u32 size, u64 *value)
     return 0;
 }
 
+/* The fault that writing at the stack pointer would raise, if it would. */
+int probe_stack(struct cpu *c, const struct stack *s)
+{
+    u64 at, phys;
+    u32 global, writable;
+    int r = stack_linear(c, s, 1, 1, &at);
+    return r ? r : walk(c, at, ACC_WRITE, s->user, &phys, &global, &writable);
+}
+
 /* RSP from a stack: all of it, or only SP where the stack is 16 bits wide. */
 void set_sp(struct cpu *c, const struct stack *s)
 {

@@ -81,6 +81,7 @@ int sys_write(struct cpu *c, u64 linear, const void *from, u32 size);   /* super
 int check_segment(struct cpu *c, int n, u64 off, u64 size, int write);  /* of a 16- or 32-bit mode's segment */
 struct stack current_stack(const struct cpu *c);
 struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error);
+int probe_stack(struct cpu *c, const struct stack *s);
 int push(struct cpu *c, struct stack *s, u32 size, u64 value);
 int pop(struct cpu *c, struct stack *s, u32 size, u64 *value);
 void set_sp(struct cpu *c, const struct stack *s);
