@@ -21,6 +21,7 @@ COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
 OFFSET = 0x00FFFFFFFFFFFE00
 L2_CACHE = 8192
 """Slices of 4 KiB, each for 512 clusters: 32 MiB for 256 GiB of disk at the usual cluster size."""
+MAX_SNAPSHOT_ENTRIES = 1 << 27
 MAX_METADATA = 1 << 23
 """Clusters of tables that an image may have; an L1 table of QEMU's largest size names half as many."""
 
@@ -51,7 +52,10 @@ class Tables:
         self._note(header.snapshots_offset, length)
         self.metadata.update((entry & OFFSET) >> bits for entry in self.l1 if entry)
         self.metadata.update(entry >> bits for entry in reftable if entry)
-        for offset, size in {(one.l1_offset, one.l1_size) for one in self.snapshots}:
+        places = {(one.l1_offset, one.l1_size) for one in self.snapshots}
+        if sum(size for _, size in places) > MAX_SNAPSHOT_ENTRIES:
+            raise ConfigError("qcow2 image whose snapshots have more than 1 GiB of L1 tables", file=file.path)
+        for offset, size in places:
             fits("L1 table of a snapshot", offset, size * 8)
             self._note(offset, size * 8)
             self.metadata.update((entry & OFFSET) >> bits for entry in read_array(file, offset, size) if entry)
