@@ -77,18 +77,20 @@ class Driver:
         self._end = base + room
         memory.write(base, bytes(self._free_memory - base))
         self._recycled: dict[int, list[int]] = {}
-        self._table = memory.view(self.table, 16 * size)
-        self._table16 = self._table.cast("H")
-        self._driver16 = memory.view(self.driver, 6 + 2 * size).cast("H") if not size % 2 else self._odd()
-        self._device_view = memory.view(self.device, 6 + 8 * size)
-        self._device16 = self._device_view[: len(self._device_view) & ~1].cast("H")
+        self.adopt(memory)
         self._free = deque(range(size))
         self._held: dict[int, tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]] = {}
         self._made = self._seen = self._kicked = 0
         self._at, self._wrap, self._used_at, self._used_wrap = 0, 1, 0, 1
 
-    def _odd(self) -> memoryview:
-        return self.memory.view(self.driver, (6 + 2 * self.size) & ~1).cast("H")
+    def adopt(self, memory: GuestMemory) -> None:
+        """Go on in *memory*, which holds the same bytes at the same addresses (a machine's state was loaded)."""
+        self.memory, size = memory, self.size
+        self._table = memory.view(self.table, 16 * size)
+        self._table16 = self._table.cast("H")
+        self._driver16 = memory.view(self.driver, 6 + 2 * size & ~1).cast("H")
+        self._device_view = memory.view(self.device, 6 + 8 * size)
+        self._device16 = self._device_view[: len(self._device_view) & ~1].cast("H")
 
     def place(self, size: int) -> int:
         """Address of a buffer of *size* bytes."""

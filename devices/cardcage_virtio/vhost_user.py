@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 from attrs.validators import ge, in_, le, max_len, min_len
 from cardcage.errors import ConfigError, HostError
 
@@ -32,6 +32,7 @@ __all__ = [
     "VhostUserBlkOptions",
     "VhostUserFsOptions",
     "VhostUserOptions",
+    "VhostUserState",
     "vhost_user_blk",
     "vhost_user_device",
     "vhost_user_fs",
@@ -87,6 +88,14 @@ class VhostUserFsOptions:
     queue_size: int = field(default=128, validator=in_(SIZES))
 
 
+@define
+class VhostUserState:
+    """Where in each running queue the back end was to go on; what is in it is the back end's own to keep."""
+
+    version: ClassVar[int] = 1
+    bases: dict[int, int] = field(factory=dict)
+
+
 class VhostUser:
     """The front end of one back end.
 
@@ -110,6 +119,7 @@ class VhostUser:
         self._events: list[tuple[int, int]] = []
         self._inflight: tuple[int, bytes] | None = None
         self._started: list[int] = []
+        self._bases: dict[int, int] = {}
         self._slot: Slot
         self._io: Virtio
         self._timer: Timer
@@ -167,7 +177,9 @@ class VhostUser:
     # life of the rings
 
     def notified(self, index: int) -> None:
-        """Between the death of a back end and the next: the request waits in its ring."""
+        """After a drain the rings go on; between the death of a back end and the next, requests wait in them."""
+        if self._bases:
+            self._begin(fresh=True)
 
     def start(self) -> None:
         self._started = [at for at, ring in enumerate(self._io.rings) if ring is not None]
@@ -190,6 +202,7 @@ class VhostUser:
                 channel.set_inflight(self._inflight)
             for index in self._started:
                 self._start_ring(channel, index, fresh)
+            self._bases.clear()
         except (OSError, HostError) as error:
             self._died(str(error))
 
@@ -201,13 +214,16 @@ class VhostUser:
             self._host(queue.driver, 6 + 2 * size),
             self._host(queue.device, 6 + 8 * size),
         )
-        base = 0
+        base = self._bases.get(index, 0)
         if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
-            base = self._slot.memory.view(queue.device, 4).cast("H")[1]
+            base = self._used(index)
         channel.set_ring(index, size, base, table, used, avail, kick, call)
-        if not fresh:
+        if base or not fresh:
             os.eventfd_write(kick, 1)  # what came while nobody listened
             os.eventfd_write(call, 1)
+
+    def _used(self, index: int) -> int:
+        return self._slot.memory.view(self._io.queues[index].device, 4).cast("H")[1]
 
     def _host(self, address: int, size: int) -> int:
         for region in self._regions:
@@ -223,7 +239,8 @@ class VhostUser:
             return
         try:
             for index in self._started:
-                channel.stop_ring(index)
+                if index not in self._bases:
+                    self._bases[index] = channel.stop_ring(index)
         except (OSError, HostError) as error:
             self._died(str(error))
 
@@ -231,7 +248,15 @@ class VhostUser:
         for index in self._started:
             self._io.transport.disconnect(index)
         self._started = []
+        self._bases.clear()
         self._drop_inflight()
+
+    def save(self) -> VhostUserState:
+        """After a drain; without a back end, from what was used."""
+        return VhostUserState({index: self._bases.get(index, self._used(index)) for index in self._started})
+
+    def load(self, state: VhostUserState) -> None:
+        self._bases = dict(state.bases)
 
     def _drop_inflight(self) -> None:
         if self._inflight is not None:

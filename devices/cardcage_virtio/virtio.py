@@ -333,7 +333,7 @@ class Virtio:
         self.generation = state.generation
         self.queues = [Queue(q.maximum, q.size, q.table, q.driver, q.device, q.enabled, q.vector) for q in state.queues]
         if state.device is not None:
-            self._tell("load", state.device)
+            self._tell("load", self._device_state(state.device))
         self.status = state.status
         if self.status & DRIVER_OK:
             for index, kept in enumerate(state.rings):
@@ -345,3 +345,16 @@ class Virtio:
             self._tell("start")
             for index in range(len(self.queues)):
                 self.kick(index)
+
+    def _device_state(self, saved: Any) -> Any:
+        """The device's own state, as its class again where it was plain values in between."""
+        if not isinstance(saved, dict):
+            return saved
+        from cattrs import transform_error
+        from cattrs.preconf.json import make_converter
+
+        try:
+            return make_converter(forbid_extra_keys=True).structure(saved, type(self._tell("save")))
+        except Exception as error:  # cattrs raises groups of whatever did not fit
+            why = "; ".join(transform_error(error))
+            raise ConfigError(f"{self.slot.id}: the saved device's state does not fit: {why}") from error

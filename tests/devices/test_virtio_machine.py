@@ -117,6 +117,36 @@ def test_every_device_fits_one_machine(tmp_path: Path, disk: Path) -> None:
         assert len(functions[2].call(driver, 0, [], [32])) == 32
 
 
+def test_state_goes_through_text_into_another_machine(tmp_path: Path, disk: Path) -> None:
+    """A machine's state, as JSON and back, continues each device in a second machine over the same memory."""
+    from cardcage.state import capture, dumps, loads, restore
+
+    (tmp_path / "share").mkdir()
+    devices: list[dict[str, Any]] = [
+        {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw", "readonly": True}},
+        {"type": "virtio-net", "net": "null"},
+        {"type": "virtio-rng"},
+        {"type": "virtio-console", "char": "null"},
+        {"type": "virtio-balloon"},
+        {"type": "virtio-9p", "path": str(tmp_path / "share")},
+        {"type": "virtio-rng-mmio", "address": 0xD0000000, "irq": 5},
+    ]
+    with machine(*devices) as vm:
+        function = Function(vm, 0x1042)
+        (driver,) = function.start(1)
+        for at in range(20):
+            assert function.call(driver, 0, [struct.pack("<IIQ", 0, 0, at)], [512, 1])[:8] == struct.pack("<Q", at)
+        text, ram = dumps(capture(vm)), vm.memory.read(WINDOW, 1 << 20)
+    with machine(*devices) as other:
+        other.memory.write(WINDOW, ram)
+        restore(other, loads(text))
+        again = Function(other, 0x1042, enable=False)
+        assert again.read(0x14, 1) == 15
+        driver.adopt(other.memory)
+        for at in range(20):
+            assert again.call(driver, 0, [struct.pack("<IIQ", 0, 0, at)], [512, 1])[:8] == struct.pack("<Q", at)
+
+
 def test_a_device_without_pci(disk: Path) -> None:
     """The -mmio variant sits at a configured address and interrupt."""
     table = {"type": "virtio-blk-mmio", "drive": {"file": str(disk)}, "address": 0xD0000000, "irq": 5}

@@ -103,6 +103,22 @@ def test_a_device_reset_and_a_second_start(daemon: Daemon) -> None:
     bench.close()
 
 
+def test_saving_a_running_device_and_going_on(daemon: Daemon) -> None:
+    """A save stops the rings for a moment; they go on, and also from the saved state."""
+    bench = blk(daemon)
+    for at in range(5):
+        assert bench.call([read(at)], [512, 1])[:8] == struct.pack("<Q", at)
+    state = bench.virtio.save()
+    assert state.device.bases == {0: 5}
+    for at in range(5):
+        assert bench.call([read(at)], [512, 1])[:8] == struct.pack("<Q", at)
+    state = bench.virtio.save()
+    bench.virtio.load(state)
+    for at in range(5):
+        assert bench.call([read(at)], [512, 1])[:8] == struct.pack("<Q", at)
+    bench.close()
+
+
 def test_no_request_is_lost_when_the_back_end_is_killed(tmp_path: Path) -> None:
     """Kill and restart under load: each request comes back, with the right bytes, and each write is in the file."""
     if DAEMON is None:
