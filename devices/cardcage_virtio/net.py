@@ -88,6 +88,7 @@ class Net:
         self._slot, self.backend = slot, slot.open("net", options.net)
         name = f"{getattr(slot.machine, 'name', '')}/{slot.id}"
         self.mac = bytes.fromhex((options.mac or f"525400{sha256(name.encode()).hexdigest()[:6]}").replace(":", ""))
+        self._own_mac = self.mac
         offered = self.backend.features
         self._vnet = bool(offered.vnet_header)
         bits = {F_MAC, F_STATUS, F_CTRL, F_ANNOUNCE, F_CTRL_MAC}
@@ -125,7 +126,8 @@ class Net:
             self.backend.resume(queue)
 
     def stop(self) -> None:
-        self._pairs = 1
+        self._pairs, self.mac = 1, self._own_mac
+        self._status &= ~ANNOUNCE
         self._starved.clear()
         self._gathering.clear()
 

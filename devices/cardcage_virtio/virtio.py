@@ -15,7 +15,7 @@ and, where it has more to say (each is looked for by name):
 - ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
 - ``notified(index)``: takes requests from ``io.rings[index]`` itself; then ``handle`` is not called;
 - ``drain()``: return when no request is in flight, and take no more before the next ``start`` or notification;
-- ``stop()``: reset. ``unplug()``, ``save()``, ``load(state)`` as for any device.
+- ``stop()``: reset, whether or not ``start`` came before. ``unplug()``, ``save()``, ``load(state)`` as for any device.
 """
 
 from __future__ import annotations
@@ -181,8 +181,7 @@ class Virtio:
             self._tell("drain")
         for index in range(len(self.rings)):
             self._close(index)
-        if self.status & DRIVER_OK:
-            self._tell("stop")
+        self._tell("stop")
         self.status = self.features = self.driver_features = self.generation = 0
         for queue in self.queues:
             queue.clear()
