@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 from functools import partial
@@ -12,6 +11,7 @@ import pluggy
 from attrs import frozen
 
 from cardcage import __version__
+from cardcage.discovery import announced
 from cardcage.errors import CardError, ConfigError, UsageError
 from cardcage.hookspecs import Hooks
 from cardcage.log import Log, LogSink
@@ -21,7 +21,6 @@ from cardcage.structure import structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from importlib.metadata import EntryPoint
 
     from cardcage.machine import Machine
 
@@ -105,6 +104,10 @@ def _itself(card: Any) -> Any:
     return card
 
 
+def _nothing() -> None:
+    return None
+
+
 class Host:
     """Owns the plugin manager, the registry and the machines made with it. Nothing is a module global.
 
@@ -133,7 +136,9 @@ class Host:
         if installed:
             self._load_installed()
         for card in cards:
-            self._load(getattr(card, "__name__", type(card).__name__), "given to Host", partial(_itself, card))
+            self._load(
+                getattr(card, "__name__", type(card).__name__), "given to Host", partial(_itself, card), _nothing
+            )
 
     def share(self, key: str, make: Callable[[], Any]) -> Any:
         """What cards of several machines of this host use together, made by the first who asks. Thread-safe.
@@ -153,23 +158,11 @@ class Host:
         return manager
 
     def _load_installed(self) -> None:
-        from importlib.metadata import entry_points
-
-        named: dict[int, tuple[str, str]] = {}  # reading a distribution's metadata is slow: once each
-
-        def whose(point: EntryPoint) -> tuple[str, str]:
-            if id(point.dist) not in named:
-                metadata = point.dist.metadata if point.dist is not None else {"Name": "unknown", "Version": ""}
-                named[id(point.dist)] = metadata["Name"], metadata["Version"]
-            return named[id(point.dist)]
-
         # Our own first: of two cards that offer the same name, the stranger's is the one left out.
-        for point in sorted(entry_points(group=GROUP), key=lambda one: (whose(one)[0] != GROUP, one.name)):
-            self._load(
-                point.name, " ".join(whose(point)).strip(), point.load, (point.dist and point.dist.requires) or ()
-            )
+        for one in sorted(announced(GROUP), key=lambda one: (one.project != GROUP, one.name)):
+            self._load(one.name, f"{one.project} {one.version}".strip(), one.load, partial(one.requires, GROUP))
 
-    def _load(self, name: str, distribution: str, load: Callable[[], Any], requires: Iterable[str] = ()) -> None:
+    def _load(self, name: str, distribution: str, load: Callable[[], Any], asks_for: Callable[[], str | None]) -> None:
         staged = Registry(name, distribution)
         try:
             self.mediator.check("host", name, "card", "load")
@@ -185,7 +178,7 @@ class Host:
         except Exception as error:  # anything that a stranger's import or hook may raise
             reason = str(error) if isinstance(error, CardError) else f"{type(error).__name__}: {error}"
             if isinstance(error, MISMATCH):
-                wanted = next((one for one in requires if re.match(rf"{GROUP}\b(?!-)", one)), "no particular cardcage")
+                wanted = asks_for() or "no particular cardcage"
                 reason += f" (this is cardcage {__version__}; the card asks for {wanted})"
             self.broken.append(BrokenCard(name, distribution, " ".join(reason.split()), error))
             return

@@ -6,10 +6,13 @@ import re
 import signal
 import sys
 import types
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import frozen
+from cardcage.discovery import announced
 from cardcage.errors import CardError, ConfigError, Denied, MissingExtra, UsageError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
@@ -97,6 +100,41 @@ def test_installed_cards_are_found_by_entry_point() -> None:
     assert {"kvm", "tcg", "pc", "pci", "virtio", "boot"} <= {one.name for one in host.cards}
     assert not host.broken
     assert all(one.distribution.startswith("cardcage ") for one in host.cards if one.name in ("kvm", "pc"))
+
+
+def test_discovery_answers_as_importlib_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry points of a group are those that importlib.metadata finds, in each form that metadata has."""
+
+    def add(folder: str, name: str, points: str, metadata: str = "METADATA") -> None:
+        made = tmp_path / folder / name
+        made.mkdir(parents=True)
+        project, _, version = name.rpartition(".")[0].partition("-")
+        (made / metadata).write_text(
+            f"Metadata-Version: 2.1\nName: {project.replace('_', '-')}\nVersion: {version}\n"
+            f"Requires-Dist: cardcage-more\nRequires-Dist: cardcage>=3 ; extra == 'x'\n\nName: not this\n"
+        )
+        (made / "entry_points.txt").write_text(points)
+
+    add(
+        "one",
+        "my_card-1.0.dist-info",
+        "# no\n[other]\nx = y\n\n[cardcage]\n my = my_card \n# off = z\nsub=a.b:c.d [more]\n",
+    )
+    add("one", "old-2.egg-info", "[cardcage]\nold = old\n", "PKG-INFO")
+    add("one", "none-3.dist-info", "[console_scripts]\nnone = none:main\n")
+    add("two", "My.Card-9.dist-info", "[cardcage]\nhidden = hidden\n")
+    for folder in ("missing", "two", "one"):
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    for group in ("cardcage", "console_scripts", "pytest11", "nothing"):
+        theirs = {
+            (one.name, one.value, one.dist.name, one.dist.version) for one in entry_points(group=group) if one.dist
+        }
+        assert {(one.name, one.value, one.project, one.version) for one in announced(group)} == theirs
+    (mine,) = (one for one in announced("cardcage") if one.name == "my")
+    assert mine.requires("cardcage") == "cardcage>=3 ; extra == 'x'"
+    assert mine.requires("pytest") is None
+    (script,) = (one for one in announced("console_scripts") if one.name == "cardcage")
+    assert callable(script.load())
 
 
 def test_registering_imports_nothing_heavy() -> None:
