@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Apt", "depends", "unpack"]
 
+ROOM = 256 << 20
+"""Bytes that lists, a kernel package and what is in it need, rounded up."""
+
 # What a host's apt.conf.d may run around an update is the host's business, not ours; -c files are read after it.
 CONFIG = """\
 #clear APT::Update::Pre-Invoke;
@@ -95,7 +98,17 @@ class Apt:
         return status, (errors or text or ["no output"])[-1]
 
     def update(self) -> None:
-        """Fetch package lists. A source that fails is not fatal: a package that is then missing is."""
+        """Fetch package lists. A source that fails is not fatal: a package that is then missing is.
+
+        Raises HostError without room for what is fetched: apt itself waits for ever on a full disk.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < ROOM:
+            raise HostError(
+                f"{self.root}: {free >> 20} MiB are free, and fetching needs {ROOM >> 20} MiB: "
+                "make room, or set XDG_CACHE_HOME to a folder that has it"
+            )
         self._fetch("package lists", "update")
 
     def show(self, package: str) -> dict[str, str] | None:

@@ -46,16 +46,21 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def publish_file(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    """Write a file that appears whole or not at all. Raises HostError."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise HostError(
+            f"{path.parent}: cannot be written: {error.strerror}; XDG_CACHE_HOME moves the cache"
+        ) from error
 
 
 @contextmanager

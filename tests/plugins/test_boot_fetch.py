@@ -147,6 +147,16 @@ def test_archive_without_a_kernel_is_one_clear_error(archive: Archive, shelf: Sh
 
 
 @needs_apt
+def test_without_room_nothing_is_fetched(archive: Archive, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk without room for a kernel the run ends with one sentence, and apt is not started."""
+    add_kernel(archive, "9.9.9-1-cloud-amd64")
+    usage = shutil.disk_usage(shelf.root.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(HostError, match="1 MiB are free, and fetching needs 256 MiB"):
+        shelf.kernel()
+
+
+@needs_apt
 def test_doctor_says_what_is_there(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor's line tells a kept kernel from one that can be fetched and from one that cannot."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -218,6 +228,13 @@ def test_published_things_are_whole_or_absent(tmp_path: Path) -> None:
         (fresh / "y").write_text("3")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["file", "folder"]
     assert os.listdir(tmp_path / "a/folder") == ["y"]
+
+
+def test_a_cache_that_cannot_be_written_is_the_hosts_fault(tmp_path: Path) -> None:
+    """A file that cannot be kept is an error about the cache folder."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(HostError, match="XDG_CACHE_HOME"):
+        publish_file(tmp_path / "file/below", b"x")
 
 
 def test_lock_is_exclusive_and_says_that_it_waits(tmp_path: Path) -> None:
