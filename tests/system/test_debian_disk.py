@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="debootstrapping and namespaces need root"),
     pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {' '.join(TOOLS)}"),
     pytest.mark.timeout(1500),
+    pytest.mark.once,
 ]
 
 FILES = {
