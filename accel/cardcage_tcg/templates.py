@@ -1004,8 +1004,9 @@ class Templates:
             return t
         if mnemonic == M.STI and (self.mode & L.MODE_IOPL) and not self.mode & L.MODE_VM86:
             t.clobbers = t.shadow = True
-            # or eflags, IF; mov edi, [irq_pending]; or [poll], edi
-            t.code = alu_flags(None, 0x200) + load32(7, L.IRQ_PENDING) + b"\x09\xbc\x24" + pack("<i", L.POLL)
+            # or eflags, IF; cmp [irq_pending], 0; je over; mov [poll], 1: others set it, too, so it is never cleared
+            t.code = alu_flags(None, 0x200) + b"\x83\xbc\x24" + pack("<iB", L.IRQ_PENDING, 0)
+            t.code += b"\x74\x0b\xc7\x84\x24" + pack("<iI", L.POLL, 1)
             return t
         if mnemonic == M.MOV and ins.op_count == 2:
             if ins.op1_kind == K.REGISTER and R.ES <= ins.op1_register <= R.GS and ins.op0_kind == K.REGISTER:

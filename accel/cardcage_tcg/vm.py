@@ -24,7 +24,7 @@ from iced_x86 import (
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpuid import CpuModel
-from cardcage_tcg.emulate import Fault
+from cardcage_tcg.emulate import UD, Fault
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.store import TemplateStore, store_path
 from cardcage_tcg.templates import MASKED_STORES, OFF_X87, unit_of
@@ -298,6 +298,8 @@ class TcgVm:
         if skip and not single:
             phys, linear, pc = phys + skip, linear + skip, pc + skip
         data = self._code_bytes(cpu, phys, linear, mode, pc)
+        if self.host(phys) is None:
+            raise Fault(UD)  # code outside RAM: an open bus, all ones
         if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
             raise AcceleratorError(f"tcg: the template store is full ({self._store.used >> 20} MiB)")
 

@@ -105,6 +105,7 @@ u64 native_dispatch(struct cpu *c)
             u64 code = (u64)(b + 1);
             j->code = code;
             j->pc = c->rip;
+            c->jc_local[m] |= !global || b->phys2 != ~0ul;
             spin_unlock(&c->vm->lock);
             return code;
         }
@@ -219,7 +220,17 @@ void cross_unlink(struct vm *vm)
     for (u32 i = 0; i < vm->crossed; i++)
         aim(vm, ((struct site **)vm->cross)[i], stub_of(((struct site **)vm->cross)[i]));
     vm->crossed = 0;
+    for (u32 i = 0; i < 16; i++)
+        vm->cross_pages[i] = 0;
     spin_unlock(&vm->lock);
+}
+
+static void cross_mark(struct vm *vm, u64 linear) { vm->cross_pages[linear >> 27 & 15] |= 1ul << (linear >> 21 & 63); }
+
+/* Whether a chain between pages may lead to a page in the same 2 MiB. */
+int cross_reaches(const struct vm *vm, u64 linear)
+{
+    return vm->crossed && vm->cross_pages[linear >> 27 & 15] >> (linear >> 21 & 63) & 1;
 }
 
 /* A jump that no chain may take: code that goes through the jump cache, put behind the blocks. */
@@ -265,6 +276,9 @@ u64 native_chain(struct cpu *c, u64 ret)
             link(vm, s, to);
         } else if (cross && vm->crossed < MAX_CROSS) {
             ((struct site **)vm->cross)[vm->crossed++] = s;
+            cross_mark(vm, goal);
+            if (to->phys2 != ~0ul)
+                cross_mark(vm, goal + 4096);
             link(vm, s, to);
         } else if (!s->next) {
             struct block *bridge = make_bridge(vm, from, pc);
@@ -340,6 +354,7 @@ void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size)
 {
     struct page *p = &s->pages[(gpa - s->gpa) >> 12];
     u32 low = gpa & 0xfff, high = low + size - 1;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the write first; install() marks the page before it compares */
     if (high > 0xfff)
         high = 0xfff;
     if (likely(!(__atomic_load_n(&p->code, __ATOMIC_SEQ_CST) & granules(low, high))))
@@ -390,8 +405,8 @@ EXPORTED void tcg_watch(struct vm *vm, u64 gpa)
     struct page *p = page_of(vm, gpa, &s);
     if (!p || __atomic_load_n(&p->code, __ATOMIC_SEQ_CST) == ~0ul || p->first)
         return;
-    __atomic_store_n(&p->code, ~0ul, __ATOMIC_SEQ_CST);
     tcg_stop_world(vm);
+    __atomic_store_n(&p->code, ~0ul, __ATOMIC_SEQ_CST); /* only now: who finds it set relies on what follows */
     u64 host = s->host + ((gpa & ~0xffful) - s->gpa);
     for (u32 i = 0; i < vm->ncpus; i++)
         if (vm->cpus[i])
@@ -428,6 +443,11 @@ u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *g
         first = plan->length;
     u8 *ram = phys_host(vm, plan->phys, 0), *ram2 = plan->phys2 == ~0ul ? 0 : phys_host(vm, plan->phys2, 0);
     struct page *p = ram ? page_of(vm, plan->phys, 0) : 0, *p2 = ram2 ? page_of(vm, plan->phys2, 0) : 0;
+    if (!p || (plan->phys2 != ~0ul && !p2))
+        goto out;
+    /* a page without blocks must still be watched since tcg_watch: a write meanwhile ended that */
+    if ((!p->first && !p->code) || (p2 && !p2->first && !p2->code))
+        goto out;
     if (p)
         __atomic_fetch_or(&p->code, granules(plan->phys & 0xfff, (u32)(plan->phys & 0xfff) + first - 1), __ATOMIC_SEQ_CST);
     if (p2)

@@ -92,7 +92,8 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
 #define TLB_EMPTY 0x4000000000000000ul /* not canonical: never equal to a page */
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
-struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64]; }; /* local: entries that a CR3 load drops (not global) */
+/* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too */
+struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64]; };
 struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
@@ -149,6 +150,7 @@ struct cpu {
     u32 extint;           /* level of the 8259's INTR */
     u32 jc_mode[2];
     u64 jc_base[2];
+    u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
     u32 last_vector, code_hit;
     u32 sleeping, abort_kind;  /* in the futex of HLT; what native_abort is to do */
     u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
@@ -190,12 +192,14 @@ struct vm {
     u64 stat[16];
     u64 store;                     /* struct store: templates */
     u64 cross;                     /* struct site *[MAX_CROSS]: those chains */
+    u64 cross_pages[16];           /* bits by 2 MiB: where they may lead to */
     u64 block_limit;               /* the most instructions in a block */
 };
 
 /* ---- mmu.c ---- */
 enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
+enum { PAGE_LARGE = 2 };  /* in *writable, beside 1: the page is one of 2 MiB or more */
 int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable);
 /* Linear memory, system accesses included (user = 0 forces supervisor rights). 0, or a vector with error code in *err set through raise(). */
 int vread(struct cpu *c, u64 linear, void *to, u32 size, int user);

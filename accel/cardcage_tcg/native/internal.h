@@ -90,6 +90,7 @@ extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
 u64 native_lookup(struct cpu *c);
 void cross_unlink(struct vm *vm);
+int cross_reaches(const struct vm *vm, u64 linear);
 u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
 u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single);
 u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest);

@@ -39,14 +39,15 @@ static int fault(struct cpu *c, u64 linear, int access, int user, u32 present, u
     return EX_PF;
 }
 
-static void set_bits(void *entry, u64 old, u64 bits, int wide)
+/* 0 when another processor changed the entry meanwhile: what was translated may be gone. */
+static int set_bits(void *entry, u64 old, u64 bits, int wide)
 {
     if ((old & bits) == bits)
-        return;
+        return 1;
     if (wide)
-        __atomic_fetch_or((u64 *)entry, bits, __ATOMIC_SEQ_CST);
-    else
-        __atomic_fetch_or((u32 *)entry, (u32)bits, __ATOMIC_SEQ_CST);
+        return __atomic_compare_exchange_n((u64 *)entry, &old, old | bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    u32 narrow = (u32)old;
+    return __atomic_compare_exchange_n((u32 *)entry, &narrow, narrow | (u32)bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable)
@@ -58,10 +59,12 @@ int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global
         *global = 1;
         return 0;
     }
-    u64 rights = PTE_W | PTE_U, nx = 0, entry, page_mask;
+    u64 rights, nx, entry, page_mask;
     void *entries[4], *at;
     u64 values[4];
-    int depth = 0, wide = 1;
+    int depth, wide;
+again:
+    rights = PTE_W | PTE_U, nx = 0, depth = 0, wide = 1;
     if (!(c->cr4 & CR4_PAE)) {
         wide = 0;
         u64 table = c->cr3 & 0xfffff000;
@@ -140,18 +143,18 @@ int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global
     }
     if (access == ACC_EXEC && nx)
         return fault(c, linear, access, user, 1, 0);
-    for (int i = 0; i < depth - 1; i++)
-        set_bits(entries[i], values[i], PTE_A, wide);
-    set_bits(entries[depth - 1], values[depth - 1], access == ACC_WRITE ? PTE_A | PTE_D : PTE_A, wide);
+    for (int i = 0; i < depth; i++)
+        if (!set_bits(entries[i], values[i], access == ACC_WRITE && i == depth - 1 ? PTE_A | PTE_D : PTE_A, wide))
+            goto again;
     *phys |= linear & page_mask & ~0xffful;
     *global = (entry & PTE_G) && c->cr4 & CR4_PGE;
-    *writable = (rights & PTE_W) != 0;
+    *writable = (rights & PTE_W ? 1 : 0) | (page_mask > 0xfff ? PAGE_LARGE : 0);
     return 0;
 }
 
 static u32 tlb_index(u64 linear) { return (linear >> 12) & (TLB_SIZE - 1); }
 
-static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global)
+static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 large)
 {
     u32 i = tlb_index(linear);
     t->e[i].tag = linear & ~0xffful;
@@ -160,6 +163,21 @@ static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global)
         t->local[i / 64] &= ~(1ul << i % 64);
     else
         t->local[i / 64] |= 1ul << i % 64;
+    if (large)
+        t->large[i / 64] |= 1ul << i % 64;
+    else
+        t->large[i / 64] &= ~(1ul << i % 64);
+}
+
+/* INVLPG drops the whole of a large page, of which there are pieces here: all that lie in its GiB. */
+static void tlb_drop_large(struct tlb *t, u64 linear)
+{
+    for (u32 i = 0; i < TLB_SIZE / 64; i++)
+        for (u64 bits = t->large[i]; bits; bits &= bits - 1) {
+            struct tlb_entry *e = &t->e[i * 64 + (u32)__builtin_ctzl(bits)];
+            if ((e->tag ^ linear) >> 30 == 0)
+                e->tag = TLB_EMPTY;
+        }
 }
 
 static void tlb_clear(struct tlb *t, int global)
@@ -194,20 +212,19 @@ static void jc_flush_one(struct cpu *c, u32 m)
         c->jc[m][i].pc = TLB_EMPTY;
 }
 
-/* A supervisor jump-cache entry survives a CR3 load only when its page is global: `jc_local` says one is not. */
+/* Jump-cache entries derive from translations, also from those that the xtlb no longer holds: jc_local says that one may
+ * be of a page that is not global. */
 void tlb_flush(struct cpu *c, int global)
 {
     for (u32 m = 0; m < 2; m++) {
         tlb_clear(&c->tlb_r[m], global);
         tlb_clear(&c->tlb_w[m], global);
-        u32 local = 0;
         for (u32 i = 0; i < XTLB_SIZE; i++)
-            if (global || c->xtlb[m][i].tag & 1) {
+            if (global || c->xtlb[m][i].tag & 1)
                 c->xtlb[m][i].tag = TLB_EMPTY;
-                local = 1;
-            }
-        if (local)
+        if (global || c->jc_local[m])
             jc_flush_one(c, m);
+        c->jc_local[m] = 0;
     }
     if (global)
         cross_unlink(c->vm);
@@ -215,20 +232,26 @@ void tlb_flush(struct cpu *c, int global)
 
 void tlb_flush_page(struct cpu *c, u64 linear)
 {
-    u32 i = tlb_index(linear), x = (linear >> 12) & (XTLB_SIZE - 1);
+    u32 i = tlb_index(linear);
     u64 page = linear & ~0xffful;
     for (u32 m = 0; m < 2; m++) {
         if (c->tlb_r[m].e[i].tag == page)
             c->tlb_r[m].e[i].tag = TLB_EMPTY;
         if (c->tlb_w[m].e[i].tag == page)
             c->tlb_w[m].e[i].tag = TLB_EMPTY;
-        if ((c->xtlb[m][x].tag & ~1ul) == page) {
-            c->xtlb[m][x].tag = TLB_EMPTY;
-            jc_flush_one(c, m);
-            if (m == 0) /* user code has no chains between pages */
-                cross_unlink(c->vm);
+        tlb_drop_large(&c->tlb_r[m], linear);
+        tlb_drop_large(&c->tlb_w[m], linear);
+        for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
+            if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
+                c->xtlb[m][n].tag = TLB_EMPTY;
+        for (u32 n = 0; n < JC_SIZE; n++) { /* blocks that begin there, or reach it with their one instruction */
+            u64 at = c->jc[m][n].pc + c->jc_base[m];
+            if ((at ^ linear) >> 21 == 0 || ((at + 14) ^ linear) >> 21 == 0)
+                c->jc[m][n].pc = TLB_EMPTY;
         }
     }
+    if (cross_reaches(c->vm, linear))
+        cross_unlink(c->vm);
 }
 
 /* Drop write entries for a page that now holds code, on a vCPU that is not running. */
@@ -283,12 +306,12 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
     if (!page)
         return 0;
     struct page *info = &(*slot)->pages[(*phys - (*slot)->gpa) >> 12];
-    u32 which = c->cpl == 3;
+    u32 which = c->cpl == 3, fills = user == (int)which && c->in_native; /* Python's accesses may run while tcg_watch does */
     if (!write) {
-        if (user == (int)which)
-            tlb_fill(&c->tlb_r[which], linear, (u64)page, global);
-    } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && user == (int)which) {
-        tlb_fill(&c->tlb_w[which], linear, (u64)page, global);
+        if (fills)
+            tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable & PAGE_LARGE);
+    } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && fills) {
+        tlb_fill(&c->tlb_w[which], linear, (u64)page, global, writable & PAGE_LARGE);
     }
     *host = page;
     return 0;

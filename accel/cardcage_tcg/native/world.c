@@ -98,8 +98,8 @@ EXPORTED void tcg_stop_world(struct vm *vm)
         struct cpu *c = vm->cpus[i];
         if (!c)
             continue;
-        __atomic_store_n(&c->poll, 1, __ATOMIC_SEQ_CST);
         for (u32 spins = 0; __atomic_load_n(&c->in_native, __ATOMIC_SEQ_CST); spins++) {
+            __atomic_store_n(&c->poll, 1, __ATOMIC_SEQ_CST);
             if (spins < 200)
                 __builtin_ia32_pause();
             else
