@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cardcage.backends import BlockInfo
 
-__all__ = ["File", "HostFile", "Image", "take", "zeros"]
+__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "zeros"]
 
 SECTOR = 512
 IOV_MAX = 1024
@@ -51,6 +51,20 @@ def take(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryv
         if not length:
             break
     return found
+
+
+def scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:
+    """Fill *buffers* one after another from *data*, which is as long as all of them."""
+    for buffer in buffers:
+        buffer[:] = data[: len(buffer)]
+        data = data[len(buffer) :]
+
+
+def clear(buffers: Sequence[memoryview]) -> None:
+    """Fill *buffers* with zeros."""
+    for buffer in buffers:
+        for at in range(0, len(buffer), len(_ZEROS)):
+            buffer[at : at + len(_ZEROS)] = zeros(min(len(_ZEROS), len(buffer) - at))
 
 
 class File(Protocol):
@@ -203,9 +217,7 @@ class HostFile:
                 got = os.preadv(self.fd, left[:IOV_MAX], offset + done)
             left, done = take(left, got, length - done - got), done + got
             if not got:
-                for buffer in left:
-                    for at in range(0, len(buffer), len(_ZEROS)):
-                        buffer[at : at + len(_ZEROS)] = zeros(min(len(_ZEROS), len(buffer) - at))
+                clear(left)
                 return
 
     def _read_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:

@@ -27,8 +27,9 @@ from cardcage.errors import ConfigError
 
 from cardcage_block import compressed
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
-from cardcage_block.hostfile import take, zeros
+from cardcage_block.hostfile import clear, scatter, take, zeros
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, ZERO, Tables
+from cardcage_block.limbo import Limbo
 from cardcage_block.tables import sectors
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ class Qcow2Image:
         self._inflater = compressed.Inflater(file, self._bits, header.compression)
         self.info = BlockInfo(header.size & ~511, 512, readonly, discard and not readonly, not readonly)
         self._alloc, self._committing = threading.Lock(), threading.Lock()
-        self._inflight: dict[int, int] = {}
-        self._epoch = self._started = self._completed = 0
-        self._freed: list[int] = []
-        self._limbo: list[tuple[int, list[int]]] = []
+        self._limbo = Limbo()
+        self._inflight = self._limbo.inflight
+        self._started = self._completed = 0
         self._lazy = bool(header.compatible & COMPAT_LAZY) and header.version >= 3 and not readonly
         self._closed = False
         if header.autoclear and not readonly:
@@ -116,7 +116,7 @@ class Qcow2Image:
         """Fill the writable *buffers* one after another."""
         length = sum(map(len, buffers))
         me = get_ident()
-        self._inflight[me] = self._epoch  # from here on no cluster that we look up is given to somebody else
+        self._inflight[me] = self._limbo.epoch  # from here on no cluster that we look up is given to somebody else
         try:
             start, cluster = offset & self._mask, offset >> self._bits
             table = self._slices.get(cluster >> self._slice_bits)
@@ -134,7 +134,7 @@ class Qcow2Image:
         """Fill the *buffers* if that takes no waiting: one cluster's data, its table entry and bytes both in memory."""
         length = sum(map(len, buffers))
         me = get_ident()
-        self._inflight[me] = self._epoch  # as in readv
+        self._inflight[me] = self._limbo.epoch  # as in readv
         try:
             start, cluster = offset & self._mask, offset >> self._bits
             table = self._slices.get(cluster >> self._slice_bits)
@@ -180,14 +180,14 @@ class Qcow2Image:
                 self._file.read(where, part, run)
             elif kind == PACKED:
                 inside = (offset + done) & self._mask
-                _scatter(memoryview(self._inflater.get(where))[inside : inside + run], part)
+                scatter(memoryview(self._inflater.get(where))[inside : inside + run], part)
             elif kind == UNALLOCATED and self._backing is not None:
                 here = min(max(self._backing.info.size - offset - done, 0), run)
                 if here:
                     self._backing.readv(offset + done, take(part, 0, here))
-                _clear(take(part, here, run - here))
+                clear(take(part, here, run - here))
             else:
-                _clear(part)
+                clear(part)
             done += run
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
@@ -205,7 +205,7 @@ class Qcow2Image:
         """Write *buffers* one after another."""
         length = sum(map(len, buffers))
         me = get_ident()
-        self._inflight[me] = self._epoch
+        self._inflight[me] = self._limbo.epoch
         try:
             start, cluster = offset & self._mask, offset >> self._bits
             table = self._slices.get(cluster >> self._slice_bits)
@@ -288,7 +288,7 @@ class Qcow2Image:
         for number in range(first >> self.tables.l2_bits, (last >> self.tables.l2_bits) + 1):
             old = self.tables.own_table(number << self.tables.l2_bits)
             if old:
-                self._freed.append(old >> self._bits)
+                self._limbo.given_up.append(old >> self._bits)
 
     def _change(self, cluster: int, entry: int) -> None:
         """Set an L2 entry whose table is the disk's own, and let go of what it named unless *entry* names the same."""
@@ -302,7 +302,7 @@ class Qcow2Image:
         if not self._metadata.isdisjoint(gone):
             raise self._corrupt(f"L2 entry {old:#x}: names metadata")
         self._l2.set(cluster, entry)
-        self._freed += gone
+        self._limbo.given_up += gone
 
     def _write_filled(
         self, cluster: int, run: int, host: int, offset: int, buffers: list[memoryview], length: int
@@ -423,9 +423,9 @@ class Qcow2Image:
             place = (refcounts.table_offset, len(refcounts.table) * 8 >> self._bits)
             changed_l1, tables.dirty_l1 = tables.dirty_l1, set()
             mapping = self._l2.begin() + sectors(tables.l1, header.l1_offset, changed_l1)
-            freed, self._freed = self._freed, []
-            outgrown = refcounts.take_outgrown() if moved else []
-            epoch, self._epoch = self._epoch, self._epoch + 1
+            if moved:
+                self._limbo.given_up += refcounts.take_outgrown()
+            batch = self._limbo.begin()
         try:
             self._write_all(blocks)
             if entries:
@@ -441,16 +441,12 @@ class Qcow2Image:
                 refcounts.undo()
                 self._l2.undo()
                 tables.dirty_l1 |= changed_l1
-                refcounts.outgrown += outgrown
-                self._freed += freed
+                self._limbo.undo(batch)
             raise
         with self._alloc:
             refcounts.done()
             self._l2.done()
-            if moved:
-                freed += outgrown
-            if freed:
-                self._limbo.append((epoch, freed))
+            self._limbo.done(batch)
             self._let_go()
 
     def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
@@ -460,13 +456,11 @@ class Qcow2Image:
 
     def _let_go(self) -> None:
         """Lower the counts of clusters that nothing on disk names and no request under way can have looked up."""
-        oldest = min(list(self._inflight.values()), default=self._epoch)
-        ready = [clusters for epoch, clusters in self._limbo if epoch < oldest]
+        ready = self._limbo.ready()
         if not ready:
             return
-        self._limbo = [batch for batch in self._limbo if batch[0] >= oldest]
         self._inflater.forget()
-        free = sorted(one for clusters in ready for one in clusters if self.tables.refcounts.drop(one))
+        free = sorted(one for one in ready if self.tables.refcounts.drop(one))
         self._metadata.difference_update(free)
         at = 0
         while self._punch and at < len(free):
@@ -495,21 +489,9 @@ class Qcow2Image:
     def _settle(self) -> None:
         self._commit()
         self._lazy = False
-        while self._freed or self._limbo or self._l2.dirty or self.tables.dirty_l1 or self.tables.refcounts.is_dirty():
+        while self._limbo or self._l2.dirty or self.tables.dirty_l1 or self.tables.refcounts.is_dirty():
             self._commit()
         if self._header.incompatible & INCOMPAT_DIRTY:
             self._header.incompatible &= ~INCOMPAT_DIRTY
             self.tables.write_header()
             self._sync()
-
-
-def _scatter(data: memoryview, buffers: list[memoryview]) -> None:
-    for buffer in buffers:
-        buffer[:] = data[: len(buffer)]
-        data = data[len(buffer) :]
-
-
-def _clear(buffers: list[memoryview]) -> None:
-    for buffer in buffers:
-        for at in range(0, len(buffer), 1 << 21):
-            buffer[at : at + (1 << 21)] = zeros(min(1 << 21, len(buffer) - at))
