@@ -16,8 +16,8 @@ from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
 from cardcage.units import Duration
 
-from cardcage_net.framing import FrameStream
 from cardcage_net.inbox import FRAME_MAX, FRAME_MIN, Inbox
+from cardcage_net.link import Link
 from cardcage_net.pcap import dumped
 from cardcage_net.switch import clear_socket, listen_unix
 
@@ -101,11 +101,10 @@ class StreamNet:
         self._family, self._where = address(options.connect or options.listen or "")
         self._wait = int(options.reconnect * 1e9)
         self._timer = slot.clock.timer(self._dial)
-        self._inbox = Inbox(0, self._pause, self._go_on)
-        self._stream: FrameStream | None = None
+        self._link = Link(slot, self._lost)
         self._listener: socket.socket | None = None
         self._calling: Any = None
-        self._started = self._closed = False
+        self._closed = False
         if options.listen is not None:
             self._listener = self._listen()
         else:
@@ -141,9 +140,7 @@ class StreamNet:
     def _attach(self, connection: socket.socket) -> None:
         if self._family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._stream = FrameStream(self._slot, connection, self._inbox.put, self._lost)
-        if self._started and not self._inbox.full:
-            self._stream.start()
+        self._link.attach(connection)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -155,9 +152,6 @@ class StreamNet:
         self._attach(connection)
 
     def _lost(self, reason: str) -> None:
-        self._stream = None
-        if self._closed:
-            return
         self._slot.log.info("network peer is gone", reason=reason)
         if self._listener is not None:
             self._slot.add_reader(self._listener.fileno(), self._accept)
@@ -201,29 +195,18 @@ class StreamNet:
         else:
             self._attach(connection)
 
-    def _pause(self) -> None:
-        if self._stream is not None:
-            self._stream.pause()
-
-    def _go_on(self) -> None:
-        if self._stream is not None:
-            self._stream.go_on()
-
     def start(self, received: Callable[[int, bytes], bool], /) -> None:
         """Begin."""
-        self._inbox.received, self._started = received, True
-        if self._stream is not None:
-            self._stream.start()
-        elif self._listener is not None:
+        self._link.start(received)
+        if self._listener is not None and not self._link.up:
             self._slot.add_reader(self._listener.fileno(), self._accept)
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
         """One frame from the guest; dropped while nobody is there."""
-        if self._stream is not None:
-            self._stream.send(parts)
+        self._link.send(parts)
 
     def resume(self, queue: int, /) -> None:
-        self._inbox.resume()
+        self._link.resume()
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """The peer takes nothing over."""
@@ -236,8 +219,7 @@ class StreamNet:
         self._timer.cancel()
         if self._calling is not None:
             self._hang_up().close()
-        if self._stream is not None:
-            self._stream.close()
+        self._link.close()
         if self._listener is not None:
             self._slot.remove_reader(self._listener.fileno())
             self._listener.close()

@@ -20,8 +20,8 @@ from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
 
-from cardcage_net.framing import BACKLOG, FrameStream
-from cardcage_net.inbox import Inbox
+from cardcage_net.framing import BACKLOG
+from cardcage_net.link import Link
 from cardcage_net.pcap import dumped
 
 if TYPE_CHECKING:
@@ -126,13 +126,12 @@ class UserNet:
 
     def __init__(self, slot: Slot, options: User) -> None:
         self._slot, self._options = slot, options
-        self._inbox = Inbox(0, self._pause, self._go_on)
-        self._stream: FrameStream | None = None
+        self._link = Link(slot, self._lost)
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = -1
         self._retry = FIRST_RETRY
         self._timer = slot.clock.timer(self._restart)
-        self._started = self._closed = False
+        self._closed = False
         connection = self._spawn()
         try:
             self._await(connection)
@@ -140,7 +139,7 @@ class UserNet:
             connection.close()
             self._end()
             raise
-        self._attach(connection)
+        self._link.attach(connection)
 
     def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -187,11 +186,6 @@ class UserNet:
         except (ConnectionError, EOFError) as error:
             raise HostError(f"net user: {self._reason()}") from error
 
-    def _attach(self, connection: socket.socket) -> None:
-        self._stream = FrameStream(self._slot, connection, self._inbox.put, self._lost)
-        if self._started and not self._inbox.full:
-            self._stream.start()
-
     def _reason(self) -> str:
         """The engine's last words."""
         if self._process is not None:
@@ -220,9 +214,6 @@ class UserNet:
             self._process, self._errors = None, -1
 
     def _lost(self, reason: str) -> None:
-        self._stream = None
-        if self._closed:
-            return
         self._slot.log.warning("user networking ended, starting it again", reason=self._reason())
         self._end()
         self._timer.arm(self._slot.clock.now() + self._retry)
@@ -232,32 +223,21 @@ class UserNet:
             return
         self._retry = min(self._retry * 2, LAST_RETRY)
         try:
-            self._attach(self._spawn())
+            self._link.attach(self._spawn())
         except HostError as error:
             self._slot.log.warning("user networking cannot be started again", reason=str(error))
             self._timer.arm(self._slot.clock.now() + self._retry)
 
-    def _pause(self) -> None:
-        if self._stream is not None:
-            self._stream.pause()
-
-    def _go_on(self) -> None:
-        if self._stream is not None:
-            self._stream.go_on()
-
     def start(self, received: Callable[[int, bytes], bool], /) -> None:
         """Begin."""
-        self._inbox.received, self._started = received, True
-        if self._stream is not None:
-            self._stream.start()
+        self._link.start(received)
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
         """One frame from the guest."""
-        if self._stream is not None:
-            self._stream.send(parts)
+        self._link.send(parts)
 
     def resume(self, queue: int, /) -> None:
-        self._inbox.resume()
+        self._link.resume()
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """passt fills in all checksums and takes none over."""
@@ -267,8 +247,7 @@ class UserNet:
         if not self._closed:
             self._closed = True
             self._timer.cancel()
-            if self._stream is not None:
-                self._stream.close()
+            self._link.close()
             self._end()
 
 
