@@ -818,7 +818,7 @@ class Templates:
         width = {K.MEMORY_SEG_DI: 2, K.MEMORY_SEG_EDI: 4, K.MEMORY_SEG_RDI: 8}[ins.op0_kind]
         out = bytearray({2: b"\x41\x0f\xb7\xf3", 4: mov32(6, 11), 8: mov(6, 11)}[width])  # movzx esi, r11w
         self._segment(ins, out, t, size, True)
-        self.access(out, t, size, True, restore, stack=ins.memory_segment == R.SS)
+        self.access(out, t, size, True, restore, stack=ins.memory_segment == R.SS, alignment=size)
         copy = ins.copy()
         copy.segment_prefix = R.NONE
         copy.set_op_kind(0, K.MEMORY_SEG_RDI)

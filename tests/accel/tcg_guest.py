@@ -12,7 +12,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
 from tcg_host import CODE, CODE_SIZE, DATA, DATA_SIZE, XSTATE_SIZE, State, normalize
 
-__all__ = ["Guest"]
+__all__ = ["Guest", "NoDevices"]
 
 RAM = 0x100000
 PML4, PDPT, PD_LOW, PT_LOW, PD_0, PT_CODE, PT_DATA = range(0x1000, 0x8000, 0x1000)
@@ -25,7 +25,9 @@ SIGNALS = {
 }  # fmt: skip
 
 
-class _NoDevices:
+class NoDevices:
+    """Serves nothing: a case that gets here fails."""
+
     def pio_read(self, port: int, size: int, /) -> int:
         raise AssertionError(f"port {port:#x}")
 
@@ -58,7 +60,7 @@ class Guest:
         self.memory.on_written = self.vm.memory_written
         self._tables()
         self.cpu = self.vm.create_vcpu(0)
-        self._ops = _NoDevices()
+        self._ops = NoDevices()
         state = self.cpu.get_state()
         system = state.system
         system.cr0, system.cr3, system.cr4, system.efer = 0x80050033, PML4, 0x6A0 | (1 << 18 if avx else 0), 0xD01
