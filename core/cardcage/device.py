@@ -164,25 +164,55 @@ class Control(Protocol):
 class Slot(Protocol):
     """What a plugged-in device holds of its machine. Valid until ``unplug``."""
 
-    id: str
-    mappings: Sequence[Mapping]
-    memory: GuestMemory
-    clock: Clock
-    control: Control
-    log: Any
-    """A structlog bound logger: ``slot.log.warning("what happened", key=value)``."""
-    irqchip: str
-    """``none``, ``split`` or ``full``: what the accelerator holds itself."""
-    vm: Any
-    """The :class:`~cardcage.accelerator.AcceleratedVm`, for devices that use its capabilities (doorbells, irqfds)."""
+    @property
+    def id(self) -> str:
+        """The device's id in its machine."""
+        ...
+
+    @property
+    def mappings(self) -> Sequence[Mapping]:
+        """The regions of the registration in their order, then those that the device mapped itself."""
+        ...
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM."""
+        ...
+
+    @property
+    def clock(self) -> Clock:
+        """Guest time."""
+        ...
+
+    @property
+    def control(self) -> Control:
+        """Requests to the machine."""
+        ...
+
+    @property
+    def log(self) -> Any:
+        """A logger with bound values: ``slot.log.warning("what happened", key=value)``."""
+        ...
+
+    @property
+    def irqchip(self) -> str:
+        """``none``, ``split`` or ``full``: what the accelerator holds itself."""
+        ...
+
+    @property
+    def vm(self) -> Any:
+        """The :class:`~cardcage.accelerator.AcceleratedVm`, for devices that use its capabilities."""
+        ...
 
     @property
     def irq_number(self) -> int | None:
         """The configuration's ``irq`` key, ``None`` when it is not given."""
         ...
 
-    machine: Any
-    """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``."""
+    @property
+    def machine(self) -> Any:
+        """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``."""
+        ...
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         """A source of line *gsi*; by default the configuration's ``irq`` key."""
