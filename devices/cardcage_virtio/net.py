@@ -100,10 +100,10 @@ class Net:
             for name in offered.offloads & TO_GUEST.keys():
                 bits |= {TO_GUEST[name], FROM_GUEST[name]}
         self.features = sum(1 << bit for bit in bits) | options.packed << 34
-        self.backend.start(self.received)
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
+        self.backend.start(self.received)
 
     def config(self) -> bytes:
         return self.mac + pack("<HHHIB", self._status, self.options.queues, self.options.mtu, 0xFFFFFFFF, 0xFF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -104,13 +105,9 @@ class Channel:
 
     def ended(self) -> bool:
         """Whether the back end hung up, or says something that nobody asked for, which ends the connection too."""
-        try:
-            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
+        ready = select.poll()
+        ready.register(self._socket, select.POLLIN)
+        return bool(ready.poll(0))
 
     def close(self) -> None:
         self._socket.close()

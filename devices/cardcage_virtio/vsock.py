@@ -139,6 +139,7 @@ class Vsock:
                     self._write_out(stream)
                 if events & ~select.EPOLLOUT:
                     stream.readable = True
+                    stream.hung_up |= bool(events & select.EPOLLHUP)
                     self._want(stream)
                 if stream.fd in self._by_fd:
                     stream.watch(self._epoll)
@@ -259,9 +260,12 @@ class Vsock:
             return Header.SIZE + got
         self._sending.popleft()
         stream.queued = False
-        if got is not None:  # the host's program ended its side
+        if got is not None:  # the host's program sends no more; once it hung up it does not read either
             stream.host_ended = True
-            self._send(stream, SHUTDOWN, 2 if stream.half else 3)
+            ended = 3 if stream.hung_up else 2
+            if ended != stream.said_ended:
+                stream.said_ended = ended
+                self._send(stream, SHUTDOWN, ended)
         if stream.fd in self._by_fd:
             stream.watch(self._epoll)
         return 0

@@ -96,12 +96,14 @@ class Stream:
     Attributes:
         open: both sides agreed. readable: the socket may have bytes. queued: in line for the guest's buffers.
         guest_ended: 1 the guest receives no more, 2 it sends no more. host_ended: the host's program sends no more.
+        hung_up: it reads no more either. said_ended: what of that the guest was told.
     """
 
     def __init__(self, end: socket.socket, local: int, peer: int, *, greet: bool = False) -> None:
         self._end, self.fd, self.local, self.peer, self.greet = end, end.fileno(), local, peer, greet
         self.open = self.readable = self.queued = self.host_ended = self.half = False
-        self.guest_ended = 0
+        self.hung_up = False
+        self.guest_ended = self.said_ended = 0
         self.pending: deque[memoryview] = deque()
         self._pending_bytes = self._uncounted = 0
         self._taken = self._told = self._sent = 0

@@ -103,6 +103,16 @@ def test_a_device_reset_and_a_second_start(daemon: Daemon) -> None:
     bench.close()
 
 
+def test_an_answer_already_read_is_no_hang_up(daemon: Daemon) -> None:
+    """The loop's late word that the socket was readable does not cost a living back end its connection."""
+    bench = blk(daemon)
+    channel = bench.device.channel
+    bench.device._spoke()
+    assert bench.device.channel is channel
+    assert bench.call([read(1)], [512, 1])[-1] == 0
+    bench.close()
+
+
 def test_saving_a_running_device_and_going_on(daemon: Daemon) -> None:
     """A save stops the rings for a moment; they go on, and also from the saved state."""
     bench = blk(daemon)
