@@ -1,0 +1,144 @@
+"""A whole Debian on a disk, on a network: it boots, works, and powers off with everything in order."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cardcage import Machine
+from cardcage.errors import HostError
+from cardcage.outcome import PoweredOff
+from debian_guest import APPEND, DebianGuest, check_file_system, debian_guest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+sys.path.append(str(Path(__file__).parents[1] / "plugins"))
+from net_lab import Namespace
+
+ROM = Path("/usr/share/seabios/bios-256k.bin")
+SERVER = "192.0.2.2"
+FIO = "fio --name=v --filename=/root/f --rw=randrw --size=16M --bs=4k --direct=1 --ioengine=libaio --iodepth=16"
+
+
+@pytest.fixture(scope="module")
+def guest() -> DebianGuest:
+    return debian_guest()
+
+
+@pytest.fixture
+def outside() -> Iterator[Namespace]:
+    """A namespace with one address, that of the server, and a default route which leads to nothing."""
+    with closing(Namespace()) as made:
+        made.shell(
+            "ip link add out0 type veth peer name nowhere",
+            f"ip addr add {SERVER}/24 dev out0",
+            "ip link set out0 up",
+            "ip link set nowhere up",
+            "ip route add default via 192.0.2.1",
+        )
+        yield made
+
+
+def log_in(machine: Machine) -> None:
+    machine.console.expect("login: ", timeout=240)
+    machine.console.send("root\n")
+    machine.console.expect("# ", timeout=60)
+
+
+def said(machine: Machine, command: str) -> str:
+    """What *command* writes on the guest's terminal. Fails unless its status is 0."""
+    machine.console.send(f"clear; {command}; echo the end: $?\n")
+    text = machine.console.expect(re.compile(r"the end: \d+\r"), timeout=120)
+    assert text.endswith("the end: 0\r"), text
+    return text
+
+
+@pytest.mark.timeout(600)
+def test_debian_works_on_disk_and_network(guest: DebianGuest, outside: Namespace, tmp_path: Path) -> None:
+    """Debian boots from virtio-blk to a login, has its address by DHCP, reaches a server, verifies what fio wrote,
+    moves data with iperf3, sees no warning of a driver, and leaves image and file system clean.
+    """
+    for tool in ("passt", "iperf3"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    image = guest.overlay(tmp_path / "disk.qcow2")
+    (tmp_path / "word").write_text("from the server")
+    devices: list[dict[str, Any]] = [
+        {"type": "virtio-blk", "drive": {"file": str(image)}, "queues": 2},
+        {"type": "virtio-net", "net": {"type": "user", "ipv6": False, "hostfwd": ["tcp:127.0.0.1:2222-:22"]}},
+    ]
+
+    def make() -> Machine:
+        files = {"kernel": guest.kernel, "initrd": guest.initrd}
+        return Machine(memory="512M", cpus=2, accel="tcg", append=APPEND, devices=devices, **files)
+
+    with ExitStack() as stack:
+        machine = stack.enter_context(outside.run(make))
+        for words in (
+            ["iperf3", "-s", "-B", SERVER],
+            [sys.executable, "-m", "http.server", "--bind", SERVER, "--directory", str(tmp_path), "80"],
+        ):
+            server = outside.popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(server.wait)
+            stack.callback(server.kill)
+        machine.start()
+        log_in(machine)
+        with pytest.raises(HostError, match="is writing this image"), Machine(memory="64M", accel="tcg", devices=devices[:1]):
+            pass
+        assert "inet 10.0.2.15/24" in said(machine, "ip -o -4 addr show eth0")
+        assert "from the server" in said(machine, f"busybox wget -q -O - http://{SERVER}/word")
+        machine.console.send("busybox nc -l -p 22 > /root/came; echo the ''peer left\n")
+        machine.console.expect("\n", timeout=60)
+        outside.run(lambda: call_guest(b"through hostfwd"))
+        machine.console.expect("the peer left", timeout=60)
+        assert "through hostfwd" in said(machine, "cat /root/came")
+        said(machine, f"{FIO} --verify=crc32c --verify_fatal=1")
+        assert "receiver" in said(machine, f"iperf3 -c {SERVER} -n 32M")
+        assert "receiver" in said(machine, f"iperf3 -c {SERVER} -n 16M -R")
+        assert said(machine, "ls /sys/block/vda/mq | tr '\\n' ' '").count("0 1 ") == 1
+        warned = [one for one in said(machine, "dmesg -r | grep -E '^<[0-4]>' || :").splitlines() if "virtio" in one]
+        assert not warned
+        machine.console.send("poweroff\n")
+        assert machine.wait(120) == PoweredOff()
+    check_file_system(image, tmp_path / "raw")
+
+
+def call_guest(words: bytes) -> None:
+    """Send *words* through the forwarded port, again until the guest's side listens and takes them."""
+    for _ in range(1000):
+        with socket.create_connection(("127.0.0.1", 2222), 30) as end:
+            try:
+                end.sendall(words)
+                end.shutdown(socket.SHUT_WR)
+                if end.recv(1) == b"":
+                    return
+            except ConnectionError:
+                continue  # nobody listens yet, which the engine finds out only after it has accepted
+    pytest.fail("the guest never listened")
+
+
+@pytest.mark.timeout(600)
+def test_seabios_boots_grub_from_the_disk(guest: DebianGuest, tmp_path: Path) -> None:
+    """SeaBIOS starts GRUB from virtio-blk, whose menu on the serial port starts Debian's kernel."""
+    if not ROM.exists():
+        pytest.skip("needs Debian's package seabios")
+    image = guest.overlay(tmp_path / "disk.qcow2")
+    devices = [{"type": "virtio-blk", "drive": {"file": str(image)}}]
+    with Machine(memory="512M", accel="tcg", boot={"firmware": str(ROM)}, devices=devices) as machine:
+        machine.start()
+        machine.console.expect("Booting from Hard Disk", timeout=60)
+        machine.console.expect("the cage's Debian", timeout=60)
+        machine.console.send("\n")
+        machine.console.expect("Linux version", timeout=120)
+        log_in(machine)
+        machine.console.send("poweroff\n")
+        assert machine.wait(120) == PoweredOff()
+    check_file_system(image, tmp_path / "raw")
