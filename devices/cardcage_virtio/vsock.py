@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import stat
 import struct
 from collections import deque
 from typing import TYPE_CHECKING, ClassVar
@@ -40,7 +41,7 @@ class VsockOptions:
 
     Attributes:
         cid: the guest's context id, 3 to 4294967294.
-        uds: path of the AF_UNIX socket that host programs connect to. It must not exist.
+        uds: path of the AF_UNIX socket that host programs connect to. It must not exist, or be one that nobody serves.
     """
 
     cid: int = field(validator=[ge(3), le(0xFFFFFFFE)])
@@ -75,6 +76,8 @@ class Vsock:
         self._slot, path = slot, self.options.uds
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
+            if _stale(path):
+                os.unlink(path)
             self._listener.bind(path)
         except OSError as error:
             self._listener.close()
@@ -369,3 +372,15 @@ class Vsock:
     def load(self, state: VsockState) -> None:
         self._drop_all()
         self._lost = True
+
+
+def _stale(path: str) -> bool:
+    """Whether *path* is a socket that nobody listens at any more: left by a process that was killed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return stat.S_ISSOCK(os.lstat(path).st_mode)
+        except OSError:  # not there, not a socket, or busy: bind says what it is
+            return False
+    return False

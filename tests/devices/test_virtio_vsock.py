@@ -251,6 +251,19 @@ def test_a_path_that_exists_is_refused(tmp_path: Path) -> None:
         Bench(Vsock(VsockOptions(cid=3, uds=str(tmp_path / "v"))))
 
 
+def test_a_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    """A socket file that nobody serves is taken over; one that is served is not."""
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(tmp_path / "v"))
+        gone.listen()
+    guest = Guest(tmp_path / "v")
+    with pytest.raises(ConfigError, match="in use"):
+        Bench(Vsock(VsockOptions(cid=3, uds=str(tmp_path / "v"))))
+    program, _ = guest.call(1)
+    program.close()
+    guest.close()
+
+
 FIELDS = st.tuples(
     st.integers(0, 9), st.integers(8, 10), st.integers(78, 81), st.binary(max_size=60), st.integers(0, 4), st.integers()
 )
