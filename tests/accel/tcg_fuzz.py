@@ -166,11 +166,18 @@ class Fuzzer:
         fixed: set[int] = set()
         out = bytearray()
         for raw in raws:
-            rip = state.rip + len(out)
+            skip = len(raws) > 1 and r.random() < 0.3 and not case.undefined
+            rip = state.rip + len(out) + 2 * skip
             ins = Decoder(self.bits, raw, ip=rip).decode()
             ready = self._arrange(ins, bytearray(raw), state, written, fixed, memory, case)
             if ready is None:
                 return None
+            if skip:  # a jump over it, on any condition
+                jumps = (*range(0x70, 0x80), 0xEB, *((0xE0, 0xE1, 0xE2, 0xE3) if 1 not in fixed else ()))
+                out += bytes((r.choice(jumps), len(ready)))
+                case.text += ("; " if case.text else "") + f"jump {out[-2]:#x} over"
+                if out[-2] in (0xE0, 0xE1, 0xE2):
+                    written.add(1)
             out += ready
             if ins.rflags_read & case.undefined:
                 return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from attrs import evolve
 from cardcage.accelerator import Probe, VmSpec
@@ -9,6 +11,8 @@ from cardcage.testing.accelerator import check_program, programs
 from cardcage.testing.conformance import Program
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.vm import TcgVm
+from tcg_guest import Guest
+from tcg_host import CODE, DATA, DATA_SIZE, Host, State
 
 
 class _Wide:
@@ -39,3 +43,55 @@ def test_programs_of_wide_state(program: Program) -> None:
     reason = check_program(_Wide(), program)
     if reason:
         pytest.skip(reason)
+
+
+XSAVE, XSAVEC, XRSTOR = bytes.fromhex("480fae23"), bytes.fromhex("480fc723"), bytes.fromhex("480fae2b")  # [rbx]
+ALL = 0xFFFFFFFF
+
+
+def _image(*, header: int = 7, reserved: int = 0, mxcsr: int = 0x1F80) -> bytes:
+    image = bytearray(struct.pack("<H22xI", 0x37F, mxcsr).ljust(832, b"\0"))
+    image[160:416], image[576:832] = bytes(range(256)), bytes(range(255, -1, -1))
+    image[512:528] = struct.pack("<QQ", header, reserved)
+    return bytes(image)
+
+
+@pytest.mark.parametrize(
+    ("code", "offset", "mask", "image"),
+    [
+        (XSAVE, 0x400, 7, b""),
+        (XSAVE, 0x400, 2, b""),
+        (XSAVE, 0x400, ALL, b""),
+        (XSAVE, 0x420, 7, b""),
+        (XSAVE, 0xE00, 7, b""),
+        (XSAVE, DATA_SIZE - 64, 7, b""),
+        (XSAVEC, 0x400, 7, b""),
+        (XSAVEC, 0xF00, 7, b""),
+        (XRSTOR, 0x400, 7, bytes(832)),
+        (XRSTOR, 0x400, 7, _image()),
+        (XRSTOR, 0x400, 4, _image()),
+        (XRSTOR, 0x400, ALL, _image(header=3)),
+        (XRSTOR, 0xE00, 7, _image()),
+        (XRSTOR, 0x400, 7, _image(reserved=1)),
+        (XRSTOR, 0x400, 7, _image(mxcsr=ALL)),
+    ],
+)
+def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes) -> None:
+    """XSAVE, XSAVEC and XRSTOR store, load and fault as on the real processor, with RAX and RDX kept."""
+    try:
+        host = Host()
+    except OSError as error:
+        pytest.skip(f"{error}")
+    guest = Guest(avx=True)
+    general = [mask | 1 << 60, 2, mask if mask == ALL else 1 << 40, DATA + offset, DATA + 0x4400, *range(11)]
+    start = State(general, CODE, 0x202, _image())
+    memory = bytearray(DATA_SIZE)
+    memory[offset : offset + len(image)] = image
+    try:
+        want = host.run(code + b"\x0f\x0b", start, bytes(memory))
+        got = guest.run(code + b"\x0f\x0b", start, bytes(memory))
+    finally:
+        guest.close()
+        host.close()
+    assert (got.ended, got.rip, got.general) == (want.ended, want.rip, want.general)
+    assert (got.memory, got.xstate[:512], got.xstate[576:]) == (want.memory, want.xstate[:512], want.xstate[576:])
