@@ -13,9 +13,9 @@ Names here are loaded when first used. A card imports from the modules: ``cardca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cardcage.lazy import lazy_names
+
+TYPE_CHECKING = False  # typing is slow to import, and until main() runs a Ctrl-C is a traceback
 
 if TYPE_CHECKING:
     from cardcage.errors import (

@@ -13,12 +13,14 @@ Errors are raised, not printed: :func:`main` turns them into one line and a stat
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from cardcage.lazy import lazy_names
 
+TYPE_CHECKING = False  # typing is slow to import, and until main() runs a Ctrl-C is a traceback
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
     from cardcage.cli.arguments import add_machine_arguments, draft_of, timeout_of
     from cardcage.cli.running import EXIT, SWITCH_INTERVAL, report, run_machine
