@@ -3,7 +3,7 @@
     python benchmarks/network.py [--accel tcg] [--runs 3] [--scale 1] [--net user|tap]
 
 Runs alternate, in a network namespace of their own (needs root), where the server is. Figures are MiB, and round
-trips of one byte, a second; medians. "user" is passt for both, "tap" a tap interface with its virtio-net header for both.
+trips of one byte, a second; medians. "user" is passt for both, "tap" a tap interface with its virtio-net header.
 """
 
 from __future__ import annotations
