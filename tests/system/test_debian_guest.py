@@ -61,6 +61,7 @@ def said(machine: Machine, command: str) -> str:
     return text
 
 
+@pytest.mark.once
 @pytest.mark.timeout(600)
 def test_debian_works_on_disk_and_network(guest: DebianGuest, outside: Namespace, tmp_path: Path) -> None:
     """Debian boots from virtio-blk to a login, has its address by DHCP, reaches a server, verifies what fio wrote,
@@ -125,6 +126,7 @@ def call_guest(words: bytes) -> None:
     pytest.fail("the guest never listened")
 
 
+@pytest.mark.once
 @pytest.mark.timeout(600)
 def test_seabios_boots_grub_from_the_disk(guest: DebianGuest, tmp_path: Path) -> None:
     """SeaBIOS starts GRUB from virtio-blk, whose menu on the serial port starts Debian's kernel."""
