@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardError
 
-__all__ = ["ABILITIES", "abilities_of", "check_signature"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cardcage.slot import PluggedDevice
+
+__all__ = ["ABILITIES", "abilities_of", "able", "check_signature"]
 
 ABILITIES: dict[str, dict[str, int]] = {
     "plug": {"plug": 1},
@@ -17,6 +22,7 @@ ABILITIES: dict[str, dict[str, int]] = {
     "boot": {"contribute": 1},
     "bus": {"attach": 3},
     "power-button": {"power_button": 0},
+    "pause": {"pause": 0, "resume": 0},
 }
 """Ability to the methods it takes, each with its number of positional arguments."""
 
@@ -58,3 +64,8 @@ def abilities_of(device: Any, who: str) -> frozenset[str]:
             check_signature(device, name, arguments, who)
         found.add(ability)
     return frozenset(found)
+
+
+def able(devices: Mapping[str, PluggedDevice], ability: str) -> list[Any]:
+    """The devices of a machine that have *ability*, in the order in which they were plugged in."""
+    return [one.device for one in devices.values() if ability in one.abilities]

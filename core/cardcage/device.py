@@ -31,6 +31,7 @@ __all__ = [
     "HasState",
     "Mapping",
     "Mmio",
+    "Pausable",
     "Pio",
     "Pluggable",
     "Region",
@@ -115,6 +116,16 @@ class Resettable(Protocol):
     """Has state that a machine reset puts back."""
 
     def reset(self) -> None: ...
+
+
+class Pausable(Protocol):
+    """Does things of its own accord (worker threads, frames that arrive) that change guest memory or interrupt it."""
+
+    def pause(self) -> None:
+        """The machine pauses: once this returned, leave guest memory alone until :meth:`resume`."""
+        ...
+
+    def resume(self) -> None: ...
 
 
 class HasState(Protocol):

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
+from cardcage.abilities import able
 from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
@@ -388,6 +389,8 @@ class Machine:
             self.gate.close()
             with self.lock:
                 self.clock.pause()
+                for device in able(self.devices, "pause"):
+                    device.pause()
             self._set_state("paused")
 
     def resume(self) -> None:
@@ -399,6 +402,8 @@ class Machine:
     def _do_resume(self) -> None:
         with self.lock:
             self.clock.resume()
+            for device in able(self.devices, "pause"):
+                device.resume()
         self._set_state("running")
         self.gate.open()
 
@@ -411,9 +416,8 @@ class Machine:
             return
         self.gate.close()
         with self.lock:
-            for plugged in self.devices.values():
-                if "reset" in plugged.abilities:
-                    plugged.device.reset()
+            for device in able(self.devices, "reset"):
+                device.reset()
         load_boot(self)
         self.observers.emit("reset", why)
         if self.state == "running":
@@ -423,12 +427,10 @@ class Machine:
         """Press the power button (ACPI): the guest may power itself off. Raises StateError without one."""
         if self.state != "running":
             raise StateError(f"cannot shut down: the machine is {self.state}")
-        for plugged in self.devices.values():
-            if "power-button" in plugged.abilities:
-                self.mediator.check("operator", self.label, "machine", "stop")
-                self.events.call_soon(plugged.device.power_button)
-                return
-        raise StateError("no device of this machine has a power button; use stop()")
+        if not (buttons := able(self.devices, "power-button")):
+            raise StateError("no device of this machine has a power button; use stop()")
+        self.mediator.check("operator", self.label, "machine", "stop")
+        self.events.call_soon(buttons[0].power_button)
 
     def stop(self, why: str = "") -> None:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
