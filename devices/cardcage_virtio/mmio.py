@@ -171,6 +171,12 @@ class MmioTransport:
             self._isr = 0
         self._drive()
 
+    def pause(self) -> None:
+        self.virtio.pause()
+
+    def resume(self) -> None:
+        self.virtio.resume()
+
     def reset(self) -> None:
         self.virtio.reset()
         self._after_reset()

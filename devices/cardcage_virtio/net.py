@@ -207,6 +207,9 @@ class Net:
         index = 2 * (queue % self._pairs)
         io = self._io
         ring = io.rings[index]
+        if io.paused:
+            self._starved.add(index)
+            return False
         if ring is None or not io.live or not self._status & LINK_UP:
             return True  # no driver, or no cable: the frame is lost
         try:

@@ -313,6 +313,12 @@ class PciTransport:
             self._isr = 0
         self.function.intx(False)
 
+    def pause(self) -> None:
+        self.virtio.pause()
+
+    def resume(self) -> None:
+        self.virtio.resume()
+
     def reset(self) -> None:
         self.virtio.reset()
         self._after_reset()

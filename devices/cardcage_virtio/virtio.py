@@ -15,6 +15,7 @@ and, where it has more to say (each is looked for by name):
 - ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
 - ``notified(index)``: takes requests from ``io.rings[index]`` itself; then ``handle`` is not called;
 - ``drain()``: return when no request is in flight, and take no more before the next ``start`` or notification;
+- ``pause()``, ``resume()``: the machine pauses; rings are left alone without these too;
 - ``stop()``: reset, whether or not ``start`` came before. ``unplug()``, ``save()``, ``load(state)`` as for any device.
 """
 
@@ -116,6 +117,7 @@ class Virtio:
         self.queues = [Queue(size, size) for size in device.queue_sizes]
         self.rings: list[Ring | None] = [None] * len(self.queues)
         self.slot: Slot
+        self.paused = False
         self._warned = (0, 0)
         self._handle = getattr(device, "handle", None)
         self._notified = getattr(device, "notified", None)
@@ -142,8 +144,8 @@ class Virtio:
 
     @property
     def live(self) -> bool:
-        """The driver is ready and nothing is broken."""
-        return self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+        """The driver is ready, nothing is broken, and the machine is not paused."""
+        return self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK and not self.paused
 
     # status
 
@@ -251,15 +253,15 @@ class Virtio:
         vector = self.queues[index].vector
         self.queues[index].clear()
         self.queues[index].vector = vector
-        self._resume()
+        self._notify_all()
 
-    def _resume(self) -> None:
+    def _notify_all(self) -> None:
         for index in range(len(self.queues)):  # what a drained device left in its rings
             self.kick(index)
 
     def kick(self, index: int) -> None:
         """The driver made buffers available in queue *index*."""
-        if self.status & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK or index >= len(self.rings):
+        if not self.live or index >= len(self.rings):
             return
         ring = self.rings[index]
         if ring is None:
@@ -273,7 +275,12 @@ class Virtio:
             self.break_down(f"queue {index}: {error}")
 
     def guarded(self, act: Callable[[], None]) -> None:
-        """Do what takes requests outside a notification: what the driver broke puts the device in NEEDS_RESET."""
+        """Do what takes requests outside a notification: what the driver broke puts the device in NEEDS_RESET.
+
+        Nothing is done while the machine is paused; each queue is notified afterwards.
+        """
+        if self.paused:
+            return
         try:
             act()
         except (RingError, GuestMemoryError) as error:
@@ -310,6 +317,18 @@ class Virtio:
 
     # state
 
+    def pause(self) -> None:
+        """The machine pauses: no request is in flight, and none is taken, until :meth:`resume`."""
+        if self.status & DRIVER_OK:
+            self._tell("drain")
+        self._tell("pause")
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        self._tell("resume")
+        self._notify_all()
+
     def save(self) -> VirtioState:
         self._tell("drain")
         state = VirtioState(
@@ -320,7 +339,7 @@ class Virtio:
             rings=[None if ring is None else ring.save() for ring in self.rings],
             device=self._tell("save"),
         )
-        self._resume()
+        self._notify_all()
         return state
 
     def load(self, state: VirtioState) -> None:

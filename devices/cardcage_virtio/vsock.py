@@ -108,6 +108,12 @@ class Vsock:
             self._lost = False
             self._io.guarded(self._tell_lost)
 
+    def pause(self) -> None:
+        self._slot.remove_reader(self._epoll.fileno())
+
+    def resume(self) -> None:
+        self._slot.add_reader(self._epoll.fileno(), self._ready)
+
     def _tell_lost(self) -> None:
         ring = self._io.rings[EVENT]
         request = None if ring is None else ring.pop()

@@ -201,6 +201,22 @@ def test_queue_reset_leaves_other_queues_going() -> None:
     bench.close()
 
 
+def test_a_pause_holds_requests() -> None:
+    """While the machine is paused nothing is taken from the rings; afterwards all is served."""
+    bench, disk = make()
+    bench.virtio.pause()
+    for at in range(5):
+        bench.driver().add([head(0, at)], [512, 1])
+    bench.kick()
+    assert bench.device._workers.active == 0
+    bench.virtio.save()
+    assert bench.driver().used() == []
+    assert disk.calls == []
+    bench.virtio.resume()
+    assert len(bench.wait(0, 5)) == 5
+    bench.close()
+
+
 def test_a_read_at_hand_is_served_at_once() -> None:
     """A back end with try_readv serves the first read on the notifying thread; what would wait goes to a worker."""
     disk = MemoryDisk()

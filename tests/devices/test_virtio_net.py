@@ -165,6 +165,19 @@ def test_a_stream_of_frames_is_gathered() -> None:
     bench.close()
 
 
+def test_a_pause_holds_frames() -> None:
+    """A frame that comes while the machine is paused is not lost: the back end is told to wait, and to go on."""
+    bench, wire = make()
+    bench.driver(0).add([], [100])
+    bench.virtio.pause()
+    assert not wire.received(0, FRAME)
+    wire.resumed.clear()
+    bench.virtio.resume()
+    assert wire.resumed == [0]
+    assert wire.received(0, FRAME)
+    bench.close()
+
+
 def control(bench: Bench, group: int, command: int, data: bytes) -> bytes:
     return bench.call([bytes((group, command)), data], [1], queue=2 * bench.device.options.queues)
 

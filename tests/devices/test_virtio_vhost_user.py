@@ -122,6 +122,13 @@ def test_saving_a_running_device_and_going_on(daemon: Daemon) -> None:
     assert state.device.bases == {0: 5}
     for at in range(5):
         assert bench.call([read(at)], [512, 1])[:8] == struct.pack("<Q", at)
+    bench.virtio.pause()
+    bench.driver().add([read(7)], [512, 1])
+    bench.kick()
+    state = bench.virtio.save()
+    assert bench.driver().used() == []
+    bench.virtio.resume()
+    assert [data[:8] for data in bench.wait(0).values()] == [struct.pack("<Q", 7)]
     state = bench.virtio.save()
     bench.virtio.load(state)
     for at in range(5):
