@@ -51,7 +51,6 @@ NEW = {
     )
 }
 WIDE = {getattr(CpuidFeature, name) for name in "AVX AVX2 FMA F16C".split()}
-STRINGS_16 = {K.MEMORY_SEG_SI, K.MEMORY_SEG_DI, K.MEMORY_ESDI}
 
 
 def usable(ins: Instruction, *, avx: bool = False) -> bool:
@@ -70,7 +69,7 @@ def usable(ins: Instruction, *, avx: bool = False) -> bool:
     return not any(
         ins.op_kind(i) == K.REGISTER and (R.ES <= ins.op_register(i) <= R.GS or R.CR0 <= ins.op_register(i) <= R.TR7)
         for i in range(ins.op_count)
-    ) and not any(ins.op_kind(i) in STRINGS_16 for i in range(ins.op_count))
+    )
 
 
 def encodings(path: Path, bits: int = 64) -> Iterator[bytes]:

@@ -42,7 +42,11 @@ ARITHMETIC = 0x8D5
 STACK = DATA + 0x4000
 AREA = range(DATA + 0x200, DATA + 0x3000)
 IMAGES = {M.FXSAVE, M.FXSAVE64, M.FNSAVE, M.FNSTENV}
-STRINGS = {K.MEMORY_SEG_RSI, K.MEMORY_SEG_RDI, K.MEMORY_ESRDI, K.MEMORY_SEG_ESI, K.MEMORY_SEG_EDI, K.MEMORY_ESEDI}
+STRINGS = {K.MEMORY_SEG_RSI, K.MEMORY_SEG_RDI, K.MEMORY_ESRDI, K.MEMORY_SEG_ESI, K.MEMORY_SEG_EDI, K.MEMORY_ESEDI} | {
+    K.MEMORY_SEG_SI,
+    K.MEMORY_SEG_DI,
+    K.MEMORY_ESDI,
+}
 INTERESTING = (
     0,
     1,
@@ -113,7 +117,7 @@ class Fuzzer:
             return r.randrange(64)
         if kind == 2:
             return -r.randrange(1, 300) & self.mask
-        return r.getrandbits(self.bits)
+        return r.getrandbits(64) & self.mask
 
     def xstate(self) -> bytes:
         r = self.random
@@ -152,14 +156,15 @@ class Fuzzer:
         """A case that runs *raws* one after the other; None where their addresses cannot be arranged."""
         r = self.random
         general = [self.value() for _ in range(16)]
-        general[4] = STACK + 0x400 + r.choice((0, 0, 0, r.randrange(64)))
-        state = State(general, CODE, 0x202 | r.getrandbits(12) & ARITHMETIC, self.xstate())
+        self.base = DATA if self.bits == 16 else 0  # of the data segment
+        general[4] = STACK + 0x400 + r.choice((0, 0, 0, r.randrange(64))) - self.base
+        state = State(general, 0 if self.bits == 16 else CODE, 0x202 | r.getrandbits(12) & ARITHMETIC, self.xstate())
         if r.random() < 0.05:
             state.flags |= 0x40000  # AC
         if r.random() < 0.1:
             state.fs, state.gs = r.getrandbits(20), r.getrandbits(24)
         if r.random() < 0.1:
-            state.rip = CODE + 0x1000 - r.randrange(1, 20)
+            state.rip += 0x1000 - r.randrange(1, 20)
         memory = bytearray(r.randbytes(DATA_SIZE))
         case = Case(b"", state, b"", self.bits, "")
         written: set[int] = set()
@@ -229,20 +234,20 @@ class Fuzzer:
             state.flags |= r.choice((0, 0x400)) if ins.is_string_instruction and not written else 0
             count = r.choice((0, 1, 2, 3, 5, 9, 200, 300)) if ins.has_rep_prefix or ins.has_repne_prefix else general[1]
             for number in (6, 7):
-                if not put(number, self._target(16)):
+                if not put(number, self._target(16) - self.base):
                     return None
             return bytes(raw) if put(1, count) else None
         if ins.mnemonic == M.XLATB:
-            return bytes(raw) if put(3, r.choice(AREA)) else None
+            return bytes(raw) if put(3, r.choice(AREA) - self.base) else None
         if ins.mnemonic in (M.LEAVE, M.ENTER):
-            return bytes(raw) if put(5, STACK + 0x200 + 8 * r.randrange(16)) else None
+            return bytes(raw) if put(5, STACK + 0x200 + 8 * r.randrange(16) - self.base) else None
         if K.MEMORY not in kinds or ins.mnemonic in (M.LEA, M.NOP):
             return bytes(raw)
         size = MemorySizeInfo(ins.memory_size).size or 512
         size = 512 if ins.mnemonic in (M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64) else size
-        target = self._target(size)
+        target = self._target(size) - self.base
         if ins.memory_segment in (R.FS, R.GS):
-            if self.bits == 32:
+            if self.bits != 64:
                 return None
             target -= state.fs if ins.memory_segment == R.FS else state.gs
         base, index = (
@@ -251,8 +256,8 @@ class Fuzzer:
         )
         if ins.is_vsib:
             return bytes(raw) if self._gather(ins, base, target, state, put) else None
-        if RegisterExt.size(ins.memory_base) == 2 or RegisterExt.size(ins.memory_index) == 2:
-            return None
+        if 2 in (RegisterExt.size(ins.memory_base), RegisterExt.size(ins.memory_index)):
+            return bytes(raw) if self.bits == 16 and self._short(ins, base, index, target, put, case) else None
         if ins.mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER:
             bit = NUMBER[RegisterExt.full_register(ins.op1_register)]
             if bit in (base, index, 4) or not put(bit, r.randrange(-4000, 4000)):
@@ -263,9 +268,11 @@ class Fuzzer:
                 disp, target = 0, target - (ins.next_ip if self.bits == 64 else 0)
             at = Decoder(self.bits, bytes(raw), ip=ins.ip)
             where = at.get_constant_offsets(at.decode())
-            if where.displacement_size != 4:
+            width = where.displacement_size
+            if width not in (2, 4):
                 return None
-            raw[where.displacement_offset : where.displacement_offset + 4] = struct.pack("<I", target & 0xFFFFFFFF)
+            part = struct.pack("<I", target & 0xFFFFFFFF)[:width]
+            raw[where.displacement_offset : where.displacement_offset + width] = part
             target += ins.next_ip if ins.is_ip_rel_memory_operand else 0
         elif index is None:
             assert base is not None
@@ -289,13 +296,33 @@ class Fuzzer:
             ):
                 return None
         if ins.mnemonic in IMAGES:
-            offset = (target - DATA) & self.mask
+            offset = (target + self.base - DATA) & self.mask
             case.ignore.append((offset, offset + 32))
-            if self.bits == 32:  # XMM8 to XMM15 go to reserved bytes
+            if self.bits != 64:  # XMM8 to XMM15 go to reserved bytes
                 case.ignore.append((offset + 288, offset + 416))
         if ins.mnemonic in (M.CMPXCHG, M.CMPXCHG8B, M.CMPXCHG16B) and r.random() < 0.5:
             self._expect(ins, target, size, general, memory, written | fixed)
         return bytes(raw)
+
+    def _short(
+        self,
+        ins: Instruction,
+        base: int | None,
+        index: int | None,
+        target: int,
+        put: Callable[[int, int], bool],
+        case: Case,
+    ) -> bool:
+        """16-bit addressing: upper halves do not count."""
+        r = self.random
+        if ins.mnemonic in IMAGES:
+            case.ignore += [(target, target + 32), (target + 288, target + 416)]
+        if base is None or index is None:
+            only = index if base is None else base
+            return only is not None and put(only, (target - ins.memory_displacement) & 0xFFFF | r.getrandbits(16) << 16)
+        step = r.getrandbits(16)
+        rest = (target - ins.memory_displacement - step) & 0xFFFF
+        return put(index, step | r.getrandbits(16) << 16) and put(base, rest | r.getrandbits(16) << 16)
 
     def _gather(
         self, ins: Instruction, base: int | None, target: int, state: State, put: Callable[[int, int], bool]
@@ -314,14 +341,14 @@ class Fuzzer:
         return True
 
     def _stack_operand(self, disp: int, size: int) -> bool:
-        signed = disp - (1 << 64) if disp >> 63 else disp - (1 << 32) if self.bits == 32 and disp >> 31 else disp
+        signed = disp - (1 << 64) if disp >> 63 else disp - (1 << 32) if self.bits != 64 and disp >> 31 else disp
         return -0x300 <= signed <= 0x1000 - size
 
     def _expect(
         self, ins: Instruction, target: int, size: int, general: list[int], memory: bytearray, busy: set[int]
     ) -> None:
         """Make a compare-and-exchange succeed."""
-        at = target - DATA
+        at = target + self.base - DATA
         if {0, 2} & busy or not 0 <= at <= DATA_SIZE - 16:
             return
         if ins.mnemonic == M.CMPXCHG:
@@ -388,7 +415,7 @@ def main() -> int:
         description="Compare the translator with the real processor, instruction by instruction."
     )
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--bits", type=int, default=64, choices=(32, 64))
+    parser.add_argument("--bits", type=int, default=64, choices=(16, 32, 64))
     parser.add_argument("--avx", action="store_true")
     parser.add_argument("--only-avx", action="store_true")
     parser.add_argument("--mutate", type=int, default=1)

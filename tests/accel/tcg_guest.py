@@ -82,6 +82,12 @@ class Guest:
             setattr(system, name, Segment(selector=0, unusable=1))
         self.cpu.set_state(state)
         self._compat = bytes(raw[L.SEG : L.LAPIC])
+        small = {"s": 1, "dpl": 3, "present": 1, "unusable": 0, "g": 0, "l": 0, "db": 0}
+        system.cs = Segment(selector=7, base=CODE, limit=0xFFFF, type=11, **small)
+        for name in ("ds", "es", "ss"):
+            setattr(system, name, Segment(selector=15, base=DATA, limit=DATA_SIZE - 1, type=3, **small))
+        self.cpu.set_state(state)
+        self._small = bytes(raw[L.SEG : L.LAPIC])
 
     def _tables(self) -> None:
         def put(at: int, value: int) -> None:
@@ -112,16 +118,17 @@ class Guest:
     def run(self, code: bytes, start: State, memory: bytes, *, bits: int = 64) -> State:
         """As :meth:`Host.run`; ``ended`` names the signal that Linux would send."""
         cpu = self.cpu
-        self.memory.write(CODE_AT + start.rip - CODE, code)
+        base = 0 if bits == 16 else CODE
+        self.memory.write(CODE_AT + start.rip - base, code)
         self.memory.write(DATA_AT, memory)
         raw = cpu.raw
-        raw[L.SEG : L.LAPIC] = self._long if bits == 64 else self._compat
+        raw[L.SEG : L.LAPIC] = {64: self._long, 32: self._compat, 16: self._small}[bits]
         struct.pack_into("<16Q", raw, L.GPR, *start.general)
         cpu.rip = start.rip
         struct.pack_into("<I", raw, L.HALTED, 0)
         if bits == 64:
-            for segment, base in ((4, start.fs), (5, start.gs)):
-                struct.pack_into("<Q", raw, L.SEG + L.SIZEOF_SEG * segment + L.SEG_BASE, base)
+            for segment, value in ((4, start.fs), (5, start.gs)):
+                struct.pack_into("<Q", raw, L.SEG + L.SIZEOF_SEG * segment + L.SEG_BASE, value)
         raw[L.FX : L.FX + XSTATE_SIZE] = start.xstate
         native = self.vm.native
         native.set_eflags(cpu.pointer, start.flags)
@@ -140,7 +147,7 @@ class Guest:
             image[512:520] = struct.pack("<Q", 3)
         normalize(image)
         name = SIGNALS.get(vector, f"vector {vector}")
-        offset = rip - CODE
+        offset = rip - base
         if name == "SIGILL" and 0 <= offset < CODE_SIZE and self.memory.read(CODE_AT + offset, 2) == b"\x0f\x0b":
             name = ""
         return State(general, rip, flags, bytes(image), ended=name, memory=self.memory.read(DATA_AT, DATA_SIZE))

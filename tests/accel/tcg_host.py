@@ -74,6 +74,9 @@ class Host:
             for address, size, offset, protection in ((CODE, CODE_SIZE, 0, 7), (DATA, DATA_SIZE, CODE_SIZE, 3)):
                 if self._libc.mmap(address, size, protection, mmap.MAP_SHARED | 0x10, fd, offset) != address:
                     os._exit(1)
+            for entry, (base, limit, flags) in enumerate(((CODE, 0xFFFF, 0x44), (DATA, DATA_SIZE - 1, 0x40))):
+                about = struct.pack("<IIII", entry, base, limit, flags)  # struct user_desc: 16-bit code, 16-bit data
+                self._libc.syscall(154, 1, about, 16)
             self._libc.ptrace(TRACEME, 0, None, None)
             os.kill(os.getpid(), signal.SIGSTOP)
         finally:
@@ -84,8 +87,12 @@ class Host:
             raise OSError(ctypes.get_errno(), f"ptrace request {request:#x}")
 
     def run(self, code: bytes, start: State, memory: bytes, *, bits: int = 64) -> State:
-        """Run *code* (it ends in UD2) from *start* with *memory* as data; ``ended`` names the signal, or is empty."""
-        self.memory[start.rip - CODE : start.rip - CODE + len(code)] = code
+        """Run *code* (it ends in UD2) from *start* with *memory* as data; ``ended`` names the signal, or is empty.
+
+        In 16 bits RIP and addresses are offsets in segments that hold the code and the data.
+        """
+        base = 0 if bits == 16 else CODE
+        self.memory[start.rip - base : start.rip - base + len(code)] = code
         self.memory[CODE_SIZE:] = memory
         regs = self._regs
         regs[:] = self._fresh
@@ -93,7 +100,11 @@ class Host:
             regs[at] = value
         regs[_AT["orig_rax"]] = 0xFFFFFFFFFFFFFFFF
         regs[_AT["rip"]], regs[_AT["eflags"]] = start.rip, start.flags
-        if bits == 32:
+        if bits == 16:
+            regs[_AT["cs"]] = 0x07
+            regs[_AT["ds"]] = regs[_AT["es"]] = regs[_AT["ss"]] = 0x0F
+            regs[_AT["fs_base"]] = regs[_AT["gs_base"]] = 0
+        elif bits == 32:
             regs[_AT["cs"]], regs[_AT["ds"]], regs[_AT["es"]], regs[_AT["ss"]] = 0x23, 0x2B, 0x2B, 0x2B
             regs[_AT["fs_base"]] = regs[_AT["gs_base"]] = 0
         else:
@@ -114,7 +125,7 @@ class Host:
         self._request(GETREGSET, NT_X86_XSTATE, ctypes.addressof(self._vector))
         rip = regs[_AT["rip"]]
         name = signal.Signals(os.WSTOPSIG(status)).name
-        offset = rip - CODE
+        offset = rip - base
         at_end = name == "SIGILL" and 0 <= offset < CODE_SIZE and self.memory[offset : offset + 2] == b"\x0f\x0b"
         image = bytearray(self._area[:XSTATE_SIZE])
         normalize(image)

@@ -42,7 +42,9 @@ def differences(raws: list[bytes], seed: int, *, bits: int = 64, avx: bool = Fal
     return found
 
 
-@pytest.mark.parametrize(("name", "bits"), [("tcg_corpus_64.txt", 64), ("tcg_corpus_32.txt", 32)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("tcg_corpus_64.txt", 64), ("tcg_corpus_32.txt", 32), ("tcg_corpus_16.txt", 16)]
+)
 def test_instructions(name: str, bits: int) -> None:
     """One instruction from a random state ends as on the real processor: registers, flags, FPU, memory, faults."""
     assert not differences(corpus(name), 1, bits=bits)
