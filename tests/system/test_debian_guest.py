@@ -121,6 +121,7 @@ def call_guest(words: bytes) -> None:
             pass
 
 
+@pytest.mark.once
 @pytest.mark.timeout(600)
 def test_seabios_boots_grub_from_the_disk(guest: DebianGuest, tmp_path: Path) -> None:
     """SeaBIOS starts GRUB from virtio-blk, whose menu on the serial port starts Debian's kernel."""
