@@ -6,6 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError, near
+from iced_x86 import CpuidFeature
 
 if TYPE_CHECKING:
     from cardcage_tcg.library import Native
@@ -47,6 +48,14 @@ OURS = {
 """Features that the translator itself provides, whatever the host has."""
 
 
+DECODED = {
+    "sse3": "SSE3", "ssse3": "SSSE3", "sse4.1": "SSE4_1", "sse4.2": "SSE4_2", "pclmulqdq": "PCLMULQDQ",
+    "aes": "AES", "sha-ni": "SHA", "avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "cx16": "CMPXCHG16B", "movbe": "MOVBE",
+    "popcnt": "POPCNT", "rdrand": "RDRAND", "rdseed": "RDSEED", "adx": "ADX", "bmi1": "BMI1", "bmi2": "BMI2",
+}  # fmt: skip
+"""What the decoder calls the instructions of a feature."""
+
+
 class CpuModel:
     """A CPU model: which features, and the leaves that say so.
 
@@ -81,6 +90,9 @@ class CpuModel:
             wanted -= {"x2apic", "tsc-deadline"}
         self.features = frozenset(wanted)
         self.avx = "avx" in wanted
+        self.hidden = frozenset(
+            getattr(CpuidFeature, name) for feature, name in DECODED.items() if feature not in wanted
+        )
         self._cpus, self._lapic, self._tsc_khz = cpus, lapic, tsc_khz
 
     def _host(self, leaf: int, sub: int = 0) -> tuple[int, int, int, int]:

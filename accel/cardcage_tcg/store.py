@@ -9,10 +9,14 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from struct import pack_into, unpack_from
+from typing import TYPE_CHECKING
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import flags_load, flags_save
 from cardcage_tcg.library import Area
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["STORE_SIZE", "TemplateStore", "store_path"]
 
@@ -111,11 +115,11 @@ def _digest() -> str:
 _DIGEST = _digest()
 
 
-def store_path(directory: str, avx: bool) -> Path | None:
+def store_path(directory: str, hidden: Iterable[int]) -> Path | None:
     """Where templates of exactly this translator are kept: below *directory*, or the user's cache (empty: nowhere)."""
     if directory == "none":
         return None
     cache = directory or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg"
     )
-    return Path(cache) / f"templates-{_DIGEST}{'-avx' if avx else ''}"
+    return Path(cache) / f"templates-{_DIGEST}-{'.'.join(str(one) for one in sorted(hidden))}"

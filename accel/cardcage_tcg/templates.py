@@ -223,7 +223,7 @@ SIMD = {
         "FXSR",
     ]
 }
-AVX = {getattr(CpuidFeature, name) for name in ["AVX", "AVX2", "F16C", "FMA", "VAES", "VPCLMULQDQ"]}
+AVX = {getattr(CpuidFeature, name) for name in ["AVX", "AVX2", "F16C", "FMA"]}
 BASIC = {
     getattr(CpuidFeature, name) for name in ["INTEL8086", "INTEL186", "INTEL286", "INTEL386", "INTEL486", "CMOV", "X64"]
 }
@@ -348,8 +348,9 @@ class Template:
 class Templates:
     """Makes templates for one mode (``MODE_*`` bits); *bounce* for singles, whose writes go to ``cpu.bounce``."""
 
-    def __init__(self, mode: int, *, avx: bool = False, bounce: bool = False) -> None:
-        self.mode, self.avx, self.bounce = mode, avx, bounce
+    def __init__(self, mode: int, *, hidden: frozenset[int] = frozenset(), bounce: bool = False) -> None:
+        self.mode, self.hidden, self.bounce = mode, hidden, bounce
+        self.avx = CpuidFeature.AVX not in hidden
         self.long = bool(mode & L.MODE_64)
         self.width = 8 if self.long else 4 if mode & L.MODE_32 else 2
         self.user = mode & L.MODE_CPL3
@@ -589,10 +590,15 @@ class Templates:
     def _check_allowed(self, ins: Instruction, t: Template) -> int | None:
         """Raise Emulate for what may not be emitted; the unit it needs (``OFF_*``), None for the integer unit."""
         mnemonic = ins.mnemonic
+        features = set(ins.cpuid_features())
+        if features & self.hidden and mnemonic not in (
+            M.TZCNT,
+            M.LZCNT,
+        ):  # those are BSF and BSR where they are missing
+            raise Emulate("not in this processor")
         if mnemonic in INTEGER:
             t.fault = mnemonic in (M.DIV, M.IDIV)
             return None
-        features = set(ins.cpuid_features())
         if ins.is_privileged or ins.is_vsib:
             raise Emulate("not on the allow-list")
         t.fault = True

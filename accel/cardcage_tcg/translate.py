@@ -106,13 +106,13 @@ class Translator:
     Args:
         store: where they are kept.
         head_length: ``tcg_head_length``: bytes, room and mode to the length of an instruction's head.
-        avx: AVX may be emitted.
+        hidden: ``iced_x86.CpuidFeature`` of instructions that guests must not have.
     """
 
     def __init__(
-        self, store: TemplateStore, head_length: Callable[[bytes, int, int], int], *, avx: bool = False
+        self, store: TemplateStore, head_length: Callable[[bytes, int, int], int], *, hidden: frozenset[int]
     ) -> None:
-        self.avx, self._head_length, self._store = avx, head_length, store
+        self._hidden, self._head_length, self._store = hidden, head_length, store
         self._templates: dict[tuple[int, bool], Templates] = {}
         self._six: dict[int, int] = {}
         self.made = 0
@@ -121,7 +121,7 @@ class Translator:
         """What makes templates for *mode*."""
         found = self._templates.get((mode, single))
         if found is None:
-            found = self._templates[mode, single] = Templates(mode, avx=self.avx, bounce=single)
+            found = self._templates[mode, single] = Templates(mode, hidden=self._hidden, bounce=single)
         return found
 
     @staticmethod

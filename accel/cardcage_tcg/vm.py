@@ -110,8 +110,8 @@ class TcgVm:
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
         )
         self.cr4_allowed = self._cr4()
-        self._store = TemplateStore(store_path(options.templates, self.model.avx))
-        self._translator = Translator(self._store, self.native.head_length, avx=self.model.avx)
+        self._store = TemplateStore(store_path(options.templates, self.model.hidden))
+        self._translator = Translator(self._store, self.native.head_length, hidden=self.model.hidden)
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._store.area.address, options.block_size
         self._lock = threading.Lock()
         self._slots: list[MemorySlot] = []

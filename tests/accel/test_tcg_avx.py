@@ -95,3 +95,18 @@ def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes) -> None
         host.close()
     assert (got.ended, got.rip, got.general) == (want.ended, want.rip, want.general)
     assert (got.memory, got.xstate[:512], got.xstate[576:]) == (want.memory, want.xstate[:512], want.xstate[576:])
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [("660f38dcc1", "SIGILL"), ("c5f058c2", "SIGILL"), ("c4e2f0f2c3", "SIGILL"), ("f30fbcc1", ""), ("660f3810c1", "")],
+    ids=["aesenc", "vaddps", "andn", "tzcnt", "pblendvb"],
+)
+def test_hidden_instructions(code: str, ended: str) -> None:
+    """What CPUID does not show raises #UD, whatever the host has; TZCNT is BSF then."""
+    guest = Guest(cpu="x86-64-v2")
+    start = State([1] * 4 + [DATA + 0x4400] + [1] * 11, CODE, 0x202, _image(header=3))
+    try:
+        assert guest.run(bytes.fromhex(code) + b"\x0f\x0b", start, bytes(DATA_SIZE)).ended == ended
+    finally:
+        guest.close()
