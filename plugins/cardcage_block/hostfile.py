@@ -272,9 +272,9 @@ class HostFile:
                     done += os.pwritev(self.fd, [rest], low + done)
                 if done % self.alignment:
                     raise OSError(errno.EIO, "the host wrote part of a block")
-            end = max(before, offset + length)
-            if not self._device and self.size() > end:
-                os.ftruncate(self.fd, end)
+            # Only what the widening itself added goes: the file may meanwhile have grown by another's write.
+            if not self._device and before < high and offset + length < high == self.size():
+                os.ftruncate(self.fd, max(before, offset + length))
 
     def _widen(self, offset: int, length: int) -> tuple[int, int]:
         mask = self.alignment - 1
