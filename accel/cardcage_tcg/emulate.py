@@ -95,7 +95,6 @@ class Emulator:
             ins = self.fetch(start)
             do = self._table.get(ins.mnemonic)
             if do is None or ins.code == Code.INVALID:
-                cpu.unsupported(ins)
                 raise Fault(UD)
             trap = cpu.mode & L.MODE_TF
             cpu.rip = self.wrap(ins.next_ip)

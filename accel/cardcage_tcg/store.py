@@ -82,8 +82,13 @@ class TemplateStore:
         try:
             self._keep.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._keep.parent, delete=False) as file:
-                file.write(data + hashlib.sha256(data).digest())
-            os.replace(file.name, self._keep)
+                try:
+                    file.write(data + hashlib.sha256(data).digest())
+                    file.flush()
+                    os.replace(file.name, self._keep)
+                except OSError:  # a full disk, say
+                    os.unlink(file.name)
+                    return
             self._prune(self._keep.parent)
         except OSError:
             return

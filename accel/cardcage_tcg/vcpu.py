@@ -286,10 +286,6 @@ class TcgVCpu:
         """The trap after an instruction that ran with TF set."""
         self.native.single_step(self.pointer)
 
-    def unsupported(self, ins: Instruction) -> None:
-        """Note an instruction that ends in #UD: it may be one that this translator lacks."""
-        self.vm.note_unsupported(ins, self.rip)
-
     # ---- memory ----
 
     def walk(self, linear: int, access: int = 0, *, user: bool | None = None) -> tuple[int, int]:

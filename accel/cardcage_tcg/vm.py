@@ -119,8 +119,6 @@ class TcgVm:
         self._pages: dict[MemorySlot, Area] = {}
         self._cpus: list[TcgVCpu] = []
         self._singles: dict[tuple[int, int, int, bytes], tuple[int, bool]] = {}
-        self._unsupported: set[bytes] = set()
-        self.log_unsupported: list[str] = []
         self._range = self.native.add_range(self._code.rx, self._code.rx + self._code.size)
         self.native.signals()
         self._ticker: threading.Thread | None = None
@@ -388,12 +386,6 @@ class TcgVm:
                 return at
             at += total
         return None
-
-    def note_unsupported(self, ins: Instruction, rip: int) -> None:
-        """Remember once what guests ran that this CPU model has not."""
-        text = f"{ins}" if ins.code != Code.INVALID else "(invalid)"
-        if len(self.log_unsupported) < 100:
-            self.log_unsupported.append(f"{rip:#x}: {text}")
 
 
 _INFO = InstructionInfoFactory()
