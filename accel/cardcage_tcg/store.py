@@ -6,10 +6,11 @@ import hashlib
 import os
 import stat
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
+
+import iced_x86
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import flags_load, flags_save
@@ -101,6 +102,11 @@ class TemplateStore:
         for old in files[KEPT_STORES:]:
             old.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all templates; the world is stopped."""
+        self.area.view[: L.SIZEOF_STORE] = bytes(L.SIZEOF_STORE)
+        self._fresh()
+
     def close(self) -> None:
         """Keep the store, and give its memory back."""
         self.save()
@@ -110,7 +116,10 @@ class TemplateStore:
 def _digest() -> str:
     """What names a store: the translator's code, taken when it is loaded, and the decoder's version."""
     here = Path(__file__).parent
-    digest = hashlib.sha256(version("iced-x86").encode())
+    digest = hashlib.sha256()
+    for one in sorted(Path(iced_x86.__file__).parent.glob("*.so")):  # its version, without the cost of looking that up
+        about = one.stat()
+        digest.update(f"{one.name} {about.st_size} {about.st_mtime_ns}".encode())
     for one in sorted(here.iterdir()):
         if one.suffix in (".py", ".so"):
             digest.update(one.read_bytes())

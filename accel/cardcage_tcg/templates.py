@@ -358,22 +358,11 @@ class Templates:
         self.tlb_write = L.TLB_W + (L.SIZEOF_TLB if self.user else 0)
         self._encoder = Encoder(64)
         self._info = InstructionInfoFactory()
-        self._memo: dict[tuple[bytes, bool], Template | Emulate] = {}
         self._sizes: dict[int, int] = {}
 
     def get(self, ins: Instruction, raw: bytes, restore: bool) -> Template:
         """The template of *ins*; *restore* puts the flags back before its operation. Raises :exc:`Emulate`."""
-        key = raw, restore
-        found = self._memo.get(key)
-        if found is None:
-            try:
-                found = self._make(ins, raw, restore)
-            except Emulate as error:
-                found = error
-            self._memo[key] = found
-        if found.__class__ is Emulate:
-            raise found
-        return found  # type: ignore[return-value]  # narrowed by the class test, which is faster than isinstance
+        return self._make(ins, raw, restore)
 
     # ---- pieces ----
 

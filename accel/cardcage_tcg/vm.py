@@ -299,7 +299,10 @@ class TcgVm:
         if self.host(phys) is None:
             raise Fault(UD)  # code outside RAM: an open bus, all ones
         if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
-            raise AcceleratorError(f"tcg: the template store is full ({self._store.used >> 20} MiB)")
+            # a guest that tries all encodings there are: what is still needed is made again
+            with self.quiesce():
+                self._flush()
+                self._store.clear()
 
     def _add_template(self, data: bytes, link: bool) -> bool:
         return not self.native.add_template(self.pointer, data, len(data), link)
@@ -334,6 +337,8 @@ class TcgVm:
             data = cpu.fetch_bytes(linear, 15)
             key = mode, pc, phys, data
             found = self._singles.get(key)
+            if len(self._singles) > 4096:
+                self._singles.clear()
             if found is None:
                 ins = self._translator.decode(mode, pc, data, 1)[0][0]
                 if (

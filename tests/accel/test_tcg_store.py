@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from struct import pack_into
 
 import cardcage_tcg
 import pytest
@@ -15,8 +16,10 @@ from cardcage.errors import AcceleratorError, ConfigError
 from cardcage.memory import RamBlock
 from cardcage.vcpu import Exit
 from cardcage.x86 import Segment
+from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.native import build
+from cardcage_tcg.store import STORE_SIZE
 from cardcage_tcg.vm import TcgOptions, TcgVm
 
 PACKAGE = Path(cardcage_tcg.__file__).parent
@@ -26,9 +29,11 @@ class NoOps:
     """No device answers; nothing here asks."""
 
 
-def run(code: bytes, templates: Path, **options: int) -> tuple[TcgVm, int]:
-    """Run 32-bit flat *code* at 0x1000 until HLT; the closed VM and EAX."""
+def run(code: bytes, templates: Path, *, room: int = 0, **options: int) -> tuple[TcgVm, int]:
+    """Run 32-bit flat *code* at 0x1000 until HLT, with *room* bytes left in the store; the closed VM and EAX."""
     vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates=str(templates), **options)))
+    if room:
+        pack_into("<I", vm._store.area.view, L.STORE_USED, STORE_SIZE - room)
     ram = RamBlock(1 << 20)
     vm.map_memory(MemorySlot(0, ram.size, ram.host_address))
     ram.view[0x1000 : 0x1000 + len(code)] = code
@@ -83,6 +88,13 @@ def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> N
     again, eax = run(many(), tmp_path)
     assert eax == 2
     assert again._translator.made > 100
+
+
+def test_full_store_begins_anew(tmp_path: Path) -> None:
+    """A guest that fills the template store goes on with an empty one."""
+    vm, eax = run(many(), tmp_path / "none", room=2000)
+    assert eax == 2
+    assert vm._translator.made > 100
 
 
 def test_store_of_no_use_is_no_error(tmp_path: Path) -> None:
