@@ -23,9 +23,11 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
+from cardcage_tcg.allowed import SHIFTS
 from cardcage_tcg.emit import load, store
+from cardcage_tcg.operands import Emulate, Template
 from cardcage_tcg.system import ends_block
-from cardcage_tcg.templates import SHIFTS, Emulate, Template, Templates
+from cardcage_tcg.templates import Templates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,10 +14,10 @@ from iced_x86 import Mnemonic
 
 from cardcage_tcg import layout as L
 from cardcage_tcg import state
+from cardcage_tcg.allowed import OFF_MMX, OFF_X87, XSAVES, unit_of
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.library import Area
 from cardcage_tcg.msr import Msrs
-from cardcage_tcg.templates import OFF_MMX, OFF_X87, XSAVES, unit_of
 
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops

@@ -23,11 +23,11 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
+from cardcage_tcg.allowed import MASKED_STORES, OFF_X87, unit_of
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import UD, Fault
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.store import TemplateStore, store_path
-from cardcage_tcg.templates import MASKED_STORES, OFF_X87, unit_of
 from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
 from cardcage_tcg.vcpu import TcgVCpu
 
