@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _patch_by_dma(lab: Lab, value: int) -> None:
-    lab.write(0x9000, b"\xb8" + bytes([value]) + b"\0\0\0\xc3")  # mov eax, value; ret
+    lab.write(0x9001, bytes([value]))  # one byte of the immediate: the other processor never sees half of a change
 
 
 def _swap_memory(lab: Lab, value: int) -> None:
@@ -271,7 +271,7 @@ run:
     mov [abs DATA], eax
     jmp run
     times 0x1000 - ($ - $$) nop
-    xor eax, eax
+    mov eax, 0
     ret
 """,
         cpus=2,
