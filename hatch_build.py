@@ -7,7 +7,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class PlatformTag(BuildHookInterface):  # type: ignore[type-arg]
+class PlatformTag(BuildHookInterface):  # type: ignore[type-arg]  # hatchling names no argument
     """Tags the wheel for the platform of the translator's prebuilt library."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -81,6 +81,7 @@ def blk(seconds: float, depth: int, write: bool, **form: Any) -> tuple[float, fl
     bench = Bench(Blk(BlkOptions(drive="x", threads=2)), backends={"block": File()}, **form)
     driver, clock, count, spent, cpu = bench.driver(), time.perf_counter, 0, 0.0, 0.0
     told = Semaphore(0)
+    # the interrupt only ends the measured request here
     bench.virtio.transport.queue_interrupt = lambda index: told.release()  # type: ignore[method-assign]
     bench.start()
     driver, packed = bench.driver(), form.get("packed", False)
@@ -141,9 +142,11 @@ def main() -> None:
             for depth in (1, 32):
                 for write in (False, True):
                     what = f"blk 4K {'write' if write else 'read'} depth {depth}, {name}"
+                    # default arguments bind this turn's values; mypy cannot infer such lambdas
                     rows.append((what, lambda d=depth, w=write, f=form: blk(seconds, d, w, **f), 15))  # type: ignore[misc]
             for receive in (False, True):
                 what = f"net {'receive' if receive else 'send'}, {name}"
+                # as above
                 rows.append((what, lambda r=receive, f=form: net(seconds, r, **f), 10))  # type: ignore[misc]
     print(f"{'':48} {'wall us':>9} {'cpu us':>9} {'goal':>6} {'count':>9}")
     for what, run, goal in rows:

@@ -101,6 +101,7 @@ class Console:
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
         for port in self.ports:
+            # a default argument binds this turn's port; mypy cannot infer such a lambda
             port.char.start(lambda data, port=port: self._arrived(port, data))  # type: ignore[misc]
 
     def config(self) -> bytes:

@@ -87,6 +87,7 @@ class TapNet:
             raise
         self.features = NetFeatures(self._vnet, options.queues, offloads)
         self._inboxes = [
+            # default arguments bind this turn's values; mypy cannot infer such lambdas
             Inbox(at, lambda fd=fd: slot.remove_reader(fd), lambda at=at: self._watch(at))  # type: ignore[misc]
             for at, fd in enumerate(self._fds)
         ]
