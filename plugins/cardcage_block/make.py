@@ -67,6 +67,7 @@ def create_raw(path: str, size: int, *, force: bool = False) -> None:
     try:
         file.truncate(size)
     except OSError as error:
+        os.unlink(path)  # what was there before is lost already, and an image of another size misleads
         raise ConfigError(f"cannot have {size} bytes: {error.strerror}", file=path) from error
     finally:
         file.close()
@@ -102,6 +103,7 @@ def create_qcow2(path: str, size: int, shape: Qcow2Shape | None = None, *, force
             file.write(offset, [memoryview(data)], len(data))
             file.sync()
     except OSError as error:
+        os.unlink(path)
         raise ConfigError(f"cannot be written: {error.strerror}", file=path) from error
     finally:
         file.close()

@@ -31,6 +31,7 @@ __all__ = ["configure", "convert", "run"]
 CHUNK = 2 << 20
 GRAIN = 65536
 FORMATS = ("raw", "qcow2")
+NAMED = "by default raw for a name that ends in .raw or .img, else qcow2"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     create = acts.add_parser("create", help="make an empty image")
     create.add_argument("file")
     create.add_argument("size", nargs="?", help="such as 20G; by default that of the backing file")
-    create.add_argument("-f", "--format", choices=FORMATS, default="qcow2")
+    create.add_argument("-f", "--format", choices=FORMATS, help=NAMED)
     create.add_argument("-b", "--backing", help="what shows where nothing is written; relative to the new image")
     create.add_argument("-F", "--backing-format", choices=FORMATS)
     info = acts.add_parser("info", help="say what an image is")
@@ -55,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     converter = acts.add_parser("convert", help="copy a disk into a new image")
     converter.add_argument("file")
     converter.add_argument("target")
-    converter.add_argument("-O", "--output-format", choices=FORMATS, default="qcow2")
+    converter.add_argument("-O", "--output-format", choices=FORMATS, help=NAMED)
     for one in (create, converter):
         one.add_argument(
             "-o", "--options", default="", help="cluster_size=64k,compat=1.1,refcount_bits=16,lazy_refcounts=on"
@@ -109,22 +110,31 @@ def _shape(text: str, file: str) -> Qcow2Shape:
     return shape
 
 
+def _new_format(asked: Literal["raw", "qcow2"] | None, path: str, options: str) -> Literal["raw", "qcow2"]:
+    """The format of a new image. Raises ConfigError for options that it does not take."""
+    form: Literal["raw", "qcow2"] = asked or ("raw" if path.lower().endswith((".raw", ".img")) else "qcow2")
+    if form == "raw" and options:
+        raise ConfigError("a raw image takes no -o options; ask for the format qcow2", file=path)
+    return form
+
+
 def _create(arguments: argparse.Namespace) -> int:
+    form = _new_format(arguments.format or ("qcow2" if arguments.backing else None), arguments.file, arguments.options)
     size = _size(arguments.size, arguments.file) if arguments.size else None
     shape = _shape(arguments.options, arguments.file)
     if arguments.backing:
-        if arguments.format == "raw":
+        if form == "raw":
             raise ConfigError("a raw image has no backing file", file=arguments.file)
         below = backing_path(arguments.file, arguments.backing)
-        form: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
-        image = open_image(Drive(below, format=form, readonly=True), warn=_warn)
+        lower: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
+        image = open_image(Drive(below, format=lower, readonly=True), warn=_warn)
         size = image.info.size if size is None else size
         image.close()
         found = arguments.backing_format or _format(below)
         shape = evolve(shape, backing_file=arguments.backing, backing_format=found)
     if size is None:
         raise ConfigError("expected a size, such as 20G", file=arguments.file)
-    if arguments.format == "raw":
+    if form == "raw":
         create_raw(arguments.file, size, force=arguments.force)
     else:
         create_qcow2(arguments.file, -(-size // 512) * 512, shape, force=arguments.force)
@@ -227,22 +237,31 @@ def _resize(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    form = _new_format(arguments.output_format, arguments.target, arguments.options)
     shape = _shape(arguments.options, arguments.target)
     source = open_image(Drive(arguments.file, format=arguments.format, readonly=True), warn=_warn)
     try:
-        if arguments.output_format == "raw":
+        if form == "raw":
             create_raw(arguments.target, source.info.size, force=arguments.force)
         else:
             create_qcow2(arguments.target, source.info.size, shape, force=arguments.force)
-        target = open_image(Drive(arguments.target, format=arguments.output_format), warn=_warn)
         try:
-            convert(source, target)
-            target.flush()
-        finally:
-            target.close()
+            _fill(source, Drive(arguments.target, format=form))
+        except BaseException:  # half a copy looks like a whole one
+            os.unlink(arguments.target)
+            raise
     finally:
         source.close()
     return 0
+
+
+def _fill(source: Image, drive: Drive) -> None:
+    target = open_image(drive, warn=_warn)
+    try:
+        convert(source, target)
+        target.flush()
+    finally:
+        target.close()
 
 
 def convert(source: Image, target: Image) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
+import signal
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,48 @@ def test_convert_both_ways(tmp_path: Path) -> None:
     image("convert", "-O", "raw", tmp_path / "b", tmp_path / "c")
     assert (tmp_path / "c").read_bytes() == data
     assert (tmp_path / "c").stat().st_blocks * 512 < 3 << 20
+
+
+def test_a_new_image_is_what_its_name_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new image is raw when its name ends in .raw or .img, qcow2 otherwise, and -f and -O overrule the name."""
+    image("create", tmp_path / "a.img", "1M")
+    image("create", tmp_path / "b.img", "1M", "-f", "qcow2")
+    image("convert", tmp_path / "b.img", tmp_path / "c.RAW")
+    image("convert", tmp_path / "a.img", tmp_path / "disk")
+    image("create", tmp_path / "over.img", "-b", "b.img")
+    found = {path.name: tool.describe(str(path))["format"] for path in tmp_path.iterdir()}
+    assert found == {"a.img": "raw", "b.img": "qcow2", "c.RAW": "raw", "disk": "qcow2", "over.img": "qcow2"}
+    with pytest.raises(ConfigError, match=r"d.img: a raw image takes no -o options"):
+        image("create", tmp_path / "d.img", "1M", "-o", "cluster_size=4k")
+    assert not (tmp_path / "d.img").exists()
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When convert cannot finish, the target is not there."""
+    image("create", tmp_path / "a.qcow2", "1M")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tool, "convert", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        image("convert", tmp_path / "a.qcow2", tmp_path / "b.raw")
+    assert not (tmp_path / "b.raw").exists()
+
+
+@pytest.mark.parametrize("name", ["a.raw", "a.qcow2"])
+def test_a_disk_that_does_not_fit_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """create says in one line that the host has no room for the image, and leaves no file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ConfigError, match="File too large"):
+            image("create", tmp_path / name, "1G")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / name).exists()
 
 
 def test_check_finds_and_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
