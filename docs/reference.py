@@ -23,6 +23,7 @@ PROTOCOLS = {
     "clock": "Time",
     "backends": "Back ends",
     "memory": "Memory",
+    "policy": "Memory policies",
     "accelerator": "Accelerators",
     "vcpu": "Processors",
     "security": "Security",

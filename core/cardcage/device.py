@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cardcage.clock import Clock
     from cardcage.interrupts import IrqLine
     from cardcage.memory import GuestMemory
+    from cardcage.policy import MemoryBalloon
     from cardcage.x86 import VCpuState
 
 __all__ = [
@@ -235,6 +236,10 @@ class Slot(Protocol):
 
     def open(self, kind: str, spec: Any, /) -> Any:
         """Open a back end: *kind* is ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
+        ...
+
+    def balloon(self, balloon: MemoryBalloon, /) -> None:
+        """The device is the machine's memory balloon, for its policies. Raises ConfigError when there is one."""
         ...
 
     def announce(self, resource: Resource, /) -> None:

@@ -36,6 +36,7 @@ from cardcage.gate import Gate
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory, RamRange
 from cardcage.ops import MachineOps, ObservedOps
+from cardcage.policy import attach_policies, detach_policies
 from cardcage.runner import run_vcpu
 from cardcage.security import Mediator
 from cardcage.wiring import Wiring
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from cardcage.device import BootImage
+    from cardcage.policy import AttachedPolicy, MemoryBalloon
     from cardcage.slot import PluggedDevice
     from cardcage.vcpu import VCpu
 
@@ -64,7 +66,7 @@ class Machine:
 
     Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; nothing is left then.
     Attributes that cards and callers use: ``config host memory vm irqchip vcpus lines pio mmio devices clock events
-    console observers mediator label log state outcome accelerator``.
+    console observers mediator label log state outcome accelerator policies balloon``.
     """
 
     def __init__(
@@ -127,7 +129,8 @@ class Machine:
         self._threads: list[threading.Thread] = []
         self._loop_thread: threading.Thread | None = None
         self._cleanup = ExitStack()
-        self.policies: list[Any] = []
+        self.policies: list[AttachedPolicy] = []
+        self.balloon: MemoryBalloon | None = None
         self.boot_image: BootImage | None = None
         self.boots_at_start = True  # not once a saved state was loaded
         try:
@@ -168,11 +171,7 @@ class Machine:
             plug_all(self)
             if config.machine.console != "none":
                 self.open_console(config.machine.console)
-            for kind, value in config.policy.items():
-                for name, options, place in specs_of(value, config.place(f"policy.{kind}")):
-                    policy = self._made("policy", name, options, place)
-                    policy.attach(self)
-                    self.policies.append(policy)
+        attach_policies(self)
         self.boot_image = open_boot(self)
 
     def _made(self, kind: str, name: str, options: Any, place: Place) -> Any:
@@ -475,10 +474,8 @@ class Machine:
             self._ended.wait()
         for thread in self._threads:
             thread.join()
+        detach_policies(self)
         with self.lock:
-            for policy in reversed(self.policies):
-                if callable(detach := getattr(policy, "detach", None)):
-                    detach()
             for plugged in reversed(self.devices.values()):
                 try:
                     if "unplug" in plugged.abilities:

@@ -183,9 +183,13 @@ class Registry:
             )
         )
 
-    def policy(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer a policy: ``factory(options)``."""
-        self.add(Offer("policy", name, factory, options, help=help))
+    def policy(self, name: str, factory: Any, *, options: Any = None, shared: bool = False, help: str = "") -> None:
+        """Offer a policy: ``factory(options)`` gives a :class:`~cardcage.policy.Policy`.
+
+        Args:
+            shared: one for all machines of a host that name it with equal options, instead of one for each machine.
+        """
+        self.add(Offer("policy", name, factory, options, help=help, extra={"shared": True} if shared else {}))
 
     def security(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
         """Offer a security checker: ``factory(options)``."""

@@ -11,7 +11,8 @@ Classes and permissions that the core asks about:
 ``backend``    ``open`` (source: the device; target: the back end's kind and type, ``char:stdio``)
 ``bus``        ``claim move`` (source: the device; target: ``pio`` or ``mmio``)
 ``interrupt``  ``raise message`` (source: the device; asked when a line is taken, and at each message)
-``memory``     ``read write map`` (source: the device; asked at each access while there are checkers)
+``memory``     ``read write map`` (source: the device; asked at each access while there are checkers); ``merge``
+               (source: the machine; target: those whose memory a policy would merge with its own)
 ``card``       ``load`` (source: ``host``; target: the card's name)
 =============  ==========================================================================================
 """
@@ -33,7 +34,7 @@ CLASSES = {
     "backend": ("open",),
     "bus": ("claim", "move"),
     "interrupt": ("raise", "message"),
-    "memory": ("read", "write", "map"),
+    "memory": ("read", "write", "map", "merge"),
     "card": ("load",),
 }
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cardcage.interrupts import IrqLine
     from cardcage.machine import Machine
     from cardcage.memory import GuestMemory
+    from cardcage.policy import MemoryBalloon
     from cardcage.registry import Offer
 
 __all__ = ["DeviceSlot", "MappedRegion", "PluggedDevice", "spec_table"]
@@ -96,6 +97,7 @@ class DeviceSlot:
         self._physical: GuestMemory = machine.memory
         self.has_console = False
         self._opened: list[Any] = []
+        self._balloon: MemoryBalloon | None = None
         self._readers: set[int] = set()
 
     @property
@@ -243,12 +245,20 @@ class DeviceSlot:
 
     # announcements
 
+    def balloon(self, balloon: MemoryBalloon, /) -> None:
+        """The device is the machine's memory balloon, for its policies. Raises ConfigError when there is one."""
+        if self.machine.balloon is not None:
+            raise self.config.place.error(f'device "{self.id}": the machine has a memory balloon already')
+        self.machine.balloon = self._balloon = balloon
+
     def announce(self, resource: Resource, /) -> None:
         """State what the device claims, for ACPI and e820."""
         self.resources.append(resource)
 
     def close(self) -> None:
         """Take the device's ranges, readers and back ends away. Under the machine's lock."""
+        if self._balloon is not None:
+            self.machine.balloon = self._balloon = None
         for mapping in self.mappings:
             mapping.move(None)
         for fd in list(self._readers):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import ge
+from cardcage.policy import GuestMemoryReport
 
 from cardcage_virtio.request import RingError
+from cardcage_virtio.virtio import DRIVER_OK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,11 +68,11 @@ class BalloonState:
 
 
 class Balloon:
-    """A balloon.
+    """A balloon, which the machine's memory policies use too (:class:`~cardcage.policy.MemoryBalloon`).
 
     Attributes:
-        target: pages of 4 KiB that the guest is asked to give (:meth:`set_target`). actual: what it has given.
-        statistics: what the guest last said, bytes or counts by name; empty before.
+        target: pages of 4 KiB that the guest is asked to give (:meth:`set_target`). actual: what it says it has given.
+        statistics: what the guest last said, bytes or counts by name; empty before. report: the same, with its time.
         reported: bytes that free page reporting gave back so far.
         on_statistics: called with them each time they arrive.
     """
@@ -85,6 +88,7 @@ class Balloon:
         self.features |= 1 << F_REPORTING | 1 << F_POISON if self.options.free_page_reporting else 0
         self.target = self.actual = self.reported = self._poison = 0
         self.statistics: dict[str, int] = {}
+        self.report: GuestMemoryReport | None = None
         self.on_statistics: Callable[[dict[str, int]], None] | None = None
         self._pending: Request | None = None
         self._asked = False
@@ -93,6 +97,7 @@ class Balloon:
 
     def plug(self, slot: Slot) -> None:
         self._slot = slot
+        slot.balloon(self)
         if self.options.stats_interval:
             self._timer = slot.clock.timer(self._tick)
 
@@ -113,6 +118,21 @@ class Balloon:
             (self.actual,) = struct.unpack_from("<I", config, 4)
         elif 12 <= offset < 16:
             (self._poison,) = struct.unpack_from("<I", config, 12)
+
+    @property
+    def live(self) -> bool:
+        """Whether the guest has a driver that is ready."""
+        return bool(self._io.status & DRIVER_OK)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the guest says it has given."""
+        return self.actual * PAGE
+
+    def resize(self, size: int) -> None:
+        """Ask the guest to give *size* bytes in all, in whole pages (under the machine's lock)."""
+        if size // PAGE != self.target:
+            self.set_target(size // PAGE)
 
     def set_target(self, pages: int) -> None:
         """Ask the guest to give *pages* pages of 4 KiB in all (under the machine's lock)."""
@@ -145,7 +165,7 @@ class Balloon:
             pending.done()
 
     def stop(self) -> None:
-        self.actual, self._pending, self.statistics = 0, None, {}
+        self.actual, self._pending, self.statistics, self.report = 0, None, {}, None
         self._poison = 0
 
     def handle(self, request: Request) -> None:
@@ -194,6 +214,7 @@ class Balloon:
             raise RingError(f"statistics of {size} bytes")
         rows = struct.iter_unpack("<HQ", request.read())
         self.statistics = {STATISTICS[tag]: value for tag, value in rows if tag < len(STATISTICS)}
+        self.report = GuestMemoryReport(time.monotonic(), self.statistics)
         if self._pending is not None:
             self._pending.done()
         self._pending = request

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cardcage.device import Region
     from cardcage.interrupts import IrqLine
     from cardcage.memory import GuestMemory
+    from cardcage.policy import MemoryBalloon
 
 __all__ = ["Bench", "BenchSlot", "Driver", "ram"]
 
@@ -307,6 +308,7 @@ class BenchSlot:
     line: Line = field(factory=lambda: Line(lambda level: None))
     lock: Any = field(factory=RLock)
     log: Any = None
+    balloons: list[MemoryBalloon] = field(factory=list)
     _calls: deque[Callable[[], None]] = field(factory=deque)
     _readers: dict[int, Callable[[], None]] = field(factory=dict)
     _wake: tuple[int, int] = field(factory=lambda: os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
@@ -319,6 +321,9 @@ class BenchSlot:
 
     def open(self, kind: str, spec: Any, /) -> Any:
         return self.backends[kind]
+
+    def balloon(self, balloon: MemoryBalloon, /) -> None:
+        self.balloons.append(balloon)
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         return self.line.source()

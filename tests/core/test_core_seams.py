@@ -21,6 +21,7 @@ from cardcage.interrupts import Line
 from cardcage.log import Log, LogSink
 from cardcage.machine import Machine
 from cardcage.memory import GuestMemoryError, PhysicalMemory, RamBlock, RamRange, check_ram, split_ram
+from cardcage.policy import MachineMemory
 from cardcage.registry import Registry
 from cardcage.security import MediatedMemory, Mediator
 from cardcage.state import capture, dumps, loads, restore
@@ -420,11 +421,11 @@ class Greedy:
     def __init__(self, options: GreedyOptions) -> None:
         self.options, self.calls = options, [f"floor {options.floor}"]
 
-    def attach(self, machine: Machine) -> None:
-        self.calls.append(f"attach {machine.name}")
+    def attach(self, memory: MachineMemory) -> None:
+        self.calls.append(f"attach {memory.name}")
 
-    def detach(self) -> None:
-        self.calls.append("detach")
+    def detach(self, memory: MachineMemory) -> None:
+        self.calls.append(f"detach {memory.name}")
 
 
 class Rack:
@@ -498,8 +499,8 @@ def test_devices_sit_on_their_bus_in_any_order() -> None:
 def test_policies_are_attached_and_detached() -> None:
     """A policy gets its options and the machine, and hears of the end."""
     with machine({"policy": {"memory": [{"type": "greedy", "floor": 3}]}}) as vm:
-        (policy,) = vm.policies
-    assert policy.calls == ["floor 3", "attach machine", "detach"]
+        policy = vm.policies[0].policy
+    assert policy.calls == ["floor 3", "attach machine", "detach machine"]
 
 
 def test_acts_are_mediated(monkeypatch: pytest.MonkeyPatch) -> None:

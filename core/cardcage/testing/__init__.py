@@ -1,8 +1,8 @@
 """The contracts as public tests, for our cards and for strangers'.
 
-``check_device``, ``check_memory`` and ``check_accelerator`` raise AssertionError with what was broken;
-:class:`TestSlot` is a slot without a machine; ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are
-loaded when first used.
+``check_device``, ``check_memory``, ``check_policy`` and ``check_accelerator`` say what was broken;
+:class:`TestSlot` is a slot without a machine, :class:`TestMachine` a machine without vCPUs;
+``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are loaded when first used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ if TYPE_CHECKING:
     from cardcage.testing.accelerator import check_accelerator
     from cardcage.testing.device import check_device
     from cardcage.testing.memory import check_memory
+    from cardcage.testing.policy import TestBalloon, TestMachine, check_policy
     from cardcage.testing.slot import TestSlot
 
-__all__ = ["TestSlot", "check_accelerator", "check_device", "check_memory"]
+__all__ = [
+    "TestBalloon",
+    "TestMachine",
+    "TestSlot",
+    "check_accelerator",
+    "check_device",
+    "check_memory",
+    "check_policy",
+]
 
 __getattr__ = lazy_names(
-    "cardcage.testing", accelerator="check_accelerator", device="check_device", memory="check_memory", slot="TestSlot"
+    "cardcage.testing",
+    accelerator="check_accelerator",
+    device="check_device",
+    memory="check_memory",
+    policy="TestBalloon TestMachine check_policy",
+    slot="TestSlot",
 )

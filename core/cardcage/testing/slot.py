@@ -18,6 +18,8 @@ from cardcage.slot import MappedRegion
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cardcage.policy import MemoryBalloon
+
 __all__ = ["TestChar", "TestClock", "TestSlot"]
 
 
@@ -133,6 +135,7 @@ class TestSlot:
         self.opened: dict[str, Any] = {}
         self.readers: dict[int, Callable[[], None]] = {}
         self.soon: list[Callable[[], None]] = []
+        self.balloons: list[MemoryBalloon] = []
         self.control = self
         self.vm: Any = self
         self.machine: Any = self
@@ -180,6 +183,9 @@ class TestSlot:
         if str(spec) not in self.opened:
             raise ConfigError(f"the test gave no {kind} back end {spec!r}")
         return self.opened[str(spec)]
+
+    def balloon(self, balloon: MemoryBalloon, /) -> None:
+        self.balloons.append(balloon)
 
     def announce(self, resource: Resource, /) -> None:
         self.resources.append(resource)
