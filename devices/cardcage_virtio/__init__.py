@@ -24,7 +24,8 @@ DEVICES = (
     ("console", "console:Console", "consoles and named serial ports"),
     ("balloon", "balloon:Balloon", "memory balloon: statistics, free page reporting"),
     ("vsock", "vsock:Vsock", "sockets between guest and host, AF_UNIX on the host"),
-    ("9p", "p9:P9", "host directory, confined to its root"),
+    ("fs", "fs:Fs", "host directory, confined to its root; mounted as virtiofs"),
+    ("9p", "p9:P9", "host directory, confined to its root; mounted as 9p"),
     ("rng", "rng:Rng", "entropy source"),
 )
 
@@ -76,6 +77,6 @@ def cardcage_register(registry: Registry) -> None:
         "--device", "cardcage_virtio.flags:parse_device", help="add a device: TYPE,key=value,...", metavar="SPEC"
     )
     registry.flag(
-        "--share", share, help="a host directory: DIR[,tag=share][,readonly=on], mounted as 9p", metavar="DIR"
+        "--share", share, help="a host directory: DIR[,tag=share][,readonly=on][,type=virtiofs|9p]", metavar="DIR"
     )
     registry.flag("--vsock", vsock, help="sockets to the guest: CID[,uds=PATH]", metavar="CID")

@@ -39,12 +39,18 @@ def _value(text: str) -> object:
 
 
 def parse_share(text: str) -> dict[str, Any]:
-    """``--share DIR[,tag=share][,readonly=on]`` as a ``virtio-9p`` device. Raises :exc:`ValueError`."""
+    """``--share DIR[,tag=share][,readonly=on][,type=9p]`` as ``virtio-fs`` or ``virtio-9p``.
+
+    Raises :exc:`ValueError`.
+    """
     pairs = parse_pairs(text, first="path")
-    _known(pairs, ("path", "tag", "readonly"))
+    _known(pairs, ("path", "tag", "readonly", "type"))
+    kinds = {"virtiofs": "virtio-fs", "9p": "virtio-9p"}
+    if (kind := kinds.get(pairs.get("type", "virtiofs"))) is None:
+        raise ValueError(f"type={pairs['type']}: expected virtiofs or 9p")
     if not os.path.isdir(pairs.get("path", "")):
         raise ValueError(f"expected a directory, got {pairs.get('path', '')!r}")
-    device: dict[str, Any] = {"type": "virtio-9p", "path": pairs["path"], "tag": pairs.get("tag", "share")}
+    device: dict[str, Any] = {"type": kind, "path": pairs["path"], "tag": pairs.get("tag", "share")}
     if "readonly" in pairs:
         if pairs["readonly"] not in ("on", "off"):
             raise ValueError(f"readonly={pairs['readonly']}: expected on or off")

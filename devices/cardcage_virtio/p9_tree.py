@@ -165,9 +165,10 @@ class Node:
         device = self.stat().st_dev
         with os.scandir(fd) as listing:
             for entry in listing:
-                kind = 10 if entry.is_symlink() else 4 if entry.is_dir(follow_symlinks=False) else 8
+                kind = 10 if entry.is_symlink() else 4 if entry.is_dir(follow_symlinks=False) else 0
+                kind = kind or (8 if entry.is_file(follow_symlinks=False) else 0)  # 0 unknown: FIFOs and sockets
                 number = entry.inode() ^ device << 40 & (1 << 64) - 1
-                qid = pack("<BIQ", {10: 2, 4: 0x80, 8: 0}[kind], 0, number)
+                qid = pack("<BIQ", {10: 2, 4: 0x80}.get(kind, 0), 0, number)
                 found.append((os.fsencode(entry.name), qid, kind))
         return found
 

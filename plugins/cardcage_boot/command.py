@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -35,6 +36,8 @@ __all__ = ["COMMAND_LINE", "configure", "run"]
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
 SECOND_PORT, SECOND_IRQ = 0x2F8, 3
+SHARES = {"virtio-fs": "virtiofs", "vhost-user-fs": "virtiofs", "virtio-9p": "9p"}
+"""Devices that share a directory by a key ``tag``, and the file system that mounts it."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -117,7 +120,7 @@ def run(host: Host, arguments: Namespace) -> int:
     with ExitStack() as cleanup:
         cleanup.callback(report.close)
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
-        plan = _plan(arguments, scratch, report)
+        plan = _plan(arguments, scratch, report, _shares(draft))
         reader, writer = os.pipe()  # the status of --exec
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
@@ -140,7 +143,18 @@ def run(host: Host, arguments: Namespace) -> int:
         return EXIT["failure"]
 
 
-def _plan(arguments: Namespace, scratch: Path, report: Report) -> Plan:
+def _shares(draft: Draft) -> str:
+    """The shared directories that init mounts: ``TYPE:TAG``, in a line of words."""
+    found = []
+    for device in draft.config().devices:
+        form = SHARES.get(device.type.removesuffix("-mmio"))
+        tag = device.options.get("tag", "share")
+        if form is not None and re.fullmatch(r"[\w.-]+", str(tag)):  # others are for who made them up to mount
+            found.append(f"{form}:{tag}")
+    return " ".join(found)
+
+
+def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> Plan:
     """Find or fetch what to boot. Raises ConfigError or HostError."""
     if arguments.firmware is not None:
         if arguments.kernel is not None or arguments.exec is not None:
@@ -169,7 +183,7 @@ def _plan(arguments: Namespace, scratch: Path, report: Report) -> Plan:
         return plan
     plan.own_init = True
     more = scratch / "settings.cpio"
-    more.write_bytes(cpio.pack(_settings(arguments, plan)))
+    more.write_bytes(cpio.pack(_settings(arguments, plan, shares)))
     plan.boot["initrd"] = [str(shelf.initramfs(kernel)), str(more)]
     return plan
 
@@ -184,7 +198,7 @@ def _given_kernel(path: str) -> Kernel:
     return Kernel(Path(path), release, modules if release and modules.is_dir() else None, path)
 
 
-def _settings(arguments: Namespace, plan: Plan) -> list[cpio.Entry]:
+def _settings(arguments: Namespace, plan: Plan, shares: str) -> list[cpio.Entry]:
     """Files that tell init what this run is about."""
     size = shutil.get_terminal_size()
     lines = {
@@ -193,6 +207,7 @@ def _settings(arguments: Namespace, plan: Plan) -> list[cpio.Entry]:
         "rows": str(size.lines),
         "cols": str(size.columns),
         "interactive": "1" if _has_terminal() else "0",
+        "shares": shares,
     }
     text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
     entries = [cpio.file("cardcage/settings", text.encode())]

@@ -39,8 +39,15 @@ for nic in /sys/class/net/*; do  # an address for each network card, from whoeve
     udhcpc -i "$nic" -q -n -t 3 -T 1 -s /cardcage/dhcp > /dev/null 2>&1 &
 done
 
-interactive=1 rows=0 cols=0
+interactive=1 rows=0 cols=0 shares=
 if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
+
+for share in $shares; do
+    mkdir -p "/mnt/${share#*:}"
+    case $share in 9p:*) options=trans=virtio,version=9p2000.L,msize=524288 ;; *) options=rw ;; esac
+    grep -qw "${share%%:*}" /proc/filesystems && mount -t "${share%%:*}" -o "$options" "${share#*:}" "/mnt/${share#*:}" ||
+        echo "cardcage: /mnt/${share#*:} is not mounted: this kernel has no driver for ${share%%:*}, or it failed" > /dev/console
+done
 
 if [ -f /cardcage/exec ]; then
     wait

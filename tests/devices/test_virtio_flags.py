@@ -8,10 +8,11 @@ import pytest
 from cardcage_virtio.flags import parse_device, parse_share, parse_vsock
 
 
-def test_share_is_a_9p_device(tmp_path: Path) -> None:
+def test_share_is_a_file_system_device(tmp_path: Path) -> None:
     """A directory, with tag and readonly where wanted."""
-    device = {"type": "virtio-9p", "path": str(tmp_path), "tag": "share"}
+    device = {"type": "virtio-fs", "path": str(tmp_path), "tag": "share"}
     assert parse_share(str(tmp_path)) == {"device": [device]}
+    assert parse_share(f"{tmp_path},type=9p") == {"device": [device | {"type": "virtio-9p"}]}
     assert parse_share(f"{tmp_path},tag=x,readonly=on") == {"device": [device | {"tag": "x", "readonly": True}]}
 
 

@@ -11,6 +11,7 @@ from cardcage.backends import BlockInfo, NetFeatures
 from cardcage_virtio.balloon import Balloon, BalloonOptions
 from cardcage_virtio.blk import Blk, BlkOptions
 from cardcage_virtio.console import Console, ConsoleOptions, PortOptions
+from cardcage_virtio.fs import Fs, FsOptions
 from cardcage_virtio.net import Net, NetOptions
 from cardcage_virtio.p9 import P9, P9Options
 from cardcage_virtio.rng import Rng, RngOptions
@@ -68,7 +69,7 @@ class AnyBackend:
 
 def device(name: str, folder: Path) -> Any:
     """A device of each kind."""
-    if name == "9p":
+    if name in ("9p", "fs"):
         (folder / "d").mkdir(exist_ok=True)
         (folder / "d" / "f").write_text("x")
     return {
@@ -79,6 +80,7 @@ def device(name: str, folder: Path) -> Any:
         "balloon": lambda: Balloon(BalloonOptions(stats_interval=1)),
         "vsock": lambda: Vsock(VsockOptions(cid=3, uds=str(folder / "v"))),
         "9p": lambda: P9(P9Options(path=str(folder / "d"))),
+        "fs": lambda: Fs(FsOptions(path=str(folder / "d"))),
     }[name]()
 
 
@@ -89,6 +91,7 @@ BODY = st.one_of(
     st.binary(max_size=64),
     st.builds(struct.pack, st.just("<IIQ"), st.integers(0, 14), st.just(0), st.integers(0, 200)),
     st.builds(struct.pack, st.just("<IHH"), st.integers(0, 3), st.integers(0, 8), st.integers(0, 2)),
+    st.builds(struct.pack, st.just("<IIQQ4I"), *[st.just(40), st.integers(0, 50), *[st.integers(0, 3)] * 6]),
     st.builds(struct.pack, st.just("<IBHI"), st.just(30), st.integers(6, 126), st.just(1), st.integers(0, 3)),
 )
 OPERATION = st.one_of(
@@ -140,7 +143,7 @@ def act(bench: Bench, backend: AnyBackend, kind: str, at: int, what: Any) -> Non
     bench.slot.poll()
 
 
-@pytest.mark.parametrize("name", ["blk", "net", "console", "rng", "balloon", "vsock", "9p"])
+@pytest.mark.parametrize("name", ["blk", "net", "console", "rng", "balloon", "vsock", "9p", "fs"])
 @given(operations=st.lists(OPERATION, max_size=40), packed=st.booleans(), indirect=st.booleans())
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_hostile_driver_never_hurts(

@@ -1,0 +1,180 @@
+"""What a FUSE guest holds of a host directory tree: inodes by number, and open files by handle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from cardcage_virtio.p9_tree import Node, check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ROOT", "Handle", "Inode", "Tree"]
+
+ROOT = 1
+"""The root's number (``FUSE_ROOT_ID``)."""
+MOST_INODES = 1 << 20
+
+
+class Inode:
+    """A file that the guest knows, by any of its names.
+
+    Attributes:
+        number: the guest's name for it. key: device, inode number and file type on the host.
+        parent, name: where it was found last. lookups: how often the guest was told its number.
+        node: its descriptor, ``None`` while closed to save descriptors.
+    """
+
+    __slots__ = ("key", "lookups", "name", "node", "number", "parent")
+
+    def __init__(self, number: int, parent: Inode | None, name: bytes, node: Node) -> None:
+        self.number, self.parent, self.name, self.lookups = number, parent, name, 0
+        self.node: Node | None = node
+        self.key = key_of(node.stat())
+
+    @property
+    def path(self) -> tuple[bytes, ...]:
+        """Names from the root."""
+        return () if self.parent is None else (*self.parent.path, self.name)
+
+
+def key_of(found: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from all others of the host: device, number and type."""
+    return found.st_dev, found.st_ino, stat.S_IFMT(found.st_mode)
+
+
+class Handle:
+    """An open file or directory. ``listing`` is a directory's, as it was when it was read from its start."""
+
+    __slots__ = ("fd", "flags", "inode", "listing")
+
+    def __init__(self, inode: Inode, fd: int, flags: int) -> None:
+        self.inode, self.fd, self.flags = inode, fd, flags
+        self.listing: list[tuple[bytes, int, int]] = []
+
+
+class Tree:
+    """The inodes under one directory.
+
+    Args:
+        root: the directory.
+        descriptors: how many inodes may be open at once. One that was closed is found again by its name, and is stale
+            (ESTALE) when another file has the name now.
+    """
+
+    def __init__(self, root: Node, descriptors: int) -> None:
+        self.root, self._top = Inode(ROOT, None, b"", root), root
+        self._descriptors = max(descriptors, 16)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all but the root."""
+        self._inodes = {ROOT: self.root}
+        self._by_key = {self.root.key: self.root}
+        self._open: dict[int, Inode] = {}  # in the order of their last use
+        self._next = ROOT + 1
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._inodes.values())
+
+    def inode(self, number: int) -> Inode:
+        """Raises OSError ESTALE for a number that the guest does not hold."""
+        found = self._inodes.get(number)
+        if found is None:
+            raise OSError(errno.ESTALE, "no such inode")
+        return found
+
+    def node(self, inode: Inode) -> Node:
+        """The inode's descriptor, opened again if need be."""
+        if inode.parent is None:
+            return self._top
+        self._open.pop(inode.number, None)
+        if inode.node is None:
+            try:
+                node = self._walk(self.node(inode.parent), inode.name)
+            except OSError as error:
+                raise OSError(errno.ESTALE, "gone meanwhile") from error
+            if key_of(node.stat()) != inode.key:
+                raise OSError(errno.ESTALE, "replaced meanwhile")
+            inode.node = node
+        self._opened(inode)
+        return inode.node
+
+    def _opened(self, inode: Inode) -> None:
+        self._open[inode.number] = inode
+        if len(self._open) > self._descriptors:
+            oldest = next(iter(self._open))
+            self._open.pop(oldest).node = None
+
+    @staticmethod
+    def _walk(parent: Node, name: bytes) -> Node:
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        return Node(os.open(check_name(name), flags, dir_fd=parent.fd))
+
+    def lookup(self, parent: Inode, name: bytes) -> Inode:
+        """The entry *name* of *parent*, which the guest holds once more."""
+        return self.adopt(parent, name, self._walk(self.node(parent), name))
+
+    def adopt(self, parent: Inode, name: bytes, node: Node) -> Inode:
+        """As :meth:`lookup`, of a file that is open already."""
+        inode = self._by_key.get(key_of(node.stat()))
+        if inode is None:
+            if len(self._inodes) >= MOST_INODES:
+                raise OSError(errno.ENFILE, "the guest holds too many files")
+            inode = Inode(self._next, parent, name, node)
+            self._next += 1
+            self._inodes[inode.number] = self._by_key[inode.key] = inode
+        elif inode.parent is not None:
+            self._place(inode, parent, name)
+            inode.node = node
+        if inode.parent is not None:
+            inode.lookups += 1
+            self._open.pop(inode.number, None)
+            self._opened(inode)
+        return inode
+
+    @staticmethod
+    def _place(inode: Inode, parent: Inode, name: bytes) -> None:
+        above: Inode | None = parent
+        while above is not None:  # the host may have moved a directory below what the guest knows as its child
+            if above is inode:
+                raise OSError(errno.ESTALE, "moved meanwhile")
+            above = above.parent
+        inode.parent, inode.name = parent, name
+
+    def forget(self, number: int, lookups: int) -> None:
+        """The guest holds *number* so many times less. What it does not hold is ignored."""
+        inode = self._inodes.get(number)
+        if inode is None or inode.parent is None:
+            return
+        inode.lookups -= lookups
+        if inode.lookups <= 0:
+            del self._inodes[number], self._by_key[inode.key]
+            self._open.pop(number, None)
+
+    def moved(self, new: Inode, new_name: bytes) -> None:
+        """An entry was renamed to *new_name* of *new*, where it is found from now on."""
+        node = self._walk(self.node(new), new_name)
+        inode = self._by_key.get(key_of(node.stat()))
+        if inode is not None and inode.parent is not None:
+            self._place(inode, new, new_name)
+
+    def restore(self, number: int, lookups: int, path: list[bytes]) -> Inode:
+        """An inode of a saved state. Raises OSError when it is gone."""
+        at = self.root
+        node = self.node(at)
+        for name in path[:-1]:
+            node = self._walk(node, name)
+            at = self._by_key.get(key_of(node.stat())) or Inode(0, at, name, node)
+        inode = Inode(number, at, path[-1], self._walk(node, path[-1]))
+        inode.lookups = lookups
+        self._inodes[number] = self._by_key[inode.key] = inode
+        self._next = max(self._next, number + 1)
+        self._opened(inode)
+        return inode

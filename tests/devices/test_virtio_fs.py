@@ -1,0 +1,380 @@
+"""The FUSE server over a real directory, and attempts to leave it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cardcage.errors import ConfigError
+from cardcage_virtio import fuse
+from cardcage_virtio.fs import Fs, FsOptions
+from cardcage_virtio.fuse import Op, Set
+from cardcage_virtio.fuse_tree import Tree
+from cardcage_virtio.p9_tree import Node
+from cardcage_virtio.testing import Bench
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class FuseError(Exception):
+    """A negative ``error``; ``code`` is its errno."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(errno.errorcode.get(code, code))
+
+
+def fails(code: int) -> Any:
+    return pytest.raises(FuseError, match=errno.errorcode[code])
+
+
+class Client:
+    """The guest's side of the protocol, past ``FUSE_INIT``."""
+
+    def __init__(self, path: Path, *, init: bool = True, **options: Any) -> None:
+        self.bench = Bench(Fs(FsOptions(path=str(path), **options)))
+        self.unique = itertools.count(1)
+        if init:
+            data = self.call(Op.INIT, 0, struct.pack("<IIII", 7, 38, 65536, 0xFFFFFFFF))
+            assert (len(data), struct.unpack_from("<II", data)) == (64, (7, 31))
+
+    def send(self, op: int, node: int, body: bytes = b"") -> bytes:
+        head = fuse.IN_HEADER.pack(40 + len(body), op, next(self.unique), node, os.getuid(), os.getgid(), 1, 0)
+        return head + body
+
+    def call(self, op: int, node: int = 1, body: bytes = b"", room: int = 70000) -> bytes:
+        request = self.send(op, node, body)
+        data = self.bench.call([request[:40], request[40:]] if body else [request], [room], queue=1)
+        length, error, unique = fuse.OUT_HEADER.unpack_from(data)
+        assert (length, unique) == (len(data), struct.unpack_from("<Q", request, 8)[0])
+        if error:
+            assert length == 16
+            raise FuseError(-error)
+        return data[16:]
+
+    def lookup(self, name: bytes, node: int = 1) -> int:
+        return int.from_bytes(self.call(Op.LOOKUP, node, name + b"\0")[:8], "little")
+
+    def open(self, node: int, flags: int = 0, op: int = Op.OPEN) -> int:
+        return int.from_bytes(self.call(op, node, struct.pack("<II", flags, 0))[:8], "little")
+
+    def create(self, name: bytes, flags: int = os.O_RDWR, mode: int = 0o644, node: int = 1) -> tuple[int, int]:
+        data = self.call(Op.CREATE, node, struct.pack("<IIII", flags, mode, 0, 0) + name + b"\0")
+        return int.from_bytes(data[:8], "little"), struct.unpack_from("<Q", data, 128)[0]
+
+    def read(self, handle: int, offset: int = 0, size: int = 60000) -> bytes:
+        return self.call(Op.READ, 1, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
+
+    def write(self, handle: int, offset: int, data: bytes) -> int:
+        body = struct.pack("<QQIIQII", handle, offset, len(data), 0, 0, 0, 0) + data
+        return int.from_bytes(self.call(Op.WRITE, 1, body)[:4], "little")
+
+    def names(self, node: int = 1, *, plus: bool = False, size: int = 200) -> dict[bytes, int]:
+        handle = self.open(node, op=Op.OPENDIR)
+        found: dict[bytes, int] = {}
+        offset, skip = 0, 128 if plus else 0
+        op = Op.READDIRPLUS if plus else Op.READDIR
+        while rows := self.call(op, node, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0)):
+            while rows:
+                _, offset, length, _ = fuse.DIRENT.unpack_from(rows, skip)
+                name = rows[skip + 24 :][:length]
+                found[name] = int.from_bytes(rows[:8], "little") if plus else 0
+                rows = rows[skip + 24 + (length + 7 & ~7) :]
+        self.call(Op.RELEASEDIR, node, struct.pack("<QIIQ", handle, 0, 0, 0))
+        return found
+
+    def setattr(self, node: int, valid: int, **fields: int) -> os.stat_result | bytes:
+        names = "valid _ fh size _1 atime mtime _2 atime_ns mtime_ns _3 mode _4 uid gid _5".split()
+        values = [valid if name == "valid" else fields.get(name, 0) for name in names]
+        return self.call(Op.SETATTR, node, struct.pack("<IIQQQqqqIIIIIIII", *values))
+
+    def forget(self, node: int, lookups: int) -> None:
+        self.bench.driver(0).add([self.send(Op.FORGET, node, struct.pack("<Q", lookups))], [])
+        self.bench.kick(0)
+        self.bench.wait(0)
+
+    def close(self) -> None:
+        self.bench.close()
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Path:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    root = tmp_path / "share"
+    (root / "sub").mkdir(parents=True)
+    (root / "file").write_text("hello")
+    (root / "sub" / "deep").write_text("deep")
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "up").symlink_to("../outside/secret")
+    return root
+
+
+@pytest.fixture
+def client(share: Path) -> Iterator[Client]:
+    client = Client(share)
+    yield client
+    client.close()
+
+
+def test_files_are_read_and_written(client: Client, share: Path) -> None:
+    """Lookup, open, read, write, create, fsync, seek, copy and attributes act on the host's files."""
+    handle = client.open(client.lookup(b"file"), os.O_RDWR)
+    assert client.read(handle) == b"hello"
+    assert client.write(handle, 5, b" world") == 6
+    client.call(Op.FSYNC, 1, struct.pack("<QII", handle, 0, 0))
+    assert (share / "file").read_text() == "hello world"
+    node, new = client.create(b"new", mode=0o4640, node=client.lookup(b"sub"))
+    assert client.write(new, 0, b"x" * 50000) == 50000
+    assert client.read(new) == b"x" * 50000
+    assert (share / "sub" / "new").stat().st_mode & 0o7777 == 0o640
+    assert struct.unpack_from("<Q", client.call(Op.LSEEK, node, struct.pack("<QQII", new, 10, os.SEEK_HOLE, 0))) == (
+        50000,
+    )
+    copied = client.call(Op.COPY_FILE_RANGE, node, struct.pack("<7Q", handle, 0, node, new, 2, 5, 0))
+    assert copied[:4] == struct.pack("<I", 5)
+    assert client.read(new, 0, 9) == b"xxhelloxx"
+    client.setattr(
+        node, Set.MODE | Set.SIZE | Set.ATIME | Set.MTIME, mode=0o600, size=10, atime=7, mtime=-5, mtime_ns=3
+    )
+    found = (share / "sub" / "new").stat()
+    assert (found.st_size, found.st_mode & 0o777) == (10, 0o600)
+    assert (found.st_atime_ns, found.st_mtime_ns) == (7 * 10**9, -5 * 10**9 + 3)
+    client.setattr(node, Set.SIZE | Set.FH, size=3, fh=new)
+    assert struct.unpack_from("<Q", client.call(Op.GETATTR, node, bytes(16)), 16 + 8)[0] == 3
+    client.call(Op.RELEASE, 1, struct.pack("<QIIQ", new, 0, 0, 0))
+    with fails(errno.EBADF):
+        client.read(new)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_directories_are_listed_in_pieces(client: Client, share: Path, plus: bool) -> None:
+    """A listing that takes many requests names each entry once, and with READDIRPLUS tells its inode."""
+    for at in range(300):
+        (share / "sub" / f"file-{at}").touch()
+    found = client.names(client.lookup(b"sub"), plus=plus, size=400)
+    assert sorted(found) == sorted([b".", b"..", *map(os.fsencode, os.listdir(share / "sub"))])
+    if plus:
+        assert found[b"deep"] == client.lookup(b"deep", client.lookup(b"sub"))
+        assert found[b"."] == found[b".."] == 0
+
+
+def test_names_are_made_moved_and_removed(client: Client, share: Path) -> None:
+    """mkdir, rename, link, symlink, readlink, mknod, unlink, rmdir and statfs work."""
+    client.call(Op.MKDIR, 1, struct.pack("<II", 0o755, 0) + b"dir\0")
+    client.call(Op.RENAME2, 1, struct.pack("<QII", client.lookup(b"dir"), 0, 0) + b"file\0other\0")
+    assert (share / "dir" / "other").read_text() == "hello"
+    node = client.lookup(b"other", client.lookup(b"dir"))
+    client.call(Op.RENAME, client.lookup(b"dir"), struct.pack("<Q", 1) + b"other\0other\0")
+    assert client.read(client.open(node)) == b"hello"
+    made = client.call(Op.LINK, 1, struct.pack("<Q", node) + b"again\0")
+    assert int.from_bytes(made[:8], "little") == node == client.lookup(b"again")
+    client.call(Op.SYMLINK, 1, b"soft\0other\0")
+    assert client.call(Op.READLINK, client.lookup(b"soft")) == b"other"
+    client.call(Op.MKNOD, 1, struct.pack("<IIII", 0o010644, 0, 0, 0) + b"pipe\0")
+    assert (share / "pipe").is_fifo()
+    client.call(Op.UNLINK, 1, b"again\0")
+    client.call(Op.RMDIR, 1, b"dir\0")
+    assert sorted(one.name for one in share.iterdir()) == ["link", "other", "pipe", "soft", "sub", "up"]
+    assert struct.unpack("<5Q4I24x", client.call(Op.STATFS))[5] == os.statvfs(share).f_bsize
+    with fails(errno.EINVAL):
+        client.call(Op.RENAME2, 1, struct.pack("<QII", 1, 1, 0) + b"other\0sub\0")
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"../outside", b"sub/..", b"/etc", b"", b"x" * 300])
+def test_names_with_paths_in_them_are_refused(client: Client, share: Path, name: bytes) -> None:
+    """A name is one component: no slash, no dots that lead up."""
+    with pytest.raises(FuseError):
+        client.lookup(name)
+    with pytest.raises(FuseError):
+        client.create(name)
+    with pytest.raises(FuseError):
+        client.call(Op.RENAME, 1, struct.pack("<Q", 1) + b"file\0" + name + b"\0")
+    with pytest.raises(FuseError):
+        client.call(Op.MKDIR, 1, struct.pack("<II", 0o755, 0) + name + b"\0")
+    assert (share / "file").exists()
+
+
+def test_links_lead_nowhere(client: Client, share: Path) -> None:
+    """A symbolic link cannot be walked through, opened, created over, or have its target changed."""
+    link, up = client.lookup(b"link"), client.lookup(b"up")
+    with fails(errno.ENOTDIR):
+        client.lookup(b"secret", link)
+    for flags in (0, os.O_RDWR, os.O_TRUNC | os.O_WRONLY):
+        with fails(errno.ELOOP):
+            client.open(up, flags)
+    with pytest.raises(FuseError):
+        client.create(b"up", os.O_WRONLY | os.O_TRUNC)
+    for valid in (Set.MODE, Set.SIZE, Set.ATIME):
+        with pytest.raises(FuseError):
+            client.setattr(up, valid, mode=0o777)
+    with fails(errno.EPERM):
+        client.call(Op.LINK, 1, struct.pack("<Q", up) + b"hard\0")
+    secret = share.parent / "outside" / "secret"
+    assert secret.read_text() == "secret"
+    assert secret.stat().st_mode & 0o777 != 0o777
+
+
+def test_an_inode_is_the_file_it_was(client: Client, share: Path) -> None:
+    """An inode means the file that was looked up, whatever the host puts in its place."""
+    sub = client.lookup(b"sub")
+    (share / "sub").rename(share / "old")
+    (share / "sub").symlink_to(share.parent / "outside")
+    with fails(errno.ENOENT):
+        client.lookup(b"secret", sub)
+    client.create(b"made", node=sub)
+    assert (share / "old" / "made").exists()
+    assert not (share.parent / "outside" / "made").exists()
+
+
+def test_special_files_are_not_opened_or_made(client: Client, share: Path) -> None:
+    """A FIFO does not hang the server, and no device nodes are made."""
+    os.mkfifo(share / "pipe")
+    with fails(errno.EOPNOTSUPP):
+        client.open(client.lookup(b"pipe"))
+    with fails(errno.EPERM):
+        client.call(Op.MKNOD, 1, struct.pack("<IIII", 0o020666, 0x103, 0, 0) + b"null\0")
+
+
+def test_a_readonly_share_changes_nothing(share: Path) -> None:
+    """Each request that would change the share is refused, and reading works."""
+    client = Client(share, readonly=True)
+    node = client.lookup(b"file")
+    for flags in (os.O_RDWR, os.O_WRONLY, os.O_TRUNC):
+        with fails(errno.EROFS):
+            client.open(node, flags)
+    with fails(errno.EROFS):
+        client.create(b"x")
+    with fails(errno.EROFS):
+        client.setattr(node, Set.MODE, mode=0)
+    handle = client.open(node)
+    with fails(errno.EROFS):
+        client.write(handle, 0, b"x")
+    assert client.read(handle) == b"hello"
+    client.close()
+
+
+def test_forgotten_inodes_are_gone(client: Client) -> None:
+    """A number is stale once the guest forgot it as often as it was told, and forgetting more or others is harmless."""
+    node = client.lookup(b"file")
+    assert client.lookup(b"file") == node
+    client.forget(node, 1)
+    client.call(Op.GETATTR, node, bytes(16))
+    client.forget(node, 1 << 40)
+    client.forget(node, 1)
+    client.forget(1, 1 << 40)
+    with fails(errno.ESTALE):
+        client.call(Op.GETATTR, node, bytes(16))
+    assert client.lookup(b"file") != node
+    assert len(client.bench.device.tree) == 2
+
+
+def test_many_inodes_need_few_descriptors(share: Path) -> None:
+    """Inodes beyond the descriptors are opened again by name, and are stale when another file has the name."""
+    tree = Tree(Node.root(str(share)), 16)
+    for at in range(100):
+        (share / "sub" / f"{at}").write_text(f"{at}")
+    sub = tree.lookup(tree.root, b"sub")
+    inodes = [tree.lookup(sub, b"%d" % at) for at in range(100)]
+    assert sum(one.node is not None for one in inodes) <= 16
+    for at, inode in enumerate(inodes):
+        assert os.pread(tree.node(inode).open(0), 9, 0) == b"%d" % at
+    (share / "keep").touch()  # so that the number of the file that goes is not used again
+    os.replace(share / "keep", share / "sub" / "0")
+    with pytest.raises(OSError, match="meanwhile"):
+        tree.node(inodes[0])
+    tree.moved(sub, b"1")
+    (share / "sub").rename(share / "moved")
+    sub.node = None
+    with pytest.raises(OSError, match="meanwhile"):
+        tree.node(inodes[2])
+
+
+def test_a_directory_moved_below_its_child_is_stale(share: Path) -> None:
+    """When the host turns a directory's parent into its child, the guest's view goes stale instead of going round."""
+    (share / "sub" / "inner").mkdir()
+    tree = Tree(Node.root(str(share)), 16)
+    sub = tree.lookup(tree.root, b"sub")
+    inner = tree.lookup(sub, b"inner")
+    (share / "sub" / "inner").rename(share / "inner")
+    (share / "sub").rename(share / "inner" / "sub")
+    with pytest.raises(OSError, match="moved meanwhile"):
+        tree.lookup(inner, b"sub")
+    assert inner.path == (b"sub", b"inner")
+
+
+def test_state_reopens_files(client: Client, share: Path) -> None:
+    """A saved server's inodes and handles go on at the same numbers in another; what is gone is logged."""
+    node = client.lookup(b"deep", client.lookup(b"sub"))
+    handle = client.open(client.lookup(b"file"), os.O_RDWR)
+    gone = client.lookup(b"up")
+    state = client.bench.device.save()
+    (share / "up").unlink()
+    other = Client(share, init=False)
+    other.bench.device.load(state)
+    assert other.read(handle) == b"hello"
+    assert other.read(other.open(node)) == b"deep"
+    with fails(errno.ESTALE):
+        other.call(Op.READLINK, gone)
+    assert [event for event, _ in other.bench.slot.logged] == ["virtio-fs: a file is gone"]
+    other.close()
+
+
+def test_an_older_kernel_settles_on_this_version(share: Path) -> None:
+    """INIT of another major version is answered with ours alone, and INIT again forgets what was open."""
+    client = Client(share)
+    handle = client.open(client.lookup(b"file"))
+    assert client.call(Op.INIT, 0, struct.pack("<IIII", 8, 0, 0, 0))[:8] == struct.pack("<II", 7, 31)
+    with fails(errno.EBADF):
+        client.read(handle)
+    with fails(errno.ENOSYS):
+        client.call(39)
+    client.close()
+
+
+@pytest.mark.parametrize("options", [{"path": "/nonexistent/x"}, {"path": "/", "tag": "ü" * 30}])
+def test_bad_options_are_configuration_errors(options: dict[str, Any]) -> None:
+    """A path that is no directory, or a tag that does not fit, is refused with its name."""
+    with pytest.raises(ConfigError, match=r"nonexistent|36 bytes"):
+        Fs(FsOptions(**options))
+
+
+NAME = st.sampled_from(
+    [b"..\0", b"file\0", b"sub\0", b"deep\0", b"link\0", b"up\0", b"new\0", b"../outside\0", b"\0", b"x"]
+)
+NUMBER = st.sampled_from([0, 1, 2, 3, 5, 64, 1 << 20, (1 << 32) - 1]).map(lambda value: struct.pack("<I", value))
+LONG = st.sampled_from([0, 1, 2, 3, 4096, (1 << 63) - 1, (1 << 64) - 1]).map(lambda value: struct.pack("<Q", value))
+BODY = st.lists(NAME | NUMBER | LONG | st.binary(max_size=12), max_size=9).map(b"".join)
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.integers(0, 52), st.integers(0, 4), BODY, st.integers(0, 300)), max_size=12))
+def test_hostile_messages_stay_inside(tmp_path_factory: Any, messages: list[tuple[int, int, bytes, int]]) -> None:
+    """No sequence of messages leaves the share or keeps descriptors, and each is answered or ends in NEEDS_RESET."""
+    base = tmp_path_factory.mktemp("fs")
+    (base / "outside").mkdir()
+    (base / "outside" / "secret").write_text("secret")
+    (base / "share" / "sub").mkdir(parents=True)
+    (base / "share" / "file").write_text("hello")
+    (base / "share" / "link").symlink_to(base / "outside")
+    client = Client(base / "share")
+    bench = client.bench
+    before = len(os.listdir("/proc/self/fd"))
+    for op, node, body, room in messages:
+        bench.driver(1).add([client.send(op, node, body)], [room] if room else [])
+        bench.kick(1)
+        bench.until(lambda: bool(list(bench.driver(1).used())) or bench.virtio.status & 64 != 0)
+        if bench.virtio.status & 64:
+            break
+    client.close()
+    assert len(os.listdir("/proc/self/fd")) < before
+    assert (base / "outside" / "secret").read_text() == "secret"
+    assert os.listdir(base / "outside") == ["secret"]
+    assert sorted(os.listdir(base)) == ["outside", "share"]
