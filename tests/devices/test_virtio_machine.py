@@ -107,12 +107,13 @@ def test_every_device_fits_one_machine(tmp_path: Path, disk: Path) -> None:
         {"type": "virtio-console", "char": "null", "ports": [{"char": "null", "name": "agent"}]},
         {"type": "virtio-balloon", "stats_interval": 1},
         {"type": "virtio-vsock", "cid": 3, "uds": str(tmp_path / "v")},
-        {"type": "virtio-9p", "path": str(tmp_path), "address": "1f.0"},
+        {"type": "virtio-9p", "path": str(tmp_path)},
+        {"type": "virtio-fs", "path": str(tmp_path), "address": "1f.0"},
     ]
     with machine(*devices) as vm:
-        functions = [Function(vm, 0x1040 + id) for id in (2, 1, 4, 3, 5, 19, 9)]
+        functions = [Function(vm, 0x1040 + id) for id in (2, 1, 4, 3, 5, 19, 9, 26)]
         assert functions[-1].slot == 0x1F
-        assert len({function.bar for function in functions}) == 7
+        assert len({function.bar for function in functions}) == 8
         (driver,) = functions[2].start(1)
         assert len(functions[2].call(driver, 0, [], [32])) == 32
 
@@ -129,6 +130,7 @@ def test_state_goes_through_text_into_another_machine(tmp_path: Path, disk: Path
         {"type": "virtio-console", "char": "null"},
         {"type": "virtio-balloon"},
         {"type": "virtio-9p", "path": str(tmp_path / "share")},
+        {"type": "virtio-fs", "path": str(tmp_path / "share")},
         {"type": "virtio-rng-mmio", "address": 0xD0000000, "irq": 5},
     ]
     with machine(*devices) as vm:
