@@ -87,7 +87,7 @@ def start(name: str, guest: Guest, folder: Path, image: Path, path: Path, argume
         drive = f"file={image},format={form},if=none,id=d"
         return start_qemu(guest, folder, ["-drive", drive, "-device", "virtio-blk-pci,drive=d"])
     if arguments.vhost_user:
-        more = ["--set", "machine.shared_memory=true", "--device", f"vhost-user-blk,socket={path}"]
+        more = ["--set", "memory.type=memfd", "--device", f"vhost-user-blk,socket={path}"]
     else:
         more = ["--drive", f"file={image},format={form}"]
     return start_cardcage(guest, folder, arguments.accel, {}, more)

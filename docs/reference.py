@@ -24,6 +24,7 @@ PROTOCOLS = {
     "backends": "Back ends",
     "memory": "Memory",
     "policy": "Memory policies",
+    "ram": "Memory back ends",
     "accelerator": "Accelerators",
     "vcpu": "Processors",
     "security": "Security",
@@ -144,10 +145,10 @@ def attributes(cls: Any) -> list[str]:
 
 def config() -> str:
     """docs/config.md: the static text, and the tables of keys in it."""
-    from cardcage.config import DeviceConfig, MachineConfig
+    from cardcage.config import DeviceConfig, MachineConfig, MemoryConfig
 
     text = (HERE / "config.in.md").read_text()
-    for name, cls in (("machine", MachineConfig), ("device", DeviceConfig)):
+    for name, cls in (("machine", MachineConfig), ("memory", MemoryConfig), ("device", DeviceConfig)):
         text = text.replace(f"<!-- keys of {name} -->", "\n".join(attributes(cls)))
     return text
 

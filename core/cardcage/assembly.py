@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from cardcage.abilities import abilities_of
+from cardcage.abilities import abilities_of, check_signature
 from cardcage.accelerator import Probe, VmSpec
 from cardcage.config import Config, DeviceConfig, Place
 from cardcage.errors import CardcageError, CardError, ConfigError, HostError
-from cardcage.memory import GIB, PhysicalMemory, RamBlock, RamRange, check_ram, split_ram
+from cardcage.memory import GIB, RamRange, check_ram, split_ram
+from cardcage.ram import Anonymous, RamBlock
 from cardcage.slot import DeviceSlot, PluggedDevice, spec_table
 
 if TYPE_CHECKING:
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
     from cardcage.accelerator import AcceleratedVm, Accelerator
     from cardcage.host import Host
     from cardcage.machine import Machine
+    from cardcage.ram import MemoryBackend
     from cardcage.registry import Offer
 
-__all__ = ["Choice", "choose_accelerator", "create_vm", "make_ram", "plug_all", "probe_of", "specs_of"]
+__all__ = [
+    "Choice",
+    "choose_accelerator",
+    "create_vm",
+    "make_ram",
+    "plug",
+    "plug_all",
+    "probe_of",
+    "specs_of",
+    "watch_ram",
+]
 
 VIDEO = (0xA0000, 0xC0000)
 """Where a PC has video memory: no RAM shows there."""
@@ -95,22 +107,61 @@ def create_vm(host: Host, config: Config, choice: Choice) -> tuple[AcceleratedVm
     return vm, irqchip
 
 
-def make_ram(memory: PhysicalMemory, config: Config) -> None:
-    """Allocate RAM and show it. Raises ConfigError for more than the host has, HostError when it will not give it."""
+def make_ram(machine: Machine) -> None:
+    """Allocate RAM, show it, and tell the accelerator. Raises ConfigError or HostError when the host has not that."""
+    config, memory = machine.config, machine.memory
+    backend = memory_backend(machine)
     try:
-        size = check_ram(config.machine.memory)
+        size = check_ram(config.machine.memory, limited=backend.takes_ram)
     except ConfigError as error:
         raise config.place("machine.memory").error(error.problem) from error
-    if size % 4096:
-        raise config.place("machine.memory").error(f"expected a multiple of 4096 bytes, got {size}")
+    block = allocate(backend, size, config)
     low, high = split_ram(size)
-    block = RamBlock(low, "ram", shared=config.machine.shared_memory)
     ranges = [RamRange(0, min(low, VIDEO[0]), block)]
     if low > VIDEO[1]:
         ranges.append(RamRange(VIDEO[1], low - VIDEO[1], block, offset=VIDEO[1]))
-    memory.add(*ranges)  # the space owns the block from here on, whatever fails next
     if high:
-        memory.add(RamRange(4 * GIB, high, RamBlock(high, "ram-high", shared=config.machine.shared_memory)))
+        ranges.append(RamRange(4 * GIB, high, block, offset=low))
+    memory.add(*ranges)  # the space owns the block from here on, whatever fails next
+    memory.attach(machine.vm)
+    memory.on_written = machine.vm.memory_written
+
+
+def watch_ram(machine: Machine) -> None:
+    """Stop the machine, in words, when the host takes memory away under it."""
+    block = machine.memory.ranges[0].block
+
+    def taken() -> None:
+        if (error := block.fault()) is not None and block.watch is not None:
+            machine.events.remove_reader(block.watch.fd)
+            machine.fail(error)
+
+    if block.watch is not None:
+        machine.events.add_reader(block.watch.fd, taken)
+
+
+def memory_backend(machine: Machine) -> MemoryBackend:
+    """What ``[memory]`` names. The default is the core's own, so that a machine needs no card for it."""
+    chosen, place = machine.config.memory, machine.config.place("memory.type")
+    if chosen.type == "anonymous" and not chosen.options:
+        return Anonymous()
+    offer = machine.host.registry.get("memory", chosen.type, file=place.file, key="memory.type")
+    options = machine.host.options(offer, chosen.options, file=place.file, key="memory")
+    who = f'memory "{offer.name}" (card {offer.card}, {offer.distribution})'
+    made: MemoryBackend = blamed(
+        who, Place(place.file, "memory"), lambda: offer.load()(options) if options is not None else offer.load()()
+    )
+    check_signature(made, "allocate", 2, who)
+    return made
+
+
+def allocate(backend: MemoryBackend, size: int, config: Config) -> RamBlock:
+    """One block for all of the machine's RAM; errors get the place of the key that is to blame."""
+    try:
+        return RamBlock(size, "ram", backend, config.memory)
+    except ConfigError as error:
+        key = f"memory.{error.key}" if error.key else "machine.memory"
+        raise config.place(key).error(error.problem) from error
 
 
 def specs_of(value: Any, place: Place) -> list[tuple[str, Any, Place]]:

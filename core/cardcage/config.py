@@ -1,7 +1,7 @@
 """What a machine is made of: one typed schema for TOML, Python and the command line.
 
 A :class:`Draft` collects fragments (a TOML file, keyword arguments, flags, ``--set key=value``), remembers where each
-value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[boot]``, ``[[device]]``,
+value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[memory]``, ``[boot]``, ``[[device]]``,
 ``[accel.NAME]``, ``[policy]`` and ``[security]``; docs/config.md describes each key.
 """
 
@@ -12,19 +12,20 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields, frozen
 from attrs.validators import and_, ge, le
 
 from cardcage.errors import ConfigError, near
+from cardcage.ram import Placement
 from cardcage.structure import structure
 from cardcage.units import Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Config", "DeviceConfig", "Draft", "MachineConfig", "Place"]
+__all__ = ["Config", "DeviceConfig", "Draft", "MachineConfig", "MemoryConfig", "Place"]
 
-TABLES = ("accel", "boot", "device", "machine", "policy", "security")
+TABLES = ("accel", "boot", "device", "machine", "memory", "policy", "security")
 
 
 @frozen
@@ -57,7 +58,7 @@ class MachineConfig:
         features: CPU features switched on or off, such as ``{ avx2 = true }``.
         platform: which card chooses the default devices; ``none`` gives a bare machine.
         console: where the console goes besides the buffer that ``vm.console`` reads: a char back end's spec.
-        shared_memory: RAM as a memfd that other processes can map (vhost-user); else anonymous, which KSM can merge.
+        priority: -100 to 100: when the host runs short, who has the lowest gives first, and is ended first.
         on_reset: what a reset that the guest asked for does.
         on_triple_fault: what a triple fault of the guest does.
         label: security label of the machine.
@@ -72,7 +73,7 @@ class MachineConfig:
     features: dict[str, bool] = field(factory=dict)
     platform: str = "pc"
     console: str | dict[str, Any] = "none"
-    shared_memory: bool = False
+    priority: int = field(default=0, validator=and_(ge(-100), le(100)))
     on_reset: Literal["reset", "stop"] = "reset"
     on_triple_fault: Literal["stop", "reset"] = "stop"
     label: str = "machine"
@@ -118,10 +119,36 @@ class DeviceConfig:
 
 
 @frozen
+class MemoryConfig(Placement):
+    """``[memory]``: where the guest's RAM comes from. ``machine.memory`` is its size.
+
+    Attributes:
+        type: the name of a memory back end.
+        preallocate: take all of it from the host at once; else each page when it is first used.
+        huge_pages: advice to the kernel about transparent huge pages; ``default`` gives none.
+        nodes: NUMA nodes of the host that it may come from; empty for wherever the host likes.
+        numa: how the nodes are used: ``bind`` only these, ``preferred`` these first, ``interleave`` by turns.
+        options: what is left: the back end's own.
+    """
+
+    type: str = "anonymous"
+    options: dict[str, Any] = field(factory=dict)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], file: str | None = None) -> MemoryConfig:
+        """Take the keys of all back ends off *table*. Raises ConfigError."""
+        known = {one.name for one in fields(cls)} - {"options"}
+        keys = {name: value for name, value in table.items() if name in known}
+        own = {name: value for name, value in table.items() if name not in known}
+        return evolve(structure(keys, cls, file=file, key="memory"), options=own)
+
+
+@frozen
 class Config:
     """A checked configuration. Options of cards are plain tables until the card that takes them is known."""
 
     machine: MachineConfig = MachineConfig()
+    memory: MemoryConfig = MemoryConfig()
     boot: dict[str, Any] | None = None
     devices: tuple[DeviceConfig, ...] = ()
     accel: dict[str, dict[str, Any]] = field(factory=dict)
@@ -245,6 +272,9 @@ class Draft:
         for name in machine:  # one by one, so that an error names the source of its own key
             origin = self._origins.get(f"machine.{name}")
             structure({name: machine[name]}, MachineConfig, file=origin, key="machine")
+        memory = tables.get("memory", {})
+        for name in memory:
+            MemoryConfig.from_table({name: memory[name]}, self._origins.get(f"memory.{name}"))
         for name, table in tables.get("accel", {}).items():
             if not isinstance(table, dict):
                 raise ConfigError("expected a table", file=self._origins.get(f"accel.{name}"), key=f"accel.{name}")
@@ -254,6 +284,7 @@ class Draft:
         ]
         return Config(
             machine=structure(machine, MachineConfig, key="machine"),
+            memory=MemoryConfig.from_table(memory),
             boot=tables.get("boot"),
             devices=tuple(devices),
             accel=tables.get("accel", {}),

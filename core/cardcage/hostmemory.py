@@ -12,7 +12,15 @@ from cardcage.errors import HostError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["HostMemory", "read_host_memory"]
+__all__ = [
+    "HostMemory",
+    "MemoryGroup",
+    "MemoryLimit",
+    "memory_group",
+    "memory_limits",
+    "read_host_memory",
+    "say_size",
+]
 
 UNLIMITED = 1 << 60
 """cgroup v1 writes no limit as a number a little below 2**63."""
@@ -47,6 +55,65 @@ class HostMemory:
         if self.limit is None:
             return self.available
         return min(self.available, self.limit - self.usage + self.reclaimable)
+
+
+@frozen
+class MemoryLimit:
+    """One thing that sets a limit to this process's memory.
+
+    Attributes:
+        name: ``the host``, or ``cgroup /path``. path: of the cgroup, empty for the host.
+        size: bytes that there are in all. available: bytes that can be taken now before it swaps or kills.
+    """
+
+    name: str
+    path: str
+    size: int
+    available: int
+
+
+@frozen
+class MemoryGroup:
+    """The memory cgroup of a process: its path, the folder of its files, and the version of its hierarchy (1 or 2)."""
+
+    path: str
+    folder: Path
+    version: int
+
+    def oom_kills(self) -> int | None:
+        """How many processes of it the kernel's OOM killer has ended; ``None`` where that is not counted."""
+        return _pairs(self.folder / ("memory.events" if self.version == 2 else "memory.oom_control")).get("oom_kill")
+
+
+def memory_limits(root: Path = Path("/")) -> tuple[MemoryLimit, ...]:
+    """The host, and each cgroup around this process that has a limit, the nearest first. Raises HostError.
+
+    Pools of huge pages (hugetlb) are left out: they are set aside already.
+    """
+    host, pool = read_host_memory(root), _pairs(root / "proc/meminfo", 1024).get("Hugetlb", 0)
+    found = [MemoryLimit("the host", "", host.total - pool, host.available)]
+    for path, _, (limit, usage, reclaimable) in _groups(root):
+        found.append(MemoryLimit(f"cgroup {path}", path, limit, max(0, limit - usage + reclaimable)))
+    return tuple(found)
+
+
+def memory_group(root: Path = Path("/")) -> MemoryGroup | None:
+    """This process's own memory cgroup (v1's where that has the controller), with a limit or not; ``None`` without."""
+    found = None
+    for v1, top, mount, path in _hierarchies(root):
+        inside = Path(path).relative_to(top) if Path(path).is_relative_to(top) else Path()
+        if v1 or (mount / inside / "memory.current").exists():
+            group = MemoryGroup(path, mount / inside, 1 if v1 else 2)
+            found = group if found is None or v1 else found
+    return found
+
+
+def say_size(size: int) -> str:
+    """Bytes for a person, rounded: ``1.5 GiB``."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(size) >= 1024**power:
+            return f"{size / 1024**power:.4g} {unit}"
+    return f"{size} bytes"
 
 
 def read_host_memory(root: Path = Path("/")) -> HostMemory:
@@ -93,17 +160,22 @@ def _pressure(path: Path) -> tuple[float, float] | None:
 
 def _groups(root: Path) -> Iterator[tuple[str, Path, tuple[int, int, int]]]:
     """This process's cgroup and those above it that have a limit: path, folder, (limit, usage, reclaimable)."""
+    for v1, top, mount, path in _hierarchies(root):
+        inside = Path(path).relative_to(top) if Path(path).is_relative_to(top) else Path()
+        for part in (inside, *inside.parents):
+            numbers = _read_v1(mount / part) if v1 else _read_v2(mount / part)
+            if numbers is not None:
+                yield str(Path(top) / part), mount / part, numbers
+
+
+def _hierarchies(root: Path) -> Iterator[tuple[bool, str, Path, str]]:
+    """(whether it is v1, root inside the hierarchy, folder of the mount, this process's path) of each with memory."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         v1 = "memory" in controllers.split(",")
-        if not v1 and number != "0":
-            continue
-        for top, mount in _mounts(root, v1):
-            inside = Path(path).relative_to(top) if Path(path).is_relative_to(top) else Path()
-            for part in (inside, *inside.parents):
-                numbers = _read_v1(mount / part) if v1 else _read_v2(mount / part)
-                if numbers is not None:
-                    yield str(Path(top) / part), mount / part, numbers
+        if v1 or number == "0":
+            for top, mount in _mounts(root, v1):
+                yield v1, top, mount, path
 
 
 def _mounts(root: Path, v1: bool) -> Iterator[tuple[str, Path]]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.abilities import able
-from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of
+from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of, watch_ram
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
 from cardcage.config import Config, DeviceConfig, Draft, Place
@@ -151,13 +151,12 @@ class Machine:
         self.accelerator = choose_accelerator(host, config)
         self.vm, self.irqchip = create_vm(host, config, self.accelerator)
         self._cleanup.callback(self.vm.close)
-        make_ram(self.memory, config)
-        self.memory.attach(self.vm)
-        self.memory.on_written = self.vm.memory_written
+        make_ram(self)
         self.gate = Gate(self._kick_all)
         self.wiring = Wiring(self.vm, self.irqchip, self.gate.wake)
         self.lines = self.wiring.lines
         self.events = EventLoop(self.name, self._locked_call)
+        watch_ram(self)
         self.clock = MachineClock(self.events)
         self._cleanup.callback(self.clock.close)
         self._cleanup.callback(self.events.close)

@@ -1,4 +1,4 @@
-"""Guest memory: RAM blocks, the physical address space that shows them, and how devices reach it.
+"""Guest memory: the physical address space that shows RAM blocks, and how devices reach it.
 
 RAM above the PCI hole follows QEMU's ``pc`` sizes: up to 3.5 GiB all of it starts at 0; with more, 3 GiB stays below
 and the rest starts at 4 GiB.
@@ -6,9 +6,7 @@ and the rest starts at 4 GiB.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 import os
 from bisect import bisect_right
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 from attrs import frozen
 
 from cardcage.accelerator import MemorySlot
-from cardcage.errors import ConfigError, HostError, UsageError
+from cardcage.errors import ConfigError, UsageError
+from cardcage.ram import PAGE, RamBlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +33,6 @@ __all__ = [
     "split_ram",
 ]
 
-PAGE = 4096
 GIB = 1 << 30
 
 
@@ -45,55 +43,6 @@ class GuestMemoryError(UsageError):
 def split_ram(size: int) -> tuple[int, int]:
     """Return (bytes from address 0, bytes from 4 GiB) for *size* bytes of RAM."""
     return (size, 0) if size <= 0xE0000000 else (3 * GIB, size - 3 * GIB)
-
-
-class RamBlock:
-    """Host memory that guests use as RAM.
-
-    Args:
-        size: bytes, rounded up to whole pages.
-        name: for listings.
-        shared: back it by a memfd, sealed against shrinking (``fd`` is then set), so that another process can map it;
-            else anonymous, which KSM can merge.
-
-    Raises :exc:`~cardcage.errors.HostError` when the host has not that much.
-    """
-
-    def __init__(self, size: int, name: str = "ram", *, shared: bool = False) -> None:
-        self.name, self.size, self.fd = name, -(-size // PAGE) * PAGE, -1
-        try:
-            if shared:
-                self.fd = os.memfd_create(f"cardcage-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                os.ftruncate(self.fd, self.size)
-                self._seal()
-                self.map = mmap.mmap(self.fd, self.size)
-            else:
-                self.map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-        except (OSError, ValueError, OverflowError) as error:
-            if self.fd >= 0:
-                os.close(self.fd)
-            raise HostError(f"{name}: the host cannot give {size} bytes of memory: {error}") from error
-        self.map.madvise(mmap.MADV_DONTFORK)
-        self._export = ctypes.c_char.from_buffer(self.map)
-        self.host_address = ctypes.addressof(self._export)
-        self.view = memoryview(self.map)
-
-    def _seal(self) -> None:
-        import fcntl
-
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-
-    def close(self) -> None:
-        """Give the memory back. Idempotent. Views still held keep it alive until they are released."""
-        try:
-            self.view.release()
-            del self._export
-            self.map.close()
-        except (BufferError, AttributeError):
-            pass
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 @frozen(eq=False)
@@ -271,10 +220,7 @@ class PhysicalMemory:
             raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not whole pages of RAM")
         host = self.slots[at].host_address + address - self.slots[at].address
         block = next(one.block for one in self.ranges if 0 <= host - one.block.host_address < one.block.size)
-        advice = mmap.MADV_DONTNEED if block.fd < 0 else mmap.MADV_REMOVE
-        try:
-            block.map.madvise(advice, host - block.host_address, size)
-        except OSError:
+        if not block.discard(host - block.host_address, size):
             return False
         self.written(address, size)
         return True
@@ -302,11 +248,16 @@ class PhysicalMemory:
         self.ranges = []
 
 
-def check_ram(size: int) -> int:
-    """Check a configured amount of RAM against the host. Raises :exc:`~cardcage.errors.ConfigError`."""
+def check_ram(size: int, *, limited: bool = True) -> int:
+    """Check a configured amount of RAM against the host (when it is *limited* by that).
+
+    Raises :exc:`~cardcage.errors.ConfigError`.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size < 1 << 20:
         raise ConfigError(f"{size} bytes of memory is too little: expected at least 1M")
-    if size > total:
+    if size % PAGE:
+        raise ConfigError(f"expected a multiple of {PAGE} bytes, got {size}")
+    if limited and size > total:
         raise ConfigError(f"{size / GIB:.1f} GiB of memory is more than this host has ({total / GIB:.1f} GiB)")
     return size

@@ -304,7 +304,7 @@ def cannot_merge(address: int) -> str:
     if "ht" in flags:
         return "it is made of huge pages (hugetlb)"
     if "sh" in flags:
-        return "it is shared (machine.shared_memory, or a file behind it), and KSM merges only private memory"
+        return "it is shared (a memfd, or a file behind it), and KSM merges only private memory"
     return f"there is a file behind it ({file})" if file else ""
 
 

@@ -16,7 +16,20 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Offer", "Registry", "resolve"]
 
-KINDS = ("accelerator", "device", "platform", "boot", "backend", "policy", "security", "flag", "command", "check")
+KINDS = (
+    "accelerator",
+    "device",
+    "platform",
+    "boot",
+    "backend",
+    "memory",
+    "admission",
+    "policy",
+    "security",
+    "flag",
+    "command",
+    "check",
+)
 
 
 def resolve(reference: Any) -> Any:
@@ -182,6 +195,10 @@ class Registry:
                 "backend", f"{kind}:{name}", factory, options, needs=needs, help=help, shorthand=shorthand, extra=extra
             )
         )
+
+    def memory(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
+        """Offer a memory back end: ``factory(options)`` gives a :class:`~cardcage.ram.MemoryBackend`."""
+        self.add(Offer("memory", name, factory, options, help=help))
 
     def policy(self, name: str, factory: Any, *, options: Any = None, shared: bool = False, help: str = "") -> None:
         """Offer a policy: ``factory(options)`` gives a :class:`~cardcage.policy.Policy`.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 from cardcage.interrupts import Line
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
+from cardcage.ram import Memfd
 
 from cardcage_virtio.virtio import COMMON, F_EVENT_IDX, F_PACKED, Virtio
 
@@ -40,7 +41,7 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 def ram(size: int, *, shared: bool = False) -> PhysicalMemory:
     """Guest memory of *size* bytes from address 0."""
     memory = PhysicalMemory()
-    memory.add(RamRange(0, size, RamBlock(size, shared=shared)))
+    memory.add(RamRange(0, size, RamBlock(size, backend=Memfd() if shared else None)))
     return memory
 
 

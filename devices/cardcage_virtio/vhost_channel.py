@@ -58,7 +58,7 @@ def memory_regions(memory: PhysicalMemory) -> list[MemoryRegion]:
         if one.block.fd < 0:
             raise HostError(
                 f"vhost-user: guest memory ({one.block.name}) cannot be shared with another process: "
-                "set machine.shared_memory = true"
+                'set memory.type = "memfd"'
             )
         key = one.block.fd, one.address - one.offset  # pieces of a block that keep their distance are one region
         low, high = spans.get(key, (one.address, one.address + one.size))

@@ -1,7 +1,7 @@
 """vhost-user front ends: a virtio device whose queues another process serves, over shared guest memory.
 
 The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must be shared
-(``machine.shared_memory = true``). Notifications and interrupts are eventfds that need not pass through this process.
+(``memory.type = "memfd"``). Notifications and interrupts are eventfds that need not pass through this process.
 When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
 the note of requests in flight, and goes on.
 """

@@ -22,6 +22,7 @@ from cardcage.log import Log, LogSink
 from cardcage.machine import Machine
 from cardcage.memory import GuestMemoryError, PhysicalMemory, RamBlock, RamRange, check_ram, split_ram
 from cardcage.policy import MachineMemory
+from cardcage.ram import Memfd
 from cardcage.registry import Registry
 from cardcage.security import MediatedMemory, Mediator
 from cardcage.state import capture, dumps, loads, restore
@@ -126,7 +127,7 @@ def test_a_line_is_the_or_of_its_sources(steps: list[tuple[int, bool]]) -> None:
 def test_memory_keeps_its_contract() -> None:
     """PhysicalMemory passes the public contract, also across two blocks that touch."""
     memory = PhysicalMemory()
-    first, second = RamBlock(0x1000), RamBlock(0x2000, shared=True)
+    first, second = RamBlock(0x1000), RamBlock(0x2000, backend=Memfd())
     memory.add(RamRange(0x10000, 0x1000, first), RamRange(0x11000, 0x2000, second))
     check_memory(memory, 0x11000, 0x2000)
     memory.write(0x10FFE, b"abcd")

@@ -166,7 +166,7 @@ def test_a_device_without_pci(disk: Path) -> None:
         ({"type": "virtio-net", "net": "null", "mac": "zz"}, "mac"),
         ({"type": "virtio-9p", "path": "/nonexistent/x"}, "/nonexistent/x"),
         ({"type": "virtio-rng", "address": "77.0"}, "77.0"),
-        ({"type": "vhost-user-blk", "socket": "/nonexistent/s"}, "shared_memory"),
+        ({"type": "vhost-user-blk", "socket": "/nonexistent/s"}, "memory.type"),
         ({"type": "virtio-rnd"}, "virtio-rng"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_disk_of_another_process_survives_its_death(tmp_path: Path) -> None:
         dd if=/tmp/r of=/dev/vda bs=256k conv=fsync 2>/dev/null; echo written
         echo 3 > /proc/sys/vm/drop_caches; md5sum < /tmp/r; head -c 25165824 /dev/vda | md5sum
     """
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--set", "machine.shared_memory=true"]
+    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--set", "memory.type=memfd"]
     command += ["--device", f"vhost-user-blk,socket={path}", "--exec", script]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as guest:
@@ -248,7 +248,7 @@ def test_a_directory_of_virtiofsd(tmp_path: Path) -> None:
                 pytest.skip("virtiofsd may not run here")
             os.sched_yield()
         script = "mkdir -p /m; mount -t virtiofs host /m && cat /m/hello && echo from the guest > /m/answer; umount /m"
-        arguments = ["--set", "machine.shared_memory=true", "--device", f"vhost-user-fs,socket={path},tag=host"]
+        arguments = ["--set", "memory.type=memfd", "--device", f"vhost-user-fs,socket={path},tag=host"]
         assert boot(*arguments, script=script) == ["from the host"]
         assert (folder / "answer").read_text() == "from the guest\n"
     finally:

@@ -1,6 +1,7 @@
 """The contracts as public tests, for our cards and for strangers'.
 
-``check_device``, ``check_memory``, ``check_policy`` and ``check_accelerator`` say what was broken;
+``check_device``, ``check_memory``, ``check_memory_backend``, ``check_policy`` and ``check_accelerator`` say what was
+broken;
 :class:`TestSlot` is a slot without a machine, :class:`TestMachine` a machine without vCPUs;
 ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are loaded when first used.
 """
@@ -13,6 +14,7 @@ from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cardcage.testing.accelerator import check_accelerator
+    from cardcage.testing.backing import check_memory_backend
     from cardcage.testing.device import check_device
     from cardcage.testing.memory import check_memory
     from cardcage.testing.policy import TestBalloon, TestMachine, check_policy
@@ -25,12 +27,14 @@ __all__ = [
     "check_accelerator",
     "check_device",
     "check_memory",
+    "check_memory_backend",
     "check_policy",
 ]
 
 __getattr__ = lazy_names(
     "cardcage.testing",
     accelerator="check_accelerator",
+    backing="check_memory_backend",
     device="check_device",
     memory="check_memory",
     policy="TestBalloon TestMachine check_policy",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage.policy import GuestMemoryReport, MachineMemory, PolicyRun, mappings
+from cardcage.ram import Memfd
 from cardcage.security import Mediator
 from cardcage.testing.slot import _Log
 
@@ -87,7 +88,7 @@ class TestMachine:
         self.name, self.label, self.state = name, label, "running"
         self.log, self.lock, self.mediator = _Log(), threading.RLock(), Mediator(checkers)
         self.memory = PhysicalMemory()
-        self.memory.add(RamRange(0, size, RamBlock(size, shared=shared)))
+        self.memory.add(RamRange(0, size, RamBlock(size, backend=Memfd() if shared else None)))
         self.config = SimpleNamespace(machine=SimpleNamespace(memory=size))
         self.events = SimpleNamespace(call_soon=self._soon)
         self.device = balloon or TestBalloon(size, size // 2)
