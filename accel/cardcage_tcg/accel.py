@@ -32,7 +32,7 @@ class Tcg:
             CodeBuffer(4096).close()
         except CardcageError as error:
             return Probe(False, "translated", str(error))
-        return Probe(True, "translated", "binary translation")
+        return Probe(True, "translated", "binary translation", executable=True)
 
     def create_vm(self, spec: VmSpec, /) -> TcgVm:
         from cardcage_tcg.vm import TcgVm

@@ -22,11 +22,13 @@ class Probe:
         usable: a virtual machine can be created.
         speed: ``"native"``, ``"translated"`` or ``"emulated"``, from fast to slow.
         reason: one line: why not, or what to know (``"/dev/kvm: permission denied; join group kvm"``).
+        executable: it makes memory executable that it wrote itself (a translator): the machine asks for ``execmem``.
     """
 
     usable: bool
     speed: str = field(default="native", validator=in_(("native", "translated", "emulated")))
     reason: str = ""
+    executable: bool = False
 
 
 @frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -12,10 +13,12 @@ from cardcage.config import Config, DeviceConfig, Place
 from cardcage.errors import CardcageError, CardError, ConfigError, HostError
 from cardcage.memory import GIB, RamRange, check_ram, split_ram
 from cardcage.ram import Anonymous, RamBlock
-from cardcage.slot import DeviceSlot, PluggedDevice, spec_table
+from cardcage.security import HOST, OPERATOR, Mediator
+from cardcage.slot import DeviceSlot, PluggedDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
+    from contextlib import ExitStack
 
     from cardcage.accelerator import AcceleratedVm, Accelerator
     from cardcage.host import Host
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Choice",
+    "allow_end",
+    "allow_files",
+    "blamed",
     "choose_accelerator",
     "create_vm",
     "make_ram",
+    "mediate",
     "plug",
     "plug_all",
     "probe_of",
-    "specs_of",
     "watch_ram",
 ]
 
@@ -90,21 +96,64 @@ def choose_accelerator(host: Host, config: Config) -> Choice:
     return Choice(name, accelerator, probe, f"{why} ({'; '.join(others)})" if others else why)
 
 
-def create_vm(host: Host, config: Config, choice: Choice) -> tuple[AcceleratedVm, str]:
-    """Create the VM; returns it with the irqchip that it has. Raises ConfigError or AcceleratorError."""
+def create_vm(machine: Machine) -> tuple[Choice, AcceleratedVm, str]:
+    """Create the VM: the accelerator, the VM and its irqchip. Raises ConfigError, Denied or AcceleratorError."""
+    host, config, wanted = machine.host, machine.config, machine.config.machine
+    choice = choose_accelerator(host, config)
     for name in config.accel:
         place = config.place(f"accel.{name}")
         host.registry.get("accelerator", name, file=place.file, key=place.key)
     place = config.place(f"accel.{choice.name}")
     offer = host.registry.get("accelerator", choice.name)
     options = host.options(offer, config.accel.get(choice.name, {}), file=place.file, key=place.key)
-    machine = config.machine
-    irqchip = "split" if machine.irqchip == "auto" else machine.irqchip
-    vm = choice.accelerator.create_vm(VmSpec(machine.cpus, irqchip, machine.cpu, dict(machine.features), options))
+    acts = ("map", "execmem") if choice.probe.executable else ("map",)
+    facts = {"machine": machine.name, "accelerator": choice.name}
+    machine.mediator.check(machine.label, machine.label, "memory", acts, facts)
+    irqchip = "split" if wanted.irqchip == "auto" else wanted.irqchip
+    vm = choice.accelerator.create_vm(VmSpec(wanted.cpus, irqchip, wanted.cpu, dict(wanted.features), options))
     if irqchip == "full" and "irqchip-full" not in vm.capabilities:
         vm.close()
         raise config.place("machine.irqchip").error(f'accelerator "{choice.name}" has no full irqchip; use "split"')
-    return vm, irqchip
+    return choice, vm, irqchip
+
+
+def allow_files(machine: Machine, table: Mapping[str, Any], *permissions: str) -> None:
+    """Ask about the files that a table of the configuration names: each text in it that is the path of one."""
+    mediator = machine.mediator
+    if not mediator.checkers:
+        return
+    texts = [text for value in table.values() for text in (value if isinstance(value, list) else [value])]
+    for text in texts:
+        # A module of multiboot is a path, then its own command line.
+        for path in {text, text.partition(" ")[0]} if isinstance(text, str) else ():
+            if path and os.path.lexists(path):
+                facts = {"machine": machine.name, "readonly": "write" not in permissions}
+                mediator.ask(machine.label, machine.label, "image", path, permissions, facts)
+
+
+def mediate(machine: Machine, cleanup: ExitStack) -> None:
+    """Give *machine* its checkers (the host's, and those that only it has) and its label; may it be created?"""
+    config, host = machine.config, machine.host
+    own = []
+    for spec in config.security:
+        if spec not in host.security:
+            own.append(checker := host.make("security", spec))
+            cleanup.callback(getattr(checker, "close", lambda: None))
+    machine.mediator = Mediator((*host.mediator.checkers, *own), deliver=machine.deliver, log=machine.log)
+    cleanup.callback(machine.mediator.close)
+    machine.mediator.follow()
+    facts = {"machine": machine.name}
+    machine.label = config.machine.label or machine.mediator.label(OPERATOR, HOST, "machine", machine.name, facts)
+    cleanup.callback(machine.mediator.release, machine.label, "machine")
+    machine.mediator.check(OPERATOR, machine.label, "machine", ("create",), facts)
+
+
+def allow_end(machine: Machine) -> None:
+    """May the operator destroy *machine*, with its devices? Raises Denied."""
+    facts = {"machine": machine.name}
+    machine.mediator.check(OPERATOR, machine.label, "machine", ("destroy",), facts)
+    for one in machine.devices.values():
+        machine.mediator.check(machine.label, one.slot.label, "device", ("detach",), {**facts, "device": one.id})
 
 
 def make_ram(machine: Machine) -> None:
@@ -146,6 +195,9 @@ def memory_backend(machine: Machine) -> MemoryBackend:
     if chosen.type == "anonymous" and not chosen.options:
         return Anonymous()
     offer = machine.host.registry.get("memory", chosen.type, file=place.file, key="memory.type")
+    facts = {"machine": machine.name}
+    machine.mediator.ask(machine.label, machine.label, "backend", f"memory:{chosen.type}", ("open",), facts)
+    allow_files(machine, chosen.options, "open", "read", "write")
     options = machine.host.options(offer, chosen.options, file=place.file, key="memory")
     who = f'memory "{offer.name}" (card {offer.card}, {offer.distribution})'
     made: MemoryBackend = blamed(
@@ -162,16 +214,6 @@ def allocate(backend: MemoryBackend, size: int, config: Config) -> RamBlock:
     except ConfigError as error:
         key = f"memory.{error.key}" if error.key else "machine.memory"
         raise config.place(key).error(error.problem) from error
-
-
-def specs_of(value: Any, place: Place) -> list[tuple[str, Any, Place]]:
-    """A spec or list of specs (``policy.memory``, ``security.checkers``) as (name, options, place)."""
-    listed = value if isinstance(value, list) else [value]
-    found = []
-    for at, one in enumerate(listed):
-        here = Place(place.file, f"{place.key}[{at}]" if isinstance(value, list) else place.key)
-        found.append((*spec_table(one, file=here.file, key=here.key), here))
-    return found
 
 
 def platform_devices(machine: Machine) -> list[DeviceConfig]:
@@ -227,13 +269,15 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
     """
     host, place = machine.host, config.place
     offer = offer_of(machine, config)
-    machine.mediator.check(machine.label, config.label or offer.name, "device", "plug")
     taken = machine.devices
     name = config.id or next(name for at in range(len(taken) + 1) if (name := f"{config.type}{at or ''}") not in taken)
     if name in taken:
         raise place.error(f'the id "{name}" is taken by another device ({taken[name].type})')
+    facts = {"machine": machine.name, "device": name, "type": offer.name, "card": offer.card}
+    label = config.label or machine.mediator.label(machine.label, offer.label, "device", offer.name, facts)
+    machine.mediator.check(machine.label, label, "device", ("attach", "configure"), facts)
     options = host.options(offer, config.options, file=place.file, key=place.key)
-    slot = DeviceSlot(machine, config, offer, name)
+    slot = DeviceSlot(machine, config, offer, name, label)
     who = f'device "{name}" (card {offer.card}, {offer.distribution})'
     device = None
     try:

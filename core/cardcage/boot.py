@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cardcage.assembly import allow_files
 from cardcage.device import E820Entry
 from cardcage.errors import ConfigError, UsageError
 from cardcage.memory import GIB, split_ram
@@ -73,6 +74,7 @@ def open_boot(machine: Machine) -> BootImage | None:
     name = table.pop("protocol", "auto")
     offer = host.registry.get("boot", str(name), file=file, key="boot.protocol")
     options = host.options(offer, table, file=file, key="boot")
+    allow_files(machine, table, "open", "read")
     try:
         factory = offer.load()
         image: BootImage = (factory(options) if options is not None else factory()).open()

@@ -23,7 +23,17 @@ from cardcage.units import Size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Config", "DeviceConfig", "Draft", "MachineConfig", "MemoryConfig", "Place"]
+__all__ = [
+    "Config",
+    "DeviceConfig",
+    "Draft",
+    "MachineConfig",
+    "MemoryConfig",
+    "Place",
+    "Spec",
+    "spec_table",
+    "specs_of",
+]
 
 TABLES = ("accel", "boot", "device", "machine", "memory", "policy", "security")
 
@@ -44,6 +54,37 @@ class Place:
         return ConfigError(problem, file=self.file, key=self.key)
 
 
+def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) -> tuple[str, dict[str, Any] | str]:
+    """Split a spec into its type and the rest: ``"file:log.txt"`` -> ("file", "log.txt"), ``{type="file", path=...}``.
+
+    Raises ConfigError when it is neither text nor a table with ``type``.
+    """
+    if isinstance(spec, str):
+        name, colon, rest = spec.partition(":")
+        return (name, rest) if colon else (name, {})
+    if isinstance(spec, dict) and isinstance(spec.get("type"), str):
+        return spec["type"], {name: value for name, value in spec.items() if name != "type"}
+    raise ConfigError(f'expected text such as "stdio" or a table with "type", got {spec!r}', file=file, key=key)
+
+
+@frozen
+class Spec:
+    """One card that a configuration names, with its options still plain."""
+
+    name: str
+    options: dict[str, Any] | str
+    place: Place = field(default=Place(), eq=False)
+
+
+def specs_of(value: Any, place: Place) -> tuple[Spec, ...]:
+    """A spec or a list of specs (``policy.memory``, ``security.checkers``). Raises ConfigError."""
+    found = []
+    for at, one in enumerate(value if isinstance(value, list | tuple) else [value]):
+        here = Place(place.file, f"{place.key}[{at}]" if isinstance(value, list | tuple) else place.key)
+        found.append(Spec(*spec_table(one, file=here.file, key=here.key), here))
+    return tuple(found)
+
+
 @frozen
 class MachineConfig:
     """``[machine]``.
@@ -61,7 +102,7 @@ class MachineConfig:
         priority: -100 to 100: when the host runs short, who has the lowest gives first, and is ended first.
         on_reset: what a reset that the guest asked for does.
         on_triple_fault: what a triple fault of the guest does.
-        label: security label of the machine.
+        label: security label of the machine; by default the security card gives one, else its name is its label.
     """
 
     name: str = "machine"
@@ -76,7 +117,7 @@ class MachineConfig:
     priority: int = field(default=0, validator=and_(ge(-100), le(100)))
     on_reset: Literal["reset", "stop"] = "reset"
     on_triple_fault: Literal["stop", "reset"] = "stop"
-    label: str = "machine"
+    label: str | None = None
 
 
 @frozen
@@ -89,7 +130,7 @@ class DeviceConfig:
         port, address: base of its first (or each) port or memory range; on a bus such as PCI, ``address`` is its place.
         irq: global system interrupt, 0 to 23.
         bus: id of the device that carries it, where more than one could.
-        label: security label.
+        label: security label; by default the security card gives one, else its type is its label.
         options: what is left, not yet structured.
         place: where it stands.
     """
@@ -153,7 +194,7 @@ class Config:
     devices: tuple[DeviceConfig, ...] = ()
     accel: dict[str, dict[str, Any]] = field(factory=dict)
     policy: dict[str, Any] = field(factory=dict)
-    security: dict[str, Any] = field(factory=dict)
+    security: tuple[Spec, ...] = ()
     origins: dict[str, str | None] = field(factory=dict)
 
     def place(self, key: str) -> Place:
@@ -191,6 +232,8 @@ class Draft:
                 raise ConfigError(f"no such table.{hint}", file=origin, key=name)
             if name == "device":
                 self._add_devices(value, origin)
+            elif name == "security" and isinstance(value, str | list):
+                self._merge(self._tables.setdefault(name, {}), {"checkers": value}, name, origin)
             elif not isinstance(value, dict):
                 raise ConfigError(f"expected a table, got {value!r}", file=origin, key=name)
             else:
@@ -288,10 +331,29 @@ class Draft:
             boot=tables.get("boot"),
             devices=tuple(devices),
             accel=tables.get("accel", {}),
-            policy=tables.get("policy", {}),
-            security=tables.get("security", {}),
+            policy={kind: value for kind, value in tables.get("policy", {}).items() if kind != "security"},
+            security=self.security(),
             origins=self._origins,
         )
+
+    def security(self) -> tuple[Spec, ...]:
+        """What ``[security] checkers`` and ``policy.security`` name. Raises ConfigError.
+
+        ``"default"`` is the card ``selinux``, whose own policy is the default.
+        """
+        table = self._tables.get("security", {})
+        for name in table:
+            if name != "checkers":
+                key = f"security.{name}"
+                raise ConfigError(f"no such key.{near(name, ['checkers'])}", file=self._origins.get(key), key=key)
+        found: list[Spec] = []
+        for key, value in (
+            ("security.checkers", table.get("checkers")),
+            ("policy.security", self._tables.get("policy", {}).get("security")),
+        ):
+            if value is not None:
+                found += specs_of(value, Place(self._origins.get(key), key))
+        return tuple(evolve(one, name="selinux") if one.name == "default" else one for one in found)
 
     @classmethod
     def of(cls, *fragments: Mapping[str, Any], assignments: Iterable[str] = ()) -> Draft:

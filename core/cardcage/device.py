@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cardcage.clock import Clock
     from cardcage.interrupts import IrqLine
-    from cardcage.memory import GuestMemory
+    from cardcage.memory import GuestMemory, PhysicalMemory
     from cardcage.policy import MemoryBalloon
     from cardcage.x86 import VCpuState
 
@@ -213,7 +213,7 @@ class Slot(Protocol):
 
     @property
     def vm(self) -> Any:
-        """The :class:`~cardcage.accelerator.AcceleratedVm`, for devices that use its capabilities."""
+        """The VM's ``capabilities``, with their calls: :class:`~cardcage.accelerator.Doorbells`, ``IrqFds``."""
         ...
 
     @property
@@ -223,7 +223,47 @@ class Slot(Protocol):
 
     @property
     def machine(self) -> Any:
-        """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``."""
+        """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``.
+
+        Asks for ``management reach``. Raises Denied.
+        """
+        ...
+
+    @property
+    def machine_name(self) -> str: ...
+
+    @property
+    def label(self) -> str:
+        """The device's security label."""
+        ...
+
+    def ask(
+        self,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        /,
+        revoke: Callable[[], None] | None = None,
+        restore: Callable[[], None] | None = None,
+        **facts: object,
+    ) -> None:
+        """Ask whether this device may have the object *name* of class *tclass*, before it opens it. Raises Denied.
+
+        ``slot.ask("image", path, ("open", "read"))``; classes and permissions are in :mod:`cardcage.security`. With
+        *revoke* it is asked again when policy changes: *revoke* and *restore* are then called, under the machine's
+        lock. What a back end asks for while it is opened needs neither: the slot shuts it.
+        """
+        ...
+
+    def share(self, key: str, make: Callable[[], Any], /) -> Any:
+        """What devices of several machines of this host use together, made by the first who asks. Thread-safe.
+
+        *key* begins with the name of the card, such as ``net:switch:lan``; asks for ``backend open`` first.
+        """
+        ...
+
+    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> PhysicalMemory:
+        """The RAM's blocks, whose file descriptors another process may be given: asks for ``memory share``."""
         ...
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:

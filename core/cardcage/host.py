@@ -12,16 +12,18 @@ from attrs import frozen
 
 from cardcage import __version__
 from cardcage.discovery import announced
-from cardcage.errors import CardError, ConfigError, UsageError
+from cardcage.errors import CardcageError, CardError, ConfigError, UsageError
 from cardcage.hookspecs import Hooks
 from cardcage.log import Log, LogSink
 from cardcage.registry import Offer, Registry
-from cardcage.security import Mediator
+from cardcage.security import HOST, Mediator
 from cardcage.structure import structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from cardcage.config import Spec
+    from cardcage.discovery import Announcement
     from cardcage.machine import Machine
 
 __all__ = ["BrokenCard", "CardInfo", "Host", "Signals"]
@@ -114,13 +116,22 @@ class Host:
     Args:
         cards: modules (or any objects with hooks) to load besides the installed ones.
         installed: load the cards announced by entry points of the group ``cardcage``.
-        mediator: asked before a card is loaded; machines start with its checkers.
+        security: which security cards to load before all others (:meth:`cardcage.config.Draft.security`), each by its
+            entry point, which bears its name; they are asked about everything that follows.
+        mediator: checkers that the program brings itself.
 
     Each card registers into a staging area of its own, which is taken whole or thrown away: a broken card is in
-    ``broken``, by name and distribution, and nothing of it is left.
+    ``broken``, by name and distribution, and nothing of it is left. A broken security card raises CardError instead.
     """
 
-    def __init__(self, cards: Iterable[Any] = (), *, installed: bool = True, mediator: Mediator | None = None) -> None:
+    def __init__(
+        self,
+        cards: Iterable[Any] = (),
+        *,
+        installed: bool = True,
+        security: tuple[Spec, ...] = (),
+        mediator: Mediator | None = None,
+    ) -> None:
         self.registry = Registry()
         self.cards: list[CardInfo] = []
         self.broken: list[BrokenCard] = []
@@ -129,16 +140,19 @@ class Host:
         self.log_sink = LogSink()
         self.log = Log(self.log_sink)
         self.mediator = mediator or Mediator()
+        self.security = security
         self._shared: dict[str, Any] = {}
         self._shared_lock = threading.Lock()
         self._manager = self._new_manager()
         self.hooks = cast(Hooks, self._manager.hook)
-        if installed:
-            self._load_installed()
+        # Our own first: of two cards that offer the same name, the stranger's is the one left out.
+        found = sorted(announced(GROUP), key=lambda one: (one.project != GROUP, one.name)) if installed else []
+        found = self._load_security(found)
+        for one in found:
+            self._load_announced(one)
         for card in cards:
-            self._load(
-                getattr(card, "__name__", type(card).__name__), "given to Host", partial(_itself, card), _nothing
-            )
+            name = getattr(card, "__name__", type(card).__name__)
+            self._load(name, "given to Host", "given to Host", partial(_itself, card), _nothing)
 
     def share(self, key: str, make: Callable[[], Any]) -> Any:
         """What cards of several machines of this host use together, made by the first who asks. Thread-safe.
@@ -157,15 +171,28 @@ class Host:
         manager.add_hookspecs(Hooks)
         return manager
 
-    def _load_installed(self) -> None:
-        # Our own first: of two cards that offer the same name, the stranger's is the one left out.
-        for one in sorted(announced(GROUP), key=lambda one: (one.project != GROUP, one.name)):
-            self._load(one.name, f"{one.project} {one.version}".strip(), one.load, partial(one.requires, GROUP))
+    def _load_security(self, found: list[Announcement]) -> list[Announcement]:
+        """Load the security cards that are wanted; returns the announcements that are left."""
+        for spec in self.security:
+            for one in [one for one in found if one.name == spec.name]:
+                found.remove(one)
+                self._load_announced(one)
+            if self.broken:  # without it nothing may run
+                raise CardError(str(self.broken[0])) from self.broken[0].error
+            self.mediator.checkers += (self.make("security", spec),)
+        return found
 
-    def _load(self, name: str, distribution: str, load: Callable[[], Any], asks_for: Callable[[], str | None]) -> None:
-        staged = Registry(name, distribution)
+    def _load_announced(self, one: Announcement) -> None:
+        distribution = f"{one.project} {one.version}".strip()
+        self._load(one.name, one.project, distribution, one.load, partial(one.requires, GROUP))
+
+    def _load(
+        self, name: str, project: str, distribution: str, load: Callable[[], Any], asks_for: Callable[[], str | None]
+    ) -> None:
         try:
-            self.mediator.check("host", name, "card", "load")
+            facts = {"card": name, "distribution": distribution}
+            label = self.mediator.ask(HOST, HOST, "card", project, ("load",), facts)
+            staged = Registry(name, distribution, label)
             if self._manager.has_plugin(name):
                 raise CardError("another card has this name already")
             module = load()
@@ -184,6 +211,20 @@ class Host:
             return
         self._manager.register(module, name)
         self.cards.append(CardInfo(name, distribution, module))
+
+    def make(self, kind: str, spec: Spec) -> Any:
+        """What a card makes of the options in *spec*: a policy, a checker. Raises ConfigError or CardError."""
+        file, key = spec.place.file, spec.place.key
+        offer = self.registry.get(kind, spec.name, file=file, key=key)
+        options = self.options(offer, spec.options, file=file, key=key)
+        factory = offer.load()
+        try:
+            return factory(options) if options is not None else factory()
+        except CardcageError:
+            raise
+        except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+            who = f"{kind} {spec.name} (card {offer.card}, {offer.distribution})"
+            raise CardError(f"{who}: {type(error).__name__}: {error}") from error
 
     def options(self, offer: Offer, table: Any, *, file: str | None = None, key: str | None = None) -> Any:
         """Structure *table* (or text, where the card has a shorthand) into the offer's options; None if it takes none.
@@ -217,9 +258,12 @@ class Host:
         )
 
     def close(self) -> None:
-        """Close the machines that are left. Idempotent."""
+        """Close the machines that are left, and the checkers. Idempotent. Not mediated: neither is a process's end."""
         for machine in list(self.machines):
-            machine.close()
+            machine.dismantle()
+        for checker in self.mediator.checkers:
+            if callable(end := getattr(checker, "close", None)):
+                end()
 
     def __enter__(self) -> Host:
         return self

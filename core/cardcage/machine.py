@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.abilities import able
-from cardcage.assembly import choose_accelerator, create_vm, make_ram, plug, plug_all, specs_of, watch_ram
+from cardcage.assembly import allow_end, create_vm, make_ram, mediate, plug, plug_all, watch_ram
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
 from cardcage.config import Config, DeviceConfig, Draft, Place
 from cardcage.console import Console
-from cardcage.errors import ConfigError, StateError
+from cardcage.errors import ConfigError, Denied, StateError
 from cardcage.eventloop import EventLoop, MachineClock
 from cardcage.events import Observers
 from cardcage.gate import Gate
@@ -38,7 +38,7 @@ from cardcage.memory import PhysicalMemory, RamRange
 from cardcage.ops import MachineOps, ObservedOps
 from cardcage.policy import attach_policies, detach_policies
 from cardcage.runner import run_vcpu
-from cardcage.security import Mediator
+from cardcage.security import OPERATOR, Mediator
 from cardcage.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -112,14 +112,15 @@ class Machine:
     # building
 
     def _assemble(self, config: Config, host: Host | None) -> None:
-        self.config, self.name, self.label = config, config.machine.name, config.machine.label
-        self.host = host or Host()
+        self.config, self.name = config, config.machine.name
+        self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
         self.lock = threading.RLock()
         self.state = "built"
         self.outcome: outcomes.Outcome | None = None
         self._failure: BaseException | None = None
         self._told = False  # whether wait() has raised it
+        self.mediator, self.label = Mediator(), self.name  # until mediate() has asked the security cards
         self._ended = threading.Event()
         self._ending = threading.Lock()
         self._closed = False
@@ -136,26 +137,21 @@ class Machine:
         try:
             self._build()
         except BaseException as error:
-            self.close()
+            self.dismantle()
             raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
 
     def _build(self) -> None:
-        config, host = self.config, self.host
-        self.mediator = Mediator(host.mediator.checkers)
-        for name, options, place in specs_of(config.security.get("checkers", []), config.place("security.checkers")):
-            self.mediator.checkers += (self._made("security", name, options, place),)
-        self.mediator.check("operator", self.label, "machine", "create")
+        mediate(self, self._cleanup)
         self.memory = PhysicalMemory()
         self._cleanup.callback(self.memory.close)
         self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
-        self.accelerator = choose_accelerator(host, config)
-        self.vm, self.irqchip = create_vm(host, config, self.accelerator)
+        self.accelerator, self.vm, self.irqchip = create_vm(self)
         self._cleanup.callback(self.vm.close)
         make_ram(self)
         self.gate = Gate(self._kick_all)
         self.wiring = Wiring(self.vm, self.irqchip, self.gate.wake)
         self.lines = self.wiring.lines
-        self.events = EventLoop(self.name, self._locked_call)
+        self.events = EventLoop(self.name, self.deliver)
         watch_ram(self)
         self.clock = MachineClock(self.events)
         self._cleanup.callback(self.clock.close)
@@ -164,20 +160,17 @@ class Machine:
         self._loop_thread = self.events.thread
         self.console = Console(self.events.call_soon)
         self._choose_ops()
-        self.vcpus = [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
-        host.machines.append(self)
+        self.vcpus = [self.vm.create_vcpu(index) for index in range(self.config.machine.cpus)]
+        self.host.machines.append(self)
         with self.lock:
             plug_all(self)
-            if config.machine.console != "none":
-                self.open_console(config.machine.console)
+            if self.config.machine.console != "none":
+                self.open_console(self.config.machine.console)
         attach_policies(self)
         self.boot_image = open_boot(self)
 
-    def _made(self, kind: str, name: str, options: Any, place: Place) -> Any:
-        offer = self.host.registry.get(kind, name, file=place.file, key=place.key)
-        made = self.host.options(offer, options, file=place.file, key=place.key)
-        factory = offer.load()
-        return factory(made) if made is not None else factory()
+    def _allow(self, *permissions: str) -> None:
+        self.mediator.check(OPERATOR, self.label, "machine", permissions, {"machine": self.name})
 
     def open_console(self, spec: str | dict[str, Any]) -> None:
         """Connect the console to a char back end (``"stdio"``). Raises ConfigError when no device has the console."""
@@ -196,7 +189,7 @@ class Machine:
         """
         if self.state != "built":
             raise StateError(f"devices are added before the machine starts; it is {self.state}")
-        self.mediator.check("operator", self.label, "machine", "add")
+        self._allow("add")
         with self.lock:
             return plug(self, DeviceConfig.from_table({"type": type, **keys}, Place()))
 
@@ -235,11 +228,13 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.kick()
 
-    def _locked_call(self, callback: Callable[[], None]) -> None:
-        """A callback of a card on the loop thread."""
+    def deliver(self, callback: Callable[[], None]) -> None:
+        """A callback of a card, under the lock: of its timers and readers, or because a policy changed."""
         try:
             with self.lock:
                 callback()
+        except Denied as error:  # the act was refused before it was done: the guest goes on without
+            self.log.warning("denied", why=str(error))
         except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
             self.fail(error)
 
@@ -332,7 +327,7 @@ class Machine:
 
     def _request(self, permission: str, states: tuple[str, ...], act: Callable[[], None]) -> None:
         """Carry *act* out on the loop thread; wait for it, except on the machine's own threads."""
-        self.mediator.check("operator", self.label, "machine", permission)
+        self._allow(permission)
         if self._closed or self.state not in states:
             raise StateError(f"cannot {permission}: the machine is {'closed' if self._closed else self.state}")
         done = threading.Event()
@@ -427,12 +422,12 @@ class Machine:
             raise StateError(f"cannot shut down: the machine is {self.state}")
         if not (buttons := able(self.devices, "power-button")):
             raise StateError("no device of this machine has a power button; use stop()")
-        self.mediator.check("operator", self.label, "machine", "stop")
+        self._allow("stop")
         self.events.call_soon(buttons[0].power_button)
 
     def stop(self, why: str = "") -> None:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
-        self.mediator.check("operator", self.label, "machine", "stop")
+        self._allow("stop")
         self.end(outcomes.Stopped(why))
         if not self._on_own_thread():
             self._ended.wait()
@@ -457,7 +452,16 @@ class Machine:
         return self.outcome
 
     def close(self) -> None:
-        """Stop and give everything back: threads joined, devices unplugged, memory freed. Idempotent."""
+        """Stop and give everything back: threads joined, devices unplugged, memory freed. Idempotent.
+
+        Raises Denied when the operator may not destroy it; it then goes on.
+        """
+        if not self._closed:
+            allow_end(self)
+            self.dismantle()
+
+    def dismantle(self) -> None:
+        """:meth:`close` without asking, for the host's own end."""
         if self._closed:
             return
         if self._on_own_thread():

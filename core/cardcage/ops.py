@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cardcage.bus import MASKS
+from cardcage.errors import Denied
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cardcage.log import Log
     from cardcage.machine import Machine
 
 __all__ = ["MachineOps", "ObservedOps"]
@@ -24,11 +28,11 @@ class MachineOps:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        acquire, release = machine.lock.acquire, machine.lock.release
-        self.pio_read = reader(acquire, release, machine.pio.read)
-        self.pio_write = writer(acquire, release, machine.pio.write)
-        self.mmio_read = reader(acquire, release, machine.mmio.read)
-        self.mmio_write = writer(acquire, release, machine.mmio.write)
+        acquire, release, log = machine.lock.acquire, machine.lock.release, machine.log
+        self.pio_read = reader(acquire, release, machine.pio.read, log)
+        self.pio_write = writer(acquire, release, machine.pio.write, log)
+        self.mmio_read = reader(acquire, release, machine.mmio.read, log)
+        self.mmio_write = writer(acquire, release, machine.mmio.write, log)
 
     def acknowledge_extint(self) -> int | None:
         with self._machine.lock:
@@ -40,14 +44,17 @@ class MachineOps:
 
 
 def reader(
-    acquire: Callable[[], bool], release: Callable[[], None], read: Callable[[int, int], int]
+    acquire: Callable[[], bool], release: Callable[[], None], read: Callable[[int, int], int], log: Log
 ) -> Callable[[int, int], int]:
-    """*read* under a lock."""
+    """*read* under a lock. What a device was denied meanwhile is no reason to stop: the bus is open."""
 
     def locked(address: int, size: int, /) -> int:
         acquire()
         try:
             return read(address, size)
+        except Denied as error:
+            log.warning("denied", why=str(error))
+            return MASKS[size]
         finally:
             release()
 
@@ -55,14 +62,16 @@ def reader(
 
 
 def writer(
-    acquire: Callable[[], bool], release: Callable[[], None], write: Callable[[int, int, int], None]
+    acquire: Callable[[], bool], release: Callable[[], None], write: Callable[[int, int, int], None], log: Log
 ) -> Callable[[int, int, int], None]:
-    """*write* under a lock."""
+    """*write* under a lock; see :func:`reader`."""
 
     def locked(address: int, size: int, value: int, /) -> None:
         acquire()
         try:
             write(address, size, value)
+        except Denied as error:
+            log.warning("denied", why=str(error))
         finally:
             release()
 

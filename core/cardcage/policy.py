@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attrs import field, frozen
 
 from cardcage.abilities import check_signature
-from cardcage.assembly import blamed, specs_of
+from cardcage.assembly import blamed
+from cardcage.config import specs_of
 from cardcage.errors import HostError, StateError, UsageError
 from cardcage.hostmemory import HostMemory, read_host_memory
 from cardcage.memory import PAGE
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from cardcage.machine import Machine
+    from cardcage.security import Grant
     from cardcage.slot import PluggedDevice
 
 __all__ = [
@@ -141,6 +143,7 @@ class MachineMemory:
         self._lock = threading.Lock()  # held for one madvise call: the memory cannot go away meanwhile
         self._gone = False
         self._hand = 0
+        self._merging: Grant | None = None
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     # what it sees
@@ -231,16 +234,27 @@ class MachineMemory:
         labelled *target* (by default its own label). Raises Denied, or HostError with the reason why this memory cannot
         merge, or when the host has not enough to take pages back.
         """
+        if (grant := self._merging) is not None:
+            self._merging = None
+            grant.drop()
         if not on:
-            for start, size in self.areas:
-                self._advise(mmap.MADV_UNMERGEABLE, start, size, errors=(12,))  # ENOMEM
+            self._unmerge()
             return
-        self._machine.mediator.check(self.label, target or self.label, "memory", "merge")
+        self._merging = self._machine.mediator.grant(
+            self.label, target or self.label, "memory", ("merge",), {"machine": self.name}, self._unmerge, self._merge
+        )
         for start, _ in self.areas:
             if reason := cannot_merge(start):
                 raise HostError(f"{self.name}: RAM cannot be merged: {reason}")
+        self._merge()
+
+    def _merge(self) -> None:
         for start, size in self.areas:
             self._advise(mmap.MADV_MERGEABLE, start, size, errors=(12, 22))  # ENOMEM; EINVAL: no KSM in this kernel
+
+    def _unmerge(self) -> None:
+        for start, size in self.areas:
+            self._advise(mmap.MADV_UNMERGEABLE, start, size, errors=(12,))  # ENOMEM
 
     def reclaim(self, size: int) -> int:
         """Move about *size* bytes of resident RAM out, to swap or to the file behind it (``MADV_PAGEOUT``).
@@ -248,6 +262,7 @@ class MachineMemory:
         Goes round the RAM like a clock hand, from where the last call stopped; what the guest still uses comes back
         when it is touched. Returns the bytes that left: 0 where there is nowhere to move them.
         """
+        self._allow_reclaim()
         areas = self.areas
         places = [(start + at, min(CHUNK, length - at)) for start, length in areas for at in range(0, length, CHUNK)]
         gone = 0
@@ -261,6 +276,9 @@ class MachineMemory:
                 gone += max(0, before - self._resident(start, length))
         return gone
 
+    def _allow_reclaim(self) -> None:
+        self._machine.mediator.check(self.label, self.label, "memory", ("reclaim",), {"machine": self.name})
+
     def set_target(self, size: int) -> None:
         """Ask the guest to do with *size* bytes of its RAM; the balloon takes the rest in the guest's own time.
 
@@ -269,6 +287,7 @@ class MachineMemory:
         if not 0 <= size <= self.size:
             raise UsageError(f"{self.name}: a target of {size} bytes: expected 0 to {self.size}")
         balloon = self._need_balloon()
+        self._allow_reclaim()
         self._machine.events.call_soon(lambda: balloon.resize(self.size - size))
 
     def ask_statistics(self) -> None:
@@ -400,9 +419,10 @@ def attach_policies(machine: Machine) -> None:
     """Attach what ``[policy]`` names. Raises ConfigError, CardError, or what a policy refuses with."""
     host = machine.host
     for kind, value in machine.config.policy.items():
-        for name, table, place in specs_of(value, machine.config.place(f"policy.{kind}")):
+        for spec in specs_of(value, machine.config.place(f"policy.{kind}")):
+            name, place = spec.name, spec.place
             offer = host.registry.get("policy", name, file=place.file, key=place.key)
-            options = host.options(offer, table, file=place.file, key=place.key)
+            options = host.options(offer, spec.options, file=place.file, key=place.key)
             who = f'policy "{name}" (card {offer.card}, {offer.distribution})'
 
             def make(offer: Any = offer, options: Any = options, name: str = name, who: str = who) -> PolicyRun:

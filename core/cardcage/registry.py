@@ -57,7 +57,7 @@ class Offer:
         needs: extra of this distribution that it imports, for the hint ``pip install 'cardcage[needs]'``.
         help: one line for ``cardcage cards -v`` and ``--help``.
         shorthand: turns a string into a table of options, where a string may stand for one.
-        card, distribution: who offers it (set by the registry).
+        card, distribution, label: who offers it, and the card's security label (set by the registry).
     """
 
     kind: str
@@ -71,6 +71,7 @@ class Offer:
     shorthand: Any = None
     card: str = ""
     distribution: str = ""
+    label: str = ""
     extra: dict[str, Any] = field(factory=dict)
 
     def load(self) -> Any:
@@ -102,9 +103,9 @@ class Offer:
 class Registry:
     """Offers by (kind, name). Names are unique inside a kind; a second offer of one is an error of its card."""
 
-    def __init__(self, card: str = "", distribution: str = "") -> None:
+    def __init__(self, card: str = "", distribution: str = "", label: str = "") -> None:
         self._offers: dict[tuple[str, str], Offer] = {}
-        self._card, self._distribution = card, distribution
+        self._card, self._distribution, self._label = card, distribution, label
 
     def __iter__(self) -> Iterator[Offer]:
         return iter(self._offers.values())
@@ -114,6 +115,7 @@ class Registry:
         if offer.kind not in KINDS:
             raise CardError(f"{offer.name}: no kind {offer.kind!r};{near(offer.kind, KINDS) or f' one of {KINDS}'}")
         offer.card, offer.distribution = offer.card or self._card, offer.distribution or self._distribution
+        offer.label = self._label
         there = self._offers.get((offer.kind, offer.name))
         if there is not None:
             raise CardError(f"{offer.kind} {offer.name!r}: already offered by card {there.card} ({there.distribution})")
@@ -209,7 +211,10 @@ class Registry:
         self.add(Offer("policy", name, factory, options, help=help, extra={"shared": True} if shared else {}))
 
     def security(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer a security checker: ``factory(options)``."""
+        """Offer a security checker (:class:`~cardcage.security.Checker`): ``factory(options)``.
+
+        So that it can be loaded before all other cards, the card's entry point is called *name* too.
+        """
         self.add(Offer("security", name, factory, options, help=help))
 
     def flag(self, name: str, parse: Any, *, help: str = "", metavar: str = "SPEC") -> None:

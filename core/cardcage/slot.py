@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import check_signature
 from cardcage.bus import Claim
+from cardcage.config import spec_table
 from cardcage.device import Mmio, Pio, Region, Resource
 from cardcage.errors import ConfigError
-from cardcage.security import MediatedMemory
+from cardcage.granted import GrantedBackend, GrantedLine, GrantedMemory, GrantedVm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cardcage.bus import Bus
     from cardcage.clock import Clock
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from cardcage.device import Control
     from cardcage.interrupts import IrqLine
     from cardcage.machine import Machine
-    from cardcage.memory import GuestMemory
+    from cardcage.memory import GuestMemory, PhysicalMemory
     from cardcage.policy import MemoryBalloon
     from cardcage.registry import Offer
+    from cardcage.security import Grant
 
-__all__ = ["DeviceSlot", "MappedRegion", "PluggedDevice", "spec_table"]
+__all__ = ["DeviceSlot", "MappedRegion", "PluggedDevice"]
 
 
 class MappedRegion:
@@ -46,6 +48,10 @@ class MappedRegion:
         self.address: int | None = None
         self._claim: Claim | None = None
 
+    def overlaps(self, address: int, size: int) -> bool:
+        """Whether it answers anywhere in that range."""
+        return self.address is not None and self.address < address + size and address < self.address + self.region.size
+
     def move(self, address: int | None, /) -> None:
         """Answer at *address*, or nowhere. Raises ConfigError on overlap (then nothing changed)."""
         if address == self.address:
@@ -66,64 +72,142 @@ class MappedRegion:
         self._claim, self.address = new, address
 
 
-def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) -> tuple[str, dict[str, Any] | str]:
-    """Split a spec into its type and the rest: ``"file:log.txt"`` -> ("file", "log.txt"), ``{type="file", path=...}``.
+class Requests:
+    """What a device may ask of its machine; satisfies :class:`~cardcage.device.Control`."""
 
-    Raises ConfigError when it is neither text nor a table with ``type``.
-    """
-    if isinstance(spec, str):
-        name, colon, rest = spec.partition(":")
-        return (name, rest) if colon else (name, {})
-    if isinstance(spec, dict) and isinstance(spec.get("type"), str):
-        return spec["type"], {name: value for name, value in spec.items() if name != "type"}
-    raise ConfigError(f'expected text such as "stdio" or a table with "type", got {spec!r}', file=file, key=key)
+    __slots__ = ("request_debug_exit", "request_panic", "request_poweroff", "request_reset")
+
+    def __init__(self, machine: Machine) -> None:
+        self.request_reset, self.request_poweroff = machine.request_reset, machine.request_poweroff
+        self.request_panic, self.request_debug_exit = machine.request_panic, machine.request_debug_exit
+
+
+def _nothing() -> None:
+    pass
 
 
 class DeviceSlot:
     """Made by the machine for each device. See :class:`~cardcage.device.Slot` for what each member means."""
 
-    def __init__(self, machine: Machine, config: DeviceConfig, offer: Offer, id: str) -> None:
-        self.machine = machine
-        self.config, self.offer, self.id = config, offer, id
-        self.label = config.label or offer.name
+    def __init__(self, machine: Machine, config: DeviceConfig, offer: Offer, id: str, label: str) -> None:
+        self._machine = machine
+        self.config, self.offer, self.id, self.label = config, offer, id, label
         self.mappings: list[MappedRegion] = []
         self.resources: list[Resource] = []
         self.irqs: list[int] = []
         self.clock: Clock = machine.clock
-        self.control: Control = machine
+        self.control: Control = Requests(machine)
         self.log: Any = machine.log.bind(device=id)
         self.irqchip: str = machine.irqchip
-        self.vm: Any = machine.vm
-        self._physical: GuestMemory = machine.memory
+        self.machine_name: str = machine.name
+        self.vm: Any = GrantedVm(machine.vm, self._route)
+        self._memory: GuestMemory | None = None
+        self._messages: Callable[[int, int], None] | None = None
         self.has_console = False
         self._opened: list[Any] = []
         self._balloon: MemoryBalloon | None = None
+        self._gate: GrantedBackend | None = None
+        self._grants: list[Grant] = []
         self._readers: set[int] = set()
+
+    # security
+
+    def _facts(self, facts: Mapping[str, object]) -> dict[str, object]:
+        return {"machine": self._machine.name, "device": self.id, **facts}
+
+    def ask(
+        self,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        /,
+        revoke: Callable[[], None] | None = None,
+        restore: Callable[[], None] | None = None,
+        **facts: object,
+    ) -> None:
+        """Label the object *name* of class *tclass*, and ask whether this device may have it. Raises Denied."""
+        mediator = self._machine.mediator
+        if not mediator.checkers:
+            return
+        told = self._facts({"name": name, **facts})
+        target = mediator.label(self.label, self._machine.label, tclass, name, told)
+        gate = self._gate
+        if gate is not None and revoke is None:  # a back end that is being opened: the gate before it shuts
+            self._grant(target, tclass, permissions, told, gate.shut(name), gate.open(name))
+        elif revoke is not None:
+            self._grant(target, tclass, permissions, told, revoke, restore or _nothing)
+        else:
+            mediator.check(self.label, target, tclass, permissions, told)
+
+    def _grant(
+        self,
+        target: str,
+        tclass: str,
+        permissions: tuple[str, ...],
+        facts: Mapping[str, object],
+        revoke: Callable[[], None],
+        restore: Callable[[], None],
+        *,
+        must: bool = True,
+    ) -> Grant | None:
+        grant = self._machine.mediator.grant(self.label, target, tclass, permissions, facts, revoke, restore, must=must)
+        if grant is not None:
+            self._grants.append(grant)
+        return grant
+
+    @property
+    def machine(self) -> Machine:
+        """The whole machine, for platform cards: asks for ``management reach``."""
+        machine = self._machine
+        machine.mediator.check(self.label, machine.label, "management", ("reach",), self._facts({}))
+        return machine
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest RAM; asks the security checkers at each access when there are any."""
-        if not self.machine.mediator.checkers:
-            return self._physical
-        return MediatedMemory(self._physical, self.machine.mediator, self.label, self.machine.label)
+        """Guest RAM, as far as it is granted."""
+        if self._memory is None:
+            machine = self._machine
+            if not machine.mediator.checkers:
+                self._memory = machine.memory
+            else:
+                self._memory = memory = GrantedMemory(machine.memory, self.log)
+                for permission, which in (("dma_read", "reads"), ("dma_write", "writes")):
+                    off, on = memory.switch(which, False), memory.switch(which, True)
+                    self._grant(machine.label, "memory", (permission,), self._facts({}), off, on, must=False)
+        return self._memory
 
-    def _allow(self, target: str, tclass: str, permission: str) -> None:
-        self.machine.mediator.check(self.label, target, tclass, permission)
+    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> PhysicalMemory:
+        """The RAM's blocks, whose file descriptors another process may be given. Raises Denied."""
+        machine = self._machine
+        self._grant(machine.label, "memory", ("share",), self._facts({}), revoke, restore)
+        return machine.memory
+
+    def share(self, key: str, make: Callable[[], Any], /) -> Any:
+        """See :meth:`cardcage.host.Host.share`; asks for ``backend open``."""
+        self.ask("backend", key, ("open",))
+        return self._machine.host.share(key, make)
 
     # interrupts
 
     def irq(self, gsi: int | None = None, /) -> IrqLine:
         """A source of line *gsi* (0 to 23), by default of the ``irq`` key's."""
+        machine = self._machine
         gsi = self.config.irq if gsi is None else gsi
         if gsi is None:
             raise self.config.place.error(f'device "{self.id}" needs an interrupt: give it the key irq')
-        if not 0 <= gsi < len(self.machine.lines):
+        if not 0 <= gsi < len(machine.lines):
             raise self.config.place.error(
-                f'device "{self.id}": interrupt {gsi}: expected 0 to {len(self.machine.lines) - 1}'
+                f'device "{self.id}": interrupt {gsi}: expected 0 to {len(machine.lines) - 1}'
             )
-        self._allow(self.machine.label, "interrupt", "raise")
+        source = machine.lines[gsi].source()
         self.irqs.append(gsi)
-        return self.machine.lines[gsi].source()
+        if not machine.mediator.checkers:
+            return source
+        line, facts = GrantedLine(source), self._facts({"gsi": gsi})
+        own = gsi == self.config.irq  # the operator gave it this one
+        target = self.label if own else machine.mediator.label(self.label, machine.label, "interrupt", f"gsi{gsi}")
+        self._grant(target, "interrupt", ("raise",), facts, line.revoke, line.restore)
+        return line
 
     @property
     def irq_number(self) -> int | None:
@@ -131,23 +215,33 @@ class DeviceSlot:
         return self.config.irq
 
     def msi(self, address: int, data: int, /) -> None:
-        """Send a message-signalled interrupt."""
-        if self.machine.mediator.checkers:
-            self._allow(self.machine.label, "interrupt", "message")
-        self.vm.signal_msi(address, data)
+        """Send a message-signalled interrupt; lost while it is not granted."""
+        if self._messages is None:
+            self._messages = self._machine.vm.signal_msi
+            self._route(lambda: self._send_by(self._lose), lambda: self._send_by(self._machine.vm.signal_msi))
+        self._messages(address, data)
+
+    def _send_by(self, messages: Callable[[int, int], None]) -> None:
+        self._messages = messages
+
+    def _lose(self, address: int, data: int, /) -> None:
+        self.log.warning("security: message refused", address=hex(address))
+
+    def _route(self, revoke: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+        grant = self._grant(self._machine.label, "interrupt", ("route",), self._facts({}), revoke, restore, must=False)
+        return _nothing if grant is None else grant.drop
 
     # ranges
 
     def map_pio(self, region: Region, base: int | None, device: Any, /) -> MappedRegion:
         """Claim one more range of ports."""
-        return self._map(self.machine.pio, region, base, device)
+        return self._map(self._machine.pio, region, base, device)
 
     def map_mmio(self, region: Region, base: int | None, device: Any, /) -> MappedRegion:
         """Claim one more range of guest-physical addresses."""
-        return self._map(self.machine.mmio, region, base, device)
+        return self._map(self._machine.mmio, region, base, device)
 
     def _map(self, bus: Bus, region: Region, base: int | None, device: Any) -> MappedRegion:
-        self._allow(bus.name, "bus", "claim")
         name = f"{self.id}.{region.name}" if region.name else self.id
         mapping = MappedRegion(bus, region, device, name, self._moving)
         if base is not None:
@@ -156,14 +250,23 @@ class DeviceSlot:
         return mapping
 
     def _moving(self, mapping: MappedRegion, address: int) -> None:
-        if self.machine.mediator.checkers:
-            self._allow(mapping._bus.name, "bus", "move")
-        if mapping._bus is self.machine.mmio and self.machine.state == "built":
+        machine, bus, size = self._machine, mapping._bus, mapping.region.size
+        if machine.mediator.checkers:
+            there = (
+                one.slot.label
+                for one in machine.devices.values()
+                for other in one.slot.mappings
+                if other._bus is bus and other is not mapping and other.overlaps(address, size)
+            )
+            permission = "claim" if mapping not in self.mappings else "move"
+            facts = self._facts({"bus": bus.name, "address": hex(address), "size": size})
+            machine.mediator.check(self.label, next(there, machine.label), "bus", (permission,), facts)
+        if bus is machine.mmio and machine.state == "built":
             # Later the guest may place a BAR over RAM: RAM wins, as on a PC, and nothing is refused.
-            for slot in self.machine.memory.slots:
-                if address < slot.address + slot.size and slot.address < address + mapping.region.size:
+            for slot in machine.memory.slots:
+                if address < slot.address + slot.size and slot.address < address + size:
                     raise ConfigError(
-                        f"{mapping.name}: memory {address:#x}-{address + mapping.region.size - 1:#x} overlaps RAM at "
+                        f"{mapping.name}: memory {address:#x}-{address + size - 1:#x} overlaps RAM at "
                         f"{slot.address:#x}-{slot.address + slot.size - 1:#x}"
                     )
 
@@ -196,28 +299,36 @@ class DeviceSlot:
 
     def open(self, kind: str, spec: Any, /) -> Any:
         """Open a back end of *kind* ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
-        place = self.config.place
         name, rest = self._choose(kind, spec)
-        self._allow(f"{kind}:{name}", "backend", "open")
-        if kind == "char" and name == "console":
-            opened: Any = self.machine.console.claim(self.id)
-            self.has_console = True
-        else:
-            offer = self.machine.host.registry.get("backend", f"{kind}:{name}", file=place.file, key=place.key)
-            options = self.machine.host.options(offer, rest, file=place.file, key=f"{place.key or self.id}.{name}")
-            factory = offer.load()
-            try:
-                opened = factory(self, options) if options is not None else factory(self)
-            except OSError as error:
-                what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-                raise place.error(f'{kind} back end "{name}" of device "{self.id}": {what}') from error
+        outer, self._gate = self._gate, GrantedBackend(kind) if self._machine.mediator.checkers else None
+        try:
+            self.ask("backend", f"{kind}:{name}", ("open",))
+            opened = self._make(kind, name, rest)
+            if self._gate is not None:
+                opened = self._gate.before(opened)
+        finally:
+            self._gate = outer
         self._opened.append(opened)
         return opened
+
+    def _make(self, kind: str, name: str, rest: dict[str, Any] | str) -> Any:
+        machine, place = self._machine, self.config.place
+        if kind == "char" and name == "console":
+            self.has_console = True
+            return machine.console.claim(self.id)
+        offer = machine.host.registry.get("backend", f"{kind}:{name}", file=place.file, key=place.key)
+        options = machine.host.options(offer, rest, file=place.file, key=f"{place.key or self.id}.{name}")
+        factory = offer.load()
+        try:
+            return factory(self, options) if options is not None else factory(self)
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+            raise place.error(f'{kind} back end "{name}" of device "{self.id}": {what}') from error
 
     def _choose(self, kind: str, spec: Any) -> tuple[str, dict[str, Any] | str]:
         """The back end's name and what is for it; the default one of its kind takes what names none."""
         place = self.config.place
-        registry = self.machine.host.registry
+        registry = self._machine.host.registry
         for offer in registry:
             if offer.kind != "backend" or not offer.extra.get("default") or not offer.name.startswith(f"{kind}:"):
                 continue
@@ -233,15 +344,15 @@ class DeviceSlot:
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
         """Call *callback* on the loop thread, under the machine's lock, whenever *fd* is readable."""
         self._readers.add(fd)
-        self.machine.events.add_reader(fd, callback)
+        self._machine.events.add_reader(fd, callback)
 
     def remove_reader(self, fd: int, /) -> None:
         self._readers.discard(fd)
-        self.machine.events.remove_reader(fd)
+        self._machine.events.remove_reader(fd)
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe."""
-        self.machine.events.call_soon(callback)
+        self._machine.events.call_soon(callback)
 
     # announcements
 
@@ -266,6 +377,8 @@ class DeviceSlot:
         opened, self._opened = self._opened, []
         for backend in opened:
             backend.close()
+        while self._grants:
+            self._grants.pop().drop()
 
 
 class PluggedDevice:

@@ -16,6 +16,7 @@ import attrs
 from attrs import Factory, define
 
 from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.security import OPERATOR
 from cardcage.x86 import VCpuState
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def capture(machine: Machine) -> MachineState:
     """
     if machine.state == "running":
         raise StateError("pause the machine before its state is saved")
-    machine.mediator.check("operator", machine.label, "machine", "save")
+    machine.mediator.check(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name})
     devices = {}
     with machine.lock:
         for plugged in machine.devices.values():
@@ -96,7 +97,7 @@ def restore(machine: Machine, state: MachineState) -> None:
     """
     if machine.state not in ("built", "paused"):
         raise StateError(f"cannot load a state: the machine is {machine.state}")
-    machine.mediator.check("operator", machine.label, "machine", "load")
+    machine.mediator.check(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name})
     wanted = machine.config.machine
     for what, theirs, ours in (
         ("version", state.version, VERSION),

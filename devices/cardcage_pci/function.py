@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
 from cardcage.device import Mmio, Pio
-from cardcage.errors import CardError, ConfigError
+from cardcage.errors import CardError, ConfigError, Denied
 
 from cardcage_pci.msi import Msi, MsiX
 
@@ -166,9 +166,9 @@ class Function:
             try:
                 mapping.move(None)
                 mapping.move(target)
-            except ConfigError as error:
+            except (ConfigError, Denied) as error:
                 ok = False
-                self.slot.log.warning("BAR has no room", bar=index, address=hex(address), problem=error.problem)
+                self.slot.log.warning("BAR has no room", bar=index, address=hex(address), problem=str(error))
         if moved and self._moved is not None:
             self._moved()
         return ok

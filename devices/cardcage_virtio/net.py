@@ -86,7 +86,7 @@ class Net:
     def plug(self, slot: Slot) -> None:
         options = self.options
         self._slot, self.backend = slot, slot.open("net", options.net)
-        name = f"{getattr(slot.machine, 'name', '')}/{slot.id}"
+        name = f"{slot.machine_name}/{slot.id}"
         self.mac = bytes.fromhex((options.mac or f"525400{sha256(name.encode()).hexdigest()[:6]}").replace(":", ""))
         self._own_mac = self.mac
         offered = self.backend.features

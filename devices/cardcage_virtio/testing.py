@@ -301,6 +301,8 @@ class BenchSlot:
     machine: Any = None
     irqchip: str = "split"
     irq_number: int | None = None
+    machine_name: str = ""
+    label: str = "device"
     mappings: Any = field(factory=list)
     clock: Any = field(factory=BenchClock)
     control: Any = None
@@ -319,6 +321,24 @@ class BenchSlot:
             self.logged.append((event, values))
 
         self.log = SimpleNamespace(debug=record, info=record, warning=record, error=record)
+
+    def ask(
+        self,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        /,
+        revoke: Callable[[], None] | None = None,
+        restore: Callable[[], None] | None = None,
+        **facts: object,
+    ) -> None:
+        """Always allowed."""
+
+    def share(self, key: str, make: Callable[[], Any], /) -> Any:
+        return make()
+
+    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> Any:
+        return self.memory
 
     def open(self, kind: str, spec: Any, /) -> Any:
         return self.backends[kind]

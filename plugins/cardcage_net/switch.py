@@ -319,7 +319,7 @@ class SwitchNet:
 
 def open_switch(slot: Slot, options: SwitchPort) -> NetBackend:
     """Back end ``net:switch``."""
-    switch: Switch = slot.machine.host.share(f"net:switch:{options.name}", Switch)
+    switch: Switch = slot.share(f"net:switch:{options.name}", Switch)
     if options.listen is not None:
         switch.listen(options.listen)
     return dumped(SwitchNet(slot, switch), options.dump)

@@ -8,11 +8,12 @@ from cardcage.clock import Clock
 from cardcage.console import Console
 from cardcage.device import BootContext, Control, Mapping, Slot
 from cardcage.eventloop import MachineClock
+from cardcage.granted import GrantedLine, GrantedMemory
+from cardcage.interrupts import IrqLine, Line
 from cardcage.machine import Machine
 from cardcage.memory import GuestMemory, PhysicalMemory
 from cardcage.ops import MachineOps
-from cardcage.security import MediatedMemory
-from cardcage.slot import DeviceSlot, MappedRegion
+from cardcage.slot import DeviceSlot, MappedRegion, Requests
 from cardcage.testing.slot import TestChar, TestClock, TestSlot
 from cardcage.vcpu import Ops
 
@@ -25,12 +26,16 @@ def regions(mapped: MappedRegion) -> Mapping:
     return mapped
 
 
-def machines(machine: Machine, boot: MachineBoot, ops: MachineOps) -> tuple[Control, BootContext, Ops]:
-    return machine, boot, ops
+def machines(machine: Machine, boot: MachineBoot, ops: MachineOps) -> tuple[Control, Control, BootContext, Ops]:
+    return machine, Requests(machine), boot, ops
 
 
-def memories(physical: PhysicalMemory, mediated: MediatedMemory) -> tuple[GuestMemory, GuestMemory]:
+def memories(physical: PhysicalMemory, mediated: GrantedMemory) -> tuple[GuestMemory, GuestMemory]:
     return physical, mediated
+
+
+def lines(line: Line) -> IrqLine:
+    return GrantedLine(line.source())
 
 
 def clocks(machine: MachineClock, test: TestClock) -> tuple[Clock, Clock]:

@@ -207,13 +207,14 @@ def test_loading_a_card_is_mediated() -> None:
     """A checker may refuse a card, which is then left out and named."""
 
     class Checker:
-        def check(self, source: str, target: str, tclass: str, permission: str, /) -> None:
-            if (tclass, permission, target) == ("card", "load", "evil"):
+        def check(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any, /) -> None:
+            if (tclass, permissions, facts["card"]) == ("card", ("load",), "evil"):
                 raise Denied("evil is not allowed")
 
-    cards = [card(lambda registry: registry.device("a", object), name) for name in ("evil", "good")]
+    loaded = []
+    cards = [card(lambda registry, name=name: loaded.append(name), name) for name in ("evil", "good")]
     host = Host(cards, installed=False, mediator=Mediator((Checker(),)))
-    assert [one.name for one in host.cards] == ["good"]
+    assert [one.name for one in host.cards] == loaded == ["good"]
     assert host.broken[0].reason.endswith("evil is not allowed")
 
 

@@ -222,11 +222,11 @@ def test_shared_memory_is_not_merged() -> None:
 
 def test_merging_asks_the_checkers() -> None:
     """Before memory is merged the checkers are asked with the label of those it would be merged with."""
-    asked: list[tuple[str, str, str, str]] = []
+    asked: list[tuple[str, str, str, tuple[str, ...]]] = []
 
     class Checker:
-        def check(self, source: str, target: str, tclass: str, permission: str, /) -> None:
-            asked.append((source, target, tclass, permission))
+        def check(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any, /) -> None:
+            asked.append((source, target, tclass, permissions))
             if target == "secret":
                 raise Denied("not with that one")
 
@@ -238,7 +238,7 @@ def test_merging_asks_the_checkers() -> None:
     with pytest.raises(Denied, match="not with that one"):
         memory.merge(target="secret")
     assert not merging(memory)
-    assert asked == [("mine", "mine", "memory", "merge"), ("mine", "secret", "memory", "merge")]
+    assert asked == [("mine", "mine", "memory", ("merge",)), ("mine", "secret", "memory", ("merge",))]
     vm.close()
 
 

@@ -1,4 +1,4 @@
-"""Bus, lines, memory, clock and loop, gate, slot back ends, security, log, state."""
+"""Bus, lines, memory, clock and loop, gate, slot back ends, log, state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attrs import define, field, frozen
 from cardcage.boot import carve
 from cardcage.bus import Bus, Claim
 from cardcage.device import E820Entry, Pio, Region, Slot
-from cardcage.errors import CardError, ConfigError, Denied, HostError, StateError, UsageError
+from cardcage.errors import CardError, ConfigError, HostError, StateError, UsageError
 from cardcage.eventloop import EventLoop, MachineClock
 from cardcage.gate import Gate
 from cardcage.hookspecs import hookimpl
@@ -24,7 +24,6 @@ from cardcage.memory import GuestMemoryError, PhysicalMemory, RamBlock, RamRange
 from cardcage.policy import MachineMemory
 from cardcage.ram import Memfd
 from cardcage.registry import Registry
-from cardcage.security import MediatedMemory, Mediator
 from cardcage.state import capture, dumps, loads, restore
 from cardcage.testing import TestSlot, check_device, check_memory
 from hypothesis import given
@@ -345,7 +344,7 @@ def test_the_gate_waits_for_all_to_come_out() -> None:
     assert order[:2] == ["out", "closed"]
 
 
-# slots, back ends, security
+# slots, back ends
 
 
 @frozen
@@ -385,29 +384,14 @@ class User:
     def write(self, offset: int, size: int, value: int, /) -> None: ...
 
 
-class Checker:
-    """Refuses what is in ``refused``; remembers what it was asked."""
-
-    refused: ClassVar[set[tuple[str, str]]] = set()
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str, str, str]] = []
-
-    def check(self, source: str, target: str, tclass: str, permission: str, /) -> None:
-        self.asked.append((source, target, tclass, permission))
-        if (tclass, permission) in self.refused:
-            raise Denied(f"{source} may not {permission}")
-
-
 @frozen
 class Cards:
-    """A card with a back end, a device that uses it, a checker, a policy and a bus."""
+    """A card with a back end, a device that uses it, a policy and a bus."""
 
     @hookimpl
     def cardcage_register(self, registry: Registry) -> None:
         registry.backend("char", "file", Sink, options=FileOptions, shorthand=lambda text: {"path": text})
         registry.device("user", User, options=UserOptions)
-        registry.security("strict", Checker)
         registry.policy("greedy", Greedy, options=GreedyOptions)
         registry.device("rack", Rack)
         registry.device("carried", Carried, bus="rack")
@@ -502,60 +486,6 @@ def test_policies_are_attached_and_detached() -> None:
     with machine({"policy": {"memory": [{"type": "greedy", "floor": 3}]}}) as vm:
         policy = vm.policies[0].policy
     assert policy.calls == ["floor 3", "attach machine", "detach machine"]
-
-
-def test_acts_are_mediated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before each act a checker is asked with labels, class and permission; refusing stops just that act."""
-    with machine(
-        {"security": {"checkers": ["strict"]}}, devices=[{"type": "user", "char": "file:x", "label": "uart"}]
-    ) as vm:
-        checker = vm.mediator.checkers[0]
-        device = vm.devices["user"].device
-        device.slot.memory.write(0, b"x")
-        device.slot.memory.view(0, 1)
-        device.slot.irq(4)
-        assert checker.asked == [
-            ("operator", "machine", "machine", "create"),
-            ("machine", "uart", "device", "plug"),
-            ("uart", "char:file", "backend", "open"),
-            ("uart", "machine", "memory", "write"),
-            ("uart", "machine", "memory", "map"),
-            ("uart", "machine", "interrupt", "raise"),
-        ]
-        for tclass, permission, act in (
-            ("memory", "read", lambda: device.slot.memory.read(0, 1)),
-            ("interrupt", "message", lambda: device.slot.msi(0xFEE00000, 1)),
-            ("bus", "claim", lambda: device.slot.map_pio(Pio(1), 0x10, device)),
-            ("backend", "open", lambda: vm.add("user", char="file:y")),
-            ("machine", "add", lambda: vm.add("user", char="file:y")),
-            ("machine", "start", vm.start),
-            ("machine", "save", lambda: capture(vm)),
-        ):
-            monkeypatch.setattr(Checker, "refused", {(tclass, permission)})
-            with pytest.raises(Denied, match=f"may not {permission}"):
-                act()
-        monkeypatch.setattr(Checker, "refused", set())
-        assert vm.state == "built"
-
-
-def test_a_checker_that_breaks_refuses() -> None:
-    """An error in a checker denies; with no checkers nothing is asked."""
-
-    class Broken:
-        def check(self, *_: str) -> None:
-            raise KeyError("oops")
-
-    Mediator().check("a", "b", "c", "d")
-    with pytest.raises(Denied, match="a may not d c b: a checker failed: KeyError: 'oops'"):
-        Mediator((Broken(),)).check("a", "b", "c", "d")
-
-
-def test_mediated_memory_keeps_the_contract() -> None:
-    """Guest memory seen through checkers is still guest memory."""
-    memory = PhysicalMemory()
-    memory.add(RamRange(0, 0x1000, RamBlock(0x1000)))
-    check_memory(MediatedMemory(memory, Mediator((Checker(),)), "dev", "vm"), 0, 0x1000)
-    memory.close()
 
 
 # logs

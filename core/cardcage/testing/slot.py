@@ -112,8 +112,8 @@ class TestSlot:
         memory: bytes of RAM at address 0, whole pages. id: the device's id. irq: what ``irq()`` without a number gives.
 
     Look at ``requests`` (``("reset", why)``, ``("poweroff",)``, ...), ``messages`` (MSIs), ``lines`` (by GSI),
-    ``log.entries``, ``resources``, ``opened`` (back ends by spec; ``char`` ones are made as needed) and reach regions
-    by ``pio`` and ``mmio``.
+    ``log.entries``, ``resources``, ``asked`` (of security), ``opened`` (back ends by spec; ``char`` ones are made as
+    needed) and reach regions by ``pio`` and ``mmio``.
     """
 
     __test__ = False  # its name must not make pytest collect it
@@ -140,6 +140,9 @@ class TestSlot:
         self.vm: Any = self
         self.machine: Any = self
         self.capabilities: frozenset[str] = frozenset()
+        self.machine_name, self.label = "machine", id
+        self.asked: list[tuple[str, str, tuple[str, ...]]] = []
+        self.shared: dict[str, Any] = {}
         self.devices: dict[str, Any] = {}
 
     def _changed(self, gsi: int) -> Callable[[bool], None]:
@@ -186,6 +189,28 @@ class TestSlot:
 
     def balloon(self, balloon: MemoryBalloon, /) -> None:
         self.balloons.append(balloon)
+
+    def ask(
+        self,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        /,
+        revoke: Callable[[], None] | None = None,
+        restore: Callable[[], None] | None = None,
+        **facts: object,
+    ) -> None:
+        """Always allowed; see ``asked``."""
+        self.asked.append((tclass, name, permissions))
+
+    def share(self, key: str, make: Callable[[], Any], /) -> Any:
+        """Kept in ``shared``."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> PhysicalMemory:
+        return self.memory
 
     def announce(self, resource: Resource, /) -> None:
         self.resources.append(resource)
