@@ -1,4 +1,4 @@
-"""The machine's one asyncio loop thread, and the guest clock with its timers on it."""
+"""The machine's loop thread, and the guest clock with its timers on it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import ctypes
 import heapq
 import itertools
 import os
+import select
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
 __all__ = ["EventLoop", "MachineClock", "MachineTimer"]
@@ -21,34 +22,49 @@ TFD_NONBLOCK, TFD_CLOEXEC, TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 
 
 class EventLoop:
-    """A thread with an asyncio loop. Callbacks run under the machine's lock; what they raise goes to *failed*.
+    """A thread that waits for descriptors and runs callbacks.
 
-    ``loop`` is there for management code that is written with asyncio (``asyncio.run_coroutine_threadsafe``).
+    It is a plain epoll loop: what asyncio does between two events is a good part of a packet's latency. Code written
+    with asyncio runs in a loop of its own and comes in by :meth:`call_soon`.
+
+    Args:
+        name: of the thread, for debuggers.
+        locked: runs a callback under the machine's lock, and sees to what it raises.
     """
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
-        import asyncio
-
-        self.loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
         self._locked = locked
-        self._readers: dict[int, Callable[[], None]] = {}
-        self._gone: set[int] = set()
+        self._epoll = select.epoll()
+        self._readers: dict[int, tuple[Callable[[], None], int]] = {}
+        self._turn = 0
+        self._fd = -1
+        self._posts: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._woken = self._ending = False
+        self._waking = threading.Lock()
+        self._epoll.register(self._wake, select.EPOLLIN)
         self.thread = threading.Thread(target=self._main, name=f"{name}-loop", daemon=True)
         self.thread.start()
 
     def _main(self) -> None:
-        import asyncio
+        self._ident = threading.get_ident()
+        wait, locked, wake, posts = self._epoll.poll, self._locked, self._wake, self._posts
+        while not self._ending:
+            self._turn += 1
+            for fd, _ in wait(0 if posts else None):
+                if fd == wake:
+                    os.eventfd_read(wake)
+                    self._woken = False  # before the posts are looked at: a later one writes again
+                else:
+                    self._fd = fd
+                    locked(self._readable)
+            for _ in range(len(posts)):
+                posts.popleft()()
 
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_forever()
-        finally:
-            left = asyncio.all_tasks(self.loop)
-            for task in left:
-                task.cancel()
-            if left:
-                self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            self.loop.close()
+    def _readable(self) -> None:
+        callback, turn = self._readers.get(self._fd, (None, 0))
+        if callback is not None and turn != self._turn:  # else it may be another file's number by now
+            callback()
 
     @property
     def here(self) -> bool:
@@ -56,60 +72,51 @@ class EventLoop:
         return threading.current_thread() is self.thread
 
     def post(self, callback: Callable[[], None]) -> None:
-        """Run *callback* on the loop thread, without the machine's lock. Thread-safe; nothing once closed."""
-        try:
-            self.loop.call_soon_threadsafe(callback)
-        except RuntimeError:  # closed: nobody is left to run it
-            return
+        """Run *callback*, which raises nothing, on the loop thread without the machine's lock.
+
+        Thread-safe; nothing once closed.
+        """
+        self._posts.append(callback)
+        if not self._woken:
+            with self._waking:
+                if not self._ending:  # else the descriptor may be another file's by now
+                    self._woken = True
+                    os.eventfd_write(self._wake, 1)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
         self.post(lambda: self._locked(callback))
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call *callback* under the machine's lock whenever *fd* is readable, replacing an earlier one. Any thread."""
-        self._readers[fd] = callback
-        if self.here:
-            self._apply(fd, callback)
-        else:
-            self.post(lambda: self._apply(fd, callback))
+        """Call *callback* under the machine's lock whenever *fd* is readable, replacing an earlier one. Any thread.
 
-    def _apply(self, fd: int, callback: Callable[[], None]) -> None:
-        if self._readers.get(fd) is not callback:
-            return  # removed or replaced on the way here
-        if fd in self._gone:  # closed, and its number used again, before the loop had forgotten it
-            self._gone.discard(fd)
-            self.loop.remove_reader(fd)
-        self.loop.add_reader(fd, self._readable, fd, callback)
-
-    def _readable(self, fd: int, callback: Callable[[], None]) -> None:
-        def call() -> None:
-            if self._readers.get(fd) is callback:
-                callback()
-
-        self._locked(call)
+        Raises OSError for what cannot be waited for (a regular file).
+        """
+        self._readers[fd] = callback, self._turn
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except FileExistsError:  # the earlier one's
+            return
 
     def remove_reader(self, fd: int) -> None:
         """No more calls for *fd*, which may be closed at once. Under the machine's lock, on any thread."""
-        if self._readers.pop(fd, None) is None:
-            return
-        self._gone.add(fd)
-
-        def forget() -> None:
-            if fd in self._gone:
-                self._gone.discard(fd)
-                self.loop.remove_reader(fd)
-
-        if self.here:
-            forget()
-        else:
-            self.post(forget)
+        if self._readers.pop(fd, None) is not None and not self._ending:
+            try:
+                self._epoll.unregister(fd)
+            except OSError:  # closed already: epoll has forgotten it
+                return
 
     def close(self) -> None:
         """Stop the thread and wait for it. Idempotent; not on the loop thread."""
-        if self.thread.is_alive():
-            self.post(self.loop.stop)
+        if not self._ending:
+            self.post(self._end)
             self.thread.join()
+            self._epoll.close()
+            os.close(self._wake)
+
+    def _end(self) -> None:
+        with self._waking:
+            self._ending = True
 
 
 class MachineTimer:
