@@ -17,7 +17,7 @@ from cardcage_kvm.routing import IOAPIC_PINS, MSI_LEVEL, Routes, high_part
 from cardcage_kvm.vcpu import KvmVCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cardcage.accelerator import MemorySlot, VmSpec
 
@@ -153,6 +153,9 @@ class KvmVm:
 
     def memory_written(self, address: int, size: int, /) -> None:
         """Nothing to do: KVM derives nothing from memory's contents that the processor does not keep coherent."""
+
+    def memory_written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
+        """Nothing to do, as :meth:`memory_written`."""
 
     def peek(self, address: int, size: int) -> bytes:
         """Guest-physical bytes for a report: as many of *size* as lie in one slot."""

@@ -1,4 +1,4 @@
-"""The native half, loaded through ctypes. Calls drop the GIL."""
+"""The native half, loaded through ctypes. Calls drop the GIL, but for the shortest."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_walk": (_INT, (_PTR, _U64, _INT, _INT, _PTR)),
     "tcg_tlb_flush": (None, (_PTR,)),
     "tcg_memory_written": (None, (_PTR, _U64, _U64)),
+    "tcg_memory_written_many": (None, (_PTR, _PTR, _U64)),
     "tcg_single": (_U64, (_PTR, _U64, _U64)),
     "tcg_sites": (_INT, (_PTR, _PTR, _PTR, _PTR)),
     "tcg_add_template": (_U32, (_PTR, _PTR, _U32, _U32)),
@@ -59,6 +60,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_stub": (_U64, (_INT,)),
 }
 
+_SHORT = frozenset({"tcg_memory_written", "tcg_memory_written_many", "tcg_apic_message", "tcg_kick", "tcg_set_extint"})
+"""Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it
+back from others takes up to the switch interval."""
+
 
 class Native:
     """The functions of ``_native.so``; ``struct`` pointers are plain integers."""
@@ -66,11 +71,11 @@ class Native:
     def __init__(self) -> None:
         path = Path(__file__).with_name("_native.so")
         try:
-            library = ctypes.CDLL(str(path))
+            library, keeping = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         except OSError as error:
             raise AcceleratorError(f"tcg: {path}: {error}; expected an x86-64 Linux host") from error
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(keeping if name in _SHORT else library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, {"tcg_raise": "raise_"}.get(name, name.removeprefix("tcg_")), function)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from bisect import bisect_right
 from contextlib import contextmanager
+from itertools import chain
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
 from cardcage_tcg.vcpu import TcgVCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cardcage.accelerator import MemorySlot, VmSpec
 
@@ -196,6 +198,11 @@ class TcgVm:
 
     def memory_written(self, address: int, size: int, /) -> None:
         self.native.memory_written(self.pointer, address, size)
+
+    def memory_written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
+        """:meth:`memory_written` for each (address, size)."""
+        flat = array("Q", chain.from_iterable(ranges))
+        self.native.memory_written_many(self.pointer, flat.buffer_info()[0], len(flat) // 2)
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:

@@ -74,6 +74,9 @@ class AcceleratedVm(Protocol):
 
     ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
     (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`).
+
+    A VM may have ``memory_written_many(ranges)``: :meth:`memory_written` for each (address, size), in one call. The
+    core looks for it by name and else calls once for each.
     """
 
     capabilities: frozenset[str]

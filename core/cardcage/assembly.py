@@ -173,7 +173,7 @@ def make_ram(machine: Machine) -> None:
         ranges.append(RamRange(4 * GIB, high, block, offset=low))
     memory.add(*ranges)  # the space owns the block from here on, whatever fails next
     memory.attach(machine.vm)
-    memory.on_written = machine.vm.memory_written
+    memory.report_to(machine.vm)
 
 
 def watch_ram(machine: Machine) -> None:

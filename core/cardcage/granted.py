@@ -49,12 +49,14 @@ class GrantedMemory:
         "write",
         "writes",
         "written",
+        "written_many",
     )
 
     def __init__(self, physical: PhysicalMemory, log: Any) -> None:
         self._physical, self._log = physical, log
         self.reads = self.writes = True
-        self.written, self.contains = physical.written, physical.contains
+        self.written, self.written_many = physical.written, physical.written_many
+        self.contains = physical.contains
         self._settle()
 
     @property

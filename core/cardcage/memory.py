@@ -19,7 +19,9 @@ from cardcage.errors import ConfigError, UsageError
 from cardcage.ram import PAGE, RamBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from cardcage.accelerator import AcceleratedVm
 
 __all__ = [
     "PAGE",
@@ -83,6 +85,10 @@ class GuestMemory(Protocol):
         """Bytes were changed through a view, or by preadv, io_uring or a back end process."""
         ...
 
+    def written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
+        """As :meth:`written` for each (address, size), at the cost of one."""
+        ...
+
     def contains(self, address: int, size: int, /) -> bool: ...
 
     def discard(self, address: int, size: int, /) -> bool:
@@ -93,7 +99,8 @@ class GuestMemory(Protocol):
 class PhysicalMemory:
     """The physical address space's RAM: ranges by priority, flattened into sorted disjoint slots.
 
-    ``listener`` (the accelerator's VM) hears of slots; ``on_written`` hears of ranges that the host changed.
+    ``listener`` (the accelerator's VM) hears of slots; ``on_written`` hears of ranges that the host changed, and
+    ``on_written_many``, where there is one, of many at once.
     """
 
     def __init__(self) -> None:
@@ -105,6 +112,7 @@ class PhysicalMemory:
         """Counts changes of what is shown where: what was kept of :meth:`span` holds until the next."""
         self.listener: SlotListener | None = None
         self.on_written: Callable[[int, int], None] | None = None
+        self.on_written_many: Callable[[Sequence[tuple[int, int]]], None] | None = None
 
     def add(self, *ranges: RamRange) -> None:
         """Show more RAM. Addresses and sizes are page aligned; raises UsageError otherwise."""
@@ -228,6 +236,19 @@ class PhysicalMemory:
     def written(self, address: int, size: int, /) -> None:
         if self.on_written is not None and size:
             self.on_written(address, size)
+
+    def written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
+        if self.on_written_many is not None:
+            if ranges:
+                self.on_written_many(ranges)
+        else:
+            for address, size in ranges:
+                self.written(address, size)
+
+    def report_to(self, vm: AcceleratedVm) -> None:
+        """Tell *vm* of what the host writes, many ranges at once where it can take them."""
+        self.on_written = vm.memory_written
+        self.on_written_many = getattr(vm, "memory_written_many", None)
 
     @contextmanager
     def writable(self, address: int, size: int) -> Iterator[memoryview]:

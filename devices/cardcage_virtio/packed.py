@@ -6,7 +6,7 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage_virtio.request import Request, RingError, Window, pieces
+from cardcage_virtio.request import Request, RingError, Window, areas_within, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,9 @@ class PackedRing:
             if flags & INDIRECT:
                 if flags & NEXT or count > 1 or not length or length & 15 or length >> 4 > max(size, INDIRECT_MAX):
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
-                for start, size, _, more in descriptors(self._memory.view(address, length)):
+                view = self._window.piece(address, length)
+                view = view if view is not None else self._memory.view(address, length)
+                for start, size, _, more in list(descriptors(view)):
                     if more & INDIRECT:
                         raise RingError("an indirect table inside an indirect table")
                     self._take(start, size, more, readable, writable, areas)
@@ -130,14 +132,12 @@ class PackedRing:
         self.push_many([(request, written)])
 
     def push_many(self, done: list[tuple[Request, int]]) -> None:
-        report = self._memory.written
+        changed: list[tuple[int, int]] = []
         for request, written in done:
-            left = written
-            for address, length in request.areas:
-                if left <= 0:
-                    break
-                report(address, length if length < left else left)
-                left -= length
+            if written > 0:
+                changed += areas_within(request.areas, written)
+        if changed:
+            self._memory.written_many(changed)
         with self._lock:
             if self.dead:
                 return
@@ -165,8 +165,7 @@ class PackedRing:
             if not fresh or self.dead:
                 return
             self._unsignalled = 0
-        for area in self._areas:
-            self._memory.written(*area)
+        self._memory.written_many(self._areas)
         wish = self._driver[1]
         if wish == DISABLE:
             return

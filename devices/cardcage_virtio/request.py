@@ -8,9 +8,11 @@ from cardcage.errors import GuestError
 from cardcage.memory import PAGE, GuestMemoryError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cardcage.memory import GuestMemory
 
-__all__ = ["Request", "Ring", "RingError", "Window", "pieces"]
+__all__ = ["Request", "Ring", "RingError", "Window", "areas_within", "pieces"]
 
 
 class RingError(GuestError):
@@ -155,6 +157,17 @@ class Window:
                 return None
         at = address - self.low
         return self.ram[at : at + length]
+
+
+def areas_within(areas: Sequence[tuple[int, int]], size: int) -> Sequence[tuple[int, int]]:
+    """The first *size* bytes of (address, length) areas."""
+    for at, (address, length) in enumerate(areas):
+        if size <= length:
+            if size == length and at + 1 == len(areas):
+                return areas
+            return [*areas[:at], (address, size)] if size > 0 else areas[:at]
+        size -= length
+    return areas
 
 
 def pieces(memory: GuestMemory, address: int, length: int) -> list[memoryview]:

@@ -11,7 +11,7 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage_virtio.request import Request, RingError, Window, pieces
+from cardcage_virtio.request import Request, RingError, Window, areas_within, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,10 @@ class SplitRing:
             if flags & INDIRECT:
                 if entries or flags & NEXT or not length or length & 15 or length >> 4 > self._limit:
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
-                entries, size, at = list(descriptors(self._memory.view(address, length))), length >> 4, 0
+                size, at = length >> 4, 0
+                inside = low <= address and address + length <= high
+                view = ram[address - low : address - low + length] if inside else self._memory.view(address, length)
+                entries = list(descriptors(view))
                 left += size
                 continue
             if length:
@@ -122,12 +125,8 @@ class SplitRing:
         self._last = self._last - 1 & 0xFFFF
 
     def push(self, request: Request, written: int) -> None:
-        left, report = written, self._memory.written
-        for address, length in request.areas:
-            if left <= 0:
-                break
-            report(address, length if length < left else left)
-            left -= length
+        if written > 0:
+            self._memory.written_many(areas_within(request.areas, written))
         with self._lock:
             if self.dead:
                 return
@@ -136,13 +135,12 @@ class SplitRing:
             self._tail = self._used16[1] = tail + 1 & 0xFFFF
 
     def push_many(self, done: list[tuple[Request, int]]) -> None:
-        report = self._memory.written
+        changed: list[tuple[int, int]] = []
         for request, written in done:
-            for address, length in request.areas:
-                if written <= 0:
-                    break
-                report(address, length if length < written else written)
-                written -= length
+            if written > 0:
+                changed += areas_within(request.areas, written)
+        if changed:
+            self._memory.written_many(changed)
         with self._lock:
             if self.dead:
                 return

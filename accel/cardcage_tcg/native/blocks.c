@@ -396,6 +396,13 @@ EXPORTED void tcg_memory_written(struct vm *vm, u64 gpa, u64 size)
     }
 }
 
+/* The same for many ranges: pairs of address and size. */
+EXPORTED void tcg_memory_written_many(struct vm *vm, const u64 *ranges, u64 count)
+{
+    for (u64 i = 0; i < count; i++)
+        tcg_memory_written(vm, ranges[2 * i], ranges[2 * i + 1]);
+}
+
 void tlb_unwrite(struct cpu *c, u64 host_page);
 
 /* Watch a page that is about to be translated for the first time: no vCPU may keep writing it unseen. */

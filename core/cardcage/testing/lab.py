@@ -77,7 +77,7 @@ class Lab:
 
     def __enter__(self) -> Lab:
         self.memory.attach(self.vm)
-        self.memory.on_written = self.vm.memory_written
+        self.memory.report_to(self.vm)
         write_tables(self.memory, self.program.start)
         self.memory.write(LIBRARY, assembled()[LIBRARIES[self.program.start]].code)
         self.memory.write(LOAD, self.code.code)

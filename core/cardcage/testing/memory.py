@@ -25,6 +25,8 @@ def check_memory(memory: GuestMemory, address: int, size: int) -> None:
     assert bytes(memory.view(address + 1, 62)) == data[1:63], "a view does not show what was written"
     memory.view(address, 4)[:] = b"view"
     memory.written(address, 4)
+    memory.written_many([(address, 1), (address + 8, 2)])
+    memory.written_many([])
     assert memory.read(address, 5) == b"view\x04", "writing through a view does not show, or spills"
     assert memory.read(address, 0) == b"", "an empty read does not give nothing"
     assert memory.contains(address, size), "contains() denies RAM"

@@ -19,6 +19,14 @@ def _swap_code(lab: Lab, value: int) -> None:
         lab.memory.change(add=(RamRange(0x600000, 4096, block, readonly=True, priority=2),), remove=old)
 
 
+def _rewrite_many(lab: Lab, value: int) -> None:
+    """A device writes the functions of many pages through views, and reports them together."""
+    ranges = [(0x600000 + at * 4096, 6) for at in range(64)]
+    for at, (address, size) in enumerate(ranges):
+        lab.memory.view(address, size)[:] = b"\xb8" + bytes([value + at, 0, 0, 0]) + b"\xc3"  # mov eax, ...; ret
+    lab.memory.written_many(ranges)
+
+
 PROGRAMS = (
     Program(
         "remap-code-page",
@@ -290,6 +298,31 @@ at_use:
         registers={"r8": 1, "r9": 2, "r10": 3, "r11": 3},
         accesses=(("write", 0x600001, 1, 9),),
         on_host=_swap_code,
+    ),
+    Program(
+        "code-written-in-many-pages",
+        "Code in many pages that a device writes, and reports all at once, runs with the new bytes",
+        """
+    host 1
+    call all
+    mov r8d, ebx
+    host 2
+    call all
+    mov r9d, ebx
+    done
+all:
+    xor ebx, ebx
+    mov edx, 0x600000
+next:
+    call rdx
+    add ebx, eax
+    add edx, 0x1000
+    cmp edx, 0x640000
+    jne next
+    ret
+""",
+        registers={"r8": 63 * 32 + 64, "r9": 63 * 32 + 128},
+        on_host=_rewrite_many,
     ),
     Program(
         "data-beside-code",
