@@ -93,9 +93,9 @@ class NetBackend(Protocol):
     @property
     def features(self) -> NetFeatures: ...
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin; ``received(queue, frame)`` returns False when the guest has no buffer: the back end then waits
-        for :meth:`resume`."""
+        for :meth:`resume`. The bytes of *frame* need not stay once it has returned."""
         ...
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:

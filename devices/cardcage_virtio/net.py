@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Net", "NetOptions", "NetState"]
 
 HEADER = 12
-PLAIN = pack("<10xH", 1)
+ONE = b"\1\0"
+PLAIN = bytes(HEADER - 2) + ONE
 FRAME_MAX = 65550 + HEADER
 F_CSUM, F_GUEST_CSUM, F_GUEST_OFFLOADS, F_MTU, F_MAC = 0, 1, 2, 3, 5
 F_MRG, F_STATUS, F_CTRL, F_ANNOUNCE, F_MQ, F_CTRL_MAC = 15, 16, 17, 21, 22, 23
@@ -202,7 +203,7 @@ class Net:
 
     # towards the guest
 
-    def received(self, queue: int, frame: bytes) -> bool:
+    def received(self, queue: int, frame: bytes | memoryview) -> bool:
         """A frame from the back end (vnet header first where agreed). False: no buffer, call again after resume."""
         index = 2 * (queue % self._pairs)
         io = self._io
@@ -213,12 +214,14 @@ class Net:
         if ring is None or not io.live or not self._status & LINK_UP:
             return True  # no driver, or no cable: the frame is lost
         try:
-            return self._deliver(ring, frame if self._vnet else PLAIN + frame)
+            if self._vnet:
+                return self._deliver(ring, bytes(frame[: HEADER - 2]) + ONE, frame[HEADER:])
+            return self._deliver(ring, PLAIN, frame)
         except (RingError, GuestMemoryError) as error:
             io.break_down(f"queue {index}: {error}")
             return True
 
-    def _deliver(self, ring: Ring, data: bytes) -> bool:
+    def _deliver(self, ring: Ring, header: bytes, frame: bytes | memoryview) -> bool:
         request = ring.pop()
         if request is None:
             if not ring.rearm():
@@ -227,20 +230,21 @@ class Net:
             request = ring.pop()
             if request is None:
                 return True
-        size = len(data)
+        size = HEADER + len(frame)
         writable = request.writable
         if len(writable) == 1 and len(writable[0]) >= size:
             view = writable[0]
-            view[:size] = data
-            view[10:12] = b"\1\0"
+            view[:HEADER] = header
+            view[HEADER:size] = frame
             request.done(size)
             return True
-        return self._scatter(ring, request, data)
+        return self._scatter(ring, request, header, memoryview(frame))
 
-    def _scatter(self, ring: Ring, request: Request, data: bytes) -> bool:
+    def _scatter(self, ring: Ring, request: Request, header: bytes, left: memoryview) -> bool:
         """Deliver into more than one part, or more than one buffer where the driver merges them."""
+        size = HEADER + len(left)
         taken, room = [request], request.writable_size
-        while room < len(data) and self._merge:
+        while room < size and self._merge:
             more = ring.pop()
             if more is None:
                 if len(taken) == ring.size:
@@ -253,16 +257,17 @@ class Net:
                 return False
             taken.append(more)
             room += more.writable_size
-        if room < len(data) or taken[0].writable_size < HEADER:
+        if room < size or request.writable_size < HEADER:
             for one in taken:
                 one.done(0)  # too small for the frame: the driver's mistake costs it the frame
             return True
-        left = memoryview(data[:10] + pack("<H", len(taken)) + data[12:])
+        offset = request.write(header[: HEADER - 2] + pack("<H", len(taken)))
         done = []
         for one in taken:
-            written = one.write(left)
+            written = one.write(left, offset)
             left = left[written:]
-            done.append((one, written))
+            done.append((one, offset + written))
+            offset = 0
         ring.push_many(done)  # at once: a driver that sees the first expects to find all
         ring.signal()
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-from collections import deque
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,16 +14,29 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["BACKLOG", "Events", "FrameStream"]
+__all__ = ["BACKLOG", "Events", "FrameStream", "enlarge"]
 
 BACKLOG = 4 << 20
 """Bytes that wait for a slow peer; frames beyond are dropped, as a network does."""
-AHEAD = 4 << 20
-"""Bytes read ahead of the guest: passt sends what the TCP window allows, and drops what nobody takes from it."""
+ROOM = 8 << 20
+"""Bytes read ahead of the guest, or half of it: passt sends what TCP's window allows, drops what nobody takes from it,
+and sends all of the window again for each duplicate acknowledgement that follows."""
 AT_ONCE = 256 << 10
-ROUND = 128
+ROUND = 64
 """Frames delivered in one turn of the loop, so that others get theirs and the socket is emptied in between."""
 _LENGTH = Struct(">I")
+
+
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+
+
+def enlarge(connection: socket.socket) -> None:
+    """Give *connection* room for :data:`BACKLOG` bytes each way, or what ``net.core.wmem_max`` lets users have."""
+    for option, force in ((socket.SO_SNDBUF, SO_SNDBUFFORCE), (socket.SO_RCVBUF, SO_RCVBUFFORCE)):
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, force, BACKLOG)
+        except PermissionError:
+            connection.setsockopt(socket.SOL_SOCKET, option, BACKLOG)
 
 
 class Events(Protocol):
@@ -43,7 +55,8 @@ class FrameStream:
     Args:
         events: who watches descriptors.
         connection: the socket, owned from now on.
-        deliver: called with each frame; False pauses until :meth:`go_on`, and the frame counts as taken.
+        deliver: called with each frame, which is there until it returns; False pauses until :meth:`go_on`, and the
+            frame counts as taken.
         lost: called once, with the reason, when the peer went away or broke the rules; the stream is closed by then.
     """
 
@@ -51,15 +64,14 @@ class FrameStream:
         self,
         events: Events,
         connection: socket.socket,
-        deliver: Callable[[bytes], bool],
+        deliver: Callable[[memoryview], bool],
         lost: Callable[[str], None],
     ) -> None:
         self._events, self._socket, self._deliver, self._lost = events, connection, deliver, lost
         connection.setblocking(False)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            connection.setsockopt(socket.SOL_SOCKET, option, BACKLOG)
-        self._chunks: deque[bytes] = deque()
-        self._ahead = self._at = 0
+        enlarge(connection)
+        self._room = memoryview(bytearray(ROOM))  # the host gives memory only for what was used of it
+        self._begin = self._end = 0
         self._ended = ""
         self._out = bytearray()
         self._poll: select.epoll | None = None
@@ -99,31 +111,48 @@ class FrameStream:
 
     def _fill(self) -> None:
         """Take what the socket holds, as far as there is room."""
-        while self._ahead < AHEAD:
+        room = self._room
+        while self._has_room():
             try:
-                chunk = self._socket.recv(AT_ONCE)
+                taken = self._socket.recv_into(room[self._end :], AT_ONCE)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 self._ended = error.strerror or str(error)
-            else:
-                self._ended = "" if chunk else "the peer closed the connection"
-            if self._ended:
                 break
-            self._chunks.append(chunk)
-            self._ahead += len(chunk)
-            if len(chunk) < AT_ONCE:
+            if not taken:
+                self._ended = "the peer closed the connection"
+                break
+            self._end += taken
+            if taken < AT_ONCE:
                 return
         self._stop()
 
+    def _has_room(self) -> bool:
+        begin, end, room = self._begin, self._end, self._room
+        if begin == end:
+            self._begin = self._end = 0
+        elif end + AT_ONCE > ROOM and begin >= ROOM // 2:  # so that each byte is moved once at most
+            room[: end - begin] = room[begin:end]
+            self._begin, self._end = 0, end - begin
+        return self._end + AT_ONCE <= ROOM
+
     def _parse(self) -> None:
+        room, deliver, unpack = self._room, self._deliver, _LENGTH.unpack_from
         for _ in range(ROUND):
             if self._paused or self._socket.fileno() < 0:
                 return
-            frame = self._next()
-            if frame is None:
+            at = self._begin + 4
+            if at > self._end:
                 break
-            if not self._deliver(frame):
+            (length,) = unpack(room, at - 4)
+            if not FRAME_MIN <= length <= FRAME_MAX:
+                self._ended = f"the peer sent a frame of {length} bytes"
+                break
+            if at + length > self._end:
+                break
+            self._begin = at + length
+            if not deliver(room[at : at + length]):
                 self.pause()
         else:
             if not self._again:
@@ -134,36 +163,6 @@ class FrameStream:
             self._fail(self._ended)
         else:
             self.start()
-
-    def _next(self) -> bytes | None:
-        """The next whole frame, None when there is none."""
-        header = self._piece(4)
-        if header is None:
-            return None
-        (length,) = _LENGTH.unpack(header)
-        if not FRAME_MIN <= length <= FRAME_MAX:
-            self._ended = f"the peer sent a frame of {length} bytes"
-            return None
-        if self._ahead < length + 4:
-            return None
-        whole = self._piece(4 + length)
-        if whole is None:
-            return None
-        self._at += 4 + length
-        self._ahead -= 4 + length
-        return whole[4:]
-
-    def _piece(self, length: int) -> bytes | None:
-        """The next *length* bytes, not taken yet; None when they are not here."""
-        chunks = self._chunks
-        while chunks and len(chunks[0]) - self._at < length:
-            if len(chunks) == 1 and self._at < len(chunks[0]):
-                return None
-            rest = chunks.popleft()[self._at :]
-            self._at = 0
-            if chunks:
-                chunks[0] = rest + chunks[0]
-        return chunks[0][self._at : self._at + length] if chunks else None
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one frame, or drop it when the peer is too slow."""
@@ -225,4 +224,3 @@ class FrameStream:
         self._stop()
         self._socket.close()
         self._out = bytearray()
-        self._chunks.clear()

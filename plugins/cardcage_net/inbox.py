@@ -26,14 +26,14 @@ class Inbox:
     def __init__(self, queue: int, pause: Callable[[], None], go_on: Callable[[], None]) -> None:
         self._queue, self._pause, self._go_on = queue, pause, go_on
         self._waiting: deque[bytes] = deque()
-        self.received: Callable[[int, bytes], bool] | None = None
+        self.received: Callable[[int, bytes | memoryview], bool] | None = None
 
     @property
     def full(self) -> bool:
         """Whether the guest has to give buffers first."""
         return bool(self._waiting)
 
-    def put(self, frame: bytes) -> bool:
+    def put(self, frame: bytes | memoryview) -> bool:
         """Give *frame* to the guest, or keep it until there is a buffer and answer False: the source is then paused."""
         if self.received is None:
             return True
@@ -41,7 +41,7 @@ class Inbox:
             return True
         if not self._waiting:
             self._pause()
-        self._waiting.append(frame)
+        self._waiting.append(bytes(frame))
         return False
 
     def resume(self) -> None:

@@ -55,7 +55,7 @@ class Link:
         if self._stream is not None:
             self._stream.go_on()
 
-    def start(self, received: Callable[[int, bytes], bool]) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool]) -> None:
         """Begin to give frames to the guest."""
         self._inbox.received, self._started = received, True
         if self._stream is not None:

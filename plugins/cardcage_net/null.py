@@ -31,7 +31,7 @@ class NullNet:
 
     features = NetFeatures()
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Nothing will come."""
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:

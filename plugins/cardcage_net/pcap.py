@@ -44,10 +44,10 @@ class Dumped:
     def features(self) -> NetFeatures:
         return self._inner.features
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
 
-        def seen(queue: int, frame: bytes) -> bool:
+        def seen(queue: int, frame: bytes | memoryview) -> bool:
             taken = received(queue, frame)
             if taken:
                 self._write(memoryview(frame)[self._header :])

@@ -195,7 +195,7 @@ class StreamNet:
         else:
             self._attach(connection)
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
         self._link.start(received)
         if self._listener is not None and not self._link.up:
@@ -311,7 +311,7 @@ class DgramNet:
             return bool(source[1] != self._port)
         return bool(source[:2] == self._remote[:2])
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
         self._inbox.received = received
         self._watch()

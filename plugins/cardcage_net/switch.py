@@ -225,8 +225,8 @@ class Uplink:
         port: Port
         stream: FrameStream
 
-        def arrived(frame: bytes) -> bool:
-            self._switch.forward(port, frame)
+        def arrived(frame: memoryview) -> bool:
+            self._switch.forward(port, bytes(frame))
             return True
 
         def leaving(frame: bytes) -> bool:
@@ -297,7 +297,7 @@ class SwitchNet:
     def _go_on(self) -> None:
         self._port.go_on()
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
         self._inbox.received = received
         self._switch.plug(self._port)

@@ -76,6 +76,7 @@ class TapNet:
         self._slot = slot
         self._vnet = HEADER if options.vnet_header else 0
         self._fds: list[int] = []
+        self._room = memoryview(bytearray(FRAME_MAX + HEADER))
         self.name = options.ifname
         try:
             for _ in range(options.queues):
@@ -167,7 +168,7 @@ class TapNet:
     def _is_member(self, bridge: str) -> bool:
         return os.path.exists(f"/sys/class/net/{bridge}/brif/{self.name}")
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin to read."""
         for at, inbox in enumerate(self._inboxes):
             inbox.received = received
@@ -178,10 +179,10 @@ class TapNet:
             self._slot.add_reader(self._fds[at], lambda: self._readable(at))
 
     def _readable(self, at: int) -> None:
-        fd, put = self._fds[at], self._inboxes[at].put
+        fd, put, room = self._fds[at], self._inboxes[at].put, self._room
         try:
             for _ in range(ROUND):
-                if not put(os.read(fd, FRAME_MAX + HEADER)):
+                if not put(room[: os.readv(fd, (room,))]):
                     return
         except BlockingIOError:
             return

@@ -20,7 +20,7 @@ from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
 
-from cardcage_net.framing import BACKLOG
+from cardcage_net.framing import BACKLOG, enlarge
 from cardcage_net.link import Link
 from cardcage_net.pcap import dumped
 
@@ -144,7 +144,7 @@ class UserNet:
     def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         # The engine drops what does not fit, so the room should be that of a large TCP window.
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BACKLOG)
+        enlarge(theirs)
         with theirs:
             words = _arguments(self._options, theirs.fileno())
             self._errors, errors = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # what does not fit in the pipe is lost
@@ -228,7 +228,7 @@ class UserNet:
             self._slot.log.warning("user networking cannot be started again", reason=str(error))
             self._timer.arm(self._slot.clock.now() + self._retry)
 
-    def start(self, received: Callable[[int, bytes], bool], /) -> None:
+    def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
         self._link.start(received)
 
@@ -269,4 +269,11 @@ def open_user(slot: Slot, options: User) -> NetBackend:
 def check_passt() -> tuple[bool, str, str]:
     """A line of ``cardcage doctor``."""
     found = shutil.which("passt")
-    return (True, f"passt at {found}", "") if found else (False, "no passt", INSTALL)
+    if found is None:
+        return False, "no passt", INSTALL
+    with open("/proc/sys/net/core/wmem_max") as file:
+        most = int(file.read())
+    if most < BACKLOG and os.geteuid() != 0:
+        why = f"passt at {found}, slow towards the guest: sockets hold {most >> 10} KiB, and passt drops what is beyond"
+        return False, why, f"sysctl -w net.core.wmem_max={BACKLOG}"
+    return True, f"passt at {found}", ""

@@ -84,6 +84,7 @@ class Slot:
         self.call_soon = self.events.call_soon
         self.log = SimpleNamespace(info=self._say, warning=self._say, debug=self._say)
         self.machine = SimpleNamespace(host=host or Host(installed=False))
+        self.share = self.machine.host.share
 
     def _say(self, text: str, **values: Any) -> None:
         self.said.append((text, values))
@@ -112,11 +113,11 @@ class Guest:
         with slot.lock:
             backend.start(self._received)
 
-    def _received(self, queue: int, frame: bytes) -> bool:
+    def _received(self, queue: int, frame: bytes | memoryview) -> bool:
         with self._came:
             if len(self.frames) >= self.room:
                 return False
-            self.frames.append(frame)
+            self.frames.append(bytes(frame))
             self._came.notify_all()
         return True
 
