@@ -122,13 +122,13 @@ def allow_files(machine: Machine, table: Mapping[str, Any], *permissions: str) -
     mediator = machine.mediator
     if not mediator.checkers:
         return
-    texts = [text for value in table.values() for text in (value if isinstance(value, list) else [value])]
-    for text in texts:
-        # A module of multiboot is a path, then its own command line.
-        for path in {text, text.partition(" ")[0]} if isinstance(text, str) else ():
-            if path and os.path.lexists(path):
-                facts = {"machine": machine.name, "readonly": "write" not in permissions}
-                mediator.ask(machine.label, machine.label, "image", path, permissions, facts)
+    facts = {"machine": machine.name, "readonly": "write" not in permissions}
+    for key, value in table.items():
+        for text in value if isinstance(value, list) else [value]:
+            # A module of multiboot is a path, then its own command line.
+            for path in {text, text.partition(" ")[0]} if isinstance(text, str) else ():
+                if path and (key == "path" or os.path.lexists(path)):
+                    mediator.ask(machine.label, machine.label, "image", path, permissions, facts)
 
 
 def mediate(machine: Machine, cleanup: ExitStack) -> None:
@@ -197,7 +197,7 @@ def memory_backend(machine: Machine) -> MemoryBackend:
     offer = machine.host.registry.get("memory", chosen.type, file=place.file, key="memory.type")
     facts = {"machine": machine.name}
     machine.mediator.ask(machine.label, machine.label, "backend", f"memory:{chosen.type}", ("open",), facts)
-    allow_files(machine, chosen.options, "open", "read", "write")
+    allow_files(machine, chosen.options, "open", "read", "write", "create")
     options = machine.host.options(offer, chosen.options, file=place.file, key="memory")
     who = f'memory "{offer.name}" (card {offer.card}, {offer.distribution})'
     made: MemoryBackend = blamed(

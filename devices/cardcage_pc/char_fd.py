@@ -110,5 +110,6 @@ class FileSink:
 
 def open_file(slot: Slot, options: FileOptions) -> FileSink:
     """Back end ``char:file``. Raises OSError."""
+    slot.ask("image", options.path, ("create", "write"))
     mode = os.O_APPEND if options.append else os.O_TRUNC
     return FileSink(os.open(options.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | mode, 0o666), slot.log)

@@ -43,6 +43,8 @@ class Pty:
 
     def __init__(self, slot: Slot, options: PtyOptions) -> None:
         self._slot = slot
+        if options.link:
+            slot.ask("image", options.link, ("create",))
         self._master, slave = os.openpty()
         try:
             tty.setraw(slave)

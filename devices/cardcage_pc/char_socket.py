@@ -41,6 +41,7 @@ class Socket:
         self._listening: socket.socket | None = None
         self._peer: socket.socket | None = None
         self._sink: Sink | None = None
+        slot.ask("socket", f"unix:{options.path}", ("listen" if options.server else "connect",))
         if not options.server:
             self._peer = socket.socket(socket.AF_UNIX)
             self._peer.connect(options.path)

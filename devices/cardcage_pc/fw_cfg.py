@@ -70,14 +70,15 @@ class FwCfg:
             self.files["etc/boot-menu-wait"] = struct.pack("<H", options.boot_menu_wait)
         for name, text in options.files.items():
             self.files[name] = text.encode()
-        for name, path in options.paths.items():
-            try:
-                self.files[name] = Path(path).read_bytes()
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}", key=f"paths.{name}") from error
         self._list()
 
     def plug(self, slot: Slot, /) -> None:
+        for name, path in self.options.paths.items():
+            slot.ask("image", path, ("open", "read"), readonly=True)
+            try:
+                self.set_file(name, Path(path).read_bytes())
+            except OSError as error:
+                raise ConfigError(f"{path}: {error.strerror}", key=f"paths.{name}") from error
         self._memory, self._log = slot.memory, slot.log
         slot.announce(Resource(hid="QEMU0002", name="FWCF"))
 

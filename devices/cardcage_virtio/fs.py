@@ -91,12 +91,9 @@ class Fs:
         self.options = options
         if len(options.tag.encode()) > 36:
             raise ConfigError(f"tag {options.tag}: expected at most 36 bytes of UTF-8", key="tag")
-        try:
-            root = Node.root(options.path)
-        except OSError as error:
-            raise ConfigError(f"path {options.path}: {error.strerror}", key="path") from error
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.tree = Tree(root, limit // 4)
+        self.tree: Tree
+        self._barred = False
         self.handles: dict[int, Handle] = {}
         self._most_handles, self._next_handle = limit // 4, 1
         self._valid = VALID[options.cache]
@@ -127,7 +124,17 @@ class Fs:
         }
 
     def plug(self, slot: Slot) -> None:
-        self._slot = slot
+        self._slot, path, changes = slot, self.options.path, () if self.options.readonly else ("write", "create")
+
+        def bar(barred: bool) -> Callable[[], None]:
+            return lambda: setattr(self, "_barred", barred)
+
+        readonly = self.options.readonly
+        slot.ask("image", path, ("open", "read", *changes), bar(True), bar(False), readonly=readonly)
+        try:
+            self.tree = Tree(Node.root(path), self._most_handles)
+        except OSError as error:
+            raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
 
     def plug_virtio(self, io: Virtio) -> None:
         self._workers = Workers(io, self._process, 1, self._slot.id)
@@ -168,6 +175,8 @@ class Fs:
             raise RingError("no room for a FUSE answer")
         code, answer = 0, b""
         try:
+            if self._barred:
+                raise OSError(errno.EACCES, "revoked by the security policy")
             if self.options.readonly and opcode in CHANGING:
                 raise OSError(errno.EROFS, "read-only share")
             if opcode == Op.READ:

@@ -91,11 +91,8 @@ class P9:
     class_code = 0x018000
 
     def __init__(self, options: P9Options) -> None:
-        self.options = options
-        try:
-            self.root = Node.root(options.path)
-        except OSError as error:
-            raise ConfigError(f"path {options.path}: {error.strerror}", key="path") from error
+        self.options, self._barred = options, False
+        self.root: Node
         self.fids: dict[int, Fid] = {}
         self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._msize = MSIZE_MIN
@@ -128,7 +125,17 @@ class P9:
         self._changing = {14, 16, 18, 20, 26, 70, 72, 74, 76, 118, 122}
 
     def plug(self, slot: Slot) -> None:
-        self._slot = slot
+        self._slot, path, changes = slot, self.options.path, () if self.options.readonly else ("write", "create")
+
+        def bar(barred: bool) -> Callable[[], None]:
+            return lambda: setattr(self, "_barred", barred)
+
+        readonly = self.options.readonly
+        slot.ask("image", path, ("open", "read", *changes), bar(True), bar(False), readonly=readonly)
+        try:
+            self.root = Node.root(path)
+        except OSError as error:
+            raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
 
     def plug_virtio(self, io: Virtio) -> None:
         self._workers = Workers(io, self._process, 1, self._slot.id)
@@ -164,6 +171,8 @@ class P9:
         try:
             if size > len(data):
                 raise OSError(errno.EPROTO, "message cut short")
+            if self._barred:
+                raise OSError(errno.EACCES, "revoked by the security policy")
             if kind == READ:
                 return self._read(message, request, tag, room)
             call = self._calls.get(kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import ge, in_, le, max_len, min_len
@@ -120,13 +120,16 @@ class VhostUser:
         self._inflight: tuple[int, bytes] | None = None
         self._started: list[int] = []
         self._bases: dict[int, int] = {}
+        self._barred: set[str] = set()
         self._slot: Slot
         self._io: Virtio
         self._timer: Timer
 
     def plug(self, slot: Slot) -> None:
         self._slot, self._timer = slot, slot.clock.timer(self._retry)
-        memory: Any = getattr(slot.machine, "memory", slot.memory)  # the blocks behind it, which no device else needs
+        where = f"unix:{self.options.socket}"
+        slot.ask("socket", where, ("connect",), lambda: self._bar(where), lambda: self._admit(where))
+        memory = slot.shared_memory(lambda: self._bar("memory"), lambda: self._admit("memory"))
         try:
             self._regions = memory_regions(memory)
             self.channel = self._connect()
@@ -284,7 +287,18 @@ class VhostUser:
             )
         self._timer.arm(self._slot.clock.now() + RETRY)
 
+    def _bar(self, why: str) -> None:
+        """Security revoked the socket or the memory: hang up. What the back end has mapped stays with it."""
+        self._barred.add(why)
+        self._died("revoked by the security policy")
+
+    def _admit(self, why: str) -> None:
+        self._barred.discard(why)
+
     def _retry(self) -> None:
+        if self._barred:
+            self._timer.arm(self._slot.clock.now() + RETRY)
+            return
         try:
             self.channel = self._connect()
         except (OSError, HostError):

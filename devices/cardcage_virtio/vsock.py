@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import ge, le, min_len
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, Denied
 
 from cardcage_virtio.vsock_stream import BUFFER, RST, Header, Stream
 
@@ -74,6 +74,7 @@ class Vsock:
 
     def plug(self, slot: Slot) -> None:
         self._slot, path = slot, self.options.uds
+        slot.ask("socket", f"unix:{path}", ("listen",), self._bar, self._admit)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             if _stale(path):
@@ -86,6 +87,14 @@ class Vsock:
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         slot.add_reader(self._epoll.fileno(), self._ready)
+
+    def _bar(self) -> None:
+        """Nobody may come in any more."""
+        self._drop_all()
+        self._epoll.unregister(self._listener)
+
+    def _admit(self) -> None:
+        self._epoll.register(self._listener, select.EPOLLIN)
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
@@ -330,10 +339,12 @@ class Vsock:
         if key in self.streams or len(self.streams) >= STREAMS_MAX:
             self._refuse(header)
             return
+        path = f"{self.options.uds}_{header.destination_port}"
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            end.connect(f"{self.options.uds}_{header.destination_port}")
-        except OSError:
+            self._slot.ask("socket", f"unix:{path}", ("connect",))
+            end.connect(path)
+        except (OSError, Denied):
             end.close()
             self._refuse(header)
             return

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from cardcage_block.hostfile import Image
 
+    Allow = Callable[[str, tuple[str, ...]], None]
+
 __all__ = ["Drive", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag"]
 
 MAX_CHAIN = 64
@@ -53,33 +55,53 @@ class Drive:
 
 def open_drive(slot: Slot, options: Drive) -> Image:
     """Back end ``block:drive``: an image of whichever format. Raises ConfigError or HostError."""
-    return open_image(options, warn=slot.log.warning)
+    return open_image(options, warn=slot.log.warning, allow=allowed(slot))
 
 
 def open_raw(slot: Slot, options: Drive) -> Image:
     """Back end ``block:raw``."""
-    return open_image(evolve(options, format="raw"), warn=slot.log.warning)
+    return open_image(evolve(options, format="raw"), warn=slot.log.warning, allow=allowed(slot))
 
 
 def open_qcow2(slot: Slot, options: Drive) -> Image:
     """Back end ``block:qcow2``."""
-    return open_image(evolve(options, format="qcow2"), warn=slot.log.warning)
+    return open_image(evolve(options, format="qcow2"), warn=slot.log.warning, allow=allowed(slot))
+
+
+def allowed(slot: Slot) -> Allow:
+    """What asks whether a device may have an image, before it is opened."""
+
+    def ask(path: str, acts: tuple[str, ...]) -> None:
+        slot.ask("image", path, acts, readonly="write" not in acts)
+
+    return ask
+
+
+def _allow_all(path: str, acts: tuple[str, ...]) -> None:
+    pass
 
 
 def open_image(
-    drive: Drive, *, warn: Callable[[str], object], repair: bool = True, above: tuple[tuple[int, int], ...] = ()
+    drive: Drive,
+    *,
+    warn: Callable[[str], object],
+    allow: Allow = _allow_all,
+    repair: bool = True,
+    above: tuple[tuple[int, int], ...] = (),
 ) -> Image:
     """Open an image and its backing chain.
 
     Args:
         drive: which, and how.
         warn: called with a sentence for a person.
+        allow: asked with its path and what is to be done before each file is opened; raises Denied.
         repair: put the reference counts of an image right that was not closed (its dirty bit is set) before writing it.
         above: the files that stand on this one, to find a loop.
 
     Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind and
     :exc:`~cardcage.errors.HostError` for one that is in use.
     """
+    allow(drive.file, ("open", "read") if drive.readonly else ("open", "read", "write"))
     file = HostFile(
         drive.file, writable=not drive.readonly, direct=drive.cache == "none", stable=drive.cache != "unsafe"
     )
@@ -110,7 +132,7 @@ def open_image(
 
             warn(f"{drive.file}: was not closed: its reference counts are being made anew")
             repair_counts(file, header)
-        backing = _open_backing(drive, header, warn, (*above, identity))
+        backing = _open_backing(drive, header, warn, allow, (*above, identity))
         try:
             discard = drive.discard == "unmap"
             return Qcow2Image(file, header, backing=backing, readonly=drive.readonly, discard=discard, warn=warn)
@@ -135,7 +157,11 @@ def backing_path(path: str, name: str) -> str:
 
 
 def _open_backing(
-    drive: Drive, header: Header, warn: Callable[[str], object], above: tuple[tuple[int, int], ...]
+    drive: Drive,
+    header: Header,
+    warn: Callable[[str], object],
+    allow: Allow,
+    above: tuple[tuple[int, int], ...],
 ) -> Image | None:
     if header.backing_file is None:
         return None
@@ -149,7 +175,7 @@ def _open_backing(
         # The whole chain is changed by nobody: the files below are opened and locked for reading.
         known: Literal["auto", "raw", "qcow2"] = "raw" if form == "raw" else "qcow2" if form == "qcow2" else "auto"
         below_drive = evolve(drive, file=below, format=known, readonly=True)
-        return open_image(below_drive, warn=warn, above=above)
+        return open_image(below_drive, warn=warn, allow=allow, above=above)
     except ConfigError as error:
         raise ConfigError(f"its backing file: {error}", file=drive.file) from error
 

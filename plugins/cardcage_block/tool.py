@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import asdict, evolve
 from cardcage.errors import ConfigError, near
 from cardcage.pairs import parse_pairs
+from cardcage.security import HOST, OPERATOR
 from cardcage.units import Size
 
 from cardcage_block.check import check
@@ -24,6 +25,9 @@ from cardcage_block.tables import read_bytes
 if TYPE_CHECKING:
     import argparse
 
+    from cardcage.host import Host
+
+    from cardcage_block.drive import Allow
     from cardcage_block.hostfile import Image
 
 __all__ = ["configure", "convert", "run"]
@@ -68,11 +72,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--json", action="store_true")
 
 
-def run(host: object, arguments: argparse.Namespace) -> int:
-    """Carry out ``cardcage image``; the process's status. Raises ConfigError and HostError."""
+def run(host: Host, arguments: argparse.Namespace) -> int:
+    """Carry out ``cardcage image``; the process's status. Raises ConfigError, HostError and Denied."""
+
+    def allow(path: str, permissions: tuple[str, ...]) -> None:
+        host.mediator.ask(OPERATOR, HOST, "image", path, permissions)
+
     acts = {"create": _create, "info": _info, "check": _check, "resize": _resize, "convert": _convert}
     try:
-        return acts[arguments.act](arguments)
+        return acts[arguments.act](arguments, allow)
     except OSError as error:
         raise ConfigError(str(error.strerror or error), file=arguments.file) from error
 
@@ -118,16 +126,17 @@ def _new_format(asked: Literal["raw", "qcow2"] | None, path: str, options: str) 
     return form
 
 
-def _create(arguments: argparse.Namespace) -> int:
+def _create(arguments: argparse.Namespace, allow: Allow) -> int:
     form = _new_format(arguments.format or ("qcow2" if arguments.backing else None), arguments.file, arguments.options)
     size = _size(arguments.size, arguments.file) if arguments.size else None
     shape = _shape(arguments.options, arguments.file)
+    allow(arguments.file, ("create", "write"))
     if arguments.backing:
         if form == "raw":
             raise ConfigError("a raw image has no backing file", file=arguments.file)
         below = backing_path(arguments.file, arguments.backing)
         lower: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
-        image = open_image(Drive(below, format=lower, readonly=True), warn=_warn)
+        image = open_image(Drive(below, format=lower, readonly=True), warn=_warn, allow=allow)
         size = image.info.size if size is None else size
         image.close()
         found = arguments.backing_format or _format(below)
@@ -175,7 +184,8 @@ def describe(path: str) -> dict[str, Any]:
         file.close()
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _info(arguments: argparse.Namespace, allow: Allow) -> int:
+    allow(arguments.file, ("open", "read"))
     chain = [describe(arguments.file)]
     seen = {os.path.realpath(arguments.file)}
     while arguments.backing_chain and chain[-1].get("backing-file"):
@@ -183,6 +193,7 @@ def _info(arguments: argparse.Namespace) -> int:
         if os.path.realpath(below) in seen:
             raise ConfigError("the backing chain loops: this image stands on itself", file=below)
         seen.add(os.path.realpath(below))
+        allow(below, ("open", "read"))
         chain.append(describe(below))
     if arguments.json:
         print(json.dumps(chain if arguments.backing_chain else chain[0], indent=2))
@@ -200,7 +211,8 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace, allow: Allow) -> int:
+    allow(arguments.file, ("open", "read", "write") if arguments.repair else ("open", "read"))
     file = HostFile(arguments.file, writable=bool(arguments.repair))
     try:
         lock_image(file.fd, arguments.file, write=bool(arguments.repair), required=False)
@@ -225,7 +237,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return 2 if corruptions else 3 if leaks else 0
 
 
-def _resize(arguments: argparse.Namespace) -> int:
+def _resize(arguments: argparse.Namespace, allow: Allow) -> int:
+    allow(arguments.file, ("open", "read", "write"))
     drive = Drive(arguments.file, format=arguments.format)
     size = _size(arguments.size.removeprefix("+"), arguments.file)
     if arguments.size.startswith("+"):
@@ -236,10 +249,11 @@ def _resize(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(arguments: argparse.Namespace, allow: Allow) -> int:
     form = _new_format(arguments.output_format, arguments.target, arguments.options)
     shape = _shape(arguments.options, arguments.target)
-    source = open_image(Drive(arguments.file, format=arguments.format, readonly=True), warn=_warn)
+    allow(arguments.target, ("create", "write"))
+    source = open_image(Drive(arguments.file, format=arguments.format, readonly=True), warn=_warn, allow=allow)
     try:
         if form == "raw":
             create_raw(arguments.target, source.info.size, force=arguments.force)

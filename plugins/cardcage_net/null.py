@@ -49,4 +49,4 @@ class NullNet:
 
 def open_null(slot: Slot, options: Null) -> NetBackend:
     """Back end ``net:null``."""
-    return dumped(NullNet(), options.dump)
+    return dumped(slot, options.dump, NullNet)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cardcage.backends import NetBackend, NetFeatures
+    from cardcage.device import Slot
     from typing_extensions import Buffer
 
 __all__ = ["Dumped", "dumped"]
@@ -81,10 +82,12 @@ class Dumped:
             os.close(fd)
 
 
-def dumped(backend: NetBackend, path: str | None) -> NetBackend:
-    """*backend*, dumped to *path* unless that is None. Closes it when the file cannot be made."""
+def dumped(slot: Slot, path: str | None, make: Callable[[], NetBackend]) -> NetBackend:
+    """What *make* gives, dumped to *path* unless that is None. Closes it when the file cannot be made."""
     if path is None:
-        return backend
+        return make()
+    slot.ask("image", path, ("create", "write"))
+    backend = make()
     try:
         return Dumped(backend, path)
     except ConfigError:

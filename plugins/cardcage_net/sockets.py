@@ -97,8 +97,9 @@ class StreamNet:
     def __init__(self, slot: Slot, options: Stream) -> None:
         if (options.connect is None) == (options.listen is None):
             raise ConfigError("net stream: expected one of connect and listen")
-        self._slot = slot
-        self._family, self._where = address(options.connect or options.listen or "")
+        self._slot, where = slot, options.connect or options.listen or ""
+        self._family, self._where = address(where)
+        slot.ask("socket", where, ("listen" if options.connect is None else "connect",))
         self._wait = int(options.reconnect * 1e9)
         self._timer = slot.clock.timer(self._dial)
         self._link = Link(slot, self._lost)
@@ -242,6 +243,9 @@ class DgramNet:
     def __init__(self, slot: Slot, options: Dgram) -> None:
         self._slot = slot
         self._family, self._remote = address(options.remote)
+        slot.ask("socket", options.remote, ("connect",))
+        if options.local is not None:
+            slot.ask("socket", options.local, ("listen",))
         self._socket = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sender = self._socket
@@ -375,9 +379,9 @@ class DgramNet:
 
 def open_stream(slot: Slot, options: Stream) -> NetBackend:
     """Back end ``net:stream``."""
-    return dumped(StreamNet(slot, options), options.dump)
+    return dumped(slot, options.dump, lambda: StreamNet(slot, options))
 
 
 def open_dgram(slot: Slot, options: Dgram) -> NetBackend:
     """Back end ``net:dgram``."""
-    return dumped(DgramNet(slot, options), options.dump)
+    return dumped(slot, options.dump, lambda: DgramNet(slot, options))

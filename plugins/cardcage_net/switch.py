@@ -321,5 +321,6 @@ def open_switch(slot: Slot, options: SwitchPort) -> NetBackend:
     """Back end ``net:switch``."""
     switch: Switch = slot.share(f"net:switch:{options.name}", Switch)
     if options.listen is not None:
+        slot.ask("socket", f"unix:{options.listen}", ("listen",))
         switch.listen(options.listen)
-    return dumped(SwitchNet(slot, switch), options.dump)
+    return dumped(slot, options.dump, lambda: SwitchNet(slot, switch))

@@ -73,6 +73,7 @@ class TapNet:
     def __init__(self, slot: Slot, options: Tap) -> None:
         if len(options.ifname.encode()) > 15 or "/" in options.ifname or "%" in options.ifname:
             raise ConfigError(f'interface name "{options.ifname}": expected at most 15 bytes without / and %')
+        slot.ask("tap", options.ifname or "tap%d", ("open",), bridge=options.bridge or "")
         self._slot = slot
         self._vnet = HEADER if options.vnet_header else 0
         self._fds: list[int] = []
@@ -227,4 +228,4 @@ class TapNet:
 
 def open_tap(slot: Slot, options: Tap) -> NetBackend:
     """Back end ``net:tap``."""
-    return dumped(TapNet(slot, options), options.dump)
+    return dumped(slot, options.dump, lambda: TapNet(slot, options))

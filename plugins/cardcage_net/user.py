@@ -132,6 +132,9 @@ class UserNet:
         self._retry = FIRST_RETRY
         self._timer = slot.clock.timer(self._restart)
         self._closed = False
+        slot.ask("program", options.engine, ("start",))
+        for one in options.hostfwd:
+            slot.ask("socket", one, ("listen",))
         connection = self._spawn()
         try:
             self._await(connection)
@@ -263,7 +266,7 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
 
 def open_user(slot: Slot, options: User) -> NetBackend:
     """Back end ``net:user``."""
-    return dumped(UserNet(slot, options), options.dump)
+    return dumped(slot, options.dump, lambda: UserNet(slot, options))
 
 
 def check_passt() -> tuple[bool, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -514,3 +515,56 @@ def test_ranges_of_memory_are_claimed_with_their_bus() -> None:
         ("pio", "0x100", 4),
         ("mmio", "0xe0000000", 4096),
     ]
+
+
+# the command line
+
+
+@pytest.fixture
+def announced(monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """A security card that is installed, as `guard`."""
+    from cardcage import host as hosts
+    from cardcage.discovery import Announcement
+
+    guard = Guard()
+    monkeypatch.setattr(Announcement, "load", lambda one: Cards(guard))
+    monkeypatch.setattr(hosts, "announced", lambda group: [Announcement("guard", "g", "stranger", "1", "")])
+    return guard
+
+
+RUN = '[machine]\nplatform = "none"\nmemory = "1M"\naccel = "scripted"\nname = "vm"\n'
+
+
+@pytest.mark.parametrize("named", ["file", "option", "set", "environment"])
+def test_the_command_line_loads_security_first(
+    named: str, announced: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the security card is named, it is asked about each other card, the command, and the machine."""
+    from cardcage.cli import main
+
+    (tmp_path / "vm.toml").write_text(RUN + ('[policy]\nsecurity = "guard"\n' if named == "file" else ""))
+    more = {"option": ["--security", "guard"], "set": ["--set", 'security.checkers=["guard"]']}.get(named, [])
+    if named == "environment":
+        monkeypatch.setenv("CARDCAGE_SECURITY", "guard")
+    announced.refused = {("machine", "create")}
+    assert main(["run", str(tmp_path / "vm.toml"), *more], cards=[Scripted()]) == 2
+    assert "outcome: denied: operator may not create machine" in capfd.readouterr().err
+    assert announced.asked == [
+        ("host", "given to Host", "card", ("load",)),
+        ("operator", "run", "management", ("command",)),
+        ("operator", "operator:vm", "machine", ("create",)),
+    ]
+    announced.refused = {("management", "command")}
+    assert main(["run", str(tmp_path / "vm.toml"), *more], cards=[Scripted()]) == 2
+    assert "may not command management" in capfd.readouterr().err
+
+
+def test_security_that_comes_too_late_is_refused(
+    announced: Guard, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A security card that only the whole configuration names, after the other cards were loaded, is an error."""
+    from cardcage.cli import main
+
+    (tmp_path / "vm.conf").write_text(RUN + 'policy.security = "guard"\n'.replace("policy.", "[policy]\n"))
+    assert main(["run", str(tmp_path / "vm.conf")], cards=[Scripted()]) == 2
+    assert "policy.security: a security card is loaded before all others" in capfd.readouterr().err

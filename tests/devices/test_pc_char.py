@@ -37,6 +37,7 @@ class Loop:
         self.soon: list[Callable[[], None]] = []
         self.stopped: list[str] = []
         self.machine = SimpleNamespace(stop=self.stopped.append)
+        self.ask = TestSlot().ask
 
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
         self.readers[fd] = callback

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cardcage.errors import ConfigError
 from cardcage.memory import RamBlock, RamRange
+from cardcage.testing import TestSlot
 from cardcage_pc.debug import (
     DebugCon,
     DebugConOptions,
@@ -91,9 +92,11 @@ def test_files_from_the_host(tmp_path: Path) -> None:
     """A path's content becomes a file; a missing one is a configuration error that names it."""
     (tmp_path / "blob").write_bytes(b"\0\1")
     card = FwCfg(FwCfgOptions(paths={"opt/blob": str(tmp_path / "blob")}))
+    card.plug(slot := TestSlot())
     assert card.files["opt/blob"] == b"\0\1"
+    assert slot.asked == [("image", str(tmp_path / "blob"), ("open", "read"))]
     with pytest.raises(ConfigError, match="gone"):
-        FwCfg(FwCfgOptions(paths={"opt/blob": str(tmp_path / "gone")}))
+        FwCfg(FwCfgOptions(paths={"opt/blob": str(tmp_path / "gone")})).plug(slot)
 
 
 def test_dma_select_skip_and_read(kit: Kit, card: FwCfg) -> None:

@@ -252,7 +252,7 @@ def test_state_reopens_files(client: Client, share: Path) -> None:
 def test_a_missing_directory_is_a_configuration_error(tmp_path: Path) -> None:
     """A path that is no directory is refused with its name."""
     with pytest.raises(ConfigError, match="nothing"):
-        P9(P9Options(path=str(tmp_path / "nothing")))
+        Bench(P9(P9Options(path=str(tmp_path / "nothing"))))
 
 
 NAME = st.sampled_from([b"..", b"file", b"sub", b"deep", b"link", b"up", b"new", b"../outside", b"", b"\0"]).map(text)

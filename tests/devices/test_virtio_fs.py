@@ -343,7 +343,7 @@ def test_an_older_kernel_settles_on_this_version(share: Path) -> None:
 def test_bad_options_are_configuration_errors(options: dict[str, Any]) -> None:
     """A path that is no directory, or a tag that does not fit, is refused with its name."""
     with pytest.raises(ConfigError, match=r"nonexistent|36 bytes"):
-        Fs(FsOptions(**options))
+        Bench(Fs(FsOptions(**options)))
 
 
 NAME = st.sampled_from(

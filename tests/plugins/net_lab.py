@@ -86,6 +86,9 @@ class Slot:
         self.machine = SimpleNamespace(host=host or Host(installed=False))
         self.share = self.machine.host.share
 
+    def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, **facts: Any) -> None:
+        """Always allowed."""
+
     def _say(self, text: str, **values: Any) -> None:
         self.said.append((text, values))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cardcage_block
 import pytest
 from cardcage.errors import ConfigError
+from cardcage.host import Host
 from cardcage.pairs import parse_pairs
 from cardcage.registry import Registry
 from cardcage.structure import structure
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def image(*words: object) -> int:
     parser = argparse.ArgumentParser()
     tool.configure(parser)
-    return tool.run(None, parser.parse_args([str(word) for word in words]))
+    return tool.run(Host(installed=False), parser.parse_args([str(word) for word in words]))
 
 
 def content(path: object) -> bytes:

@@ -15,7 +15,7 @@ __all__ = ["add_common_arguments", "add_machine_arguments", "draft_of", "timeout
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
-    """``--log-level --log-json --traceback``."""
+    """``--log-level --log-json --traceback --security``."""
     import argparse
 
     group = parser.add_argument_group("diagnosis")
@@ -24,6 +24,12 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--log-json", action="store_true", default=argparse.SUPPRESS, help="logs as JSON lines")
     group.add_argument(
         "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+    )
+    group.add_argument(
+        "--security",
+        metavar="CARD",
+        default=argparse.SUPPRESS,
+        help="security card that all is asked of, such as default; short for --set policy.security=CARD",
     )
 
 
@@ -87,8 +93,15 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
     if arguments.cpus is not None:
         cpus = arguments.cpus
         draft.add({"machine": {"cpus": int(cpus) if cpus.isascii() and cpus.isdigit() else cpus}}, origin="--cpus")
+    if (security := getattr(arguments, "security", None)) is not None:
+        draft.add({"policy": {"security": security}}, origin="--security")
     for text in arguments.assignments:
         draft.set(text)
+    for spec in draft.security() if arguments.host is not None else ():
+        if spec not in arguments.host.security:
+            raise spec.place.error(
+                "a security card is loaded before all others: name it in a file that ends in .toml, or by --security"
+            )
     return draft
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cardcage.cli.arguments import add_common_arguments, add_machine_arguments, draft_of, timeout_of
+from cardcage.cli.early import VARIABLE, early_security
 from cardcage.cli.running import SWITCH_INTERVAL, report, run_machine
 
 if TYPE_CHECKING:
@@ -23,14 +24,18 @@ def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
     """Parse the words *argv*, do what they say, and return the exit status."""
     _open_standard_streams()
     words = list(argv)
+    if os.environ.get(VARIABLE):
+        words = ["--security", os.environ[VARIABLE], *words]  # one that was given comes later, and counts
     traceback = "--traceback" in words
     try:
         from cardcage.host import Host
+        from cardcage.security import HOST, OPERATOR
 
-        with Host(cards) as host:
+        with Host(cards, security=early_security(words)) as host:
             arguments = make_parser(host).parse_args(words)
             host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
             host.log_sink.json = getattr(arguments, "log_json", False)
+            host.mediator.ask(OPERATOR, HOST, "management", arguments.command_name, ("command",))
             status = arguments.command(host, arguments)
             sys.stdout.flush()
             return int(status)
@@ -75,7 +80,7 @@ def make_parser(host: Host) -> ArgumentParser:
 
     def command(name: str, help: str, run: Any) -> ArgumentParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        made.set_defaults(command=run, host=host)
+        made.set_defaults(command=run, command_name=name, host=host)
         add_common_arguments(made)
         return made
 
