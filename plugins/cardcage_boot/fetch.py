@@ -56,11 +56,13 @@ class Shelf:
         root: the cache folder.
         progress: called with (what, percent) during downloads.
         say: called with one line for the person who waits.
+        packages: that depend on the kernel to fetch, the first that there is; by default the distribution's smallest.
     """
 
     root: Path
     progress: Callable[[str, float], None]
     say: Callable[[str], None]
+    packages: tuple[str, ...] = ()
 
     def kernel(self, *, refresh: bool = False) -> Kernel:
         """The distribution's kernel, fetched once. *refresh* looks for a newer one.
@@ -80,7 +82,7 @@ class Shelf:
         with locked(self.root / "lock", self._wait):
             if not refresh and (there := self.kept_kernel()):  # another run has just fetched it
                 return there
-            self._fetch_kernel(home, KERNELS[known])
+            self._fetch_kernel(home, self.packages or KERNELS[known])
         if there := self.kept_kernel():
             return there
         raise HostError(f"the kernel package had no /boot/vmlinuz-*: look into {home}")

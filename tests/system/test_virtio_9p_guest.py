@@ -1,0 +1,87 @@
+"""A guest whose kernel has 9p (Debian's generic one; its cloud kernel has none) on a shared directory of the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cardcage.errors import HostError
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf, distribution
+
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+SCRIPT = r"""
+mount -t 9p -o trans=virtio,version=9p2000.L share /mnt && cd /mnt || exit 1
+cat file; head -c 3000000 big | md5sum; dd if=/dev/urandom of=random bs=64k count=20 2>/dev/null; md5sum < random
+mv random sub/moved; mkdir made; echo text > made/new; echo more >> made/new; chmod 600 made/new
+ls sub made | sort -u | tr '\n' ' '; echo
+ln -s file link; readlink link; rm file; cat file 2>/dev/null || echo gone
+cat ../outside/secret 2>/dev/null || echo no way up
+cat away 2>/dev/null || echo no way by a link
+ls swapped; echo swap; until [ -e swapped-now ]; do sleep 0.1; done
+cat swapped/secret 2>/dev/null || echo no way by a swap; echo x 2>/dev/null > swapped/new || echo nor to write
+cd /; umount /mnt && echo unmounted
+dmesg -r | grep -E '^<[0-4]>' | grep -iE 'virtio|9p|net|hwrng|balloon|vsock|hvc'; :
+"""
+DEVICES = ("virtio-rng", "virtio-balloon", "virtio-console,char=null")
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    """A cache folder that has the generic kernel, fetched once; the test is skipped where it cannot be had."""
+    if distribution()[0] != "debian":
+        pytest.skip("needs Debian, whose generic kernel is fetched")
+    folder = cache_root() / "tests" / "generic"
+    try:
+        Shelf(folder / "cardcage", lambda what, percent: None, lambda line: None, ("linux-image-amd64",)).kernel()
+    except HostError as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.mark.once
+@pytest.mark.timeout(600)
+def test_linux_uses_a_directory_by_9p(cache: Path, tmp_path: Path) -> None:
+    """Linux's 9p reads, writes, renames and lists; nothing leads out of the directory, not even what the host swaps
+    under it; and with every device plugged in no driver warns.
+    """
+    share, outside = tmp_path / "share", tmp_path / "outside"
+    for folder in (share / "sub", share / "swapped", outside):
+        folder.mkdir(parents=True)
+    (outside / "secret").write_text("secret\n")
+    (share / "file").write_text("hello\n")
+    (share / "big").write_bytes(bytes(range(256)) * 16384)
+    (share / "away").symlink_to(outside / "secret")
+    (share / "swapped" / "inside").touch()
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 1 << 20)
+    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "300", "--share", f"{share},type=9p", "--net", "null"]
+    command += ["--vsock", f"5,uds={tmp_path}/v", "--drive", f"{disk},format=raw"]
+    command += [word for one in DEVICES for word in ("--device", one)]
+    words = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    with subprocess.Popen([*command, "--exec", SCRIPT], env=environment, **words) as guest:  # type: ignore[call-overload]
+        lines = []
+        for line in guest.stdout:
+            lines.append(line.rstrip("\n"))
+            if line == "swap\n":
+                (share / "swapped").rename(outside / "was")
+                (share / "swapped").symlink_to(outside)
+                (share / "swapped-now").touch()
+        errors = guest.stderr.read()
+    assert guest.returncode == 0, errors
+    big = subprocess.run(["md5sum"], input=(share / "big").read_bytes()[:3000000], capture_output=True, check=True)
+    moved = subprocess.run(["md5sum"], input=(share / "sub/moved").read_bytes(), capture_output=True, check=True)
+    assert lines == [
+        *("hello", big.stdout.decode().strip(), moved.stdout.decode().strip(), " made: moved new sub: "),
+        *("file", "gone", "no way up", "no way by a link", "inside", "swap"),
+        *("no way by a swap", "nor to write", "unmounted"),
+    ], errors
+    assert (share / "made/new").read_text() == "text\nmore\n"
+    assert (share / "made/new").stat().st_mode & 0o777 == 0o600
+    assert os.readlink(share / "link") == "file"
+    assert sorted(path.name for path in outside.iterdir()) == ["secret", "was"]
