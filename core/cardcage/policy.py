@@ -93,10 +93,12 @@ class GuestMemoryReport:
         at: ``time.monotonic()`` when it came.
         values: bytes or counts by name: ``available_memory free_memory disk_caches total_memory major_faults``, ...;
             a guest may leave out any, and may lie.
+        ballooned: bytes that it had given then.
     """
 
     at: float
     values: dict[str, int] = field(factory=dict)
+    ballooned: int = 0
 
 
 class MemoryBalloon(Protocol):

@@ -214,7 +214,7 @@ class Balloon:
             raise RingError(f"statistics of {size} bytes")
         rows = struct.iter_unpack("<HQ", request.read())
         self.statistics = {STATISTICS[tag]: value for tag, value in rows if tag < len(STATISTICS)}
-        self.report = GuestMemoryReport(time.monotonic(), self.statistics)
+        self.report = GuestMemoryReport(time.monotonic(), self.statistics, self.actual * PAGE)
         if self._pending is not None:
             self._pending.done()
         self._pending = request

@@ -62,7 +62,7 @@ class TestBalloon:
         if self.live and self.answers:
             left = max(0, self.ram - self.size - self.used)
             said = {"available_memory": left, "free_memory": left, "disk_caches": 0, "total_memory": self.ram}
-            self.report = GuestMemoryReport(time.monotonic(), said if self.wild is None else self.wild)
+            self.report = GuestMemoryReport(time.monotonic(), said if self.wild is None else self.wild, self.size)
 
 
 class TestMachine:
