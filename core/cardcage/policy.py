@@ -192,6 +192,11 @@ class MachineMemory:
                 pages += vector.raw[: length // PAGE].count(1)
         return pages * PAGE
 
+    @property
+    def cannot_merge(self) -> str:
+        """Why KSM cannot merge this RAM (shared, huge pages, a file behind it); empty when it can."""
+        return next((reason for start, _ in self.areas if (reason := cannot_merge(start))), "")
+
     # what it does
 
     def advise(self, advice: int, areas: Iterable[tuple[int, int]] | None = None) -> int:
@@ -242,12 +247,11 @@ class MachineMemory:
         if not on:
             self._unmerge()
             return
+        if reason := self.cannot_merge:
+            raise HostError(f"{self.name}: RAM cannot be merged: {reason}")
         self._merging = self._machine.mediator.grant(
             self.label, target or self.label, "memory", ("merge",), {"machine": self.name}, self._unmerge, self._merge
         )
-        for start, _ in self.areas:
-            if reason := cannot_merge(start):
-                raise HostError(f"{self.name}: RAM cannot be merged: {reason}")
         self._merge()
 
     def _merge(self) -> None:
