@@ -1,6 +1,7 @@
 """Disk speed in a guest, beside QEMU's translator with the same kernel, program, image and back end.
 
     python benchmarks/io.py [--accel tcg] [--runs 3] [--scale 1] [--format raw] [--vhost-user]
+    python benchmarks/io.py --net user|tap [...]     network speed instead, see network.py
 
 Runs alternate. Figures are operations a second inside the guest, medians; the image is in the host's page cache, the
 guest goes past its own (O_DIRECT). With --vhost-user both use the same qemu-storage-daemon.
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from cardcage_boot import cpio
+from network import run_network
 from paired import Guest, Run, make_guest, median, print_table, start_cardcage, start_qemu
 
 SIZE = 64 << 20
@@ -30,8 +32,12 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="times the work of a quick run")
     parser.add_argument("--format", default="raw", choices=("raw", "qcow2"))
     parser.add_argument("--vhost-user", action="store_true")
+    parser.add_argument("--net", choices=("user", "tap"), help="measure a network instead of a disk")
     parser.add_argument("--timeout", type=float, default=600)
     arguments = parser.parse_args()
+    if arguments.net is not None:
+        run_network(arguments)
+        return
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name:
         measure(Path(name), arguments)
 

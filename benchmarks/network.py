@@ -1,6 +1,6 @@
 """TCP speed of a guest, beside QEMU's translator with the same kernel, program and back end.
 
-    python benchmarks/network.py [--accel tcg] [--runs 3] [--scale 1] [--net user|tap]
+    python benchmarks/network.py [--accel tcg] [--runs 3] [--scale 1] [--net user|tap]     (or: benchmarks/io.py --net)
 
 Runs alternate, in a network namespace of their own (needs root), where the server is. Figures are MiB, and round
 trips of one byte, a second; medians. "user" is passt for both, "tap" a tap interface with its virtio-net header.
@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="times the work of a quick run")
     parser.add_argument("--net", default="user", choices=("user", "tap"))
     parser.add_argument("--timeout", type=float, default=600)
-    arguments = parser.parse_args()
+    run_network(parser.parse_args())
+
+
+def run_network(arguments: argparse.Namespace) -> None:
+    """Measure ``arguments.net`` in a network namespace: this program is started again in one."""
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "1"
         os.execvp("unshare", ["unshare", "-n", sys.executable, *sys.argv])

@@ -1,6 +1,6 @@
 """Hypothesis profiles: ``long`` tries 100,000 cases of each property, which takes up to an hour for a device.
 
-    nice -n 19 pytest tests/devices --hypothesis-profile=long --timeout=0 -k hostile
+nice -n 19 pytest tests/devices --hypothesis-profile=long --timeout=0 -k hostile
 """
 
 from __future__ import annotations
