@@ -356,7 +356,7 @@ class Emulator:
     def _out(self, ins: Instruction, ops: Ops) -> None:
         size, port = NUMBER[ins.op1_register][1], self._port(ins, 0)
         self._allowed(port, size)
-        ops.pio_write(port, size, self.cpu.gpr(0) & ((1 << size * 8) - 1))
+        self.cpu.port_write(ops, port, size, self.cpu.gpr(0) & ((1 << size * 8) - 1))
 
     def _ins(self, ins: Instruction, ops: Ops) -> None:
         size, mask, step = self._string(ins)
@@ -374,7 +374,8 @@ class Emulator:
         if self._repeat(ins, mask):
             port = self.cpu.gpr(2) & 0xFFFF
             self._allowed(port, size)
-            ops.pio_write(port, size, self.load(self.linear(ins.memory_segment, self.cpu.gpr(6) & mask), size, ops))
+            value = self.load(self.linear(ins.memory_segment, self.cpu.gpr(6) & mask), size, ops)
+            self.cpu.port_write(ops, port, size, value)
             self._advance(6, mask, step)
             self._again(ins, mask)
 

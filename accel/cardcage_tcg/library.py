@@ -57,10 +57,17 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_cpuid": (None, (_U32, _U32, _PTR)),
     "tcg_tsc": (_U64, ()),
     "tcg_rdtsc_pair": (None, (_PTR,)),
+    "tcg_ring_bell": (_INT, (_PTR, _U32, _U64, _U32, _U64)),
+    "tcg_irqfds": (None, (_PTR,)),
+    "tcg_set_route": (None, (_PTR, _U32, _PTR)),
+    "tcg_watch_eventfd": (_INT, (_INT, _INT, _U64)),
+    "tcg_look": (None, (_PTR, _U32)),
     "tcg_stub": (_U64, (_INT,)),
 }
 
-_SHORT = frozenset({"tcg_memory_written", "tcg_memory_written_many", "tcg_apic_message", "tcg_kick", "tcg_set_extint"})
+_SHORT = frozenset(
+    {"tcg_memory_written", "tcg_memory_written_many", "tcg_apic_message", "tcg_kick", "tcg_set_extint", "tcg_ring_bell"}
+)
 """Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it
 back from others takes up to the switch interval."""
 

@@ -160,6 +160,11 @@ _ADDRESS = {
 }
 
 
+def _out(ins: Instruction) -> HelperCall:
+    size = NUMBER[ins.op1_register][1].bit_length() - 1
+    return HelperCall(L.HLP_OUT, size | (4 | ins.immediate8 << 3 if ins.op0_kind == K.IMMEDIATE8 else 0))
+
+
 def _string(ins: Instruction) -> HelperCall | None:
     if not ins.is_string_instruction:
         return None
@@ -216,6 +221,7 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     **{getattr(M, name): _sized(L.HLP_IRET) for name in ("IRET", "IRETD", "IRETQ")},
     **{getattr(M, name): _sized(L.HLP_PUSHA) for name in ("PUSHA", "PUSHAD")},
     **{getattr(M, name): _sized(L.HLP_POPA) for name in ("POPA", "POPAD")},
+    M.OUT: _out,
     M.XGETBV: _plain(L.HLP_XGETBV),
     M.INT: lambda ins: HelperCall(L.HLP_INT, ins.immediate8),
     M.UD2: lambda _: HelperCall(L.HLP_RAISE, 6),

@@ -28,6 +28,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.allowed import MASKED_STORES, OFF_X87, unit_of
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import UD, Fault
+from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.store import TemplateStore, store_path
 from cardcage_tcg.translate import MAX_INSTRUCTIONS, Translator
@@ -71,8 +72,6 @@ class TcgOptions:
 
 class TcgVm:
     """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
-
-    capabilities: frozenset[str] = frozenset()
 
     def __init__(self, spec: VmSpec) -> None:
         if spec.irqchip == "full":
@@ -128,7 +127,17 @@ class TcgVm:
             self._ticker = threading.Thread(
                 target=self.native.ticker, args=(self.pointer,), name="tcg-timer", daemon=True
             )
+        self.events = EventFds(self)
+        self.capabilities = frozenset({"doorbells", "foreign-rings", *(["irqfds"] if self.lapic else [])})
         self._closed = False
+
+    def set_word(self, offset: int, value: int) -> None:
+        """Set a 64-bit field of ``struct vm``."""
+        self._q[offset // 8] = value
+
+    def set_half(self, offset: int, value: int) -> None:
+        """Set a 32-bit field of ``struct vm``."""
+        self._d[offset // 4] = value
 
     # ---- time ----
 
@@ -193,8 +202,12 @@ class TcgVm:
                     slot.address, slot.size, slot.host_address, self._pages[slot].address, slot.readonly, 1,
                 )  # fmt: skip
             self._d[L.VM_NSLOTS // 4] = len(self._slots)
-            for cpu in self._cpus:
-                self.native.tlb_flush(cpu.pointer)
+            self.flush_translations()
+
+    def flush_translations(self) -> None:
+        """Empty all soft TLBs; the world is stopped."""
+        for cpu in self._cpus:
+            self.native.tlb_flush(cpu.pointer)
 
     def memory_written(self, address: int, size: int, /) -> None:
         self.native.memory_written(self.pointer, address, size)
@@ -225,11 +238,38 @@ class TcgVm:
     def inject_nmi(self, index: int, /) -> None:
         self.native.inject_nmi(self._cpus[index].pointer)
 
+    # ---- capabilities ----
+
+    def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
+        """Signal eventfd *fd* when the guest writes *size* bytes (0: any) at *address*, equal to *value* if given."""
+        self.events.add_bell(fd, address, size, pio, value)
+
+    def remove_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
+        """Take a doorbell away; arguments as given to :meth:`add_doorbell`."""
+        self.events.remove_bell(fd, address, size, pio, value)
+
+    def add_irqfd(self, fd: int, address: int, data: int, /) -> int:
+        """Route eventfd *fd* to an MSI message; returns a route number."""
+        return self.events.add_route(fd, address, data)
+
+    def remove_irqfd(self, fd: int, route: int, /) -> None:
+        """Take the route of :meth:`add_irqfd` away."""
+        self.events.remove_route(fd, route)
+
+    def add_foreign_ring(self, size: int, table: int, used: int, /) -> int:
+        """Another process serves this split virtqueue; returns its number."""
+        return self.events.add_ring(size, table, used)
+
+    def remove_foreign_ring(self, number: int, /) -> None:
+        """It does no more."""
+        self.events.remove_ring(number)
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self.native.close(self.pointer)
+        self.events.close()
         if self._ticker is not None and self._ticker.ident is not None:
             self._ticker.join()
         self.native.remove_range(self._range)

@@ -11,7 +11,17 @@ from attrs.validators import ge, in_
 if TYPE_CHECKING:
     from cardcage.vcpu import VCpu
 
-__all__ = ["AcceleratedVm", "Accelerator", "DirtyLog", "Doorbells", "IrqFds", "MemorySlot", "Probe", "VmSpec"]
+__all__ = [
+    "AcceleratedVm",
+    "Accelerator",
+    "DirtyLog",
+    "Doorbells",
+    "ForeignRings",
+    "IrqFds",
+    "MemorySlot",
+    "Probe",
+    "VmSpec",
+]
 
 
 @frozen
@@ -73,7 +83,8 @@ class AcceleratedVm(Protocol):
     """A virtual machine inside an accelerator.
 
     ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
-    (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`).
+    (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`), ``foreign-rings``
+    (:class:`ForeignRings`).
 
     A VM may have ``memory_written_many(ranges)``: :meth:`memory_written` for each (address, size), in one call. The
     core looks for it by name and else calls once for each.
@@ -140,7 +151,10 @@ class Accelerator(Protocol):
 class Doorbells(Protocol):
     """Capability ``doorbells``: writes that signal an eventfd without leaving guest code (KVM ioeventfd)."""
 
-    def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None: ...
+    def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
+        """Signal eventfd *fd* when the guest writes *size* bytes (1, 2, 4, 8; 0: any) at *address*, and with *value*
+        only that one. Such a write does not reach the machine. Raises AcceleratorError where another doorbell is."""
+        ...
 
     def remove_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None: ...
 
@@ -149,10 +163,28 @@ class IrqFds(Protocol):
     """Capability ``irqfds``: an eventfd that delivers an MSI without this process (KVM irqfd)."""
 
     def add_irqfd(self, fd: int, address: int, data: int, /) -> int:
-        """Route eventfd *fd* to an MSI message; returns a route number."""
+        """Route eventfd *fd* to an MSI message; returns a route number. What it has counted already is delivered."""
         ...
 
     def remove_irqfd(self, fd: int, route: int, /) -> None: ...
+
+
+class ForeignRings(Protocol):
+    """Capability ``foreign-rings``: this accelerator derives things from guest memory, as translated code, and can find
+    out by itself what another process that serves a split virtqueue (virtio 1.2, 2.7) wrote. Where a VM has it, such
+    a device has to use it; others need no telling."""
+
+    def add_foreign_ring(self, size: int, table: int, used: int, /) -> int:
+        """From now on, forget what was derived of a buffer's old bytes before the guest sees it as used.
+
+        *size* entries, descriptor table and used ring at guest-physical *table* and *used*; returns a number. Call it
+        before the other process begins.
+        """
+        ...
+
+    def remove_foreign_ring(self, number: int, /) -> None:
+        """The other process has ended its work on the ring."""
+        ...
 
 
 class DirtyLog(Protocol):

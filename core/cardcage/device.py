@@ -213,7 +213,8 @@ class Slot(Protocol):
 
     @property
     def vm(self) -> Any:
-        """The VM's ``capabilities``, with their calls: :class:`~cardcage.accelerator.Doorbells`, ``IrqFds``."""
+        """The VM's ``capabilities``, with their calls: :class:`~cardcage.accelerator.Doorbells`, ``IrqFds``,
+        ``ForeignRings``."""
         ...
 
     @property

@@ -177,6 +177,9 @@ class GrantedVm:
     def __init__(self, vm: Any, route: Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]) -> None:
         self._vm, self._route = vm, route
         self.capabilities: frozenset[str] = vm.capabilities
+        if "foreign-rings" in vm.capabilities:  # telling what another process writes is no right
+            self.add_foreign_ring = vm.add_foreign_ring
+            self.remove_foreign_ring = vm.remove_foreign_ring
         self._routes: dict[int, tuple[int, list[int], Callable[[], None]]] = {}
         self._next = 0
 

@@ -119,6 +119,7 @@ class VhostUser:
         self._events: list[tuple[int, int]] = []
         self._inflight: tuple[int, bytes] | None = None
         self._started: list[int] = []
+        self._foreign: list[int] = []
         self._bases: dict[int, int] = {}
         self._barred: set[str] = set()
         self._slot: Slot
@@ -186,6 +187,11 @@ class VhostUser:
 
     def start(self) -> None:
         self._started = [at for at, ring in enumerate(self._io.rings) if ring is not None]
+        vm: Any = self._slot.vm
+        if "foreign-rings" in getattr(vm, "capabilities", ()):
+            for index in self._started:
+                queue = self._io.queues[index]
+                self._foreign.append(vm.add_foreign_ring(queue.size, queue.table, queue.device))
         for index in self._started:
             self._io.transport.connect(index, *self._events[index])
         self._begin(fresh=True)
@@ -250,6 +256,9 @@ class VhostUser:
     def stop(self) -> None:
         for index in self._started:
             self._io.transport.disconnect(index)
+        foreign, self._foreign = self._foreign, []
+        for number in foreign:
+            self._slot.vm.remove_foreign_ring(number)
         self._started = []
         self._bases.clear()
         self._drop_inflight()

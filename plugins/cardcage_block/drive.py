@@ -189,13 +189,13 @@ def parse_file(text: str) -> dict[str, Any]:
 
 _BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
 _DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
-_DRIVE_KEYS = ("cache", "discard", "file", "format", "id", "if", "locking", "readonly", "serial")
+_DRIVE_KEYS = ("cache", "discard", "file", "format", "id", "if", "locking", "queues", "readonly", "serial")
 
 
 def parse_drive_flag(text: str) -> dict[str, Any]:
     """``--drive file=root.qcow2,format=qcow2,readonly=on`` as a ``virtio-blk`` device; a bare path will do.
 
-    Keys: those of :class:`Drive`, and the device's ``id`` and ``serial``. Raises :exc:`ValueError`.
+    Keys: those of :class:`Drive`, and the device's ``id``, ``serial`` and ``queues``. Raises :exc:`ValueError`.
     """
     pairs = parse_pairs(text, first="file")
     device: dict[str, Any] = {"type": "virtio-blk"}
@@ -203,6 +203,10 @@ def parse_drive_flag(text: str) -> dict[str, Any]:
     for key, value in pairs.items():
         if key in ("id", "serial"):
             device[key] = value
+        elif key == "queues":
+            if not value.isascii() or not value.isdigit():
+                raise ValueError(f"queues={value}: expected a number")
+            device[key] = int(value)
         elif key == "if":
             if value not in ("virtio", "none"):
                 raise ValueError(f"if={value}: only virtio disks exist here")

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,3 +275,25 @@ def test_calls_become_interrupts_on_a_thread() -> None:
     assert got == [6, 5, 6] * 2
     for fd in fds:
         os.close(fd)
+
+
+def test_an_accelerator_that_asks_is_told_of_the_rings(daemon: Daemon) -> None:
+    """Where the VM has foreign-rings it hears of each ring before the back end does, and when it is over."""
+    rings: dict[int, tuple[int, ...]] = {}
+    bench = Bench(
+        vhost_user_blk(VhostUserBlkOptions(str(daemon.socket), queues=2, queue_size=64)), shared=True, start=False
+    )
+
+    def add(*ring: int) -> int:
+        rings[len(rings) + 5] = ring
+        return len(rings) + 4
+
+    bench.slot.vm = SimpleNamespace(
+        capabilities=frozenset({"foreign-rings"}), add_foreign_ring=add, remove_foreign_ring=rings.pop
+    )
+    bench.start()
+    assert rings == {5 + at: (64, bench.driver(at).table, bench.driver(at).device) for at in (0, 1)}
+    assert bench.call([read(5)], [512, 1])[:8] == struct.pack("<Q", 5)
+    bench.virtio.reset()
+    assert not rings
+    bench.close()

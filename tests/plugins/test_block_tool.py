@@ -199,6 +199,7 @@ def test_registered_offers_load() -> None:
         ("root.img", {"file": "root.img"}, {}),
         ("file=a,,b,format=raw,readonly=on", {"file": "a,b", "format": "raw", "readonly": True}, {}),
         ("root.qcow2,if=virtio,id=d0,serial=S1", {"file": "root.qcow2"}, {"id": "d0", "serial": "S1"}),
+        ("root.img,queues=4", {"file": "root.img"}, {"queues": 4}),
         (
             "file=a,cache=none,discard=off,locking=on",
             {"file": "a", "cache": "none", "discard": "ignore", "locking": "on"},
@@ -222,6 +223,7 @@ def test_drive_flag(text: str, drive: dict[str, Any], device: dict[str, Any]) ->
         ("file=a,b", "key=value"),
         ("file=a,file=b", "twice"),
         ("file=a,discard=x", "unmap or ignore"),
+        ("file=a,queues=two", "queues=two: expected a number"),
     ],
 )
 def test_bad_drive_flag(text: str, problem: str) -> None:

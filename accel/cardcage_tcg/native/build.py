@@ -41,6 +41,9 @@ STRUCTS = {
     "site": "SITE_",
     "store": "STORE_",
     "limit": "LIMIT_",
+    "bell": "BELL_",
+    "route": "ROUTE_",
+    "ring": "RING_",
 }
 
 

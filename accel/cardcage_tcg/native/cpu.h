@@ -174,6 +174,14 @@ enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_
 struct page { u64 code; u64 first; };  /* code: which 64-byte pieces hold translated code; first: list of blocks (struct block *) */
 struct slot { u64 gpa, size, host; struct page *pages; u32 readonly, used; };
 
+/* Sorted by pio, then address. size 0: any; match: only this value. */
+struct bell { u64 address, value; s32 fd; u32 size, pio, match; };
+struct bells { u64 count; struct bell bell[]; };
+struct watched { u64 count, page[]; };  /* sorted pages that hold used rings */
+struct route { u64 address; u32 data; s32 fd; u32 used, generation; };
+/* A split virtqueue that another process serves; seen: the used index up to which its writes are known; size 0: none. */
+struct ring { u64 table, used; u32 size, seen; };
+
 struct block;
 struct vm {
     struct slot slots[MAX_SLOTS];
@@ -194,6 +202,11 @@ struct vm {
     u64 cross;                     /* struct site *[MAX_CROSS]: those chains */
     u64 cross_pages[16];           /* bits by 2 MiB: where they may lead to */
     u64 block_limit;               /* the most instructions in a block */
+    u64 bells, watched;            /* struct bells *, watched *, 0 without any: replaced whole */
+    u64 routes, rings;             /* struct route *, ring *: see eventfds.c */
+    u32 nrings;
+    u32 irq_lock, ring_lock;       /* of routes; of rings[].seen */
+    s32 irq_epoll;
 };
 
 /* ---- mmu.c ---- */
@@ -210,6 +223,10 @@ void tlb_flush_page(struct cpu *c, u64 linear);
 void jc_flush(struct cpu *c);
 /* ---- blocks.c ---- */
 void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size);  /* guest or host wrote RAM that may hold code */
+/* ---- eventfds.c ---- */
+int ring_bell(struct vm *vm, u32 pio, u64 address, u32 size, u64 value);
+int is_watched(const struct vm *vm, u64 gpa);
+void watched_read(struct vm *vm, u64 gpa);                     /* after the bytes were copied */
 /* ---- sys.c ---- */
 /* Set the pending exception; the caller returns H_REDIRECT or H_EXIT as raise() says. cpu->rip must be the instruction's address (fault)
  * or the next one (trap). Delivers at once, including #DF and shutdown. */

@@ -78,7 +78,8 @@
     HELPER(DAA, h_daa) \
     HELPER(DAS, h_das) \
     HELPER(AAM, h_aam)               /* imm: base */ \
-    HELPER(AAD, h_aad)               /* imm: base */
+    HELPER(AAD, h_aad)               /* imm: base */ \
+    HELPER(OUT, h_out)               /* imm: log2 of the size | 4 | port << 3, without 4 the port is in DX */
 
 /* The operand of STRING: operation | log2 of the element size << 3 | repeat (1 REP or REPE, 2 REPNE) << 5 |
  * address size (0, 1, 2: 16, 32, 64 bits) << 7 | segment register of the source << 9. */

@@ -95,4 +95,5 @@ u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
 u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single);
 u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest);
 void tcg_watch_running(struct cpu *c, u64 gpa);
+void tcg_memory_written(struct vm *vm, u64 gpa, u64 size);
 #endif

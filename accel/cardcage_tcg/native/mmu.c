@@ -305,6 +305,10 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
     *host = 0;
     if (!page)
         return 0;
+    if (unlikely(c->vm->watched) && is_watched(c->vm, *phys)) {
+        *host = page; /* each access comes here */
+        return 0;
+    }
     struct page *info = &(*slot)->pages[(*phys - (*slot)->gpa) >> 12];
     u32 which = c->cpl == 3, fills = user == (int)which && c->in_native; /* Python's accesses may run while tcg_watch does */
     if (!write) {
@@ -320,6 +324,24 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
 static int is_apic(struct cpu *c, u64 phys)
 {
     return c->vm->has_lapic && c->lapic.enabled && !c->lapic.x2 && (phys & ~0xffful) == (c->apic_base & ADDR);
+}
+
+static void read_watched(struct cpu *c, u64 phys)
+{
+    if (unlikely(c->vm->watched) && is_watched(c->vm, phys))
+        watched_read(c->vm, phys);
+}
+
+/* An operand as the processor reads it: whole where it has a size that one load reads. */
+static void copy_whole(void *to, const void *from, u32 size)
+{
+    switch (size) {
+    case 1: *(u8 *)to = *(const volatile u8 *)from; break;
+    case 2: *(u16 *)to = *(const volatile u16 *)from; break;
+    case 4: *(u32 *)to = *(const volatile u32 *)from; break;
+    case 8: *(u64 *)to = *(const volatile u64 *)from; break;
+    default: memcpy(to, from, size);
+    }
 }
 
 u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
@@ -349,9 +371,17 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
             u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
             memcpy(bounce, (u8 *)host + (linear & 0xfff), first);
             memcpy(bounce + first, host2, a->size - first);
+            read_watched(c, phys);
+            read_watched(c, phys2);
             return (u64)bounce;
         }
         host = 0;
+    }
+    if (host && unlikely(c->vm->watched) && is_watched(c->vm, phys)) {
+        u8 *bounce = c->bounce + (linear & 63);
+        copy_whole(bounce, (u8 *)host + (linear & 0xfff), a->size);
+        watched_read(c->vm, phys);
+        return (u64)bounce;
     }
     if (host)
         return (u64)host + (linear & 0xfff);
@@ -391,7 +421,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
         vector = data_page(c, next, 1, user, &phys2, &host2, &slot);
         if (vector)
             return give_up(c, (u32)vector, ABORT_RAISE);
-    } else if (host && !slot->readonly) {
+    } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
         u64 code = __atomic_load_n(&p->code, __ATOMIC_SEQ_CST);
         u32 low = (u32)(linear & 0xfff) >> 6, high = ((u32)(linear & 0xfff) + a->size - 1) >> 6;
@@ -454,9 +484,12 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
             }
             return action;
         }
+        value = a->size == 8 ? value : value & ((1ul << a->size * 8) - 1);
+        if (c->vm->bells && ring_bell(c->vm, 0, phys, a->size, value))
+            return H_CONTINUE;
         c->reason = R_MMIO_WRITE;
         c->info[0] = phys, c->info[1] = a->size;
-        c->info[2] = a->size == 8 ? value : value & ((1ul << a->size * 8) - 1);
+        c->info[2] = value;
         c->resume = ret, c->bounce_ptr = 0;
         return H_EXIT;
     }
@@ -497,6 +530,8 @@ u64 linear_host(struct cpu *c, u64 linear, int write)
         return 0;
     }
     if (!host || (write && (slot->readonly || slot->pages[(phys - slot->gpa) >> 12].code)))
+        return 0;
+    if (unlikely(c->vm->watched) && is_watched(c->vm, phys))
         return 0;
     return (u64)host + (linear & 0xfff);
 }
@@ -548,6 +583,8 @@ static int vaccess(struct cpu *c, u64 linear, u8 *data, u32 size, int user, int 
             memcpy(data + at, ram, take);
         if (write)
             code_written(c->vm, slots[n], phys[n], take);
+        else
+            read_watched(c, phys[n]);
         at += take;
     }
     return 0;

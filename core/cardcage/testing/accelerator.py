@@ -136,6 +136,9 @@ def run_program(accelerator: Accelerator, program: Program, features: frozenset[
     emulated = accelerator.probe().speed == "emulated"
     with Lab(accelerator, program) as lab:
         skipped = f"the guest's CPUID lacks {', '.join(missing)}" if missing else ""
+        lacks = sorted(set(program.capabilities) - lab.vm.capabilities)
+        if lacks:
+            skipped = f"the accelerator has no {', '.join(lacks)}"
         if emulated and program.emulated:
             skipped = f"this host emulates instructions: {program.emulated}"
         if skipped:

@@ -63,6 +63,7 @@ class Program:
         prepare: ``prepare(lab)`` before the start.
         check: ``check(lab)`` at the end: further problems, a sentence each.
         needs: CPU features, by their names in Linux's /proc/cpuinfo, that the guest's CPUID must show.
+        capabilities: of the VM that the program needs (:class:`cardcage.accelerator.AcceleratedVm`).
         emulated: why a host whose KVM emulates instructions (speed class ``emulated``) cannot pass it.
     """
 
@@ -85,6 +86,7 @@ class Program:
     prepare: Callable[[Lab], None] | None = None
     check: Callable[[Lab], list[str]] | None = None
     needs: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
     emulated: str = ""
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ remembers at 0xD0000000. Ports remember bytes too; 0xE0 asks the harness to act,
 from __future__ import annotations
 
 import json
+import os
 import struct
 import threading
 from functools import cache
@@ -62,6 +63,8 @@ class Lab:
         self.extints: list[int] = []
         self.done = self.failed = self.timed_out = False
         self.exits: dict[int, VCpuExit] = {}
+        self.eventfds: list[int] = []
+        self.route = 0
         self._errors: list[BaseException] = []
         self._ports = bytearray(at & 0xFF for at in range(0x10000))
         self._mmio = bytearray(at & 0xFF for at in range(MMIO_SIZE))
@@ -91,6 +94,8 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.vm.close()
+        for fd in self.eventfds:
+            os.close(fd)
         self.memory.close()
 
     def run(self) -> VCpuExit:
@@ -147,6 +152,18 @@ class Lab:
         self.stop()
 
     # what a program's callbacks use
+
+    def eventfd(self) -> int:
+        """One more eventfd, closed at the end."""
+        self.eventfds.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        return self.eventfds[-1]
+
+    def counted(self, which: int) -> int:
+        """What eventfd *which* has counted since the last time."""
+        try:
+            return os.eventfd_read(self.eventfds[which])
+        except BlockingIOError:
+            return 0
 
     def raise_extint(self, *vectors: int) -> None:
         """Have the 8259 that the harness plays ask for these interrupts, in order."""
