@@ -187,7 +187,7 @@ class VhostUser:
 
     def start(self) -> None:
         self._started = [at for at, ring in enumerate(self._io.rings) if ring is not None]
-        vm: Any = self._slot.vm
+        vm = self._slot.vm
         if "foreign-rings" in getattr(vm, "capabilities", ()):
             for index in self._started:
                 queue = self._io.queues[index]
