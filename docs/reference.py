@@ -24,6 +24,7 @@ PROTOCOLS = {
     "backends": "Back ends",
     "memory": "Memory",
     "policy": "Memory policies",
+    "admission": "Admission",
     "ram": "Memory back ends",
     "accelerator": "Accelerators",
     "vcpu": "Processors",

@@ -1,4 +1,4 @@
-"""Putting a machine together from its configuration: the accelerator, RAM and devices."""
+"""Putting a machine together from its configuration: the accelerator and devices."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from cardcage.abilities import abilities_of, check_signature
+from cardcage.abilities import abilities_of
 from cardcage.accelerator import Probe, VmSpec
 from cardcage.config import Config, DeviceConfig, Place
 from cardcage.errors import CardcageError, CardError, ConfigError, HostError
-from cardcage.memory import GIB, RamRange, check_ram, split_ram
-from cardcage.ram import Anonymous, RamBlock
 from cardcage.security import HOST, OPERATOR, Mediator
 from cardcage.slot import DeviceSlot, PluggedDevice
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from cardcage.accelerator import AcceleratedVm, Accelerator
     from cardcage.host import Host
     from cardcage.machine import Machine
-    from cardcage.ram import MemoryBackend
     from cardcage.registry import Offer
 
 __all__ = [
@@ -33,16 +30,12 @@ __all__ = [
     "blamed",
     "choose_accelerator",
     "create_vm",
-    "make_ram",
     "mediate",
     "plug",
     "plug_all",
     "probe_of",
-    "watch_ram",
 ]
 
-VIDEO = (0xA0000, 0xC0000)
-"""Where a PC has video memory: no RAM shows there."""
 
 RANK = {"native": 0, "translated": 1, "emulated": 2}
 
@@ -156,66 +149,6 @@ def allow_end(machine: Machine) -> None:
         machine.mediator.check(machine.label, one.slot.label, "device", ("detach",), {**facts, "device": one.id})
 
 
-def make_ram(machine: Machine) -> None:
-    """Allocate RAM, show it, and tell the accelerator. Raises ConfigError or HostError when the host has not that."""
-    config, memory = machine.config, machine.memory
-    backend = memory_backend(machine)
-    try:
-        size = check_ram(config.machine.memory, limited=backend.takes_ram)
-    except ConfigError as error:
-        raise config.place("machine.memory").error(error.problem) from error
-    block = allocate(backend, size, config)
-    low, high = split_ram(size)
-    ranges = [RamRange(0, min(low, VIDEO[0]), block)]
-    if low > VIDEO[1]:
-        ranges.append(RamRange(VIDEO[1], low - VIDEO[1], block, offset=VIDEO[1]))
-    if high:
-        ranges.append(RamRange(4 * GIB, high, block, offset=low))
-    memory.add(*ranges)  # the space owns the block from here on, whatever fails next
-    memory.attach(machine.vm)
-    memory.report_to(machine.vm)
-
-
-def watch_ram(machine: Machine) -> None:
-    """Stop the machine, in words, when the host takes memory away under it."""
-    block = machine.memory.ranges[0].block
-
-    def taken() -> None:
-        if (error := block.fault()) is not None and block.watch is not None:
-            machine.events.remove_reader(block.watch.fd)
-            machine.fail(error)
-
-    if block.watch is not None:
-        machine.events.add_reader(block.watch.fd, taken)
-
-
-def memory_backend(machine: Machine) -> MemoryBackend:
-    """What ``[memory]`` names. The default is the core's own, so that a machine needs no card for it."""
-    chosen, place = machine.config.memory, machine.config.place("memory.type")
-    if chosen.type == "anonymous" and not chosen.options:
-        return Anonymous()
-    offer = machine.host.registry.get("memory", chosen.type, file=place.file, key="memory.type")
-    facts = {"machine": machine.name}
-    machine.mediator.ask(machine.label, machine.label, "backend", f"memory:{chosen.type}", ("open",), facts)
-    allow_files(machine, chosen.options, "open", "read", "write", "create")
-    options = machine.host.options(offer, chosen.options, file=place.file, key="memory")
-    who = f'memory "{offer.name}" (card {offer.card}, {offer.distribution})'
-    made: MemoryBackend = blamed(
-        who, Place(place.file, "memory"), lambda: offer.load()(options) if options is not None else offer.load()()
-    )
-    check_signature(made, "allocate", 2, who)
-    return made
-
-
-def allocate(backend: MemoryBackend, size: int, config: Config) -> RamBlock:
-    """One block for all of the machine's RAM; errors get the place of the key that is to blame."""
-    try:
-        return RamBlock(size, "ram", backend, config.memory)
-    except ConfigError as error:
-        key = f"memory.{error.key}" if error.key else "machine.memory"
-        raise config.place(key).error(error.problem) from error
-
-
 def platform_devices(machine: Machine) -> list[DeviceConfig]:
     """The device tables that the platform card adds, as configurations."""
     name = machine.config.machine.platform
@@ -242,6 +175,8 @@ def plug_all(machine: Machine) -> None:
             if not any(config is one for one in later):
                 plug(machine, config)
         waiting = later
+    if machine.config.machine.console != "none":
+        machine.open_console(machine.config.machine.console)
 
 
 def offer_of(machine: Machine, config: DeviceConfig) -> Any:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.abilities import able
-from cardcage.assembly import allow_end, create_vm, make_ram, mediate, plug, plug_all, watch_ram
+from cardcage.accounting import stats_of
+from cardcage.assembly import allow_end, create_vm, mediate, plug, plug_all
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
 from cardcage.config import Config, DeviceConfig, Draft, Place
@@ -37,6 +38,7 @@ from cardcage.host import Host
 from cardcage.memory import PhysicalMemory, RamRange
 from cardcage.ops import MachineOps, ObservedOps
 from cardcage.policy import attach_policies, detach_policies
+from cardcage.provision import free_ram, provide_ram, publish
 from cardcage.runner import run_vcpu
 from cardcage.security import OPERATOR, Mediator
 from cardcage.wiring import Wiring
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
     from cardcage.device import BootImage
     from cardcage.policy import AttachedPolicy, MemoryBalloon
+    from cardcage.roster import Record
     from cardcage.slot import PluggedDevice
     from cardcage.vcpu import VCpu
 
@@ -115,15 +118,12 @@ class Machine:
         self.config, self.name = config, config.machine.name
         self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
-        self.lock = threading.RLock()
-        self.state = "built"
+        self.lock, self.state = threading.RLock(), "built"
         self.outcome: outcomes.Outcome | None = None
         self._failure: BaseException | None = None
-        self._told = False  # whether wait() has raised it
+        self._told = self._closed = False  # whether wait() has raised it, whether close() was called
+        self._ended, self._ending = threading.Event(), threading.Lock()
         self.mediator, self.label = Mediator(), self.name  # until mediate() has asked the security cards
-        self._ended = threading.Event()
-        self._ending = threading.Lock()
-        self._closed = False
         self.observers = Observers(self.log, self._choose_ops)
         self.devices: dict[str, PluggedDevice] = {}
         self.vcpus: list[VCpu] = []
@@ -132,6 +132,7 @@ class Machine:
         self._cleanup = ExitStack()
         self.policies: list[AttachedPolicy] = []
         self.balloon: MemoryBalloon | None = None
+        self.record: Record | None = None
         self.boot_image: BootImage | None = None
         self.boots_at_start = True  # not once a saved state was loaded
         try:
@@ -143,20 +144,18 @@ class Machine:
     def _build(self) -> None:
         mediate(self, self._cleanup)
         self.memory = PhysicalMemory()
-        self._cleanup.callback(self.memory.close)
+        self._cleanup.callback(free_ram, self)
         self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
         self.accelerator, self.vm, self.irqchip = create_vm(self)
         self._cleanup.callback(self.vm.close)
-        make_ram(self)
+        provide_ram(self)
         self.gate = Gate(self._kick_all)
         self.wiring = Wiring(self.vm, self.irqchip, self.gate.wake)
         self.lines = self.wiring.lines
         self.events = EventLoop(self.name, self.deliver)
-        watch_ram(self)
         self.clock = MachineClock(self.events)
-        self._cleanup.callback(self.clock.close)
-        self._cleanup.callback(self.events.close)
-        self._cleanup.callback(self._unplug_all)
+        for close in (self.clock.close, self.events.close, self._unplug_all):
+            self._cleanup.callback(close)
         self._loop_thread = self.events.thread
         self.console = Console(self.events.call_soon)
         self._choose_ops()
@@ -164,9 +163,8 @@ class Machine:
         self.host.machines.append(self)
         with self.lock:
             plug_all(self)
-            if self.config.machine.console != "none":
-                self.open_console(self.config.machine.console)
         attach_policies(self)
+        publish(self)
         self.boot_image = open_boot(self)
 
     def _allow(self, *permissions: str) -> None:
@@ -192,6 +190,8 @@ class Machine:
         self._allow("add")
         with self.lock:
             return plug(self, DeviceConfig.from_table({"type": type, **keys}, Place()))
+
+    stats = stats_of
 
     # interrupts
 

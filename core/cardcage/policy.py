@@ -425,6 +425,8 @@ def attach_policies(machine: Machine) -> None:
     """Attach what ``[policy]`` names. Raises ConfigError, CardError, or what a policy refuses with."""
     host = machine.host
     for kind, value in machine.config.policy.items():
+        if kind == "admission":  # asked before the machine had memory
+            continue
         for spec in specs_of(value, machine.config.place(f"policy.{kind}")):
             name, place = spec.name, spec.place
             offer = host.registry.get("policy", name, file=place.file, key=place.key)

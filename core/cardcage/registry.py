@@ -202,6 +202,10 @@ class Registry:
         """Offer a memory back end: ``factory(options)`` gives a :class:`~cardcage.ram.MemoryBackend`."""
         self.add(Offer("memory", name, factory, options, help=help))
 
+    def admission(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
+        """Offer an admission policy: ``factory(options)`` gives an :class:`~cardcage.admission.Admission`."""
+        self.add(Offer("admission", name, factory, options, help=help))
+
     def policy(self, name: str, factory: Any, *, options: Any = None, shared: bool = False, help: str = "") -> None:
         """Offer a policy: ``factory(options)`` gives a :class:`~cardcage.policy.Policy`.
 

@@ -1,0 +1,310 @@
+"""The machines that run on this host, of this user, in whichever process: a private directory with a file for each.
+
+The file of a machine is locked (flock) by its process for as long as it lives, so that one left behind by a process
+that was killed is known for what it is, whatever became of its pid. It says what /proc cannot: which memory of which
+process is whose. A machine with a balloon also has a socket, which answers with what the guest gave when it is asked.
+
+The directory is ``$XDG_RUNTIME_DIR/cardcage``, else ``/run/user/UID/cardcage`` (for root ``/run/cardcage``), else
+``/tmp/cardcage-UID``. It must be the user's own, mode 0700: another user can neither see nor add to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import stat
+import struct
+import time
+import weakref
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import asdict, evolve, field, fields, frozen
+
+from cardcage.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Entry", "Record", "Roster", "ask", "roster_directory"]
+
+MOST = 16384
+"""Bytes of an entry or an answer: what is longer is not ours."""
+KEPT = 24 * 3600
+"""Seconds that an entry of a machine that was killed waits for somebody to read of it."""
+
+
+@frozen
+class Entry:
+    """A machine on the roster.
+
+    Attributes:
+        name, pid, state, accelerator, label: the machine's. backend: where its memory comes from (``memory.type``).
+        size: bytes of RAM. promised: bytes of it that admission counts (not those out of a pool of huge pages).
+        start: address of RAM in the process, 0 before there is any. balloon: whether its socket can be asked.
+        priority: ``machine.priority``. group: path of its memory cgroup, empty for none.
+        group_folder: where that is mounted. group_version: 1 or 2.
+        oom_kills: how many processes of the group the OOM killer had ended when the machine was made; -1 for unknown.
+        since: seconds since 1970. namespace: of the process ids.
+        file: the entry's file; set when it is read.
+    """
+
+    name: str
+    pid: int
+    size: int
+    state: str = "built"
+    accelerator: str = ""
+    label: str = ""
+    backend: str = ""
+    promised: int = 0
+    start: int = 0
+    balloon: bool = False
+    priority: int = 0
+    group: str = ""
+    group_folder: str = ""
+    group_version: int = 0
+    oom_kills: int = -1
+    since: float = 0.0
+    namespace: str = ""
+    file: str = field(default="", eq=False)
+
+    @property
+    def here(self) -> bool:
+        """Whether :attr:`pid` means the same process to us."""
+        return self.namespace == pid_namespace()
+
+
+def pid_namespace() -> str:
+    """What tells this process's namespace of process ids from others."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def roster_directory() -> Path:
+    """Where the roster is; see the module."""
+    user, runtime = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        return Path(runtime, "cardcage")
+    parents = [Path(f"/run/user/{user}"), *([Path("/run")] if user == 0 else [])]
+    for parent in parents:
+        if os.access(parent, os.W_OK):
+            return parent / "cardcage"
+    return Path(f"/tmp/cardcage-{user}")
+
+
+class Roster:
+    """The directory. Raises HostError when there is none that is private to this user."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory or roster_directory()
+        try:
+            with suppress(FileExistsError):
+                self.directory.mkdir(mode=0o700, parents=False)
+            info = self.directory.lstat()
+        except OSError as error:
+            raise HostError(f"{self.directory}: no roster of machines can be kept there: {error.strerror}") from error
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+            raise HostError(f"{self.directory}: expected a directory of this user's with mode 0700")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else adds a machine while the block runs: admission decides in it. Waits for others."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def add(self, entry: Entry) -> Record:
+        """Put a machine of this process on the roster, until the record is closed."""
+        number = 0
+        while True:
+            path = self.directory / f"{os.getpid()}-{number}.json"
+            with suppress(FileExistsError):
+                return Record(path, entry)
+            number += 1
+
+    def read(self) -> tuple[list[Entry], list[Entry], list[str]]:
+        """The machines that live, those that ended without a word, and what is wrong with files there."""
+        alive: list[Entry] = []
+        ended: list[Entry] = []
+        problems: list[str] = []
+        for path in sorted(self.directory.glob("*.json")):
+            try:
+                entry, lives = read_entry(path)
+            except FileNotFoundError:
+                continue  # closed while we looked
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: no entry of a machine: {error}")
+                continue
+            (alive if lives else ended).append(entry)
+        return alive, ended, problems
+
+    def forget(self, entry: Entry) -> None:
+        """Take the entry of a machine that ended without a word off the roster."""
+        leave(Path(entry.file), os.getpid())
+
+    def tidy(self, ended: list[Entry]) -> None:
+        """Forget those that ended a day ago, and that nobody asked about."""
+        for entry in ended:
+            if time.time() - entry.since > KEPT:
+                with suppress(OSError):
+                    if time.time() - os.stat(entry.file).st_mtime > KEPT:
+                        self.forget(entry)
+
+
+def read_entry(path: Path) -> tuple[Entry, bool]:
+    """An entry, and whether its machine lives. Raises OSError or ValueError for what is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+            raise ValueError("not a file of this user's")
+        text = os.pread(fd, MOST + 1, 0)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lives = False
+        except BlockingIOError:
+            lives = True
+    finally:
+        os.close(fd)
+    return parse_entry(text, str(path)), lives
+
+
+def parse_entry(text: bytes, file: str = "") -> Entry:
+    """An entry out of what a file holds, which may be anything. Raises ValueError."""
+    if len(text) > MOST:
+        raise ValueError(f"longer than {MOST} bytes")
+    table = load(text)
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
+    values: dict[str, Any] = {}
+    for one in fields(Entry):
+        if one.name == "file" or one.name not in table:
+            continue
+        value = table[one.name]
+        kind = str(one.type)
+        if type(value) not in kinds[kind]:
+            raise ValueError(f"{one.name}: expected {kind}")
+        if isinstance(value, int) and not -(1 << 62) < value < 1 << 62:
+            raise ValueError(f"{one.name}: out of range")
+        values[one.name] = "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else value
+    missing = [name for name in ("name", "pid", "size") if name not in values]
+    if missing or values["pid"] <= 0 or values["size"] < 0 or values.get("start", 0) < 0:
+        raise ValueError(f"{', '.join(missing) or 'pid, size or start'}: expected, or out of range")
+    return Entry(**values, file=file)
+
+
+def load(text: bytes) -> dict[str, Any]:
+    """A table out of JSON. Raises ValueError for anything else, however deep."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("no table")
+    return found
+
+
+class Record:
+    """A machine on the roster: its locked file, and its socket."""
+
+    def __init__(self, path: Path, entry: Entry) -> None:
+        self.entry, self._path = evolve(entry, file=str(path)), path
+        self._socket: socket.socket | None = None
+        hidden = path.with_name(f".{path.name}")
+        self._fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write()
+            os.link(hidden, path)  # seen only now that it is locked, so that nobody takes it for one left behind
+        except BaseException:
+            os.close(self._fd)
+            raise
+        finally:
+            os.unlink(hidden)
+        self._leave = weakref.finalize(self, leave, path, os.getpid())  # also for a program that ends without close()
+
+    def _write(self) -> None:
+        text = json.dumps(asdict(self.entry)).encode()
+        os.ftruncate(self._fd, max(len(text), os.fstat(self._fd).st_size))
+        os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
+
+    def update(self, **changes: Any) -> None:
+        """Say something new about the machine. Nothing once closed."""
+        if self._fd >= 0:
+            self.entry = evolve(self.entry, **changes)
+            self._write()
+
+    def listen(self) -> socket.socket:
+        """Open the socket that :func:`ask` finds. The caller answers with :meth:`answer` whenever it is readable."""
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        folder = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
+        try:
+            name = self._path.with_suffix(".sock").name
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+            made.bind(f"/proc/self/fd/{folder}/{name}")  # however long the directory's path is
+            made.listen(8)
+        except BaseException:
+            made.close()
+            raise
+        finally:
+            os.close(folder)
+        self._socket = made
+        self.update(balloon=True)
+        return made
+
+    def answer(self, tell: Callable[[], dict[str, int]]) -> None:
+        """Take one caller, and tell it. A caller of another user's is sent away; none is waited for."""
+        if self._socket is None:
+            return
+        with suppress(OSError):  # the caller went away, or does not read: its own loss
+            caller, _ = self._socket.accept()
+            with caller:
+                credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                if struct.unpack("3i", credentials)[1] in (os.geteuid(), 0):
+                    caller.setblocking(False)
+                    caller.send(json.dumps(tell()).encode())
+
+    def close(self) -> None:
+        """Off the roster. Idempotent."""
+        if self._fd < 0:
+            return
+        if self._socket is not None:
+            self._socket.close()
+        self._leave()
+        os.close(self._fd)
+        self._fd = -1
+
+
+def leave(path: Path, pid: int) -> None:
+    """Take a machine of process *pid* off the roster; its forked children leave it there."""
+    if os.getpid() == pid:
+        path.with_suffix(".sock").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def ask(entry: Entry, timeout: float = 0.2) -> dict[str, int] | None:
+    """What the machine's balloon says, bytes by name; ``None`` when it has none, or does not answer in time."""
+    if not entry.balloon:
+        return None
+    folder = os.open(Path(entry.file).parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as peer:
+            peer.settimeout(timeout)
+            peer.connect(f"/proc/self/fd/{folder}/{Path(entry.file).with_suffix('.sock').name}")
+            text = b""
+            while len(text) <= MOST and (part := peer.recv(4096)):
+                text += part
+        found = load(text)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(folder)
+    return {str(name): value for name, value in found.items() if type(value) is int and 0 <= value < 1 << 62}
