@@ -52,6 +52,7 @@ class Build:
     aliases: list[tuple[str, Symbol]] = field(factory=list)
     contexts: list[tuple[str, Context, Node]] = field(factory=list)
     conditions: dict[tuple[int, str], int] = field(factory=dict)
+    tests: dict[tuple[tuple[str, ...], tuple[bool, ...]], int] = field(factory=dict)
     unresolved: dict[str, Unresolved] = field(factory=dict)
     missing: Unresolved | None = None
 
@@ -80,8 +81,13 @@ class Build:
                 return names[-1]
 
             test = condition(node, leaf)
-            self.conditions[key] = len(self.tables.conditions)
-            self.tables.conditions.append(Condition(node, test, tuple(dict.fromkeys(names))))
+            found = Condition(node, test, tuple(sorted(set(names))))
+            table = found.table()
+            same = self.tests.setdefault((found.names, table), len(self.tables.conditions)) if table else None
+            if same is None or same == len(self.tables.conditions):
+                self.tables.conditions.append(found)
+                same = len(self.tables.conditions) - 1
+            self.conditions[key] = same
         return self.conditions[key], branch
 
 

@@ -205,6 +205,4 @@ class Classes:
                 raise Unresolved(f"permission of {symbol.name}", word, node, names)
             return 1 << names.index(word)
 
-        if not expression.items:
-            raise PolicyError("expected permissions, found nothing", expression)
         return evaluate(expression, leaf, (1 << len(names)) - 1)

@@ -55,8 +55,6 @@ def compile_test(node: Node, scope: Scope, families: dict[str, Family], *, level
     items = node.list("an expression")
     if not items:
         raise PolicyError("expected an expression, found nothing", node)
-    if len(items) == 1 and items[0].items is not None:
-        return compile_test(items[0], scope, families, levels=levels, third=third)
     word = items[0].symbol("an operator")
     operands = items[1:]
     if word in ("and", "or", "not"):

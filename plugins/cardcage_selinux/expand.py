@@ -97,6 +97,7 @@ class Expander:
         elif keyword == "macro":
             self._macro(statement)
         elif keyword == "optional":
+            declared_name(given[0])
             name = f"{statement.scope.path}/{node.place}"
             if name not in self._disabled:
                 statement.optional += (name,)

@@ -43,6 +43,8 @@ def evaluate(
     """
     if node.items is None:
         return everything if node.text == "all" and not node.quoted else leaf(node)
+    if not node.items:
+        raise PolicyError("expected names, found nothing", node)
     word = node.head
     if word not in ("and", "or", "xor", "not", "all") and not (span and word == "range"):
         bits = 0
@@ -140,8 +142,6 @@ class Family:
     def expression(self, node: Node, scope: Scope) -> int:
         """The bits of an expression. Raises PolicyError, Unresolved."""
         node, scope = scope.follow(self.space, node)
-        if node.items is not None and not node.items:
-            raise PolicyError(f"expected the name of a {self.space}, found nothing", node)
 
         def leaf(one: Node) -> int:
             meant, where = scope.follow(self.space, one)

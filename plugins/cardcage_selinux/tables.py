@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 from attrs import define, field
@@ -9,7 +10,7 @@ from attrs import define, field
 from cardcage_selinux.context import Context, Names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from cardcage_selinux.classes import Class
     from cardcage_selinux.constraints import Constraint
@@ -24,11 +25,20 @@ KINDS = ("allow", "auditallow", "dontaudit")
 
 @define(eq=False, frozen=True)
 class Condition:
-    """A ``booleanif``: its expression, as a function of the booleans' values, and the booleans in it."""
+    """A ``booleanif``: its expression, as a function of the booleans' values, and the booleans in it, sorted."""
 
     node: Node
     test: Callable[[Mapping[str, bool]], bool]
     names: tuple[str, ...]
+
+    def rows(self) -> Iterator[dict[str, bool]]:
+        """All values that its booleans can have."""
+        for values in product((False, True), repeat=len(self.names)):
+            yield dict(zip(self.names, values, strict=True))
+
+    def table(self) -> tuple[bool, ...]:
+        """Its truth table, by which conditions that mean the same are the same; empty for more booleans than ten."""
+        return tuple(self.test(row) for row in self.rows()) if len(self.names) <= 10 else ()
 
 
 @define(eq=False, frozen=True)

@@ -3,33 +3,94 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cardcage_selinux.policy import load
+from cardcage.errors import ConfigError, UsageError, near
+
+from cardcage_selinux.difference import difference
+from cardcage_selinux.explain import explain
+from cardcage_selinux.fromlog import read_log, rules_for
+from cardcage_selinux.policy import Policy, load
+from cardcage_selinux.query import Step, Wanted, attributes_between, direct, path
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from cardcage_selinux.tables import Rule
+
 __all__ = ["configure", "run"]
+
+DEFAULT = Path(__file__).with_name("default.cil")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``cardcage policy``."""
-    acts = parser.add_subparsers(dest="act", required=True, metavar="check")
-    check = acts.add_parser("check", help="compile CIL files to one policy; errors have file, line and column")
-    check.add_argument("files", nargs="+", metavar="FILE")
-    check.add_argument("--no-neverallow", action="store_true", help="leave out neverallow rules and type bounds")
+    acts = parser.add_subparsers(dest="act", required=True, metavar="check|explain|allow-from-log|diff|query")
+    files = "CIL files that make the policy, a directory for its *.cil; by default the policy that cardcage ships"
+    check = acts.add_parser("check", help="compile a policy; errors have file, line and column, status 2")
+    why = acts.add_parser("explain", help="say why an access is granted (status 0) or denied (1)")
+    for name, help in (("scontext", "who asks"), ("tcontext", "whom it concerns"), ("tclass", "class of the target")):
+        why.add_argument(name, help=help)
+    why.add_argument("permission")
+    log = acts.add_parser("allow-from-log", help="write the rules that would grant what AVC records say was denied")
+    log.add_argument("log", help="file with AVC records, - for standard input")
+    log.add_argument(
+        "-p", "--policy", action="append", metavar="FILE", help="say what a rule alone would not change in it"
+    )
+    two = acts.add_parser("diff", help="compare what two policies mean: status 0 the same, 1 different")
+    two.add_argument("old", help="CIL file, or a directory for its *.cil")
+    two.add_argument("new")
+    ask = acts.add_parser(
+        "query", help="say whether one type can reach another (status 0), and through what, or not (1)"
+    )
+    ask.add_argument("source", help="a type")
+    ask.add_argument("target", help="a type")
+    ask.add_argument("--flow", action="store_true", help="follow information instead of permissions")
+    ask.add_argument("--class", dest="tclass", default="", help="only by this class")
+    ask.add_argument("--permission", default="", help="only by this permission")
+    check.add_argument("files", nargs="*", metavar="FILE", help=files)
+    for one in (why, ask):
+        one.add_argument("-p", "--policy", action="append", default=[], metavar="FILE", help=files)
+    for one in (why, ask, log):
+        one.add_argument(
+            "--set", action="append", default=[], metavar="BOOLEAN=VALUE", help="give a boolean a value: x=true"
+        )
+    check.add_argument("--no-neverallow", action="store_true", help="do not check neverallow rules and type bounds")
 
 
 def run(host: object, arguments: argparse.Namespace) -> int:
-    """Carry out ``cardcage policy``; the process's status. Raises ConfigError."""
-    acts: dict[str, Callable[[argparse.Namespace], int]] = {"check": _check}
+    """Carry out ``cardcage policy``; the process's status. Raises ConfigError, UsageError."""
+    acts: dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": _check,
+        "explain": _explain,
+        "allow-from-log": _allow,
+        "diff": _diff,
+        "query": _query,
+    }
     return acts[arguments.act](arguments)
 
 
+def _load(files: list[str], assignments: list[str], *, check: bool = True) -> Policy:
+    paths: list[Path] = []
+    for name in files or [str(DEFAULT)]:
+        inside = sorted(Path(name).glob("*.cil")) if Path(name).is_dir() else [Path(name)]
+        if not inside:
+            raise ConfigError("this directory has no *.cil", file=name)
+        paths += inside
+    policy = load(paths, check=check)
+    changes = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or value not in ("true", "false", "on", "off", "1", "0"):
+            raise ConfigError(f"expected BOOLEAN=true or BOOLEAN=false, got {text}", file="--set")
+        changes[name] = value in ("true", "on", "1")
+    return policy.with_booleans(changes) if changes else policy
+
+
 def _check(arguments: argparse.Namespace) -> int:
-    tables = load(arguments.files, check=not arguments.no_neverallow).tables
+    tables = _load(arguments.files, [], check=not arguments.no_neverallow).tables
     counts = {
         "classes": len(tables.classes),
         "types": len(tables.types),
@@ -40,5 +101,94 @@ def _check(arguments: argparse.Namespace) -> int:
         "rules": len(tables.rules),
         "constraints": sum(len(one) for one in tables.constraints.values()),
     }
-    print(", ".join(f"{count} {name}" for name, count in counts.items()), file=sys.stdout)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    policy = _load(arguments.policy, arguments.set, check=False)
+    found = explain(policy, arguments.scontext, arguments.tcontext, arguments.tclass, arguments.permission)
+    print("granted" if found.granted else "denied")
+    for reason in found.reasons:
+        print(f"  {reason}")
+    return 0 if found.granted else 1
+
+
+def _allow(arguments: argparse.Namespace) -> int:
+    policy = _load(arguments.policy, arguments.set, check=False) if arguments.policy else None
+    try:
+        if arguments.log == "-":
+            denials = read_log(sys.stdin)
+        else:
+            with open(arguments.log, encoding="utf-8", errors="surrogateescape") as file:
+                denials = read_log(file)
+    except OSError as error:
+        raise ConfigError(str(error.strerror or error), file=arguments.log) from error
+    for line in denials.skipped:
+        print(f"{arguments.log}:{line}", file=sys.stderr)
+    for line in rules_for(denials, policy):
+        print(line)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    lines = difference(_load([arguments.old], [], check=False), _load([arguments.new], [], check=False))
+    for line in lines:
+        print(line)
+    return 1 if lines else 0
+
+
+def _type(policy: Policy, name: str) -> int:
+    known = policy.tables.type_number
+    if name not in known:
+        raise UsageError(f'the policy has no type "{name}".{near(name, known)}'.rstrip("."))
+    return known[name]
+
+
+def _query(arguments: argparse.Namespace) -> int:
+    policy = _load(arguments.policy, arguments.set, check=False)
+    wanted = Wanted(arguments.flow, arguments.tclass, arguments.permission)
+    _known(policy, wanted)
+    source, target = _type(policy, arguments.source), _type(policy, arguments.target)
+    names = policy.tables.types
+    rules = direct(policy, source, target, Wanted(False, wanted.tclass, wanted.permission))
+    print(
+        f"{names[source]} may act on {names[target]} itself:"
+        if rules
+        else f"no rule from {names[source]} to {names[target]}"
+    )
+    for rule, mask in rules:
+        print(f"  {_said(policy, rule, mask, source, target)}")
+    steps = path(policy, source, target, wanted)
+    if steps is None:
+        print(f"{'no information flows' if wanted.flow else 'no path leads'} from {names[source]} to {names[target]}")
+        return 1
+    if len(steps) > 1 or wanted.flow:
+        print(f"{'information flows' if wanted.flow else 'a path leads'} in {len(steps)} step{'s' * (len(steps) > 1)}:")
+        for step in steps:
+            _print_step(policy, step)
+    return 0
+
+
+def _known(policy: Policy, wanted: Wanted) -> None:
+    classes = policy.tables.classes
+    if wanted.tclass and wanted.tclass not in classes:
+        raise UsageError(f'the policy has no class "{wanted.tclass}".{near(wanted.tclass, classes)}'.rstrip("."))
+    permissions = {name for one in classes.values() for name in one.permissions}
+    if wanted.permission and wanted.permission not in permissions:
+        raise UsageError(
+            f'no class has permission "{wanted.permission}".{near(wanted.permission, permissions)}'.rstrip(".")
+        )
+
+
+def _print_step(policy: Policy, step: Step) -> None:
+    names = policy.tables.types
+    print(f"  {names[step.first]} -> {names[step.second]}")
+    pair = (step.second, step.first) if step.backwards else (step.first, step.second)
+    for rule, mask in step.rules:
+        print(f"    {_said(policy, rule, mask, *pair)}")
+
+
+def _said(policy: Policy, rule: Rule, mask: int, source: int, target: int) -> str:
+    words = " ".join(rule.class_.names(mask))
+    return f"{rule.class_.name} {words}: {rule.node.place}: {rule}{attributes_between(policy, rule, source, target)}"

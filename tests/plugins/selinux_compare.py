@@ -112,12 +112,13 @@ class Run:
                 if sid is not None:
                     self.same((context,), "canonical", policy.canonical(context), sepol.text(sid))
                     found.append(context)
+                    self.made.names[context] = sepol.text(sid)
                     break
         if len(found) < 2:
             return
         one = found[0], found[1], tclass
         self.asked.append(one)
-        if self.apart and found[0].split(":")[2] in made.bounds:
+        if self.apart and made.names[found[0]].split(":")[2] in made.bounds:
             self.bounded.append(one)
         else:
             theirs = sepol.av(*one)
@@ -140,7 +141,8 @@ class Run:
     def bounds(self, bare: Sepol) -> None:
         """The access vectors of bounded sources, put together from the rules alone."""
         for one in self.bounded:
-            source, target, tclass = one
+            source, target = (self.made.names[context] for context in one[:2])
+            tclass = one[2]
             first = bare.av(source, target, tclass)
             assert first is not None
             allowed = first.allowed

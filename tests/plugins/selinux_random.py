@@ -22,6 +22,7 @@ class RandomPolicy:
     roles: list[str] = field(factory=list)
     users: list[str] = field(factory=list)
     bounds: dict[str, str] = field(factory=dict)
+    names: dict[str, str] = field(factory=dict)
     booleans: dict[str, bool] = field(factory=dict)
     sensitivities: list[str] = field(factory=list)
     categories: list[str] = field(factory=list)
@@ -73,7 +74,8 @@ class RandomPolicy:
     def context(self, role: str | None = None) -> str:
         """A context, usually valid."""
         role = role or self.rng.choice(self.roles)
-        text = f"{self.rng.choice(self.users)}:{role}:{self.rng.choice(self.types)}"
+        name = "other_name" if self.rng.random() < 0.02 else self.rng.choice(self.types)
+        text = f"{self.rng.choice(self.users)}:{role}:{name}"
         if not self.mls:
             return text
         low = self.level(self.sensitivities[0] if self.rng.random() < 0.6 else None)
@@ -150,6 +152,12 @@ def _types(policy: RandomPolicy) -> None:
     policy.attributes = [f"a_{number}" for number in range(rng.randint(1, 5))]
     for name in policy.types:
         policy.add(f"(type {name})")
+    if rng.random() < 0.5:
+        inside = "(type inner) (allow inner self some) (allow t_0 inner (mapped (use)))"
+        policy.add(f"(block base (blockabstract base) {inside})")
+        policy.add("(block box (blockinherit base) (macro give ((type x)) (allow x inner some)))")
+        policy.add("(in box (block deep (blockinherit base) (call give (inner)) (call box.give (t_1))))")
+        policy.types += ["box.inner", "box.deep.inner"]
     for name in policy.attributes:
         policy.add(f"(typeattribute {name})")
     for number, name in enumerate(policy.attributes):
@@ -197,6 +205,8 @@ def _identities(policy: RandomPolicy) -> None:
             policy.add(f"(userrole {name} {role})")
         policy.add(f"(userlevel {name} low)")
         policy.add(f"(userrange {name} {'whole' if rng.random() < 0.7 else '(low low)'})")
+    policy.add("(userattribute people)")
+    policy.add(f"(userattributeset people ({' '.join(policy.some(policy.users))}))")
     policy.add("(sid kernel)")
     policy.add("(sidorder (kernel))")
     policy.add(f"(sidcontext kernel ({policy.users[0]} {policy.roles[0]} {policy.types[0]} (low low)))")
@@ -219,14 +229,11 @@ def _rules(policy: RandomPolicy) -> None:
         policy.add(f"(boolean b_{number} {str(policy.booleans[f'b_{number}']).lower()})")
     names = list(policy.booleans)
     for _ in range(rng.randint(0, 4) if names else 0):
-        one, other = rng.choice(names), rng.choice(names)
-        test = rng.choice(
-            (one, f"(not {one})", f"(and {one} {other})", f"(xor {one} {other})", f"(or (not {one}) {other})")
-        )
-        inside = " ".join(
-            f"({branch} {' '.join(rule() for _ in range(rng.randint(1, 3)))})" for branch in ("true", "false")
-        )
-        policy.add(f"(booleanif {test} {inside})")
+        # in order of their names: libsepol (3.4, 3.8) takes (or (not a) b) and (or (not b) a) for one condition
+        one, other = sorted((rng.choice(names), rng.choice(names)))
+        tests = one, f"(not {one})", f"(and {one} {other})", f"(xor {one} {other})", f"(or (not {one}) {other})"
+        sides = [f"({side} {' '.join(rule() for _ in range(rng.randint(1, 3)))})" for side in ("true", "false")]
+        policy.add(f"(booleanif {rng.choice(tests)} {' '.join(sides)})")
     policy.add(f"(macro grant ((type x) (classpermission p)) (allow x self p) (allow {policy.types[0]} x p))")
     policy.add(f"(call grant ({rng.choice(policy.types)} some))")
     policy.add(
@@ -241,9 +248,11 @@ def _constraints(policy: RandomPolicy) -> None:
         forms = [
             f"({rng.choice(('eq', 'neq'))} t1 {rng.choice(('t2', policy.identity(), policy.identity()))})",
             f"({rng.choice(('eq', 'neq'))} t2 {policy.identity()})",
+            f"({rng.choice(('eq', 'neq'))} t2 ({' '.join(policy.some(policy.types + policy.attributes))}))",
+            f"({rng.choice(('eq', 'neq'))} u2 people)",
             f"({rng.choice(('eq', 'neq'))} u1 {rng.choice(('u2', rng.choice(policy.users)))})",
             f"({rng.choice(('eq', 'neq', 'dom', 'domby', 'incomp'))} r1 r2)",
-            f"({rng.choice(('eq', 'neq'))} r2 {rng.choice([*policy.roles, 'roles', 'object_r'][:-1])})",
+            f"({rng.choice(('eq', 'neq'))} r2 {rng.choice([*policy.roles, 'roles'])})",
         ]
         if levels and rng.random() < 0.6:
             pair = rng.choice(("l1 l2", "l1 h2", "h1 l2", "h1 h2", "l1 h1", "l2 h2"))
@@ -287,9 +296,7 @@ def _objects(policy: RandomPolicy) -> None:
         if rng.random() < 0.3:
             policy.add(f"(default{part} {rng.choice(list(policy.classes))} {rng.choice(('source', 'target'))})")
     if rng.random() < 0.4:
-        side = rng.choice(("source", "target"))
-        policy.add(
-            f"(defaultrange {rng.choice(list(policy.classes))} {side} {rng.choice(('low', 'high', 'low-high'))})"
-        )
+        sides = [f"{side} {part}" for side in ("source", "target") for part in ("low", "high", "low-high")]
+        policy.add(f"(defaultrange {rng.choice(list(policy.classes))} {rng.choice([*sides, 'glblub', 'glblub'])})")
     if rng.random() < 0.3:
         policy.add(f"(typepermissive {rng.choice(policy.types)})")

@@ -239,3 +239,14 @@ def test_growth_is_limited() -> None:
     lines = [f"(macro m{n} () {f'(call m{n + 1} ()) ' * 20})" for n in range(12)]
     with pytest.raises(PolicyError, match="grow to more than"):
         load([BASE, "\n".join([*lines, "(macro m12 () (allow a b (file (read))))", "(call m0 ())"])])
+
+
+def test_bounds_with_equal_conditions() -> None:
+    """A child may have under a condition what its parent has under one that means the same, and no other."""
+    text = (
+        BASE
+        + "(boolean x true) (boolean y true) (typebounds a c) (booleanif (and x y) (true (allow a b (file (read)))))"
+    )
+    load(text + "(booleanif (not (or (not y) (not x))) (true (allow c b (file (read)))))")
+    with pytest.raises(PolicyError, match="more than its parent has"):
+        load(text + "(booleanif x (true (allow c b (file (read)))))")
