@@ -136,7 +136,9 @@ def mediate(machine: Machine, cleanup: ExitStack) -> None:
     cleanup.callback(machine.mediator.close)
     machine.mediator.follow()
     facts = {"machine": machine.name}
-    machine.label = config.machine.label or machine.mediator.label(OPERATOR, HOST, "machine", machine.name, facts)
+    machine.label = config.machine.label or machine.mediator.label(
+        OPERATOR, HOST, "machine", machine.name, ("create",), facts
+    )
     cleanup.callback(machine.mediator.release, machine.label, "machine")
     machine.mediator.check(OPERATOR, machine.label, "machine", ("create",), facts)
 
@@ -209,7 +211,9 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
     if name in taken:
         raise place.error(f'the id "{name}" is taken by another device ({taken[name].type})')
     facts = {"machine": machine.name, "device": name, "type": offer.name, "card": offer.card}
-    label = config.label or machine.mediator.label(machine.label, offer.label, "device", offer.name, facts)
+    label = config.label or machine.mediator.label(
+        machine.label, offer.label, "device", offer.name, ("attach", "configure"), facts
+    )
     machine.mediator.check(machine.label, label, "device", ("attach", "configure"), facts)
     options = host.options(offer, config.options, file=place.file, key=place.key)
     slot = DeviceSlot(machine, config, offer, name, label)

@@ -77,10 +77,19 @@ class Checker(Protocol):
 class Labeller(Protocol):
     """A checker that also names things."""
 
-    def label(self, source: str, target: str, tclass: str, name: str, facts: Mapping[str, object], /) -> str | None:
+    def label(
+        self,
+        source: str,
+        target: str,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        facts: Mapping[str, object],
+        /,
+    ) -> str | None:
         """The label of the object *name* of class *tclass* that *source* makes or meets in *target*; None to pass.
 
-        Raises Denied when it must not be labelled.
+        *permissions* are what is about to be asked. Raises Denied when it must not be labelled.
         """
         ...
 
@@ -160,14 +169,22 @@ class Mediator:
             except Exception as error:  # a checker that breaks must not let anything pass
                 raise refusal(error, f"{source} may not {' '.join(permissions)} {tclass} {target}") from error
 
-    def label(self, source: str, target: str, tclass: str, name: str, facts: Mapping[str, object] = NO_FACTS) -> str:
+    def label(
+        self,
+        source: str,
+        target: str,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        facts: Mapping[str, object] = NO_FACTS,
+    ) -> str:
         """The label of *name*, which *source* makes or meets in *target*: *name* itself when no checker has one."""
         for checker in self.checkers:
             ask: Any = getattr(checker, "label", None)
             if ask is None:
                 continue
             try:
-                found: str | None = ask(source, target, tclass, name, facts)
+                found: str | None = ask(source, target, tclass, name, permissions, facts)
             except Exception as error:  # an object without its label must not come to be
                 raise refusal(error, f"{tclass} {name} has no label") from error
             if found is not None:
@@ -193,7 +210,7 @@ class Mediator:
         if not self.checkers:
             return name
         told = {"name": name, **facts}
-        found = self.label(source, target, tclass, name, told)
+        found = self.label(source, target, tclass, name, permissions, told)
         self._ask(source, found, tclass, permissions, told)
         return found
 

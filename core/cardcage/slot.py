@@ -130,7 +130,7 @@ class DeviceSlot:
         if not mediator.checkers:
             return
         told = self._facts({"name": name, **facts})
-        target = mediator.label(self.label, self._machine.label, tclass, name, told)
+        target = mediator.label(self.label, self._machine.label, tclass, name, permissions, told)
         gate = self._gate
         if gate is not None and revoke is None:  # a back end that is being opened: the gate before it shuts
             self._grant(target, tclass, permissions, told, gate.shut(name), gate.open(name))
@@ -205,7 +205,11 @@ class DeviceSlot:
             return source
         line, facts = GrantedLine(source), self._facts({"gsi": gsi})
         own = gsi == self.config.irq  # the operator gave it this one
-        target = self.label if own else machine.mediator.label(self.label, machine.label, "interrupt", f"gsi{gsi}")
+        target = (
+            self.label
+            if own
+            else machine.mediator.label(self.label, machine.label, "interrupt", f"gsi{gsi}", ("raise",))
+        )
         self._grant(target, "interrupt", ("raise",), facts, line.revoke, line.restore)
         return line
 

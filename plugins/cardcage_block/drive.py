@@ -42,6 +42,7 @@ class Drive:
         readonly: the guest cannot write.
         cache: ``writeback`` uses the host's page cache, ``none`` goes past it (O_DIRECT), ``unsafe`` ignores flushes.
         discard: ``unmap`` gives what the guest discards back to the host.
+        shared: other machines may write it too (a cluster file system): not locked, and not labelled for one machine.
         locking: ``auto`` locks where the file system can, ``on`` insists, ``off`` does not.
     """
 
@@ -51,28 +52,29 @@ class Drive:
     cache: Literal["writeback", "none", "unsafe"] = "writeback"
     discard: Literal["unmap", "ignore"] = "unmap"
     locking: Literal["auto", "on", "off"] = "auto"
+    shared: bool = False
 
 
 def open_drive(slot: Slot, options: Drive) -> Image:
     """Back end ``block:drive``: an image of whichever format. Raises ConfigError or HostError."""
-    return open_image(options, warn=slot.log.warning, allow=allowed(slot))
+    return open_image(options, warn=slot.log.warning, allow=allowed(slot, options))
 
 
 def open_raw(slot: Slot, options: Drive) -> Image:
     """Back end ``block:raw``."""
-    return open_image(evolve(options, format="raw"), warn=slot.log.warning, allow=allowed(slot))
+    return open_image(evolve(options, format="raw"), warn=slot.log.warning, allow=allowed(slot, options))
 
 
 def open_qcow2(slot: Slot, options: Drive) -> Image:
     """Back end ``block:qcow2``."""
-    return open_image(evolve(options, format="qcow2"), warn=slot.log.warning, allow=allowed(slot))
+    return open_image(evolve(options, format="qcow2"), warn=slot.log.warning, allow=allowed(slot, options))
 
 
-def allowed(slot: Slot) -> Allow:
+def allowed(slot: Slot, options: Drive) -> Allow:
     """What asks whether a device may have an image, before it is opened."""
 
     def ask(path: str, acts: tuple[str, ...]) -> None:
-        slot.ask("image", path, acts, readonly="write" not in acts)
+        slot.ask("image", path, acts, readonly="write" not in acts, shared=options.shared)
 
     return ask
 
@@ -113,7 +115,11 @@ def open_image(
         if len(above) >= MAX_CHAIN:
             raise ConfigError(f"the backing chain is longer than {MAX_CHAIN} images", file=drive.file)
         required = drive.locking == "on"
-        if drive.locking != "off" and not lock_image(file.fd, drive.file, write=not drive.readonly, required=required):
+        if (
+            drive.locking != "off"
+            and not drive.shared
+            and not lock_image(file.fd, drive.file, write=not drive.readonly, required=required)
+        ):
             warn(f"{drive.file}: its file system has no locks: nothing keeps another machine from writing it")
         form = drive.format
         if form == "auto":

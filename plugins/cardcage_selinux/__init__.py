@@ -1,4 +1,4 @@
-"""Mandatory access control between a machine's own objects, in the style of SELinux: ``cardcage policy``."""
+"""Mandatory access control between a machine's own objects, in the style of SELinux; ``cardcage policy``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the command ``policy``."""
+    """Offer the security card ``selinux``, the command ``policy``, and a line of ``cardcage doctor``."""
+    registry.security(
+        "selinux",
+        "cardcage_selinux.card:Selinux",
+        options="cardcage_selinux.card:SelinuxOptions",
+        help='mandatory access control by a policy in CIL; security = "default" is this one with its own policy',
+    )
+    registry.check("SELinux of the host", "cardcage_selinux.hostlabels:check", help="real labels on processes")
     registry.command(
         "policy",
         "cardcage_selinux.tool:run",

@@ -112,18 +112,22 @@ class Avc:
     @enforcing.setter
     def enforcing(self, value: bool) -> None:
         with self._lock:
-            if value is not self._state.enforcing:
-                self._change(_State(self._state.policy, value))
+            if value is self._state.enforcing:
+                return
+            self._change(_State(self._state.policy, value))
+        self._tell()
 
     def reload(self, policy: Policy) -> None:
         """Put another policy in force; what was decided is forgotten."""
         with self._lock:
             self._change(_State(policy, self._state.enforcing))
+        self._tell()
 
     def set_booleans(self, changes: Mapping[str, bool]) -> None:
         """Give booleans values. Raises UsageError for a name that is no boolean, and then nothing changed."""
         with self._lock:
             self._change(_State(self._state.policy.with_booleans(changes), self._state.enforcing))
+        self._tell()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Have *callback* called after each change of policy, booleans or mode, on the thread that made it."""
@@ -133,6 +137,9 @@ class Avc:
     def _change(self, state: _State) -> None:
         self._state, self._granted = state, state.granted
         self._changes += 1
+
+    def _tell(self) -> None:
+        """Without the lock: a machine reviews its grants under its own, which one who asks here may hold."""
         for callback in tuple(self._callbacks):
             callback()
 

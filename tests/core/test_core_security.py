@@ -42,7 +42,7 @@ class Guard:
             if (tclass, permission) in self.refused:
                 raise Denied(f"{source} may not {permission} {tclass}")
 
-    def label(self, source: str, target: str, tclass: str, name: str, facts: Any, /) -> str | None:
+    def label(self, source: str, target: str, tclass: str, name: str, permissions: Any, facts: Any, /) -> str | None:
         return f"{source.partition(':')[0]}:{name}" if tclass in ("device", "machine") else None
 
     def release(self, label: str, tclass: str, /) -> None:

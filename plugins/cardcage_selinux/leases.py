@@ -1,0 +1,97 @@
+"""Pairs of categories, one for each machine of the host, and which machines are alive.
+
+A lease is a file in a directory, held by flock(2): the kernel lets go of it when the process ends, however it ends. A
+pair is also the name of an abstract unix socket, so that machines of other users, who have other directories, do
+not draw it. (Network namespaces have abstract sockets of their own: there only the directory counts.)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from attrs import define
+from cardcage.errors import HostError
+
+__all__ = ["CATEGORIES", "Lease", "alive", "draw", "lease"]
+
+CATEGORIES = 1024
+"""Categories c0 to c1023: 523,776 pairs."""
+TRIES = 4096
+
+
+@define(eq=False)
+class Lease:
+    """A name that is ours while this is open."""
+
+    name: str
+    path: Path
+    fd: int
+    sign: socket.socket | None = None
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        if self.fd >= 0:
+            self.path.unlink(missing_ok=True)  # while it is still locked: nobody else has it
+            os.close(self.fd)
+            self.fd = -1
+        if self.sign is not None:
+            self.sign.close()
+
+
+def lease(folder: Path, name: str) -> Lease | None:
+    """Hold *name*, a file name; ``None`` when somebody else does. Raises OSError."""
+    path = folder / f"{name}.lease"
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.stat(path)
+        except (BlockingIOError, FileNotFoundError) as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                return None
+            continue  # its last holder removed it between our open and our lock
+        if there.st_ino == os.fstat(fd).st_ino:
+            return Lease(name, path, fd)
+        os.close(fd)
+
+
+def alive(folder: Path, name: str) -> bool:
+    """Whether somebody holds *name*."""
+    try:
+        fd = os.open(folder / f"{name}.lease", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def draw(folder: Path, categories: int = CATEGORIES) -> Lease:
+    """A pair that no machine of this host has; its name is ``c12,c500``. Raises HostError when none is found."""
+    for _ in range(TRIES):
+        low, high = sorted(secrets.SystemRandom().sample(range(categories), 2))
+        name = f"c{low},c{high}"
+        held = lease(folder, name)
+        if held is None:
+            continue
+        sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        held.sign = sign
+        try:
+            sign.bind(f"\0cardcage/svirt/{name}")
+        except OSError as error:
+            held.close()
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise
+        return held
+    raise HostError(f"svirt: {TRIES} pairs of categories were drawn, and each is another machine's")
