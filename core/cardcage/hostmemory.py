@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryLimit",
     "memory_group",
     "memory_limits",
+    "own_group",
     "read_host_memory",
     "say_size",
 ]
@@ -92,7 +94,9 @@ def memory_limits(root: Path = Path("/")) -> tuple[MemoryLimit, ...]:
     """
     host, pool = read_host_memory(root), _pairs(root / "proc/meminfo", 1024).get("Hugetlb", 0)
     found = [MemoryLimit("the host", "", host.total - pool, host.available)]
-    for path, _, (limit, usage, reclaimable) in _groups(root):
+    for path, folder, (limit, usage, reclaimable) in _groups(root):
+        if folder.name == own_group():  # its soft limit is what our machines were promised, and grows with them
+            continue
         found.append(MemoryLimit(f"cgroup {path}", path, limit, max(0, limit - usage + reclaimable)))
     return tuple(found)
 
@@ -106,6 +110,11 @@ def memory_group(root: Path = Path("/")) -> MemoryGroup | None:
             group = MemoryGroup(path, mount / inside, 1 if v1 else 2)
             found = group if found is None or v1 else found
     return found
+
+
+def own_group() -> str:
+    """The name of a cgroup that this process made for itself."""
+    return f"cardcage-{os.getpid()}"
 
 
 def say_size(size: int) -> str:

@@ -134,7 +134,7 @@ class MemoryBalloon(Protocol):
 class MachineMemory:
     """One machine's memory as a policy sees and steers it. Thread-safe; holds the machine's lock nowhere.
 
-    Attributes: ``name``, ``label``, ``size`` (bytes of RAM), ``log``.
+    Attributes: ``name``, ``label``, ``size`` (bytes of RAM), ``priority`` (who has the lowest gives first), ``log``.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -142,6 +142,7 @@ class MachineMemory:
         self.name, self.label, self.log = machine.name, machine.label, machine.log
         self._blocks = list({id(one.block): one.block for one in machine.memory.ranges}.values())
         self.size: int = machine.config.machine.memory
+        self.priority: int = machine.config.machine.priority
         self._lock = threading.Lock()  # held for one madvise call: the memory cannot go away meanwhile
         self._gone = False
         self._hand = 0

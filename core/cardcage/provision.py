@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import check_signature
 from cardcage.admission import Request, admissions, rooms_of
@@ -77,7 +77,8 @@ def publish(machine: Machine) -> None:
     watch_ram(machine)
     if record is None:
         return
-    record.update(start=machine.memory.ranges[0].block.host_address, accelerator=machine.accelerator.name)
+    group = group_facts()  # again: a policy may have moved the process
+    record.update(start=machine.memory.ranges[0].block.host_address, accelerator=machine.accelerator.name, **group)
     machine.observers.add("state", lambda state: record.update(state=state))
     if balloon is not None:
 
@@ -142,8 +143,7 @@ def admit(machine: Machine, backend: MemoryBackend) -> None:
 
 def entry_of(machine: Machine, backend: MemoryBackend) -> Entry:
     """What the roster says of a machine of this process."""
-    config, group = machine.config.machine, memory_group()
-    kills = group.oom_kills() if group is not None else None
+    config = machine.config.machine
     return Entry(
         machine.name,
         os.getpid(),
@@ -152,10 +152,17 @@ def entry_of(machine: Machine, backend: MemoryBackend) -> Entry:
         backend=machine.config.memory.type,
         promised=config.memory if backend.takes_ram else 0,
         priority=config.priority,
-        group=group.path if group is not None else "",
-        group_folder=str(group.folder) if group is not None else "",
-        group_version=group.version if group is not None else 0,
-        oom_kills=-1 if kills is None else kills,
         since=time.time(),
         namespace=pid_namespace(),
+        **group_facts(),
     )
+
+
+def group_facts() -> dict[str, Any]:
+    """What an entry says of this process's memory cgroup."""
+    group = memory_group()
+    if group is None:
+        return {}
+    kills = group.oom_kills()
+    facts = {"group": group.path, "group_folder": str(group.folder), "group_version": group.version}
+    return {**facts, "oom_kills": -1 if kills is None else kills}

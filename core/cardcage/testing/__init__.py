@@ -1,7 +1,7 @@
 """The contracts as public tests, for our cards and for strangers'.
 
-``check_device``, ``check_memory``, ``check_memory_backend``, ``check_policy`` and ``check_accelerator`` say what was
-broken;
+``check_device``, ``check_memory``, ``check_memory_backend``, ``check_admission``, ``check_policy`` and
+``check_accelerator`` say what was broken;
 :class:`TestSlot` is a slot without a machine, :class:`TestMachine` a machine without vCPUs;
 ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are loaded when first used.
 """
@@ -14,6 +14,7 @@ from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cardcage.testing.accelerator import check_accelerator
+    from cardcage.testing.admission import check_admission
     from cardcage.testing.backing import check_memory_backend
     from cardcage.testing.device import check_device
     from cardcage.testing.memory import check_memory
@@ -25,6 +26,7 @@ __all__ = [
     "TestMachine",
     "TestSlot",
     "check_accelerator",
+    "check_admission",
     "check_device",
     "check_memory",
     "check_memory_backend",
@@ -34,6 +36,7 @@ __all__ = [
 __getattr__ = lazy_names(
     "cardcage.testing",
     accelerator="check_accelerator",
+    admission="check_admission",
     backing="check_memory_backend",
     device="check_device",
     memory="check_memory",

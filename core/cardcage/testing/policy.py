@@ -70,6 +70,7 @@ class TestMachine:
 
     Args:
         size: bytes of RAM. shared: as a memfd. label: the security label. checkers: security checkers.
+        priority: who has the lowest gives first.
         balloon: what ``add("virtio-balloon")`` plugs in; by default a :class:`TestBalloon` with half of the RAM in use.
     """
 
@@ -84,12 +85,13 @@ class TestMachine:
         label: str = "machine",
         checkers: tuple[Any, ...] = (),
         balloon: Any = None,
+        priority: int = 0,
     ) -> None:
         self.name, self.label, self.state = name, label, "running"
         self.log, self.lock, self.mediator = _Log(), threading.RLock(), Mediator(checkers)
         self.memory = PhysicalMemory()
         self.memory.add(RamRange(0, size, RamBlock(size, backend=Memfd() if shared else None)))
-        self.config = SimpleNamespace(machine=SimpleNamespace(memory=size))
+        self.config = SimpleNamespace(machine=SimpleNamespace(memory=size, priority=priority))
         self.events = SimpleNamespace(call_soon=self._soon)
         self.device = balloon or TestBalloon(size, size // 2)
         self.balloon: Any = None
