@@ -9,16 +9,6 @@ A decision is either asked for now (:meth:`Mediator.check`), or taken when somet
 when a checker says that its policy changed (:meth:`Mediator.grant`): what is then refused is revoked, what is allowed
 again is restored, and until then no access pays for it.
 
-``machine``    ``create start pause resume reset stop add save load`` (source: ``operator``)
-``device``     ``plug unplug`` (source: the machine)
-``backend``    ``open`` (source: the device; target: the back end's kind and type, ``char:stdio``)
-``bus``        ``claim move`` (source: the device; target: ``pio`` or ``mmio``)
-``interrupt``  ``raise message`` (source: the device; asked when a line is taken, and at each message)
-``memory``     ``read write map`` (source: the device; asked at each access while there are checkers); ``merge``
-               (source: the machine; target: those whose memory a policy would merge with its own)
-``card``       ``load`` (source: ``host``; target: the card's name)
-=============  ==========================================================================================
-=======
 Labels are text that only checkers understand. What nobody labels is called by its own name: a machine by its name, a
 device by its type, an image by its path.
 """
