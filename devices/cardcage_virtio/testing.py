@@ -374,7 +374,10 @@ class BenchSlot:
 
     def poll(self, timeout: float = 0) -> None:
         """One turn of the loop: wait up to *timeout* seconds for something, then run what is due."""
-        ready, _, _ = select.select([self._wake[0], *self._readers], [], [], timeout)
+        watched = select.poll()
+        for fd in (self._wake[0], *self._readers):
+            watched.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in watched.poll(timeout * 1000)]
         with self.lock:
             if self._wake[0] in ready:
                 os.read(self._wake[0], 65536)
@@ -418,7 +421,12 @@ class Bench:
         self.virtio = Virtio(device, self)
         if packed:
             self.virtio.offered |= F_PACKED
-        self.virtio.plug(self.slot)
+        try:
+            self.virtio.plug(self.slot)
+        except BaseException:
+            self.slot.close()
+            self.memory.close()
+            raise
         self.virtio.offered |= F_PACKED if packed else 0
         self._form = {"packed": packed, "event_index": event_index, "indirect": indirect}
         self._size, self._features = size, features

@@ -119,7 +119,7 @@ class Channel:
         message = HEADER.pack(request, flags, len(payload)) + payload
         socket.send_fds(self._socket, [message], fds or [])
         if acknowledge:
-            (code,) = struct.unpack("<Q", self.receive(request)[0])
+            code = int.from_bytes(self._answer(request, 8), "little")
             if code:
                 raise HostError(f"vhost-user: the back end refused message {request}: {code}")
 
@@ -152,12 +152,16 @@ class Channel:
     def get(self, request: int, payload: bytes = b"") -> int:
         """Ask for a 64-bit number."""
         self.send(request, payload, reply=True)
+        return int.from_bytes(self._answer(request, 8), "little")
+
+    def _answer(self, request: int, size: int) -> bytes:
+        """The answer to *request*, which has *size* bytes and no descriptors of use."""
         data, fds = self.receive(request)
         for fd in fds:
             os.close(fd)
-        if len(data) != 8:
-            raise HostError(f"vhost-user: {len(data)} bytes for message {request}, expected 8")
-        return int.from_bytes(data, "little")
+        if len(data) != size:
+            raise HostError(f"vhost-user: {len(data)} bytes for message {request}, expected {size}")
+        return data
 
     # memory and rings
 
@@ -186,7 +190,7 @@ class Channel:
         if not self.protocol & P_CONFIG:
             raise HostError("vhost-user: the back end gives no configuration space")
         self.send(GET_CONFIG, struct.pack("<III", 0, size, 0) + bytes(size), reply=True)
-        return self.receive(GET_CONFIG)[0][12:]
+        return self._answer(GET_CONFIG, 12 + size)[12:]
 
     def set_config(self, offset: int, data: bytes) -> None:
         if self.protocol & P_CONFIG:

@@ -317,6 +317,7 @@ class VhostUser:
         if missing:
             self._close()
             self._io.break_down(f"the new vhost-user back end lacks features {missing:#x}")
+            self._timer.arm(self._slot.clock.now() + RETRY)  # once the driver has reset the device it may do
             return
         self._slot.log.info("vhost-user back end is back", socket=self.options.socket)
         if self._started:

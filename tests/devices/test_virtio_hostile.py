@@ -1,13 +1,21 @@
-"""Every device against a driver that does anything at all: rings, descriptors, registers, resets, in any order."""
+"""Every device against a driver that does anything at all: rings, descriptors, registers, resets, in any order.
+
+The vhost-user front end has a back end besides that answers anything at all.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
+import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cardcage.backends import BlockInfo, NetFeatures
+from cardcage.errors import ConfigError
 from cardcage_virtio.balloon import Balloon, BalloonOptions
 from cardcage_virtio.blk import Blk, BlkOptions
 from cardcage_virtio.console import Console, ConsoleOptions, PortOptions
@@ -16,6 +24,7 @@ from cardcage_virtio.net import Net, NetOptions
 from cardcage_virtio.p9 import P9, P9Options
 from cardcage_virtio.rng import Rng, RngOptions
 from cardcage_virtio.testing import Bench
+from cardcage_virtio.vhost_user import VhostUserBlkOptions, vhost_user_blk
 from cardcage_virtio.vsock import Vsock, VsockOptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -165,3 +174,109 @@ def test_a_hostile_driver_never_hurts(
         assert all(ring is not None for ring in bench.virtio.rings)
     finally:
         bench.close()
+
+
+HEAD = struct.Struct("<III")
+FEATURES, PROTOCOL = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 9, 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12
+GET_INFLIGHT = 31
+
+
+class AnyServer:
+    """A vhost-user back end that serves no ring; *plan* says how it answers, and once that is used up it does well."""
+
+    def __init__(self, path: Path, plan: list[tuple[str, bytes]]) -> None:
+        self.plan = plan
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(8)
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:  # shut down: the test is over
+                return
+            with peer:
+                while self._answer(peer):
+                    pass
+
+    def _answer(self, peer: socket.socket) -> bool:
+        """Take a message; whether to go on."""
+        try:
+            head, fds, _, _ = socket.recv_fds(peer, HEAD.size, 8)
+            for fd in fds:
+                os.close(fd)
+            if len(head) < HEAD.size:
+                return False
+            request, flags, size = HEAD.unpack(head)
+            body = peer.recv(size, socket.MSG_WAITALL) if size else b""
+            good = self._good(request, body, bool(flags & 8))
+            return good is None or self._send(peer, request, good)
+        except ConnectionError:
+            return False
+
+    def _good(self, request: int, body: bytes, acknowledge: bool) -> bytes | None:
+        number = {1: FEATURES, 15: PROTOCOL, 17: 4}.get(request, 0 if acknowledge else None)
+        if number is not None:
+            return struct.pack("<Q", number)
+        return body if request in (11, 24, GET_INFLIGHT) else None
+
+    def _send(self, peer: socket.socket, request: int, good: bytes) -> bool:
+        how, data = self.plan.pop(0) if self.plan else ("well", b"")
+        fds = [os.memfd_create("inflight")] if request == GET_INFLIGHT and how != "bare" else []
+        body = {"other": data, "refuse": b"\1".ljust(8, b"\0"), "changed": (data + good)[: len(good)]}.get(how, good)
+        message = HEAD.pack(request + (how == "wrong"), 5 + (how == "flags"), len(body)) + body
+        socket.send_fds(peer, [message[: len(data)] if how == "cut" else message + data * (how == "more")], fds)
+        for fd in fds:
+            os.close(fd)
+        return how not in ("cut", "end", "more")  # of what was cut short, or too much, the rest is waited for
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+
+HOW = st.sampled_from(["well", "other", "refuse", "changed", "wrong", "flags", "cut", "more", "end", "bare"])
+
+
+@given(
+    plan=st.lists(st.tuples(HOW, st.binary(max_size=20)), max_size=30),
+    fine=st.integers(0, 40),
+    operations=st.lists(OPERATION, max_size=20),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_neither_driver_nor_back_end_hurts_a_vhost_user_front_end(
+    plan: list[tuple[str, bytes]], fine: int, operations: list[Any], tmp_path: Path
+) -> None:
+    """Whatever the driver does and the back end answers, nothing raises in the VMM; with a good one it works again."""
+    server = AnyServer(tmp_path / "s", [("well", b"")] * fine + plan)
+    try:
+        try:
+            device = vhost_user_blk(VhostUserBlkOptions(str(tmp_path / "s"), queues=2))
+            bench = Bench(device, memory=MEMORY, size=16, shared=True)
+        except ConfigError:  # a back end that is no good from the first moment on
+            return
+        try:
+            for operation in operations:
+                try:
+                    act(bench, AnyBackend(), *operation)
+                except MemoryError:  # of the driver kit: its own room is used up
+                    break
+            server.plan.clear()
+
+            def works() -> bool:
+                bench.slot.clock.advance(10**9)
+                bench.start()
+                bench.virtio.save()  # which asks the back end where each ring is
+                return device.channel is not None and bench.virtio.status == 15
+
+            bench.until(works)
+        finally:
+            bench.close()
+    finally:
+        server.close()
+        gc.collect(1)  # guest memory is a file whose views are in cycles: thousands would be open in a long run
