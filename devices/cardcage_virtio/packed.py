@@ -178,6 +178,9 @@ class PackedRing:
                 return
         self._interrupt(self.index)
 
+    def more(self) -> bool:
+        return self._available(self._at, self._wrap)
+
     def rearm(self) -> bool:
         if self._event_index:
             self._device[0] = self._at | self._wrap << 15

@@ -106,6 +106,10 @@ class Ring(Protocol):
         """Interrupt the driver if it wants to hear of what was used since the last time. Thread-safe."""
         ...
 
+    def more(self) -> bool:
+        """Whether there is a request to pop."""
+        ...
+
     def rearm(self) -> bool:
         """Ask the driver to notify of the next buffer; True when there is one already."""
         ...

@@ -164,6 +164,9 @@ class SplitRing:
             return
         self._interrupt(self.index)
 
+    def more(self) -> bool:
+        return self._avail[1] != self._last
+
     def rearm(self) -> bool:
         if self._event_index:
             self._used16[2 + 4 * self.size] = self._last

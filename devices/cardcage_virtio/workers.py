@@ -1,7 +1,8 @@
 """Worker threads that take requests from a device's rings: for devices whose requests may wait for the host.
 
-The vCPU that notifies only wakes a worker. While a worker serves, the driver need not notify. A worker that finds more
-requests than it takes at once wakes another.
+The vCPU that notifies only wakes a worker. While a worker serves, the driver need not notify. One worker serves a queue
+as long as the host answers at once: two would only wait for each other and for the interpreter. Where requests have to
+wait, each worker takes one at a time and wakes the next for the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ __all__ = ["Workers"]
 BATCH = 16
 """Requests that a worker takes at once."""
 LINGER = 0.0005
-"""Seconds that a served request may wait for others of its batch before the driver hears of it."""
+"""Seconds that a served request may wait for others of its batch before the driver hears of it. A request that takes
+longer had to wait for the host."""
+SLOW, SHARED = 3, 32
+"""After so many requests in a row that had to wait, workers share the next so many."""
 
 
 class Workers:
@@ -53,6 +57,8 @@ class Workers:
         self._io, self._process, self._quick = io, process, quick
         self._wake: SimpleQueue[int | None] = SimpleQueue()
         self._scheduled = [False] * len(io.queues)
+        self._waited = [0] * len(io.queues)
+        self._shared = [0] * len(io.queues)
         self._locks = [Lock() for _ in io.queues]
         self._idle = Condition()
         self.active = 0
@@ -133,26 +139,43 @@ class Workers:
         self._io.slot.call_soon(act)
 
     def _serve(self, ring: Ring) -> None:
-        lock, pop, push, process = self._locks[ring.index], ring.pop, ring.push_many, self._process
+        index, pop, push, process = ring.index, ring.pop, ring.push_many, self._process
+        lock, shared = self._locks[index], self._shared
         while not self._draining:
             batch: list[Request] = []
+            most = 1 if shared[index] else BATCH
             with lock:
                 ring.silence()
-                while len(batch) < BATCH and (request := pop()) is not None:
+                while len(batch) < most and (request := pop()) is not None:
                     batch.append(request)
                 if not batch and not ring.rearm():
                     return
-            if len(batch) == BATCH and len(self._threads) > 1:
-                self._schedule(ring.index)
+                more = most == 1 and ring.more()
+            if more:
+                self._schedule(index)
             done: list[tuple[Request, int]] = []
-            began = now()
+            began = before = now()
             try:
                 for request in batch:
                     done.append((request, process(request)))
-                    if now() - began > LINGER:
+                    after = now()
+                    self._judge(index, after - before > LINGER)
+                    if after - began > LINGER:
                         push(done)
                         ring.signal()
                         done, began = [], now()
+                    before = now()
             finally:
                 push(done)
                 ring.signal()
+
+    def _judge(self, index: int, waited: bool) -> None:
+        """A request of queue *index* had to wait for the host, or not."""
+        if waited:
+            self._waited[index] += 1
+            if self._waited[index] >= SLOW and len(self._threads) > 1:
+                self._shared[index] = SHARED
+        else:
+            self._waited[index] = 0
+            if self._shared[index]:
+                self._shared[index] -= 1

@@ -44,7 +44,7 @@ def take(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryv
         if start >= size:
             start -= size
             continue
-        piece = buffer[start : start + length]
+        piece = buffer if not start and size <= length else buffer[start : start + length]
         found.append(piece)
         length -= len(piece)
         start = 0

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Qcow2Image"]
 
+
 COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
@@ -118,35 +119,39 @@ class Qcow2Image:
         me = get_ident()
         self._inflight[me] = self._limbo.epoch  # from here on no cluster that we look up is given to somebody else
         try:
-            start, cluster = offset & self._mask, offset >> self._bits
-            table = self._slices.get(cluster >> self._slice_bits)
-            if table is not None and start + length <= self._size:
-                entry = table[cluster & self._slice_mask]
-                host = entry & self._offset
-                if host and not entry & (COMPRESSED | self._zero):
-                    self._file.read(host + start, buffers, length)
-                    return
-            self._read(offset, buffers, length)
+            entry = self._run(offset, length)
+            host = entry & self._offset
+            if host and not entry & (COMPRESSED | self._zero):
+                self._file.read(host + (offset & self._mask), buffers, length)
+            else:
+                self._read(offset, buffers, length)
         finally:
             self._inflight.pop(me, None)
 
     def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
-        """Fill the *buffers* if that takes no waiting: one cluster's data, its table entry and bytes both in memory."""
+        """Fill the *buffers* if that takes no waiting: one run of data, its table entries and bytes both in memory."""
         length = sum(map(len, buffers))
         me = get_ident()
         self._inflight[me] = self._limbo.epoch  # as in readv
         try:
-            start, cluster = offset & self._mask, offset >> self._bits
-            table = self._slices.get(cluster >> self._slice_bits)
-            if table is None or start + length > self._size:
-                return False
-            entry = table[cluster & self._slice_mask]
+            entry = self._run(offset, length)
             host = entry & self._offset
-            if not host or entry & (COMPRESSED | self._zero):
+            if not host or entry & (COMPRESSED | self._zero) or self._try_read is None:
                 return False
-            return self._try_read is not None and bool(self._try_read(host + start, buffers, length))
+            return bool(self._try_read(host + (offset & self._mask), buffers, length))
         finally:
             self._inflight.pop(me, None)
+
+    def _run(self, offset: int, length: int) -> int:
+        """The first L2 entry of a range that lies in the file as one run with the same flags, by one slice in memory;
+        0 when it does not, or no slice can say so."""
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        table, at = self._slices.get(first >> self._slice_bits), first & self._slice_mask
+        if table is None:
+            return 0
+        entry, count = table[at], last - first + 1
+        run = range(entry, entry + count * self._size, self._size)
+        return entry if count < 2 or table[at : at + count].tolist() == list(run) else 0
 
     def _kind(self, entry: int) -> int:
         if entry & COMPRESSED:
@@ -175,7 +180,7 @@ class Qcow2Image:
         done = 0
         while done < length:
             kind, where, run = self._extent(offset + done, length - done)
-            part = take(buffers, done, run)
+            part = buffers if run == length else take(buffers, done, run)
             if kind == DATA:
                 self._file.read(where, part, run)
             elif kind == PACKED:
@@ -207,15 +212,13 @@ class Qcow2Image:
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            start, cluster = offset & self._mask, offset >> self._bits
-            table = self._slices.get(cluster >> self._slice_bits)
-            if table is not None and start + length <= self._size and self._broken is None:
-                entry = table[cluster & self._slice_mask]
-                if entry & self._flags == COPIED:
-                    host = entry ^ COPIED
-                    if host >> self._bits not in self._metadata and host < self.tables.end:
-                        self._file.write(host + start, buffers, length)
-                        return
+            entry = self._run(offset, length)
+            if entry & self._flags == COPIED and self._broken is None:
+                host = (entry ^ COPIED) + (offset & self._mask)
+                first, last = host >> self._bits, host + length - 1 >> self._bits
+                if self._metadata.isdisjoint(range(first, last + 1)) and last << self._bits < self.tables.end:
+                    self._file.write(host, buffers, length)
+                    return
             with self._alloc:
                 self._prepare()
                 done = 0

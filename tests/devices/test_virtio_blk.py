@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from threading import Barrier
 from typing import Any
 
 import pytest
 from cardcage.backends import BlockInfo
 from cardcage_virtio.blk import Blk, BlkOptions
 from cardcage_virtio.testing import WRITE, Bench
+from cardcage_virtio.workers import SLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,6 +243,22 @@ def test_a_read_at_hand_is_served_at_once() -> None:
     assert len(bench.wait(0, 40)) == 40
     assert len(disk.calls) == 40
     assert bench.call([head(0, 1 << 40)], [512, 1])[-1] == 1
+    bench.close()
+
+
+def test_workers_share_a_queue_whose_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After requests that had to wait for the host, as many as there are workers are under way together."""
+    monkeypatch.setattr("cardcage_virtio.workers.LINGER", 0)  # each request counts as one that had to wait
+    disk = MemoryDisk()
+    together = Barrier(4)
+    bench, _ = make(disk, threads=4)
+    for _ in range(SLOW):
+        assert bench.call([head(0)], [512, 1])[-1] == 0
+    disk.readv = lambda offset, buffers: together.wait(10) and None  # type: ignore[method-assign, assignment]
+    for at in range(8):
+        bench.driver().add([head(0, at)], [512, 1])
+    bench.kick()
+    assert {data[-1] for data in bench.wait(0, 8).values()} == {0}
     bench.close()
 
 
