@@ -177,8 +177,9 @@ class Host:
             for one in [one for one in found if one.name == spec.name]:
                 found.remove(one)
                 self._load_announced(one)
-            if self.broken:  # without it nothing may run
-                raise CardError(str(self.broken[0])) from self.broken[0].error
+            for broken in self.broken:  # without it nothing may run
+                what = f'security card "{broken.name}" ({broken.distribution}) is broken: {broken.reason}'
+                raise CardError(what) from broken.error
             self.mediator.checkers += (self.make("security", spec),)
         return found
 
