@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from cardcage_selinux.sexpr import Node
 
+    Note = Callable[[Statement, Unresolved], None]
+
 __all__ = ["PARAMETERS", "Expander"]
 
 LIMIT = 300_000
@@ -54,10 +56,12 @@ class Expander:
         self.statements: list[Statement] = []
         self.tunables: dict[int, bool] = {}
         self._disabled = disabled
+        self._linked: dict[int, Symbol] = {}
+        self._optionals: dict[int, Statement | None] = {}
         self._waiting: dict[str, list[Statement]] = {keyword: [] for keyword in ORDER}
         self._seen = 0
 
-    def run(self, nodes: list[Node], note: Callable[[Statement, Unresolved], None]) -> list[Statement]:
+    def run(self, nodes: list[Node], note: Note) -> list[Statement]:
         """All statements that count. Raises PolicyError; *note* hears of names that are not declared."""
         self._scan(nodes, Statement(nodes[0], self.root) if nodes else None)
         acts = {
@@ -70,14 +74,20 @@ class Expander:
         }
         while keyword := next((one for one in ORDER if self._waiting[one]), None):
             batch, self._waiting[keyword] = self._waiting[keyword], []
+            if keyword == "blockinherit":  # all names are looked up before any block is copied, as in secilc
+                batch = [one for one in batch if self._guarded(self._link, one, note)]
             for statement in batch:
-                if keyword == "call" and statement.scope.is_abstract():
-                    continue
-                try:
-                    acts[keyword](statement)
-                except Unresolved as error:
-                    note(statement, error)
+                if keyword != "call" or not statement.scope.is_abstract():
+                    self._guarded(acts[keyword], statement, note)
         return [one for one in self.statements if not one.scope.is_abstract()]
+
+    def _guarded(self, act: Callable[[Statement], None], statement: Statement, note: Note) -> bool:
+        try:
+            act(statement)
+        except Unresolved as error:
+            note(statement, error)
+            return False
+        return True
 
     def _scan(self, nodes: Iterable[Node], like: Statement | None, scope: Scope | None = None) -> None:
         """Take *nodes*, which stand where *like* stands (in *scope*, when that differs)."""
@@ -97,11 +107,7 @@ class Expander:
         elif keyword == "macro":
             self._macro(statement)
         elif keyword == "optional":
-            declared_name(given[0])
-            name = f"{statement.scope.path}/{node.place}"
-            if name not in self._disabled:
-                statement.optional += (name,)
-                self._scan(given[1:], statement)
+            self._optional(statement)
         elif keyword == "tunable":
             symbol = statement.scope.declare("tunable", "tunable", declared_name(given[0]), node)
             self.tunables[id(symbol)] = truth(given[1])
@@ -119,10 +125,24 @@ class Expander:
             assert keyword in SYNTAX  # check_keywords saw to it
             self.statements.append(statement)
 
+    def _optional(self, statement: Statement) -> None:
+        node, owner = statement.node, statement.scope.owner()
+        word, *body = arguments(node)
+        name = f"{statement.scope.path}/{node.place}"
+        there = owner.symbols.get(("block", declared_name(word, container=True)))
+        if there is None:  # several optionals may have the same name: the first is the one that "in" reaches
+            there = statement.scope.declare("block", "optional", word.text, node)
+            self._optionals[id(there)] = None if name in self._disabled else statement
+        elif there.kind != "optional":
+            raise PolicyError(f'{there.kind} "{there.name}" is declared already at {there.node.place}', node)
+        if name not in self._disabled:
+            statement.optional += (name,)
+            self._scan(body, statement)
+
     def _block(self, statement: Statement) -> None:
         node, scope = statement.node, statement.scope
         given = arguments(node)
-        symbol = scope.declare("block", "block", declared_name(given[0]), node)
+        symbol = scope.declare("block", "block", declared_name(given[0], container=True), node)
         body = Scope(scope, name=symbol.name, path=f"{scope.path}/{node.place}", depth=scope.depth + 1)
         symbol.body = body
         self._deep(body, node)
@@ -147,7 +167,7 @@ class Expander:
             if word in names:
                 raise PolicyError(f'parameter "{word}" is there twice', pair[1])
             names.add(word)
-        statement.scope.declare("block", "macro", declared_name(name), node)
+        statement.scope.declare("block", "macro", declared_name(name, container=True), node)
 
     def _find(self, statement: Statement, name: Node, kind: str) -> Symbol:
         symbol = statement.scope.find("block", name)
@@ -159,10 +179,16 @@ class Expander:
         given = arguments(statement.node)
         if given[0].text in ("before", "after") and len(given) > 1 and given[1].items is None:
             given = given[1:]
-        body = self._find(statement, given[0], "block").body
-        assert body is not None  # a block has one
-        body.bodies.append((given[1:], statement.optional))
-        self._scan(given[1:], statement, body)
+        symbol = statement.scope.find("block", given[0])
+        if symbol.kind == "optional":
+            like = self._optionals[id(symbol)]
+            if like is not None:
+                self._scan(given[1:], like)
+        elif symbol.kind == "macro":
+            symbol.parts += [(node, statement.scope) for node in given[1:]]
+        elif symbol.body is not None:
+            symbol.body.bodies.append((given[1:], statement.optional))
+            self._scan(given[1:], statement, symbol.body)
 
     def _copy(self, statement: Statement, symbol: Symbol) -> Scope:
         """A scope for a copy of *symbol*. Raises PolicyError when it would hold itself."""
@@ -173,13 +199,17 @@ class Expander:
             scope = scope.parent
         here = statement.scope
         path = f"{here.path}/{statement.node.place}"
-        copy = Scope(here, origin=symbol.scope, source=symbol.node, path=path, depth=here.depth + 1)
+        call = symbol.kind == "macro"
+        copy = Scope(here, origin=symbol.scope, source=symbol.node, call=call, path=path, depth=here.depth + 1)
         self._deep(copy, statement.node)
         return copy
 
-    def _inherit(self, statement: Statement) -> None:
+    def _link(self, statement: Statement) -> None:
         (name,) = arguments(statement.node)
-        symbol = self._find(statement, name, "block")
+        self._linked[id(statement)] = self._find(statement, name, "block")
+
+    def _inherit(self, statement: Statement) -> None:
+        symbol = self._linked[id(statement)]
         assert symbol.body is not None  # a block has one
         copy = self._copy(statement, symbol)
         for nodes, optional in list(symbol.body.bodies):
@@ -211,6 +241,7 @@ class Expander:
         macro = self._find(statement, name, "macro")
         copy = self._copy(statement, macro)
         _, parameters, *body = arguments(macro.node)
+        body += [node for node, _ in macro.parts]
         wanted = parameters.items or []
         given = rest[0].list("the arguments") if rest else []
         if len(given) != len(wanted):

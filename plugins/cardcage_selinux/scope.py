@@ -1,7 +1,8 @@
 """Names: what is declared where, and how a name is looked up from inside blocks and macros.
 
 Source: ``cil_resolve_ast.c`` (``__cil_resolve_name_with_parents``): from a call first its arguments, then (unless
-the macro declares the name) where the macro is defined, then where it is called; likewise from an inherited block.
+the macro declares the name) where the macro is defined, then where it is called; from an inherited block first where it
+is inherited, then where it is defined.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Scope:
         parent: the scope around it, ``None`` for the whole.
         name: that of a block or the whole (empty), ``None`` for the others, whose names go to the block around.
         origin: where an inherited block or a macro is defined.
-        source: what is inherited or called, to see cycles.
+        source: what is inherited or called, to see cycles; call: whether it is called.
         path: tells scopes apart, the same in each pass.
     """
 
@@ -66,6 +67,7 @@ class Scope:
     name: str | None = None
     origin: Scope | None = None
     source: Node | None = None
+    call: bool = False
     path: str = ""
     depth: int = 0
     abstract: bool = False
@@ -120,9 +122,10 @@ class Scope:
             found = scope.symbols.get(key) or scope.arguments.get(key)
             if found is not None:
                 return found
-            stack.append(scope.parent)
-            if key not in scope.declared:
-                stack.append(scope.origin)
+            if scope.call:  # the last that is added is looked at first, with all that is around it
+                stack += [scope.parent, None if key in scope.declared else scope.origin]
+            else:
+                stack += [scope.origin, scope.parent]
         return None
 
     def _qualified(self, space: str, name: str) -> Symbol | Argument | None:

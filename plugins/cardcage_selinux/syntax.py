@@ -153,11 +153,15 @@ def unknown(head: str) -> str:
     return f'no statement "{head}" is supported.{near(head, SYNTAX)}'
 
 
-def declared_name(node: Node) -> str:
-    """A name to declare: a letter, then letters, digits, ``_`` and ``-``. Raises PolicyError."""
+def declared_name(node: Node, *, container: bool = False) -> str:
+    """A name to declare: a letter, then letters, digits, ``_`` and ``-``. Raises PolicyError.
+
+    Args:
+        container: of a block, macro or optional: these never stand in expressions, so that any word will do.
+    """
     name = node.symbol("a name")
     if not name[:1].isalpha() or not name.replace("_", "a").replace("-", "a").isalnum():
         raise PolicyError(f'"{name}" is no name: a letter, then letters, digits, "_" and "-"', node)
-    if name in RESERVED:
+    if name in RESERVED and not container:
         raise PolicyError(f'"{name}" has a meaning of its own and cannot be declared', node)
     return name

@@ -1,7 +1,7 @@
 """Compares the security server with libsepol on random policies.
 
-``python tests/plugins/selinux_compare.py QUERIES [SEED]``: each query is one (policy, source, target, class); policies
-have their booleans changed half-way. Prints what was compared; the status is 1 at the first difference, with its seed.
+``python tests/plugins/selinux_compare.py QUERIES [SEED | FILE.cil ...]``: each query is one (policy, source, target,
+class); policies have their booleans changed half-way. Prints what was compared; the status is 1 at the first difference, with its seed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 from attrs import define, field
 from cardcage_selinux.errors import ContextError
 from cardcage_selinux.policy import Policy, load
+from cardcage_selinux.sexpr import Node, parse
+from cardcage_selinux.syntax import EXTENDED, LABELS
 from selinux_random import RandomPolicy, random_policy
 from selinux_sepol import Sepol, bounds_work, secilc
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Asked = tuple[str, str, str]
+
+UNSUPPORTED = {*LABELS, *EXTENDED, "rolebounds", "userbounds"}
 
 EACH = 100
 """Queries a policy."""
@@ -39,15 +44,56 @@ def compare(seed: int, folder: Path, *, direct: bool, queries: int = EACH) -> Co
         direct: whether libsepol can be asked about bounded types. Otherwise what it would say is put together from its
             answers for the same policy without bounds: what the child has, of that what its parent has, and so on.
     """
-    made = random_policy(seed)
+    return compare_policy(random_policy(seed), f"seed {seed}", folder, direct=direct, queries=queries)
+
+
+def compare_text(text: str, name: str, folder: Path, queries: int) -> Counter[str]:
+    """A given policy, whose bounds are one deep. Statements that are not supported here are left out, for us alone.
+
+    What secilc itself does not take has to be taken out before. Returns what was compared; raises Difference.
+    """
+    ours, seen = supported(parse(text, name)), Counter[str]()
+    tables = load(ours, check=False).tables
+    made = RandomPolicy(
+        Random(name),
+        tables.mls,
+        text.splitlines(),
+        {one.name: list(one.permissions) for one in tables.classes.values() if one.permissions},
+        list(tables.types),
+        roles=[*tables.roles[1:], tables.roles[0]],
+        users=list(tables.users),
+        booleans=tables.booleans,
+        sensitivities=list(tables.levels.sensitivities),
+        categories=list(tables.levels.categories),
+    )
+    while seen["queries"] < queries:
+        seen += compare_policy(made, name, folder, direct=True, queries=queries, ours=ours)
+    return seen
+
+
+def supported(nodes: list[Node]) -> str:
+    """Statements as text, without those that our compiler says it does not support."""
+
+    def text(node: Node) -> str:
+        if node.items is None:
+            return str(node)
+        return f"({' '.join(text(one) for one in node.items if one.head not in UNSUPPORTED)})"
+
+    return "\n".join(text(node) for node in nodes if node.head not in UNSUPPORTED)
+
+
+def compare_policy(
+    made: RandomPolicy, name: str, folder: Path, *, direct: bool, queries: int, ours: str | None = None
+) -> Counter[str]:
+    """One policy; *ours* is its text for us, when that differs. Returns what was compared; raises Difference."""
     binaries = []
-    for name, text in (("with", made.text), ("bare", made.bare))[: 1 if direct or not made.bounds else 2]:
-        (folder / name).mkdir(exist_ok=True)
-        status, binary, said = secilc(text, folder / name, "-N")
+    for which, text in (("with", made.text), ("bare", made.bare))[: 1 if direct or not made.bounds else 2]:
+        (folder / which).mkdir(exist_ok=True)
+        status, binary, said = secilc(text, folder / which, "-N")
         if status:
-            raise Difference(f"seed {seed}: secilc refuses: {said}")
+            raise Difference(f"{name}: secilc refuses: {said}")
         binaries.append(binary)
-    policy = load(made.text, check=False)
+    policy = load(ours or made.text, check=False)
     seen: Counter[str] = Counter(policies=1)
     values: dict[str, bool] = {}
     for count in (queries // 2, queries - queries // 2):
@@ -55,7 +101,7 @@ def compare(seed: int, folder: Path, *, direct: bool, queries: int = EACH) -> Co
             values = {name: made.rng.random() < 0.5 for name in made.booleans}
             policy = policy.with_booleans(values)
             seen["boolean changes"] += 1
-        run = Run(seed, made, policy, seen, bool(binaries[1:]))
+        run = Run(name, made, policy, seen, bool(binaries[1:]))
         sepol = Sepol(binaries[0])
         sepol.set_booleans(values)
         for _ in range(count):
@@ -90,7 +136,7 @@ class Run:
         apart: whether bounded sources are asked about by :meth:`bounds`.
     """
 
-    seed: int
+    name: str
     made: RandomPolicy
     policy: Policy
     seen: Counter[str]
@@ -164,8 +210,20 @@ class Run:
     def same(self, one: tuple[str, ...], what: str, ours: object, theirs: object) -> None:
         """Raises Difference."""
         if ours != theirs:
-            where = f"seed {self.seed}: {' '.join(one)}: {what}"
+            where = f"{self.name}: {' '.join(one)}: {what}"
             raise Difference(f"{where}: {ours!r} here, {theirs!r} in libsepol")
+
+
+def main_files(queries: int, files: list[str]) -> int:
+    """Given policies instead of random ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            try:
+                print(file, dict(compare_text(Path(file).read_text(), file, Path(folder), queries)))
+            except Difference as error:
+                print(error)
+                return 1
+    return 0
 
 
 def main(queries: int, seed: int) -> int:
@@ -187,4 +245,6 @@ def main(queries: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 and not sys.argv[2].isdigit():
+        sys.exit(main_files(int(sys.argv[1]), sys.argv[2:]))
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

@@ -300,3 +300,20 @@ def _objects(policy: RandomPolicy) -> None:
         policy.add(f"(defaultrange {rng.choice(list(policy.classes))} {rng.choice([*sides, 'glblub', 'glblub'])})")
     if rng.random() < 0.3:
         policy.add(f"(typepermissive {rng.choice(policy.types)})")
+
+
+def checked_policy(seed: int) -> str:
+    """A policy for secilc's own checks: with a few neverallow rules and no bounds, or with bounds and few rules."""
+    policy = random_policy(seed)
+    rng = policy.rng
+    if seed % 2:
+        lines = [line for line in policy.lines if not line.startswith("(typebounds")]
+        for _ in range(3):
+            target = "self" if rng.random() < 0.2 else policy.identity()
+            lines.append(f"(neverallow {policy.identity()} {target} {policy.permissions()})")
+    else:
+        rules = "(allow", "(call", "(booleanif"
+        lines = [line for line in policy.lines if not line.startswith(rules) or rng.random() > 0.8]
+        lines.append(f"(allow {policy.types[0]} {policy.types[0]} {policy.permissions()})")  # secilc wants a rule
+        lines = [line for line in lines if not line.startswith("(typebounds") or f" {policy.types[0]})" not in line]
+    return "\n".join(lines) + "\n"

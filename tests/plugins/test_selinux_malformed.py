@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from selinux_sink import SINK
 
-CASES = int(os.environ.get("CARDCAGE_SELINUX_MALFORMED", "250"))
+CASES = int(os.environ.get("CARDCAGE_SELINUX_MALFORMED", "60"))
 """Cases of each kind; 10000 is the long form."""
 
 TOKENS = re.findall(r'"[^"]*"|[()]|[^\s()"]+', SINK)

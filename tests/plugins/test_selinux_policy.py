@@ -51,9 +51,16 @@ def allowed(policy: Policy, source: str, target: str, tclass: str = "file") -> s
         ("(block k (type d) (allow .a .b (file (read)))) (in k (allow a b (file (open))))", {"read", "open"}),
         ("(block k (blockabstract k) (allow a here (file (read)))) (block n (typealias here) (typealiasactual here b) "
          "(blockinherit k))", {"read"}),
+        ("(optional o (allow a b (file (read)))) (in o (allow a b (file (open))))", {"read", "open"}),
+        ("(optional o (allow a no (file (read)))) (in o (allow a b (file (open))))", set()),
+        ("(macro m ((type x)) (allow x b (file (read)))) (in m (allow a b (file (open)))) (call m (c))", {"open"}),
         ("(block k (macro m ((type x)) (allow a x (file (read))))) (call k.m (b))", {"read"}),
         ("(typebounds c a) (allow c b (file (read write))) (allow a b (file (read)))", {"read"}),
         ("(constrain (file (read)) (neq t2 b)) (allow a b (file (read open)))", {"open"}),
+        ("(block k (type z) (block e (allow a z (file (read))))) (block g (typealias z) (typealiasactual z b) "
+         "(blockinherit k.e))", {"read"}),
+        ("(block x (allow a b (file (read)))) (block o (block x (allow a b (file (open))))) (block g (blockinherit o) "
+         "(blockinherit x) (block y (blockabstract y) (allow a b (file (write)))))", {"read", "open"}),
         ("(class only (p)) (common all_of (lock)) (classcommon only all_of) (allow a b (file (read)))", {"read"}),
     ],
 )  # fmt: skip

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from selinux_compare import compare
-from selinux_sepol import HAVE, MISSING, bounds_work
+from cardcage_selinux.errors import PolicyError
+from cardcage_selinux.policy import load
+from selinux_compare import compare, compare_text
+from selinux_random import checked_policy
+from selinux_sepol import HAVE, MISSING, bounds_work, secilc
+from selinux_sink import SINK
 
 pytestmark = pytest.mark.skipif(not HAVE, reason=MISSING)
 
-POLICIES = int(os.environ.get("CARDCAGE_SELINUX_POLICIES", "12"))
+POLICIES = int(os.environ.get("CARDCAGE_SELINUX_POLICIES", "8"))
 """Random policies in this run; ``python tests/plugins/selinux_compare.py 100000`` is the long form."""
 
 
 def test_decisions_are_libsepols(tmp_path: Path) -> None:
     """Validity, access vectors and new contexts of random policies are what libsepol computes."""
     direct = bounds_work(tmp_path)
-    seen = sum(
-        (compare(seed, tmp_path, direct=direct) for seed in range(POLICIES)),
-        start=compare(1000, tmp_path, direct=direct),
-    )
+    seen: Counter[str] = Counter()
+    for seed in range(POLICIES):
+        seen += compare(seed, tmp_path, direct=direct)
     assert seen["queries"] > 40 * POLICIES
     assert seen["granted something"] > 5 * POLICIES
+
+
+def test_every_statement_means_what_secilc_makes_of_it(tmp_path: Path) -> None:
+    """A policy with every statement decides as secilc's binary does in libsepol."""
+    assert compare_text(SINK, "sink", tmp_path, 400)["queries"] >= 400
+
+
+def test_checks_are_libsepols(tmp_path: Path) -> None:
+    """neverallow rules and bounds refuse the policies that secilc refuses, and no others."""
+    seen: Counter[tuple[bool, bool]] = Counter()
+    for seed in range(2 * POLICIES):
+        text = checked_policy(seed)
+        status, _, said = secilc(text, tmp_path)
+        try:
+            load(text)
+            ours = ""
+        except PolicyError as error:
+            ours = str(error)
+        assert (not ours) == (status == 0), (seed, ours, said)
+        seen[not ours, status == 0] += 1
+    assert len(seen) == 2
