@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve, field, frozen
 
 from cardcage.errors import HostError, StateError
-from cardcage.roster import Entry, Roster, ask
+from cardcage.roster import Entry, Roster, ask, pid_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -198,8 +198,9 @@ class Sampler:
         self._credit = min(0.5, self._credit + (now - self._last) * self.budget)
         self._last = now
         processes: dict[int, list[Entry]] = {}
+        namespace = pid_namespace()
         for one in entries:
-            if one.here:
+            if one.namespace == namespace:
                 processes.setdefault(one.pid, []).append(one)
             else:
                 self.problems.append(f"{one.name}: its process is in another namespace of process ids")
@@ -223,15 +224,15 @@ class Sampler:
             look = _Look(now, took, counters, {one.file: made for one, made in zip(entries, stats, strict=True)})
             self._looks[pid] = look
             return look.found
-        return {one.file: self._moved(one, look, counters, now) for one in entries}
+        whole = sum(one.resident for one in look.found.values())
+        return {one.file: self._moved(one, look, counters, now, whole) for one in entries}
 
     def _due(self, look: _Look, counters: _Counters) -> bool:
         return counters != look.counters and self._credit >= look.took
 
-    def _moved(self, entry: Entry, look: _Look, counters: _Counters, now: float) -> MachineStats:
+    def _moved(self, entry: Entry, look: _Look, counters: _Counters, now: float, whole: int) -> MachineStats:
         """The last exact figures, moved by the machine's part of what its process has gained or lost since."""
         was = look.found[entry.file]
-        whole = sum(one.resident for one in look.found.values())
         part = was.resident / whole if whole else 1 / len(look.found)
         gained = int((counters.resident - look.counters.resident) * part)
         swapped = int((counters.swapped - look.counters.swapped) * part)

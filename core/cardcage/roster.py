@@ -102,6 +102,7 @@ class Roster:
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or roster_directory()
+        self._known: dict[Path, tuple[bytes, Entry]] = {}
         try:
             with suppress(FileExistsError):
                 self.directory.mkdir(mode=0o700, parents=False)
@@ -135,9 +136,12 @@ class Roster:
         alive: list[Entry] = []
         ended: list[Entry] = []
         problems: list[str] = []
-        for path in sorted(self.directory.glob("*.json")):
+        paths = sorted(self.directory.glob("*.json"))
+        self._known = {path: self._known[path] for path in paths if path in self._known}
+        for path in paths:
             try:
-                entry, lives = read_entry(path)
+                text, lives = read_entry(path)
+                entry = self._parsed(path, text)
             except FileNotFoundError:
                 continue  # closed while we looked
             except (OSError, ValueError) as error:
@@ -145,6 +149,13 @@ class Roster:
                 continue
             (alive if lives else ended).append(entry)
         return alive, ended, problems
+
+    def _parsed(self, path: Path, text: bytes) -> Entry:
+        """The entry in *text*; a file that did not change is not parsed again."""
+        known = self._known.get(path)
+        if known is None or known[0] != text:
+            known = self._known[path] = text, parse_entry(text, str(path))
+        return known[1]
 
     def forget(self, entry: Entry) -> None:
         """Take the entry of a machine that ended without a word off the roster."""
@@ -159,8 +170,8 @@ class Roster:
                         self.forget(entry)
 
 
-def read_entry(path: Path) -> tuple[Entry, bool]:
-    """An entry, and whether its machine lives. Raises OSError or ValueError for what is none."""
+def read_entry(path: Path) -> tuple[bytes, bool]:
+    """What an entry's file holds, and whether its machine lives. Raises OSError or ValueError for what is none."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)
@@ -174,7 +185,7 @@ def read_entry(path: Path) -> tuple[Entry, bool]:
             lives = True
     finally:
         os.close(fd)
-    return parse_entry(text, str(path)), lives
+    return text, lives
 
 
 def parse_entry(text: bytes, file: str = "") -> Entry:

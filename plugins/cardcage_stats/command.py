@@ -102,10 +102,10 @@ def _looks(arguments: Namespace) -> Iterator[Sample]:
         length = _time(arguments.duration, "--for")
     if every < 0.01:
         raise ConfigError("expected at least 10ms", file="--every")
-    sampler, began = Sampler(), time.monotonic()
+    sampler, roster, began = Sampler(), Roster(), time.monotonic()
     at = began
     while True:
-        yield look(sampler)
+        yield look(sampler, roster)
         if not arguments.watch and length is None:
             return
         at = max(at + every, time.monotonic())
