@@ -1,8 +1,8 @@
 """Compares the security server with libsepol on random policies.
 
 ``python tests/plugins/selinux_compare.py QUERIES [SEED | FILE.cil ...]``: each query is one (policy, source, target,
-class); policies have their booleans changed half-way. Prints what was compared; the status is 1 at the first difference,
-with its seed.
+class); policies have their booleans changed half-way. Prints what was compared; the status is 1 at the first
+difference, with its seed.
 """
 
 from __future__ import annotations
