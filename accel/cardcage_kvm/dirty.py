@@ -1,4 +1,5 @@
-"""Which pages a guest wrote: KVM's dirty log (a bitmap a slot), or its dirty rings (one a vCPU)."""
+"""Which pages were written: by a guest, in KVM's dirty log (a bitmap a slot) or dirty rings (one a vCPU); by others, as
+they say."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from cardcage.errors import AcceleratorError, StateError, UsageError
 from cardcage_kvm import abi
 
 if TYPE_CHECKING:
-    from cardcage.accelerator import MemorySlot
+    from collections.abc import Sequence
+
+    from cardcage.accelerator import ForeignWriter, MemorySlot
 
     from cardcage_kvm.vcpu import KvmVCpu
     from cardcage_kvm.vm import KvmVm
@@ -30,6 +33,8 @@ class DirtyPages:
         self._rings: list[tuple[mmap.mmap, ctypes.Array[abi.DirtyGfn], list[int]]] = []
         self._pages: dict[int, bytearray] = {}
         self._lock = threading.Lock()
+        self._writers: list[ForeignWriter] = []
+        self._reported: dict[int, bytearray] = {}
 
     def enable(self) -> None:
         """Switch the rings on, before the first vCPU. Raises :exc:`~cardcage.errors.AcceleratorError` without them."""
@@ -59,19 +64,63 @@ class DirtyPages:
     def start(self) -> None:
         """Begin, with every page clean."""
         self.logging = True
-        self._pages = {}
+        self._pages, self._reported = {}, {}
         self._vm.refresh_slots()
+        for writer in self._writers:
+            writer.log_writes(True)
 
     def stop(self) -> None:
         """End."""
         self.logging = False
         self._vm.refresh_slots()
+        for writer in self._writers:
+            writer.log_writes(False)
+
+    def add_writer(self, writer: ForeignWriter) -> None:
+        """Another process that writes guest memory."""
+        self._writers.append(writer)
+        if self.logging:
+            writer.log_writes(True)
+
+    def remove_writer(self, writer: ForeignWriter) -> None:
+        """It does no more."""
+        if self.logging:
+            self.written(writer.collect_writes())
+        self._writers.remove(writer)
+
+    def written(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Not the guest wrote these."""
+        if not self.logging:
+            return
+        with self._lock:
+            for address, size in ranges:
+                for number, slot in list(self._vm.slots.items()):
+                    first = max(address, slot.address) - slot.address >> 12
+                    last = min(address + size, slot.address + slot.size) - 1 - slot.address >> 12
+                    if first <= last:
+                        self._set(self._reported, number, slot, first, last)
+
+    @staticmethod
+    def _set(bitmaps: dict[int, bytearray], number: int, slot: MemorySlot, first: int, last: int) -> None:
+        bitmap = bitmaps.setdefault(number, bytearray(-(-slot.size // abi.PAGE // 8)))
+        for page in range(first, last + 1):
+            bitmap[page >> 3] |= 1 << (page & 7)
 
     def fetch(self, slot: MemorySlot) -> bytes:
         """Bitmap of pages written since the last fetch, little-endian bit order, one bit for each 4 KiB page."""
         if not self.logging:
             raise StateError("the dirty log was not started")
         number = self._vm.slot_number(slot)
+        for writer in self._writers:
+            self.written(writer.collect_writes())
+        found = self._fetch(number, slot)
+        with self._lock:
+            reported = self._reported.pop(number, None)
+        if reported is None:
+            return found
+        return (int.from_bytes(found, "little") | int.from_bytes(reported, "little")).to_bytes(len(found), "little")
+
+    def _fetch(self, number: int, slot: MemorySlot) -> bytes:
         length = -(-slot.size // abi.PAGE // 8)
         if self._entries:
             self.collect()
@@ -102,8 +151,7 @@ class DirtyPages:
         slot = self._vm.slots.get(number)
         if slot is None or page >= slot.size // abi.PAGE:
             return
-        bitmap = self._pages.setdefault(number, bytearray(-(-slot.size // abi.PAGE // 8)))
-        bitmap[page // 8] |= 1 << page % 8
+        self._set(self._pages, number, slot, page, page)
 
     def close(self) -> None:
         """Unmap the rings."""

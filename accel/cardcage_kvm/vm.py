@@ -19,7 +19,7 @@ from cardcage_kvm.vcpu import KvmVCpu
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cardcage.accelerator import MemorySlot, VmSpec
+    from cardcage.accelerator import ForeignWriter, MemorySlot, VmSpec
 
 # Three pages for the TSS and one for the identity map that Intel processors without unrestricted guest need, in the
 # firmware hole below 4 GiB where QEMU has them too.
@@ -152,10 +152,13 @@ class KvmVm:
                 self._set_region(number, slot, slot.size)
 
     def memory_written(self, address: int, size: int, /) -> None:
-        """Nothing to do: KVM derives nothing from memory's contents that the processor does not keep coherent."""
+        """Note it in the dirty log. KVM derives nothing from memory's contents that the processor does not keep
+        coherent."""
+        self._dirty.written(((address, size),))
 
     def memory_written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
-        """Nothing to do, as :meth:`memory_written`."""
+        """:meth:`memory_written` for each."""
+        self._dirty.written(ranges)
 
     def peek(self, address: int, size: int) -> bytes:
         """Guest-physical bytes for a report: as many of *size* as lie in one slot."""
@@ -273,8 +276,16 @@ class KvmVm:
         abi.ioctl(self.fd, abi.IRQFD, abi.IrqFd(fd=fd, gsi=route, flags=abi.IRQFD_DEASSIGN))
         self._routes.remove(route)
 
+    def add_writer(self, writer: ForeignWriter, /) -> None:
+        """Ask *writer* too what it wrote."""
+        self._dirty.add_writer(writer)
+
+    def remove_writer(self, writer: ForeignWriter, /) -> None:
+        """Ask it no more."""
+        self._dirty.remove_writer(writer)
+
     def start_dirty_log(self) -> None:
-        """From now on remember which pages the guest writes."""
+        """From now on remember which pages are written."""
         self._dirty.start()
 
     def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:

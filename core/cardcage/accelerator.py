@@ -9,6 +9,8 @@ from attrs import field, frozen
 from attrs.validators import ge, in_
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cardcage.vcpu import VCpu
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "DirtyLog",
     "Doorbells",
     "ForeignRings",
+    "ForeignWriter",
     "IrqFds",
     "MemorySlot",
     "Probe",
@@ -187,8 +190,28 @@ class ForeignRings(Protocol):
         ...
 
 
+class ForeignWriter(Protocol):
+    """A device that another process serves, which writes guest memory by itself, for :class:`DirtyLog`. Both are called
+    under the machine's lock where there is a machine."""
+
+    def log_writes(self, on: bool, /) -> None:
+        """From now on keep what is written, or no longer."""
+        ...
+
+    def collect_writes(self) -> Sequence[tuple[int, int]]:
+        """(address, size) of what may have been written since the last time."""
+        ...
+
+
 class DirtyLog(Protocol):
-    """Capability ``dirty-log``: which pages the guest wrote."""
+    """Capability ``dirty-log``: which pages were written, by the guest, by whoever reports it with ``memory_written``,
+    and by other processes."""
+
+    def add_writer(self, writer: ForeignWriter, /) -> None:
+        """Ask *writer*, too, until :meth:`remove_writer`."""
+        ...
+
+    def remove_writer(self, writer: ForeignWriter, /) -> None: ...
 
     def start_dirty_log(self) -> None: ...
 

@@ -398,6 +398,7 @@ class Bench:
     Args:
         device: the author's object. features: bits that the driver accepts of those on offer (those of the ring are
             added). size: of each queue, at most. shared: make memory a memfd. start: go on to DRIVER_OK.
+        vm: the accelerator's VM with its ``capabilities``, where the device asks for some.
     """
 
     def __init__(
@@ -413,9 +414,11 @@ class Bench:
         shared: bool = False,
         backends: dict[str, Any] | None = None,
         start: bool = True,
+        vm: Any = None,
     ) -> None:
         self.device, self.memory = device, ram(memory, shared=shared)
         self.slot = BenchSlot(self.memory, backends=backends or {})
+        self.slot.vm = vm or self.slot.vm
         self.interrupts: list[int] = []
         self.config_interrupts = 0
         self.virtio = Virtio(device, self)

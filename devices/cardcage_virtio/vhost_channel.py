@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["Channel", "MemoryRegion", "memory_regions"]
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+SET_LOG_BASE = 6
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 GET_CONFIG, SET_CONFIG, GET_INFLIGHT_FD, SET_INFLIGHT_FD = 24, 25, 31, 32
-F_PROTOCOL_FEATURES = 1 << 30
-P_MQ, P_REPLY_ACK, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 3, 1 << 9, 1 << 12
-WANTED = P_MQ | P_REPLY_ACK | P_CONFIG | P_INFLIGHT
+F_LOG_ALL, F_PROTOCOL_FEATURES = 1 << 26, 1 << 30
+P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 1, 1 << 3, 1 << 9, 1 << 12
+WANTED = P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_CONFIG | P_INFLIGHT
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 HEADER = struct.Struct("<III")
 INFLIGHT = struct.Struct("<QQHH")
@@ -169,13 +170,24 @@ class Channel:
         rows = b"".join(struct.pack("<QQQQ", one.address, one.size, one.host, one.offset) for one in regions)
         self.send(SET_MEM_TABLE, struct.pack("<II", len(regions), 0) + rows, [one.fd for one in regions])
 
+    @property
+    def logs(self) -> bool:
+        """Whether the back end can log what it writes."""
+        return bool(self.protocol & P_LOG_SHMFD and self.features & F_LOG_ALL)
+
+    def set_log(self, fd: int, size: int) -> None:
+        """Have the back end set a bit for each page it writes, from address 0 on, in shared memory of *size* bytes."""
+        self.send(SET_LOG_BASE, struct.pack("<QQ", size, 0), [fd], reply=True)
+        self.receive(SET_LOG_BASE)
+
     def set_ring(
-        self, index: int, size: int, base: int, table: int, used: int, avail: int, kick: int, call: int
+        self, index: int, size: int, base: int, table: int, used: int, avail: int, kick: int, call: int, log: int | None
     ) -> None:
-        """Start queue *index*; ring addresses are ours (:meth:`MemoryRegion.host_address`)."""
+        """Start queue *index*; ring addresses are ours (:meth:`MemoryRegion.host_address`), but for *log*, the guest's
+        of the used ring, when its writes are to be logged."""
         self.send(SET_VRING_NUM, struct.pack("<II", index, size))
         self.send(SET_VRING_BASE, struct.pack("<II", index, base))
-        self.send(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, 0, table, used, avail, 0))
+        self.send(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, log is not None, table, used, avail, log or 0))
         self.send(SET_VRING_CALL, struct.pack("<Q", index), [call])
         self.send(SET_VRING_KICK, struct.pack("<Q", index), [kick])
         if self.features & F_PROTOCOL_FEATURES:

@@ -16,7 +16,8 @@ from attrs import define, field, frozen
 from attrs.validators import ge, in_, le, max_len, min_len
 from cardcage.errors import ConfigError, HostError
 
-from cardcage_virtio.vhost_channel import F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
+from cardcage_virtio.vhost_channel import F_LOG_ALL, F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
+from cardcage_virtio.vhost_log import WriteLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,6 +123,7 @@ class VhostUser:
         self._foreign: list[int] = []
         self._bases: dict[int, int] = {}
         self._barred: set[str] = set()
+        self._log: WriteLog | None = None
         self._slot: Slot
         self._io: Virtio
         self._timer: Timer
@@ -143,11 +145,18 @@ class VhostUser:
         self.features, self.ring_features = offered, F_VERSION_1
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self._events = [(os.eventfd(0, flags), os.eventfd(0, flags)) for _ in self.queue_sizes]
+        if "dirty-log" in getattr(slot.vm, "capabilities", ()):
+            slot.vm.add_writer(self)
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
 
     def unplug(self) -> None:
+        if "dirty-log" in getattr(self._slot.vm, "capabilities", ()):
+            self._slot.vm.remove_writer(self)
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         self._timer.cancel()
         self._close()
         for kick, call in self._events:
@@ -202,7 +211,10 @@ class VhostUser:
         if channel is None:
             return
         try:
-            channel.send(SET_FEATURES, struct.pack("<Q", self._io.features | channel.features & F_PROTOCOL_FEATURES))
+            features = self._io.features | channel.features & F_PROTOCOL_FEATURES
+            if self._log is not None and self._log.follow(channel):
+                features |= F_LOG_ALL
+            channel.send(SET_FEATURES, struct.pack("<Q", features))
             channel.set_memory(self._regions)
             if fresh:
                 self._drop_inflight()
@@ -226,7 +238,8 @@ class VhostUser:
         base = self._bases.get(index, 0)
         if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
             base = self._used(index)
-        channel.set_ring(index, size, base, table, used, avail, kick, call)
+        log = queue.device if self._log is not None else None
+        channel.set_ring(index, size, base, table, used, avail, kick, call, log)
         if base or not fresh:
             os.eventfd_write(kick, 1)  # what came while nobody listened
             os.eventfd_write(call, 1)
@@ -274,6 +287,26 @@ class VhostUser:
         if self._inflight is not None:
             os.close(self._inflight[0])
             self._inflight = None
+
+    # what the back end writes (:class:`cardcage.accelerator.ForeignWriter`)
+
+    def log_writes(self, on: bool, /) -> None:
+        """Rings that run stop for a moment, to go on with the log, or without."""
+        if self._log is not None:
+            self._log.close()
+        self._log = WriteLog(self._regions) if on else None
+        if self._started and not self._bases:
+            self.drain()
+            self._begin(fresh=True)
+
+    def collect_writes(self) -> list[tuple[int, int]]:
+        if self._log is None:
+            return []
+        try:
+            return self._log.take(self.channel if self._started else None)
+        except (OSError, HostError) as error:
+            self._died(str(error))
+            return self._log.take(None)
 
     # death and return of the back end
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from attrs import evolve
@@ -416,6 +417,26 @@ def test_dirty_pages_are_those_written(bench: Callable[..., Bench], ring: int) -
     machine.load(code).run(Ops())
     assert machine.vm.fetch_dirty_log(machine.slot) == (1 << 5 | 1 << 7).to_bytes(2, "little")
     machine.vm.stop_dirty_log()
+
+
+def test_the_dirty_log_hears_of_other_writers(bench: Callable[..., Bench]) -> None:
+    """What memory_written is told, and what another process says it wrote, is in the next fetch, and only then."""
+    machine = bench()
+    switched: list[bool] = []
+    wrote = [(0x2000, 1), (0x8FFF, 2)]  # the last page is the slot's end or past it
+    writer = SimpleNamespace(log_writes=switched.append, collect_writes=lambda: [wrote.pop()] if wrote else [])
+    machine.vm.memory_written(0x1000, 1)
+    machine.vm.add_writer(writer)
+    machine.vm.start_dirty_log()
+    machine.vm.memory_written_many([(0x4FFF, 2), (1 << 40, 5)])
+    pages = -(-machine.slot.size // 4096)
+    expected = 1 << 4 | 1 << 5 | sum(1 << at for at in (8, 9) if at < pages)
+    assert int.from_bytes(machine.vm.fetch_dirty_log(machine.slot), "little") == expected
+    assert int.from_bytes(machine.vm.fetch_dirty_log(machine.slot), "little") == 1 << 2
+    assert not any(machine.vm.fetch_dirty_log(machine.slot))
+    machine.vm.stop_dirty_log()
+    machine.vm.remove_writer(writer)
+    assert switched == [True, False]
 
 
 def test_failure_names_registers_and_bytes(bench: Callable[..., Bench]) -> None:

@@ -297,3 +297,44 @@ def test_an_accelerator_that_asks_is_told_of_the_rings(daemon: Daemon) -> None:
     bench.virtio.reset()
     assert not rings
     bench.close()
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_a_dirty_log_hears_what_the_back_end_writes(daemon: Daemon, logs: bool, monkeypatch: Any) -> None:
+    """While the log is on, a read's buffer and the used ring are named, by the page; a back end that cannot say so has
+    written all memory; requests go on when the log comes and goes, and so does the back end."""
+    if not logs:
+        monkeypatch.setattr("cardcage_virtio.vhost_channel.WANTED", 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12)
+    writers: list[Any] = []
+    vm = SimpleNamespace(
+        capabilities={"dirty-log"},
+        add_writer=lambda one: writers.append(one),
+        remove_writer=lambda one: writers.clear(),
+    )
+    bench = Bench(vhost_user_blk(VhostUserBlkOptions(str(daemon.socket))), shared=True, vm=vm)
+    assert writers == [bench.device]
+    assert bench.call([read(5)], [512, 1])[:8] == struct.pack("<Q", 5)
+    assert bench.device.collect_writes() == []
+    bench.device.log_writes(True)
+    everything = {address + at for address, size in [(0, bench.memory.slots[0].size)] for at in range(0, size, 4096)}
+    for turn in range(3):
+        driver = bench.driver()
+        driver.add([read(6)], [4096, 1])
+        (areas,) = [held[2] for held in driver._held.values()]
+        bench.kick()
+        bench.wait(0)
+        if turn == 1:
+            daemon.kill()
+            bench.slot.poll(10)
+        pages = {address + at for address, size in bench.device.collect_writes() for at in range(0, size, 4096)}
+        touched = {at & ~4095 for at in (areas[0][0], areas[1][0], driver.device)}
+        assert touched <= pages
+        assert (pages == everything) != logs
+        if turn == 1:
+            daemon.start()
+            bench.slot.clock.advance(200_000_000)
+    bench.device.log_writes(False)
+    assert bench.call([read(5)], [512, 1])[:8] == struct.pack("<Q", 5)
+    assert bench.device.collect_writes() == []
+    bench.close()
+    assert not writers
