@@ -10,6 +10,7 @@ import select
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,19 +93,15 @@ class EventLoop:
 
         Raises OSError for what cannot be waited for (a regular file).
         """
-        self._readers[fd] = callback, self._turn
-        try:
+        with suppress(FileExistsError):  # the earlier one's
             self._epoll.register(fd, select.EPOLLIN)
-        except FileExistsError:  # the earlier one's
-            return
+        self._readers[fd] = callback, self._turn
 
     def remove_reader(self, fd: int) -> None:
         """No more calls for *fd*, which may be closed at once. Under the machine's lock, on any thread."""
         if self._readers.pop(fd, None) is not None and not self._ending:
-            try:
+            with suppress(OSError):  # closed already: epoll has forgotten it
                 self._epoll.unregister(fd)
-            except OSError:  # closed already: epoll has forgotten it
-                return
 
     def close(self) -> None:
         """Stop the thread and wait for it. Idempotent; not on the loop thread."""

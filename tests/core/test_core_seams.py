@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from attrs import define, field, frozen
@@ -29,6 +29,9 @@ from cardcage.testing import TestSlot, check_device, check_memory
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scripted
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # the bus
 
@@ -315,6 +318,33 @@ def test_call_soon_runs_under_the_lock(rig: Rig) -> None:
     rig.events.close()
     rig.events.call_soon(lambda: rig.failed.append(ValueError()))
     assert not rig.failed
+
+
+def test_no_post_is_lost(rig: Rig) -> None:
+    """What many threads post, and what runs on the loop thread posts again, all runs, each thread's in its order."""
+    seen: list[tuple[int, int]] = []
+    done = threading.Semaphore(0)
+
+    def post(source: int) -> None:
+        for number in range(500):
+            again = lambda number=number: (seen.append((source, number)), done.release())  # noqa: E731
+            rig.events.post(lambda again=again: rig.events.post(again))
+
+    threads = [threading.Thread(target=post, args=(source,)) for source in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(2000):
+        assert done.acquire(timeout=20)
+    for source in range(4):
+        assert [number for where, number in seen if where == source] == list(range(500))
+
+
+def test_a_regular_file_cannot_be_waited_for(rig: Rig, tmp_path: Path) -> None:
+    """Who asks for what epoll does not take hears of it at once."""
+    with (tmp_path / "file").open("w") as file, rig.lock, pytest.raises(PermissionError):
+        rig.events.add_reader(file.fileno(), lambda: None)
 
 
 def test_the_gate_waits_for_all_to_come_out() -> None:
