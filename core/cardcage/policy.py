@@ -40,6 +40,7 @@ __all__ = [
     "GuestMemoryReport",
     "HostMemory",
     "MachineMemory",
+    "Mapping",
     "MemoryBalloon",
     "Policy",
     "PolicyRun",
@@ -279,9 +280,16 @@ class MachineMemory:
             start, length = places[self._hand % len(places)]
             self._hand = (self._hand + 1) % len(places)
             if before := self._resident(start, length):
+                self._write_back(start, length)
                 self._advise(MADV_PAGEOUT, start, length)
                 gone += max(0, before - self._resident(start, length))
         return gone
+
+    def _write_back(self, start: int, size: int) -> None:
+        """Linux moves only clean pages of a file out (mm/vmscan.c); for other memory msync(2) does nothing."""
+        with self._lock:
+            if not self._gone:
+                self._libc.msync(ctypes.c_void_p(start), ctypes.c_size_t(size), 4)  # MS_SYNC
 
     def _allow_reclaim(self) -> None:
         self._machine.mediator.check(self.label, self.label, "memory", ("reclaim",), {"machine": self.name})
@@ -323,29 +331,45 @@ class MachineMemory:
 
 def cannot_merge(address: int) -> str:
     """Why KSM cannot merge the mapping at *address* of this process; empty when it can (proc_pid_smaps(5))."""
-    words = next((flags for start, end, flags in mappings() if start <= address < end), None)
-    if words is None:
+    flags = next((one.flags for one in mappings() if one.start <= address < one.end), None)
+    if flags is None:
         return "it is not mapped"
-    flags, file = words
     if "ht" in flags:
         return "it is made of huge pages (hugetlb)"
     if "sh" in flags:
         return "it is shared (a memfd, or a file behind it), and KSM merges only private memory"
-    return f"there is a file behind it ({file})" if file else ""
+    return ""
 
 
-def mappings() -> Iterator[tuple[int, int, tuple[list[str], str]]]:
-    """(start, end, (flags, file)) of each mapping of this process."""
+@frozen
+class Mapping:
+    """A mapping of this process (proc_pid_smaps(5)).
+
+    Attributes:
+        start, end: addresses. flags: two letters each, such as ``mg`` (mergeable).
+        sizes: bytes by name: ``Rss Pss Referenced Anonymous KSM Swap``, ...
+    """
+
+    start: int
+    end: int
+    flags: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+def mappings() -> Iterator[Mapping]:
+    """Each mapping of this process; the kernel looks at every page of it, about 10 ms for a GiB."""
     start = end = 0
-    file = ""
+    sizes: dict[str, int] = {}
     with open("/proc/self/smaps") as lines:
         for line in lines:
             words = line.split()
             if words[0] == "VmFlags:":
-                yield start, end, (words[1:], file)
-            elif not words[0].endswith(":"):
+                yield Mapping(start, end, tuple(words[1:]), sizes)
+            elif words[0].endswith(":"):
+                sizes[words[0][:-1]] = int(words[1]) * 1024 if words[-1] == "kB" else int(words[1])
+            else:
                 low, _, high = words[0].partition("-")
-                start, end, file = int(low, 16), int(high, 16), " ".join(words[5:]) if words[4] != "0" else ""
+                start, end, sizes = int(low, 16), int(high, 16), {}
 
 
 class PolicyRun:

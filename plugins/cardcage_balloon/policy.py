@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 from attrs.validators import ge, gt, le
-from cardcage.errors import ConfigError, HostError
+from cardcage.errors import ConfigError, Denied, HostError
 from cardcage.policy import read_host_memory
 from cardcage.rundir import run_directory
 from cardcage.units import Duration, Size
@@ -102,6 +102,7 @@ class BalloonPolicy:
         self._host()  # what cannot be read is said now
         if memory.balloon is None:
             memory.add("virtio-balloon")
+        memory.set_target(memory.size)  # a security policy that forbids it says so now
         if self.options.floor > memory.size:
             raise ConfigError(
                 f"expected at most the machine's {Size(memory.size)}, got {self.options.floor}", key="floor"
@@ -139,12 +140,18 @@ class BalloonPolicy:
         self._say_short(made.short, host)
         for one, entry, target in zip(self._watched, ours, made.targets, strict=False):
             if entry.seen.steered and target != one.target:
-                one.target = target
-                one.memory.set_target(target)
+                self._set(one, target)
             if one.memory.balloon is not None and one.memory.state == "running":
                 one.memory.ask_statistics()
         hungry = any(one.seen.steered and one.seen.target - one.seen.used < self._least(one.seen) for one in ours)
         self.interval = min(HURRY, self.options.interval) if hungry else float(self.options.interval)
+
+    def _set(self, one: Watched, target: int) -> None:
+        try:
+            one.memory.set_target(target)
+            one.target = target
+        except Denied as error:  # a security policy that changed: the machine keeps what it has
+            self._say(one, str(error))
 
     def _rules(self) -> Rules:
         options = self.options

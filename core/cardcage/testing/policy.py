@@ -220,7 +220,7 @@ def _flags(memories: list[MachineMemory]) -> list[set[str]]:
     there = list(mappings())
 
     def within(start: int, size: int) -> set[str]:
-        return {flag for low, high, (flags, _) in there if start < high and low < start + size for flag in flags}
+        return {flag for one in there if start < one.end and one.start < start + size for flag in one.flags}
 
     return [set().union(*(within(start, size) for start, size in memory.areas)) for memory in memories]
 

@@ -1,0 +1,15 @@
+"""A card of one memory policy: cold memory goes out."""
+
+from cardcage.hookspecs import hookimpl
+from cardcage.registry import Registry
+
+
+@hookimpl
+def cardcage_register(registry: Registry) -> None:
+    registry.policy(
+        "coldmem",
+        "coldmem_policy.policy:ColdMemory",
+        options="coldmem_policy.policy:Options",
+        shared=True,
+        help="what guests have not touched for a while goes to swap, or to the file behind it",
+    )
