@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+from mmap import mmap
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,7 +71,7 @@ class FrameStream:
         self._events, self._socket, self._deliver, self._lost = events, connection, deliver, lost
         connection.setblocking(False)
         enlarge(connection)
-        self._room = memoryview(bytearray(ROOM))  # the host gives memory only for what was used of it
+        self._room = memoryview(mmap(-1, ROOM))  # of which the host gives what was used
         self._begin = self._end = 0
         self._ended = ""
         self._out = bytearray()
