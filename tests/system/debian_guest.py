@@ -19,7 +19,7 @@ from attrs import frozen
 from cardcage_boot.cache import cache_root
 
 SUITE = "bookworm"
-PACKAGES = "sysvinit-core initscripts ifupdown udhcpc fio iperf3 e2fsprogs udev linux-image-cloud-amd64"
+PACKAGES = "sysvinit-core initscripts systemd ifupdown udhcpc fio iperf3 e2fsprogs udev linux-image-cloud-amd64"
 TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "mkfs.ext4": "e2fsprogs",

@@ -139,3 +139,33 @@ def test_seabios_boots_grub_from_the_disk(guest: DebianGuest, tmp_path: Path) ->
         machine.console.send("poweroff\n")
         assert machine.wait(120) == PoweredOff()
     check_file_system(image, tmp_path / "raw")
+
+
+@pytest.mark.once
+@pytest.mark.timeout(600)
+def test_systemd_starts_everything(guest: DebianGuest, outside: Namespace, tmp_path: Path) -> None:
+    """The same Debian under systemd: every unit comes up, on disk, network and entropy of ours, and it powers off."""
+    if shutil.which("passt") is None:
+        pytest.skip("needs passt")
+    image = guest.overlay(tmp_path / "disk.qcow2")
+    devices: list[dict[str, Any]] = [
+        {"type": "virtio-blk", "drive": {"file": str(image)}},
+        {"type": "virtio-net", "net": {"type": "user", "ipv6": False}},
+        {"type": "virtio-rng"},
+    ]
+
+    def make() -> Machine:
+        append = f"{APPEND} init=/lib/systemd/systemd"
+        return Machine(
+            kernel=guest.kernel, initrd=guest.initrd, append=append, memory="512M", accel="tcg", devices=devices
+        )
+
+    with outside.run(make) as machine:
+        machine.start()
+        log_in(machine)
+        text = said(machine, "systemctl is-system-running --wait; systemctl --failed --no-legend --plain; :")
+        assert "running\r" in text, text
+        assert "systemd" in said(machine, "cat /proc/1/comm")
+        machine.console.send("systemctl poweroff\n")
+        assert machine.wait(240) == PoweredOff()
+    check_file_system(image, tmp_path / "raw")
