@@ -104,8 +104,10 @@ def build(nodes: list[Node], *, check: bool = True) -> Tables:
         expander = Expander(disabled)
         try:
             _compile(state, expander, nodes)
+            if not state.unresolved and state.missing is None:
+                _finish(state, check=check)
         except RecursionError:
-            raise PolicyError("the policy nests too deep", nodes[0]) from None
+            raise PolicyError("sets, conditions and constraints nest too deep", nodes[0]) from None
         if state.unresolved:
             disabled.update(state.unresolved)
             continue
@@ -113,7 +115,6 @@ def build(nodes: list[Node], *, check: bool = True) -> Tables:
             error = state.missing
             known = list(error.known) or [name for space, name in expander.root.symbols if space == error.space]
             raise PolicyError(f"{error.problem}.{near(error.name, known)}".rstrip("."), error.node)
-        _finish(state, check=check)
         return state.tables
 
 
@@ -329,7 +330,7 @@ SETS: dict[str, Handler] = {
 
 def _finish(state: Build, *, check: bool) -> None:
     """Fill the tables with names and sets, and check what concerns the whole."""
-    from cardcage_selinux.checks import check_bounds, check_contexts, check_neverallow, check_users
+    from cardcage_selinux.checks import check_bounds, check_chains, check_contexts, check_neverallow, check_users
 
     tables, types = state.tables, state.types
     tables.classes = {one.name: one for one in state.classes.known.values()}
@@ -370,6 +371,7 @@ def _finish(state: Build, *, check: bool) -> None:
             raise PolicyError(f'{alias.kind} "{alias.name}" stands for nothing', alias.node)
         by_space[space][alias.name] = actual.index
     check_users(state)
+    check_chains(tables)
     check_contexts(state)
     if check:
         check_neverallow(tables)

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from cardcage_selinux.build import Build
     from cardcage_selinux.tables import Rule, Tables
 
-__all__ = ["check_bounds", "check_contexts", "check_neverallow", "check_users"]
+__all__ = ["check_bounds", "check_chains", "check_contexts", "check_neverallow", "check_users"]
+
+CHAIN = 50
+"""Types that may bound one another, one above the other."""
 
 
 def check_users(state: Build) -> None:
@@ -24,6 +27,16 @@ def check_users(state: Build) -> None:
                 raise PolicyError(f'user "{user.name}" has no {keyword}', user.node)
     if not state.sensitivities:
         raise PolicyError("a policy with levels needs a sensitivity", state.users.members[0].node)
+
+
+def check_chains(tables: Tables) -> None:
+    """Bounds are bounded by bounds no more than CHAIN deep, which decisions follow. Raises PolicyError."""
+    for child, (parent, node) in tables.bounds.items():
+        depth, above = 1, parent
+        while above in tables.bounds:
+            depth, above = depth + 1, tables.bounds[above][0]
+            if depth > CHAIN:
+                raise PolicyError(f'"{tables.types[child]}" is bounded through more than {CHAIN} types', node)
 
 
 def check_contexts(state: Build) -> None:

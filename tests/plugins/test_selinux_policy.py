@@ -257,3 +257,32 @@ def test_bounds_with_equal_conditions() -> None:
     load(text + "(booleanif (not (or (not y) (not x))) (true (allow c b (file (read)))))")
     with pytest.raises(PolicyError, match="more than its parent has"):
         load(text + "(booleanif x (true (allow c b (file (read)))))")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ([f"(type x{n}) (typebounds x{n - 1} x{n})" for n in range(1, 60)], "is bounded through more than 50 types"),
+        ([f"(typeattribute x{n}) (typeattributeset x{n} (x{n - 1} a))" for n in range(1, 150)], "made of sets deeper"),
+        (
+            [f"(typeattribute x{n}) (typeattributeset x{n} {'(not ' * 60}x{n - 1}{')' * 60})" for n in range(1, 60)],
+            "nest too deep",
+        ),
+        ([f"(classpermission x{n}) (classpermissionset x{n} (x{n - 1}))" for n in range(1, 60)], "made of sets deeper"),
+        ([f"(block x{n} (blockinherit x{n - 1}))" for n in range(1, 130)], "nest deeper than 100"),
+    ],
+)
+def test_depth_is_limited(lines: list[str], problem: str) -> None:
+    """Chains that would exhaust the interpreter's stack are refused with a place."""
+    first = {"typeb": "(type x0)", "typea": "(type x0)", "class": "(classpermission x0)", "block": "(block x0)"}
+    keyword = next(one for one in first if one in lines[0].replace("(type x1) (", "") or one == "block")
+    kind = "(classpermissionset x0 (file (read)))" if keyword == "class" else ""
+    with pytest.raises(PolicyError, match=problem):
+        load([BASE, "\n".join([first[keyword], kind, *reversed(lines)])])
+
+
+def test_nothing_is_a_policy() -> None:
+    """An empty text is a policy that grants nothing and knows no context."""
+    policy = load("; nothing")
+    assert policy.booleans == {}
+    assert not policy.valid_context("a:b:c")

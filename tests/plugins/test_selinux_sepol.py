@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import cardcage_selinux
 import pytest
 from cardcage_selinux.errors import PolicyError
 from cardcage_selinux.policy import load
@@ -33,6 +34,12 @@ def test_decisions_are_libsepols(tmp_path: Path) -> None:
 def test_every_statement_means_what_secilc_makes_of_it(tmp_path: Path) -> None:
     """A policy with every statement decides as secilc's binary does in libsepol."""
     assert compare_text(SINK, "sink", tmp_path, 400)["queries"] >= 400
+
+
+def test_the_shipped_policy_means_what_secilc_makes_of_it(tmp_path: Path) -> None:
+    """The policy that ships decides here as it does in libsepol."""
+    text = Path(cardcage_selinux.__file__).with_name("default.cil").read_text()
+    assert compare_text(text, "default.cil", tmp_path, 300)["queries"] >= 300
 
 
 def test_checks_are_libsepols(tmp_path: Path) -> None:
