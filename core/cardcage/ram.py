@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from cardcage.sigbus import Watch
 
-__all__ = ["PAGE", "Anonymous", "Backing", "Memfd", "MemoryBackend", "Placement", "RamBlock", "numa_nodes"]
+__all__ = [
+    "PAGE",
+    "Anonymous",
+    "Backing",
+    "Memfd",
+    "MemoryBackend",
+    "Placement",
+    "RamBlock",
+    "address_of",
+    "fenced",
+    "numa_nodes",
+]
 
 PAGE = 4096
 CHUNK = 64 << 20
@@ -33,6 +44,7 @@ MADV_POPULATE_WRITE = 23
 SYS_MBIND = 237
 MPOL = {"preferred": 1, "bind": 2, "interleave": 3}
 MAP_NORESERVE = 0x4000
+FENCE = 2 << 20
 
 
 def _nothing() -> None:
@@ -44,7 +56,7 @@ class Backing:
     """What a back end gives.
 
     Attributes:
-        map: the memory, readable and writable, at least as long as was asked for.
+        map: the memory, readable and writable. offset: where in it RAM begins, a multiple of ``page``.
         fd: a file with the same bytes from offset 0 on, which another process can map; -1 without one. The block
             closes it.
         page: the least unit, in bytes, that the host gives or takes back.
@@ -58,6 +70,7 @@ class Backing:
     discard: int | None = mmap.MADV_DONTNEED
     guarded: bool = False
     release: Callable[[], None] = _nothing
+    offset: int = 0
 
 
 class MemoryBackend(Protocol):
@@ -97,7 +110,7 @@ class Anonymous:
     takes_ram = True
 
     def allocate(self, size: int, name: str, /) -> Backing:
-        return Backing(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE))
+        return fenced(size)
 
 
 class Memfd:
@@ -113,6 +126,31 @@ class Memfd:
             os.close(fd)
             raise
         return Backing(mapped, fd, discard=mmap.MADV_REMOVE, guarded=True)
+
+
+def fenced(size: int) -> Backing:
+    """Anonymous private memory between two stretches that nobody can touch. Raises OSError.
+
+    Without them the kernel joins neighbours, two machines' RAM say, into one mapping, and no longer counts them apart.
+    """
+    # 2 MiB, so that what lies between can be made of huge pages
+    whole = FENCE + -(-size // FENCE) * FENCE + FENCE
+    mapped = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    start = address_of(mapped)
+    for low, high in ((0, FENCE), (FENCE + size, whole)):
+        if libc.mprotect(ctypes.c_void_p(start + low), ctypes.c_size_t(high - low), 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return Backing(mapped, offset=FENCE)
+
+
+def address_of(mapped: mmap.mmap) -> int:
+    """Where it is mapped."""
+    export = ctypes.c_char.from_buffer(mapped)
+    try:
+        return ctypes.addressof(export)
+    finally:
+        del export
 
 
 def sealed_memfd(size: int, name: str, flags: int) -> int:
@@ -151,7 +189,7 @@ class RamBlock:
         backend: who maps it. placement: NUMA nodes, advice and preallocation.
 
     Raises :exc:`~cardcage.errors.HostError` when the host has not that much, ConfigError for what a key is to blame.
-    Attributes: ``map view host_address fd page`` (see :class:`Backing`), ``watch`` while it is guarded.
+    Attributes: ``map offset view host_address fd page`` (see :class:`Backing`), ``watch`` while it is guarded.
     """
 
     def __init__(
@@ -165,9 +203,10 @@ class RamBlock:
             raise HostError(f"{name}: the host cannot give {size} bytes of memory: {error}") from error
         self.map, self.fd, self.page = self._backing.map, self._backing.fd, self._backing.page
         self._release = self._backing.release
+        self.offset = self._backing.offset
         self._export = ctypes.c_char.from_buffer(self.map)
-        self.host_address = ctypes.addressof(self._export)
-        self.view = memoryview(self.map)[: self.size]
+        self.host_address = ctypes.addressof(self._export) + self.offset
+        self.view = memoryview(self.map)[self.offset : self.offset + self.size]
         self.watch: Watch | None = None
         if self._backing.guarded:
             self.watch = guard().watch(self.host_address, self.size, self.page)
@@ -186,7 +225,7 @@ class RamBlock:
         if placement.huge_pages != "default":
             advice = mmap.MADV_HUGEPAGE if placement.huge_pages == "always" else mmap.MADV_NOHUGEPAGE
             try:
-                self.map.madvise(advice)
+                self.map.madvise(advice, self.offset, self.size)
             except OSError as error:
                 raise ConfigError(
                     f"the kernel takes no advice about transparent huge pages here: {error.strerror}", key="huge_pages"
@@ -232,7 +271,7 @@ class RamBlock:
         if advice is None or offset % self.page or size % self.page:
             return False
         try:
-            self.map.madvise(advice, offset, size)
+            self.map.madvise(advice, self.offset + offset, size)
         except OSError:
             return False
         return True

@@ -187,12 +187,12 @@ def test_a_strangers_back_end_gets_what_all_have() -> None:
     class Card:
         @staticmethod
         def cardcage_register(registry: Registry) -> None:
-            registry.memory("locked", Locked)
+            registry.memory("pinned", Locked)
 
     from cardcage.hookspecs import hookimpl
 
     Card.cardcage_register = staticmethod(hookimpl(Card.cardcage_register))  # type: ignore[method-assign]
-    with Host([Card()]) as host, machine(host, type="locked", preallocate=True) as vm:
+    with Host([Card()]) as host, machine(host, type="pinned", preallocate=True) as vm:
         assert made == [8 * MIB]
         assert resident(vm.memory.ranges[0].block) == 8 * MIB
 

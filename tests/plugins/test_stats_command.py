@@ -95,8 +95,8 @@ def test_merged_pages_are_counted() -> None:
     before = {one: one.read_text() for one in (run, fast)}
     with machine() as vm:
         vm.memory.write(MIB, b"same" * (2 * MIB))
-        first = vm.stats()
-        vm.memory.ranges[0].block.map.madvise(mmap.MADV_MERGEABLE)
+        first, block = vm.stats(), vm.memory.ranges[0].block
+        block.map.madvise(mmap.MADV_MERGEABLE, block.offset, block.size)
         try:
             fast.write_text("0")
             run.write_text("1")
@@ -104,7 +104,7 @@ def test_merged_pages_are_counted() -> None:
             while (stats := vm.stats()).merged < 6 * MIB and time.monotonic() < end:
                 os.sched_yield()
         finally:
-            vm.memory.ranges[0].block.map.madvise(mmap.MADV_UNMERGEABLE)
+            block.map.madvise(mmap.MADV_UNMERGEABLE, block.offset, block.size)
             for one, text in before.items():
                 one.write_text(text)
         assert first.merged == 0
@@ -186,6 +186,18 @@ class Far:
         self.process.stdin.close()
         self.process.stdout.close()
         return self.process.wait()
+
+
+def test_neighbours_are_told_apart() -> None:
+    """Machines of a process whose RAM the kernel maps side by side are counted each for itself."""
+    vms = [machine(f"m{at}") for at in range(3)]
+    for at, vm in enumerate(vms):
+        vm.memory.write(MIB, b"x" * (at + 1) * MIB)
+    assert [vm.stats().resident for vm in vms] == [MIB, 2 * MIB, 3 * MIB]
+    sampler = Sampler()
+    assert [one.resident for one in sampler.sample(Roster().read()[0])] == [MIB, 2 * MIB, 3 * MIB]
+    for vm in vms:
+        vm.close()
 
 
 def test_between_exact_looks_counters_move_the_figures() -> None:

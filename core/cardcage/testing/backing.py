@@ -31,7 +31,7 @@ def check_memory_backend(make: Callable[[], MemoryBackend], size: int = 4 << 20,
     page = block.page
     assert page in [1 << at for at in range(12, 31)], f"page: {page} is no power of two from {PAGE} on"
     assert isinstance(block.map, mmap.mmap), "map is no mmap.mmap"
-    assert len(block.map) >= size, "the mapping is shorter than was asked for"
+    assert len(block.map) >= block.offset + size, "the mapping is shorter than was asked for"
     assert block.host_address % page == 0, f"the mapping does not begin at a page of {page} bytes"
     if zeros:
         assert not any(block.view[at] for at in range(0, size, PAGE)), "new memory does not read as zeros"

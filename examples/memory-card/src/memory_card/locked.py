@@ -1,15 +1,18 @@
 """A memory back end: the core places, preallocates and discards; the back end only maps."""
 
-import mmap
+import ctypes
+import os
 
-from cardcage.ram import Backing
-
-MAP_LOCKED = 0x2000
+from attrs import evolve
+from cardcage.ram import Backing, address_of, fenced
 
 
 class Locked:
     takes_ram = True
 
     def allocate(self, size: int, name: str, /) -> Backing:
-        # What cannot be locked is an OSError (EAGAIN, RLIMIT_MEMLOCK), which becomes the machine's HostError.
-        return Backing(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_LOCKED), discard=None)
+        backing = fenced(size)
+        start = ctypes.c_void_p(address_of(backing.map) + backing.offset)
+        if ctypes.CDLL(None, use_errno=True).mlock(start, ctypes.c_size_t(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))  # RLIMIT_MEMLOCK: becomes a HostError
+        return evolve(backing, discard=None)
