@@ -16,7 +16,7 @@ from cardcage.memory import GuestMemoryError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage.interrupts import IrqLine
+    from cardcage.interrupts import IrqSource
     from cardcage.memory import PhysicalMemory
 
 __all__ = ["GrantedBackend", "GrantedLine", "GrantedMemory", "GrantedVm", "MemoryDenied"]
@@ -90,28 +90,25 @@ class GrantedMemory:
 class GrantedLine:
     """One source of an interrupt line; satisfies :class:`~cardcage.interrupts.IrqLine`. Revoked, it is low."""
 
-    __slots__ = ("_level", "_source", "pulse", "set")
+    __slots__ = ("_source", "_wanted", "pulse", "set")
 
-    def __init__(self, source: IrqLine) -> None:
-        self._source, self._level = source, False
+    def __init__(self, source: IrqSource) -> None:
+        self._source, self._wanted = source, False
         self.restore()
 
     def revoke(self) -> None:
+        self._wanted = self._source.high
         self._source.set(False)
         self.set: Callable[[bool], None] = self._note
         self.pulse: Callable[[], None] = self._lose
 
     def restore(self) -> None:
         """Drive what the device has wanted last."""
-        self.set, self.pulse = self._drive, self._source.pulse
-        self._source.set(self._level)
-
-    def _drive(self, level: bool, /) -> None:
-        self._level = level
-        self._source.set(level)
+        self.set, self.pulse = self._source.set, self._source.pulse
+        self._source.set(self._wanted)
 
     def _note(self, level: bool, /) -> None:
-        self._level = level
+        self._wanted = level
 
     def _lose(self) -> None:
         pass

@@ -77,6 +77,11 @@ class IrqSource:
     def __init__(self, line: Line) -> None:
         self._line = line
 
+    @property
+    def high(self) -> bool:
+        """Whether this source drives the line."""
+        return self in self._line._high
+
     def set(self, level: bool, /) -> None:
         self._line.drive(self, level)
 

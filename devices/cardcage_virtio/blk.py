@@ -18,7 +18,6 @@ from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
 
 if TYPE_CHECKING:
-    from cardcage.backends import BlockBackend
     from cardcage.device import Slot
 
     from cardcage_virtio.request import Request
@@ -68,15 +67,13 @@ class Blk:
         self.options = options
         self.queue_sizes = (options.queue_size,) * options.queues
         self.features = 0
-        self.backend: BlockBackend
-        self._try_readv: Any = None
+        self.backend: Any  # a BlockBackend, whose calls are looked up each time: they can be revoked
         self._io: Virtio
         self._workers: Workers
 
     def plug(self, slot: Slot) -> None:
         self._slot, options = slot, self.options
         self.backend = slot.open("block", options.drive)
-        self._try_readv = getattr(self.backend, "try_readv", None)
         info = self.info = self.backend.info
         if info.size % SECTOR:
             raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {SECTOR}")
@@ -90,7 +87,11 @@ class Blk:
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
         self._workers = Workers(
-            io, self._process, self.options.threads, self._slot.id, self._quick if self._try_readv else None
+            io,
+            self._process,
+            self.options.threads,
+            self._slot.id,
+            self._quick if hasattr(self.backend, "try_readv") else None,
         )
 
     def unplug(self) -> None:
@@ -136,7 +137,7 @@ class Blk:
         target = writable[:-1]
         size = sum(map(len, target))
         try:
-            if kind != IN or self._check(sector, size) != OK or not self._try_readv(sector * SECTOR, target):
+            if kind != IN or self._check(sector, size) != OK or not self.backend.try_readv(sector * SECTOR, target):
                 return None
         except OSError:  # the worker meets it again, and reports it
             return None

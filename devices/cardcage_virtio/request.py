@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import GuestError
 from cardcage.memory import PAGE, GuestMemoryError
@@ -135,10 +135,11 @@ class Window:
     until :meth:`renew` is called, which those do before each request.
     """
 
-    __slots__ = ("_generation", "_memory", "_span", "high", "low", "ram")
+    __slots__ = ("_generation", "_memory", "_spans", "high", "low", "ram")
 
     def __init__(self, memory: GuestMemory) -> None:
-        self._memory, self._span = memory, getattr(memory, "span", None)
+        self._memory: Any = memory  # asked for its "span" each time: a call that was kept could not be revoked
+        self._spans = hasattr(memory, "span")
         self.low = self.high = 0
         self.ram = memoryview(b"")
         self._generation = -1
@@ -153,9 +154,9 @@ class Window:
     def piece(self, address: int, length: int) -> memoryview | None:
         """A buffer's view, ``None`` when it lies in more than one RAM range. Raises GuestMemoryError outside RAM."""
         if address < self.low or address + length > self.high:
-            if self._span is None:
+            if not self._spans:
                 return self._memory.view(address, length) if self._memory.contains(address, length) else None
-            self.low, self.ram = self._span(address)
+            self.low, self.ram = self._memory.span(address)
             self.high = self.low + len(self.ram)
             if address + length > self.high:
                 return None

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 from cardcage.backends import BlockInfo
+from cardcage.granted import GrantedBackend, GrantedMemory
+from cardcage.log import Log, LogSink
+from cardcage.memory import GuestMemoryError
 from cardcage_virtio.blk import Blk, BlkOptions
-from cardcage_virtio.testing import WRITE, Bench
+from cardcage_virtio.request import Window
+from cardcage_virtio.testing import WRITE, Bench, ram
 from cardcage_virtio.workers import SLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,3 +290,46 @@ def test_random_requests_never_hurt(requests: list[tuple[list[bytes], list[int]]
     assert bench.call([head(0)], [512, 1])[-1] == 0
     assert len(disk.data) == MIB
     bench.close()
+
+
+def test_a_revoked_disk_fails_requests_and_comes_back() -> None:
+    """While the back end is shut reads and writes are I/O errors, however they are served; after it they go on."""
+
+    class Memory:
+        info = BlockInfo(1 << 20)
+
+        def try_readv(self, offset: int, buffers: Any) -> bool:
+            self.readv(offset, buffers)
+            return True
+
+        def readv(self, offset: int, buffers: Any) -> None:
+            for buffer in buffers:
+                buffer[:] = b"x" * len(buffer)
+
+        def close(self) -> None: ...
+
+    gate = GrantedBackend("block")
+    bench = Bench(Blk(BlkOptions(drive="")), backends={"block": gate.before(Memory())})
+    read = [struct.pack("<IIQ", 0, 0, 0)], [512, 1]
+    assert bench.call(*read) == b"x" * 512 + b"\0"
+    gate.shut("image")()
+    assert bench.call(*read)[-1] == 1
+    gate.open("image")()
+    assert bench.call(*read) == b"x" * 512 + b"\0"
+    bench.close()
+
+
+def test_a_window_of_revoked_memory_is_shut() -> None:
+    """The long view of RAM that buffers are cut from is given up when DMA is revoked, and asked for again."""
+    physical = ram(1 << 20)
+    memory = GrantedMemory(physical, Log(LogSink(level="error")))
+    window = Window(memory)
+    window.renew()
+    assert window.piece(0, 16) == bytes(16)
+    memory.switch("writes", False)()
+    window.renew()
+    with pytest.raises(GuestMemoryError):
+        window.piece(0, 16)
+    memory.switch("writes", True)()
+    window.renew()
+    assert window.piece(0, 16) == bytes(16)
