@@ -49,8 +49,8 @@ def avc_line(
     data = " ".join(f"{key}={value_text(value)}" for key, value in fields.items() if KEY.match(key) and key not in OURS)
     milliseconds = round(time * 1000)
     stamp = f"{milliseconds // 1000}.{milliseconds % 1000:03}:{serial}"
-    result = "denied " if denied else "granted"
+    result = "denied" if denied else "granted"
     labels = f"scontext={scontext} tcontext={tcontext} tclass={tclass}"
     tail = f" permissive={int(permissive)}" if denied else ""
     words = " ".join(permissions)
-    return f"type=AVC msg=audit({stamp}): avc:  {result} {{ {words} }} for  {data}{' ' * bool(data)}{labels}{tail}"
+    return f"type=AVC msg=audit({stamp}): avc:  {result}  {{ {words} }} for  {data}{' ' * bool(data)}{labels}{tail}"

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["READS", "WRITES", "Step", "Wanted", "attributes_between", "direct", "path"]
 
-READS = frozenset("read dma_read getattr receive recv recvfrom save map share merge open connect listen".split())
-"""Permissions by which information comes from the target to the source."""
+BOTH = frozenset(
+    "map share merge connect listen backend.open tap.open machine.load program.start management.reach".split()
+)
+READS = BOTH | frozenset("read dma_read getattr receive recv recvfrom save card.load".split())
+"""Permissions (or ``class.permission``) by which information comes from the target to the source."""
 
-WRITES = frozenset("write dma_write append setattr send sendto create load configure raise route".split()) | frozenset(
-    "map share merge connect listen".split()
+WRITES = BOTH | frozenset(
+    "write dma_write append setattr send sendto create configure raise route setbool policy.load".split()
 )
 """Permissions by which information goes from the source to the target."""
 
@@ -52,7 +55,8 @@ class Wanted:
         return sum(
             1 << bit
             for name, bit in class_.permissions.items()
-            if self.permission in ("", name) and (allowed is None or name in allowed)
+            if self.permission in ("", name)
+            and (allowed is None or not allowed.isdisjoint((name, f"{class_.name}.{name}")))
         )
 
 
@@ -113,15 +117,17 @@ def direct(policy: Policy, source: int, target: int, wanted: Wanted) -> list[tup
     return [(rule, mask) for rule, one, mask in _grants(policy, wanted, source, False) if one == target]
 
 
-def path(policy: Policy, source: int, target: int, wanted: Wanted) -> list[Step] | None:
-    """The shortest chain of steps from *source* to *target*, ``None`` without one."""
+def path(
+    policy: Policy, source: int, target: int, wanted: Wanted, without: frozenset[int] = frozenset()
+) -> list[Step] | None:
+    """The shortest chain of steps from *source* to *target* that meets no type of *without*, ``None`` without one."""
     edges = _edges(policy, wanted)
     came: dict[int, Step] = {}
     waiting = deque([source])
     while waiting:
         here = waiting.popleft()
         for step in edges.get(here, {}).values():
-            if step.second not in came and step.second != source:
+            if step.second not in came and step.second != source and step.second not in without:
                 came[step.second] = step
                 waiting.append(step.second)
         if target in came:

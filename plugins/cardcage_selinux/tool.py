@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ask.add_argument("target", help="a type")
     ask.add_argument("--flow", action="store_true", help="follow information instead of permissions")
     ask.add_argument("--class", dest="tclass", default="", help="only by this class")
+    ask.add_argument("--without", action="append", default=[], metavar="TYPE", help="find no path that meets this type")
     ask.add_argument("--permission", default="", help="only by this permission")
     check.add_argument("files", nargs="*", metavar="FILE", help=files)
     for one in (why, ask):
@@ -159,7 +160,7 @@ def _query(arguments: argparse.Namespace) -> int:
     )
     for rule, mask in rules:
         print(f"  {_said(policy, rule, mask, source, target)}")
-    steps = path(policy, source, target, wanted)
+    steps = path(policy, source, target, wanted, frozenset(_type(policy, name) for name in arguments.without))
     if steps is None:
         print(f"{'no information flows' if wanted.flow else 'no path leads'} from {names[source]} to {names[target]}")
         return 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from cardcage.errors import ConfigError, UsageError
 from cardcage_selinux.errors import ContextError, PolicyError
 from cardcage_selinux.policy import Policy, load
+from cardcage_selinux.syntax import SYNTAX
 
 BASE = """
 (class process (transition dyntransition signal))
@@ -286,3 +288,10 @@ def test_nothing_is_a_policy() -> None:
     policy = load("; nothing")
     assert policy.booleans == {}
     assert not policy.valid_context("a:b:c")
+
+
+def test_the_page_lists_the_statements() -> None:
+    """docs/selinux.md names each statement that is supported, and no other."""
+    page = (Path(__file__).parents[2] / "docs/selinux.md").read_text()
+    table = page.partition("| kind | statements |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(SYNTAX)

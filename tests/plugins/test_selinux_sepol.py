@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +36,25 @@ def test_decisions_are_libsepols(tmp_path: Path) -> None:
 def test_every_statement_means_what_secilc_makes_of_it(tmp_path: Path) -> None:
     """A policy with every statement decides as secilc's binary does in libsepol."""
     assert compare_text(SINK, "sink", tmp_path, 400)["queries"] >= 400
+
+
+@pytest.mark.skipif(not shutil.which("sepol_compute_av"), reason="apt-get install sepol-utils")
+def test_the_command_line_tool_says_the_same(tmp_path: Path) -> None:
+    """sepol_compute_av prints the permissions that are granted here."""
+    status, binary, said = secilc(SINK, tmp_path)
+    assert status == 0, said
+    policy = load(SINK)
+    for source, target, tclass in (
+        ("u_u:worker:a_t:s0", "u_u:object_r:c_t:s0", "file"),
+        ("u_u:worker:a_t:s0-s1:c0,c2", "u_u:object_r:b_t:s1:c0", "file"),
+        ("u_u:worker:init_t:s0", "u_u:boss:d_t:s0", "process"),
+        ("u_u:worker:a_t:s0", "u_u:object_r:c_t:s0", "sock"),
+    ):
+        command = ["sepol_compute_av", str(binary), source, target, tclass]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        line = next(line for line in done.stdout.splitlines() if line.startswith("allowed:"))
+        vector = policy.compute_av(source, target, tclass)
+        assert set(line.split()[1:]) == set(policy.permissions(tclass, vector.allowed))
 
 
 def test_the_shipped_policy_means_what_secilc_makes_of_it(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_explain_bounds(policy: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("explain u:r:a u:x:b file read", '"u:x:b" is no security context: no role is called "x"'),
         ("explain u:r:a u:r:b file read --set more=maybe", "expected BOOLEAN=true or BOOLEAN=false, got more=maybe"),
         ("query aa b", 'the policy has no type "aa". Did you mean "a"?'),
+        ("query a b --without cc", 'the policy has no type "cc". Did you mean "c"?'),
         ("query a b --class fil", 'the policy has no class "fil". Did you mean "file"?'),
         ("query a b --permission reed", 'no class has permission "reed". Did you mean "read"?'),
     ],
@@ -149,6 +150,7 @@ def test_query(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
         ],
     )
     assert said(capsys, "query", "c", "d", "-p", policy) == (1, ["no rule from c to d", "no path leads from c to d"])
+    assert said(capsys, "query", "b", "a", "--without", "c", "-p", policy)[0] == 1
     assert said(capsys, "query", "a", "c", "--permission", "open", "--set", "more=on", "-p", policy)[0] == 0
     assert said(capsys, "query", "a", "c", "--permission", "open", "-p", policy)[0] == 1
 
