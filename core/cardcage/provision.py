@@ -16,6 +16,7 @@ from cardcage.hostmemory import memory_group, memory_limits
 from cardcage.memory import GIB, RamRange, check_ram, split_ram
 from cardcage.ram import Anonymous, RamBlock
 from cardcage.roster import Entry, Roster, pid_namespace
+from cardcage.security import OPERATOR
 
 if TYPE_CHECKING:
     from cardcage.config import Config
@@ -83,6 +84,8 @@ def publish(machine: Machine) -> None:
     if balloon is not None:
 
         def told() -> dict[str, int]:
+            facts = {"machine": machine.name, "name": "stats"}
+            machine.mediator.check(OPERATOR, machine.label, "management", ("reach",), facts)
             report = balloon.report
             available = report.values.get("available_memory") if report is not None else None
             return {"ballooned": balloon.size, **({"available": available} if available is not None else {})}

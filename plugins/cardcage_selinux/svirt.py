@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import stat
+import threading
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -88,6 +89,7 @@ class Svirt:
 
     def __init__(self, server: Server, labels: str, folder: str | None) -> None:
         self._server, self._labels = server, labels
+        self._lock = threading.RLock()
         self.folder = Path(folder) if folder else default_folder()
         self._leases: dict[str, Lease] = {}
         """By the range of a machine's label, such as ``s0:c1,c2``."""
@@ -106,23 +108,26 @@ class Svirt:
         if self._labels != "dynamic" or context.count(":") < 3:
             return context
         held = draw(self.folder)
-        self._leases[f"s0:{held.name}"] = held
+        with self._lock:
+            self._leases[f"s0:{held.name}"] = held
         return f"{head}:s0:{held.name}"
 
     def release(self, label: str) -> None:
         """A machine with *label* has ended."""
-        held = self._leases.get(range_ := split(label)[2])
-        if held is not None and held.sign is not None:  # machines may share a static label: until close()
-            del self._leases[range_]
-            self._restore(held.name)
-            held.close()
+        with self._lock:
+            held = self._leases.get(range_ := split(label)[2])
+            if held is not None and held.sign is not None:  # machines may share a static label: until close()
+                del self._leases[range_]
+                self._restore(held.name)
+                held.close()
 
     def close(self) -> None:
         """Release what is left. Idempotent."""
-        while self._leases:
-            _, held = self._leases.popitem()
-            self._restore(held.name)
-            held.close()
+        with self._lock:
+            while self._leases:
+                _, held = self._leases.popitem()
+                self._restore(held.name)
+                held.close()
 
     def _holder(self, range_: str) -> Lease:
         """The lease of the machine with this range; one with a static label gets a lease at its first file."""
@@ -145,6 +150,18 @@ class Svirt:
         facts: Mapping[str, object],
     ) -> str:
         """The label of an image or socket; gives it its own when *source* is to use it."""
+        with self._lock:
+            return self._file(source, target, tclass, name, permissions, facts)
+
+    def _file(
+        self,
+        source: str,
+        target: str,
+        tclass: str,
+        name: str,
+        permissions: tuple[str, ...],
+        facts: Mapping[str, object],
+    ) -> str:
         path = name.removeprefix("unix:")
         path = os.path.abspath(path) if tclass == "image" or path != name else name
         makes = tclass == "image" or ("listen" in permissions and name.startswith("unix:"))

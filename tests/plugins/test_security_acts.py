@@ -25,6 +25,7 @@ from cardcage.machine import Machine
 from cardcage.memory import GuestMemoryError
 from cardcage.policy import MachineMemory
 from cardcage.registry import Registry
+from cardcage.roster import Roster, ask
 from cardcage.security import CLASSES
 from cardcage.state import capture, restore
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
@@ -283,6 +284,17 @@ def test_messages(recorder: Recorder) -> None:
         slot(vm).msi(0xFEE00000, 2)
         assert sent == []
         assert not recorder.asked
+
+
+def test_what_other_processes_ask(recorder: Recorder) -> None:
+    """`cardcage stats` is told of a machine's balloon only if the machine may be reached; nothing stops."""
+    with Host(security=Draft.of({"security": "recorder"}).config().security) as host:
+        vm = Machine(host=host, machine={"memory": "16M", "accel": "tcg"}, devices=[{"type": "virtio-balloon"}])
+        (entry,) = [one for one in Roster().read()[0] if one.pid == os.getpid() and one.balloon]
+        assert ask(entry, 20)
+        recorder.refused = ("management", "reach")
+        assert not ask(entry)
+        assert vm.state == "built"
 
 
 def test_changes_of_the_policy(tmp_path: Path) -> None:
