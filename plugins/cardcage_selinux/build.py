@@ -13,6 +13,7 @@ from cardcage_selinux.context import Names
 from cardcage_selinux.errors import PolicyError, Unresolved
 from cardcage_selinux.expand import Expander
 from cardcage_selinux.family import Family, members, ordered
+from cardcage_selinux.sexpr import Node, Source
 from cardcage_selinux.syntax import arguments, check_keywords, declared_name
 from cardcage_selinux.tables import Condition, Tables
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from cardcage_selinux.context import Context
     from cardcage_selinux.scope import Statement, Symbol
-    from cardcage_selinux.sexpr import Node
 
     Handler = Callable[["Build", Statement, list[Node]], None]
 
@@ -144,9 +144,7 @@ def _compile(state: Build, expander: Expander, nodes: list[Node]) -> None:
 
 
 def _nowhere() -> Node:
-    from cardcage_selinux.sexpr import Node
-
-    return Node("object_r", None, "predefined", 1, 1)
+    return Node("object_r", None, Source("predefined", ""), 0)
 
 
 def _order(state: Build) -> None:

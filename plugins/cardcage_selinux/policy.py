@@ -16,7 +16,7 @@ from cardcage.errors import ConfigError, UsageError, near
 from cardcage_selinux.build import build
 from cardcage_selinux.context import Context, Level, Range
 from cardcage_selinux.errors import ContextError, PolicyError
-from cardcage_selinux.sexpr import Node, parse
+from cardcage_selinux.sexpr import Node, Source, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -67,9 +67,8 @@ def _read(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1) + 1
-        raise PolicyError("this is not UTF-8 text", Node("", None, os.fspath(path), line, column)) from error
+        source = Source(os.fspath(path), error.object.decode("latin-1"))  # a character for each byte
+        raise PolicyError("this is not UTF-8 text", Node("", None, source, error.start)) from error
     except OSError as error:
         raise ConfigError(str(error.strerror or error), file=os.fspath(path)) from error
     except ValueError as error:

@@ -7,27 +7,40 @@ the end of the line. Source: ``libsepol/cil/src/cil_lexer.l`` and ``cil_parser.c
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from bisect import bisect_right
 
 from attrs import define
 
 from cardcage_selinux.errors import PolicyError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["MAX_DEPTH", "Node", "parse"]
+__all__ = ["MAX_DEPTH", "Node", "Source", "parse"]
 
 MAX_DEPTH = 100
 """How deep lists may nest: far more than policies use, and few enough for recursive walks."""
 
 TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+|;[^\n]*)
+    r"""[ \t\r\n]+|;[^\n]*
     |(?P<open>\()|(?P<close>\))
     |"(?P<string>[^"\n]*)"
-    |(?P<symbol>[A-Za-z0-9\[\].@=/*_$%+!|&^:~`\#{}'<>?,-]+)""",
-    re.VERBOSE,
+    |(?P<symbol>[A-Za-z0-9\[\].@=/*_$%+!|&^:~`\#{}'<>?,-]+)
+    |(?P<wrong>.)""",
+    re.VERBOSE | re.DOTALL,
 )
+
+
+class Source:
+    """A file or text: where its lines begin is found out when first asked."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+        self._starts: list[int] = []
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Line and column of an offset, counted from 1."""
+        if not self._starts:
+            self._starts = [0, *(match.end() for match in re.finditer("\n", self.text))]
+        line = bisect_right(self._starts, at)
+        return line, at - self._starts[line - 1] + 1
 
 
 @define(eq=False, slots=True)
@@ -37,20 +50,30 @@ class Node:
     Attributes:
         text: the symbol or what stands between the quotes; empty for a list.
         items: the elements of a list, ``None`` for the others.
-        file, line, column: where it begins, counted from 1.
+        source, at: the file, and the offset at which it begins.
     """
 
     text: str
     items: list[Node] | None
-    file: str
-    line: int
-    column: int
+    source: Source
+    at: int
     quoted: bool = False
+
+    @property
+    def line(self) -> int:
+        """Counted from 1."""
+        return self.source.place(self.at)[0]
+
+    @property
+    def column(self) -> int:
+        """Counted from 1."""
+        return self.source.place(self.at)[1]
 
     @property
     def place(self) -> str:
         """``file:line:column``."""
-        return f"{self.file}:{self.line}:{self.column}"
+        line, column = self.source.place(self.at)
+        return f"{self.source.name}:{line}:{column}"
 
     @property
     def head(self) -> str:
@@ -75,51 +98,41 @@ class Node:
         return f"({' '.join(str(one) for one in self.items)})"
 
 
-def tokens(text: str, file: str) -> Iterator[tuple[str, Node]]:
-    """(kind, node) of each token. Raises PolicyError at the first character that begins none."""
-    at, line, start = 0, 1, 0
-    while at < len(text):
-        here = Node("", None, file, line, at - start + 1)
-        match = TOKEN.match(text, at)
-        if match is None:
-            if text[at] == '"':
-                raise PolicyError("this string does not end on its line", here)
-            raise PolicyError(f"character {text[at]!r} has no place in a policy", here)
-        kind = match.lastgroup or "space"
-        if kind == "space":
-            breaks = text.count("\n", at, match.end())
-            if breaks:
-                line, start = line + breaks, text.rindex("\n", at, match.end()) + 1
-        else:
-            here.text, here.quoted = match[kind], kind == "string"
-            yield kind, here
-        at = match.end()
-
-
 def parse(text: str, file: str) -> list[Node]:
     """The statements of a file. Raises PolicyError for what is not a list of s-expressions in brackets."""
+    source = Source(file, text)
     top: list[Node] = []
+    items: list[Node] | None = None
     stack: list[Node] = []
-    for kind, node in tokens(text, file):
+    for match in TOKEN.finditer(text):
+        kind = match.lastgroup
+        if kind is None:
+            continue
         if kind == "close":
             if not stack:
-                raise PolicyError("this bracket closes nothing", node)
+                raise PolicyError("this bracket closes nothing", Node("", None, source, match.start()))
             stack.pop()
-            continue
-        if kind == "open":
-            node.text, node.items = "", []
-        if stack:
-            items = stack[-1].items
-            assert items is not None  # only lists are on the stack
-            items.append(node)
+            items = stack[-1].items if stack else None
         elif kind == "open":
-            top.append(node)
-        else:
-            raise PolicyError(f"expected a statement in brackets, found {node}", node)
-        if kind == "open":
+            node = Node("", [], source, match.start())
+            (top if items is None else items).append(node)
             stack.append(node)
+            items = node.items
             if len(stack) > MAX_DEPTH:
                 raise PolicyError(f"lists nest deeper than {MAX_DEPTH}", node)
+        elif kind == "wrong":
+            raise PolicyError(_wrong(match[kind]), Node("", None, source, match.start()))
+        else:
+            node = Node(match[kind], None, source, match.start(), kind == "string")
+            if items is None:
+                raise PolicyError(f"expected a statement in brackets, found {node}", node)
+            items.append(node)
     if stack:
         raise PolicyError("this bracket is never closed", stack[-1])
     return top
+
+
+def _wrong(character: str) -> str:
+    if character == '"':
+        return "this string does not end on its line"
+    return f"character {character!r} has no place in a policy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from cardcage.errors import near
@@ -101,6 +102,15 @@ SYNTAX = {
 }
 """Keyword to its arguments; ``[X]`` may be left out, ``*`` is any number of statements."""
 
+COUNTS = {
+    keyword: (
+        sum(word[0] not in "[*" for word in words.split()),
+        sys.maxsize if "*" in words else len(words.split()),
+    )
+    for keyword, words in SYNTAX.items()
+}
+"""Keyword to the least and the most arguments."""
+
 CONTAINERS = {"block": 2, "in": 2, "macro": 3, "optional": 2}
 """Keyword to the place of the first statement inside."""
 
@@ -115,11 +125,10 @@ RESERVED = {"and", "or", "not", "xor", "all", "self"}
 
 def arguments(node: Node) -> list[Node]:
     """The arguments of a statement; an optional one that is absent is simply missing. Raises PolicyError."""
-    words = SYNTAX[node.head].split()
+    least, most = COUNTS[node.head]
     given = (node.items or [])[1:]
-    least = sum(not word.startswith("[") and word != "*" for word in words)
-    if len(given) < least or ("*" not in words and len(given) > len(words)):
-        raise PolicyError(f"expected ({node.head} {' '.join(words)})", node)
+    if not least <= len(given) <= most:
+        raise PolicyError(f"expected ({node.head} {SYNTAX[node.head]})", node)
     return given
 
 
