@@ -3,7 +3,8 @@
 1. A guest *uses* what it keeps less what it says is available. It *needs* that and a margin, at least its floor. It can
    do with the *least*: what it uses and a little free memory.
 2. What the host can give (the budget), less the needs, is shared in proportion to what each lacks of its size. When
-   the needs are more than the budget, all are cut from their need towards their least, in the same proportion.
+   the needs are more than the budget, they are cut towards the least: those of the lowest priority first, and all of
+   one priority in the same proportion.
 3. Who has too much shrinks at once, at a rate. Who has too little grows by what the budget holds over what all hold
    now, so that memory is given only when it has come; those below their need first.
 4. Differences below a band stay as they are, unless somebody is short of its least, or all together have too much.
@@ -52,6 +53,7 @@ class Seen:
         size: RAM. floor: what it shall always keep. kept: what it has not given. target: what it was asked to keep.
         used: what its programs and kernel use; it cannot give that.
         steered: whether it follows; what one that does not keeps is simply gone.
+        priority: who has the lowest gives first when there is too little for all.
     """
 
     size: int
@@ -60,6 +62,7 @@ class Seen:
     target: int
     used: int = 0
     steered: bool = True
+    priority: int = 0
 
     def holding(self, free: int) -> int:
         """What it uses and *free* bytes, not below its floor nor above its size."""
@@ -123,10 +126,15 @@ def _goals(rules: Rules, seen: Sequence[Seen], budget: int, surplus: float) -> t
     least = [
         min(need, one.holding(rules.least)) if one.steered else need for one, need in zip(seen, needs, strict=True)
     ]
-    give = sum(needs) - sum(least)
-    ratio = max(0.0, 1.0 + spare / give) if give else 0.0
-    goals = [low + int((need - low) * ratio) for low, need in zip(least, needs, strict=True)]
-    return goals, max(0, sum(least) - budget)
+    goals, missing = list(needs), -spare
+    for priority in sorted({one.priority for one in seen}):
+        tier = [at for at, one in enumerate(seen) if one.priority == priority]
+        give = sum(needs[at] - least[at] for at in tier)
+        ratio = max(0.0, 1.0 - missing / give) if give else 0.0
+        for at in tier:
+            goals[at] = least[at] + int((needs[at] - least[at]) * ratio)
+        missing = max(0, missing - give)
+    return goals, missing
 
 
 def _growth(rules: Rules, one: Seen, target: int, goal: int, most: int) -> int:

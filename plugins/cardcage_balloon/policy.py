@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BalloonOptions", "BalloonPolicy"]
 
+QUIET = 60.0
+"""Seconds without a shortage, after which the next is told of again."""
 HURRY = 0.25
 """Seconds between steps while a guest is short of what it needs."""
 
@@ -95,7 +97,7 @@ class BalloonPolicy:
         self._watched: list[Watched] = []
         self._board: Board | None = None
         self._before: float | None = None
-        self._short = False
+        self._short: float | None = None
 
     def attach(self, memory: MachineMemory) -> None:
         """Take the machine on; a balloon is added where it has none."""
@@ -137,7 +139,7 @@ class BalloonPolicy:
         every = [*ours, *others]
         budget = sum(one.resident for one in every) + host.headroom - self.options.reserve
         made = plan(self._rules(), [one.seen for one in every], budget, seconds, self._surplus(host))
-        self._say_short(made.short, host)
+        self._say_short(made.short, host, now)
         for one, entry, target in zip(self._watched, ours, made.targets, strict=False):
             if entry.seen.steered and target != one.target:
                 self._set(one, target)
@@ -165,14 +167,16 @@ class BalloonPolicy:
         half = self.options.pressure / 2
         return min(1.0, max(0.0, (self.options.pressure - host.some) / half))
 
-    def _say_short(self, short: int, host: HostMemory) -> None:
-        if short and not self._short:
-            for one in self._watched:
-                where = f"cgroup {host.group}" if host.group else "host"
-                one.memory.log.warning(
-                    "balloon: guests need more than there is", where=where, short=f"{short >> 20} MiB"
-                )
-        self._short = bool(short)
+    def _say_short(self, short: int, host: HostMemory, now: float) -> None:
+        """One line, and no other until there was enough for a minute."""
+        if short:
+            if self._short is None and self._watched:
+                where = f"cgroup {host.group}" if host.group else "the host"
+                log = self._watched[0].memory.log
+                log.warning("balloon: guests need more than there is", where=where, short=f"{short >> 20} MiB")
+            self._short = now
+        elif self._short is not None and now - self._short > QUIET:
+            self._short = None
 
     # one machine
 
@@ -182,22 +186,26 @@ class BalloonPolicy:
         resident, kept = memory.resident, one.kept
         if memory.state != "running" or balloon is None:
             one.since = now
-            return Seen(memory.size, one.floor, max(kept, resident), one.target, steered=False)
+            return Seen(
+                memory.size, one.floor, max(kept, resident), one.target, steered=False, priority=memory.priority
+            )
         problem, patience = self._problem(one, resident, now)
         if not problem:
             self._say(one, "")
             one.since = now
         elif now - one.since >= patience:
             self._say(one, problem)
-            return Seen(memory.size, one.floor, max(kept, resident), one.target, steered=False)
+            return Seen(
+                memory.size, one.floor, max(kept, resident), one.target, steered=False, priority=memory.priority
+            )
         report = balloon.report
         available = report.values.get("available_memory") if report is not None else None
         if not balloon.live or report is None or available is None:
             # Still booting: what it has touched, and what it may touch until the next steps.
             booting = min(memory.size, max(one.floor, resident + 64 * MIB))
-            return Seen(memory.size, one.floor, booting, one.target, steered=False)
+            return Seen(memory.size, one.floor, booting, one.target, steered=False, priority=memory.priority)
         used = max(0, memory.size - report.ballooned - min(available, memory.size))
-        return Seen(memory.size, one.floor, max(kept, resident), one.target, used)
+        return Seen(memory.size, one.floor, max(kept, resident), one.target, used, priority=memory.priority)
 
     def _problem(self, one: Watched, resident: int, now: float) -> tuple[str, float]:
         """What the guest does not do, and how long it may; empty when it does."""

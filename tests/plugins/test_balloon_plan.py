@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from itertools import pairwise
 
+import pytest
 from attrs import evolve
 from cardcage_balloon.plan import MIB, Rules, Seen, plan
 from hypothesis import given, settings
@@ -31,7 +32,9 @@ def machines(draw: st.DrawFn, wild: bool = True, most: int = 4096) -> list[Seen]
         target = draw(st.integers(min(floor, size), size))
         kept = draw(st.integers(0, size)) if wild else target
         used = draw(st.integers(0, 2 * size if wild else size))
-        found.append(Seen(size, floor, kept, target, used, draw(st.booleans()) if wild else True))
+        found.append(
+            Seen(size, floor, kept, target, used, draw(st.booleans()) if wild else True, draw(st.integers(-1, 1)))
+        )
     return found
 
 
@@ -126,3 +129,11 @@ def test_pressure_keeps_the_surplus_with_the_host() -> None:
     seen = [Seen(1024 * MIB, 0, 1024 * MIB, 1024 * MIB, 100 * MIB)]
     assert plan(Rules(), seen, 4096 * MIB, 100.0, surplus=0.0).targets == [100 * MIB + int(1024 * MIB * 0.08)]
     assert plan(Rules(), seen, 4096 * MIB, 100.0).targets == [1024 * MIB]
+
+
+def test_the_lowest_priority_gives_first() -> None:
+    """When the needs are more than the budget, a higher priority keeps its margin while others can give."""
+    seen = [Seen(1024 * MIB, 0, 1024 * MIB, 1024 * MIB, 500 * MIB, priority=at) for at in (0, 5)]
+    need = 500 * MIB + int(1024 * MIB * 0.08)
+    assert plan(Rules(), seen, 2 * need - 30 * MIB, 10.0).targets == pytest.approx([need - 30 * MIB, need], abs=1)
+    assert plan(Rules(), seen, 2 * 524 * MIB, 10.0).targets == [524 * MIB, 524 * MIB]
