@@ -51,6 +51,29 @@ int main(int count, char **words)
 }
 """
 
+# Reads code straight from the disk into one page, over what it ran there last, and calls it.
+CALL = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(void)
+{
+    int disk = open("/dev/vda", O_RDONLY | O_DIRECT);
+    void *page = mmap(0, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (int i = 0; i < 3000; i++) {
+        int which = i * 7 % 64, got;
+        if (pread(disk, page, 4096, which * 4096L) != 4096)
+            return perror("pread"), 1;
+        if ((got = ((int (*)(void))page)()) != which)
+            return printf("call %d gave %d instead of %d\n", i, got, which), 1;
+    }
+    puts("all new");
+    return 0;
+}
+"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel() -> Path:
@@ -254,3 +277,35 @@ def test_a_directory_of_virtiofsd(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("back", ["blk", "vhost-user"])
+def test_code_that_a_disk_brings_over_other_code_runs(tmp_path: Path, back: str) -> None:
+    """Code that is read, past the guest's caches, into the page of code that ran is what runs next, also when another
+    process writes it into guest memory."""
+    daemon = shutil.which("qemu-storage-daemon")
+    if shutil.which("gcc") is None or daemon is None:
+        pytest.skip("needs gcc and qemu-storage-daemon (Debian: qemu-system-common)")
+    (tmp_path / "call.c").write_text(CALL)
+    subprocess.run(["gcc", "-O2", "-static", "-o", tmp_path / "call", tmp_path / "call.c"], check=True)
+    blocks = [b"\xb8" + which.to_bytes(4, "little") + b"\xc3" for which in range(64)]  # mov eax, which; ret
+    (tmp_path / "code").write_bytes(b"".join(block.ljust(4096, b"\xcc") for block in blocks))
+    devices, process = ["--device", f"virtio-blk,drive=raw:{tmp_path / 'code'}"], None
+    if back == "vhost-user":
+        path = tmp_path / "s"
+        export = f"type=vhost-user-blk,id=e,addr.type=unix,addr.path={path},node-name=f"
+        drive = f"driver=file,node-name=f,filename={tmp_path / 'code'},read-only=on"
+        process = subprocess.Popen([daemon, "--blockdev", drive, "--export", export, "--pidfile", tmp_path / "pid"])
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            os.sched_yield()
+        devices = ["--set", "memory.type=memfd", "--device", f"vhost-user-blk,socket={path}"]
+    try:
+        devices += ["--device", f"virtio-blk,drive=raw:{tmp_path / 'call'}"]
+        script = "cat /dev/vdb > /tmp/call; chmod +x /tmp/call; /tmp/call"
+        assert boot("--cpus", "2", *devices, script=script) == ["all new"]
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
