@@ -362,9 +362,9 @@ class DeviceSlot:
 
     def balloon(self, balloon: MemoryBalloon, /) -> None:
         """The device is the machine's memory balloon, for its policies. Raises ConfigError when there is one."""
-        if self.machine.balloon is not None:
+        if self._machine.balloon is not None:
             raise self.config.place.error(f'device "{self.id}": the machine has a memory balloon already')
-        self.machine.balloon = self._balloon = balloon
+        self._machine.balloon = self._balloon = balloon
 
     def announce(self, resource: Resource, /) -> None:
         """State what the device claims, for ACPI and e820."""
@@ -373,7 +373,7 @@ class DeviceSlot:
     def close(self) -> None:
         """Take the device's ranges, readers and back ends away. Under the machine's lock."""
         if self._balloon is not None:
-            self.machine.balloon = self._balloon = None
+            self._machine.balloon = self._balloon = None
         for mapping in self.mappings:
             mapping.move(None)
         for fd in list(self._readers):

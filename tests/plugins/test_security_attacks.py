@@ -100,6 +100,8 @@ def test_what_the_default_policy_allows_runs(yard: Yard, tmp_path: Path) -> None
         {"type": "virtio-blk", "drive": {"file": str(tmp_path / "disk.raw"), "format": "raw"}},
         {"type": "virtio-net", "net": "null"},
         {"type": "virtio-rng"},
+        {"type": "virtio-balloon"},
+        {"type": "virtio-fs", "path": str(tmp_path), "tag": "f"},
         {"type": "virtio-console", "char": f"file:{tmp_path}/log"},
         {"type": "virtio-vsock", "cid": 5, "uds": str(tmp_path / "v")},
         {"type": "virtio-9p", "path": str(tmp_path), "tag": "t"},
