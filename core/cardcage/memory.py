@@ -75,7 +75,7 @@ class GuestMemory(Protocol):
 
     def read(self, address: int, size: int, /) -> bytes: ...
 
-    def write(self, address: int, data: bytes, /) -> None: ...
+    def write(self, address: int, data: bytes | memoryview, /) -> None: ...
 
     def view(self, address: int, size: int, /) -> memoryview:
         """RAM without a copy, within one RAM range. After writing through it, call :meth:`written`."""
@@ -201,12 +201,15 @@ class PhysicalMemory:
     def read(self, address: int, size: int, /) -> bytes:
         return b"".join(self._pieces(address, size))
 
-    def write(self, address: int, data: bytes, /) -> None:
+    def write(self, address: int, data: bytes | memoryview, /) -> None:
         pieces = list(self._pieces(address, len(data)))  # all checked before the first byte changes
-        at = 0
-        for piece in pieces:
-            piece[:] = data[at : at + len(piece)]
-            at += len(piece)
+        if len(pieces) == 1:
+            pieces[0][:] = data
+        else:
+            at, whole = 0, memoryview(data)  # a slice of bytes would be a copy, of a kernel say
+            for piece in pieces:
+                piece[:] = whole[at : at + len(piece)]
+                at += len(piece)
         self.written(address, len(data))
 
     def _pieces(self, address: int, size: int) -> Iterator[memoryview]:

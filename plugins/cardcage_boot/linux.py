@@ -122,7 +122,7 @@ class LinuxImage:
         kernel = self._place_kernel(room)
         initrd = self._place_initrd(room)
         memory = context.memory
-        memory.write(kernel, self.file.data[self.header.payload :])
+        memory.write(kernel, memoryview(self.file.data)[self.header.payload :])
         if self.initrd:
             memory.write(initrd, self.initrd)
         write_long_mode_tables(context)
