@@ -77,7 +77,7 @@ class GrantedMemory:
     def _settle(self) -> None:
         physical, whole, refuse = self._physical, self.reads and self.writes, self._refuse
         self.read: Callable[[int, int], bytes] = physical.read if self.reads else refuse
-        self.write: Callable[[int, bytes], None] = physical.write if self.writes else refuse
+        self.write: Callable[[int, bytes | memoryview], None] = physical.write if self.writes else refuse
         self.discard: Callable[[int, int], bool] = physical.discard if self.writes else refuse
         self.view: Callable[[int, int], memoryview] = physical.view if whole else refuse
         self.span: Callable[[int], tuple[int, memoryview]] = physical.span if whole else refuse
