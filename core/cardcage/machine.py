@@ -291,23 +291,20 @@ class Machine:
 
     def end(self, outcome: outcomes.Outcome) -> None:
         """The machine has its outcome: the first one counts. Any thread, any lock."""
-        with self._ending:
-            if self.outcome is not None or self._failure is not None:
-                return
-            self.outcome = outcome
-        self._finish(str(outcome))
+        # A guest whose memory the host took away sees zeros, and may crash before that is noticed.
+        self._end(outcome, self.memory.fault())
 
     def fail(self, error: BaseException) -> None:
         """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread."""
+        self._end(None, error)
+
+    def _end(self, outcome: outcomes.Outcome | None, error: BaseException | None) -> None:
         with self._ending:
             if self.outcome is not None or self._failure is not None:
                 return
-            self._failure = error
-        self._finish(f"{type(error).__name__}: {error}")
-
-    def _finish(self, why: str) -> None:
+            self.outcome, self._failure = outcome if error is None else None, error
         self.gate.end()
-        self.events.post(lambda: self._do_stop(why))
+        self.events.post(lambda: self._do_stop(str(outcome) if error is None else f"{type(error).__name__}: {error}"))
 
     def _do_stop(self, why: str) -> None:
         self.gate.close()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from cardcage.accelerator import AcceleratedVm
+    from cardcage.errors import HostError
 
 __all__ = [
     "PAGE",
@@ -261,6 +262,10 @@ class PhysicalMemory:
             yield view
         finally:
             self.written(address, size)
+
+    def fault(self) -> HostError | None:
+        """What the host took away under the guest (:meth:`cardcage.ram.RamBlock.fault`), ``None`` when nothing."""
+        return next((error for one in self.ranges if (error := one.block.fault()) is not None), None)
 
     def close(self) -> None:
         """Release the views and blocks. Idempotent."""

@@ -14,12 +14,15 @@ import os
 import signal
 import threading
 from functools import cache
+from typing import Any
 
 from attrs import define
 
 __all__ = ["Watch", "guard"]
 
 SA_SIGINFO = 4
+SIG_DFL, SIG_IGN = None, 1
+"""As ctypes has addresses: 0 is None."""
 BUS_MCEERR = (4, 5)
 """``si_code`` of memory that broke (asm-generic/siginfo.h); all others are pages that could not be had."""
 PROT_READ_WRITE, MAP_FIXED_PRIVATE_ANONYMOUS = 3, 0x10 | 0x02 | 0x20
@@ -65,7 +68,9 @@ class Guard:
         self._watches: tuple[Watch, ...] = ()
         self._lock = threading.Lock()
         self._handler = _HANDLER(self._handle)
-        self._before = _SigAction()
+        self._address = ctypes.cast(self._handler, ctypes.c_void_p).value
+        self._call: Any = None
+        self._passing: set[int] = set()
 
     def watch(self, start: int, size: int, page: int) -> Watch:
         """Guard a range until :meth:`release`; *page* is the least unit in which its mapping can be replaced."""
@@ -84,15 +89,23 @@ class Guard:
                 watch.fd = -1
 
     def _install(self) -> None:
-        # Done at each watch: pytest's faulthandler and the like put their own handler in between.
-        mine = _SigAction(handler=ctypes.cast(self._handler, ctypes.c_void_p), flags=SA_SIGINFO)
+        # Looked at each time: others (the translator, pytest's faulthandler) put their own handler on top, which is
+        # right when it passes on what is not its own, as the translator's does.
         before = _SigAction()
-        self._libc.sigaction(signal.SIGBUS, ctypes.byref(mine), ctypes.byref(before))
-        if before.handler != mine.handler:
-            self._before = before
+        self._libc.sigaction(signal.SIGBUS, None, ctypes.byref(before))
+        if before.handler == self._address:
+            return
+        mine = _SigAction(handler=self._address, flags=SA_SIGINFO)
+        self._libc.sigaction(signal.SIGBUS, ctypes.byref(mine), None)
+        self._call = _HANDLER(before.handler) if before.handler not in (SIG_DFL, SIG_IGN) else None
 
-    def _handle(self, _: int, info: int, context: int) -> None:
+    def _handle(self, signum: int, info: int, context: int) -> None:
         """On the thread that faulted, inside its access: takes no lock, and touches nothing but the mapping."""
+        if not self._replace(info):
+            self._pass_on(signum, info, context)
+
+    def _replace(self, info: int) -> bool:
+        """Put zeros where the fault was. False when that is in none of our ranges, or cannot be done."""
         code = ctypes.c_int.from_address(info + 8).value
         address = ctypes.c_uint64.from_address(info + 16).value
         for watch in self._watches:
@@ -100,14 +113,23 @@ class Guard:
                 page = address - (address - watch.start) % watch.page
                 flags = MAP_FIXED_PRIVATE_ANONYMOUS
                 if self._libc.mmap(page, watch.page, PROT_READ_WRITE, flags, -1, 0) != page:
-                    break
+                    return False
                 if watch.offset is None:
                     watch.offset, watch.broke = page - watch.start, code in BUS_MCEERR
                 if watch.fd >= 0:
                     os.eventfd_write(watch.fd, 1)
-                return
-        # Not ours: the access is tried again, and faults into the hands of whoever was there before.
-        self._libc.sigaction(signal.SIGBUS, ctypes.byref(self._before), None)
+                return True
+        return False
+
+    def _pass_on(self, signum: int, info: int, context: int) -> None:
+        """To who was there before; when that leads back here, or there was nobody, to the default at the next try."""
+        thread = threading.get_ident()
+        if self._call is not None and thread not in self._passing:
+            self._passing.add(thread)
+            self._call(signum, info, context)
+            self._passing.discard(thread)
+        else:
+            self._libc.sigaction(signum, ctypes.byref(_SigAction(handler=SIG_DFL)), None)
 
 
 @cache

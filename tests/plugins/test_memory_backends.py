@@ -284,18 +284,23 @@ def test_a_memfd_cannot_be_cut_short() -> None:
 
 
 def test_other_faults_end_the_process_as_before() -> None:
-    """A SIGBUS outside guest memory goes to who handled it before: the default kills, faulthandler speaks first."""
+    """A SIGBUS outside guest memory goes to who handled it before, and ends the process, also beside the translator."""
     program = (
         "import mmap, os, sys, faulthandler\n"
         "if sys.argv[1] == 'yes': faulthandler.enable()\n"
         "from cardcage.ram import Memfd, RamBlock\n"
+        "if sys.argv[1] == 'tcg':\n"
+        "    from cardcage import Machine\n"
+        "    from cardcage_tcg.library import load\n"
+        "    vm = Machine(accel='tcg', memory='2M', machine={'platform': 'none'})\n"
         "block = RamBlock(4096, backend=Memfd())\n"
+        "if sys.argv[1] == 'tcg': assert load().signals() == 1\n"
         "fd = os.memfd_create('x'); os.ftruncate(fd, 4096); m = mmap.mmap(fd, 4096); os.ftruncate(fd, 0)\n"
         "m[0] = 1\n"
     )
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    for loud in ("no", "yes"):
-        done = subprocess.run([sys.executable, "-c", program, loud], capture_output=True, text=True)
+    for loud in ("no", "yes", "tcg"):
+        done = subprocess.run([sys.executable, "-c", program, loud], capture_output=True, text=True, timeout=100)
         assert done.returncode == -7
         assert ("Bus error" in done.stderr) == (loud == "yes")
 

@@ -83,3 +83,18 @@ def test_figures_follow_the_guest(type: str, tmp_path: Path, monkeypatch: pytest
         assert given.resident < 256 * MIB - 96 * MIB
         vm.console.send("poweroff -f\r")
         assert vm.wait(120) == PoweredOff()
+
+
+@pytest.mark.once
+def test_a_guest_whose_memory_is_cut_short_ends_with_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file behind a running Linux's RAM is truncated: translated code faults, the machine ends with an error that
+    says why, and the process lives."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with linux({"type": "file", "path": str(tmp_path / "ram")}) as vm:
+        vm.start()
+        vm.console.expect("~ # ", timeout=120)
+        vm.console.send("while :; do md5sum /bin/busybox; done\r")
+        vm.console.expect("busybox", timeout=120)
+        (tmp_path / "ram").open("r+").truncate(MIB)
+        with pytest.raises(HostError, match="its file was cut short"):
+            vm.wait(120)

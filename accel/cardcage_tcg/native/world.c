@@ -177,7 +177,9 @@ static void handler(int sig, void *info, void *context)
 {
     u64 *gregs = (u64 *)((char *)context + 40); /* ucontext.uc_mcontext.gregs: R8..R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFL */
     u64 rip = gregs[16];
-    for (u32 i = 0; i < 256; i++)
+    /* SIGBUS is the guest's only for alignment (BUS_ADRALN): else the host has no page, which is the core's to handle. */
+    int guest = sig != 7 || *(int *)((char *)info + 8) == 1;
+    for (u32 i = 0; guest && i < 256; i++)
         if (ranges[i].low && rip >= ranges[i].low && rip < ranges[i].high) {
             struct cpu *c = (struct cpu *)gregs[15];
             c->info[0] = (u64)sig, c->info[1] = rip;
