@@ -31,7 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     files = "CIL files that make the policy, a directory for its *.cil; by default the policy that cardcage ships"
     check = acts.add_parser("check", help="compile a policy; errors have file, line and column, status 2")
     why = acts.add_parser("explain", help="say why an access is granted (status 0) or denied (1)")
-    for name, help in (("scontext", "who asks"), ("tcontext", "whom it concerns"), ("tclass", "class of the target")):
+    for name, help in (
+        ("scontext", "who asks: a context, or the name of a sid such as operator"),
+        ("tcontext", "whom it concerns, likewise"),
+        ("tclass", "class of the target"),
+    ):
         why.add_argument(name, help=help)
     why.add_argument("permission")
     log = acts.add_parser("allow-from-log", help="write the rules that would grant what AVC records say was denied")
@@ -108,7 +112,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     policy = _load(arguments.policy, arguments.set, check=False)
-    found = explain(policy, arguments.scontext, arguments.tcontext, arguments.tclass, arguments.permission)
+    sids = policy.tables.sids
+    contexts = [sids.get(text, text) for text in (arguments.scontext, arguments.tcontext)]
+    found = explain(policy, contexts[0], contexts[1], arguments.tclass, arguments.permission)
     print("granted" if found.granted else "denied")
     for reason in found.reasons:
         print(f"  {reason}")

@@ -17,6 +17,7 @@ POLICY = """(class file (read write open)) (class process (transition))
 (constrain (file (read)) (neq t2 b))
 (typebounds c d) (allow c a (file (write))) (typepermissive b) (dontaudit a a (file (read)))
 (allow a a (process (transition)))
+(sid first) (sidcontext first (u r a))
 """
 
 
@@ -55,6 +56,7 @@ def test_check(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("asked", "status", "lines"),
     [
         ("u:r:a u:r:c file write", 0, ["granted", "rule P:6:1: (allow dom c (file (write)))"]),
+        ("first u:r:c file write", 0, ["granted", "rule P:6:1: (allow dom c (file (write)))"]),
         (
             "u:r:a u:r:b file read",
             1,
