@@ -169,7 +169,7 @@ class BalloonPolicy:
 
     def _say_short(self, short: int, host: HostMemory, now: float) -> None:
         """One line, and no other until there was enough for a minute."""
-        if short:
+        if short > self.options.band:
             if self._short is None and self._watched:
                 where = f"cgroup {host.group}" if host.group else "the host"
                 log = self._watched[0].memory.log
