@@ -59,7 +59,7 @@ int main(int argc, char **argv) {
     struct { const char *name; struct order o; uint64_t units; } rows[] = {
         {"send-MiB", {scale << 27, 0, 0}, scale << 7},
         {"receive-MiB", {0, scale << 27, 0}, scale << 7},
-        {"round-trips", {0, 0, 2000 * scale}, 2000 * scale},
+        {"round-trips", {0, 0, 10000 * scale}, 10000 * scale},
     };
     inet_aton(argv[1], &at.sin_addr);
     for (int i = 0; i < 3; i++) {
