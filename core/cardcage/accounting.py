@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cardcage.machine import Machine
 
-__all__ = ["MachineStats", "Sampler", "measure", "stats_of"]
+__all__ = ["MachineStats", "Sampler", "look_at", "measure"]
 
 KIB = 1024
 HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .*\n", re.MULTILINE)
@@ -132,8 +132,8 @@ def _stats(entry: Entry, counts: dict[bytes, int], overhead: int, code: int) -> 
     )
 
 
-def stats_of(machine: Machine) -> MachineStats:
-    """What the machine's memory costs the host, looked at exactly now: about 30 µs for each resident MiB."""
+def look_at(machine: Machine) -> MachineStats:
+    """Look exactly at a machine of this process (``machine.stats()``). Raises StateError once it is closed."""
     if not machine.memory.ranges:
         raise StateError("the machine is closed: it has no memory any more")
     block = machine.memory.ranges[0].block

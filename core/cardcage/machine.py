@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.abilities import able
-from cardcage.accounting import stats_of
 from cardcage.assembly import allow_end, create_vm, mediate, plug, plug_all
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
@@ -38,7 +37,7 @@ from cardcage.host import Host
 from cardcage.memory import PhysicalMemory, RamRange
 from cardcage.ops import MachineOps, ObservedOps
 from cardcage.policy import attach_policies, detach_policies
-from cardcage.provision import free_ram, provide_ram, publish
+from cardcage.provision import free_ram, provide_ram, publish, stats_of
 from cardcage.runner import run_vcpu
 from cardcage.security import OPERATOR, Mediator
 from cardcage.wiring import Wiring

@@ -19,11 +19,12 @@ from cardcage.roster import Entry, Roster, pid_namespace
 from cardcage.security import OPERATOR
 
 if TYPE_CHECKING:
+    from cardcage.accounting import MachineStats
     from cardcage.config import Config
     from cardcage.machine import Machine
     from cardcage.ram import MemoryBackend
 
-__all__ = ["free_ram", "memory_backend", "provide_ram", "publish"]
+__all__ = ["free_ram", "memory_backend", "provide_ram", "publish", "stats_of"]
 
 VIDEO = (0xA0000, 0xC0000)
 """Where a PC has video memory: no RAM shows there."""
@@ -57,6 +58,13 @@ def free_ram(machine: Machine) -> None:
     machine.memory.close()
     if machine.record is not None:
         machine.record.close()
+
+
+def stats_of(machine: Machine) -> MachineStats:
+    """What the machine's memory costs the host, looked at exactly now: about 30 µs for each resident MiB."""
+    from cardcage.accounting import look_at  # not needed to start a machine
+
+    return look_at(machine)
 
 
 def watch_ram(machine: Machine) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import stat
 import struct
 import time
@@ -27,6 +26,7 @@ from attrs import asdict, evolve, field, fields, frozen
 from cardcage.errors import HostError
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator
 
 __all__ = ["Entry", "Record", "Roster", "ask", "roster_directory"]
@@ -254,6 +254,8 @@ class Record:
 
     def listen(self) -> socket.socket:
         """Open the socket that :func:`ask` finds. The caller answers with :meth:`answer` whenever it is readable."""
+        import socket  # only a machine with a balloon needs it
+
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         folder = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -275,6 +277,8 @@ class Record:
         """Take one caller, and tell it. A caller of another user's is sent away; none is waited for."""
         if self._socket is None:
             return
+        import socket
+
         with suppress(OSError):  # the caller went away, or does not read: its own loss
             caller, _ = self._socket.accept()
             with caller:
@@ -305,6 +309,8 @@ def ask(entry: Entry, timeout: float = 0.2) -> dict[str, int] | None:
     """What the machine's balloon says, bytes by name; ``None`` when it has none, or does not answer in time."""
     if not entry.balloon:
         return None
+    import socket
+
     folder = os.open(Path(entry.file).parent, os.O_PATH | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as peer:
