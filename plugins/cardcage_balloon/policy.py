@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 from attrs.validators import ge, gt, le
-from cardcage.errors import ConfigError, Denied, HostError
+from cardcage.errors import Denied, HostError
 from cardcage.policy import read_host_memory
 from cardcage.rundir import run_directory
 from cardcage.units import Duration, Size
@@ -105,16 +105,12 @@ class BalloonPolicy:
         if memory.balloon is None:
             memory.add("virtio-balloon")
         memory.set_target(memory.size)  # a security policy that forbids it says so now
-        if self.options.floor > memory.size:
-            raise ConfigError(
-                f"expected at most the machine's {Size(memory.size)}, got {self.options.floor}", key="floor"
-            )
         if self._board is None:
             try:
                 self._board = Board(self._folder())
             except (HostError, OSError) as error:
                 memory.log.info("balloon: plans without the machines of other processes", reason=str(error))
-        self._watched.append(Watched(memory, int(self.options.floor), memory.size, self._clock()))
+        self._watched.append(Watched(memory, min(self.options.floor, memory.size), memory.size, self._clock()))
 
     def detach(self, memory: MachineMemory) -> None:
         """Let the guest have all its memory again."""
