@@ -125,7 +125,7 @@ class Lease:
                     if record.get("group") == group:
                         return []
                     fcntl.flock(self._users, fcntl.LOCK_UN)
-                    held, mine = record.get("group") or "without a label", group or "without a label"
+                    held, mine = record.get("group") or "no label", group or "a machine without a label"
                     raise HeldError(
                         f"ksmd is one for the whole host, and {record.get('who')} ({held}) merges now: {mine} may not"
                     )
