@@ -24,6 +24,8 @@ Steps = Generator[tuple[Any, ...], Any, None]
 class Panel:
     """Ends the machine as it is told, at port 0x80; a serial port on the console at 0x85."""
 
+    late = 0
+
     def plug(self, slot: Slot, /) -> None:
         self.control = slot.control
         self.char = slot.open("char", "console")
@@ -46,6 +48,15 @@ class Panel:
                 self.char.write(bytes([value]))
             case 6:
                 os.kill(os.getpid(), value)
+            case 7:
+                self.late = value
+                os.kill(os.getpid(), value)
+
+    def unplug(self) -> None:
+        if self.late:
+            os.kill(os.getpid(), self.late)
+            os.kill(os.getpid(), self.late)
+            print("put back", file=sys.stderr)
 
 
 def guest(*steps: tuple[Any, ...]) -> Script:
@@ -111,12 +122,15 @@ def vm(tmp_path: Path) -> Path:
         (("wait",), 124, "outcome: timed out after 0.05 s"),
         (("out", 0x86, 1, signal.SIGINT), 130, "outcome: interrupted"),
         (("out", 0x86, 1, signal.SIGTERM), 143, "outcome: ended by: SIGTERM"),
+        (("out", 0x87, 1, signal.SIGTERM), 143, "put back\noutcome: ended by: SIGTERM"),
+        (("out", 0x87, 1, signal.SIGHUP), 129, "put back\noutcome: ended by: SIGHUP"),
+        (("out", 0x87, 1, signal.SIGINT), 130, "put back\noutcome: interrupted"),
     ],
 )
 def test_each_outcome_has_its_status_and_line(
     vm: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest, step: Any, status: int, outcome: str
 ) -> None:
-    """``cardcage run`` exits with the documented status and says the outcome in one line on stderr."""
+    """``cardcage run`` exits with the documented status and one line on stderr; a second signal changes nothing."""
     timeout = ["--timeout", "50ms"] if step == ("wait",) else ["--timeout", "60"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))

@@ -74,15 +74,16 @@ def ending_signals(machine: Machine) -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No second Ctrl-C while the terminal and the machine's threads are put back."""
+    """No second signal while the terminal, files and the machine's threads are put back: timeout(1) sends two."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [(one, signal.signal(one, signal.SIG_IGN)) for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before:
+            signal.signal(signum, handler)
 
 
 def run_machine(machine: Machine, *, timeout: float | None = None, console: str | None = "stdio") -> int:
@@ -94,16 +95,16 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
     Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
     """
-    try:
-        with ending_signals(machine):
+    with ending_signals(machine):
+        try:
             if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
                 machine.open_console(console)
             if machine.state == "built":
                 machine.start()
             outcome = machine.wait(timeout)
-    finally:
-        with undisturbed():
-            machine.close()
+        finally:
+            with undisturbed():
+                machine.close()
     return tell(outcome)
 
 
