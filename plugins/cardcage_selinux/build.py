@@ -36,6 +36,7 @@ class Build:
         tables: what the policy will hold.
         types, roles, users, categories: the names, as sets.
         sensitivities: in order; chains: the orders that statements give, by keyword.
+        said: statements that may stand once only.
         unresolved: for each optional that cannot stay, why.
         missing: the first name outside of optionals that is not declared.
     """
@@ -50,6 +51,7 @@ class Build:
     sensitivity_categories: dict[int, int] = field(factory=dict)
     chains: dict[str, list[list[tuple[Symbol, Node]]]] = field(factory=dict)
     aliases: list[tuple[str, Symbol]] = field(factory=list)
+    said: dict[str, Node] = field(factory=dict)
     contexts: list[tuple[str, Context, Node]] = field(factory=list)
     conditions: dict[tuple[int, str], int] = field(factory=dict)
     tests: dict[tuple[tuple[str, ...], tuple[bool, ...]], int] = field(factory=dict)
@@ -258,11 +260,20 @@ def _chain(space: str) -> Handler:
     return handler
 
 
+def _once(state: Build, statement: Statement) -> None:
+    keyword = statement.node.head
+    if keyword in state.said:
+        raise PolicyError(f"{keyword} is said already at {state.said[keyword].place}", statement.node)
+    state.said[keyword] = statement.node
+
+
 def _mls(state: Build, statement: Statement, given: list[Node]) -> None:
+    _once(state, statement)
     state.tables.mls = truth(given[0])
 
 
 def _handleunknown(state: Build, statement: Statement, given: list[Node]) -> None:
+    _once(state, statement)
     word = given[0].symbol("allow, deny or reject")
     if word not in ("allow", "deny", "reject"):
         raise PolicyError(f'expected allow, deny or reject, found "{word}"', given[0])

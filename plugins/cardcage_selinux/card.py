@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 from cardcage.errors import ConfigError
-from cardcage.security import HOST, OPERATOR
+from cardcage.security import CLASSES, HOST, OPERATOR
 
 from cardcage_selinux.avc import Avc
 from cardcage_selinux.errors import ContextError
@@ -79,6 +79,7 @@ class Selinux:
 
     def _load(self) -> Policy:
         policy = load([DEFAULT if one == "default" else one for one in self.options.policy])
+        policy.require(CLASSES)
         for name in NAMED:
             if name not in policy.tables.sids:
                 raise ConfigError(f'the policy has no (sidcontext {name} ...), the label of the "{name}"')

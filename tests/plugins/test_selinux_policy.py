@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cardcage.errors import ConfigError, UsageError
+from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
 from cardcage_selinux.errors import ContextError, PolicyError
 from cardcage_selinux.policy import Policy, load
 from cardcage_selinux.syntax import SYNTAX
@@ -212,6 +213,8 @@ def test_validatetrans() -> None:
         ("(constrain (file (read)) (dom t1 t2))", "1:31: types are compared by eq and neq"),
         ("(constrain (file (read)) (eq t1 r2))", '1:33: "t1" cannot be compared with "r2"'),
         ("(boolean o true) (booleanif o (true (type d)))", "1:37: type cannot stand in a booleanif"),
+        ("(mls false)\n(mls false)", "2:1: mls is said already"),
+        ("(handleunknown deny) (handleunknown deny)", "1:22: handleunknown is said already"),
         ("(boolean o maybe)", "1:12: expected true or false"),
         ("(sensitivity s0) (sensitivity s1) (sensitivityorder (s0)) ", '1:18: sensitivity "s1" is in no sens'),
         ("(category x) (category y) (categoryorder (x)) (categoryorder (y))", "no categoryorder says which of"),
@@ -295,3 +298,18 @@ def test_the_page_lists_the_statements() -> None:
     page = (Path(__file__).parents[2] / "docs/selinux.md").read_text()
     table = page.partition("| kind | statements |")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(SYNTAX)
+
+
+def test_a_policy_that_rejects_what_it_lacks_is_not_loaded(tmp_path: Path) -> None:
+    """The card refuses a policy with (handleunknown reject) that lacks a class or permission of this object manager."""
+    shipped = DEFAULT.read_text()
+    file = tmp_path / "p.cil"
+    options = SelinuxOptions(policy=[str(file)], audit="none", labels="none")
+    changed = re.sub(r"\(handleunknown \w+\)", "", shipped) + "(handleunknown reject)"
+    file.write_text(changed)
+    Selinux(options)
+    file.write_text(
+        changed.replace("(class interrupt (raise route))", "(class interrupt (raise))").replace(" route", "")
+    )
+    with pytest.raises(ConfigError, match="class interrupt lacks route"):
+        Selinux(options)
