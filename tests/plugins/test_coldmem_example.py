@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -81,11 +79,3 @@ def test_a_mistake_in_it_is_named(tmp_path: Path) -> None:
     ):
         machine(tmp_path, "mistaken", host)
     assert not host.machines
-
-
-def test_it_is_typed(tmp_path: Path) -> None:
-    """mypy --strict has nothing to say about it."""
-    pytest.importorskip("mypy", reason="pip install mypy")
-    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(EXAMPLE / "src")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
