@@ -308,8 +308,6 @@ def test_a_policy_that_rejects_what_it_lacks_is_not_loaded(tmp_path: Path) -> No
     changed = re.sub(r"\(handleunknown \w+\)", "", shipped) + "(handleunknown reject)"
     file.write_text(changed)
     Selinux(options)
-    file.write_text(
-        changed.replace("(class interrupt (raise route))", "(class interrupt (raise))").replace(" route", "")
-    )
+    file.write_text(changed.replace("route", "detour"))
     with pytest.raises(ConfigError, match="class interrupt lacks route"):
         Selinux(options)
