@@ -144,7 +144,9 @@ def mediate(machine: Machine, cleanup: ExitStack) -> None:
 
 
 def allow_end(machine: Machine) -> None:
-    """May the operator destroy *machine*, with its devices? Raises Denied."""
+    """May the operator destroy *machine*, with its devices? Raises Denied. One that is closed is not asked about."""
+    if machine._closed:
+        return
     facts = {"machine": machine.name}
     machine.mediator.check(OPERATOR, machine.label, "machine", ("destroy",), facts)
     for one in machine.devices.values():

@@ -212,6 +212,7 @@ class Machine:
 
     def inject_nmi(self, cpu: int = 0) -> None:
         """Send an NMI to vCPU *cpu*. Thread-safe."""
+        self.mediator.check(OPERATOR, self.label, "interrupt", ("raise",), {"machine": self.name, "cpu": cpu})
         self.vm.inject_nmi(cpu)
         self.gate.wake()
 
@@ -452,9 +453,8 @@ class Machine:
 
         Raises Denied when the operator may not destroy it; it then goes on.
         """
-        if not self._closed:
-            allow_end(self)
-            self.dismantle()
+        allow_end(self)
+        self.dismantle()
 
     def dismantle(self) -> None:
         """:meth:`close` without asking, for the host's own end."""

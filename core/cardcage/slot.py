@@ -133,7 +133,8 @@ class DeviceSlot:
         target = mediator.label(self.label, self._machine.label, tclass, name, permissions, told)
         gate = self._gate
         if gate is not None and revoke is None:  # a back end that is being opened: the gate before it shuts
-            self._grant(target, tclass, permissions, told, gate.shut(name), gate.open(name))
+            why = f"{tclass} {permissions} {target} {name}"
+            self._grant(target, tclass, permissions, told, gate.shut(why), gate.open(why))
         elif revoke is not None:
             self._grant(target, tclass, permissions, told, revoke, restore or _nothing)
         else:
@@ -170,10 +171,11 @@ class DeviceSlot:
             if not machine.mediator.checkers:
                 self._memory = machine.memory
             else:
-                self._memory = memory = GrantedMemory(machine.memory, self.log)
+                memory = GrantedMemory(machine.memory, self.log)
                 for permission, which in (("dma_read", "reads"), ("dma_write", "writes")):
                     off, on = memory.switch(which, False), memory.switch(which, True)
                     self._grant(machine.label, "memory", (permission,), self._facts({}), off, on, must=False)
+                self._memory = memory
         return self._memory
 
     def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> PhysicalMemory:

@@ -139,6 +139,7 @@ ACTS: dict[str, tuple[Callable[[Machine], Any], Callable[[Machine], Any]]] = {
     "memory reclaim": (lambda vm: vm, shared(lambda memory: memory.reclaim(4096))),
     "memory dma_read": (lambda vm: vm, lambda vm: slot(vm).memory.read(0, 1)),
     "memory dma_write": (lambda vm: vm, lambda vm: slot(vm).memory.write(0, b"x")),
+    "interrupt raise": (lambda vm: vm, Machine.inject_nmi),
     "bus move": (lambda vm: vm, lambda vm: slot(vm).mappings[0].move(0x80)),
 }
 """Acts on a machine that exists: how it comes to where the act is possible, and the act."""
