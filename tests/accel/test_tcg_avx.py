@@ -81,7 +81,7 @@ def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes) -> None
     try:
         host = Host()
     except OSError as error:
-        pytest.skip(f"{error}")
+        pytest.skip(f"the real processor cannot be asked: {error}")
     guest = Guest(avx=True)
     general = [mask | 1 << 60, 2, mask if mask == ALL else 1 << 40, DATA + offset, DATA + 0x4400, *range(11)]
     start = State(general, CODE, 0x202, _image())

@@ -21,7 +21,7 @@ def _traced() -> None:
     try:
         Host().close()
     except OSError as error:
-        pytest.skip(f"{error}")
+        pytest.skip(f"the real processor cannot be asked: {error}")
 
 
 def corpus(name: str) -> list[bytes]:

@@ -143,7 +143,7 @@ def test_detach_of_a_machine_that_goes_on() -> None:
 
 
 def memory_of(vm: TestMachine) -> MachineMemory:
-    return MachineMemory(vm)  # type: ignore[arg-type]
+    return MachineMemory(vm)  # type: ignore[arg-type]  # a stand-in for a Machine
 
 
 def test_resident_counts_what_was_touched() -> None:

@@ -327,7 +327,7 @@ def test_no_post_is_lost(rig: Rig) -> None:
 
     def post(source: int) -> None:
         for number in range(500):
-            again = lambda number=number: (seen.append((source, number)), done.release())  # noqa: E731
+            again = lambda number=number: (seen.append((source, number)), done.release())  # noqa: E731  # bound to this turn
             rig.events.post(lambda again=again: rig.events.post(again))
 
     threads = [threading.Thread(target=post, args=(source,)) for source in range(4)]

@@ -258,7 +258,7 @@ def test_workers_share_a_queue_whose_requests_wait(monkeypatch: pytest.MonkeyPat
     bench, _ = make(disk, threads=4)
     for _ in range(SLOW):
         assert bench.call([head(0)], [512, 1])[-1] == 0
-    disk.readv = lambda offset, buffers: together.wait(10) and None  # type: ignore[method-assign, assignment]
+    disk.readv = lambda offset, buffers: together.wait(10) and None  # type: ignore[method-assign, assignment]  # a disk that waits
     for at in range(8):
         bench.driver().add([head(0, at)], [512, 1])
     bench.kick()

@@ -54,7 +54,7 @@ class Lab:
         balloon = TestBalloon(SIZE, used, **more)
         machine = TestMachine(SIZE, name=name, balloon=balloon)
         self.machines.append(machine)
-        policy.attach(MachineMemory(machine))  # type: ignore[arg-type]
+        policy.attach(MachineMemory(machine))  # type: ignore[arg-type]  # a stand-in
         return balloon
 
     def run(self, seconds: int) -> None:

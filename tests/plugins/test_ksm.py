@@ -199,7 +199,7 @@ def machines() -> Iterator[Callable[..., MachineMemory]]:
 
     def make(**arguments: Any) -> MachineMemory:
         made.append(TestMachine(**arguments))
-        return MachineMemory(made[-1])  # type: ignore[arg-type]
+        return MachineMemory(made[-1])  # type: ignore[arg-type]  # a stand-in
 
     yield make
     for one in made:
@@ -254,7 +254,7 @@ def test_labels_without_a_lease_do_not_merge(ksm: Path, machines: Make) -> None:
     ):
         labelled.attach(machines(label="s0:c1", checkers=(Allow(),)))
     plain_machine = TestMachine()
-    KsmPolicy(folder=nowhere, ksm=ksm).attach(MachineMemory(plain_machine))  # type: ignore[arg-type]
+    KsmPolicy(folder=nowhere, ksm=ksm).attach(MachineMemory(plain_machine))  # type: ignore[arg-type]  # a stand-in
     events = [(event, values.get("start")) for _, event, values in plain_machine.log.entries]
     assert events[-1] == (
         "KSM: RAM is marked, but ksmd does not run and may not be started here",

@@ -244,7 +244,7 @@ def test_huge_pages_are_not_promised_twice() -> None:
         takes_ram = False
 
     with Machine(fragments=[{"machine": {"memory": "2M", "platform": "none", "accel": ["tcg"]}}]) as vm:
-        assert entry_of(vm, Device()).promised == 0  # type: ignore[arg-type]
+        assert entry_of(vm, Device()).promised == 0  # type: ignore[arg-type]  # a stand-in
         assert vm.record is not None
         assert vm.record.entry.promised == 2 * MIB
 
@@ -276,7 +276,7 @@ def test_edge_keeps_the_contract() -> None:
 def test_the_lowest_priority_gives_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the host has less than low left, RAM leaves the machine with the lowest priority, then the largest."""
     machines = [TestMachine(16 * MIB, name=name, priority=worth) for name, worth in (("a", 5), ("b", -5), ("c", -5))]
-    memories = [MachineMemory(one) for one in machines]  # type: ignore[arg-type]
+    memories = [MachineMemory(one) for one in machines]  # type: ignore[arg-type]  # a stand-in
     for one, size in zip(machines, (16, 4, 12), strict=True):
         one.memory.write(0, b"x" * size * MIB)
     policy = Edge(EdgeOptions(low=Size(GIB), cgroup=False))
@@ -324,7 +324,7 @@ def test_memory_in_a_file_is_written_out(tmp_path: Path, monkeypatch: pytest.Mon
 def test_scores_follow_the_best_machine_and_are_put_back() -> None:
     """oom_score_adj follows the highest priority of the process's machines, and is as before at the end."""
     before = score()
-    low, high = (MachineMemory(TestMachine(MIB, priority=worth)) for worth in (-30, -10))  # type: ignore[arg-type]
+    low, high = (MachineMemory(TestMachine(MIB, priority=worth)) for worth in (-30, -10))  # type: ignore[arg-type]  # a stand-in
     policy = Edge(EdgeOptions(cgroup=False))
     policy.attach(low)
     assert score() == min(1000, before + 300)

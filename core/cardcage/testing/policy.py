@@ -137,7 +137,7 @@ def check_policy(
     run = PolicyRun(policy, "test", who)
     run.stepping = False  # steps are taken here, one by one
     made = [machine(size, name=f"test{at}") for at in range(3)]
-    memories = [MachineMemory(one) for one in made]  # type: ignore[arg-type]
+    memories = [MachineMemory(one) for one in made]  # type: ignore[arg-type]  # stand-ins for a Machine
     flags = _flags(memories)
     for one in made:
         one.memory.write(0, one.name.encode() * 1000)
@@ -176,7 +176,7 @@ def _steps(run: PolicyRun, machines: list[TestMachine], who: str) -> None:
     if step is None:
         return
     moods: list[Callable[[TestBalloon], None]] = [lambda one: None, lambda one: None]
-    moods += [lambda one, said=said: setattr(one, "wild", said) for said in WILD]  # type: ignore[misc]
+    moods += [lambda one, said=said: setattr(one, "wild", said) for said in WILD]  # type: ignore[misc]  # a default argument
     moods += [lambda one: setattr(one, "answers", False), lambda one: setattr(one, "live", False)]
     for at, mood in enumerate(moods):
         for one in machines:
