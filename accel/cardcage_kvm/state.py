@@ -42,9 +42,19 @@ def read(vcpu: KvmVCpu) -> VCpuState:
     )
 
 
+def power_up(vcpu: KvmVCpu) -> tuple[dict[int, int], bytes | None]:
+    """MSRs, the time-stamp counter aside, and the local APIC of a vCPU just made, whose CPUID is set."""
+    msrs = read_msrs(vcpu.fd, vcpu.vm.msr_list)
+    msrs.pop(MSR_TSC, None)
+    return msrs, _read_lapic(vcpu.fd) if vcpu.vm.irqchip != "none" else None
+
+
 def write(vcpu: KvmVCpu, new: VCpuState) -> None:
     """Set all registers, in the order that KVM needs: modes before what depends on them, timers last."""
     fd, in_kernel = vcpu.fd, vcpu.vm.irqchip != "none"
+    fresh_msrs, lapic = vcpu.power_up
+    if new.lapic is not None or new.msrs:
+        lapic = new.lapic
     if new.lapic is not None and not in_kernel:
         raise UsageError(f"vCPU {vcpu.index}: has no local APIC (irqchip none) to hold the state's")
     if new.lapic is not None and len(new.lapic) != 1024:
@@ -58,13 +68,13 @@ def write(vcpu: KvmVCpu, new: VCpuState) -> None:
         _write_system(fd, new.system)
         _set(fd, abi.SET_REGS, _registers(new.registers))
         _write_fpu(vcpu, new.fpu)
-        msrs = dict(new.msrs)
+        msrs = {**_changed(vcpu, fresh_msrs.keys() - new.msrs.keys()), **new.msrs}
         deadline = msrs.pop(MSR_TSC_DEADLINE, None)
         if new.tsc is not None:
             msrs[MSR_TSC] = new.tsc
         write_msrs(vcpu, msrs)
-        if new.lapic is not None:
-            _set(fd, abi.SET_LAPIC, abi.LapicState.from_buffer_copy(new.lapic))
+        if lapic is not None:
+            _set(fd, abi.SET_LAPIC, abi.LapicState.from_buffer_copy(lapic))
         if deadline is not None:
             write_msrs(vcpu, {MSR_TSC_DEADLINE: deadline})
         _write_events(vcpu, new.events)
@@ -73,6 +83,12 @@ def write(vcpu: KvmVCpu, new: VCpuState) -> None:
         raise UsageError(f"vCPU {vcpu.index}: cannot hold this state: {error}") from error
     except (TypeError, OverflowError) as error:
         raise UsageError(f"vCPU {vcpu.index}: a register's value does not fit: {error}") from error
+
+
+def _changed(vcpu: KvmVCpu, indices: set[int]) -> dict[int, int]:
+    """Power-up values of those MSRs that have another value now."""
+    fresh, _ = vcpu.power_up
+    return {at: fresh[at] for at, value in read_msrs(vcpu.fd, tuple(sorted(indices))).items() if value != fresh[at]}
 
 
 def read_registers(fd: int) -> Registers:

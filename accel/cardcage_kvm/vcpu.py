@@ -47,6 +47,7 @@ class KvmVCpu:
         self.attention = self.inside = self._kicked = self._nmi = self._halted = self._incomplete = False
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
+        self.power_up: tuple[dict[int, int], bytes | None] = ({}, None)
 
     def close(self) -> None:
         """Release the descriptor and the shared page. Idempotent."""
@@ -257,7 +258,7 @@ class KvmVCpu:
         return found
 
     def set_state(self, new: VCpuState, /) -> None:
-        """Set all registers; MSRs that *new* does not name keep their values.
+        """Set all registers; MSRs that *new* does not name take their values after power-up.
 
         Raises :exc:`~cardcage.errors.UsageError` for what this vCPU cannot hold.
         """

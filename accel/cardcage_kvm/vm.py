@@ -102,6 +102,7 @@ class KvmVm:
         vcpu = KvmVCpu(self, index, self._kick_signal)
         try:
             abi.ioctl(vcpu.fd, abi.SET_CPUID2, cpuid.for_vcpu(self._cpuid, index, self.cpus))
+            vcpu.power_up = state.power_up(vcpu)
             self._dirty.attach(vcpu)
         except BaseException:
             vcpu.close()

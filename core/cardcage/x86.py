@@ -189,9 +189,11 @@ class VCpuState:
     """All that must be kept to continue a vCPU elsewhere.
 
     Attributes:
-        msrs: MSR index to 64-bit value; those a set does not know are refused.
+        msrs: MSR index to 64-bit value; those a set does not know are refused, and those it does not name take their
+            value after power-up.
         debug: DR0, DR1, DR2, DR3, DR6, DR7.
-        lapic: the 1024-byte local APIC register page, ``None`` without one.
+        lapic: the 1024-byte local APIC register page, ``None`` without one. Without MSRs, too, as
+            :func:`reset_state` gives it, the local APIC is set to what it is after power-up: nothing is pending.
         tsc: time-stamp counter at the moment of reading.
     """
 
