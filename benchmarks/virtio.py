@@ -48,6 +48,9 @@ class File:
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         os.pwritev(self.fd, buffers, offset)
 
+    def try_writev(self, offset: int, buffers: Sequence[memoryview]) -> bool:
+        return os.pwritev(self.fd, buffers, offset) == sum(map(len, buffers))
+
     def flush(self) -> None: ...
 
     def discard(self, offset: int, length: int) -> None: ...

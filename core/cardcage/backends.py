@@ -49,7 +49,9 @@ class BlockBackend(Protocol):
     Offsets and lengths are multiples of 512 and inside ``info.size``; the caller checks them.
 
     One that can tell also has ``try_readv(offset, buffers) -> bool``: fill the buffers if that takes no waiting (the
-    host's page cache has the bytes), else return False; what the buffers hold then does not matter.
+    host's page cache has the bytes), else return False; what the buffers hold then does not matter. And likewise
+    ``try_writev(offset, buffers) -> bool``: write them if that takes no waiting, else return False; what the disk holds
+    there then does not matter, for the same is written again. Both are called on a vCPU's thread.
     """
 
     @property

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["GrantedBackend", "GrantedLine", "GrantedMemory", "GrantedVm", "MemoryDenied"]
 
 
-CALLS = ("readv", "writev", "try_readv", "flush", "discard", "write_zeroes", "write", "send")
+CALLS = ("readv", "writev", "try_readv", "try_writev", "flush", "discard", "write_zeroes", "write", "send")
 """What a device does to its back end."""
 
 

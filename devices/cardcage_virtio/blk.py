@@ -1,8 +1,7 @@
 """Block device (virtio 1.2, section 5.2) on any back end that satisfies :class:`cardcage.backends.BlockBackend`.
 
-Requests are taken and served on worker threads: see :mod:`cardcage_virtio.workers`. A back end that has
-``try_readv(offset, buffers) -> bool`` (fill them if that takes no waiting, else say False) gets plain reads there
-first.
+Requests are taken and served on worker threads: see :mod:`cardcage_virtio.workers`. A back end that has ``try_readv``
+or ``try_writev`` gets plain reads and writes there first, on the thread that notifies.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from attrs import field, frozen
 from attrs.validators import ge, in_, le, max_len
 from cardcage.errors import ConfigError
 
-from cardcage_virtio.request import RingError
+from cardcage_virtio.request import RingError, total
 from cardcage_virtio.workers import Workers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cardcage.device import Slot
 
     from cardcage_virtio.request import Request
@@ -61,7 +62,7 @@ class BlkOptions:
 class Blk:
     """A disk."""
 
-    device_id = 2
+    device_id, segments = 2, True
 
     def __init__(self, options: BlkOptions) -> None:
         self.options = options
@@ -78,6 +79,8 @@ class Blk:
         if info.size % SECTOR:
             raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {SECTOR}")
         self.readonly = options.readonly or info.readonly
+        self._try_read = hasattr(self.backend, "try_readv")
+        self._try_write = hasattr(self.backend, "try_writev") and not self.readonly
         bits = [F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY]
         bits += [F_RO] * self.readonly + [F_MQ] * (options.queues > 1)
         if not self.readonly:
@@ -86,13 +89,8 @@ class Blk:
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
-        self._workers = Workers(
-            io,
-            self._process,
-            self.options.threads,
-            self._slot.id,
-            self._quick if hasattr(self.backend, "try_readv") else None,
-        )
+        quick = self._quick if self._try_read or self._try_write else None
+        self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick)
 
     def unplug(self) -> None:
         self._workers.close()
@@ -129,15 +127,24 @@ class Blk:
     # requests
 
     def _quick(self, request: Request) -> int | None:
-        """Serve a plain read whose bytes the host has at hand."""
+        """Serve a plain read whose bytes the host has at hand, or a plain write that it takes at once."""
         readable, writable = request.readable, request.writable
-        if len(readable) != 1 or len(readable[0]) != 16 or not writable or len(writable[-1]) != 1:
+        if not readable or len(readable[0]) != 16 or not writable or len(writable[-1]) != 1:
             return None
         kind, sector = header(readable[0])
-        target = writable[:-1]
-        size = sum(map(len, target))
         try:
-            if kind != IN or self._check(sector, size) != OK or not self.backend.try_readv(sector * SECTOR, target):
+            if kind == IN and len(readable) == 1 and self._try_read:
+                target = writable[:-1]
+                size = total(target)
+                if self._check(sector, size) != OK or not self.backend.try_readv(sector * SECTOR, target):
+                    return None
+            elif kind == OUT and len(writable) == 1 and self._try_write and self._io.has(F_FLUSH):
+                source, size = readable[1:], 0
+                if self._check(sector, total(source)) != OK:
+                    return None
+                if not self.backend.try_writev(sector * SECTOR, source):
+                    return None
+            else:
                 return None
         except OSError:  # the worker meets it again, and reports it
             return None
@@ -161,12 +168,12 @@ class Blk:
         size = 0
         try:
             if kind == IN:
-                size = sum(map(len, target))
+                size = total(target)
                 code = self._check(sector, size)
                 if code == OK:
                     self.backend.readv(sector * SECTOR, target)
             elif kind == OUT:
-                length = sum(map(len, source))
+                length = total(source)
                 code = IOERR if self.readonly else self._check(sector, length)
                 if code == OK:
                     self.backend.writev(sector * SECTOR, source)
@@ -176,7 +183,7 @@ class Blk:
                 self.backend.flush()
                 code = OK
             elif kind == GET_ID:
-                size = sum(map(len, target))
+                size = total(target)
                 code = OK if size >= 20 else IOERR
                 request.write(self.options.serial.encode()[:20].ljust(20, b"\0")[:size])
             elif kind in (DISCARD, WRITE_ZEROES):
@@ -185,12 +192,12 @@ class Blk:
                 code = UNSUPP
         except OSError as error:
             self._io.warn("block request failed", type=kind, sector=sector, error=str(error))
-            code, size = IOERR, sum(map(len, target))
+            code, size = IOERR, total(target)
         status[0] = code
         return size + 1
 
     @staticmethod
-    def _loose_header(readable: list[memoryview]) -> tuple[int, int, list[memoryview]]:
+    def _loose_header(readable: Sequence[memoryview]) -> tuple[int, int, list[memoryview]]:
         """Header and data of a request whose header is not a descriptor of its own."""
         start = b"".join(bytes(part[:16]) for part in readable[:16])[:16]
         if len(start) < 16:

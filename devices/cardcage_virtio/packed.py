@@ -6,7 +6,7 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage_virtio.request import Request, RingError, Window, areas_within, pieces
+from cardcage_virtio.request import STRAIGHT, Request, RingError, Window, pieces, report_written, straight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,7 @@ class PackedRing:
         table, driver, device: guest-physical addresses of the ring and the two event suppression areas.
         event_index: VIRTIO_F_EVENT_IDX was agreed.
         interrupt: called with the queue number, on any thread.
+        segments: requests of many parts may have them as :class:`~cardcage.segments.Segments`.
 
     Raises RingError for a bad size or alignment, GuestMemoryError when a part is not RAM.
     """
@@ -44,6 +45,7 @@ class PackedRing:
         device: int,
         event_index: bool,
         interrupt: Callable[[int], None],
+        segments: bool = False,
     ) -> None:
         if not 0 < size <= 32768:
             raise RingError(f"queue size {size} is not in 1 to 32768")
@@ -59,6 +61,7 @@ class PackedRing:
         self._areas = ((table, 16 * size), (device, 4))
         self._at, self._wrap = 0, 1
         self._used, self._used_wrap, self._unsignalled = 0, 1, 0
+        self._straight = STRAIGHT << 4 if segments else 1 << 32
         self._lock = Lock()
 
     def _available(self, at: int, wrap: int) -> bool:
@@ -86,6 +89,9 @@ class PackedRing:
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, cannot be")
                 view = self._window.piece(address, length)
                 view = view if view is not None else self._memory.view(address, length)
+                if length >= self._straight and (found := straight(view, self._window, packed=True)) is not None:
+                    self._at, self._wrap = at, wrap
+                    return Request(self, id, count, *found)
                 for start, size, _, more in list(descriptors(view)):
                     if more & INDIRECT:
                         raise RingError("an indirect table inside an indirect table")
@@ -132,12 +138,7 @@ class PackedRing:
         self.push_many([(request, written)])
 
     def push_many(self, done: list[tuple[Request, int]]) -> None:
-        changed: list[tuple[int, int]] = []
-        for request, written in done:
-            if written > 0:
-                changed += areas_within(request.areas, written)
-        if changed:
-            self._memory.written_many(changed)
+        report_written(self._memory, done)
         with self._lock:
             if self.dead:
                 return

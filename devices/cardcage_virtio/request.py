@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from operator import add
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from cardcage.errors import GuestError
 from cardcage.memory import PAGE, GuestMemoryError
+from cardcage.segments import Areas, Segments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cardcage.memory import GuestMemory
 
-__all__ = ["Request", "Ring", "RingError", "Window", "areas_within", "pieces"]
+__all__ = [
+    "STRAIGHT",
+    "Request",
+    "Ring",
+    "RingError",
+    "Window",
+    "areas_within",
+    "pieces",
+    "report_written",
+    "straight",
+    "total",
+]
+
+
+STRAIGHT = 12
+"""Descriptors from which on it is cheaper to look at all of a table together."""
 
 
 class RingError(GuestError):
@@ -25,7 +42,8 @@ class Request:
     Attributes:
         ring: the ring it came from; ``ring.index`` is the queue's number.
         id: buffer id. slots: ring entries it takes (packed rings).
-        readable: views that the device reads, in order. writable: views that it writes.
+        readable: views that the device reads, in order. writable: views that it writes. For a device that says
+            ``segments = True``, each may be a :class:`~cardcage.segments.Segments` where there are many.
         areas: ``(guest-physical address, length)`` of the writable part.
     """
 
@@ -36,20 +54,22 @@ class Request:
         ring: Ring,
         id: int,
         slots: int,
-        readable: list[memoryview],
-        writable: list[memoryview],
-        areas: list[tuple[int, int]],
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        areas: Sequence[tuple[int, int]],
     ) -> None:
         self.ring, self.id, self.slots = ring, id, slots
-        self.readable, self.writable, self.areas = readable, writable, areas
+        # what is no list is only given to those who asked for it, and they look
+        self.readable, self.writable = cast("list[memoryview]", readable), cast("list[memoryview]", writable)
+        self.areas = areas
 
     @property
     def readable_size(self) -> int:
-        return sum(map(len, self.readable))
+        return total(self.readable)
 
     @property
     def writable_size(self) -> int:
-        return sum(map(len, self.writable))
+        return total(self.writable)
 
     def read(self) -> bytes:
         """All readable bytes."""
@@ -164,8 +184,60 @@ class Window:
         return self.ram[at : at + length]
 
 
+def straight(table: memoryview, window: Window, *, packed: bool) -> tuple[Segments, Segments, Areas] | None:
+    """Readable and writable parts of an indirect table, and the latter's areas, all looked at together.
+
+    That works for what drivers make: descriptors that follow one another, none empty, all in the stretch of RAM that
+    *window* shows. ``None`` for any other: the caller looks at them one by one.
+    """
+    words = memoryview(bytes(table))  # each value is read once: the guest may change it at any time
+    addresses, lengths, halves = words.cast("Q")[::2].tolist(), words.cast("I")[2::4].tolist(), words.cast("H")
+    count = len(addresses)
+    if packed:
+        flags = halves[7::8].tolist()
+        readable = flags.count(0)
+        fine = flags == [0] * readable + [2] * (count - readable)
+    else:
+        flags = halves[6::8].tolist()
+        readable = flags.index(3) if 3 in flags else count - (flags[-1] == 2)
+        last = 0 if readable == count else 2
+        fine = flags == [*([1] * readable + [3] * (count - readable))[:-1], last] and halves[7:-8:8].tolist() == list(
+            range(1, count)
+        )
+    low = window.low
+    if not fine or 0 in lengths or min(addresses) < low or max(map(add, addresses, lengths)) > window.high:
+        return None
+    starts = [at - low for at in addresses] if low else addresses
+    return (
+        Segments(window.ram, starts[:readable], lengths[:readable]),
+        Segments(window.ram, starts[readable:], lengths[readable:]),
+        Areas(addresses[readable:], lengths[readable:]),
+    )
+
+
+def total(parts: Sequence[memoryview]) -> int:
+    """Bytes of all *parts*."""
+    return parts.size if isinstance(parts, Segments) else sum(map(len, parts))
+
+
+def report_written(memory: GuestMemory, done: Sequence[tuple[Request, int]]) -> None:
+    """Tell *memory* what requests have changed: (request, bytes written)."""
+    changed: list[tuple[int, int]] = []
+    for request, written in done:
+        if written > 0:
+            areas = areas_within(request.areas, written)
+            if isinstance(areas, Areas):
+                memory.written_many(areas)
+            else:
+                changed += areas
+    if changed:
+        memory.written_many(changed)
+
+
 def areas_within(areas: Sequence[tuple[int, int]], size: int) -> Sequence[tuple[int, int]]:
     """The first *size* bytes of (address, length) areas."""
+    if isinstance(areas, Areas) and size >= areas.size:
+        return areas
     for at, (address, length) in enumerate(areas):
         if size <= length:
             if size == length and at + 1 == len(areas):

@@ -11,7 +11,16 @@ from struct import Struct
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from cardcage_virtio.request import Request, RingError, Window, areas_within, pieces
+from cardcage_virtio.request import (
+    STRAIGHT,
+    Request,
+    RingError,
+    Window,
+    areas_within,
+    pieces,
+    report_written,
+    straight,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +43,7 @@ class SplitRing:
         table, avail, used: guest-physical addresses of the descriptor table, driver area and device area.
         event_index: VIRTIO_F_EVENT_IDX was agreed.
         interrupt: called with the queue number, on any thread.
+        segments: requests of many parts may have them as :class:`~cardcage.segments.Segments`.
 
     Raises RingError for a bad size or alignment, GuestMemoryError when a part is not RAM.
     """
@@ -48,6 +58,7 @@ class SplitRing:
         used: int,
         event_index: bool,
         interrupt: Callable[[int], None],
+        segments: bool = False,
     ) -> None:
         if not 0 < size <= 32768 or size & (size - 1):
             raise RingError(f"queue size {size} is not a power of two up to 32768")
@@ -64,6 +75,7 @@ class SplitRing:
         self._mask, self._limit = size - 1, max(size, INDIRECT_MAX)
         self._last = 0
         self._tail = self._signalled = 0
+        self._straight = STRAIGHT if segments else 1 << 32
         self._lock = Lock()
 
     def pop(self) -> Request | None:
@@ -93,6 +105,11 @@ class SplitRing:
                 size, at = length >> 4, 0
                 inside = low <= address and address + length <= high
                 view = ram[address - low : address - low + length] if inside else self._memory.view(address, length)
+                if size >= self._straight and not readable and not areas:
+                    found = straight(view, window, packed=False)
+                    if found is not None:
+                        self._last = last + 1 & 0xFFFF
+                        return Request(self, head, 1, *found)
                 entries = list(descriptors(view))
                 left += size
                 continue
@@ -135,12 +152,7 @@ class SplitRing:
             self._tail = self._used16[1] = tail + 1 & 0xFFFF
 
     def push_many(self, done: list[tuple[Request, int]]) -> None:
-        changed: list[tuple[int, int]] = []
-        for request, written in done:
-            if written > 0:
-                changed += areas_within(request.areas, written)
-        if changed:
-            self._memory.written_many(changed)
+        report_written(self._memory, done)
         with self._lock:
             if self.dead:
                 return

@@ -14,6 +14,7 @@ and, where it has more to say (each is looked for by name):
 - ``plug(slot)``: the machine's slot. ``plug_virtio(io)``: the :class:`Virtio` of this device;
 - ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
 - ``notified(index)``: takes requests from ``io.rings[index]`` itself; then ``handle`` is not called;
+- ``segments = True``: requests of many parts may have them as :class:`~cardcage.segments.Segments`, not lists;
 - ``drain()``: return when no request is in flight, and take no more before the next ``start`` or notification;
 - ``pause()``, ``resume()``: the machine pauses; rings are left alone without these too;
 - ``stop()``: reset, whether or not ``start`` came before. ``unplug()``, ``save()``, ``load(state)`` as for any device.
@@ -237,6 +238,7 @@ class Virtio:
                 queue.device,
                 bool(self.features & F_EVENT_IDX),
                 self.transport.queue_interrupt,
+                getattr(self.device, "segments", False),
             )
         except (RingError, GuestMemoryError) as error:
             self.break_down(str(error))

@@ -11,19 +11,28 @@ import stat
 import threading
 from functools import cache
 from struct import unpack
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import ConfigError, HostError
+from cardcage.segments import Segments
+
+from cardcage_block.vector import preadv, pwritev
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cardcage.backends import BlockInfo
 
-__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "zeros"]
+__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "total", "zeros"]
 
 SECTOR = 512
 IOV_MAX = 1024
+WAITED = 0.001
+"""Seconds: a write into the page cache that takes longer has waited for something."""
+CALM = (64, 4096)
+"""So many writes in a row must not have waited before one is tried where nobody may wait; twice as many after one that
+did, up to the second."""
 BLKSSZGET = 0x1268
 BLKGETSIZE64 = 0x80081272
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
@@ -36,9 +45,16 @@ def zeros(length: int) -> memoryview:
     return _ZEROS[:length]
 
 
-def take(buffers: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
+def total(buffers: Sequence[memoryview]) -> int:
+    """Bytes of all *buffers*."""
+    return buffers.size if isinstance(buffers, Segments) else sum(map(len, buffers))
+
+
+def take(buffers: Sequence[memoryview], start: int, length: int) -> Sequence[memoryview]:
     """The buffers that cover bytes *start* to *start* + *length* of *buffers* as one run."""
-    found = []
+    if isinstance(buffers, Segments) and not start and length == buffers.size:
+        return buffers
+    found: list[memoryview] = []
     for buffer in buffers:
         size = len(buffer)
         if start >= size:
@@ -172,7 +188,8 @@ class HostFile:
         self.alignment = self._find_alignment() if direct else 1
         self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
         self._closing = threading.Lock()
-        self._nowait = True
+        self._nowait = self._nowait_writes = True
+        self._doubt, self._doubts = CALM[0], CALM[0]
 
     def _find_alignment(self) -> int:
         if self._device:
@@ -189,7 +206,7 @@ class HostFile:
     def read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
         """Fill *buffers*, *length* bytes in all."""
         try:
-            done = os.preadv(self.fd, buffers, offset)
+            done = preadv(self.fd, buffers, offset)
         except OSError as error:
             if error.errno != errno.EINVAL or (not self._direct and len(buffers) <= IOV_MAX):
                 raise
@@ -202,19 +219,19 @@ class HostFile:
         if self._direct or not self._nowait:
             return False
         try:
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == length
+            return preadv(self.fd, buffers, offset, os.RWF_NOWAIT) == length
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
                 self._nowait = False  # a file system that cannot tell
             return False
 
-    def _read_rest(self, offset: int, left: list[memoryview], done: int, length: int) -> None:
+    def _read_rest(self, offset: int, left: Sequence[memoryview], done: int, length: int) -> None:
         """The uncommon ways: more buffers than the kernel takes, misaligned direct I/O, a short read, the end."""
         while done < length:
             if self._direct:
                 got = self._read_bounced(offset + done, left, length - done)
             else:
-                got = os.preadv(self.fd, left[:IOV_MAX], offset + done)
+                got = preadv(self.fd, left[:IOV_MAX], offset + done)
             left, done = take(left, got, length - done - got), done + got
             if not got:
                 clear(left)
@@ -240,21 +257,50 @@ class HostFile:
 
     def write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
         """Write *buffers*, *length* bytes in all."""
+        began = perf_counter()
         try:
-            done = os.pwritev(self.fd, buffers, offset)
+            done = pwritev(self.fd, buffers, offset)
         except OSError as error:
             if error.errno != errno.EINVAL or (not self._direct and len(buffers) <= IOV_MAX):
                 raise
             done = 0
+        if perf_counter() - began > WAITED:
+            self._doubt = self._doubts
+        elif self._doubt:
+            self._doubt -= 1
         while done < length:
             left = take(buffers, done, length - done)
             if self._direct:
                 self._write_bounced(offset + done, left, length - done)
                 return
-            got = os.pwritev(self.fd, left[:IOV_MAX], offset + done)
+            got = pwritev(self.fd, left[:IOV_MAX], offset + done)
             if not got:
                 raise OSError(errno.EIO, "the host wrote nothing")
             done += got
+
+    def try_write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> bool:
+        """Write *buffers* if the page cache takes them at once; else False, with part of them written perhaps.
+
+        File systems that can tell (xfs, btrfs: RWF_NOWAIT) never wait here. Of others it is expected from how long the
+        last writes took, so one write in some hundreds can wait while the host throttles those who write.
+        """
+        if self._direct or (offset | length) & mmap.PAGESIZE - 1:  # part of a page may have to be read first
+            return False
+        if self._nowait_writes:
+            try:
+                return pwritev(self.fd, buffers, offset, os.RWF_NOWAIT) == length
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    return False
+                self._nowait_writes = False
+        if self._doubt:
+            return False
+        began = perf_counter()
+        done = pwritev(self.fd, buffers, offset)
+        if perf_counter() - began > WAITED:
+            self._doubts = min(2 * self._doubts, CALM[1])
+            self._doubt = self._doubts
+        return done == length
 
     def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
         low, high = self._widen(offset, length)

@@ -27,9 +27,10 @@ from cardcage.errors import ConfigError
 
 from cardcage_block import compressed
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
-from cardcage_block.hostfile import clear, scatter, take, zeros
-from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, ZERO, Tables
+from cardcage_block.hostfile import clear, scatter, take, total, zeros
+from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
+from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
 from cardcage_block.tables import sectors
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ __all__ = ["Qcow2Image"]
 
 COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
-
-UNALLOCATED, DATA, ZEROS, PACKED = range(4)
 
 
 class Qcow2Image:
@@ -73,10 +72,7 @@ class Qcow2Image:
         self._file, self._header, self._backing, self._warn = file, header, backing, warn
         self._bits, self._size = header.cluster_bits, header.cluster_size
         self._mask = self._size - 1
-        self._offset = OFFSET & ~self._mask
-        self._flags = ~self._offset & ((1 << 64) - 1)
-        self._zero = ZERO if header.version >= 3 else 0
-        self._try_read = getattr(file, "try_read", None)
+        self._try_read, self._try_write = getattr(file, "try_read", None), getattr(file, "try_write", None)
         self._readonly, self._punch = readonly, discard
         self._broken: str | None = None
         if header.incompatible & INCOMPAT_CORRUPT:
@@ -86,7 +82,7 @@ class Qcow2Image:
         self.tables = Tables(file, header, self._corrupt)
         self._metadata = self.tables.metadata
         self._l2 = self.tables.l2
-        self._slices, self._slice_bits, self._slice_mask = self._l2.slices, self._l2.bits, self._l2.mask
+        self._map = Mapping(header, self.tables, self._corrupt)
         self._inflater = compressed.Inflater(file, self._bits, header.compression)
         self.info = BlockInfo(header.size & ~511, 512, readonly, discard and not readonly, not readonly)
         self._alloc, self._committing = threading.Lock(), threading.Lock()
@@ -115,14 +111,13 @@ class Qcow2Image:
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the writable *buffers* one after another."""
-        length = sum(map(len, buffers))
+        length = total(buffers)
         me = get_ident()
         self._inflight[me] = self._limbo.epoch  # from here on no cluster that we look up is given to somebody else
         try:
-            entry = self._run(offset, length)
-            host = entry & self._offset
-            if host and not entry & (COMPRESSED | self._zero):
-                self._file.read(host + (offset & self._mask), buffers, length)
+            host = self._map.readable(offset, length)
+            if host:
+                self._file.read(host, buffers, length)
             else:
                 self._read(offset, buffers, length)
         finally:
@@ -130,56 +125,19 @@ class Qcow2Image:
 
     def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
         """Fill the *buffers* if that takes no waiting: one run of data, its table entries and bytes both in memory."""
-        length = sum(map(len, buffers))
+        length = total(buffers)
         me = get_ident()
         self._inflight[me] = self._limbo.epoch  # as in readv
         try:
-            entry = self._run(offset, length)
-            host = entry & self._offset
-            if not host or entry & (COMPRESSED | self._zero) or self._try_read is None:
-                return False
-            return bool(self._try_read(host + (offset & self._mask), buffers, length))
+            host = self._map.readable(offset, length)
+            return bool(host and self._try_read is not None and self._try_read(host, buffers, length))
         finally:
             self._inflight.pop(me, None)
-
-    def _run(self, offset: int, length: int) -> int:
-        """The first L2 entry of a range that lies in the file as one run with the same flags, by one slice in memory;
-        0 when it does not, or no slice can say so."""
-        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-        table, at = self._slices.get(first >> self._slice_bits), first & self._slice_mask
-        if table is None:
-            return 0
-        entry, count = table[at], last - first + 1
-        run = range(entry, entry + count * self._size, self._size)
-        return entry if count < 2 or table[at : at + count].tolist() == list(run) else 0
-
-    def _kind(self, entry: int) -> int:
-        if entry & COMPRESSED:
-            return PACKED
-        if entry & self._zero:
-            return ZEROS
-        return DATA if entry & self._offset else UNALLOCATED
-
-    def _extent(self, offset: int, limit: int) -> tuple[int, int, int]:
-        """(kind, offset in the file or compressed entry, length) of the run at guest *offset*, at most *limit*."""
-        cluster, inside = offset >> self._bits, offset & self._mask
-        entry = self._l2.get(cluster)
-        kind, length, host = self._kind(entry), self._size - inside, entry & self._offset
-        if kind == PACKED:
-            return kind, entry, min(length, limit)
-        follow = host
-        while length < limit:
-            cluster, follow = cluster + 1, follow + self._size
-            entry = self._l2.get(cluster)
-            if self._kind(entry) != kind or (kind == DATA and entry & self._offset != follow):
-                break
-            length += self._size
-        return kind, host + inside, min(length, limit)
 
     def _read(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
         done = 0
         while done < length:
-            kind, where, run = self._extent(offset + done, length - done)
+            kind, where, run = self._map.extent(offset + done, length - done)
             part = buffers if run == length else take(buffers, done, run)
             if kind == DATA:
                 self._file.read(where, part, run)
@@ -197,7 +155,7 @@ class Qcow2Image:
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
         """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
-        kind, _, length = self._extent(offset, min(end - offset, 1 << 30))
+        kind, _, length = self._map.extent(offset, min(end - offset, 1 << 30))
         if kind == UNALLOCATED and self._backing is not None:
             below = self._backing.info.size
             if offset < below:
@@ -208,17 +166,14 @@ class Qcow2Image:
 
     def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Write *buffers* one after another."""
-        length = sum(map(len, buffers))
+        length = total(buffers)
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            entry = self._run(offset, length)
-            if entry & self._flags == COPIED and self._broken is None:
-                host = (entry ^ COPIED) + (offset & self._mask)
-                first, last = host >> self._bits, host + length - 1 >> self._bits
-                if self._metadata.isdisjoint(range(first, last + 1)) and last << self._bits < self.tables.end:
-                    self._file.write(host, buffers, length)
-                    return
+            host = self._own_place(offset, length)
+            if host:
+                self._file.write(host, buffers, length)
+                return
             with self._alloc:
                 self._prepare()
                 done = 0
@@ -228,6 +183,21 @@ class Qcow2Image:
             self._inflight.pop(me, None)
         if len(self._l2.dirty) >= COMMIT_AT:
             self.flush()
+
+    def try_writev(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Write *buffers* if that takes no waiting: over one run of data whose table entries are in memory."""
+        length = total(buffers)
+        me = get_ident()
+        self._inflight[me] = self._limbo.epoch
+        try:
+            host = self._own_place(offset, length)
+            return bool(host and self._try_write is not None and self._try_write(host, buffers, length))
+        finally:
+            self._inflight.pop(me, None)
+
+    def _own_place(self, offset: int, length: int) -> int:
+        """Where in the file a range may be written over, 0 when that takes more."""
+        return 0 if self._readonly or self._broken is not None else self._map.overwritable(offset, length)
 
     def _prepare(self) -> None:
         """Before any change of the mapping."""
@@ -240,26 +210,15 @@ class Qcow2Image:
             self.tables.write_header()
             self._sync()
 
-    def _in_place(self, entry: int) -> int:
-        """Where the cluster of *entry* may be overwritten, 0 when it has to be allocated."""
-        if entry & self._flags & ~self._zero != COPIED or not entry & self._offset:
-            if entry & self._flags & ~(COPIED | self._zero) and not entry & COMPRESSED:
-                raise self._corrupt(f"L2 entry {entry:#x}: reserved bits are set")
-            return 0
-        host = entry & self._offset
-        if host >> self._bits in self._metadata or host >= self.tables.end:
-            raise self._corrupt(f"L2 entry {entry:#x}: names metadata, or lies past the end")
-        return host
-
-    def _write_run(self, offset: int, buffers: list[memoryview], length: int) -> int:
+    def _write_run(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:
         """Write a first part of *buffers* that needs one kind of treatment; its length."""
         cluster, inside = offset >> self._bits, offset & self._mask
         last = (offset + length - 1) >> self._bits
         entry = self._l2.get(cluster)
-        host, run = self._in_place(entry), 1
-        if host and not entry & self._zero:
+        host, run = self._map.in_place(entry), 1
+        if host and not entry & self._map.zero:
             while cluster + run <= last and self._l2.get(cluster + run) == entry + (run << self._bits):
-                if not self._in_place(entry + (run << self._bits)):
+                if not self._map.in_place(entry + (run << self._bits)):
                     break
                 run += 1
             length = min(length, (run << self._bits) - inside)
@@ -271,7 +230,7 @@ class Qcow2Image:
             self._write_filled(cluster, 1, host, offset, take(buffers, 0, length), length)
             self._l2.set(cluster, host | COPIED)
             return length
-        while cluster + run <= last and not self._in_place(self._l2.get(cluster + run)):
+        while cluster + run <= last and not self._map.in_place(self._l2.get(cluster + run)):
             run += 1
         self._own(cluster, cluster + run - 1)
         first, run = self.tables.refcounts.allocate(run)
@@ -300,15 +259,15 @@ class Qcow2Image:
         if old & COMPRESSED:
             offset, length = compressed.host_range(old, self._bits)
             gone = list(range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1))
-        elif old & self._offset and old & self._offset != entry & self._offset:
-            gone = [(old & self._offset) >> self._bits]
+        elif old & self._map.offset and old & self._map.offset != entry & self._map.offset:
+            gone = [(old & self._map.offset) >> self._bits]
         if not self._metadata.isdisjoint(gone):
             raise self._corrupt(f"L2 entry {old:#x}: names metadata")
         self._l2.set(cluster, entry)
         self._limbo.given_up += gone
 
     def _write_filled(
-        self, cluster: int, run: int, host: int, offset: int, buffers: list[memoryview], length: int
+        self, cluster: int, run: int, host: int, offset: int, buffers: Sequence[memoryview], length: int
     ) -> None:
         """Write whole clusters at *host*: *buffers*, and around them what guest clusters *cluster*... show now."""
         head = offset & self._mask
@@ -331,7 +290,7 @@ class Qcow2Image:
 
     def _old(self, cluster: int, start: int, length: int) -> memoryview | None:
         """Part of what guest *cluster* shows now, None for zeros."""
-        kind, offset = self._kind(self._l2.get(cluster)), cluster << self._bits
+        kind, offset = self._map.kind(self._l2.get(cluster)), cluster << self._bits
         below = self._backing.info.size if self._backing is not None else 0
         if kind == ZEROS or (kind == UNALLOCATED and offset + start >= below):
             return None
@@ -345,14 +304,14 @@ class Qcow2Image:
         """Free the clusters that lie wholly inside the range; they read as zeros."""
         if self._punch:
             first, last = self._whole(offset, length)
-            if first < last and (self._zero or self._backing is None):
+            if first < last and (self._map.zero or self._backing is None):
                 self._release_clusters(first, last, keep=False)
 
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets its clusters go."""
         end = offset + length
         first, last = self._whole(offset, length)
-        if first >= last or not (self._zero or (unmap and self._punch and self._backing is None)):
+        if first >= last or not (self._map.zero or (unmap and self._punch and self._backing is None)):
             self._write_zeros(offset, end)
             return
         self._write_zeros(offset, first << self._bits)
@@ -374,7 +333,7 @@ class Qcow2Image:
             offset += size
 
     def _release_clusters(self, first: int, last: int, *, keep: bool) -> None:
-        cluster, zero = first, self._zero if (self._backing is not None or keep) else 0
+        cluster, zero = first, self._map.zero if (self._backing is not None or keep) else 0
         while cluster < last:
             with self._alloc:  # a table at a time, for the sake of others
                 self._prepare()
@@ -383,7 +342,7 @@ class Qcow2Image:
                     self._own(cluster, cluster)
                     for one in range(cluster, stop):
                         entry = self._l2.get(one)
-                        if keep and self._in_place(entry):
+                        if keep and self._map.in_place(entry):
                             new = entry | zero
                         elif zero and (self._backing is not None or entry):
                             new = zero

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from cardcage.backends import BlockInfo
 
+from cardcage_block.hostfile import total
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -52,11 +54,11 @@ class RawImage:
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the writable *buffers* one after another."""
-        self._file.read(offset, buffers, sum(map(len, buffers)))
+        self._file.read(offset, buffers, total(buffers))
 
     def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
         """Fill the *buffers* if that takes no waiting."""
-        return self._file.try_read(offset, buffers, sum(map(len, buffers)))
+        return self._file.try_read(offset, buffers, total(buffers))
 
     def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Write *buffers* one after another."""
@@ -64,7 +66,13 @@ class RawImage:
             raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
         if offset == 0 and self._guessed:
             self._guard(b"".join(bytes(one[:64]) for one in buffers)[:64])
-        self._file.write(offset, buffers, sum(map(len, buffers)))
+        self._file.write(offset, buffers, total(buffers))
+
+    def try_writev(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Write *buffers* if that takes no waiting."""
+        if self._readonly or (offset == 0 and self._guessed):
+            return False
+        return self._file.try_write(offset, buffers, total(buffers))
 
     def _guard(self, head: bytes) -> None:
         if head.startswith(MAGICS):

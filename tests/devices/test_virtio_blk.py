@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -11,6 +12,7 @@ from cardcage.backends import BlockInfo
 from cardcage.granted import GrantedBackend, GrantedMemory
 from cardcage.log import Log, LogSink
 from cardcage.memory import GuestMemoryError
+from cardcage_block.drive import Drive, open_image
 from cardcage_virtio.blk import Blk, BlkOptions
 from cardcage_virtio.request import Window
 from cardcage_virtio.testing import WRITE, Bench, ram
@@ -248,6 +250,65 @@ def test_a_read_at_hand_is_served_at_once() -> None:
     assert len(disk.calls) == 40
     assert bench.call([head(0, 1 << 40)], [512, 1])[-1] == 1
     bench.close()
+
+
+def test_a_write_at_hand_is_served_at_once() -> None:
+    """A back end with try_writev serves the first write on the notifying thread; what would wait goes to a worker."""
+    disk = MemoryDisk()
+    ready = True
+
+    def try_writev(offset: int, buffers: Any) -> bool:
+        if ready:
+            MemoryDisk.writev(disk, offset, buffers)
+        return ready
+
+    disk.try_writev = try_writev  # type: ignore[attr-defined]
+    bench, _ = make(disk)
+    bench.driver().add([head(1, 3), b"n" * 512], [1])
+    bench.kick()
+    assert [data for _, data in bench.driver().used()] == [b"\0"]
+    assert disk.data[1536:2048] == b"n" * 512
+    ready = False
+    disk.calls.clear()
+    for at in range(20):
+        bench.driver().add([head(1, at), b"m" * 512], [1])
+    bench.kick()
+    assert len(bench.wait(0, 20)) == 20
+    assert len(disk.calls) == 20
+    assert bench.call([head(1, 1 << 40), bytes(512)], [1]) == b"\1"
+    bench.close()
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("features", [0, 1 << 32])
+def test_a_write_without_a_cache_is_flushed(write: bool, features: int) -> None:
+    """A driver that did not agree to flushes gets each write flushed, at hand or not."""
+    disk = MemoryDisk()
+    disk.try_writev = lambda offset, buffers: write  # type: ignore[attr-defined]
+    bench, _ = make(disk, **({"features": features} if features else {}))
+    assert bench.call([head(1), bytes(512)], [1]) == b"\0"
+    assert (("flush",) in disk.calls) == bool(features)
+    bench.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_requests_reach_the_file(packed: bool, tmp_path: Path) -> None:
+    """A transfer of hundreds of parts is right, at once or by a worker, with and without the host's cache."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4 << 20))
+    for cache in ("writeback", "none"):
+        image = open_image(Drive(str(path), format="raw", cache=cache), warn=print)
+        for quick in (True, False):
+            bench = Bench(Blk(BlkOptions(drive="x")), backends={"block": image}, packed=packed, indirect=True, size=256)
+            if not quick:
+                bench.device._workers._quick = None
+            parts = [bytes([at ^ quick]) * 512 * (1 + at % 3) for at in range(250)]
+            assert bench.call([head(1, 8), *parts], [1]) == b"\0"
+            whole = b"".join(parts)
+            assert path.read_bytes()[4096 : 4096 + len(whole)] == whole
+            assert bench.call([head(0, 8)], [*map(len, parts), 1]) == whole + b"\0"
+            bench.device._workers.close()
+        image.close()
 
 
 def test_workers_share_a_queue_whose_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,59 @@ def test_plausible_hostile_descriptors(rows: list[tuple[int, int, int, int]], pa
     bench.close()
 
 
+class Whole:
+    """Keeps what each request was, however it holds its parts."""
+
+    device_id = 42
+    queue_sizes = (64,)
+
+    def __init__(self, segments: bool) -> None:
+        self.segments = segments
+        self.seen: list[Any] = []
+
+    def handle(self, request: Any) -> None:
+        parts = [bytes(part) for part in request.readable]
+        self.seen.append((parts, list(map(len, request.writable)), list(request.areas)))
+        for part in request.writable:
+            part[:] = b"w" * len(part)
+        request.done(request.writable_size)
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 255), st.one_of(st.just(4096), st.integers(0, 9000))), min_size=1, max_size=60)
+WRONG = st.one_of(
+    st.none(),
+    st.tuples(
+        st.integers(0, 59),
+        st.sampled_from([(0, "<Q"), (8, "<I"), (12, "<H"), (14, "<H")]),
+        st.one_of(st.integers(0, 8), st.integers(0, 1 << 40)),
+    ),
+)
+
+
+@given(ROWS, st.integers(0, 60), st.booleans(), WRONG)
+def test_long_tables_are_read_alike(
+    rows: list[tuple[int, int]], readable: int, packed: bool, wrong: tuple[int, tuple[int, str], int] | None
+) -> None:
+    """A device that takes segments sees, writes and refuses of any indirect table what one sees that takes lists."""
+    outcomes = []
+    for segments in (False, True):
+        device = Whole(segments)
+        bench = Bench(device, size=64, packed=packed, indirect=True, memory=4 << 20)
+        bench.memory.write(2 << 20, bytes(range(256)) * 4096)
+        driver = bench.driver()
+        spare = driver.place(0)
+        parts = [((2 << 20) + page * 4096, length, WRITE * (at >= readable)) for at, (page, length) in enumerate(rows)]
+        driver.add_raw(parts)
+        if wrong is not None and wrong[0] < len(rows):
+            (field, form), value = wrong[1], wrong[2]
+            value &= (1 << 8 * struct.calcsize(form)) - 1
+            bench.memory.write(spare + 16 * wrong[0] + field, struct.pack(form, value))
+        bench.kick()
+        outcomes.append((device.seen, bench.virtio.status, bench.memory.read(2 << 20, 2 << 20)))
+        bench.close()
+    assert outcomes[0] == outcomes[1]
+
+
 def test_ram_is_plain_guest_memory() -> None:
     """The kit's memory starts at 0 and refuses what is outside."""
     memory = ram(1 << 16)
