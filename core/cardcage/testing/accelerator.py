@@ -210,7 +210,7 @@ def _fault_problems(lab: Lab, program: Program) -> list[str]:
     return found
 
 
-def _find(name: str) -> Accelerator:
+def find(name: str) -> Accelerator:
     from importlib.metadata import entry_points
 
     from cardcage.registry import Registry
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="programs; all when none is named")
     given = parser.parse_args(arguments)
     try:
-        accelerators = [_find(name) for name in given.accel.split(",")]
+        accelerators = [find(name) for name in given.accel.split(",")]
         chosen = programs(*given.names)
     except CardcageError as error:
         print(error, file=sys.stderr)

@@ -47,6 +47,9 @@ def build() -> str:
         name: common.replace("    org 0x8000\n", "") + (FOLDER / f"{name}.asm").read_text()
         for name in sorted(set(LIBRARIES.values()))
     }
+    sources["remote64"] = "\n".join(
+        (FOLDER / name).read_text() for name in ("common.inc", "long64.inc", "remote64.asm")
+    )
     for program in all_programs():
         include = "protected32" if program.start == "paging32" else program.start
         sources[program.name] = f"{common}\n{(FOLDER / f'{include}.inc').read_text()}\n{program.source}"
