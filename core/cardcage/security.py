@@ -2,8 +2,8 @@
 
 An act is (source label, target label, class, permissions, facts), as in SELinux, whose words these are: the core is an
 *object manager*, a security card the *security server*. Checkers stack restrictively: each may refuse by raising
-:exc:`~cardcage.errors.Denied`; an error in one refuses too; with none, a question costs one ``if``. docs/security.md
-says for every class and permission who is asked about what, and when.
+:exc:`~cardcage.errors.Denied`; an error in one refuses too; with none, a question is an empty function.
+docs/security.md says for every class and permission who is asked about what, and when.
 
 A decision is either asked for now (:meth:`Mediator.check`), or taken when something is wired up and asked for again
 when a checker says that its policy changed (:meth:`Mediator.grant`): what is then refused is revoked, what is allowed
@@ -96,6 +96,27 @@ class PolicySource(Protocol):
         ...
 
 
+class Ask(Protocol):
+    """A question to all checkers."""
+
+    def __call__(
+        self,
+        source: str,
+        target: str,
+        tclass: str,
+        permissions: tuple[str, ...],
+        facts: Mapping[str, object] = ...,
+    ) -> None:
+        """Return when it is allowed. Raises Denied."""
+        ...
+
+
+def _unasked(
+    source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Mapping[str, object] = NO_FACTS
+) -> None:
+    """What there is to ask without checkers."""
+
+
 class Grant:
     """An act that is allowed for as long as policy says so. *revoke* and *restore* run under the machine's lock."""
 
@@ -125,7 +146,10 @@ class Mediator:
         log: hears of both.
     """
 
-    __slots__ = ("_deliver", "_ends", "_grants", "_lock", "_log", "checkers")
+    __slots__ = ("_checkers", "_deliver", "_ends", "_grants", "_lock", "_log", "check")
+
+    check: Ask
+    """Ask all checkers now. Raises Denied when one refuses or breaks. Without checkers, this is an empty function."""
 
     def __init__(
         self,
@@ -140,7 +164,17 @@ class Mediator:
         self._lock = threading.Lock()
         self._ends: list[Callable[[], None]] = []
 
-    def check(
+    @property
+    def checkers(self) -> tuple[Checker, ...]:
+        """Those that are asked, in this order."""
+        return self._checkers
+
+    @checkers.setter
+    def checkers(self, checkers: tuple[Checker, ...]) -> None:
+        self._checkers = checkers
+        self.check = self._ask if checkers else _unasked
+
+    def _ask(
         self,
         source: str,
         target: str,
@@ -148,12 +182,7 @@ class Mediator:
         permissions: tuple[str, ...],
         facts: Mapping[str, object] = NO_FACTS,
     ) -> None:
-        """Ask all now. Raises Denied when one refuses or breaks."""
-        if self.checkers:
-            self._ask(source, target, tclass, permissions, facts)
-
-    def _ask(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any) -> None:
-        for checker in self.checkers:
+        for checker in self._checkers:
             try:
                 checker.check(source, target, tclass, permissions, facts)
             except Exception as error:  # a checker that breaks must not let anything pass
