@@ -114,8 +114,11 @@ def once(kind: str, guest: Guest, folder: Path, security: str, arguments: argpar
         with image.open("wb") as file:
             file.truncate(IMAGE)
         more += ["--drive", f"file={image},format=raw"]
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    # As installed: compiled modules are kept, also where a developer's shell says otherwise.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "modules")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = start_cardcage(guest, folder, "tcg", {"XDG_CACHE_HOME": str(folder / "cache")}, more)
+    run = start_cardcage(guest, folder, "tcg", environment, more)
     output = run.finish(arguments.timeout).decode(errors="replace")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {

@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from attrs import define, field
 from cardcage.errors import Denied
 
-from cardcage_selinux.audit import avc_line
 from cardcage_selinux.errors import ContextError
 
 if TYPE_CHECKING:
@@ -31,25 +29,26 @@ ENTRIES = 4096
 """Pairs of contexts with a class whose decision is kept; the oldest goes first."""
 
 
-@define(eq=False)
 class _Entry:
     """A decision and the denials of it that were logged already, as bits; unknown permissions by name."""
 
-    vector: AccessVector | None
-    known: Mapping[str, int]
-    problem: str = ""
-    logged: int = 0
-    logged_unknown: set[str] = field(factory=set)
+    __slots__ = ("known", "logged", "logged_unknown", "problem", "vector")
+
+    def __init__(self, vector: AccessVector | None, known: Mapping[str, int], problem: str = "") -> None:
+        self.vector, self.known, self.problem = vector, known, problem
+        self.logged = 0
+        self.logged_unknown: set[str] = set()
 
 
-@define(eq=False)
 class _State:
     """What holds until the policy, a boolean or the mode changes. ``granted`` are questions to pass without a look."""
 
-    policy: Policy
-    enforcing: bool
-    granted: dict[Asked, None] = field(factory=dict)
-    entries: dict[tuple[str, str, str], _Entry] = field(factory=dict)
+    __slots__ = ("enforcing", "entries", "granted", "policy")
+
+    def __init__(self, policy: Policy, enforcing: bool) -> None:
+        self.policy, self.enforcing = policy, enforcing
+        self.granted: dict[Asked, None] = {}
+        self.entries: dict[tuple[str, str, str], _Entry] = {}
 
 
 class Avc:
@@ -220,6 +219,8 @@ class Avc:
         denied: bool = True,
         permissive: bool = False,
     ) -> str:
+        from cardcage_selinux.audit import avc_line  # a start without a denial does not need it
+
         return avc_line(
             denied=denied,
             permissions=words,

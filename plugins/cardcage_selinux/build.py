@@ -9,13 +9,14 @@ from cardcage.errors import near
 
 from cardcage_selinux.classes import Classes
 from cardcage_selinux.conditions import condition, truth
-from cardcage_selinux.context import Names
+from cardcage_selinux.context import Names, members
 from cardcage_selinux.errors import PolicyError, Unresolved
 from cardcage_selinux.expand import Expander
-from cardcage_selinux.family import Family, members, ordered
+from cardcage_selinux.family import Family, ordered
+from cardcage_selinux.origins import Condition, Origins
 from cardcage_selinux.sexpr import Node, Source
 from cardcage_selinux.syntax import arguments, check_keywords, declared_name
-from cardcage_selinux.tables import Condition, Tables
+from cardcage_selinux.tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,7 +34,7 @@ class Build:
     """The state of one compilation.
 
     Attributes:
-        tables: what the policy will hold.
+        tables: what the policy will hold; origins: what said it.
         types, roles, users, categories: the names, as sets.
         sensitivities: in order; chains: the orders that statements give, by keyword.
         said: statements that may stand once only.
@@ -42,6 +43,7 @@ class Build:
     """
 
     tables: Tables = field(factory=Tables)
+    origins: Origins = field(factory=Origins)
     types: Family = field(factory=lambda: Family("type", "typeattribute"))
     roles: Family = field(factory=lambda: Family("role", "roleattribute"))
     users: Family = field(factory=lambda: Family("user", "userattribute"))
@@ -82,19 +84,20 @@ class Build:
                 names.append(scope.find("boolean", one).name)
                 return names[-1]
 
-            test = condition(node, leaf)
-            found = Condition(node, test, tuple(sorted(set(names))))
+            expression = condition(node, leaf)
+            found = Condition(node, expression, tuple(sorted(set(names))))
             table = found.table()
             same = self.tests.setdefault((found.names, table), len(self.tables.conditions)) if table else None
             if same is None or same == len(self.tables.conditions):
-                self.tables.conditions.append(found)
+                self.tables.conditions.append(expression)
+                self.origins.conditions.append(found)
                 same = len(self.tables.conditions) - 1
             self.conditions[key] = same
         return self.conditions[key], branch
 
 
-def build(nodes: list[Node], *, check: bool = True) -> Tables:
-    """Compile the statements of all files. Raises PolicyError.
+def build(nodes: list[Node], *, check: bool = True) -> tuple[Tables, Origins]:
+    """Compile the statements of all files, to tables and what said them. Raises PolicyError.
 
     Args:
         check: whether neverallow rules and type bounds are checked (``secilc`` without ``-N``).
@@ -117,7 +120,7 @@ def build(nodes: list[Node], *, check: bool = True) -> Tables:
             error = state.missing
             known = list(error.known) or [name for space, name in expander.root.symbols if space == error.space]
             raise PolicyError(f"{error.problem}.{near(error.name, known)}".rstrip("."), error.node)
-        return state.tables
+        return state.tables, state.origins
 
 
 def _compile(state: Build, expander: Expander, nodes: list[Node]) -> None:
@@ -380,8 +383,8 @@ def _finish(state: Build, *, check: bool) -> None:
             raise PolicyError(f'{alias.kind} "{alias.name}" stands for nothing', alias.node)
         by_space[space][alias.name] = actual.index
     check_users(state)
-    check_chains(tables)
+    check_chains(tables, state.origins)
     check_contexts(state)
     if check:
-        check_neverallow(tables)
-        check_bounds(tables)
+        check_neverallow(tables, state.origins)
+        check_bounds(tables, state.origins)

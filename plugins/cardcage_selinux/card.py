@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import threading
@@ -16,11 +15,13 @@ from cardcage.security import CLASSES, HOST, OPERATOR
 from cardcage_selinux.avc import Avc
 from cardcage_selinux.errors import ContextError
 from cardcage_selinux.hostlabels import enter, running
-from cardcage_selinux.policy import Policy, load
+from cardcage_selinux.kept import kept
 from cardcage_selinux.svirt import Svirt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from cardcage_selinux.policy import Policy
 
 __all__ = ["DEFAULT", "Selinux", "SelinuxOptions"]
 
@@ -79,13 +80,7 @@ class Selinux:
         self.svirt = Svirt(self, options.labels, options.state)
 
     def _load(self) -> Policy:
-        collecting = gc.isenabled()
-        gc.disable()  # a compiler makes many objects that stay: looking for garbage among them doubles its time
-        try:
-            policy = load([DEFAULT if one == "default" else one for one in self.options.policy])
-        finally:
-            if collecting:
-                gc.enable()
+        policy = kept([DEFAULT if one == "default" else one for one in self.options.policy])
         policy.require(CLASSES)
         for name in NAMED:
             if name not in policy.tables.sids:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cardcage_selinux.context import members
 from cardcage_selinux.errors import PolicyError
-from cardcage_selinux.family import members
 
 if TYPE_CHECKING:
     from cardcage_selinux.build import Build
-    from cardcage_selinux.tables import Rule, Tables
+    from cardcage_selinux.origins import Origins, Rule
+    from cardcage_selinux.tables import Tables
 
 __all__ = ["check_bounds", "check_chains", "check_contexts", "check_neverallow", "check_users"]
 
@@ -22,21 +23,22 @@ def check_users(state: Build) -> None:
     if not state.tables.mls:
         return
     for user in state.users.members:
-        for keyword, known in (("userrange", state.tables.user_ranges), ("userlevel", state.tables.user_levels)):
-            if user.index not in known:
+        for keyword in ("userrange", "userlevel"):
+            if (keyword, user.index) not in state.origins.first:
                 raise PolicyError(f'user "{user.name}" has no {keyword}', user.node)
     if not state.sensitivities:
         raise PolicyError("a policy with levels needs a sensitivity", state.users.members[0].node)
 
 
-def check_chains(tables: Tables) -> None:
+def check_chains(tables: Tables, origins: Origins) -> None:
     """Bounds are bounded by bounds no more than CHAIN deep, which decisions follow. Raises PolicyError."""
-    for child, (parent, node) in tables.bounds.items():
+    for child, parent in tables.bounds.items():
         depth, above = 1, parent
         while above in tables.bounds:
-            depth, above = depth + 1, tables.bounds[above][0]
+            depth, above = depth + 1, tables.bounds[above]
             if depth > CHAIN:
-                raise PolicyError(f'"{tables.types[child]}" is bounded through more than {CHAIN} types', node)
+                problem = f'"{tables.types[child]}" is bounded through more than {CHAIN} types'
+                raise PolicyError(problem, origins.bounds[child])
 
 
 def check_contexts(state: Build) -> None:
@@ -49,13 +51,13 @@ def check_contexts(state: Build) -> None:
             state.tables.sids[label] = state.tables.text(context)
 
 
-def check_neverallow(tables: Tables) -> None:
+def check_neverallow(tables: Tables, origins: Origins) -> None:
     """No allow rule, conditional or not, grants what a neverallow rule forbids. Raises PolicyError that names both."""
     by_class: dict[int, list[Rule]] = {}
-    for rule in tables.rules:
+    for rule in origins.rules:
         if rule.kind == "allow":
             by_class.setdefault(rule.class_.index, []).append(rule)
-    for never in tables.never:
+    for never in origins.never:
         for rule in by_class.get(never.class_.index, ()):
             if rule.mask & never.mask and (pair := clash(rule, never)):
                 source, target = (tables.types[number] for number in pair)
@@ -93,14 +95,15 @@ def granted(tables: Tables, source: int, target: int, class_: int, when: tuple[i
     return mask
 
 
-def check_bounds(tables: Tables) -> None:
+def check_bounds(tables: Tables, origins: Origins) -> None:
     """A bounded type is granted nothing that its parent is not. Raises PolicyError that names the rule."""
-    for child, (parent, place) in tables.bounds.items():
-        for rule in tables.rules:
+    for child, parent in tables.bounds.items():
+        place = origins.bounds[child]
+        for rule in origins.rules:
             if rule.kind != "allow" or not rule.sources >> child & 1:
                 continue
             for target in [child] if rule.is_self else members(rule.targets):
-                above = tables.bounds[target][0] if target in tables.bounds else target
+                above = tables.bounds.get(target, target)
                 over = rule.mask & ~granted(tables, parent, above, rule.class_.index, rule.when)
                 if over:
                     raise PolicyError(

@@ -10,41 +10,19 @@ from cardcage.errors import near
 from cardcage_selinux.errors import PolicyError, Unresolved
 from cardcage_selinux.family import evaluate
 from cardcage_selinux.syntax import declared_name
+from cardcage_selinux.tables import Class
 
 if TYPE_CHECKING:
     from cardcage_selinux.scope import Scope, Symbol
     from cardcage_selinux.sexpr import Node
 
-__all__ = ["Class", "Classes"]
+__all__ = ["Classes"]
 
 WIDTH = 32
 """Permissions of a class: an access vector has 32 bits."""
 
 NESTING = 50
 """How deep sets of permissions may be made of sets."""
-
-
-@define(eq=False)
-class Class:
-    """A class of objects.
-
-    Attributes:
-        name: with the names of its blocks; index: its number, from 0.
-        permissions: each with its bit number; those of the common come first.
-    """
-
-    name: str
-    index: int
-    permissions: dict[str, int] = field(factory=dict)
-
-    @property
-    def everything(self) -> int:
-        """The bits of all permissions."""
-        return (1 << len(self.permissions)) - 1
-
-    def names(self, mask: int) -> tuple[str, ...]:
-        """The permissions in *mask*, lowest bit first."""
-        return tuple(name for name, bit in self.permissions.items() if mask >> bit & 1)
 
 
 @define(eq=False)

@@ -1,4 +1,4 @@
-"""Conditions over booleans and tunables: ``(and a (not b))``, as functions of their values."""
+"""Conditions over booleans and tunables: ``(and a (not b))``, as plain data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from cardcage_selinux.errors import PolicyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
+    from cardcage_selinux.expressions import Expression
     from cardcage_selinux.sexpr import Node
-
-    Test = Callable[[Mapping[str, bool]], bool]
 
 __all__ = ["condition", "truth"]
 
@@ -24,11 +23,14 @@ def truth(node: Node) -> bool:
     return word == "true"
 
 
-def condition(node: Node, leaf: Callable[[Node], str]) -> Test:
-    """A condition; *leaf* turns the node of a name into the key of its value. Raises PolicyError."""
+def condition(node: Node, leaf: Callable[[Node], str]) -> Expression:
+    """A condition, for :func:`~cardcage_selinux.expressions.holds`. Raises PolicyError.
+
+    Args:
+        leaf: turns the node of a name into the key of its value.
+    """
     if node.items is None:
-        name = leaf(node)
-        return lambda values: values[name]
+        return leaf(node)
     operator, *operands = node.items or [node]
     if operator.items is None and not operands and node.items:
         return condition(operator, leaf)
@@ -37,14 +39,4 @@ def condition(node: Node, leaf: Callable[[Node], str]) -> Test:
         raise PolicyError(f'expected and, or, xor, eq, neq or not, found "{word}"', operator)
     if len(operands) != (1 if word == "not" else 2):
         raise PolicyError(f"{word} takes {1 if word == 'not' else 2} operands", node)
-    first = condition(operands[0], leaf)
-    if word == "not":
-        return lambda values: not first(values)
-    second = condition(operands[1], leaf)
-    if word == "and":
-        return lambda values: first(values) and second(values)
-    if word == "or":
-        return lambda values: first(values) or second(values)
-    if word == "eq":
-        return lambda values: first(values) is second(values)
-    return lambda values: first(values) is not second(values)
+    return (word, *(condition(one, leaf) for one in operands))

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from cardcage_selinux.family import members
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Context", "Level", "Names", "Range", "category_text"]
+__all__ = ["Context", "Level", "Names", "Range", "category_text", "members"]
+
+
+def members(bits: int) -> list[int]:
+    """The numbers of the bits that are set, ascending."""
+    found = []
+    while bits:
+        low = bits & -bits
+        found.append(low.bit_length() - 1)
+        bits ^= low
+    return found
 
 
 class Level(NamedTuple):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cardcage_selinux.family import members
+from cardcage_selinux.context import members
 from cardcage_selinux.tables import Defaults
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from cardcage_selinux.policy import Policy
-    from cardcage_selinux.tables import Tables
 
     Access = tuple[str, str, str, str, str]
 
@@ -21,18 +20,19 @@ __all__ = ["difference", "facts"]
 def difference(old: Policy, new: Policy) -> list[str]:
     """Lines that begin with ``-`` (only *old* says so) or ``+`` (only *new*); sorted, access rules by source."""
     lines = []
-    for sign, one, other in (("-", old.tables, new.tables), ("+", new.tables, old.tables)):
+    for sign, one, other in (("-", old, new), ("+", new, old)):
         lines += [(text, sign) for text in facts(one) - facts(other)]
         lines += [(text, sign) for text in _joined(access(one) - access(other))]
     return [f"{sign} {text}" for text, sign in sorted(lines)]
 
 
-def facts(tables: Tables) -> set[str]:
+def facts(policy: Policy) -> set[str]:
     """Everything but access rules, as sentences in CIL's words."""
-    return {" ".join(one.split()) for part in (_names, _identities, _objects, _limits) for one in part(tables)}
+    return {" ".join(one.split()) for part in (_names, _identities, _objects, _limits) for one in part(policy)}
 
 
-def _names(tables: Tables) -> Iterator[str]:
+def _names(policy: Policy) -> Iterator[str]:
+    tables = policy.tables
     yield f"(mls {str(tables.mls).lower()})"
     yield f"(handleunknown {tables.handle_unknown})"
     yield from (f"(policycap {name})" for name in tables.capabilities)
@@ -51,7 +51,8 @@ def _names(tables: Tables) -> Iterator[str]:
     yield f"(categoryorder ({' '.join(tables.levels.categories)}))"
 
 
-def _identities(tables: Tables) -> Iterator[str]:
+def _identities(policy: Policy) -> Iterator[str]:
+    tables = policy.tables
     for number, role in enumerate(tables.roles):
         yield f"(role {role})"
         yield from (f"(roletype {role} {tables.types[one]})" for one in members(tables.role_types.get(number, 0)))
@@ -65,59 +66,63 @@ def _identities(tables: Tables) -> Iterator[str]:
     yield from (f"(sidcontext {name} {context})" for name, context in tables.sids.items())
 
 
-def _objects(tables: Tables) -> Iterator[str]:
+def _objects(policy: Policy) -> Iterator[str]:
+    tables = policy.tables
     types = tables.types
     classes = {one.index: one.name for one in tables.classes.values()}
     for (kind, source, target, class_), rules in tables.type_rules.items():
-        for rule in rules:
-            when = f" when {_condition(tables, *rule.when)}" if rule.when else ""
-            yield f"({kind} {types[source]} {types[target]} {classes[class_]} {types[rule.result]}){when}"
-    for (source, target, class_, name), rule in tables.named.items():
-        yield f'(typetransition {types[source]} {types[target]} {classes[class_]} "{name}" {types[rule.result]})'
-    for (role, target, class_), (result, _) in tables.role_transitions.items():
+        for result, condition in rules:
+            when = f" when {_condition(policy, *condition)}" if condition else ""
+            yield f"({kind} {types[source]} {types[target]} {classes[class_]} {types[result]}){when}"
+    for (source, target, class_, name), result in tables.named.items():
+        yield f'(typetransition {types[source]} {types[target]} {classes[class_]} "{name}" {types[result]})'
+    for (role, target, class_), result in tables.role_transitions.items():
         yield f"(roletransition {tables.roles[role]} {types[target]} {classes[class_]} {tables.roles[result]})"
-    for (source, target, class_), (range_, _) in tables.range_transitions.items():
+    for (source, target, class_), range_ in tables.range_transitions.items():
         text = tables.levels.text(range_)
         yield f"(rangetransition {types[source]} {types[target]} {classes[class_]} {text})"
     for class_, defaults in tables.defaults.items():
-        for part in Defaults.__annotations__:
+        for part in Defaults._fields:
             if value := getattr(defaults, part):
                 yield f"(default{part} {classes[class_]} {value if isinstance(value, str) else ' '.join(value)})"
 
 
-def _limits(tables: Tables) -> Iterator[str]:
+def _limits(policy: Policy) -> Iterator[str]:
+    tables, origins = policy.tables, policy.origins
     types = tables.types
-    yield from (f"(typebounds {types[parent]} {types[child]})" for child, (parent, _) in tables.bounds.items())
+    yield from (f"(typebounds {types[parent]} {types[child]})" for child, parent in tables.bounds.items())
     yield from (f"(typepermissive {types[number]})" for number in members(tables.permissive))
     for class_ in tables.classes.values():
-        for one in tables.constraints.get(class_.index, ()):
-            head, expression = one.node.head, (one.node.items or [])[-1]
-            yield from (f"({head} ({class_.name} ({name})) {expression})" for name in class_.names(one.mask))
-        for one in tables.transitions.get(class_.index, ()):
-            yield f"({one.node.head} {class_.name} {(one.node.items or [])[-1]})"
-    for rule in tables.never:
+        nodes = origins.constraints.get(class_.index, ())
+        for (mask, _), node in zip(tables.constraints.get(class_.index, ()), nodes, strict=True):
+            head, expression = node.head, (node.items or [])[-1]
+            yield from (f"({head} ({class_.name} ({name})) {expression})" for name in class_.names(mask))
+        for node in origins.transitions.get(class_.index, ()):
+            yield f"({node.head} {class_.name} {(node.items or [])[-1]})"
+    for rule in origins.never:
         for name in rule.class_.names(rule.mask):
             yield f"(neverallow {rule.source} {rule.target} ({rule.class_.name} ({name})))"
 
 
-def _condition(tables: Tables, number: int, branch: bool) -> str:
+def _condition(policy: Policy, number: int, branch: bool) -> str:
     """A condition that reads the same whenever it means the same: its truth table, for few booleans."""
-    condition = tables.conditions[number]
+    condition = policy.origins.conditions[number]
     if not condition.table():
         return f"{condition.node} is {str(branch).lower()}"
     rows = [row for row in condition.rows() if condition.test(row) is branch]
     return " or ".join(" and ".join(name if row[name] else f"not {name}" for name in row) for row in rows)
 
 
-def access(tables: Tables) -> set[Access]:
+def access(policy: Policy) -> set[Access]:
     """(kind, source type, target type, class and permission, condition) of all access rules, attributes expanded."""
     found: set[Access] = set()
     conditions: dict[tuple[int, bool], str] = {}
-    for rule in tables.rules:
+    tables = policy.tables
+    for rule in policy.origins.rules:
         when = ""
         if rule.when is not None:
             if rule.when not in conditions:
-                conditions[rule.when] = _condition(tables, *rule.when)
+                conditions[rule.when] = _condition(policy, *rule.when)
             when = conditions[rule.when]
         words = [f"{rule.class_.name} {name}" for name in rule.class_.names(rule.mask)]
         targets = members(rule.targets)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cardcage_selinux.conditions import condition, truth
 from cardcage_selinux.errors import PolicyError, Unresolved
+from cardcage_selinux.expressions import holds
 from cardcage_selinux.scope import Argument, Scope, Statement, Symbol
 from cardcage_selinux.sexpr import MAX_DEPTH
 from cardcage_selinux.syntax import IN_CONDITION, SYNTAX, arguments, declared_name
@@ -231,9 +232,9 @@ class Expander:
             values[symbol.name] = self.tunables[id(symbol)]
             return symbol.name
 
-        holds = condition(test, leaf)(values)
+        chosen = holds(condition(test, leaf), values)
         for branch in branches:
-            if (branch.head == "true") is holds:
+            if (branch.head == "true") is chosen:
                 self._scan((branch.items or [])[1:], statement)
 
     def _call(self, statement: Statement) -> None:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 from cardcage.errors import UsageError, near
 
+from cardcage_selinux.expressions import satisfied
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cardcage_selinux.classes import Class
     from cardcage_selinux.context import Context
+    from cardcage_selinux.origins import Rule
     from cardcage_selinux.policy import Policy
-    from cardcage_selinux.tables import Rule
+    from cardcage_selinux.tables import Class
 
 __all__ = ["Explanation", "covering", "explain"]
 
@@ -37,7 +39,7 @@ class Explanation:
 
 def covering(policy: Policy, source: int, target: int, class_: Class, mask: int) -> Iterator[tuple[Rule, bool]]:
     """Access rules about this pair of types that name a permission in *mask*, each with whether it holds now."""
-    for rule in policy.tables.rules:
+    for rule in policy.origins.rules:
         if rule.class_ is class_ and rule.mask & mask and rule.covers(source, target):
             yield rule, rule.when is None or policy.state(rule.when[0]) is rule.when[1]
 
@@ -70,7 +72,7 @@ def _rules(policy: Policy, source: Context, target: Context, class_: Class, mask
         if rule.when is None:
             yield f"rule {rule.node.place}: {rule}"
         else:
-            test = policy.tables.conditions[rule.when[0]].node
+            test = policy.origins.conditions[rule.when[0]].node
             state = "holds" if holds else "does not hold"
             yield f"rule {rule.node.place}: {rule}, when {test} is {str(rule.when[1]).lower()}, which {state} now"
     if not any_rule:
@@ -81,15 +83,16 @@ def _rules(policy: Policy, source: Context, target: Context, class_: Class, mask
 def _limits(policy: Policy, source: Context, target: Context, class_: Class, mask: int) -> Iterator[str]:
     """What takes away what the rules grant."""
     tables = policy.tables
-    for constraint in tables.constraints.get(class_.index, ()):
-        if constraint.mask & mask and not constraint.test(source, target, target):
-            yield f"constraint {constraint.node.place}: {constraint.node} does not hold"
+    constraints = tables.constraints.get(class_.index, ())
+    for (bits, expression), node in zip(constraints, policy.origins.constraints.get(class_.index, ()), strict=True):
+        if bits & mask and not satisfied(expression, (source, target, target)):
+            yield f"constraint {node.place}: {node} does not hold"
     moves = policy.mask("process", ("transition", "dyntransition")) if class_.name == "process" else 0
     if mask & moves and source.role != target.role and (source.role, target.role) not in tables.role_allows:
         yield f"no roleallow lets role {tables.roles[source.role]} become {tables.roles[target.role]}"
     if source.type in tables.bounds:
-        parent, node = tables.bounds[source.type]
-        above = target._replace(type=tables.bounds[target.type][0]) if target.type in tables.bounds else target
+        parent, node = tables.bounds[source.type], policy.origins.bounds[source.type]
+        above = target._replace(type=tables.bounds[target.type]) if target.type in tables.bounds else target
         if not policy.decide(source._replace(type=parent), above, class_).allowed & mask:
             who, child, whom = (tables.types[one] for one in (parent, source.type, above.type))
             yield f"bounds {node.place}: {who}, which bounds {child}, may not do it to {whom}"
@@ -101,18 +104,18 @@ def _booleans(
     """The fewest booleans whose change would turn the decision round."""
     tables = policy.tables
     types = {source.type}
-    while bounded := {tables.bounds[one][0] for one in types if one in tables.bounds} - types:
+    while bounded := {tables.bounds[one] for one in types if one in tables.bounds} - types:
         types |= bounded
     numbers = {
         rule.when[0]
-        for rule in tables.rules
+        for rule in policy.origins.rules
         if rule.kind == "allow"
         and rule.when is not None
         and rule.class_ is class_
         and rule.mask & mask
         and any(rule.sources >> one & 1 for one in types)
     }
-    names = sorted({name for number in numbers for name in tables.conditions[number].names})
+    names = sorted({name for number in numbers for name in policy.origins.conditions[number].names})
     values = policy.booleans
     for count in range(1, min(FLIPS, len(names)) + 1):
         for flipped in combinations(names, count):

@@ -15,20 +15,10 @@ if TYPE_CHECKING:
     from cardcage_selinux.scope import Scope, Symbol
     from cardcage_selinux.sexpr import Node
 
-__all__ = ["Family", "evaluate", "members", "ordered"]
+__all__ = ["Family", "evaluate", "ordered"]
 
 NESTING = 100
 """How deep attributes may be made of attributes."""
-
-
-def members(bits: int) -> list[int]:
-    """The numbers of the bits that are set, ascending."""
-    found = []
-    while bits:
-        low = bits & -bits
-        found.append(low.bit_length() - 1)
-        bits ^= low
-    return found
 
 
 def evaluate(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import socket
 from pathlib import Path
 
@@ -79,7 +78,9 @@ def alive(folder: Path, name: str) -> bool:
 def draw(folder: Path, categories: int = CATEGORIES) -> Lease:
     """A pair that no machine of this host has; its name is ``c12,c500``. Raises HostError when none is found."""
     for _ in range(TRIES):
-        low, high = sorted(secrets.SystemRandom().sample(range(categories), 2))
+        number = int.from_bytes(os.urandom(8))
+        one, apart = number % categories, number // categories % (categories - 1) + 1
+        low, high = sorted((one, (one + apart) % categories))
         name = f"c{low},c{high}"
         held = lease(folder, name)
         if held is None:

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from attrs import define, frozen
 from cardcage.errors import ConfigError, UsageError, near
 
-from cardcage_selinux.build import build
 from cardcage_selinux.context import Context, Level, Range
 from cardcage_selinux.errors import ContextError, PolicyError
-from cardcage_selinux.sexpr import Node, Source, parse
+from cardcage_selinux.expressions import holds, satisfied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from cardcage_selinux.classes import Class
-    from cardcage_selinux.tables import Tables
+    from cardcage_selinux.origins import Origins
+    from cardcage_selinux.tables import Class, Tables
 
-__all__ = ["AccessVector", "Policy", "load"]
+__all__ = ["AccessVector", "Policy", "compiled", "load", "texts"]
 
 FULL = 0xFFFFFFFF
 """All bits of an access vector."""
 
 
-@frozen
-class AccessVector:
+class AccessVector(NamedTuple):
     """The decision about a pair of contexts and a class, each mask with one bit for a permission.
 
     Attributes:
@@ -54,19 +51,35 @@ def load(sources: Iterable[str | os.PathLike[str]] | str | os.PathLike[str], *, 
         sources: paths, or CIL text (a ``str`` with a bracket in it); several make one policy.
         check: whether neverallow rules and type bounds are checked.
     """
-    nodes: list[Node] = []
+    return compiled(texts(sources), check=check)
+
+
+def texts(sources: Iterable[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """The names and texts of :func:`load`'s sources. Raises PolicyError, ConfigError."""
+    found = []
     for number, source in enumerate([sources] if isinstance(sources, str | os.PathLike) else sources, 1):
         if isinstance(source, str) and ("(" in source or ";" in source or not source.strip()):
-            nodes += parse(source, f"<text {number}>")
+            found.append((f"<text {number}>", source))
         else:
-            nodes += parse(_read(source), os.fspath(source))
-    return Policy(build(nodes, check=check))
+            found.append((os.fspath(source), _read(source)))
+    return found
+
+
+def compiled(texts: Iterable[tuple[str, str]], *, check: bool = True) -> Policy:
+    """Compile CIL that was read. Raises PolicyError."""
+    from cardcage_selinux.build import build  # the compiler is half of this package: a kept policy does without
+    from cardcage_selinux.sexpr import parse
+
+    nodes = [node for name, text in texts for node in parse(text, name)]
+    return Policy(*build(nodes, check=check))
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
+        from cardcage_selinux.sexpr import Node, Source
+
         source = Source(os.fspath(path), error.object.decode("latin-1"))  # a character for each byte
         raise PolicyError("this is not UTF-8 text", Node("", None, source, error.start)) from error
     except OSError as error:
@@ -75,7 +88,6 @@ def _read(path: str | os.PathLike[str]) -> str:
         raise ConfigError(str(error), file=repr(path)) from error
 
 
-@define(eq=False, init=False)
 class Policy:
     """A compiled policy with values of its booleans. It never changes; any thread may ask.
 
@@ -84,20 +96,30 @@ class Policy:
         sequence: one higher in each policy that :meth:`with_booleans` makes.
     """
 
-    tables: Tables
-    sequence: int
-    _values: dict[str, bool]
-    _states: tuple[bool, ...]
+    __slots__ = ("_origins", "_states", "_values", "sequence", "tables")
 
-    def __init__(self, tables: Tables, values: Mapping[str, bool] | None = None, sequence: int = 0) -> None:
-        self.tables, self.sequence = tables, sequence
+    def __init__(
+        self,
+        tables: Tables,
+        origins: Origins | None = None,
+        values: Mapping[str, bool] | None = None,
+        sequence: int = 0,
+    ) -> None:
+        self.tables, self.sequence, self._origins = tables, sequence, origins
         self._values = dict(tables.booleans if values is None else values)
-        self._states = tuple(condition.test(self._values) for condition in tables.conditions)
+        self._states = tuple(holds(condition, self._values) for condition in tables.conditions)
 
     @classmethod
     def compile(cls, sources: Iterable[str | os.PathLike[str]]) -> Policy:
         """The same as :func:`load`."""
         return load(sources)
+
+    @property
+    def origins(self) -> Origins:
+        """Where its text says what. Raises UsageError for a policy that was kept compiled, which has no text."""
+        if self._origins is None:
+            raise UsageError("this policy was kept compiled: load() its files to ask where they say what")
+        return self._origins
 
     @property
     def booleans(self) -> dict[str, bool]:
@@ -111,7 +133,7 @@ class Policy:
                 raise UsageError(f'no boolean is called "{name}".{near(name, self._values)}'.rstrip("."))
             if not isinstance(value, bool):
                 raise UsageError(f"boolean {name}: expected True or False, got {value!r}")
-        return Policy(self.tables, {**self._values, **changes}, self.sequence + 1)
+        return Policy(self.tables, self._origins, {**self._values, **changes}, self.sequence + 1)
 
     # contexts
 
@@ -187,9 +209,9 @@ class Policy:
         """:meth:`compute_av` of contexts that were looked up already."""
         tables = self.tables
         allowed, auditallow, dontaudit = self.rules(source.type, target.type, class_)
-        for constraint in tables.constraints.get(class_.index, ()):
-            if constraint.mask & allowed and not constraint.test(source, target, target):
-                allowed &= ~constraint.mask
+        for mask, expression in tables.constraints.get(class_.index, ()):
+            if mask & allowed and not satisfied(expression, (source, target, target)):
+                allowed &= ~mask
         roles = source.role, target.role
         if class_.name == "process" and roles[0] != roles[1] and roles not in tables.role_allows:
             allowed &= ~self.mask("process", ("transition", "dyntransition"))
@@ -215,8 +237,8 @@ class Policy:
         bounds = self.tables.bounds
         if not allowed or source.type not in bounds:
             return allowed
-        parent = source._replace(type=bounds[source.type][0])
-        above = target._replace(type=bounds[target.type][0]) if target.type in bounds else target
+        parent = source._replace(type=bounds[source.type])
+        above = target._replace(type=bounds[target.type]) if target.type in bounds else target
         return allowed & self.decide(parent, above, class_).allowed
 
     def state(self, condition: int) -> bool:
@@ -228,7 +250,7 @@ class Policy:
         first, second, third = self.context(old), self.context(new), self.context(task)
         class_ = self.tables.classes.get(tclass)
         rules = self.tables.transitions.get(class_.index, ()) if class_ else ()
-        return all(one.test(first, second, third) for one in rules)
+        return all(satisfied(expression, (first, second, third)) for _, expression in rules)
 
     # new objects
 
@@ -268,8 +290,8 @@ class Policy:
         type_ = self._type_rule(kind, source.type, target.type, number, type_)
         if kind == "typetransition":
             named = tables.named.get((source.type, target.type, number, name)) if name is not None else None
-            type_ = named.result if named else type_
-            role = tables.role_transitions.get((source.role, target.type, number), (role, None))[0]
+            type_ = type_ if named is None else named
+            role = tables.role_transitions.get((source.role, target.type, number), role)
         range_ = self._new_range(kind, source, target, number)
         made = Context(user, role, type_, range_)
         problem = tables.problem(made)
@@ -279,9 +301,9 @@ class Policy:
 
     def _type_rule(self, kind: str, source: int, target: int, number: int, default: int) -> int:
         rules = self.tables.type_rules.get((kind, source, target, number), ())
-        for rule in sorted(rules, key=lambda one: one.when is not None):
-            if rule.when is None or self._states[rule.when[0]] is rule.when[1]:
-                return rule.result
+        for result, when in sorted(rules, key=lambda one: one[1] is not None):
+            if when is None or self._states[when[0]] is when[1]:
+                return result
         return default
 
     def _new_range(self, kind: str, source: Context, target: Context, number: int) -> Range | None:
@@ -290,7 +312,7 @@ class Policy:
         if kind == "typetransition":
             found = self.tables.range_transitions.get((source.type, target.type, number))
             if found:
-                return found[0]
+                return found
             default = self.tables.defaults.get(number)
             if default and default.range:
                 return _default_range(default.range, source.range, target.range)

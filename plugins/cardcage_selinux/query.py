@@ -14,9 +14,9 @@ from attrs import frozen
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cardcage_selinux.classes import Class
+    from cardcage_selinux.origins import Rule
     from cardcage_selinux.policy import Policy
-    from cardcage_selinux.tables import Rule
+    from cardcage_selinux.tables import Class
 
 __all__ = ["READS", "WRITES", "Step", "Wanted", "attributes_between", "direct", "path"]
 
@@ -72,7 +72,7 @@ class Step:
 
 def _grants(policy: Policy, wanted: Wanted, source: int, backwards: bool) -> Iterator[tuple[Rule, int, int]]:
     """(rule, target, permissions) of what *source* may do, less what its bound takes away."""
-    for rule in policy.tables.rules:
+    for rule in policy.origins.rules:
         if rule.kind != "allow" or not rule.sources >> source & 1:
             continue
         if rule.when is not None and policy.state(rule.when[0]) is not rule.when[1]:
@@ -92,7 +92,7 @@ def _bound(policy: Policy, source: int, target: int, class_: Class) -> int:
     """What the rules of all that bounds *source* leave."""
     bounds, mask = policy.tables.bounds, class_.everything
     while source in bounds:
-        source, target = bounds[source][0], bounds[target][0] if target in bounds else target
+        source, target = bounds[source], bounds.get(target, target)
         mask &= policy.rules(source, target, class_)[0]
     return mask
 

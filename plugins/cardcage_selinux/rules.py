@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cardcage_selinux.conditions import truth
-from cardcage_selinux.constraints import Constraint, compile_test
-from cardcage_selinux.context import Context
+from cardcage_selinux.constraints import constraint
+from cardcage_selinux.context import Context, members
 from cardcage_selinux.errors import PolicyError
-from cardcage_selinux.family import members
 from cardcage_selinux.levels import level, level_range
-from cardcage_selinux.tables import KINDS, Defaults, Rule, TypeRule
+from cardcage_selinux.origins import Rule
+from cardcage_selinux.tables import KINDS, Defaults
 
 if TYPE_CHECKING:
     from cardcage_selinux.build import Build, Handler
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cardcage_selinux.sexpr import Node
 
 __all__ = ["RULES"]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 PAIRS = 1 << 22
 """Pairs of types that the rules about new objects may grow to, all together."""
@@ -39,9 +42,9 @@ def _access(state: Build, statement: Statement, given: list[Node]) -> None:
     for class_, mask in state.classes.resolve(given[2], scope):
         rule = Rule(kind, source, target, sources, targets, class_, mask, node, when)
         if kind == "neverallow":
-            state.tables.never.append(rule)
+            state.origins.never.append(rule)
             continue
-        state.tables.rules.append(rule)
+        state.origins.rules.append(rule)
         pairs = [(one, one) for one in members(sources)] if is_self else [(source_id, target_id)]
         slot = KINDS.index(kind)
         for pair in pairs:
@@ -64,15 +67,15 @@ def _type_rule(state: Build, statement: Statement, given: list[Node]) -> None:
         name = _file_name(given[3], scope)
         if when is not None:
             raise PolicyError("a typetransition with a name cannot stand in a booleanif", statement.node)
-    rule = TypeRule(result, statement.node, when)
     classes = state.classes.several(given[2], scope)
     for source in members(sources):
         for target in [source] if is_self else members(targets):
             for class_ in classes:
                 if name is None:
-                    _add_type_rule(state, (kind, source, target, class_.index), rule)
+                    _add_type_rule(state, statement.node, (kind, source, target, class_.index), result, when)
                 else:
-                    _add_named(state, (source, target, class_.index, name), rule)
+                    _once(state, statement.node, state.tables.named, (source, target, class_.index, name), result)
+                _room(state, statement.node)
 
 
 def _file_name(node: Node, scope: Scope) -> str:
@@ -87,37 +90,39 @@ def _room(state: Build, node: Node) -> None:
         raise PolicyError(f"rules about new objects grow to more than {PAIRS} pairs of types", node)
 
 
-def _add_type_rule(state: Build, key: tuple[str, int, int, int], rule: TypeRule) -> None:
+def _add_type_rule(
+    state: Build, node: Node, key: tuple[str, int, int, int], result: int, when: tuple[int, bool] | None
+) -> None:
     there = state.tables.type_rules.setdefault(key, [])
-    for other in there:
-        if other.result == rule.result:
+    for other, condition in there:
+        if other == result:
             continue
-        apart = other.when and rule.when and other.when[0] == rule.when[0] and other.when[1] != rule.when[1]
+        apart = condition and when and condition[0] == when[0] and condition[1] != when[1]
         if not apart:
-            raise PolicyError(f"conflicts with the rule at {other.node.place}", rule.node)
-    there.append(rule)
-    _room(state, rule.node)
+            raise PolicyError(f"conflicts with the rule at {state.origins.first[key[0], (key, condition)].place}", node)
+    there.append((result, when))
+    state.origins.first.setdefault((key[0], (key, when)), node)
 
 
-def _add_named(state: Build, key: tuple[int, int, int, str], rule: TypeRule) -> None:
-    other = state.tables.named.setdefault(key, rule)
-    if other.result != rule.result:
-        raise PolicyError(f"conflicts with the rule at {other.node.place}", rule.node)
-    _room(state, rule.node)
+def _once(state: Build, node: Node, table: dict[K, V], key: K, result: V) -> None:
+    """Enter a result that no rule contradicts. Raises PolicyError that says where it is contradicted."""
+    first = state.origins.first.setdefault((node.head, key), node)
+    if table.setdefault(key, result) != result:
+        raise PolicyError(f"conflicts with the rule at {first.place}", node)
 
 
 def _typebounds(state: Build, statement: Statement, given: list[Node]) -> None:
     parent = state.types.one(given[0], statement.scope).index
     child = state.types.one(given[1], statement.scope).index
-    there = state.tables.bounds.get(child)
-    if there is not None:
-        raise PolicyError(f'"{given[1].text}" is bounded already at {there[1].place}', statement.node)
+    if child in state.tables.bounds:
+        place = state.origins.bounds[child].place
+        raise PolicyError(f'"{given[1].text}" is bounded already at {place}', statement.node)
     above: int | None = parent
     while above is not None:
         if above == child:
             raise PolicyError(f'"{given[1].text}" would bound itself', statement.node)
-        above = state.tables.bounds[above][0] if above in state.tables.bounds else None
-    state.tables.bounds[child] = parent, statement.node
+        above = state.tables.bounds.get(above)
+    state.tables.bounds[child], state.origins.bounds[child] = parent, statement.node
 
 
 def _typepermissive(state: Build, statement: Statement, given: list[Node]) -> None:
@@ -140,7 +145,7 @@ def _roleallow(state: Build, statement: Statement, given: list[Node]) -> None:
     old, new = (members(state.roles.named(node, statement.scope)) for node in given)
     for first in old:
         for second in new:
-            state.tables.role_allows.setdefault((first, second), statement.node)
+            state.tables.role_allows.add((first, second))
 
 
 def _roletransition(state: Build, statement: Statement, given: list[Node]) -> None:
@@ -150,10 +155,7 @@ def _roletransition(state: Build, statement: Statement, given: list[Node]) -> No
     for role in members(state.roles.named(given[0], scope)):
         for type_ in types:
             for class_ in state.classes.several(given[2], scope):
-                key = role, type_, class_.index
-                there = state.tables.role_transitions.setdefault(key, (result, statement.node))
-                if there[0] != result:
-                    raise PolicyError(f"conflicts with the rule at {there[1].place}", statement.node)
+                _once(state, statement.node, state.tables.role_transitions, (role, type_, class_.index), result)
 
 
 def _rangetransition(state: Build, statement: Statement, given: list[Node]) -> None:
@@ -163,10 +165,7 @@ def _rangetransition(state: Build, statement: Statement, given: list[Node]) -> N
     for source in members(_identity(state, given[0], scope)[2]):
         for target in targets:
             for class_ in state.classes.several(given[2], scope):
-                key = source, target, class_.index
-                there = state.tables.range_transitions.setdefault(key, (range_, statement.node))
-                if there[0] != range_:
-                    raise PolicyError(f"conflicts with the rule at {there[1].place}", statement.node)
+                _once(state, statement.node, state.tables.range_transitions, (source, target, class_.index), range_)
 
 
 def _userrole(state: Build, statement: Statement, given: list[Node]) -> None:
@@ -178,35 +177,34 @@ def _userrole(state: Build, statement: Statement, given: list[Node]) -> None:
 def _userlevel(state: Build, statement: Statement, given: list[Node]) -> None:
     level(state, given[1], statement.scope)  # the level a login would start at: checked, and of no use to decisions
     for user in members(state.users.named(given[0], statement.scope)):
-        if user in state.tables.user_levels:
+        if state.origins.first.setdefault(("userlevel", user), statement.node) is not statement.node:
             raise PolicyError(f'user "{state.users.members[user].name}" has a level already', statement.node)
-        state.tables.user_levels[user] = statement.node
 
 
 def _userrange(state: Build, statement: Statement, given: list[Node]) -> None:
     range_ = level_range(state, given[1], statement.scope)
     for user in members(state.users.named(given[0], statement.scope)):
-        if user in state.tables.user_ranges:
+        if state.origins.first.setdefault(("userrange", user), statement.node) is not statement.node:
             raise PolicyError(f'user "{state.users.members[user].name}" has a range already', statement.node)
         state.tables.user_ranges[user] = range_
 
 
 def _constrain(state: Build, statement: Statement, given: list[Node]) -> None:
     levels = statement.node.head == "mlsconstrain"
-    test = compile_test(given[1], statement.scope, state.families(), levels=levels, third=False)
+    expression = constraint(given[1], statement.scope, state.families(), levels=levels, third=False)
     for class_, mask in state.classes.resolve(given[0], statement.scope):
         if state.tables.mls or not levels:
-            constraint = Constraint(mask, test, statement.node)
-            state.tables.constraints.setdefault(class_.index, []).append(constraint)
+            state.tables.constraints.setdefault(class_.index, []).append((mask, expression))
+            state.origins.constraints.setdefault(class_.index, []).append(statement.node)
 
 
 def _validatetrans(state: Build, statement: Statement, given: list[Node]) -> None:
     levels = statement.node.head == "mlsvalidatetrans"
-    test = compile_test(given[1], statement.scope, state.families(), levels=levels, third=True)
+    expression = constraint(given[1], statement.scope, state.families(), levels=levels, third=True)
     for class_ in state.classes.several(given[0], statement.scope):
         if state.tables.mls or not levels:
-            constraint = Constraint(0, test, statement.node)
-            state.tables.transitions.setdefault(class_.index, []).append(constraint)
+            state.tables.transitions.setdefault(class_.index, []).append((0, expression))
+            state.origins.transitions.setdefault(class_.index, []).append(statement.node)
 
 
 def _default(state: Build, statement: Statement, given: list[Node]) -> None:
@@ -222,10 +220,11 @@ def _default(state: Build, statement: Statement, given: list[Node]) -> None:
         value = side, which
     for node in [given[0]] if given[0].items is None else given[0].items:
         for class_ in state.classes.several(node, statement.scope):
-            defaults = state.tables.defaults.setdefault(class_.index, Defaults())
+            defaults = state.tables.defaults.get(class_.index, Defaults())
             if getattr(defaults, part) not in (None, value):
                 raise PolicyError(f'class "{class_.name}" has another {statement.node.head} already', statement.node)
-            setattr(defaults, part, value)
+            changed: dict[str, Any] = {part: value}
+            state.tables.defaults[class_.index] = defaults._replace(**changed)
 
 
 def _read_context(state: Build, label: str, node: Node, scope: Scope) -> None:

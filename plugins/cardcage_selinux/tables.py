@@ -1,95 +1,52 @@
-"""What a compiled policy holds. Types, roles, users and classes are numbers; sets of them are bits of integers."""
+"""What a compiled policy decides by. Types, roles, users and classes are numbers; sets of them are bits of integers.
+
+Nothing here refers to the policy's text: that is in :mod:`cardcage_selinux.origins`. So the tables are plain data,
+which can be kept between runs (:mod:`cardcage_selinux.kept`).
+"""
 
 from __future__ import annotations
 
-from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attrs import define, field
 
 from cardcage_selinux.context import Context, Names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from cardcage_selinux.classes import Class
-    from cardcage_selinux.constraints import Constraint
     from cardcage_selinux.context import Range
-    from cardcage_selinux.sexpr import Node
+    from cardcage_selinux.expressions import Expression
 
-__all__ = ["KINDS", "Condition", "Defaults", "Rule", "Tables", "TypeRule"]
+__all__ = ["KINDS", "Class", "Defaults", "Tables"]
 
 KINDS = ("allow", "auditallow", "dontaudit")
 """Kinds of access rules, in the order of an entry's masks."""
 
 
-@define(eq=False, frozen=True)
-class Condition:
-    """A ``booleanif``: its expression, as a function of the booleans' values, and the booleans in it, sorted."""
-
-    node: Node
-    test: Callable[[Mapping[str, bool]], bool]
-    names: tuple[str, ...]
-
-    def rows(self) -> Iterator[dict[str, bool]]:
-        """All values that its booleans can have."""
-        for values in product((False, True), repeat=len(self.names)):
-            yield dict(zip(self.names, values, strict=True))
-
-    def table(self) -> tuple[bool, ...]:
-        """Its truth table, by which conditions that mean the same are the same; empty for more booleans than ten."""
-        return tuple(self.test(row) for row in self.rows()) if len(self.names) <= 10 else ()
-
-
-@define(eq=False, frozen=True)
-class Rule:
-    """One access rule for one class.
+class Class:
+    """A class of objects.
 
     Attributes:
-        kind: ``allow``, ``auditallow``, ``dontaudit`` or ``neverallow``.
-        source, target: as written; target may be ``self``.
-        sources, targets: the types they mean, as bits; those of ``self`` are the sources.
-        when: number of the condition, and the branch that it stands in; ``None`` outside of conditions.
+        name: with the names of its blocks; index: its number, from 0.
+        permissions: each with its bit number; those of the common come first.
     """
 
-    kind: str
-    source: str
-    target: str
-    sources: int
-    targets: int
-    class_: Class
-    mask: int
-    node: Node
-    when: tuple[int, bool] | None = None
+    __slots__ = ("index", "name", "permissions")
+
+    def __init__(self, name: str, index: int, permissions: dict[str, int] | None = None) -> None:
+        self.name, self.index = name, index
+        self.permissions: dict[str, int] = permissions if permissions is not None else {}
 
     @property
-    def is_self(self) -> bool:
-        """Whether it only concerns pairs of a type with itself."""
-        return self.target == "self"
+    def everything(self) -> int:
+        """The bits of all permissions."""
+        return (1 << len(self.permissions)) - 1
 
-    def covers(self, source: int, target: int) -> bool:
-        """Whether it is about this pair of types."""
-        if not self.sources >> source & 1:
-            return False
-        return source == target if self.is_self else bool(self.targets >> target & 1)
-
-    def __str__(self) -> str:
-        return (
-            f"({self.kind} {self.source} {self.target} ({self.class_.name} ({' '.join(self.class_.names(self.mask))})))"
-        )
+    def names(self, mask: int) -> tuple[str, ...]:
+        """The permissions in *mask*, lowest bit first."""
+        return tuple(name for name, bit in self.permissions.items() if mask >> bit & 1)
 
 
-@define(eq=False, frozen=True)
-class TypeRule:
-    """The result of a ``typetransition``, ``typechange`` or ``typemember`` for one pair of types."""
-
-    result: int
-    node: Node
-    when: tuple[int, bool] | None = None
-
-
-@define(eq=False)
-class Defaults:
+class Defaults(NamedTuple):
     """Where the parts of a new context come from: ``source``, ``target``, ``glblub``, ``None`` for the usual."""
 
     user: str | None = None
@@ -98,7 +55,7 @@ class Defaults:
     range: tuple[str, str] | None = None
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Tables:
     """The tables.
 
@@ -106,10 +63,13 @@ class Tables:
         types, roles, users: names by number; ``*_number``: numbers by name, aliases too.
         attributes: the types of each, as bits.
         type_ids: for each type its number and those of its attributes (which follow those of the types).
-        rules: all access rules; never: the neverallow rules.
+        conditions: of each ``booleanif`` its expression.
         vectors: (source id, target id, class) to the masks of :data:`KINDS`; conditional: likewise, to
             (condition, branch, kind, mask).
+        type_rules: (keyword, source, target, class) to each result with its condition and branch, None outside of
+            conditions; named: (source, target, class, name) to the result of a ``typetransition`` with a name.
         bounds: child type to parent; permissive: bits of types.
+        constraints, transitions: of each class (mask, what must hold for it to be granted), transitions with mask 0.
     """
 
     mls: bool = False
@@ -126,24 +86,21 @@ class Tables:
     type_ids: list[tuple[int, ...]] = field(factory=list)
     levels: Names = field(factory=lambda: Names((), (), {}, {}, ()))
     booleans: dict[str, bool] = field(factory=dict)
-    conditions: list[Condition] = field(factory=list)
-    rules: list[Rule] = field(factory=list)
-    never: list[Rule] = field(factory=list)
+    conditions: list[Expression] = field(factory=list)
     vectors: dict[tuple[int, int, int], list[int]] = field(factory=dict)
     conditional: dict[tuple[int, int, int], list[tuple[int, bool, int, int]]] = field(factory=dict)
-    type_rules: dict[tuple[str, int, int, int], list[TypeRule]] = field(factory=dict)
-    named: dict[tuple[int, int, int, str], TypeRule] = field(factory=dict)
-    role_transitions: dict[tuple[int, int, int], tuple[int, Node]] = field(factory=dict)
-    range_transitions: dict[tuple[int, int, int], tuple[Range, Node]] = field(factory=dict)
-    role_allows: dict[tuple[int, int], Node] = field(factory=dict)
+    type_rules: dict[tuple[str, int, int, int], list[tuple[int, tuple[int, bool] | None]]] = field(factory=dict)
+    named: dict[tuple[int, int, int, str], int] = field(factory=dict)
+    role_transitions: dict[tuple[int, int, int], int] = field(factory=dict)
+    range_transitions: dict[tuple[int, int, int], Range] = field(factory=dict)
+    role_allows: set[tuple[int, int]] = field(factory=set)
     role_types: dict[int, int] = field(factory=dict)
     user_roles: dict[int, int] = field(factory=dict)
     user_ranges: dict[int, Range] = field(factory=dict)
-    user_levels: dict[int, Node] = field(factory=dict)
     permissive: int = 0
-    bounds: dict[int, tuple[int, Node]] = field(factory=dict)
-    constraints: dict[int, list[Constraint]] = field(factory=dict)
-    transitions: dict[int, list[Constraint]] = field(factory=dict)
+    bounds: dict[int, int] = field(factory=dict)
+    constraints: dict[int, list[tuple[int, Expression]]] = field(factory=dict)
+    transitions: dict[int, list[tuple[int, Expression]]] = field(factory=dict)
     defaults: dict[int, Defaults] = field(factory=dict)
     sids: dict[str, str] = field(factory=dict)
 

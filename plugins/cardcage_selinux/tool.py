@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from cardcage_selinux.tables import Rule
+    from cardcage_selinux.origins import Rule
 
 __all__ = ["configure", "run"]
 
@@ -95,7 +95,8 @@ def _load(files: list[str], assignments: list[str], *, check: bool = True) -> Po
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tables = _load(arguments.files, [], check=not arguments.no_neverallow).tables
+    policy = _load(arguments.files, [], check=not arguments.no_neverallow)
+    tables = policy.tables
     counts = {
         "classes": len(tables.classes),
         "types": len(tables.types),
@@ -103,7 +104,7 @@ def _check(arguments: argparse.Namespace) -> int:
         "roles": len(tables.roles),
         "users": len(tables.users),
         "booleans": len(tables.booleans),
-        "rules": len(tables.rules),
+        "rules": len(policy.origins.rules),
         "constraints": sum(len(one) for one in tables.constraints.values()),
     }
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
