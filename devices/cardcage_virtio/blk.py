@@ -132,15 +132,20 @@ class Blk:
         if not readable or len(readable[0]) != 16 or not writable or len(writable[-1]) != 1:
             return None
         kind, sector = header(readable[0])
+        written = 1
         try:
             if kind == IN and len(readable) == 1 and self._try_read:
                 target = writable[:-1]
                 size = total(target)
-                if self._check(sector, size) != OK or not self.backend.try_readv(sector * SECTOR, target):
+                if size % SECTOR or sector * SECTOR + size > self.info.size:
                     return None
+                if not self.backend.try_readv(sector * SECTOR, target):
+                    return None
+                written += size
             elif kind == OUT and len(writable) == 1 and self._try_write and self._io.has(F_FLUSH):
-                source, size = readable[1:], 0
-                if self._check(sector, total(source)) != OK:
+                source = readable[1:]
+                size = total(source)
+                if size % SECTOR or sector * SECTOR + size > self.info.size:
                     return None
                 if not self.backend.try_writev(sector * SECTOR, source):
                     return None
@@ -149,7 +154,7 @@ class Blk:
         except OSError:  # the worker meets it again, and reports it
             return None
         writable[-1][0] = OK
-        return size + 1
+        return written
 
     def _process(self, request: Request) -> int:
         """Serve one; returns the bytes written to the guest, its status byte included."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import add
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import GuestError
 from cardcage.memory import PAGE, GuestMemoryError
@@ -59,8 +59,8 @@ class Request:
         areas: Sequence[tuple[int, int]],
     ) -> None:
         self.ring, self.id, self.slots = ring, id, slots
-        # what is no list is only given to those who asked for it, and they look
-        self.readable, self.writable = cast("list[memoryview]", readable), cast("list[memoryview]", writable)
+        self.readable: list[memoryview] = readable  # type: ignore[assignment]  # no list only for those who asked for it
+        self.writable: list[memoryview] = writable  # type: ignore[assignment]  # as above
         self.areas = areas
 
     @property

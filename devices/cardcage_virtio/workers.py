@@ -80,18 +80,18 @@ class Workers:
         ring, lock = self._io.rings[index], self._locks[index]
         if ring is None or not lock.acquire(blocking=False):
             return False
+        done: list[tuple[Request, int]] = []
         try:
-            for _ in range(QUICK):
-                request = ring.pop()
-                if request is None:
-                    break
+            while len(done) < QUICK and (request := ring.pop()) is not None:
                 written = quick(request)
                 if written is None:
                     ring.unpop(request)
                     return False
-                ring.push(request, written)
+                done.append((request, written))
             return not ring.rearm()
         finally:
+            if done:
+                ring.push_many(done)
             lock.release()
             ring.signal()
 
