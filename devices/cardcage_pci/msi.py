@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from threading import Lock
 from typing import TYPE_CHECKING
+
+from cardcage.errors import AcceleratorError
 
 from cardcage_pci.spec import Bar
 
@@ -63,8 +66,8 @@ class Msi:
 class MsiX:
     """MSI-X: table at the start of a BAR, pending bits in its second half.
 
-    An eventfd can stand for a vector (:meth:`bind`): routed past this process where the accelerator has ``irqfds``,
-    else read on the loop thread.
+    Eventfds can stand for a vector (:meth:`bind`): routed past this process where the accelerator has ``irqfds``, and
+    read on the loop thread where it has none, or while the vector is masked.
     """
 
     def __init__(self, vectors: int, slot: Slot) -> None:
@@ -74,7 +77,7 @@ class MsiX:
         self.table = bytearray(16 * vectors)
         self._half = 1 << max(11, (16 * vectors - 1).bit_length())
         self._ready: list[tuple[int, int] | None] = [None] * vectors
-        self._fds: dict[int, tuple[int, int | None]] = {}
+        self._fds: dict[int, tuple[int, int | None]] = {}  # vector, and route past this process
         self._direct = "irqfds" in getattr(slot.vm, "capabilities", ())
         self.reset()
 
@@ -111,8 +114,9 @@ class MsiX:
             due = ready is not None and self.pending >> vector & 1
             if due:
                 self.pending &= ~(1 << vector)
-        if changed and vector in self._fds:
-            self.bind(vector, self._fds[vector][0])
+        if changed:
+            for fd in [fd for fd, (bound, _) in self._fds.items() if bound == vector]:
+                self.bind(vector, fd)
         if due and ready is not None:
             self._slot.msi(*ready)
 
@@ -130,42 +134,44 @@ class MsiX:
     # eventfds
 
     def bind(self, vector: int, fd: int) -> None:
-        """Let eventfd *fd* raise *vector* until :meth:`unbind`, masked or not."""
-        self.unbind(vector)
-        ready = self._ready[vector]
+        """Let eventfd *fd* raise *vector* until :meth:`unbind`, masked or not. Others may raise it, too."""
+        self.unbind(fd)
+        route, ready = None, self._ready[vector]
         if self._direct and ready is not None:
-            self._fds[vector] = (fd, self._slot.vm.add_irqfd(fd, *ready))
-        else:
-            self._fds[vector] = (fd, None)
+            try:
+                route = self._slot.vm.add_irqfd(fd, *ready)
+            except AcceleratorError as error:  # it has only so many: the loop thread has room for all
+                self._slot.log.warning("interrupt goes by the loop thread", vector=vector, why=str(error))
+        self._fds[fd] = (vector, route)
+        if route is None:
             self._slot.add_reader(fd, lambda: self._signalled(vector, fd))
 
     def _signalled(self, vector: int, fd: int) -> None:
-        import os
-
         try:
             os.eventfd_read(fd)
         except BlockingIOError:
             return
         self.notify(vector)
 
-    def unbind(self, vector: int) -> None:
-        """Stop what :meth:`bind` began; nothing when it did not."""
-        fd, route = self._fds.pop(vector, (-1, None))
-        if fd >= 0 and route is None:
+    def unbind(self, fd: int) -> bool:
+        """Stop what :meth:`bind` began; False when it did not."""
+        if fd not in self._fds:
+            return False
+        _, route = self._fds.pop(fd)
+        if route is None:
             self._slot.remove_reader(fd)
-        elif route is not None:
+        else:
             self._slot.vm.remove_irqfd(fd, route)
-
-    def bound(self, vector: int) -> int | None:
-        """The eventfd that stands for *vector*, ``None`` without one."""
-        found = self._fds.get(vector)
-        return None if found is None else found[0]
+        return True
 
     # the BAR
 
     def read(self, offset: int, size: int) -> int:
         if offset < self._half:
             return int.from_bytes(self.table[offset : offset + size], "little")
+        for fd, (vector, route) in self._fds.items():
+            if route is None:  # what the loop thread has not come to yet is pending all the same
+                self._signalled(vector, fd)
         return self.pending >> 8 * (offset - self._half) & ((1 << 8 * size) - 1)
 
     def write(self, offset: int, size: int, value: int) -> None:

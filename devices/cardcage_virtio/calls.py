@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import select
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ class CallThread:
     """Waits for eventfds.
 
     Args:
-        deliver: called with the number that was given with the eventfd; must be thread-safe.
+        deliver: called with the number that was given with the eventfd; must be thread-safe, and wait for nobody.
         name: of the thread.
     """
 
     def __init__(self, deliver: Callable[[int], None], name: str) -> None:
         self._deliver, self._name = deliver, name
         self._numbers: dict[int, int] = {}
+        self._delivering = Lock()
         self._epoll: select.epoll | None = None
         self._end = -1
         self._thread: Thread | None = None
@@ -42,8 +43,10 @@ class CallThread:
         self._epoll.register(fd, select.EPOLLIN)
 
     def remove(self, fd: int) -> None:
-        """Stop that; after the last one the thread ends."""
-        if self._numbers.pop(fd, None) is None or self._epoll is None:
+        """Stop that, at once: nothing of it is delivered any more. After the last one the thread ends."""
+        with self._delivering:
+            known = self._numbers.pop(fd, None) is not None
+        if not known or self._epoll is None:
             return
         self._epoll.unregister(fd)
         if not self._numbers and self._thread is not None:
@@ -59,10 +62,15 @@ class CallThread:
             for fd, _ in epoll.poll():
                 if fd == self._end:
                     return
-                number = numbers.get(fd)
-                if number is not None:
-                    try:
-                        os.eventfd_read(fd)
-                    except BlockingIOError:
-                        continue
-                    deliver(number)
+                with self._delivering:
+                    if fd in numbers and counted(fd):
+                        deliver(numbers[fd])
+
+
+def counted(fd: int) -> bool:
+    """Whether an eventfd had counted anything, which this takes."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from attrs import define, field
 from cardcage.bus import Bus, Claim
-from cardcage.errors import CardError, ConfigError
+from cardcage.errors import AcceleratorError, CardError, ConfigError
 from cardcage.interrupts import Line
 from cardcage_pci.host import PciHost, PciHostOptions
 from hypothesis import given
@@ -326,8 +327,9 @@ def test_an_eventfd_is_routed_while_its_vector_is_open(cage: Cage) -> None:
     assert not slot.readers
     cage.mmio.write(table + 28, 4, 1)
     assert not routes
-    device.function.msix.unbind(1)
+    assert device.function.msix.unbind(99)
     assert not slot.readers
+    assert not device.function.msix.unbind(99)
 
 
 def test_port_cf9_resets_on_a_rising_bit(cage: Cage) -> None:
@@ -417,3 +419,27 @@ def test_no_configuration_access_hurts_the_host(accesses: list[tuple[str, int, i
         device.function.notify(at & 7)
     assert cage.get(3, 0) == 0x10F01AF4
     cage.host.reset()
+
+
+def test_an_accelerator_without_room_for_a_route_leaves_it_to_the_loop(cage: Cage) -> None:
+    """A route that is refused is no failure: the eventfd is read on the loop thread and interrupts all the same."""
+
+    def refuse(fd: int, address: int, data: int) -> int:
+        raise AcceleratorError("no more routes")
+
+    slot = cage.new_slot("many")
+    slot.vm = SimpleNamespace(capabilities=frozenset({"irqfds"}), add_irqfd=refuse)
+    device = Plain()
+    cage.host.attach(device, slot, "03.0")
+    cage.put(3, 4, 6, 2)
+    table = cage.get(3, 0x14) & ~15
+    cage.put(3, capability(cage, 3, 0x11) + 2, 0x8000, 2)
+    cage.mmio.write(table, 8, 0xFEE02000)
+    cage.mmio.write(table + 8, 8, 0x33)
+    fd = os.eventfd(1, os.EFD_NONBLOCK)
+    device.function.msix.bind(0, fd)
+    slot.readers[fd]()
+    slot.readers[fd]()
+    assert cage.sent == [(0xFEE02000, 0x33)]
+    device.function.msix.unbind(fd)
+    os.close(fd)
