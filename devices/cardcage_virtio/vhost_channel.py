@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import select
 import socket
 import struct
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 from cardcage.errors import HostError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cardcage.memory import PhysicalMemory
 
 __all__ = ["Channel", "MemoryRegion", "memory_regions"]
@@ -29,7 +34,7 @@ VERSION, REPLY, NEED_REPLY = 1, 4, 8
 HEADER = struct.Struct("<III")
 INFLIGHT = struct.Struct("<QQHH")
 TIMEOUT = 10.0
-"""Seconds that a back end may take to answer one message."""
+"""Seconds that a back end may take to answer one message while nobody waits for it."""
 REGIONS_MAX = 8
 
 
@@ -73,12 +78,13 @@ def memory_regions(memory: PhysicalMemory) -> list[MemoryRegion]:
 
 
 class Channel:
-    """A connection to a back end, past feature and protocol negotiation.
+    """A connection to a back end.
 
     Args:
         path: AF_UNIX socket that the back end listens at.
 
-    Raises OSError when it cannot be reached, HostError when it does not speak the protocol.
+    Used by one thread at a time, but for :meth:`hang_up`. What speaks raises OSError when the back end hangs up or is
+    too slow, HostError when it does not keep to the protocol.
 
     Attributes:
         features: virtio and vhost features of the back end. protocol: protocol features both have.
@@ -86,20 +92,24 @@ class Channel:
     """
 
     def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.settimeout(TIMEOUT)
-            self._socket.connect(path)
-            self.features = self.get(GET_FEATURES)
-            self.protocol = 0
-            if self.features & F_PROTOCOL_FEATURES:
-                self.protocol = self.get(GET_PROTOCOL_FEATURES) & WANTED
-                self.send(SET_PROTOCOL_FEATURES, struct.pack("<Q", self.protocol))
-            self.queues = self.get(GET_QUEUE_NUM) if self.protocol & P_MQ else None
-            self.send(SET_OWNER)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._path, self._socket = path, socket.socket(socket.AF_UNIX)
+        self.features = self.protocol = 0
+        self.queues: int | None = None
+        self._ended = False
+        self._limit, self._deadline = math.inf, 0.0
+
+    def open(self) -> None:
+        """Connect, and agree on features and protocol. Raises OSError, too, when nobody listens."""
+        self._socket.settimeout(TIMEOUT)
+        self._socket.connect(self._path)
+        if self._ended:  # before there was a connection to end
+            raise ConnectionAbortedError("vhost-user: given up")
+        self.features = self.get(GET_FEATURES)
+        if self.features & F_PROTOCOL_FEATURES:
+            self.protocol = self.get(GET_PROTOCOL_FEATURES) & WANTED
+            self.send(SET_PROTOCOL_FEATURES, struct.pack("<Q", self.protocol))
+        self.queues = self.get(GET_QUEUE_NUM) if self.protocol & P_MQ else None
+        self.send(SET_OWNER)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -110,26 +120,53 @@ class Channel:
         ready.register(self._socket, select.POLLIN)
         return bool(ready.poll(0))
 
+    def hang_up(self) -> None:
+        """End the connection: who waits for an answer gets an error at once. Any thread."""
+        self._ended = True
+        with contextlib.suppress(OSError):  # not connected yet, or no longer
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        """Give the socket back. Idempotent."""
         self._socket.close()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """All that is said in the block takes no longer than this together."""
+        self._limit = monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._limit = math.inf
+
+    def _wait(self) -> None:
+        """Let the socket wait until the deadline; a back end that sends byte by byte gains nothing."""
+        left = self._deadline - monotonic()
+        if left <= 0:
+            raise TimeoutError("vhost-user: the back end does not answer")
+        self._socket.settimeout(left)
 
     def send(self, request: int, payload: bytes = b"", fds: list[int] | None = None, *, reply: bool = False) -> None:
         """Send a message; with REPLY_ACK agreed, wait until it was acted on. Raises HostError when it could not be."""
         acknowledge = not reply and self._acknowledged(request)
         flags = VERSION | (NEED_REPLY if acknowledge else 0)
         message = HEADER.pack(request, flags, len(payload)) + payload
-        socket.send_fds(self._socket, [message], fds or [])
+        self._deadline = min(monotonic() + TIMEOUT, self._limit)
+        self._wait()
+        if socket.send_fds(self._socket, [message], fds or []) < len(message):
+            raise HostError("vhost-user: the back end does not read")
         if acknowledge:
             code = int.from_bytes(self._answer(request, 8), "little")
             if code:
                 raise HostError(f"vhost-user: the back end refused message {request}: {code}")
 
     def _acknowledged(self, request: int) -> bool:
-        return bool(getattr(self, "protocol", 0) & P_REPLY_ACK) and request not in (SET_PROTOCOL_FEATURES, SET_OWNER)
+        return bool(self.protocol & P_REPLY_ACK) and request not in (SET_PROTOCOL_FEATURES, SET_OWNER)
 
     def receive(self, request: int) -> tuple[bytes, list[int]]:
         """The answer to *request*, with descriptors that came along."""
-        data, fds, _, _ = socket.recv_fds(self._socket, HEADER.size, 8)
+        self._wait()
+        data, fds, _, _ = socket.recv_fds(self._socket, HEADER.size, 8, socket.MSG_CMSG_CLOEXEC)
         try:
             data += self._exactly(HEADER.size - len(data))
             kind, flags, size = HEADER.unpack(data)
@@ -144,6 +181,7 @@ class Channel:
     def _exactly(self, size: int) -> bytes:
         found = b""
         while len(found) < size:
+            self._wait()
             part = self._socket.recv(size - len(found))
             if not part:
                 raise ConnectionResetError("vhost-user: the back end hung up")

@@ -3,7 +3,8 @@
 The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must be shared
 (``memory.type = "memfd"``). Notifications and interrupts are eventfds that need not pass through this process.
 When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
-the note of requests in flight, and goes on.
+the note of requests in flight, and goes on. A back end may be slow, or silent: it is talked to on another thread, and
+where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` seconds and then hang up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cardcage.errors import ConfigError, HostError
 
 from cardcage_virtio.vhost_channel import F_LOG_ALL, F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
 from cardcage_virtio.vhost_log import WriteLog
+from cardcage_virtio.vhost_talk import Talk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +45,8 @@ F_INDIRECT, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
 NOT_FOR_GUESTS = F_PROTOCOL_FEATURES | 1 << 26 | 1 << 34 | 1 << 40 | 1 << 33  # LOG_ALL, packed, queue reset, IOMMU
 RETRY = 100_000_000
 """Nanoseconds between two attempts to reach a back end that died."""
+PATIENCE = 2.0
+"""Seconds that a back end may keep waiting who holds the machine's lock: to stop its rings, it ends requests first."""
 SIZES = [1 << at for at in range(2, 16)]
 
 
@@ -124,6 +128,7 @@ class VhostUser:
         self._bases: dict[int, int] = {}
         self._barred: set[str] = set()
         self._log: WriteLog | None = None
+        self._talk: Talk | None = None
         self._slot: Slot
         self._io: Virtio
         self._timer: Timer
@@ -135,14 +140,14 @@ class VhostUser:
         memory = slot.shared_memory(lambda: self._bar("memory"), lambda: self._admit("memory"))
         try:
             self._regions = memory_regions(memory)
-            self.channel = self._connect()
+            channel, config = self._connect(Channel(self.options.socket))
         except HostError as error:
             raise ConfigError(f"{slot.id}: {error}") from error
         except OSError as error:
             why = error.strerror or error
             raise ConfigError(f"{slot.id}: no vhost-user back end at {self.options.socket}: {why}") from error
-        offered = self.channel.features & ~NOT_FOR_GUESTS
-        self.features, self.ring_features = offered, F_VERSION_1
+        self._adopt(channel, config)
+        self.features, self.ring_features = channel.features & ~NOT_FOR_GUESTS, F_VERSION_1
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self._events = [(os.eventfd(0, flags), os.eventfd(0, flags)) for _ in self.queue_sizes]
         if "dirty-log" in getattr(slot.vm, "capabilities", ()):
@@ -154,36 +159,72 @@ class VhostUser:
     def unplug(self) -> None:
         if "dirty-log" in getattr(self._slot.vm, "capabilities", ()):
             self._slot.vm.remove_writer(self)
+        self._timer.cancel()
+        self._close()
         if self._log is not None:
             self._log.close()
             self._log = None
-        self._timer.cancel()
-        self._close()
         for kick, call in self._events:
             os.close(kick)
             os.close(call)
         self._events = []
 
-    def _connect(self) -> Channel:
-        channel = Channel(self.options.socket)
+    def _connect(self, channel: Channel) -> tuple[Channel, bytes]:
+        """Open *channel*, and read the configuration space."""
         try:
+            channel.open()
             if channel.queues is not None and channel.queues < len(self.queue_sizes):
                 raise HostError(f"the back end serves {channel.queues} queues, {len(self.queue_sizes)} are wanted")
-            self._config = self._read_config(channel)
+            return channel, self._read_config(channel)
         except BaseException:
             channel.close()
             raise
+
+    def _adopt(self, channel: Channel, config: bytes) -> None:
+        self.channel, self._config = channel, config
         self._slot.add_reader(channel.fileno(), self._spoke)
-        return channel
+
+    # talking
+
+    def _say(self, channel: Channel, say: Callable[[], None], then: Callable[[], None]) -> None:
+        """Have *say* talk on a thread, and do *then*, under the machine's lock, when all was answered."""
+        self._then = then
+
+        def heard(talk: Talk) -> None:
+            self._slot.call_soon(lambda: self._heard(talk))
+
+        self._talk = Talk(channel, say, heard, f"{self._slot.id}-vhost")
+
+    def _heard(self, talk: Talk) -> None:
+        if talk is not self._talk:
+            return  # it was cut, or somebody waited for its end
+        self._talk = None
+        if talk.error is None:
+            self._then()
+        else:
+            talk.channel.close()
+            self._died(str(talk.error))
+
+    def _free(self) -> Channel | None:
+        """The back end, if there is one, once what was being said to it is answered."""
+        talk = self._talk
+        if self.channel is not None and talk is not None:
+            if talk.over(PATIENCE):
+                self._heard(talk)
+            else:
+                self._died("does not answer")
+        return self.channel
 
     def config(self) -> bytes:
         return self._config
 
     def config_written(self, offset: int, data: bytes) -> None:
+        channel = self._free()
         try:
-            if self.channel is not None and offset + len(data) <= len(self._config):
-                self.channel.set_config(offset, data)
-                self._config = self._read_config(self.channel)
+            if channel is not None and offset + len(data) <= len(self._config):
+                with channel.within(PATIENCE):
+                    channel.set_config(offset, data)
+                    self._config = self._read_config(channel)
         except (OSError, HostError) as error:
             self._died(str(error))
 
@@ -211,38 +252,49 @@ class VhostUser:
         if channel is None:
             return
         try:
-            features = self._io.features | channel.features & F_PROTOCOL_FEATURES
-            if self._log is not None and self._log.follow(channel):
-                features |= F_LOG_ALL
-            channel.send(SET_FEATURES, struct.pack("<Q", features))
-            channel.set_memory(self._regions)
-            if fresh:
-                self._drop_inflight()
-                self._inflight = channel.new_inflight(len(self.queue_sizes), max(self.queue_sizes))
-            if self._inflight is not None:
-                channel.set_inflight(self._inflight)
-            for index in self._started:
-                self._start_ring(channel, index, fresh)
-            self._bases.clear()
-        except (OSError, HostError) as error:
-            self._died(str(error))
+            rings = [self._ring(index, fresh) for index in self._started]
+        except HostError as error:
+            self._io.break_down(str(error))
+            return
+        self._bases.clear()
+        features = self._io.features | channel.features & F_PROTOCOL_FEATURES
+        self._slot.remove_reader(channel.fileno())  # what comes now are answers
 
-    def _start_ring(self, channel: Channel, index: int, fresh: bool) -> None:
-        queue, (kick, call) = self._io.queues[index], self._events[index]
-        size = queue.size
+        def begun() -> None:
+            self._slot.add_reader(channel.fileno(), self._spoke)
+
+        self._say(channel, lambda: self._hand_over(channel, features, rings, fresh), begun)
+
+    def _hand_over(self, channel: Channel, features: int, rings: list[tuple[int, ...]], fresh: bool) -> None:
+        if self._log is not None and self._log.follow(channel):
+            features |= F_LOG_ALL
+        channel.send(SET_FEATURES, struct.pack("<Q", features))
+        channel.set_memory(self._regions)
+        if fresh:
+            self._drop_inflight()
+            self._inflight = channel.new_inflight(len(self.queue_sizes), max(self.queue_sizes))
+        if self._inflight is not None:
+            channel.set_inflight(self._inflight)
+        for index, size, base, table, used, avail in rings:
+            kick, call = self._events[index]
+            log = self._io.queues[index].device if self._log is not None else None
+            channel.set_ring(index, size, base, table, used, avail, kick, call, log)
+            if base or not fresh:
+                os.eventfd_write(kick, 1)  # what came while nobody listened
+                os.eventfd_write(call, 1)
+
+    def _ring(self, index: int, fresh: bool) -> tuple[int, ...]:
+        """Number, size, where to go on, and our addresses of table, used and available ring."""
+        queue = self._io.queues[index]
         table, avail, used = (
-            self._host(queue.table, 16 * size),
-            self._host(queue.driver, 6 + 2 * size),
-            self._host(queue.device, 6 + 8 * size),
+            self._host(queue.table, 16 * queue.size),
+            self._host(queue.driver, 6 + 2 * queue.size),
+            self._host(queue.device, 6 + 8 * queue.size),
         )
         base = self._bases.get(index, 0)
         if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
             base = self._used(index)
-        log = queue.device if self._log is not None else None
-        channel.set_ring(index, size, base, table, used, avail, kick, call, log)
-        if base or not fresh:
-            os.eventfd_write(kick, 1)  # what came while nobody listened
-            os.eventfd_write(call, 1)
+        return index, queue.size, base, table, used, avail
 
     def _used(self, index: int) -> int:
         return self._slot.memory.view(self._io.queues[index].device, 4).cast("H")[1]
@@ -256,13 +308,14 @@ class VhostUser:
 
     def drain(self) -> None:
         """The back end stops and has no request in flight when it has answered."""
-        channel = self.channel
+        channel = self._free()
         if channel is None:
             return
         try:
-            for index in self._started:
-                if index not in self._bases:
-                    self._bases[index] = channel.stop_ring(index)
+            with channel.within(PATIENCE):
+                for index in self._started:
+                    if index not in self._bases:
+                        self._bases[index] = channel.stop_ring(index)
         except (OSError, HostError) as error:
             self._died(str(error))
 
@@ -292,6 +345,7 @@ class VhostUser:
 
     def log_writes(self, on: bool, /) -> None:
         """Rings that run stop for a moment, to go on with the log, or without."""
+        self._free()
         if self._log is not None:
             self._log.close()
         self._log = WriteLog(self._regions) if on else None
@@ -302,8 +356,12 @@ class VhostUser:
     def collect_writes(self) -> list[tuple[int, int]]:
         if self._log is None:
             return []
+        channel = self._free()
         try:
-            return self._log.take(self.channel if self._started else None)
+            if channel is None or not self._started:
+                return self._log.take(None)
+            with channel.within(PATIENCE):
+                return self._log.take(channel)
         except (OSError, HostError) as error:
             self._died(str(error))
             return self._log.take(None)
@@ -312,18 +370,24 @@ class VhostUser:
 
     def _spoke(self) -> None:
         """The socket is readable: an answer that another thread has read meanwhile, or the end of the back end."""
-        if self.channel is not None and self.channel.ended():
+        if self._talk is None and self.channel is not None and self.channel.ended():
             self._died("hung up")
 
     def _close(self) -> None:
+        talk, self._talk = self._talk, None
         if self.channel is not None:
             self._slot.remove_reader(self.channel.fileno())
+        if talk is not None:
+            talk.cut()
+            talk.channel.close()
+        if self.channel is not None:
             self.channel.close()
             self.channel = None
 
     def _died(self, why: str) -> None:
-        if self.channel is not None:
-            self._close()
+        known = self.channel is not None
+        self._close()
+        if known:
             self._slot.log.warning(
                 "vhost-user back end is gone, waiting for another", why=why, socket=self.options.socket
             )
@@ -341,17 +405,18 @@ class VhostUser:
         if self._barred:
             self._timer.arm(self._slot.clock.now() + RETRY)
             return
-        try:
-            self.channel = self._connect()
-        except (OSError, HostError):
-            self._timer.arm(self._slot.clock.now() + RETRY)
-            return
-        missing = self._io.features & ~(self.channel.features | F_VERSION_1)
+        channel = Channel(self.options.socket)
+        found: list[tuple[Channel, bytes]] = []
+        self._say(channel, lambda: found.append(self._connect(channel)), lambda: self._returned(*found[0]))
+
+    def _returned(self, channel: Channel, config: bytes) -> None:
+        missing = self._io.features & ~(channel.features | F_VERSION_1)
         if missing:
-            self._close()
+            channel.close()
             self._io.break_down(f"the new vhost-user back end lacks features {missing:#x}")
             self._timer.arm(self._slot.clock.now() + RETRY)  # once the driver has reset the device it may do
             return
+        self._adopt(channel, config)
         self._slot.log.info("vhost-user back end is back", socket=self.options.socket)
         if self._started:
             self._begin(fresh=False)
