@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EventFds"]
 
-ROUTES, RINGS = 4096, 1024
-END = (1 << 64) - 1
+ROUTES, RINGS, NONE = 4096, 1024, 0xFFFFFFFF
+END, IDLE = (1 << 64) - 1, (1 << 64) - 2
 
 
 @frozen
@@ -54,10 +54,11 @@ class EventFds:
         self._published: dict[int, list[Area]] = {}
         self._route_area, self._ring_area = Area(ROUTES * L.SIZEOF_ROUTE), Area(RINGS * L.SIZEOF_RING)
         self._epoll: select.epoll | None = None
-        self._end = -1
+        self._end = self._idle = -1
         self._thread: threading.Thread | None = None
         vm.set_word(L.VM_ROUTES, self._route_area.address)
         vm.set_word(L.VM_RINGS, self._ring_area.address)
+        vm.set_half(L.VM_IDLE_FD, NONE)
 
     def _publish(self, field: int, rows: list[bytes]) -> None:
         """Replace a table that native code reads without a lock; the one before stays for whoever is in it."""
@@ -163,6 +164,9 @@ class EventFds:
             self._epoll, self._end = select.epoll(), os.eventfd(0, os.EFD_CLOEXEC)
             self._native.watch_eventfd(self._epoll.fileno(), self._end, END)
             self._vm.set_half(L.VM_IRQ_EPOLL, self._epoll.fileno())
+            self._idle = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._native.watch_eventfd(self._epoll.fileno(), self._idle, IDLE)
+            self._vm.set_half(L.VM_IDLE_FD, self._idle)  # from here on a halted vCPU waits for irqfds too
             self._thread = threading.Thread(
                 target=self._native.irqfds, args=(self._vm.pointer,), name="tcg-irqfds", daemon=True
             )
@@ -212,6 +216,7 @@ class EventFds:
             self._thread.join()
             self._epoll.close()
             os.close(self._end)
+            os.close(self._idle)
         for fd in (*(bell.fd for bell in self._bells), *(kept for _, kept in self._routes.values())):
             os.close(fd)
         for area in (*(one for kept in self._published.values() for one in kept), self._route_area, self._ring_area):

@@ -152,7 +152,7 @@ struct cpu {
     u64 jc_base[2];
     u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
     u32 last_vector, code_hit;
-    u32 sleeping, abort_kind;  /* in the futex of HLT; what native_abort is to do */
+    u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
     u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
@@ -206,7 +206,8 @@ struct vm {
     u64 routes, rings;             /* struct route *, ring *: see eventfds.c */
     u32 nrings;
     u32 irq_lock, ring_lock;       /* of routes; of rings[].seen */
-    s32 irq_epoll;
+    s32 irq_epoll, idle_fd;        /* idle_fd: -1 without irqfds; see irq_wait */
+    u32 idler;                     /* a vCPU is in irq_wait */
 };
 
 /* ---- mmu.c ---- */
@@ -225,6 +226,7 @@ void jc_flush(struct cpu *c);
 void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size);  /* guest or host wrote RAM that may hold code */
 /* ---- eventfds.c ---- */
 int ring_bell(struct vm *vm, u32 pio, u64 address, u32 size, u64 value);
+int irq_wait(struct cpu *c, u32 seq, const void *timeout);
 int is_watched(const struct vm *vm, u64 gpa);
 void watched_read(struct vm *vm, u64 gpa);                     /* after the bytes were copied */
 /* ---- sys.c ---- */
@@ -253,6 +255,7 @@ u64 now_ns(void);
 u64 rdtsc(void);
 long sys_futex(u32 *word, int op, u32 value, const void *timeout);
 void ticker_kick(struct vm *vm, u64 deadline);  /* a timer was armed for host ns `deadline` */
+void wake_idler(struct vm *vm);
 void wake_cpu(struct cpu *c);           /* poll = 1, and out of HLT */
 void world_enter(struct cpu *c);        /* in_native = 1, waiting while the world is stopped */
 void world_leave(struct cpu *c);

@@ -5,14 +5,24 @@
 #include "internal.h"
 #include "sys.h"
 
-enum { SYS_read = 0, SYS_write = 1, SYS_epoll_wait = 232, SYS_epoll_ctl = 233, SYS_preadv2 = 327 };
-enum { RWF_NOWAIT = 8, EINTR = 4, EOPNOTSUPP = 95 };
+enum { SYS_read = 0, SYS_write = 1, SYS_sched_yield = 24, SYS_epoll_wait = 232, SYS_epoll_ctl = 233, SYS_preadv2 = 327, SYS_epoll_pwait2 = 441 };
+enum { RWF_NOWAIT = 8, EINTR = 4, ENOSYS = 38, EOPNOTSUPP = 95 };
 
 static long syscall4(long n, long a, long b, long c, long d)
 {
     register long r10 __asm__("r10") = d;
     long ret;
     __asm__ volatile("syscall" : "=a"(ret) : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10) : "rcx", "r11", "memory");
+    return ret;
+}
+
+static long epoll_pwait2(int epoll, void *events, long most, const void *timeout)
+{
+    register long r10 __asm__("r10") = (long)timeout;
+    register long mask __asm__("r8") = 0;
+    long ret;
+    __asm__ volatile("syscall" : "=a"(ret) : "a"((long)SYS_epoll_pwait2), "D"((long)epoll), "S"(events), "d"(most), "r"(r10), "r"(mask)
+                     : "rcx", "r11", "memory");
     return ret;
 }
 
@@ -77,8 +87,20 @@ static int take(s32 fd)
     return ret == 8;
 }
 
-/* The thread: until the eventfd that is registered as ~0 is written. An event's data is the route's number and generation: one
- * that was taken away, or made anew, after epoll found it is passed over. */
+enum { DATA_END = -1, DATA_IDLE = -2 };
+
+/* An event's data is the route's number and generation: one that was taken away, or made anew, after epoll found it is passed over.
+ * Each write of an eventfd is one event (EPOLLET), and adding one that counts is another: none is lost to whoever got it. */
+static void deliver_event(struct vm *vm, u64 data)
+{
+    spin_lock(&vm->irq_lock);
+    struct route *r = &((struct route *)vm->routes)[data & 0xffffffff];
+    if (r->used && r->generation == data >> 32 && take(r->fd))
+        apic_message(vm, r->address, r->data);
+    spin_unlock(&vm->irq_lock);
+}
+
+/* The thread: until the eventfd that is registered as DATA_END is written. */
 EXPORTED void tcg_irqfds(struct vm *vm)
 {
     struct event events[32];
@@ -87,15 +109,40 @@ EXPORTED void tcg_irqfds(struct vm *vm)
         if (count < 0 && count != -EINTR)
             return;
         for (long i = 0; i < count; i++) {
-            if (events[i].data == ~0ul)
+            if (events[i].data == (u64)DATA_END)
                 return;
-            spin_lock(&vm->irq_lock);
-            struct route *r = &((struct route *)vm->routes)[events[i].data & 0xffffffff];
-            if (r->used && r->generation == events[i].data >> 32 && take(r->fd))
-                apic_message(vm, r->address, r->data);
-            spin_unlock(&vm->irq_lock);
+            if (events[i].data != (u64)DATA_IDLE) {
+                deliver_event(vm, events[i].data);
+            } else if (__atomic_load_n(&vm->idler, __ATOMIC_SEQ_CST)) { /* for the vCPU that is about to wait: again */
+                wake_idler(vm);
+                syscall4(SYS_sched_yield, 0, 0, 0, 0);
+            }
         }
     }
+}
+
+/* Sleep as a vCPU that has nothing to do, for as long as c->wake is seq: in the thread's own epoll, before it (the kernel wakes the
+ * waiter that came last), so that an interrupt for this vCPU, which most are, wakes one thread and not two. One vCPU at a time; 0:
+ * there is one, or there are no irqfds, or the kernel is older than 5.11. */
+int irq_wait(struct cpu *c, u32 seq, const void *timeout)
+{
+    struct vm *vm = c->vm;
+    struct event events[8];
+    long count = 0;
+    u32 none = 0;
+    if (vm->idle_fd < 0 || !__atomic_compare_exchange_n(&vm->idler, &none, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        return 0;
+    __atomic_store_n(&c->sleeping, 2, __ATOMIC_SEQ_CST); /* wake_cpu counts up before it looks at this */
+    if (__atomic_load_n(&c->wake, __ATOMIC_SEQ_CST) == seq)
+        count = epoll_pwait2(vm->irq_epoll, events, 8, timeout);
+    __atomic_store_n(&c->sleeping, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&vm->idler, 0, __ATOMIC_SEQ_CST);
+    for (long i = 0; i < count; i++)
+        if (events[i].data < (u64)DATA_IDLE)
+            deliver_event(vm, events[i].data);
+    if (count == -ENOSYS)
+        vm->idle_fd = -1;
+    return count != -ENOSYS;
 }
 
 EXPORTED void tcg_set_route(struct vm *vm, u32 number, const struct route *new)
@@ -108,7 +155,7 @@ EXPORTED void tcg_set_route(struct vm *vm, u32 number, const struct route *new)
 /* Have the thread hear of an eventfd by the name of data. */
 EXPORTED int tcg_watch_eventfd(int epoll, int fd, u64 data)
 {
-    struct event e = { 1 /* EPOLLIN */, data };
+    struct event e = { 1 /* EPOLLIN */ | (data == (u64)DATA_END ? 0 : 1u << 31 /* EPOLLET */), data };
     return (int)syscall4(SYS_epoll_ctl, epoll, 1 /* EPOLL_CTL_ADD */, fd, (long)&e);
 }
 

@@ -336,9 +336,11 @@ int check_events(struct cpu *c)
             timeout.nsec = (deadline - now) % 1000000000;
         }
         world_leave(c);
-        __atomic_store_n(&c->sleeping, 1, __ATOMIC_SEQ_CST); /* wake_cpu counts up before it looks at this */
-        sys_futex(&c->wake, 128 /* FUTEX_WAIT | FUTEX_PRIVATE_FLAG */, seq, deadline != ~0ul ? &timeout : 0);
-        __atomic_store_n(&c->sleeping, 0, __ATOMIC_SEQ_CST);
+        if (!irq_wait(c, seq, deadline != ~0ul ? &timeout : 0)) {
+            __atomic_store_n(&c->sleeping, 1, __ATOMIC_SEQ_CST); /* wake_cpu counts up before it looks at this */
+            sys_futex(&c->wake, 128 /* FUTEX_WAIT | FUTEX_PRIVATE_FLAG */, seq, deadline != ~0ul ? &timeout : 0);
+            __atomic_store_n(&c->sleeping, 0, __ATOMIC_SEQ_CST);
+        }
         world_enter(c);
     }
 }

@@ -12,7 +12,7 @@ static long syscall6(long n, long a, long b, long c, long d, long e, long f)
     return ret;
 }
 
-enum { SYS_sched_yield = 24, SYS_futex = 202, SYS_clock_gettime = 228 };
+enum { SYS_write = 1, SYS_sched_yield = 24, SYS_futex = 202, SYS_clock_gettime = 228 };
 enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 struct timespec { s64 sec, nsec; };
 
@@ -60,12 +60,21 @@ void spin_lock(u32 *lock)
 
 void spin_unlock(u32 *lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
 
+void wake_idler(struct vm *vm)
+{
+    u64 one = 1;
+    syscall6(SYS_write, vm->idle_fd, (long)&one, 8, 0, 0, 0);
+}
+
 void wake_cpu(struct cpu *c)
 {
     __atomic_store_n(&c->poll, 1, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&c->wake, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&c->sleeping, __ATOMIC_SEQ_CST))
+    u32 sleeping = __atomic_load_n(&c->sleeping, __ATOMIC_SEQ_CST);
+    if (sleeping == 1)
         futex_wake(&c->wake);
+    else if (sleeping)
+        wake_idler(c->vm);
 }
 
 /* A vCPU announces itself before it looks at `stopping`, and a stopper sets `stopping` before it looks at the vCPUs:
