@@ -247,12 +247,13 @@ class Slot(Protocol):
         revoke: Callable[[], None] | None = None,
         restore: Callable[[], None] | None = None,
         **facts: object,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Ask whether this device may have the object *name* of class *tclass*, before it opens it. Raises Denied.
 
         ``slot.ask("image", path, ("open", "read"))``; classes and permissions are in :mod:`cardcage.security`. With
         *revoke* it is asked again when policy changes: *revoke* and *restore* are then called, under the machine's
-        lock. What a back end asks for while it is opened needs neither: the slot shuts it.
+        lock, until what this returns is called, or the device is gone. What a back end asks for while it is opened
+        needs neither: the slot shuts it.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import check_signature
@@ -107,7 +108,7 @@ class DeviceSlot:
         self._opened: list[Any] = []
         self._balloon: MemoryBalloon | None = None
         self._gate: GrantedBackend | None = None
-        self._grants: list[Grant] = []
+        self._grants: dict[Grant, None] = {}
         self._readers: set[int] = set()
 
     # security
@@ -124,21 +125,28 @@ class DeviceSlot:
         revoke: Callable[[], None] | None = None,
         restore: Callable[[], None] | None = None,
         **facts: object,
-    ) -> None:
-        """Label the object *name* of class *tclass*, and ask whether this device may have it. Raises Denied."""
+    ) -> Callable[[], None]:
+        """See :class:`cardcage.device.Slot`."""
         mediator = self._machine.mediator
         if not mediator.checkers:
-            return
+            return _nothing
         told = self._facts({"name": name, **facts})
         target = mediator.label(self.label, self._machine.label, tclass, name, permissions, told)
         gate = self._gate
         if gate is not None and revoke is None:  # a back end that is being opened: the gate before it shuts
             why = f"{tclass} {permissions} {target} {name}"
-            self._grant(target, tclass, permissions, told, gate.shut(why), gate.open(why))
+            grant = self._grant(target, tclass, permissions, told, gate.shut(why), gate.open(why))
         elif revoke is not None:
-            self._grant(target, tclass, permissions, told, revoke, restore or _nothing)
+            grant = self._grant(target, tclass, permissions, told, revoke, restore or _nothing)
         else:
+            grant = None
             mediator.check(self.label, target, tclass, permissions, told)
+        return _nothing if grant is None else partial(self._drop, grant)
+
+    def _drop(self, grant: Grant) -> None:
+        """Idempotent, on any thread."""
+        self._grants.pop(grant, None)
+        grant.drop()
 
     def _grant(
         self,
@@ -153,7 +161,7 @@ class DeviceSlot:
     ) -> Grant | None:
         grant = self._machine.mediator.grant(self.label, target, tclass, permissions, facts, revoke, restore, must=must)
         if grant is not None:
-            self._grants.append(grant)
+            self._grants[grant] = None
         return grant
 
     @property
@@ -235,7 +243,7 @@ class DeviceSlot:
 
     def _route(self, revoke: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
         grant = self._grant(self._machine.label, "interrupt", ("route",), self._facts({}), revoke, restore, must=False)
-        return _nothing if grant is None else grant.drop
+        return _nothing if grant is None else partial(self._drop, grant)
 
     # ranges
 
@@ -384,7 +392,7 @@ class DeviceSlot:
         for backend in opened:
             backend.close()
         while self._grants:
-            self._grants.pop().drop()
+            self._grants.popitem()[0].drop()
 
 
 class PluggedDevice:

@@ -70,8 +70,8 @@ def cardcage_register(registry: Registry) -> None:
         factory = f"cardcage_virtio.{place}"
         offer(registry, f"virtio-{name}", factory, options=f"{factory}Options", help=help)
     for name, options, help in VHOST_USER:
-        factory = f"cardcage_virtio.vhost_user:vhost_user_{name}"
-        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost_user:{options}", help=help)
+        factory = f"cardcage_virtio.vhost_kinds:vhost_user_{name}"
+        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost_kinds:{options}", help=help)
     share, vsock = "cardcage_virtio.flags:parse_share", "cardcage_virtio.flags:parse_vsock"
     registry.flag(
         "--device", "cardcage_virtio.flags:parse_device", help="add a device: TYPE,key=value,...", metavar="SPEC"

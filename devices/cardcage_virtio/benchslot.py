@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
+from cardcage.errors import Denied
 from cardcage.interrupts import Line
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class BenchSlot:
     lock: Any = field(factory=RLock)
     log: Any = None
     balloons: list[MemoryBalloon] = field(factory=list)
+    denied: set[str] = field(factory=set)
+    _granted: dict[object, tuple[str, tuple[str, ...], Callable[[], None], Callable[[], None]]] = field(factory=dict)
     _calls: deque[Callable[[], None]] = field(factory=deque)
     _readers: dict[int, Callable[[], None]] = field(factory=dict)
     _wake: tuple[int, int] = field(factory=lambda: os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
@@ -115,13 +118,27 @@ class BenchSlot:
         revoke: Callable[[], None] | None = None,
         restore: Callable[[], None] | None = None,
         **facts: object,
-    ) -> None:
-        """Always allowed."""
+    ) -> Callable[[], None]:
+        """Allowed, until :meth:`change` says otherwise, or unless *name* is in ``denied``."""
+        if name in self.denied:
+            raise Denied(f"{self.id} may not {' '.join(permissions)} {tclass} {name}")
+        key = object()
+        if revoke is not None:
+            self._granted[key] = tclass, permissions, revoke, restore or (lambda: None)
+        return lambda: self._granted.pop(key, None) and None
+
+    def change(self, tclass: str, permission: str, *, allowed: bool) -> None:
+        """Policy changed: revoke what was granted of this class and permission, or restore it."""
+        with self.lock:
+            for name, permissions, revoke, restore in list(self._granted.values()):
+                if name == tclass and permission in permissions:
+                    (restore if allowed else revoke)()
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:
         return make()
 
     def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> Any:
+        self.ask("memory", "memory", ("share",), revoke, restore)
         return self.memory
 
     def open(self, kind: str, spec: Any, /) -> Any:

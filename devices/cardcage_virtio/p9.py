@@ -36,7 +36,8 @@ VERSION = b"9P2000.L"
 MSIZE_MAX, MSIZE_MIN = 1 << 20, 4096
 NO_FID = 0xFFFFFFFF
 HEAD = 7
-READ, ERROR = 116, 7
+READ, REMOVE, ERROR = 116, 122, 7
+GIVING_UP = frozenset({108, 120})  # flush and clunk: served also while security bars the share
 S_MODE, S_UID, S_GID, S_SIZE, S_ATIME, S_MTIME, S_ATIME_SET, S_MTIME_SET = 1, 2, 4, 8, 0x10, 0x20, 0x80, 0x100
 
 
@@ -171,7 +172,9 @@ class P9:
         try:
             if size > len(data):
                 raise OSError(errno.EPROTO, "message cut short")
-            if self._barred:
+            if self._barred and kind not in GIVING_UP:
+                if kind == REMOVE:  # which gives up its fid even where it fails
+                    self._clunk(message)
                 raise OSError(errno.EACCES, "revoked by the security policy")
             if kind == READ:
                 return self._read(message, request, tag, room)

@@ -5,6 +5,9 @@ The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must
 When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
 the note of requests in flight, and goes on. A back end may be slow, or silent: it is talked to on another thread, and
 where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` seconds and then hang up.
+
+While security bars the back end, requests of disks and shares are answered with an error here; of other devices, whose
+requests this process does not understand, they wait.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ import os
 import struct
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field, frozen
-from attrs.validators import ge, in_, le, max_len, min_len
+from attrs import define, field
 from cardcage.errors import ConfigError, HostError
 
 from cardcage_virtio.vhost_channel import F_LOG_ALL, F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
@@ -27,19 +29,12 @@ if TYPE_CHECKING:
     from cardcage.clock import Timer
     from cardcage.device import Slot
 
+    from cardcage_virtio.request import Request
     from cardcage_virtio.vhost_channel import MemoryRegion
+    from cardcage_virtio.vhost_kinds import VhostUserBlkOptions, VhostUserFsOptions, VhostUserOptions
     from cardcage_virtio.virtio import Virtio
 
-__all__ = [
-    "VhostUser",
-    "VhostUserBlkOptions",
-    "VhostUserFsOptions",
-    "VhostUserOptions",
-    "VhostUserState",
-    "vhost_user_blk",
-    "vhost_user_device",
-    "vhost_user_fs",
-]
+__all__ = ["VhostUser", "VhostUserState"]
 
 F_INDIRECT, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
 NOT_FOR_GUESTS = F_PROTOCOL_FEATURES | 1 << 26 | 1 << 34 | 1 << 40 | 1 << 33  # LOG_ALL, packed, queue reset, IOMMU
@@ -47,50 +42,6 @@ RETRY = 100_000_000
 """Nanoseconds between two attempts to reach a back end that died."""
 PATIENCE = 2.0
 """Seconds that a back end may keep waiting who holds the machine's lock: to stop its rings, it ends requests first."""
-SIZES = [1 << at for at in range(2, 16)]
-
-
-@frozen
-class VhostUserOptions:
-    """Options of ``vhost-user-device``, for any kind of virtio device.
-
-    Attributes:
-        socket: AF_UNIX socket that the back end listens at.
-        device_id: of the virtio device (virtio 1.2, chapter 5).
-        queues: 1 to 256. queue_size: entries of each, a power of two.
-        config_size: bytes of configuration space that the back end has, 0 for none.
-    """
-
-    socket: str = field(validator=min_len(1))
-    device_id: int = field(validator=[ge(1), le(63)])
-    queues: int = field(default=1, validator=[ge(1), le(256)])
-    queue_size: int = field(default=128, validator=in_(SIZES))
-    config_size: int = field(default=0, validator=[ge(0), le(256)])
-
-
-@frozen
-class VhostUserBlkOptions:
-    """Options of ``vhost-user-blk``: ``socket``, ``queues`` (1 to 64), ``queue_size`` as for ``vhost-user-device``."""
-
-    socket: str = field(validator=min_len(1))
-    queues: int = field(default=1, validator=[ge(1), le(64)])
-    queue_size: int = field(default=128, validator=in_(SIZES))
-
-
-@frozen
-class VhostUserFsOptions:
-    """Options of ``vhost-user-fs`` (virtiofs).
-
-    Attributes:
-        socket: that ``virtiofsd --socket-path`` listens at.
-        tag: what the guest mounts it by (``mount -t virtiofs TAG /mnt``).
-        queues: request queues, 1 to 16. queue_size: entries of each.
-    """
-
-    socket: str = field(validator=min_len(1))
-    tag: str = field(default="share", validator=[min_len(1), max_len(36)])
-    queues: int = field(default=1, validator=[ge(1), le(16)])
-    queue_size: int = field(default=128, validator=in_(SIZES))
 
 
 @define
@@ -106,6 +57,7 @@ class VhostUser:
 
     Args:
         queues: of the virtio device, all kinds together. read_config: gives what the guest sees as configuration space.
+        refuse: answers a request with an error, where that can be done for this kind of device.
     """
 
     def __init__(
@@ -114,8 +66,10 @@ class VhostUser:
         device_id: int,
         queues: int,
         read_config: Callable[[Channel], bytes],
+        refuse: Callable[[Request], None] | None = None,
     ) -> None:
         self.options, self.device_id, self._read_config = options, device_id, read_config
+        self._refuse, self._refusing = refuse, False
         self.queue_sizes = (options.queue_size,) * queues
         self.features = self.ring_features = 0
         self.channel: Channel | None = None
@@ -232,7 +186,12 @@ class VhostUser:
 
     def notified(self, index: int) -> None:
         """After a drain the rings go on; between the death of a back end and the next, requests wait in them."""
-        if self._bases:
+        ring = self._io.rings[index]
+        if self._refusing and self._barred and self._refuse is not None and ring is not None:
+            while (request := ring.pop()) is not None or ring.rearm():
+                if request is not None:
+                    self._refuse(request)
+        elif self._bases and not self._refusing:
             self._begin(fresh=True)
 
     def start(self) -> None:
@@ -242,6 +201,10 @@ class VhostUser:
             for index in self._started:
                 queue = self._io.queues[index]
                 self._foreign.append(vm.add_foreign_ring(queue.size, queue.table, queue.device))
+        if self._barred and self._refuse is not None:
+            self._bases = {index: self._bases.get(index, 0) for index in self._started}
+            self._take_over()
+            return
         for index in self._started:
             self._io.transport.connect(index, *self._events[index])
         self._begin(fresh=True)
@@ -320,8 +283,9 @@ class VhostUser:
             self._died(str(error))
 
     def stop(self) -> None:
-        for index in self._started:
+        for index in () if self._refusing else self._started:
             self._io.transport.disconnect(index)
+        self._refusing = False
         foreign, self._foreign = self._foreign, []
         for number in foreign:
             self._slot.vm.remove_foreign_ring(number)
@@ -331,6 +295,8 @@ class VhostUser:
 
     def save(self) -> VhostUserState:
         """After a drain; without a back end, from what was used."""
+        if self._refusing:
+            self._bases = self._refused()
         return VhostUserState({index: self._bases.get(index, self._used(index)) for index in self._started})
 
     def load(self, state: VhostUserState) -> None:
@@ -395,13 +361,53 @@ class VhostUser:
 
     def _bar(self, why: str) -> None:
         """Security revoked the socket or the memory: hang up. What the back end has mapped stays with it."""
+        first = not self._barred
         self._barred.add(why)
+        if not first:
+            return
+        if self._refusing:  # and no back end has come since: what waited for it is refused now
+            self._died("revoked by the security policy")
+            for index in self._started:
+                self._io.kick(index)
+            return
+        self.drain()
+        stopped = self.channel is not None
         self._died("revoked by the security policy")
+        # Of a back end that was gone, or did not stop, nobody knows which requests it has answered: they wait.
+        if stopped and self._refuse is not None:
+            for index in self._started:
+                self._io.transport.disconnect(index)
+            self._take_over()
 
     def _admit(self, why: str) -> None:
         self._barred.discard(why)
+        if not self._barred and self.channel is None and self._talk is None:
+            self._retry()
+
+    def _take_over(self) -> None:
+        """Answer requests here from where the back end stopped."""
+        self._refusing = True
+        for index in self._started:
+            ring = self._io.rings[index]
+            if ring is not None:
+                ring.load((self._bases[index], self._used(index), 0, 0))
+                self._io.kick(index)
+        self._bases.clear()
+
+    def _refused(self) -> dict[int, int]:
+        """How far each ring was answered here."""
+        return {index: ring.save()[0] for index in self._started if (ring := self._io.rings[index]) is not None}
+
+    def _hand_back(self) -> None:
+        self._bases, self._refusing = self._refused(), False
+        for index in self._started:
+            self._io.transport.connect(index, *self._events[index])
+        self._begin(fresh=True)
+        for index in self._started:
+            os.eventfd_write(self._events[index][0], 1)  # what came since the last answer here
 
     def _retry(self) -> None:
+        self._timer.cancel()
         if self._barred:
             self._timer.arm(self._slot.clock.now() + RETRY)
             return
@@ -418,28 +424,7 @@ class VhostUser:
             return
         self._adopt(channel, config)
         self._slot.log.info("vhost-user back end is back", socket=self.options.socket)
-        if self._started:
+        if self._refusing:
+            self._hand_back()
+        elif self._started:
             self._begin(fresh=False)
-
-
-def vhost_user_device(options: VhostUserOptions) -> VhostUser:
-    """Any virtio device served by another process."""
-    size = options.config_size
-    return VhostUser(options, options.device_id, options.queues, lambda channel: channel.config(size) if size else b"")
-
-
-def vhost_user_blk(options: VhostUserBlkOptions) -> VhostUser:
-    """A disk served by another process."""
-
-    def config(channel: Channel) -> bytes:
-        found = bytearray(channel.config(60))
-        struct.pack_into("<H", found, 34, options.queues)
-        return bytes(found)
-
-    return VhostUser(options, 2, options.queues, config)
-
-
-def vhost_user_fs(options: VhostUserFsOptions) -> VhostUser:
-    """A host directory served by virtiofsd; queue 0 is for what must not wait."""
-    config = options.tag.encode().ljust(36, b"\0") + struct.pack("<I", options.queues)
-    return VhostUser(options, 26, options.queues + 1, lambda channel: config)

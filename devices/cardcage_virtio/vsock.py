@@ -21,6 +21,8 @@ from cardcage.errors import ConfigError, Denied
 from cardcage_virtio.vsock_stream import BUFFER, RST, Header, Stream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.device import Slot
 
     from cardcage_virtio.request import Request
@@ -70,11 +72,11 @@ class Vsock:
         self._by_fd: dict[int, Stream] = {}
         self._next_port = 1 << 30
         self._io: Virtio
-        self._lost = False
+        self._lost = self._barred = False
 
     def plug(self, slot: Slot) -> None:
         self._slot, path = slot, self.options.uds
-        slot.ask("socket", f"unix:{path}", ("listen",), self._bar, self._admit)
+        slot.ask("socket", f"unix:{path}", ("listen",), self._bar(True), self._bar(False))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             if _stale(path):
@@ -88,13 +90,23 @@ class Vsock:
         self._epoll.register(self._listener, select.EPOLLIN)
         slot.add_reader(self._epoll.fileno(), self._ready)
 
-    def _bar(self) -> None:
-        """Nobody may come in any more."""
-        self._drop_all()
-        self._epoll.unregister(self._listener)
+    def _bar(self, barred: bool) -> Callable[[], None]:
+        """What lets host programs in no more, and ends the streams of those that are; or lets them in again."""
 
-    def _admit(self) -> None:
-        self._epoll.register(self._listener, select.EPOLLIN)
+        def act() -> None:
+            self._barred = barred
+            for caller, _ in self._callers.values():
+                caller.close()
+            self._callers.clear()
+            self._reset_all([one for one in self.streams.values() if one.called])
+
+        return act
+
+    def _reset_all(self, streams: list[Stream]) -> None:
+        """Both ends see a reset: neither is left to wait."""
+        for stream in streams:
+            self._reset(stream)
+        self._io.guarded(self._feed)
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
@@ -169,7 +181,7 @@ class Vsock:
         except OSError:  # gone again, or out of descriptors: the caller sees a closed socket
             return
         caller.setblocking(False)
-        if len(self.streams) + len(self._callers) >= STREAMS_MAX:
+        if self._barred or len(self.streams) + len(self._callers) >= STREAMS_MAX:
             caller.close()
             return
         self._callers[caller.fileno()] = (caller, bytearray())
@@ -341,18 +353,22 @@ class Vsock:
             return
         path = f"{self.options.uds}_{header.destination_port}"
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        stream = Stream(end, *key)
         try:
-            self._slot.ask("socket", f"unix:{path}", ("connect",))
+            stream.let_go = self._slot.ask("socket", f"unix:{path}", ("connect",), lambda: self._revoked(stream))
             end.connect(path)
         except (OSError, Denied):
-            end.close()
+            stream.close()
             self._refuse(header)
             return
-        stream = Stream(end, *key)
         stream.open = True
         stream.peer_says(header.credit, header.forwarded)
         self._add(stream)
         self._send(stream, RESPONSE)
+
+    def _revoked(self, stream: Stream) -> None:
+        if self.streams.get((stream.local, stream.peer)) is stream:
+            self._reset_all([stream])
 
     def _continue(self, stream: Stream, header: Header, request: Request) -> None:
         if header.op == RESPONSE and stream.greet:

@@ -94,6 +94,7 @@ class Stream:
         greet: a host program waits for ``OK``.
 
     Attributes:
+        called: a host program began it. let_go: what gives back the grant under which it was opened.
         open: both sides agreed. readable: the socket may have bytes. queued: in line for the guest's buffers.
         guest_ended: 1 the guest receives no more, 2 it sends no more. host_ended: the host's program sends no more.
         hung_up: it reads no more either. said_ended: what of that the guest was told.
@@ -101,6 +102,7 @@ class Stream:
 
     def __init__(self, end: socket.socket, local: int, peer: int, *, greet: bool = False) -> None:
         self._end, self.fd, self.local, self.peer, self.greet = end, end.fileno(), local, peer, greet
+        self.called, self.let_go = greet, _nothing
         self.open = self.readable = self.queued = self.host_ended = self.half = False
         self.hung_up = False
         self.guest_ended = self.said_ended = 0
@@ -216,6 +218,11 @@ class Stream:
 
     def close(self) -> None:
         self._end.close()
+        self.let_go()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _after(parts: list[memoryview], sent: int) -> list[memoryview]:

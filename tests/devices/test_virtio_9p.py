@@ -285,3 +285,30 @@ def test_random_messages_stay_inside(messages: list[tuple[int, bytes]], packed: 
     assert os.listdir(base / "outside") == ["secret"]
     assert (base / "outside" / "secret").read_text() == "secret"
     client.close()
+
+
+def test_a_revoked_share_refuses_and_comes_back(client: Client, share: Path) -> None:
+    """While policy bars the directory each request is EACCES, what gives up access is served, and then it goes on."""
+    client.walk(0, 1, b"file")
+    client.open(1, os.O_RDWR)
+    client.walk(0, 2, b"sub")
+    slot = client.bench.slot
+    slot.change("image", "read", allowed=False)
+    for act in (
+        lambda: client.read(1),
+        lambda: client.write(1, 0, b"x"),
+        lambda: client.walk(0, 3, b"file"),
+        lambda: client.names(2),
+        lambda: client.attach(4),
+        lambda: client.call(122, struct.pack("<I", 2)),
+    ):
+        with client.fails(errno.EACCES):
+            act()
+    client.call(120, struct.pack("<I", 1))
+    assert (share / "file").read_text() == "hello"
+    assert (share / "sub").exists()
+    assert set(client.bench.device.fids) == {0}
+    slot.change("image", "read", allowed=True)
+    client.walk(0, 1, b"file")
+    client.open(1)
+    assert client.read(1) == b"hello"

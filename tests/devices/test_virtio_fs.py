@@ -378,3 +378,30 @@ def test_hostile_messages_stay_inside(tmp_path_factory: Any, messages: list[tupl
     assert (base / "outside" / "secret").read_text() == "secret"
     assert os.listdir(base / "outside") == ["secret"]
     assert sorted(os.listdir(base)) == ["outside", "share"]
+
+
+def test_a_revoked_share_refuses_and_comes_back(share: Path) -> None:
+    """While policy bars the directory each request is EACCES, what gives up access is served, and then it goes on."""
+    client = Client(share)
+    node = client.lookup(b"file")
+    handle, other = client.open(node, os.O_RDWR), client.open(node)
+    client.bench.slot.change("image", "write", allowed=False)
+    for act in (
+        lambda: client.read(handle),
+        lambda: client.write(handle, 0, b"x"),
+        lambda: client.lookup(b"file"),
+        lambda: client.open(node),
+        lambda: client.create(b"new"),
+        lambda: client.call(Op.GETATTR, 1, bytes(16)),
+    ):
+        with fails(errno.EACCES):
+            act()
+    client.call(Op.RELEASE, node, struct.pack("<QIIQ", other, 0, 0, 0))
+    client.forget(node, 1)
+    assert sorted(client.bench.device.handles) == [handle]
+    assert (share / "file").read_text() == "hello"
+    assert not (share / "new").exists()
+    client.bench.slot.change("image", "write", allowed=True)
+    assert client.read(handle) == b"hello"
+    client.create(b"new")
+    client.close()

@@ -24,7 +24,7 @@ from cardcage_virtio.net import Net, NetOptions
 from cardcage_virtio.p9 import P9, P9Options
 from cardcage_virtio.rng import Rng, RngOptions
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vhost_user import VhostUserBlkOptions, vhost_user_blk
+from cardcage_virtio.vhost_kinds import VhostUserBlkOptions, vhost_user_blk
 from cardcage_virtio.vsock import Vsock, VsockOptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

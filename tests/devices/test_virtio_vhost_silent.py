@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cardcage.testing import RemoteGuest
 from cardcage_virtio.testing import Bench, Driver
-from cardcage_virtio.vhost_user import VhostUserOptions, vhost_user_device
+from cardcage_virtio.vhost_kinds import VhostUserOptions, vhost_user_device
 
 GET_FEATURES, SET_MEM_TABLE, SET_VRING_KICK, GET_VRING_BASE, GET_CONFIG = 1, 5, 12, 11, 24
 GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_CONFIG = 15, 17, 25

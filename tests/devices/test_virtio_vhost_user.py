@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from cardcage.errors import ConfigError
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vhost_user import (
+from cardcage_virtio.vhost_kinds import (
     VhostUserBlkOptions,
     VhostUserFsOptions,
     VhostUserOptions,
@@ -189,7 +190,7 @@ def test_no_request_is_lost_when_the_back_end_is_killed(tmp_path: Path) -> None:
 
 
 def test_virtiofsd_answers(tmp_path: Path) -> None:
-    """The fs front end carries a FUSE session's first request to virtiofsd and its answer back."""
+    """The fs front end carries a request to virtiofsd and its answer back, and answers EACCES once that is revoked."""
     if VIRTIOFSD is None or os.geteuid() != 0:
         pytest.skip("needs virtiofsd (Debian: qemu-system-common) and root")
     path = tmp_path / "s"
@@ -212,6 +213,11 @@ def test_virtiofsd_answers(tmp_path: Path) -> None:
         assert (error, unique) == (0, 1)
         assert length == len(answer) == 80
         assert struct.unpack_from("<I", answer, 16) == (7,)
+        bench.slot.change("socket", "connect", allowed=False)
+        forget = struct.pack("<IIQQIIII", 48, 2, 2, 1, 0, 0, 0, 0) + bytes(8)
+        assert bench.call([forget], queue=1) == b""
+        answer = bench.call([head, init], [16, 64], queue=1)
+        assert struct.unpack("<IiQ", answer) == (16, -errno.EACCES, 1)
         bench.close()
     finally:
         process.kill()
@@ -338,3 +344,48 @@ def test_a_dirty_log_hears_what_the_back_end_writes(daemon: Daemon, logs: bool, 
     assert bench.device.collect_writes() == []
     bench.close()
     assert not writers
+
+
+@pytest.mark.parametrize("act", [("socket", "connect"), ("memory", "share")])
+def test_a_revoked_disk_fails_requests_and_comes_back(daemon: Daemon, act: tuple[str, str]) -> None:
+    """Barred, the back end is hung up on and requests are I/O errors; allowed again, they reach it once more."""
+    bench = blk(daemon, queues=2)
+    for at in range(3):
+        assert bench.call([read(at)], [512, 1])[-1] == 0
+    bench.slot.change(*act, allowed=False)
+    assert bench.device.channel is None
+    for queue in (0, 1, 0):
+        assert bench.call([read(1)], [512, 1], queue=queue)[-1] == 1
+    assert bench.call([struct.pack("<IIQ", 1, 0, 9), b"w" * 512], [1]) == b"\1"
+    state = bench.virtio.save()
+    assert state.device.bases == {0: 6, 1: 1}
+    bench.slot.clock.advance(10**9)
+    assert bench.device.channel is None
+    bench.slot.change(*act, allowed=True)
+    for queue in (0, 1, 0):
+        data = bench.call([read(5 + queue)], [512, 1], queue=queue)
+        assert data == struct.pack("<Q", 5 + queue) * 64 + b"\0"
+    assert daemon.disk.read_bytes()[9 * 512 : 10 * 512] == struct.pack("<Q", 9) * 64
+    bench.close()
+
+
+def test_a_reset_while_a_disk_is_revoked(daemon: Daemon) -> None:
+    """A driver that starts the device meanwhile gets errors too, and the disk once it may be used again."""
+    bench = blk(daemon)
+    bench.slot.change("socket", "connect", allowed=False)
+    for _ in range(2):
+        bench.start()
+        assert bench.call([read(1)], [512, 1])[-1] == 1
+    daemon.kill()
+    bench.slot.change("socket", "connect", allowed=True)
+    for sector in (3, 4):
+        bench.driver().add([read(sector)], [512, 1])
+        bench.kick()
+        bench.slot.poll()
+        assert bench.driver().used() == []  # allowed, with no back end: it waits, as when one dies
+    bench.slot.change("socket", "connect", allowed=False)
+    assert [data[-1] for data in bench.wait(0, 2).values()] == [1, 1]
+    daemon.start()
+    bench.slot.change("socket", "connect", allowed=True)
+    assert bench.call([read(5)], [512, 1]) == struct.pack("<Q", 5) * 64 + b"\0"
+    bench.close()

@@ -290,3 +290,59 @@ def test_random_packets_never_hurt(packets: list[Any], packed: bool, tmp_path_fa
         program, _ = guest.call(1)
         program.close()
     guest.close()
+
+
+def test_listening_is_revoked_and_comes_back(guest: Guest) -> None:
+    """Programs that called in, and those that call meanwhile, see their end; the guest a reset; then it goes on."""
+    slot = guest.bench.slot
+    program, port = guest.call(1234)
+    greeting = socket.socket(socket.AF_UNIX)
+    greeting.settimeout(10)
+    greeting.connect(str(guest.path))
+    guest.bench.until(lambda: bool(guest.bench.device._callers))
+    slot.change("socket", "listen", allowed=False)
+    header, _ = guest.expect(3)
+    assert (header.source_port, header.destination_port) == (port, 1234)
+    late = socket.socket(socket.AF_UNIX)
+    late.settimeout(10)
+    late.connect(str(guest.path))
+    slot.poll(0.1)
+    for one in (program, greeting, late):
+        assert one.recv(10) == b""
+        one.close()
+    guest.send(5, 1234, port, b"lost")
+    guest.expect(3)
+    slot.change("socket", "listen", allowed=True)
+    program, _ = guest.call(1234)
+    program.close()
+
+
+def test_connecting_is_revoked_and_comes_back(guest: Guest) -> None:
+    """A guest's stream to the host is reset when its grant goes, a new one refused; what calls in is not touched."""
+    slot = guest.bench.slot
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{guest.path}_80")
+        listener.listen()
+        inward, port = guest.call(1234)
+        guest.send(1, 5000, 80)
+        guest.expect(2)
+        program, _ = listener.accept()
+        program.settimeout(10)
+        slot.change("socket", "connect", allowed=False)
+        header, _ = guest.expect(3)
+        assert (header.source_port, header.destination_port) == (80, 5000)
+        assert program.recv(10) == b""
+        slot.denied.add(f"unix:{guest.path}_80")
+        guest.send(1, 5001, 80)
+        guest.expect(3)
+        slot.denied.clear()
+        guest.send(5, 1234, port, b"still here")
+        assert inward.recv(100) == b"still here"
+        granted = len(slot._granted)
+        guest.send(1, 5002, 80)
+        guest.expect(2)
+        assert len(slot._granted) == granted + 1
+        guest.send(3, 5002, 80)
+        guest.bench.until(lambda: len(slot._granted) == granted)
+        inward.close()
+        program.close()

@@ -86,7 +86,7 @@ class Slot:
         self.machine = SimpleNamespace(host=host or Host(installed=False))
         self.share = self.machine.host.share
 
-    def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, **facts: Any) -> None:
+    def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, **facts: Any) -> Any:
         """Always allowed."""
 
     def _say(self, text: str, **values: Any) -> None:

@@ -199,9 +199,10 @@ class TestSlot:
         revoke: Callable[[], None] | None = None,
         restore: Callable[[], None] | None = None,
         **facts: object,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Always allowed; see ``asked``."""
         self.asked.append((tclass, name, permissions))
+        return lambda: None
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:
         """Kept in ``shared``."""
