@@ -239,7 +239,8 @@ class Machine:
             self.fail(error)
 
     def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
-        """Change which RAM shows where (PAM, ROM) before the guest's next instruction. Under the machine's lock."""
+        """Change which RAM shows where (PAM, ROM) before the next instruction. Under the lock. Raises Denied."""
+        self.mediator.check(self.label, self.label, "memory", ("map",), {"machine": self.name})
         with self.vm.quiesce():
             self.memory.change(add, remove)
 

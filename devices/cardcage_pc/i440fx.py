@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
+from cardcage.errors import Denied
 from cardcage.memory import RamRange
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ class HostBridge:
             "writable": {PAM: b"\x30" + b"\x33" * 6, SMRAM: b"\x58"},
         }
         self._ranges: dict[int, RamRange] = {}
+        self._pam = bytes(7)
 
     def plug(self, slot: Slot, /) -> None:
-        self._machine = slot.machine
+        self._machine, self._log = slot.machine, slot.log
 
     def plug_pci(self, function: Any) -> None:
         self._function = function
@@ -70,7 +72,10 @@ class HostBridge:
             self._apply()
 
     def reset(self) -> None:
-        self.load(HostBridgeState())
+        try:
+            self.load(HostBridgeState())
+        except Denied as error:  # memory stays as it is, and so do the registers
+            self._log.warning("denied", why=str(error))
 
     def save(self) -> HostBridgeState:
         return HostBridgeState(bytes(self._function.config[PAM : PAM + 7]))
@@ -80,21 +85,26 @@ class HostBridge:
         self._apply()
 
     def _apply(self) -> None:
-        config = self._function.config
+        config, ranges = self._function.config, dict(self._ranges)
         add, remove = [], []
         for address, size, register, shift in SEGMENTS:
             access = config[register] >> shift & 3
-            old = self._ranges.get(address)
+            old = ranges.get(address)
             readonly = access == 1
             if old is not None and (not access & 1 or old.readonly != readonly):
-                remove.append(self._ranges.pop(address))
+                remove.append(ranges.pop(address))
                 old = None
             if old is None and access & 1:
                 block, at = self._ram(address)
-                self._ranges[address] = RamRange(address, size, block, at, readonly, PRIORITY)
-                add.append(self._ranges[address])
+                ranges[address] = RamRange(address, size, block, at, readonly, PRIORITY)
+                add.append(ranges[address])
         if add or remove:
-            self._machine.change_memory(tuple(add), tuple(remove))
+            try:
+                self._machine.change_memory(tuple(add), tuple(remove))
+            except Denied:  # the registers say what memory shows
+                config[PAM : PAM + 7] = self._pam
+                raise
+        self._ranges, self._pam = ranges, bytes(config[PAM : PAM + 7])
 
     def _ram(self, address: int) -> tuple[RamBlock, int]:
         """The block of RAM at *address* and the offset in it."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, Denied
 from cardcage.memory import RamBlock, RamRange
 from cardcage.testing import TestSlot
 from cardcage_pc.debug import (
@@ -181,6 +181,26 @@ def test_pam_shows_ram_in_place_of_the_rom() -> None:
         assert pam.shows(0xFFFFF) == seen
     pam.set(0x5F, 0x31)
     assert (pam.shows(0xE8000), pam.shows(0xEC000), pam.shows(0xE4000)) == ((b"m", True), (b"m", False), (b"R", True))
+
+
+def test_a_denied_change_of_pam_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine may not map its memory, registers and memory stay as they were, also in a reset."""
+    pam = Pam()
+    pam.set(0x59, 0x30)
+
+    def refuse(add: Any, remove: Any) -> None:
+        raise Denied("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pam.bridge._machine, "change_memory", refuse)
+        with pytest.raises(Denied):
+            pam.set(0x59, 0x10)
+        pam.bridge.reset()
+    assert (pam.function.config[0x59], pam.shows(0xF0000)) == (0x30, (b"m", False))
+    pam.set(0x59, 0x10)
+    assert pam.shows(0xF0000) == (b"m", True)
+    pam.bridge.reset()
+    assert (pam.function.config[0x59], pam.shows(0xF0000)) == (0, (b"R", True))
 
 
 def test_reset_shows_the_rom_again_and_state_shows_ram_again() -> None:

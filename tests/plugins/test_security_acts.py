@@ -120,6 +120,11 @@ def shared(act: Callable[[MachineMemory], Any]) -> Callable[[Machine], Any]:
     return lambda vm: act(MachineMemory(vm))
 
 
+def moved(vm: Machine) -> None:
+    with vm.lock:
+        vm.change_memory(remove=tuple(vm.memory.ranges[:1]))
+
+
 def slot(vm: Machine) -> Any:
     return vm.devices["debugcon"].device and vm.devices["debugcon"].slot
 
@@ -135,6 +140,7 @@ ACTS: dict[str, tuple[Callable[[Machine], Any], Callable[[Machine], Any]]] = {
     "machine add": (lambda vm: vm, add),
     "machine save": (lambda vm: vm, capture),
     "machine load": (lambda vm: vm, lambda vm: restore(vm, capture(vm))),
+    "memory map": (lambda vm: vm, moved),
     "memory merge": (lambda vm: vm, shared(lambda memory: memory.merge())),
     "memory reclaim": (lambda vm: vm, shared(lambda memory: memory.reclaim(4096))),
     "memory dma_read": (lambda vm: vm, lambda vm: slot(vm).memory.read(0, 1)),
@@ -243,11 +249,15 @@ def test_acts_on_a_machine(act: str, recorder: Recorder) -> None:
     with Host(security=security) as host:
         vm = Machine(host=host, machine={"platform": "none", "memory": "2M", "accel": "tcg"}, devices=devices)
         before(vm)
-        state = vm.state, list(vm.devices), [claim.base for claim in vm.pio], threading.active_count()
+
+        def now() -> Any:
+            return vm.state, list(vm.devices), [one.base for one in vm.pio], vm.memory.slots, threading.active_count()
+
+        state = now()
         recorder.refused = tclass, permission
         with pytest.raises((Denied, GuestMemoryError), match=f"not {permission} {tclass}|refused by the security"):
             do(vm)
-        assert (vm.state, list(vm.devices), [claim.base for claim in vm.pio], threading.active_count()) == state
+        assert now() == state
         assert (tclass, permission) in recorder.asked
         recorder.refused = None
         vm.close()
