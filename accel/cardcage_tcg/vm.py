@@ -215,7 +215,7 @@ class TcgVm:
 
     def memory_written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
         """:meth:`memory_written` for each (address, size)."""
-        flat = ranges.words() if isinstance(ranges, Areas) else array("Q", chain.from_iterable(ranges))
+        flat = ranges.words() if type(ranges) is Areas else array("Q", chain.from_iterable(ranges))
         self.native.memory_written_many(self.pointer, flat.buffer_info()[0], len(flat) // 2)
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 A transfer of 1 MiB is some 250 pages, anywhere in RAM. A view of each costs more than the kernel's whole copy of it; so
 long requests carry :class:`Segments`, which makes views when it is asked for them and else hands out what the kernel
-wants: an array of addresses and lengths (struct iovec, readv(2)).
+wants: an array of addresses and lengths (struct iovec, readv(2)). Ask ``type(parts) is Segments``: :func:`isinstance`
+takes as long as several views where abstract base classes are involved.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from operator import add
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, final, overload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Areas", "Segments"]
+__all__ = ["Areas", "Segments", "total"]
 
 
 def _pairs(firsts: Sequence[int], seconds: Sequence[int]) -> array[int]:
@@ -26,6 +27,7 @@ def _pairs(firsts: Sequence[int], seconds: Sequence[int]) -> array[int]:
     return found
 
 
+@final
 class Areas(Sequence[tuple[int, int]]):
     """(guest-physical address, length) ranges.
 
@@ -60,6 +62,7 @@ class Areas(Sequence[tuple[int, int]]):
         return _pairs(self._addresses, self._lengths)
 
 
+@final
 class Segments(Sequence[memoryview]):
     """Views of parts of RAM, one after another.
 
@@ -98,3 +101,8 @@ class Segments(Sequence[memoryview]):
         """An array of struct iovec in this process; good for as long as this object is."""
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._ram))
         return _pairs([base + start for start in self._starts], self._lengths)
+
+
+def total(parts: Sequence[memoryview]) -> int:
+    """Bytes of all *parts*."""
+    return parts.size if type(parts) is Segments else sum(map(len, parts))

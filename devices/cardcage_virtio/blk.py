@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 from attrs.validators import ge, in_, le, max_len
 from cardcage.errors import ConfigError
+from cardcage.segments import total
 
-from cardcage_virtio.request import RingError, total
+from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
 
 if TYPE_CHECKING:

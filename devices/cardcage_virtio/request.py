@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import GuestError
 from cardcage.memory import PAGE, GuestMemoryError
-from cardcage.segments import Areas, Segments
+from cardcage.segments import Areas, Segments, total
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -215,18 +215,13 @@ def straight(table: memoryview, window: Window, *, packed: bool) -> tuple[Segmen
     )
 
 
-def total(parts: Sequence[memoryview]) -> int:
-    """Bytes of all *parts*."""
-    return parts.size if isinstance(parts, Segments) else sum(map(len, parts))
-
-
 def report_written(memory: GuestMemory, done: Sequence[tuple[Request, int]]) -> None:
     """Tell *memory* what requests have changed: (request, bytes written)."""
     changed: list[tuple[int, int]] = []
     for request, written in done:
         if written > 0:
             areas = areas_within(request.areas, written)
-            if isinstance(areas, Areas):
+            if type(areas) is Areas:
                 memory.written_many(areas)
             else:
                 changed += areas
@@ -236,7 +231,7 @@ def report_written(memory: GuestMemory, done: Sequence[tuple[Request, int]]) -> 
 
 def areas_within(areas: Sequence[tuple[int, int]], size: int) -> Sequence[tuple[int, int]]:
     """The first *size* bytes of (address, length) areas."""
-    if isinstance(areas, Areas) and size >= areas.size:
+    if type(areas) is Areas and size >= areas.size:
         return areas
     for at, (address, length) in enumerate(areas):
         if size <= length:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cardcage.backends import BlockInfo
 
-__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "total", "zeros"]
+__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "zeros"]
 
 SECTOR = 512
 IOV_MAX = 1024
@@ -45,14 +45,9 @@ def zeros(length: int) -> memoryview:
     return _ZEROS[:length]
 
 
-def total(buffers: Sequence[memoryview]) -> int:
-    """Bytes of all *buffers*."""
-    return buffers.size if isinstance(buffers, Segments) else sum(map(len, buffers))
-
-
 def take(buffers: Sequence[memoryview], start: int, length: int) -> Sequence[memoryview]:
     """The buffers that cover bytes *start* to *start* + *length* of *buffers* as one run."""
-    if isinstance(buffers, Segments) and not start and length == buffers.size:
+    if type(buffers) is Segments and not start and length == buffers.size:
         return buffers
     found: list[memoryview] = []
     for buffer in buffers:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING
 
 from cardcage.backends import BlockInfo
 from cardcage.errors import ConfigError
+from cardcage.segments import total
 
 from cardcage_block import compressed
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
-from cardcage_block.hostfile import clear, scatter, take, total, zeros
+from cardcage_block.hostfile import clear, scatter, take, zeros
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping

@@ -6,8 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from cardcage.backends import BlockInfo
-
-from cardcage_block.hostfile import total
+from cardcage.segments import total
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

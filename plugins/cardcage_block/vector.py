@@ -40,13 +40,13 @@ def _call(function: Any, fd: int, parts: Segments, offset: int, flags: int) -> i
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
     """As :func:`os.preadv`."""
-    if isinstance(buffers, Segments) and (function := _function("preadv2")) is not None:
+    if type(buffers) is Segments and (function := _function("preadv2")) is not None:
         return _call(function, fd, buffers, offset, flags)
     return os.preadv(fd, buffers, offset, flags)
 
 
 def pwritev(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
     """As :func:`os.pwritev`."""
-    if isinstance(buffers, Segments) and (function := _function("pwritev2")) is not None:
+    if type(buffers) is Segments and (function := _function("pwritev2")) is not None:
         return _call(function, fd, buffers, offset, flags)
     return os.pwritev(fd, buffers, offset, flags)
