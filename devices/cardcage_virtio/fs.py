@@ -12,16 +12,16 @@ import resource
 import stat
 import struct
 from struct import Struct
-from time import time_ns
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
 
-from cardcage_virtio import fuse
+from cardcage_virtio import fs_xattr, fuse
 from cardcage_virtio.fuse import IN_HEADER, OUT_HEADER, Args, Op, Set
 from cardcage_virtio.fuse_tree import ROOT, Handle, Inode, Tree
+from cardcage_virtio.hostcalls import NOW, OMIT, RENAME_EXCHANGE, fallocate
 from cardcage_virtio.p9_tree import Node
 from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
@@ -43,7 +43,7 @@ U32, U32X2, U32X4 = Struct("<I"), Struct("<II"), Struct("<IIII")
 U64, U64_U32X2, U64_U32X4 = Struct("<Q"), Struct("<QII"), Struct("<QIIQ")
 IO = Struct("<QQIIQII")
 SETATTR = Struct("<IIQQQqqqIIIIIIII")
-LSEEK = Struct("<QQII")
+GETATTR, LSEEK, FALLOCATE = Struct("<IIQ"), Struct("<QQII"), Struct("<QQQII")
 COPY = Struct("<QQQQQQQ")
 STATFS = Struct("<5Q4I24x")
 OPENED = Struct("<QII")
@@ -51,7 +51,7 @@ VALID = {"never": 0, "auto": 1, "always": 86400}
 GIVING_UP = frozenset((Op.RELEASE, Op.RELEASEDIR, Op.DESTROY))  # served also while security bars the share
 CHANGING = frozenset(
     {Op.SETATTR, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK, Op.CREATE}
-    | {Op.WRITE, Op.COPY_FILE_RANGE}
+    | {Op.WRITE, Op.COPY_FILE_RANGE, Op.FALLOCATE, Op.SETXATTR, Op.REMOVEXATTR}
 )
 
 
@@ -100,7 +100,7 @@ class Fs:
         self._valid = VALID[options.cache]
         self._calls: dict[int, Callable[[Inode, Args], bytes]] = {
             Op.LOOKUP: lambda inode, args: self._entry(self.tree.lookup(inode, args.name())),
-            Op.GETATTR: lambda inode, args: self._attributes(inode),
+            Op.GETATTR: self._getattr,
             Op.SETATTR: self._setattr,
             Op.READLINK: lambda inode, args: self.tree.node(inode).readlink(),
             Op.SYMLINK: self._symlink,
@@ -122,6 +122,11 @@ class Fs:
             Op.STATFS: self._statfs,
             Op.LSEEK: self._lseek,
             Op.COPY_FILE_RANGE: self._copy,
+            Op.FALLOCATE: self._fallocate,
+            Op.GETXATTR: lambda inode, args: fs_xattr.get(self.tree.node(inode), args),
+            Op.LISTXATTR: lambda inode, args: fs_xattr.listing(self.tree.node(inode), args),
+            Op.SETXATTR: lambda inode, args: fs_xattr.set_(self.tree.node(inode), args),
+            Op.REMOVEXATTR: lambda inode, args: fs_xattr.remove(self.tree.node(inode), args),
         }
 
     def plug(self, slot: Slot) -> None:
@@ -235,6 +240,14 @@ class Fs:
     def _attributes(self, inode: Inode) -> bytes:
         return struct.pack("<QII", self._valid, 0, 0) + fuse.attributes(self.tree.node(inode).stat())
 
+    def _getattr(self, inode: Inode, args: Args) -> bytes:
+        flags, _, number = args.take(GETATTR)
+        handle = self.handles.get(number) if flags & 1 else None
+        if handle is None or handle.inode is not inode:
+            return self._attributes(inode)
+        # an open file may have no name any more by which its inode could be found again
+        return struct.pack("<QII", self._valid, 0, 0) + fuse.attributes(os.fstat(handle.fd))
+
     def _entry(self, inode: Inode) -> bytes:
         found = fuse.attributes(self.tree.node(inode).stat())
         return fuse.ENTRY.pack(inode.number, 0, self._valid, self._valid, 0, 0) + found
@@ -263,17 +276,19 @@ class Fs:
         return b""
 
     def _rename(self, parent: Inode, args: Args) -> bytes:
-        to = self.tree.inode(args.take(U64)[0])
-        name, new_name = args.name(), args.name()
-        self.tree.node(parent).rename(name, self.tree.node(to), new_name)
-        self.tree.moved(to, new_name)
-        return b""
+        return self._move(parent, args.take(U64)[0], args, 0)
 
     def _rename2(self, parent: Inode, args: Args) -> bytes:
         to, flags, _ = args.take(U64_U32X2)
-        if flags:
-            raise OSError(errno.EINVAL, "RENAME_NOREPLACE and RENAME_EXCHANGE are not served")
-        return self._rename(parent, Args(U64.pack(to) + args.name() + b"\0" + args.name() + b"\0"))
+        return self._move(parent, to, args, flags)
+
+    def _move(self, parent: Inode, number: int, args: Args, flags: int) -> bytes:
+        to, name, new_name = self.tree.inode(number), args.name(), args.name()
+        self.tree.node(parent).rename(name, self.tree.node(to), new_name, flags)
+        self.tree.moved(to, new_name)
+        if flags & RENAME_EXCHANGE:
+            self.tree.moved(parent, name)
+        return b""
 
     def _link(self, parent: Inode, args: Args) -> bytes:
         inode, name = self.tree.inode(args.take(U64)[0]), args.name()
@@ -295,12 +310,11 @@ class Fs:
             else:
                 node.truncate(size)
         if valid & (Set.ATIME | Set.MTIME):
-            found, now = node.stat(), time_ns()
-            times = [found.st_atime_ns, found.st_mtime_ns]
+            times = [(0, OMIT), (0, OMIT)]
             if valid & Set.ATIME:
-                times[0] = now if valid & Set.ATIME_NOW else accessed * 10**9 + accessed_ns
+                times[0] = (0, NOW) if valid & Set.ATIME_NOW else (accessed, accessed_ns)
             if valid & Set.MTIME:
-                times[1] = now if valid & Set.MTIME_NOW else modified * 10**9 + modified_ns
+                times[1] = (0, NOW) if valid & Set.MTIME_NOW else (modified, modified_ns)
             node.utime(*times)
         return self._attributes(inode)
 
@@ -371,6 +385,11 @@ class Fs:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, "the guest's kernel knows its own positions")
         return U64.pack(os.lseek(self._handle(number).fd, offset, whence))
+
+    def _fallocate(self, inode: Inode, args: Args) -> bytes:
+        number, offset, length, mode, _ = args.take(FALLOCATE)
+        fallocate(self._handle(number).fd, mode, offset, length)
+        return b""
 
     def _copy(self, inode: Inode, args: Args) -> bytes:
         source, at, _, target, to, length, flags = args.take(COPY)

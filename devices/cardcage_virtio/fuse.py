@@ -55,6 +55,10 @@ class Op(IntEnum):
     STATFS = 17
     RELEASE = 18
     FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
     FLUSH = 25
     INIT = 26
     OPENDIR = 27
@@ -64,6 +68,7 @@ class Op(IntEnum):
     CREATE = 35
     DESTROY = 38
     BATCH_FORGET = 42
+    FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
@@ -109,6 +114,11 @@ class Args:
         if end < 0:
             raise OSError(errno.EINVAL, "a name without an end")
         found, self._at = self._data[self._at : end], end + 1
+        return found
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        found, self._at = self._data[self._at :], len(self._data)
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cardcage_virtio.p9_tree import Node, check_name
@@ -159,11 +160,12 @@ class Tree:
             self._open.pop(number, None)
 
     def moved(self, new: Inode, new_name: bytes) -> None:
-        """An entry was renamed to *new_name* of *new*, where it is found from now on."""
-        node = self._walk(self.node(new), new_name)
-        inode = self._by_key.get(key_of(node.stat()))
-        if inode is not None and inode.parent is not None:
-            self._place(inode, new, new_name)
+        """An entry was renamed to *new_name* of *new*, where it is found from now on, unless the host moved it."""
+        with suppress(OSError):
+            node = self._walk(self.node(new), new_name)
+            inode = self._by_key.get(key_of(node.stat()))
+            if inode is not None and inode.parent is not None:
+                self._place(inode, new, new_name)
 
     def restore(self, number: int, lookups: int, path: list[bytes]) -> Inode:
         """An inode of a saved state. Raises OSError when it is gone."""

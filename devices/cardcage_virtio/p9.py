@@ -10,13 +10,13 @@ import os
 import resource
 import stat
 import struct
-from time import time_ns
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
 
+from cardcage_virtio.hostcalls import NOW, OMIT
 from cardcage_virtio.p9_tree import Node
 from cardcage_virtio.p9_wire import Message, text
 from cardcage_virtio.request import RingError
@@ -397,16 +397,11 @@ class P9:
         if valid & S_SIZE:
             node.truncate(size)
         if valid & (S_ATIME | S_MTIME):
-            self._set_times(node, valid, accessed * 10**9 + accessed_ns, modified * 10**9 + modified_ns)
+            node.utime(
+                when(valid & S_ATIME, valid & S_ATIME_SET, accessed, accessed_ns),
+                when(valid & S_MTIME, valid & S_MTIME_SET, modified, modified_ns),
+            )
         return b""
-
-    def _set_times(self, node: Node, valid: int, accessed: int, modified: int) -> None:
-        found = node.stat()
-        times = [found.st_atime_ns, found.st_mtime_ns]
-        for at, (bit, given, value) in enumerate(((S_ATIME, S_ATIME_SET, accessed), (S_MTIME, S_MTIME_SET, modified))):
-            if valid & bit:
-                times[at] = value if valid & given else time_ns()
-        node.utime(*times)
 
     def _lock(self, message: Message) -> bytes:
         self._fid(message)  # locks between processes of the guest are kept by its own kernel
@@ -440,3 +435,10 @@ class P9:
                 self._slot.log.warning("9p: a file is gone", path=path, why=str(error))
                 continue
             self.fids[number] = fid
+
+
+def when(wanted: int, given: int, seconds: int, nanoseconds: int) -> tuple[int, int]:
+    """A time to set: as given, the host's, or none."""
+    if not wanted:
+        return 0, OMIT
+    return (seconds - (seconds >> 63 << 64), nanoseconds) if given else (0, NOW)

@@ -12,6 +12,8 @@ import os
 import stat
 from struct import pack
 
+from cardcage_virtio import hostcalls
+
 __all__ = ["Node", "check_name"]
 
 O_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -115,8 +117,9 @@ class Node:
     def unlink(self, name: bytes, *, directory: bool) -> None:
         (os.rmdir if directory else os.unlink)(check_name(name), dir_fd=self.fd)
 
-    def rename(self, name: bytes, to: Node, new_name: bytes) -> None:
-        os.rename(check_name(name), check_name(new_name), src_dir_fd=self.fd, dst_dir_fd=to.fd)
+    def rename(self, name: bytes, to: Node, new_name: bytes, flags: int = 0) -> None:
+        """*flags* are renameat2(2)'s ``RENAME_NOREPLACE`` or ``RENAME_EXCHANGE``."""
+        hostcalls.rename(self.fd, check_name(name), to.fd, check_name(new_name), flags)
 
     def place(self) -> tuple[Node, bytes]:
         """Parent and name, checked to be this very file still."""
@@ -153,10 +156,10 @@ class Node:
             raise OSError(errno.EINVAL, "not a file")
         os.truncate(self.proc, size)
 
-    def utime(self, accessed: int, modified: int) -> None:
-        """Set times, in nanoseconds."""
+    def utime(self, accessed: tuple[int, int], modified: tuple[int, int]) -> None:
+        """Set times, as :func:`cardcage_virtio.hostcalls.set_times`."""
         self._not_link()
-        os.utime(self.proc, ns=(accessed, modified))
+        hostcalls.set_times(self.proc, accessed, modified)
 
     def entries(self, fd: int) -> list[tuple[bytes, bytes, int]]:
         """Names of the directory open as *fd*, with qid and type as ``readdir`` gives it."""
