@@ -23,8 +23,8 @@ FEATURES = {
     "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "fsrm": (7, 3, 4),
     "lahf_lm": (0x80000001, 2, 0), "abm": (0x80000001, 2, 5), "3dnowprefetch": (0x80000001, 2, 8),
 }  # fmt: skip
-BASE_1D = 0x078BFBFD & ~(1 << 12) & ~(1 << 7) & ~(1 << 14)
-"""FPU DE PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2; no MTRR, MCE, MCA."""
+BASE_1D = 0x078BFBFD & ~(1 << 12)
+"""FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2; no MTRR."""
 V2 = ("sse3", "ssse3", "cx16", "sse4.1", "sse4.2", "popcnt", "lahf_lm", "x2apic", "tsc-deadline")
 MORE = (
     "pclmulqdq", "movbe", "aes", "rdrand", "fsgsbase", "bmi1", "bmi2", "erms", "rdseed", "adx", "sha-ni", "fsrm",

@@ -26,7 +26,13 @@ FIELDS = {
 TSC_DEADLINE = 0x6E0
 WALL_CLOCK, SYSTEM_TIME = 0x4B564D00, 0x4B564D01
 OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
+MC_BANKS = 10
+"""Banks of the machine check architecture (SDM vol. 3, chapter 16; AMD APM vol. 2, chapter 9), as many as QEMU's.
+Nothing is ever reported in them: a fault of the host's memory kills the VMM, or the host tells no guest."""
 STORED = {
+    0x17A: 0,  # MCG_STATUS
+    0x17B: (1 << 64) - 1,  # MCG_CTL
+    **{0x400 + 4 * bank: (1 << 64) - 1 for bank in range(MC_BANKS)},  # MCi_CTL
     0x277: 0x0007040600070406,
     0x2FF: 0,
     0x8B: 0,
@@ -57,6 +63,9 @@ FIXED = {
     0xC0011029: 0,
 }
 """MSRs that read as a constant and swallow writes: AMD's family registers that Linux and SeaBIOS touch."""
+MCG_CAP = 0x179
+MC_REPORTS = frozenset(0x401 + 4 * bank + more for bank in range(MC_BANKS) for more in range(3))
+"""MCi_STATUS, MCi_ADDR, MCi_MISC: 0, and only 0 can be written."""
 
 
 class Msrs:
@@ -73,11 +82,13 @@ class Msrs:
             return self._cpu.field(FIELDS[index])
         if index in self._values:
             return self._values[index]
-        return FIXED.get(index)
+        if index == MCG_CAP:
+            return MC_BANKS | 1 << 8  # MCG_CTL_P
+        return 0 if index in MC_REPORTS else FIXED.get(index)
 
     def write(self, index: int, value: int) -> bool:
         index = OLD.get(index, index)
-        if index in FIXED:
+        if index in FIXED or (index in MC_REPORTS and value == 0):
             return True
         if index not in self._values:
             return False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+from cardcage.accelerator import VmSpec
 from cardcage_tcg import layout as L
+from cardcage_tcg.accel import Tcg
 from tcg_cpu import (
     CODE0,
     CODE3,
@@ -315,3 +317,24 @@ def test_msrs_that_are_native(cpu: Cpu) -> None:
     cpu[RCX], cpu[RDX] = 0xC0000100, 0x8000_0000
     cpu.do("WRMSR")
     assert cpu.taken() == GP
+
+
+def test_machine_check_banks_report_nothing() -> None:
+    """The machine check MSRs are there, their controls hold what is written, and a report can only be cleared."""
+    vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu="max"))
+    try:
+        msrs = vm.create_vcpu(0).msrs
+        assert msrs.read(0x179) == 0x10A  # MCG_CAP: 10 banks, MCG_CTL
+        assert not msrs.write(0x179, 0)
+        for bank in range(10):
+            control = 0x400 + 4 * bank
+            assert msrs.read(control) == (1 << 64) - 1
+            assert msrs.write(control, 5)
+            assert msrs.read(control) == 5
+            for report in range(control + 1, control + 4):
+                assert msrs.read(report) == 0
+                assert msrs.write(report, 0)
+                assert not msrs.write(report, 1)
+        assert msrs.read(0x428) is None  # there is no eleventh bank
+    finally:
+        vm.close()

@@ -24,7 +24,7 @@ cat away 2>/dev/null || echo no way by a link
 ls swapped; echo swap; until [ -e swapped-now ]; do sleep 0.1; done
 cat swapped/secret 2>/dev/null || echo no way by a swap; echo x 2>/dev/null > swapped/new || echo nor to write
 cd /; umount /mnt && echo unmounted
-dmesg -r | grep -E '^<[0-4]>' | grep -iE 'virtio|9p|net|hwrng|balloon|vsock|hvc'; :
+dmesg -r | grep -E '^<[0-4]>'; :
 """
 DEVICES = ("virtio-rng", "virtio-balloon", "virtio-console,char=null")
 
@@ -46,7 +46,7 @@ def cache() -> Path:
 @pytest.mark.timeout(600)
 def test_linux_uses_a_directory_by_9p(cache: Path, tmp_path: Path) -> None:
     """Linux's 9p reads, writes, renames and lists; nothing leads out of the directory, not even what the host swaps
-    under it; and with every device plugged in no driver warns.
+    under it; and with every device plugged in the generic kernel warns of nothing.
     """
     share, outside = tmp_path / "share", tmp_path / "outside"
     for folder in (share / "sub", share / "swapped", outside):
