@@ -12,6 +12,7 @@ import resource
 import stat
 import struct
 from struct import Struct
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field, frozen
@@ -19,9 +20,9 @@ from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
 
 from cardcage_virtio import fs_xattr, fuse
-from cardcage_virtio.fuse import IN_HEADER, OUT_HEADER, Args, Op, Set
-from cardcage_virtio.fuse_tree import ROOT, Handle, Inode, Tree
-from cardcage_virtio.hostcalls import NOW, OMIT, RENAME_EXCHANGE, fallocate
+from cardcage_virtio.fuse import IN_HEADER, IO, OUT_HEADER, Args, Op, Set, io_of, part
+from cardcage_virtio.fuse_tree import ROOT, Handle, Inode, Tree, WaitsError
+from cardcage_virtio.hostcalls import NOW, OMIT, RENAME_EXCHANGE, fallocate, is_local
 from cardcage_virtio.p9_tree import Node
 from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
@@ -41,7 +42,6 @@ MOST = 1 << 20
 PAGES = MOST >> 12
 U32, U32X2, U32X4 = Struct("<I"), Struct("<II"), Struct("<IIII")
 U64, U64_U32X2, U64_U32X4 = Struct("<Q"), Struct("<QII"), Struct("<QIIQ")
-IO = Struct("<QQIIQII")
 SETATTR = Struct("<IIQQQqqqIIIIIIII")
 GETATTR, LSEEK, FALLOCATE = Struct("<IIQ"), Struct("<QQII"), Struct("<QQQII")
 COPY = Struct("<QQQQQQQ")
@@ -53,6 +53,9 @@ CHANGING = frozenset(
     {Op.SETATTR, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK, Op.CREATE}
     | {Op.WRITE, Op.COPY_FILE_RANGE, Op.FALLOCATE, Op.SETXATTR, Op.REMOVEXATTR}
 )
+QUICK = frozenset({Op.LOOKUP, Op.GETATTR, Op.OPEN, Op.READ, Op.FLUSH, Op.RELEASE})
+"""Requests that may take no waiting: see :meth:`Fs._quick`."""
+QUICK_READ = 128 << 10
 
 
 @frozen
@@ -82,7 +85,7 @@ class FsState:
 
 
 class Fs:
-    """The server. Requests are served one after another, on a thread of their own."""
+    """The server. Requests are served one after another, on a thread of their own if they may have to wait."""
 
     device_id = 26
     queue_sizes = (64, 512)
@@ -94,7 +97,7 @@ class Fs:
             raise ConfigError(f"tag {options.tag}: expected at most 36 bytes of UTF-8", key="tag")
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.tree: Tree
-        self._barred = False
+        self._barred, self._serving = False, Lock()
         self.handles: dict[int, Handle] = {}
         self._most_handles, self._next_handle = limit // 4, 1
         self._valid = VALID[options.cache]
@@ -143,7 +146,8 @@ class Fs:
             raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
 
     def plug_virtio(self, io: Virtio) -> None:
-        self._workers = Workers(io, self._process, 1, self._slot.id)
+        quick = self._quick if is_local(self.tree.node(self.tree.root).fd) else None
+        self._workers = Workers(io, self._process, 1, self._slot.id, quick)
 
     def unplug(self) -> None:
         self._workers.close()
@@ -167,6 +171,27 @@ class Fs:
     # messages
 
     def _process(self, request: Request) -> int:
+        with self._serving:
+            return self._serve(request)
+
+    def _quick(self, request: Request) -> int | None:
+        """Serve what the host's kernel has at hand; ``None`` when it may have to wait, with nothing done.
+
+        It holds up a vCPU, but no longer than waking a thread would.
+        """
+        opcode = int.from_bytes(b"".join(part(request.readable, 4, 4)), "little")
+        if opcode not in QUICK or not self._serving.acquire(blocking=False):
+            return None
+        self.tree.quick = True
+        try:
+            return self._serve(request)
+        except WaitsError:
+            return None
+        finally:
+            self.tree.quick = False
+            self._serving.release()
+
+    def _serve(self, request: Request) -> int:
         size = request.readable_size
         if not IN_HEADER.size <= size <= MOST + 4096:
             raise RingError(f"a FUSE message of {size} bytes")
@@ -329,6 +354,8 @@ class Fs:
         found = self.handles.get(number)
         if found is None:
             raise OSError(errno.EBADF, "no such handle")
+        if self.tree.quick and found.inode.key[0] != self.tree.root.key[0]:
+            raise WaitsError
         return found
 
     def _keep(self, handle: Handle) -> bytes:
@@ -342,7 +369,10 @@ class Fs:
     def _open(self, inode: Inode, flags: int) -> bytes:
         if self.options.readonly and flags & (os.O_ACCMODE | os.O_TRUNC):
             raise OSError(errno.EROFS, "read-only share")
-        fd = self.tree.node(inode).open(flags)
+        node = self.tree.node(inode)
+        if self.tree.quick and flags & (os.O_ACCMODE | os.O_TRUNC):
+            raise WaitsError
+        fd = node.open(flags)
         return self._keep(Handle(inode, fd, flags & ~os.O_TRUNC))
 
     def _create(self, parent: Inode, args: Args) -> bytes:
@@ -358,9 +388,12 @@ class Fs:
         return entry + self._keep(Handle(inode, fd, flags & ~(os.O_TRUNC | os.O_CREAT | os.O_EXCL)))
 
     def _release(self, inode: Inode, args: Args) -> bytes:
-        handle = self.handles.pop(args.take(U64_U32X4)[0], None)
+        number = args.take(U64_U32X4)[0]
+        handle = self.handles.get(number)
         if handle is not None:
-            os.close(handle.fd)
+            if self.tree.quick and (handle.flags & os.O_ACCMODE or not os.fstat(handle.fd).st_nlink):
+                raise WaitsError  # it may have to be written, or its blocks given back
+            os.close(self.handles.pop(number).fd)
         return b""
 
     def _fsync(self, inode: Inode, args: Args) -> bytes:
@@ -370,8 +403,20 @@ class Fs:
 
     def _read(self, request: Request, head: bytes) -> int:
         number, offset, size, *_ = io_of(head)
+        handle = self._handle(number)
         views = part(request.writable, OUT_HEADER.size, min(size, MOST))
-        return os.preadv(self._handle(number).fd, views, offset) if views else 0
+        if not views:
+            return 0
+        if not self.tree.quick:
+            return os.preadv(handle.fd, views, offset)
+        wanted = sum(map(len, views))
+        try:
+            got = os.preadv(handle.fd, views, offset, os.RWF_NOWAIT) if wanted <= QUICK_READ else -1
+        except OSError as error:
+            raise WaitsError from error
+        if got < wanted:  # the file ends here, or what is at hand does
+            raise WaitsError
+        return got
 
     def _write(self, request: Request, head: bytes) -> bytes:
         number, offset, size, *_ = io_of(head)
@@ -446,24 +491,3 @@ class Fs:
 
     def _gone(self, what: bytes, error: OSError) -> None:
         self._slot.log.warning("virtio-fs: a file is gone", path=what.decode("utf8", "replace"), why=str(error))
-
-
-def io_of(head: bytes) -> tuple[int, ...]:
-    """``struct fuse_read_in``, which ``fuse_write_in`` is alike."""
-    if len(head) < IN_HEADER.size + IO.size:
-        raise OSError(errno.EINVAL, "message cut short")
-    found: tuple[int, ...] = IO.unpack_from(head, IN_HEADER.size)
-    return found
-
-
-def part(views: list[memoryview], skip: int, size: int) -> list[memoryview]:
-    """Views of *size* bytes, or what there is, from *skip* on."""
-    found: list[memoryview] = []
-    for view in views:
-        piece = view[skip:][:size]
-        skip, size = max(skip - len(view), 0), size - len(piece)
-        if len(piece):
-            found.append(piece)
-        if size <= 0:
-            break
-    return found

@@ -12,6 +12,7 @@ __all__ = [
     "DIRENT",
     "ENTRY",
     "IN_HEADER",
+    "IO",
     "MAJOR",
     "MINOR",
     "OUT_HEADER",
@@ -20,6 +21,8 @@ __all__ = [
     "Op",
     "Set",
     "attributes",
+    "io_of",
+    "part",
 ]
 
 MAJOR, MINOR = 7, 31
@@ -27,6 +30,8 @@ IN_HEADER = Struct("<IIQQIIII")
 """len opcode unique nodeid uid gid pid padding"""
 OUT_HEADER = Struct("<IiQ")
 """len error unique"""
+IO = Struct("<QQIIQII")
+"""fh offset size flags lock_owner flags padding: ``struct fuse_read_in``, which ``fuse_write_in`` is alike"""
 ENTRY = Struct("<QQQQII")
 """nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec, before the attributes"""
 ATTR = Struct("<6Q10I")
@@ -145,3 +150,24 @@ def attributes(found: os.stat_result) -> bytes:
 def number(found: os.stat_result) -> int:
     """The inode number that the guest sees."""
     return found.st_ino ^ found.st_dev << 40 & (1 << 64) - 1
+
+
+def io_of(head: bytes) -> tuple[int, ...]:
+    """The fields of a READ or WRITE, of a message's first bytes. Raises OSError EINVAL."""
+    if len(head) < IN_HEADER.size + IO.size:
+        raise OSError(errno.EINVAL, "message cut short")
+    found: tuple[int, ...] = IO.unpack_from(head, IN_HEADER.size)
+    return found
+
+
+def part(views: list[memoryview], skip: int, size: int) -> list[memoryview]:
+    """Views of *size* bytes, or what there is, from *skip* on."""
+    found: list[memoryview] = []
+    for view in views:
+        piece = view[skip:][:size]
+        skip, size = max(skip - len(view), 0), size - len(piece)
+        if len(piece):
+            found.append(piece)
+        if size <= 0:
+            break
+    return found

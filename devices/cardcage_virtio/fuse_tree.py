@@ -8,16 +8,21 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from cardcage_virtio.hostcalls import open_cached
 from cardcage_virtio.p9_tree import Node, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ROOT", "Handle", "Inode", "Tree"]
+__all__ = ["ROOT", "Handle", "Inode", "Tree", "WaitsError"]
 
 ROOT = 1
 """The root's number (``FUSE_ROOT_ID``)."""
 MOST_INODES = 1 << 20
+
+
+class WaitsError(Exception):
+    """This might wait for the host, and was not done."""
 
 
 class Inode:
@@ -64,11 +69,14 @@ class Tree:
         root: the directory.
         descriptors: how many inodes may be open at once. One that was closed is found again by its name, and is stale
             (ESTALE) when another file has the name now.
+
+    Attributes:
+        quick: while set, what might wait for a disk raises :exc:`WaitsError`.
     """
 
     def __init__(self, root: Node, descriptors: int) -> None:
         self.root, self._top = Inode(ROOT, None, b"", root), root
-        self._descriptors = max(descriptors, 16)
+        self._descriptors, self.quick = max(descriptors, 16), False
         self.clear()
 
     def clear(self) -> None:
@@ -95,6 +103,8 @@ class Tree:
         """The inode's descriptor, opened again if need be."""
         if inode.parent is None:
             return self._top
+        if self.quick and (inode.node is None or inode.key[0] != self.root.key[0]):
+            raise WaitsError
         self._open.pop(inode.number, None)
         if inode.node is None:
             try:
@@ -113,10 +123,17 @@ class Tree:
             oldest = next(iter(self._open))
             self._open.pop(oldest).node = None
 
-    @staticmethod
-    def _walk(parent: Node, name: bytes) -> Node:
+    def _walk(self, parent: Node, name: bytes) -> Node:
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        return Node(os.open(check_name(name), flags, dir_fd=parent.fd))
+        check_name(name)
+        if not self.quick:
+            return Node(os.open(name, flags, dir_fd=parent.fd))
+        try:
+            return Node(open_cached(parent.fd, name, flags))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise WaitsError from error
 
     def lookup(self, parent: Inode, name: bytes) -> Inode:
         """The entry *name* of *parent*, which the guest holds once more."""

@@ -324,3 +324,55 @@ def test_a_revoked_share_refuses_and_comes_back(share: Path) -> None:
     assert client.read(handle) == b"hello"
     client.create(b"new")
     client.close()
+
+
+def served(client: Client) -> dict[str, int]:
+    """How many requests are served on the notifying thread, and how many were passed on, from now on."""
+    counts = {"quick": 0, "passed on": 0}
+    workers = client.bench.device._workers
+    quick = workers._quick
+    if quick is None:
+        pytest.skip("the file system of temporary files is none that is known to be local")
+
+    def count(request: Any) -> int | None:
+        written: int | None = quick(request)
+        counts["quick" if written is not None else "passed on"] += 1
+        return written
+
+    workers._quick = count
+    return counts
+
+
+def test_what_is_at_hand_takes_no_thread(client: Client, share: Path) -> None:
+    """Names, attributes and data in the host's caches are served at once; what is written, ends or went is not."""
+    node = client.lookup(b"file")
+    counts = served(client)
+    client.lookup(b"file")
+    client.call(Op.GETATTR, node, bytes(16))
+    handle = client.open(node)
+    assert client.read(handle, size=5) == b"hello"
+    client.call(Op.FLUSH, node, bytes(24))
+    client.call(Op.RELEASE, node, struct.pack("<QIIQ", handle, 0, 0, 0))
+    assert counts == {"quick": 6, "passed on": 0}
+    handle = client.open(node, os.O_RDWR)
+    assert client.read(handle) == b"hello"
+    client.call(Op.RELEASE, node, struct.pack("<QIIQ", handle, 0, 0, 0))
+    handle = client.open(node)
+    (share / "file").unlink()
+    client.call(Op.RELEASE, node, struct.pack("<QIIQ", handle, 0, 0, 0))
+    assert counts == {"quick": 7, "passed on": 4}
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOSYS, errno.EXDEV])
+def test_what_would_wait_goes_to_the_thread(client: Client, monkeypatch: Any, code: int) -> None:
+    """Where the host cannot say at once, or not at all, the thread serves the request, with the same answer."""
+
+    def refuse(fd: int, name: bytes, flags: int) -> int:
+        raise OSError(code, "")
+
+    monkeypatch.setattr("cardcage_virtio.fuse_tree.open_cached", refuse)
+    counts = served(client)
+    assert client.read(client.open(client.lookup(b"file")), size=5) == b"hello"
+    with fails(errno.ENOENT):
+        client.lookup(b"nothing")
+    assert counts["passed on"] >= 2
