@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from cardcage.backends import BlockInfo, NetFeatures
 from cardcage.errors import CardError
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from cardcage.slot import PluggedDevice
 
-__all__ = ["ABILITIES", "abilities_of", "able", "check_signature"]
+__all__ = ["ABILITIES", "BACKENDS", "abilities_of", "able", "check_backend", "check_signature"]
 
 ABILITIES: dict[str, dict[str, int]] = {
     "plug": {"plug": 1},
@@ -26,8 +27,19 @@ ABILITIES: dict[str, dict[str, int]] = {
 }
 """Ability to the methods it takes, each with its number of positional arguments."""
 
+BACKENDS: dict[str, dict[str, int]] = {
+    "char": {"start": 1, "write": 1, "close": 0},
+    "block": {"readv": 2, "writev": 2, "flush": 0, "discard": 2, "write_zeroes": 2, "close": 0},
+    "net": {"start": 1, "send": 2, "resume": 1, "set_offloads": 2, "close": 0},
+}
+"""Kind of back end to the methods that it must have, as above (:mod:`cardcage.backends`)."""
 
-def check_signature(owner: Any, method: str, arguments: int, who: str) -> Any:
+STATED: dict[str, tuple[str, type]] = {"block": ("info", BlockInfo), "net": ("features", NetFeatures)}
+OPTIONAL = {"block": {"try_readv": 2, "try_writev": 2}}
+KEYWORDS = {"write_zeroes": ("unmap",)}
+
+
+def check_signature(owner: Any, method: str, arguments: int, who: str, keywords: tuple[str, ...] = ()) -> Any:
     """Return ``getattr(owner, method)``. Raises CardError, naming *who*, when it is missing or cannot be called so."""
     found = getattr(owner, method, None)
     if not callable(found):
@@ -37,10 +49,11 @@ def check_signature(owner: Any, method: str, arguments: int, who: str) -> Any:
     except (TypeError, ValueError):  # written in C: there is nothing to look at
         return found
     try:
-        signature.bind(*[None] * (arguments + isinstance(owner, type)))
+        signature.bind(*[None] * (arguments + isinstance(owner, type)), **dict.fromkeys(keywords))
     except TypeError as error:
         raise CardError(
-            f"{who}: {method}{signature} does not take {arguments} positional argument{'s' * (arguments != 1)}: {error}"
+            f"{who}: {method}{signature} does not take {arguments} positional argument{'s' * (arguments != 1)}"
+            f"{''.join(f' and {one}=' for one in keywords)}: {error}"
         ) from error
     return found
 
@@ -64,6 +77,19 @@ def abilities_of(device: Any, who: str) -> frozenset[str]:
             check_signature(device, name, arguments, who)
         found.add(ability)
     return frozenset(found)
+
+
+def check_backend(kind: str, backend: Any, who: str) -> None:
+    """Hold a back end just made to its protocol's methods. Raises CardError that names *who* and what is missing."""
+    for method, arguments in BACKENDS.get(kind, {}).items():
+        check_signature(backend, method, arguments, who, KEYWORDS.get(method, ()))
+    for method, arguments in OPTIONAL.get(kind, {}).items():
+        if hasattr(backend, method):
+            check_signature(backend, method, arguments, who)
+    if kind in STATED:
+        name, cls = STATED[kind]
+        if not isinstance(stated := getattr(backend, name, None), cls):
+            raise CardError(f"{who}: {name}: expected a cardcage.backends.{cls.__name__}, got {stated!r}")
 
 
 def able(devices: Mapping[str, PluggedDevice], ability: str) -> list[Any]:

@@ -10,7 +10,7 @@ from attrs import frozen
 from cardcage.abilities import abilities_of
 from cardcage.accelerator import Probe, VmSpec
 from cardcage.config import Config, DeviceConfig, Place
-from cardcage.errors import CardcageError, CardError, ConfigError, HostError
+from cardcage.errors import CardcageError, CardError, ConfigError, HostError, in_words
 from cardcage.security import HOST, OPERATOR, Mediator
 from cardcage.slot import DeviceSlot, PluggedDevice
 
@@ -220,7 +220,7 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
     options = host.options(offer, config.options, file=place.file, key=place.key)
     slot = DeviceSlot(machine, config, offer, name, label)
     who = f'device "{name}" (card {offer.card}, {offer.distribution})'
-    device = None
+    device = carrier = None
     try:
         device = blamed(who, place, lambda: offer.load()(options) if options is not None else offer.load()())
         abilities = abilities_of(device, who)
@@ -232,6 +232,8 @@ def plug(machine: Machine, config: DeviceConfig) -> PluggedDevice:
         if "plug" in abilities:
             blamed(who, place, lambda: device.plug(slot))
     except BaseException:
+        if carrier is not None and hasattr(carrier, "detach"):
+            carrier.detach(device)
         slot.close()
         raise
     plugged = PluggedDevice(device, slot, abilities)
@@ -251,4 +253,4 @@ def blamed(who: str, place: Place, act: Callable[[], Any]) -> Any:
     except CardcageError:
         raise
     except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
-        raise CardError(f"{who}: {type(error).__name__}: {error}") from error
+        raise CardError(f"{who}: {in_words(error)}") from error

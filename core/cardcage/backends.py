@@ -6,9 +6,9 @@ A device names a back end by a *spec*: a string (``"stdio"``, a shorthand) or a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["BlockBackend", "BlockInfo", "CharBackend", "NetBackend", "NetFeatures"]
+
+
+def _at_least(least: int) -> Callable[[Any, Any, Any], None]:
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            what = f"{type(instance).__name__}.{attribute.name}"
+            raise ValueError(f"{what}: expected a whole number from {least}, got {value!r}")
+
+    return check
 
 
 class CharBackend(Protocol):
@@ -36,7 +45,7 @@ class CharBackend(Protocol):
 class BlockInfo:
     """Geometry of a block back end: all in bytes."""
 
-    size: int
+    size: int = field(validator=_at_least(0))
     block_size: int = 512
     readonly: bool = False
     discard: bool = False
@@ -84,9 +93,9 @@ class NetFeatures:
         offloads: names out of ``csum tso4 tso6 ufo ecn`` the back end accepts.
     """
 
-    vnet_header: int = 0
-    queues: int = 1
-    offloads: frozenset[str] = frozenset()
+    vnet_header: int = field(default=0, validator=_at_least(0))
+    queues: int = field(default=1, validator=_at_least(1))
+    offloads: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
 
 class NetBackend(Protocol):

@@ -138,7 +138,11 @@ class HasState(Protocol):
 
 
 class DeviceBus(Protocol):
-    """A device that carries others (``bus = "pci"``). ``bus_type`` is the word that other cards' registrations name."""
+    """A device that carries others (``bus = "pci"``). ``bus_type`` is the word that other cards' registrations name.
+
+    One whose devices can be taken off it again also has ``detach(device)``: called when a device that was attached, or
+    refused by ``attach``, could not be plugged in.
+    """
 
     bus_type: str
 

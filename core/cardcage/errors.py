@@ -33,6 +33,7 @@ __all__ = [
     "MissingExtra",
     "StateError",
     "UsageError",
+    "in_words",
     "near",
 ]
 
@@ -85,6 +86,18 @@ class GuestError(CardcageError):
 
 class Denied(CardcageError):
     """A security checker refused the act."""
+
+
+def in_words(error: BaseException) -> str:
+    """One line about an exception that is not ours: its type, text and the place that it came from."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return text
+    code = frame.tb_frame.f_code
+    return f"{text} (in {code.co_name}, {code.co_filename}:{frame.tb_lineno})"
 
 
 def near(word: str, known: Iterable[str]) -> str:

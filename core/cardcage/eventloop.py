@@ -221,11 +221,13 @@ class MachineClock:
             return
         self._alarm = None
         heap = self._heap
-        while self._base is not None and heap and heap[0][0] <= self.now():
-            when, _, timer = heapq.heappop(heap)
-            if timer.when == when:
-                timer._fire()
-        self._set_alarm()
+        try:
+            while self._base is not None and heap and heap[0][0] <= self.now():
+                when, _, timer = heapq.heappop(heap)
+                if timer.when == when:
+                    timer._fire()
+        finally:  # a callback that was denied something must not keep the other timers from firing
+            self._set_alarm()
 
     def close(self) -> None:
         """Give the descriptor back, after the loop thread has ended. Idempotent."""

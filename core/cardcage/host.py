@@ -12,7 +12,7 @@ from attrs import frozen
 
 from cardcage import __version__
 from cardcage.discovery import announced
-from cardcage.errors import CardcageError, CardError, ConfigError, UsageError
+from cardcage.errors import CardcageError, CardError, ConfigError, UsageError, in_words
 from cardcage.hookspecs import Hooks
 from cardcage.log import Log, LogSink
 from cardcage.registry import Offer, Registry
@@ -40,6 +40,11 @@ class CardInfo:
     name: str
     distribution: str
     module: Any
+
+    @property
+    def ours(self) -> bool:
+        """Whether it comes with cardcage itself."""
+        return self.distribution.partition(" ")[0] == GROUP
 
 
 @frozen
@@ -224,8 +229,7 @@ class Host:
         except CardcageError:
             raise
         except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
-            who = f"{kind} {spec.name} (card {offer.card}, {offer.distribution})"
-            raise CardError(f"{who}: {type(error).__name__}: {error}") from error
+            raise CardError(f"{offer.who}: {in_words(error)}") from error
 
     def options(self, offer: Offer, table: Any, *, file: str | None = None, key: str | None = None) -> Any:
         """Structure *table* (or text, where the card has a shorthand) into the offer's options; None if it takes none.
@@ -240,6 +244,12 @@ class Host:
                 table = shorthand(table)
             except ValueError as error:
                 raise ConfigError(str(error), file=file, key=key) from error
+            except CardcageError:
+                raise
+            except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+                raise CardError(f"{offer.who}: its shorthand: {in_words(error)}") from error
+            if not isinstance(table, dict):
+                raise CardError(f"{offer.who}: its shorthand gave {table!r}, expected a table")
         cls = offer.load_options()
         if cls is None:
             if table:

@@ -19,12 +19,12 @@ access that asked. A change of the RAM layout (``change_memory``) is made at onc
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
 from cardcage.abilities import able
-from cardcage.assembly import allow_end, create_vm, mediate, plug, plug_all
+from cardcage.assembly import allow_end, blamed, create_vm, mediate, plug, plug_all
 from cardcage.boot import load_boot, open_boot
 from cardcage.bus import Bus
 from cardcage.config import Config, DeviceConfig, Draft, Place
@@ -176,8 +176,9 @@ class Machine:
                 'no device has the console: give a serial port char = "console", or leave machine.console at "none"'
             )
         owner = next(one for one in self.devices.values() if one.slot.has_console)
+        place = self.config.place("machine.console")
         with self.lock:
-            self.console.connect(owner.slot.open("char", spec))
+            blamed(owner.who, place, lambda: self.console.connect(owner.slot.open_at("char", spec, place)))
 
     def add(self, type: str, /, **keys: Any) -> PluggedDevice:
         """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
@@ -478,9 +479,9 @@ class Machine:
         with self.lock:
             for plugged in reversed(self.devices.values()):
                 try:
-                    if "unplug" in plugged.abilities:
-                        plugged.device.unplug()
-                    plugged.slot.close()
+                    with closing(plugged.slot):
+                        if "unplug" in plugged.abilities:
+                            plugged.device.unplug()
                 except Exception as error:  # one card's fault must not keep the others from giving back what they hold
                     self.log.error("unplug failed", device=plugged.id, error=repr(error))
 

@@ -74,6 +74,12 @@ class Offer:
     label: str = ""
     extra: dict[str, Any] = field(factory=dict)
 
+    @property
+    def who(self) -> str:
+        """For errors: what it is, its card and distribution."""
+        kind, _, name = self.name.rpartition(":")
+        return f"{kind or self.kind} {name} (card {self.card}, {self.distribution})"
+
     def load(self) -> Any:
         """Import the factory. Raises MissingExtra or CardError, naming card and distribution."""
         return self._load(self.factory)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cardcage.abilities import check_signature
+from cardcage.abilities import check_backend, check_signature
 from cardcage.bus import Claim
-from cardcage.config import spec_table
+from cardcage.config import Place, spec_table
 from cardcage.device import Mmio, Pio, Region, Resource
-from cardcage.errors import ConfigError
+from cardcage.errors import CardcageError, CardError, ConfigError, in_words
 from cardcage.granted import GrantedBackend, GrantedLine, GrantedMemory, GrantedVm
 
 if TYPE_CHECKING:
@@ -85,6 +86,18 @@ class Requests:
 
 def _nothing() -> None:
     pass
+
+
+def key_of(table: Any, value: Any) -> str | None:
+    """The path of *value* inside a configuration's *table* (``ports[1]``, ``net.behind``), None where it is not."""
+    pairs = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
+    for key, one in pairs:
+        name = f"[{key}]" if isinstance(table, list) else str(key)
+        if one == value:
+            return name
+        if (below := key_of(one, value)) is not None:
+            return name + below if below.startswith("[") else f"{name}.{below}"
+    return None
 
 
 class DeviceSlot:
@@ -313,11 +326,16 @@ class DeviceSlot:
 
     def open(self, kind: str, spec: Any, /) -> Any:
         """Open a back end of *kind* ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
-        name, rest = self._choose(kind, spec)
+        key, here = key_of(self.config.options, spec), self.config.place
+        return self.open_at(kind, spec, here.below(key) if key else here)
+
+    def open_at(self, kind: str, spec: Any, place: Place) -> Any:
+        """The same for a *spec* that stands at *place* of the configuration."""
+        name, rest = self._choose(kind, spec, place)
         outer, self._gate = self._gate, GrantedBackend(kind) if self._machine.mediator.checkers else None
         try:
             self.ask("backend", f"{kind}:{name}", ("open",))
-            opened = self._make(kind, name, rest)
+            opened = self._make(kind, name, rest, place)
             if self._gate is not None:
                 opened = self._gate.before(opened)
         finally:
@@ -325,23 +343,29 @@ class DeviceSlot:
         self._opened.append(opened)
         return opened
 
-    def _make(self, kind: str, name: str, rest: dict[str, Any] | str) -> Any:
-        machine, place = self._machine, self.config.place
+    def _make(self, kind: str, name: str, rest: dict[str, Any] | str, place: Place) -> Any:
+        machine = self._machine
         if kind == "char" and name == "console":
             self.has_console = True
             return machine.console.claim(self.id)
         offer = machine.host.registry.get("backend", f"{kind}:{name}", file=place.file, key=place.key)
-        options = machine.host.options(offer, rest, file=place.file, key=f"{place.key or self.id}.{name}")
-        factory = offer.load()
+        options = machine.host.options(offer, rest, file=place.file, key=place.key)
+        factory, who = offer.load(), f'{kind} back end "{name}" of device "{self.id}"'
+        card = f"{who} (card {offer.card}, {offer.distribution})"
         try:
-            return factory(self, options) if options is not None else factory(self)
+            made = factory(self, options) if options is not None else factory(self)
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-            raise place.error(f'{kind} back end "{name}" of device "{self.id}": {what}') from error
+            raise place.error(f"{who}: {what}") from error
+        except CardcageError:
+            raise
+        except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+            raise CardError(f"{card}: {in_words(error)}") from error
+        check_backend(kind, made, card)
+        return made
 
-    def _choose(self, kind: str, spec: Any) -> tuple[str, dict[str, Any] | str]:
+    def _choose(self, kind: str, spec: Any, place: Place) -> tuple[str, dict[str, Any] | str]:
         """The back end's name and what is for it; the default one of its kind takes what names none."""
-        place = self.config.place
         registry = self._machine.host.registry
         for offer in registry:
             if offer.kind != "backend" or not offer.extra.get("default") or not offer.name.startswith(f"{kind}:"):
@@ -381,18 +405,21 @@ class DeviceSlot:
         self.resources.append(resource)
 
     def close(self) -> None:
-        """Take the device's ranges, readers and back ends away. Under the machine's lock."""
+        """Take the device's ranges, readers and back ends away, all of them. Under the machine's lock.
+
+        Raises what the last back end to fail at it raised.
+        """
         if self._balloon is not None:
             self._machine.balloon = self._balloon = None
         for mapping in self.mappings:
             mapping.move(None)
         for fd in list(self._readers):
             self.remove_reader(fd)
-        opened, self._opened = self._opened, []
-        for backend in opened:
-            backend.close()
-        while self._grants:
-            self._grants.popitem()[0].drop()
+        with ExitStack() as end:
+            while self._grants:
+                end.callback(self._grants.popitem()[0].drop)
+            while self._opened:
+                end.callback(self._opened.pop().close)
 
 
 class PluggedDevice:

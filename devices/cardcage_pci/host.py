@@ -139,8 +139,8 @@ class PciHost:
         self._next[area] = base + size
         return base
 
-    def unplug_function(self, device: Any) -> None:
-        """Take *device* off the bus (hot unplug)."""
+    def detach(self, device: Any, /) -> None:
+        """Take *device* off the bus, if it is there."""
         for where, function in list(self.functions.items()):
             if function.device is device:
                 for mapping in function.mappings.values():

@@ -21,12 +21,23 @@ def _known(pairs: dict[str, str], keys: tuple[str, ...]) -> None:
 def parse_device(text: str) -> dict[str, Any]:
     """``--device TYPE[,key=value]...``, any device: numbers, ``true`` and ``false`` are what they look like.
 
-    Raises :exc:`ValueError`.
+    A dot leads into a table: ``drive.type=ram,drive.size=1M``. Raises :exc:`ValueError`.
     """
     pairs = parse_pairs(text, first="type")
     if not pairs.get("type"):
         raise ValueError("expected the name of a device")
-    return {"device": [{key: value if key == "type" else _value(value) for key, value in pairs.items()}]}
+    device: dict[str, Any] = {}
+    for path, value in pairs.items():
+        *tables, key = path.split(".")
+        table = device
+        for one in tables:
+            table = table.setdefault(one, {})
+            if not isinstance(table, dict):
+                raise ValueError(f'"{path}": "{one}" is given as text already')
+        if isinstance(table.get(key), dict):
+            raise ValueError(f'"{path}" is given as a table already')
+        table[key] = value if key == "type" else _value(value)
+    return {"device": [device]}
 
 
 def _value(text: str) -> object:

@@ -144,7 +144,7 @@ def test_a_cards_exception_is_one_line_with_its_place(vm: Path, capfd: pytest.Ca
     guests = guest(("out", 0x84, 1, 0))
     assert main(["run", str(vm)], cards=[card(guests)]) == 70
     said = capfd.readouterr().err
-    assert "outcome: card failure: ZeroDivisionError: a card's bug (in write, " in said
+    assert "outcome: card failure: card scripted (given to Host): ZeroDivisionError: a card's bug (in write, " in said
     assert "Traceback" not in said
     assert main(["run", str(vm), "--traceback"], cards=[card(guests)]) == 70
     assert "Traceback" in capfd.readouterr().err

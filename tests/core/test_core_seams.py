@@ -389,6 +389,10 @@ class Sink:
             raise FileNotFoundError(2, "No such file or directory", "gone")
         self.options, self.closed = options, False
 
+    def start(self, received: Any, /) -> None: ...
+
+    def write(self, data: bytes, /) -> None: ...
+
     def close(self) -> None:
         self.closed = True
 
@@ -486,7 +490,7 @@ def test_back_ends_are_opened_by_spec_and_closed() -> None:
             ("fiel:x", 'no card offers backend "char:fiel"'),
             ({"path": "x"}, 'expected text such as "stdio" or a table with "type"'),
             ({"type": "file", "paht": "x"}, 'no such key. Did you mean "path"?'),
-            ({"type": "file", "path": "x", "deep": {"a": "b"}}, "file.deep.a: expected a whole number"),
+            ({"type": "file", "path": "x", "deep": {"a": "b"}}, "char.deep.a: expected a whole number"),
             ("file:gone", 'char back end "file" of device "user2": gone: No such file or directory'),
         ):
             with pytest.raises(ConfigError) as caught:

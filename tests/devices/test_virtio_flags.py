@@ -44,3 +44,14 @@ def test_any_device_can_be_added() -> None:
     assert parse_device("virtio-rng,max_bytes=0x40,address=03.0,x=true") == {"device": [table]}
     with pytest.raises(ValueError, match="name of a device"):
         parse_device("")
+
+
+def test_a_dot_leads_into_a_table() -> None:
+    """What is inside a table is written with dots; a key is text or a table, not both."""
+    drive = {"type": "qcow2", "options": {"lazy": True}}
+    assert parse_device("disk,drive.type=qcow2,drive.options.lazy=true") == {
+        "device": [{"type": "disk", "drive": drive}]
+    }
+    for text in ("disk,drive=raw,drive.size=1", "disk,drive.size=1,drive=raw"):
+        with pytest.raises(ValueError, match="is given as"):
+            parse_device(text)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterable, Sequence
 
-    from cardcage.host import Host
+    from cardcage.host import CardInfo, Host
     from cardcage.registry import Offer
 
 __all__ = ["make_parser", "run_program"]
@@ -27,11 +27,13 @@ def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
     if os.environ.get(VARIABLE):
         words = ["--security", os.environ[VARIABLE], *words]  # one that was given comes later, and counts
     traceback = "--traceback" in words
+    cards_found: list[CardInfo] = []
     try:
         from cardcage.host import Host
         from cardcage.security import HOST, OPERATOR
 
         with Host(cards, security=early_security(words)) as host:
+            cards_found = host.cards
             arguments = make_parser(host).parse_args(words)
             host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
             host.log_sink.json = getattr(arguments, "log_json", False)
@@ -43,7 +45,7 @@ def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:  # the one place where errors become words
-        return report(error, traceback=traceback)
+        return report(error, traceback=traceback, cards=cards_found)
     except SystemExit as error:  # argparse: help (0) or a wrong argument (2, already said)
         if error.code not in (0, None):
             print("outcome: bad configuration: see the line above", file=sys.stderr)

@@ -17,12 +17,14 @@ from cardcage.errors import (
     HostError,
     StateError,
     UsageError,
+    in_words,
 )
 from cardcage.outcome import Crashed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from cardcage.host import CardInfo
     from cardcage.machine import Machine
     from cardcage.outcome import Outcome
 
@@ -73,6 +75,21 @@ def ending_signals(machine: Machine) -> Iterator[None]:
 
 
 @contextmanager
+def threads_watched(machine: Machine) -> Iterator[None]:
+    """What a thread of a card's own raises while the block runs ends *machine*, as what its callbacks raise does."""
+
+    def ended(what: threading.ExceptHookArgs) -> None:
+        if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
+            machine.fail(what.exc_value)
+
+    before, threading.excepthook = threading.excepthook, ended
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """No second signal while the terminal, files and the machine's threads are put back: timeout(1) sends two."""
     if threading.current_thread() is not threading.main_thread():
@@ -95,7 +112,7 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
     Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
     """
-    with ending_signals(machine):
+    with ending_signals(machine), threads_watched(machine):
         try:
             if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
                 machine.open_console(console)
@@ -116,14 +133,18 @@ def tell(outcome: Outcome) -> int:
     return outcome.status
 
 
-def report(error: BaseException, *, traceback: bool = False) -> int:
-    """Print an error as one ``outcome:`` line (after its traceback, when asked for) and return the exit status."""
+def report(error: BaseException, *, traceback: bool = False, cards: Iterable[CardInfo] = ()) -> int:
+    """Print an error as one ``outcome:`` line (after its traceback, when asked for) and return the exit status.
+
+    Args:
+        cards: one of which an exception that is not ours may come from; that one is then named.
+    """
     if traceback:
         from traceback import print_exception
 
         print_exception(error)
     words, status = blamed_for(error)
-    text = str(error) if isinstance(error, CardcageError) else describe(error)
+    text = str(error) if isinstance(error, CardcageError) else describe(error, cards)
     text, *more = text.splitlines() or [""]
     for line in more:  # registers and the like come first, so that the outcome is the last line
         print(line, file=sys.stderr)
@@ -151,17 +172,23 @@ def blamed_for(error: BaseException) -> tuple[str, int]:
     return "card failure", EXIT["failure"]
 
 
-def describe(error: BaseException) -> str:
-    """One line about an exception that is not ours: its type, text and the place it came from."""
+def describe(error: BaseException, cards: Iterable[CardInfo] = ()) -> str:
+    """One line about an exception that is not ours: its type, text, the card and the place it came from."""
     if isinstance(error, KeyboardInterrupt):
         return ""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, Terminated):
         return str(error)
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
+    text = f"{in_words(error)[:-1]}; --traceback shows more)" if error.__traceback__ else in_words(error)
+    frame, packages = error.__traceback__, {package_of(one.module): one for one in cards}
+    named: CardInfo | None = None
+    while frame is not None:
+        card = packages.get(str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        if card is not None and (named is None or not card.ours or named.ours):
+            named = card  # the innermost, but a stranger's before one of ours that it called
         frame = frame.tb_next
-    if frame is None:
-        return text
-    code = frame.tb_frame.f_code
-    return f"{text} (in {code.co_name}, {code.co_filename}:{frame.tb_lineno}; --traceback shows more)"
+    return text if named is None else f"card {named.name} ({named.distribution}): {text}"
+
+
+def package_of(module: Any) -> str:
+    """The top-level package of a card's module, or of the class of an object with hooks."""
+    return str(getattr(module, "__name__", type(module).__module__)).partition(".")[0]
