@@ -11,6 +11,7 @@ from cardcage.abilities import check_signature
 from cardcage.admission import Request, admissions, rooms_of
 from cardcage.assembly import allow_files, blamed
 from cardcage.config import Place
+from cardcage.control import Door
 from cardcage.errors import ConfigError, HostError
 from cardcage.hostmemory import memory_group, memory_limits
 from cardcage.memory import GIB, RamRange, check_ram, split_ram
@@ -81,7 +82,7 @@ def watch_ram(machine: Machine) -> None:
 
 
 def publish(machine: Machine) -> None:
-    """Watch its RAM, say on the roster where it is and what becomes of the machine, and answer for its balloon."""
+    """Watch its RAM, say on the roster where it is and what becomes of the machine, and answer for it there."""
     record, balloon = machine.record, machine.balloon
     watch_ram(machine)
     if record is None:
@@ -89,6 +90,8 @@ def publish(machine: Machine) -> None:
     group = group_facts()  # again: a policy may have moved the process
     record.update(start=machine.memory.ranges[0].block.host_address, accelerator=machine.accelerator.name, **group)
     machine.observers.add("state", lambda state: record.update(state=state))
+    if machine.host.registry.names("control"):
+        machine._cleanup.callback(Door(machine, record.entry).close)
     if balloon is not None:
 
         def told() -> dict[str, int]:

@@ -28,6 +28,7 @@ KINDS = (
     "security",
     "flag",
     "command",
+    "control",
     "check",
 )
 
@@ -234,6 +235,13 @@ class Registry:
     def command(self, name: str, run: Any, *, configure: Any = None, help: str = "") -> None:
         """Offer a subcommand: ``configure(parser)`` adds its arguments, ``run(host, arguments) -> int`` does it."""
         self.add(Offer("command", name, run, configure, help=help))
+
+    def control(self, name: str, run: Any, *, help: str = "") -> None:
+        """Offer a command to running machines (:mod:`cardcage.control`): ``run(machine, arguments) -> dict``.
+
+        Both are tables of JSON. It runs on a thread of its own, without the machine's lock.
+        """
+        self.add(Offer("control", name, run, help=help))
 
     def check(self, name: str, check: Any, *, help: str = "") -> None:
         """Offer a line of ``cardcage doctor``: ``check() -> (ok, what was found, what would enable it)``."""

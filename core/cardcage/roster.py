@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-__all__ = ["Entry", "Record", "Roster", "ask", "roster_directory"]
+__all__ = ["Entry", "Record", "Roster", "ask", "connected", "is_ours", "listening", "roster_directory"]
 
 MOST = 16384
 """Bytes of an entry or an answer: what is longer is not ours."""
@@ -254,36 +254,18 @@ class Record:
 
     def listen(self) -> socket.socket:
         """Open the socket that :func:`ask` finds. The caller answers with :meth:`answer` whenever it is readable."""
-        import socket  # only a machine with a balloon needs it
-
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        folder = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
-        try:
-            name = self._path.with_suffix(".sock").name
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=folder)
-            made.bind(f"/proc/self/fd/{folder}/{name}")  # however long the directory's path is
-            made.listen(8)
-        except BaseException:
-            made.close()
-            raise
-        finally:
-            os.close(folder)
-        self._socket = made
+        self._socket = listening(self._path.with_suffix(".sock"))
         self.update(balloon=True)
-        return made
+        return self._socket
 
     def answer(self, tell: Callable[[], dict[str, int]]) -> None:
         """Take one caller, and tell it. A caller of another user's is sent away; none is waited for."""
         if self._socket is None:
             return
-        import socket
-
         with suppress(OSError):  # the caller went away, or does not read: its own loss
             caller, _ = self._socket.accept()
             with caller:
-                credentials = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                if struct.unpack("3i", credentials)[1] in (os.geteuid(), 0):
+                if is_ours(caller):
                     caller.setblocking(False)
                     caller.send(json.dumps(tell()).encode())
 
@@ -301,27 +283,66 @@ class Record:
 def leave(path: Path, pid: int) -> None:
     """Take a machine of process *pid* off the roster; its forked children leave it there."""
     if os.getpid() == pid:
-        path.with_suffix(".sock").unlink(missing_ok=True)
+        for suffix in (".sock", ".control"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+
+
+def listening(path: Path) -> socket.socket:
+    """A socket that listens at *path*, in place of one left behind there. Raises OSError."""
+    import socket
+
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")  # however long the directory's path is
+        os.chmod(path.name, 0o600, dir_fd=folder)
+        made.listen(8)
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(folder)
+    return made
+
+
+def connected(path: Path, timeout: float) -> socket.socket:
+    """A socket that is connected to who listens at *path*; each of its acts takes up to *timeout*. Raises OSError."""
+    import socket
+
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        peer.settimeout(timeout)
+        peer.connect(f"/proc/self/fd/{folder}/{path.name}")
+    except BaseException:
+        peer.close()
+        raise
+    finally:
+        os.close(folder)
+    return peer
+
+
+def is_ours(peer: socket.socket) -> bool:
+    """Whether the other end is a process of this user's, or root's."""
+    import socket
+
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] in (os.geteuid(), 0)
 
 
 def ask(entry: Entry, timeout: float = 0.2) -> dict[str, int] | None:
     """What the machine's balloon says, bytes by name; ``None`` when it has none, or does not answer in time."""
     if not entry.balloon:
         return None
-    import socket
-
-    folder = os.open(Path(entry.file).parent, os.O_PATH | os.O_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as peer:
-            peer.settimeout(timeout)
-            peer.connect(f"/proc/self/fd/{folder}/{Path(entry.file).with_suffix('.sock').name}")
+        with connected(Path(entry.file).with_suffix(".sock"), timeout) as peer:
             text = b""
             while len(text) <= MOST and (part := peer.recv(4096)):
                 text += part
         found = load(text)
     except (OSError, ValueError):
         return None
-    finally:
-        os.close(folder)
     return {str(name): value for name, value in found.items() if type(value) is int and 0 <= value < 1 << 62}

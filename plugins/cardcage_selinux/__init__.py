@@ -20,9 +20,15 @@ def cardcage_register(registry: Registry) -> None:
         help='mandatory access control by a policy in CIL; security = "default" is this one with its own policy',
     )
     registry.check("SELinux of the host", "cardcage_selinux.hostlabels:check", help="real labels on processes")
+    for name, help in (
+        ("policy-reload", "read the security policy's files anew"),
+        ("policy-set", "give booleans values, or change the mode: {booleans: {NAME: true}, enforcing: false}"),
+        ("policy-show", "the mode and the booleans"),
+    ):
+        registry.control(name, f"cardcage_selinux.running:{name.replace('-', '_')}", help=help)
     registry.command(
         "policy",
         "cardcage_selinux.tool:run",
         configure="cardcage_selinux.tool:configure",
-        help="check, explain, diff or query a security policy, or write rules from a log",
+        help="check, explain, diff or query a security policy, write rules from a log, change that of running machines",
     )

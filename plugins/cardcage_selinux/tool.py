@@ -1,4 +1,4 @@
-"""``cardcage policy``: check, explain, allow-from-log, diff and query."""
+"""``cardcage policy``: check, explain, allow-from-log, diff and query; and what ``running`` adds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError, UsageError, near
 
+from cardcage_selinux import running
 from cardcage_selinux.difference import difference
 from cardcage_selinux.explain import explain
 from cardcage_selinux.fromlog import read_log, rules_for
@@ -27,7 +28,7 @@ DEFAULT = Path(__file__).with_name("default.cil")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``cardcage policy``."""
-    acts = parser.add_subparsers(dest="act", required=True, metavar="check|explain|allow-from-log|diff|query")
+    acts = parser.add_subparsers(dest="act", required=True, metavar="ACT")
     files = "CIL files that make the policy, a directory for its *.cil; by default the policy that cardcage ships"
     check = acts.add_parser("check", help="compile a policy; errors have file, line and column, status 2")
     why = acts.add_parser("explain", help="say why an access is granted (status 0) or denied (1)")
@@ -62,6 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--set", action="append", default=[], metavar="BOOLEAN=VALUE", help="give a boolean a value: x=true"
         )
+    running.configure(acts)
     check.add_argument("--no-neverallow", action="store_true", help="do not check neverallow rules and type bounds")
 
 
@@ -74,7 +76,7 @@ def run(host: object, arguments: argparse.Namespace) -> int:
         "diff": _diff,
         "query": _query,
     }
-    return acts[arguments.act](arguments)
+    return acts.get(arguments.act, running.run)(arguments)
 
 
 def _load(files: list[str], assignments: list[str], *, check: bool = True) -> Policy:
@@ -87,10 +89,8 @@ def _load(files: list[str], assignments: list[str], *, check: bool = True) -> Po
     policy = load(paths, check=check)
     changes = {}
     for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or value not in ("true", "false", "on", "off", "1", "0"):
-            raise ConfigError(f"expected BOOLEAN=true or BOOLEAN=false, got {text}", file="--set")
-        changes[name] = value in ("true", "on", "1")
+        name, value = running.flag(text, "--set")
+        changes[name] = value
     return policy.with_booleans(changes) if changes else policy
 
 
