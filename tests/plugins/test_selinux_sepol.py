@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import cardcage_selinux
@@ -14,7 +15,7 @@ from cardcage_selinux.errors import PolicyError
 from cardcage_selinux.policy import load
 from selinux_compare import compare, compare_text
 from selinux_random import checked_policy
-from selinux_sepol import HAVE, MISSING, bounds_work, secilc
+from selinux_sepol import HAVE, MISSING, Sepol, bounds_work, secilc
 from selinux_sink import SINK
 
 pytestmark = pytest.mark.skipif(not HAVE, reason=MISSING)
@@ -77,3 +78,55 @@ def test_checks_are_libsepols(tmp_path: Path) -> None:
         assert (not ours) == (status == 0), (seed, ours, said)
         seen[not ours, status == 0] += 1
     assert len(seen) == 2
+
+
+TWO = """(class file (read write)) (classorder (file)) (sid kernel) (sidorder (kernel))
+(user u) (role r) (type t) (type o)
+(userrole u r) (roletype r t) (roletype r o) (sensitivity s) (category x) (sensitivityorder (s)) (categoryorder (x))
+(userlevel u (s)) (userrange u ((s) (s))) (sidcontext kernel (u r t ((s) (s)))) (allow t t (file (read)))
+(boolean a false) (boolean b false)
+(booleanif FIRST (true (allow t o (file (read))))) (booleanif SECOND (true (allow t o (file (write)))))
+"""
+
+
+MEANS = {
+    "(or (not a) b)": lambda a, b: not a or b,
+    "(or b (not a))": lambda a, b: not a or b,
+    "(not (and a (not b)))": lambda a, b: not a or b,
+    "(or (not b) a)": lambda a, b: not b or a,
+    "(and a (not b))": lambda a, b: a and not b,
+    "(and b (not a))": lambda a, b: b and not a,
+    "(xor a b)": lambda a, b: a is not b,
+    "(xor b a)": lambda a, b: a is not b,
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("(or (not a) b)", "(or (not b) a)", False),
+        ("(and a (not b))", "(and b (not a))", False),
+        ("(or (not a) b)", "(or b (not a))", True),
+        ("(or (not a) b)", "(not (and a (not b)))", True),
+        ("(xor a b)", "(xor b a)", True),
+    ],
+)
+def test_conditions_that_libsepol_takes_for_one(first: str, second: str, same: bool, tmp_path: Path) -> None:
+    """Each condition means what it says; libsepol agrees, or decides the second by the first where they differ."""
+    text = TWO.replace("FIRST", first).replace("SECOND", second)
+    status, binary, said = secilc(text, tmp_path)
+    assert status == 0, said
+    policy, merged = load(text), load(TWO.replace("FIRST", first).replace("SECOND", first))
+    sepol, differ = Sepol(binary), False
+    for a, b in product((False, True), repeat=2):
+        values = {"a": a, "b": b}
+        sepol.set_booleans(values)
+        theirs = sepol.av("u:r:t", "u:r:o", "file")
+        assert theirs is not None
+        ours, other = (
+            one.with_booleans(values).compute_av("u:r:t", "u:r:o", "file").allowed for one in (policy, merged)
+        )
+        assert ours == MEANS[first](a, b) + 2 * MEANS[second](a, b)
+        assert theirs.allowed in ((ours,) if same else (ours, other))
+        differ = differ or ours != other
+    assert differ is not same
