@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Balloon", "BalloonOptions", "BalloonState"]
 
 PAGE = 4096
+LIST_MAX = 4096
+"""Pages in one list: Linux sends 256, others 1024. Each may be a system call under the machine's lock."""
 F_TELL, F_STATS, F_OOM, F_POISON, F_REPORTING = 0, 1, 2, 4, 5
 INFLATE, DEFLATE, STATS = 0, 1, 2
 STATISTICS = (
@@ -181,7 +183,7 @@ class Balloon:
 
     def _inflate(self, request: Request) -> None:
         size = request.readable_size
-        if size % 4 or size > 1 << 20:
+        if size % 4 or size > 4 * LIST_MAX:
             raise RingError(f"a list of pages of {size} bytes")
         pages = sorted({page for (page,) in struct.iter_unpack("<I", request.read())})
         start = None

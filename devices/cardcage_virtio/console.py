@@ -115,7 +115,7 @@ class Console:
         """The terminal behind port 0 has another size now."""
         self.columns, self.rows = columns, rows
         if self._io.has(F_MULTIPORT):
-            self._send(0, RESIZE, 0, struct.pack("<HH", columns, rows))
+            self._io.guarded(lambda: self._send(0, RESIZE, 0, struct.pack("<HH", columns, rows)))
         self._io.config_changed()
 
     def stop(self) -> None:
@@ -172,15 +172,17 @@ class Console:
         ring = self._io.rings[port.receive]
         if ring is None or not self._io.live or not port.open:
             return
-        while port.held:
+        for _ in range(4 * ring.size):
+            if not port.held:
+                return
             request = ring.pop()
-            if request is None:
-                if not ring.rearm():
-                    return
-                continue
-            written = request.write(port.held)
-            del port.held[:written]
-            request.done(written)
+            if request is not None:
+                written = request.write(port.held)
+                del port.held[:written]
+                request.done(written)
+            elif not ring.rearm():
+                return
+        self._slot.call_soon(lambda: self._io.kick(port.receive))  # buffers without room, more and more of them
 
     # control
 
@@ -194,11 +196,10 @@ class Console:
         ring = self._io.rings[2]
         while ring is not None and self._messages:
             request = ring.pop()
-            if request is None:
-                if not ring.rearm():
-                    return
-                continue
-            request.done(request.write(self._messages.popleft()))
+            if request is not None:
+                request.done(request.write(self._messages.popleft()))
+            elif not ring.rearm():
+                return
 
     def _control(self, request: Request) -> None:
         data = bytes(request.read()[: MESSAGE.size]) if request.readable_size <= 4096 else b""

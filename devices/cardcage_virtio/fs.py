@@ -23,7 +23,7 @@ from cardcage_virtio import fs_xattr, fuse
 from cardcage_virtio.fuse import IN_HEADER, IO, OUT_HEADER, Args, Op, Set, io_of, part
 from cardcage_virtio.fuse_tree import ROOT, Handle, Inode, Tree, WaitsError
 from cardcage_virtio.hostcalls import NOW, OMIT, RENAME_EXCHANGE, fallocate, is_local
-from cardcage_virtio.p9_tree import Node
+from cardcage_virtio.p9_tree import Listings, Node
 from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
 
@@ -99,6 +99,7 @@ class Fs:
         self.tree: Tree
         self._barred, self._serving = False, Lock()
         self.handles: dict[int, Handle] = {}
+        self._listings = Listings()
         self._most_handles, self._next_handle = limit // 4, 1
         self._valid = VALID[options.cache]
         self._calls: dict[int, Callable[[Inode, Args], bytes]] = {
@@ -447,11 +448,10 @@ class Fs:
         number, offset, size, *_ = args.take(IO)
         handle = self._handle(number)
         node = self.tree.node(handle.inode)
-        if offset == 0:
-            rows = node.entries(handle.fd)
-            handle.listing = [(name, struct.unpack_from("<Q", qid, 5)[0], kind) for name, qid, kind in rows]
+        listing = self._listings.rows(handle, lambda: node.entries(handle.fd), fresh=offset == 0)
         room, out = min(size, room, MOST), bytearray()
-        for at, (name, ino, kind) in enumerate(handle.listing[offset : offset + 65536], offset + 1):
+        for at, (name, qid, kind) in enumerate(listing[offset : offset + 65536], offset + 1):
+            ino = int.from_bytes(qid[5:], "little")
             row = fuse.DIRENT.pack(ino, at, len(name), kind) + name
             row += bytes(-len(row) % 8)
             if len(out) + len(row) + plus * (fuse.ENTRY.size + fuse.ATTR.size) > room:
@@ -476,9 +476,10 @@ class Fs:
 
     def load(self, state: FsState) -> None:
         self.stop()
+        known: dict[tuple[bytes, ...], Inode] = {}
         for number, lookups, path in sorted(state.inodes, key=lambda row: len(row[2])):
             try:
-                self.tree.restore(number, lookups, path)
+                self.tree.restore(number, lookups, path, known)
             except OSError as error:
                 self._gone(b"/".join(path), error)
         for at, number, flags in state.handles:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cardcage_virtio.hostcalls import open_cached
-from cardcage_virtio.p9_tree import Node, check_name
+from cardcage_virtio.p9_tree import Node, check_name, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Inode:
     @property
     def path(self) -> tuple[bytes, ...]:
         """Names from the root."""
-        return () if self.parent is None else (*self.parent.path, self.name)
+        return names_of(self)
 
 
 def key_of(found: os.stat_result) -> tuple[int, int, int]:
@@ -53,13 +53,12 @@ def key_of(found: os.stat_result) -> tuple[int, int, int]:
 
 
 class Handle:
-    """An open file or directory. ``listing`` is a directory's, as it was when it was read from its start."""
+    """An open file or directory."""
 
-    __slots__ = ("fd", "flags", "inode", "listing")
+    __slots__ = ("__weakref__", "fd", "flags", "inode")
 
     def __init__(self, inode: Inode, fd: int, flags: int) -> None:
         self.inode, self.fd, self.flags = inode, fd, flags
-        self.listing: list[tuple[bytes, int, int]] = []
 
 
 class Tree:
@@ -105,19 +104,27 @@ class Tree:
             return self._top
         if self.quick and (inode.node is None or inode.key[0] != self.root.key[0]):
             raise WaitsError
-        self._open.pop(inode.number, None)
-        if inode.node is None:
+        closed: list[Inode] = [inode]
+        above: Inode | None = inode.parent
+        while closed[-1].node is None and above is not None:  # no recursion: a guest nests directories without end
+            closed.append(above)
+            above = above.parent
+        node = closed[-1].node or self._top
+        for one in reversed(closed[:-1]):
             try:
-                node = self._walk(self.node(inode.parent), inode.name)
+                node = self._walk(node, one.name)
             except OSError as error:
                 raise OSError(errno.ESTALE, "gone meanwhile") from error
-            if key_of(node.stat()) != inode.key:
+            if key_of(node.stat()) != one.key:
                 raise OSError(errno.ESTALE, "replaced meanwhile")
-            inode.node = node
-        self._opened(inode)
-        return inode.node
+            one.node = node
+            self._use(one)
+        self._use(inode)
+        return node
 
-    def _opened(self, inode: Inode) -> None:
+    def _use(self, inode: Inode) -> None:
+        """It was used last, and is put away last."""
+        self._open.pop(inode.number, None)
         self._open[inode.number] = inode
         if len(self._open) > self._descriptors:
             oldest = next(iter(self._open))
@@ -153,8 +160,7 @@ class Tree:
             inode.node = node
         if inode.parent is not None:
             inode.lookups += 1
-            self._open.pop(inode.number, None)
-            self._opened(inode)
+            self._use(inode)
         return inode
 
     @staticmethod
@@ -184,16 +190,19 @@ class Tree:
             if inode is not None and inode.parent is not None:
                 self._place(inode, new, new_name)
 
-    def restore(self, number: int, lookups: int, path: list[bytes]) -> Inode:
-        """An inode of a saved state. Raises OSError when it is gone."""
-        at = self.root
+    def restore(self, number: int, lookups: int, path: list[bytes], known: dict[tuple[bytes, ...], Inode]) -> Inode:
+        """An inode of a saved state; *known* are those restored before, by path. Raises OSError when it is gone."""
+        at, names = known.get(tuple(path[:-1]), self.root), path[-1:]
+        if at is self.root:
+            names = path
         node = self.node(at)
-        for name in path[:-1]:
+        for name in names[:-1]:
             node = self._walk(node, name)
             at = self._by_key.get(key_of(node.stat())) or Inode(0, at, name, node)
-        inode = Inode(number, at, path[-1], self._walk(node, path[-1]))
+        inode = Inode(number, at, names[-1], self._walk(node, names[-1]))
         inode.lookups = lookups
         self._inodes[number] = self._by_key[inode.key] = inode
         self._next = max(self._next, number + 1)
-        self._opened(inode)
+        self._use(inode)
+        known[tuple(path)] = inode
         return inode

@@ -17,7 +17,7 @@ from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
 
 from cardcage_virtio.hostcalls import NOW, OMIT
-from cardcage_virtio.p9_tree import Node
+from cardcage_virtio.p9_tree import Listings, Node
 from cardcage_virtio.p9_wire import Message, text
 from cardcage_virtio.request import RingError
 from cardcage_virtio.workers import Workers
@@ -67,11 +67,10 @@ class P9State:
 class Fid:
     """What the guest holds by number: a node, and a descriptor once opened."""
 
-    __slots__ = ("fd", "flags", "listing", "node")
+    __slots__ = ("__weakref__", "fd", "flags", "node")
 
     def __init__(self, node: Node) -> None:
         self.node, self.fd, self.flags = node, -1, -1
-        self.listing: list[tuple[bytes, bytes, int]] | None = None
 
     def opened(self, fd: int, flags: int) -> None:
         self.close()
@@ -80,7 +79,7 @@ class Fid:
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
-        self.fd, self.listing = -1, None
+        self.fd = -1
 
 
 class P9:
@@ -95,7 +94,8 @@ class P9:
         self.options, self._barred = options, False
         self.root: Node
         self.fids: dict[int, Fid] = {}
-        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._listings = Listings()
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # open files, and as many nodes
         self._msize = MSIZE_MIN
         self._calls: dict[int, Callable[[Message], bytes]] = {
             8: self._statfs,
@@ -134,7 +134,7 @@ class P9:
         readonly = self.options.readonly
         slot.ask("image", path, ("open", "read", *changes), bar(True), bar(False), readonly=readonly)
         try:
-            self.root = Node.root(path)
+            self.root = Node.root(path, self._most)
         except OSError as error:
             raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
 
@@ -308,15 +308,14 @@ class P9:
         fid, offset, count = self._fid(message), message.number(8), message.number(4)
         if fid.fd < 0:
             raise OSError(errno.EBADF, "not open")
-        if fid.listing is None or offset == 0:
-            fid.listing = fid.node.entries(fid.fd)
-        room, out = min(count, message.room - 4), b""
-        for at, (name, qid, kind) in enumerate(fid.listing[offset : offset + 65536], offset + 1):
+        listing = self._listings.rows(fid, lambda: fid.node.entries(fid.fd), fresh=offset == 0)
+        room, out = min(count, message.room - 4), bytearray()
+        for at, (name, qid, kind) in enumerate(listing[offset : offset + 65536], offset + 1):
             row = qid + struct.pack("<QB", at, kind) + text(name)
             if len(out) + len(row) > room:
                 break
             out += row
-        return struct.pack("<I", len(out)) + out
+        return struct.pack("<I", len(out)) + bytes(out)
 
     # names
 
@@ -338,7 +337,11 @@ class P9:
         fid, to, name = self._fid(message), self._fid(message), message.text()
         parent, old = fid.node.place()
         parent.rename(old, to.node, name)
-        fid.node.parent, fid.node.name = to.node, name
+        above: Node | None = to.node
+        while above is not None and above is not fid.node:
+            above = above.parent
+        if above is None:  # else *to* was walked to through it, and moved since: it keeps the way it was found by
+            fid.node.parent, fid.node.name = to.node, name
         return b""
 
     def _renameat(self, message: Message) -> bytes:

@@ -11,15 +11,22 @@ import errno
 import os
 import stat
 from struct import pack
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from cardcage_virtio import hostcalls
 
-__all__ = ["Node", "check_name"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Listings", "Node", "check_name", "names_of"]
 
 O_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_DIRECTORY
 MODE = 0o1777
 """Permission bits that a guest may set: no set-user-id on the host."""
+DEPTH_MAX = 4096
+"""Names of a path that are kept: a guest may nest directories without end."""
 
 
 def check_name(name: bytes) -> bytes:
@@ -31,6 +38,15 @@ def check_name(name: bytes) -> bytes:
     return name
 
 
+class Tally:
+    """How many nodes of a tree hold descriptors, and may."""
+
+    __slots__ = ("held", "most")
+
+    def __init__(self, most: int) -> None:
+        self.held, self.most = 0, most
+
+
 class Node:
     """A file, directory or link. Closing is by reference: the descriptor goes with the last holder.
 
@@ -38,29 +54,40 @@ class Node:
         fd: ``O_PATH`` descriptor. parent: ``None`` at the root. name: in the parent, when it was walked.
     """
 
-    __slots__ = ("fd", "name", "parent")
+    __slots__ = ("_tally", "fd", "name", "parent")
 
-    def __init__(self, fd: int, parent: Node | None = None, name: bytes = b"") -> None:
+    def __init__(self, fd: int, parent: Node | None = None, name: bytes = b"", tally: Tally | None = None) -> None:
         self.fd, self.parent, self.name = fd, parent, name
+        self._tally: Tally | None = tally if parent is None else parent._tally
+        if self._tally is not None:
+            self._tally.held += 1
 
     def __del__(self) -> None:
         os.close(self.fd)
+        if self._tally is not None:
+            self._tally.held -= 1
 
     @classmethod
-    def root(cls, path: str) -> Node:
-        """The directory at *path*, which may be reached through links. Raises OSError."""
-        return cls(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    def root(cls, path: str, most: int | None = None) -> Node:
+        """The directory at *path*, which may be reached through links. *most* nodes may be held. Raises OSError."""
+        tally = None if most is None else Tally(most)
+        return cls(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), tally=tally)
+
+    def _room(self) -> None:
+        if self._tally is not None and self._tally.held >= self._tally.most:
+            raise OSError(errno.EMFILE, "too many files")
 
     def walk(self, name: bytes) -> Node:
-        """The entry *name*; ``..`` ends at the root."""
+        """The entry *name*; ``..`` ends at the root. Raises OSError, EMFILE when too many are held."""
         if name == b"..":
             return self.parent or self
+        self._room()
         return Node(os.open(check_name(name), O_PATH, dir_fd=self.fd), self, name)
 
     @property
     def path(self) -> tuple[bytes, ...]:
         """Names from the root, as they were walked."""
-        return () if self.parent is None else (*self.parent.path, self.name)
+        return names_of(self)
 
     @property
     def proc(self) -> str:
@@ -84,6 +111,7 @@ class Node:
     def create(self, name: bytes, flags: int, mode: int) -> tuple[Node, int]:
         """Make (or open, unless ``O_EXCL``) a file; returns it and a descriptor."""
         flags = flags & (OPEN_FLAGS | os.O_EXCL) | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        self._room()
         fd = os.open(check_name(name), flags, mode & MODE, dir_fd=self.fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -173,6 +201,39 @@ class Node:
                 number = entry.inode() ^ device << 40 & (1 << 64) - 1
                 qid = pack("<BIQ", {10: 2, 4: 0x80}.get(kind, 0), 0, number)
                 found.append((os.fsencode(entry.name), qid, kind))
+        return found
+
+
+def names_of(at: Any) -> tuple[bytes, ...]:
+    """Names from the root to what has ``parent`` and ``name``, the last :data:`DEPTH_MAX`."""
+    names: list[bytes] = []
+    while at.parent is not None and len(names) < DEPTH_MAX:
+        names.append(at.name)
+        at = at.parent
+    return tuple(reversed(names))
+
+
+class Listings:
+    """What was in directories when they were read from their start, by who reads them: few, and not too long together.
+
+    One that was put away is read again, from the same place on.
+    """
+
+    MOST, ROWS = 64, 1 << 18
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+    def rows(self, reader: Any, read: Callable[[], list[Any]], *, fresh: bool) -> list[Any]:
+        """The rows for *reader*; *fresh*: as they are now."""
+        found = None if fresh else self._kept.get(reader)
+        if found is None:
+            self._kept.pop(reader, None)
+            found = self._kept[reader] = read()
+            while len(self._kept) > 1 and (
+                len(self._kept) > self.MOST or sum(map(len, self._kept.values())) > self.ROWS
+            ):
+                del self._kept[next(iter(self._kept.keys()))]
         return found
 
 

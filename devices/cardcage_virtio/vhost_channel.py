@@ -216,7 +216,8 @@ class Channel:
     def set_log(self, fd: int, size: int) -> None:
         """Have the back end set a bit for each page it writes, from address 0 on, in shared memory of *size* bytes."""
         self.send(SET_LOG_BASE, struct.pack("<QQ", size, 0), [fd], reply=True)
-        self.receive(SET_LOG_BASE)
+        for one in self.receive(SET_LOG_BASE)[1]:
+            os.close(one)
 
     def set_ring(
         self, index: int, size: int, base: int, table: int, used: int, avail: int, kick: int, call: int, log: int | None

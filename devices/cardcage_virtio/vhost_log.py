@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import TYPE_CHECKING
@@ -28,8 +29,9 @@ class WriteLog:
         self._fd = self._make()
 
     def _make(self) -> int:
-        fd = os.memfd_create("cardcage-vhost-log", os.MFD_CLOEXEC)
+        fd = os.memfd_create("cardcage-vhost-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, self._size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)  # shorter, it would fault us
         return fd
 
     def follow(self, channel: Channel) -> bool:

@@ -261,7 +261,9 @@ class Vsock:
             return
         ring.batching = True
         try:
-            while self._control or self._sending:
+            for _ in range(4 * ring.size):
+                if not self._control and not self._sending:
+                    return
                 request = ring.pop()
                 if request is None:
                     if not ring.rearm():
@@ -277,6 +279,7 @@ class Vsock:
                         request.done(written)
                     else:
                         ring.unpop(request)
+            self._slot.call_soon(lambda: self._io.kick(RX))  # others get their turn
         finally:
             ring.batching = False
             ring.signal()
