@@ -235,9 +235,9 @@ class PciTransport:
             if value & 0xFF == 0:
                 self._after_reset()
         elif offset == 0x00:
-            self._device_select = value
+            self._device_select = value & 0xFFFFFFFF
         elif offset == 0x08:
-            self._driver_select = value
+            self._driver_select = value & 0xFFFFFFFF
         elif offset == 0x0C:
             if self._driver_select < 2 and not virtio.status & 8:
                 shift = 32 * self._driver_select

@@ -12,7 +12,7 @@ from cardcage_virtio import cardcage_register
 from cardcage_virtio.mmio import MmioTransport
 from cardcage_virtio.pci import PciTransport
 from cardcage_virtio.testing import BenchSlot, Driver, ram
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 
@@ -255,9 +255,12 @@ def test_mmio_round_trip() -> None:
 
 ACCESS = st.tuples(st.booleans(), st.integers(0, 0x3FFF), st.sampled_from([1, 2, 4, 8]), st.integers(0, (1 << 64) - 1))
 NEAR = st.tuples(st.booleans(), st.integers(0, 0x3C), st.sampled_from([1, 2, 4]), st.integers(0, 40))
+WIDE = st.tuples(st.booleans(), st.integers(0, 0x3C), st.sampled_from([4, 8]), st.integers(0, (1 << 64) - 1))
 
 
-@given(st.lists(ACCESS | NEAR, max_size=60))
+@given(st.lists(ACCESS | NEAR | WIDE, max_size=60))
+@example([(True, 0, 8, 1 << 32), (False, 0, 4, 0)])
+@example([(True, 8, 8, 1 << 32), (False, 8, 4, 0)])
 def test_no_register_access_hurts(accesses: list[tuple[bool, int, int, int]]) -> None:
     """Any accesses to either transport raise nothing, and a reset brings the device back."""
     pci, mmio = Pci(), Mmio()
