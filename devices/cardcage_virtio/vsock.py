@@ -6,12 +6,14 @@ A guest that connects to CID 2 port P reaches the listener at ``uds`` + ``_P``.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import stat
 import struct
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
@@ -86,6 +88,7 @@ class Vsock:
             self._listener.close()
             raise ConfigError(f"{slot.id}: uds {path}: {error.strerror or error}") from error
         self._listener.listen(128)
+        self._spare = os.dup(self._listener.fileno())
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         slot.add_reader(self._epoll.fileno(), self._ready)
@@ -115,6 +118,7 @@ class Vsock:
         self._drop_all()
         self._slot.remove_reader(self._epoll.fileno())
         self._epoll.close()
+        os.close(self._spare)
         self._listener.close()
         os.unlink(self.options.uds)
 
@@ -178,14 +182,23 @@ class Vsock:
     def _accept(self) -> None:
         try:
             caller, _ = self._listener.accept()
-        except OSError:  # gone again, or out of descriptors: the caller sees a closed socket
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return  # else it is gone again
         caller.setblocking(False)
         if self._barred or len(self.streams) + len(self._callers) >= STREAMS_MAX:
             caller.close()
             return
         self._callers[caller.fileno()] = (caller, bytearray())
         self._epoll.register(caller, select.EPOLLIN)
+
+    def _turn_away(self) -> None:
+        """Out of descriptors: hang up on who calls, who else would have the loop look at him for ever."""
+        os.close(self._spare)
+        with suppress(OSError):
+            self._listener.accept()[0].close()
+        self._spare = os.dup(self._listener.fileno())
 
     def _greeted(self, fd: int) -> None:
         """Read ``CONNECT PORT`` a byte at a time: what follows the line belongs to the stream."""

@@ -196,3 +196,29 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     channel.close()
     peer.close()
+
+
+def test_callers_are_turned_away_without_descriptors(tmp_path: Path) -> None:
+    """A host program that calls while the process has no descriptor left is hung up on, and the next one is heard."""
+    guest = Guest(tmp_path / "v")
+    callers = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    taken: list[int] = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            taken.extend(iter(lambda: os.dup(0), -1))
+        callers[0].settimeout(10)
+        callers[0].connect(str(tmp_path / "v"))
+        guest.bench.slot.poll(10)
+        assert callers[0].recv(1) == b""
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+    callers[1].connect(str(tmp_path / "v"))
+    callers[1].sendall(b"CONNECT 9\n")
+    assert guest.expect(1)[0].destination_port == 9
+    guest.close()
+    for one in callers:
+        one.close()
