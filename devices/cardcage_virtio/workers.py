@@ -7,6 +7,7 @@ wait, each worker takes one at a time and wakes the next for the rest.
 
 from __future__ import annotations
 
+from functools import partial
 from queue import SimpleQueue
 from threading import Condition, Lock, Thread
 from time import monotonic as now
@@ -128,6 +129,8 @@ class Workers:
                     self._serve(ring)
             except (RingError, GuestMemoryError) as error:
                 self._broken(ring, f"queue {index}: {error}")
+            except BaseException as error:  # a fault of the device's: it stops the machine, not only this thread
+                self._io.slot.call_soon(partial(_raise, error))
             finally:
                 with self._idle:
                     self.active -= 1
@@ -182,3 +185,7 @@ class Workers:
             self._waited[index] = 0
             if self._shared[index]:
                 self._shared[index] -= 1
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -222,3 +222,18 @@ def test_callers_are_turned_away_without_descriptors(tmp_path: Path) -> None:
     guest.close()
     for one in callers:
         one.close()
+
+
+def test_a_fault_on_a_worker_is_not_silent(tmp_path: Path) -> None:
+    """What a device's worker raises reaches the machine's loop, which stops the machine with it."""
+    (tmp_path / "file").touch()
+    client = fuse_client.Client(tmp_path, cache="never")
+
+    def fail(request: Any) -> int:
+        raise ZeroDivisionError("a fault")
+
+    client.bench.device._workers._process = fail
+    client.bench.device._workers._quick = None
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        client.lookup(b"file")
+    client.close()
