@@ -4,7 +4,7 @@ The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must
 (``memory.type = "memfd"``). Notifications and interrupts are eventfds that need not pass through this process.
 When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
 the note of requests in flight, and goes on. A back end may be slow, or silent: it is talked to on another thread, and
-where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` seconds and then hang up.
+where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` or :data:`ENDING` seconds and then hang up.
 
 While security bars the back end, requests of disks and shares are answered with an error here; of other devices, whose
 requests this process does not understand, they wait.
@@ -41,7 +41,9 @@ NOT_FOR_GUESTS = F_PROTOCOL_FEATURES | 1 << 26 | 1 << 34 | 1 << 40 | 1 << 33  # 
 RETRY = 100_000_000
 """Nanoseconds between two attempts to reach a back end that died."""
 PATIENCE = 2.0
-"""Seconds that a back end may keep waiting who holds the machine's lock: to stop its rings, it ends requests first."""
+"""Seconds that a back end may keep waiting who holds the machine's lock."""
+ENDING = 10.0
+"""The same to end its requests when no note is kept of them: what it has not ended when we hang up is lost."""
 
 
 @define
@@ -275,7 +277,7 @@ class VhostUser:
         if channel is None:
             return
         try:
-            with channel.within(PATIENCE):
+            with channel.within(ENDING if self._inflight is None else PATIENCE):
                 for index in self._started:
                     if index not in self._bases:
                         self._bases[index] = channel.stop_ring(index)

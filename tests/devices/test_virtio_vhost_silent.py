@@ -114,6 +114,7 @@ def patient(monkeypatch: Any) -> None:
     """Who waits for the back end where it must not waits for minutes, and the test with it."""
     monkeypatch.setattr("cardcage_virtio.vhost_channel.TIMEOUT", 600.0)
     monkeypatch.setattr("cardcage_virtio.vhost_user.PATIENCE", 0.2)
+    monkeypatch.setattr("cardcage_virtio.vhost_user.ENDING", 0.2)
 
 
 def bench(tmp_path: Path, **keys: Any) -> Bench:
