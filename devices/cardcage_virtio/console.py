@@ -25,6 +25,8 @@ READY, ADD, REMOVE, PORT_READY, IS_CONSOLE, RESIZE, OPEN, NAME = range(8)
 MESSAGE = struct.Struct("<IHH")
 HELD_MAX = 1 << 16
 """Bytes kept for a port whose reader in the guest is slow; what comes beyond is dropped."""
+OUTPUT_MAX = 1 << 20
+"""Bytes that one buffer of the driver may bring: they are written under the machine's lock."""
 MESSAGES_MAX = 1024
 
 
@@ -156,6 +158,8 @@ class Console:
     # data
 
     def _transmit(self, port: Port, request: Request) -> None:
+        if request.readable_size > OUTPUT_MAX:
+            raise RingError(f"output of {request.readable_size} bytes at once")
         for part in request.readable:
             for at in range(0, len(part), HELD_MAX):
                 port.char.write(bytes(part[at : at + HELD_MAX]))

@@ -187,7 +187,7 @@ class Net:
 
     def _transmit(self, request: Request) -> None:
         parts = request.readable
-        if self._status & LINK_UP and parts:
+        if self._status & LINK_UP and parts and request.readable_size <= FRAME_MAX + HEADER:
             if not self._vnet:
                 first = len(parts[0])
                 if first > HEADER:

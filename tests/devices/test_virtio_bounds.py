@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import fuse_client
 import pytest
 import test_virtio_9p as nine
+from cardcage.backends import NetFeatures
 from cardcage_virtio.balloon import LIST_MAX, Balloon
 from cardcage_virtio.console import MESSAGES_MAX, Console, ConsoleOptions
 from cardcage_virtio.fuse import Op
+from cardcage_virtio.net import Net, NetOptions
 from cardcage_virtio.p9_tree import DEPTH_MAX, Listings
 from cardcage_virtio.p9_wire import text
 from cardcage_virtio.testing import Bench
@@ -237,3 +240,54 @@ def test_a_fault_on_a_worker_is_not_silent(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="a fault"):
         client.lookup(b"file")
     client.close()
+
+
+def whole_memory(bench: Bench, queue: int, first: int) -> None:
+    """A chain that begins with *first* bytes and then names all of memory, thirty times over."""
+    size = bench.memory.slots[0].size
+    bench.driver(queue).add_raw([(0, first, 0), *[(0, size, 0)] * 30])
+    bench.kick(queue)
+
+
+def test_a_frame_as_long_as_memory(tmp_path: Path) -> None:
+    """It is dropped without being copied, whatever its parts are; the next frame is sent."""
+    sent: list[bytes] = []
+
+    class Wire:
+        features = NetFeatures(0, 1, frozenset())
+
+        def start(self, received: Any) -> None: ...
+        def resume(self, queue: int) -> None: ...
+        def set_offloads(self, offloads: Any, header: int) -> None: ...
+        def send(self, queue: int, parts: Any) -> None:
+            sent.append(b"".join(parts))
+
+    bench = Bench(Net(NetOptions(net="x")), backends={"net": Wire()})
+    tracemalloc.start()
+    try:
+        whole_memory(bench, 1, 5)
+        bench.until(lambda: bool(bench.driver(1).collect()))
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    bench.driver(1).add([bytes(12) + b"f" * 60])
+    bench.kick(1)
+    bench.until(lambda: bool(sent))
+    assert sent == [b"f" * 60]
+    bench.close()
+
+
+def test_output_as_long_as_memory() -> None:
+    """A console buffer that no driver makes breaks the device in place of holding the machine up."""
+
+    class Full:
+        def start(self, received: Any) -> None: ...
+        def write(self, data: bytes) -> None:
+            raise AssertionError("something was written")
+
+        def close(self) -> None: ...
+
+    bench = Bench(Console(ConsoleOptions(char="x")), backends={"char": Full()})
+    whole_memory(bench, 1, 5)
+    assert bench.virtio.status & NEEDS_RESET
+    bench.close()
