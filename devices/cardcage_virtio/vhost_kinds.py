@@ -102,7 +102,8 @@ def vhost_user_fs(options: VhostUserFsOptions) -> VhostUser:
         if request.readable_size < fuse.IN_HEADER.size or request.writable_size < fuse.OUT_HEADER.size:
             request.done()  # FUSE_FORGET has no answer
             return
-        unique = fuse.IN_HEADER.unpack_from(request.read())[2]
+        head = b"".join(fuse.part(request.readable, 0, fuse.IN_HEADER.size))  # the rest may be as long as all memory
+        unique = fuse.IN_HEADER.unpack(head)[2]
         request.done(request.write(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size, -errno.EACCES, unique)))
 
     return VhostUser(options, 26, options.queues + 1, lambda channel: config, refuse)

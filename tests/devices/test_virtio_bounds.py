@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fuse_client
@@ -25,6 +26,7 @@ from cardcage_virtio.p9_tree import DEPTH_MAX, Listings
 from cardcage_virtio.p9_wire import text
 from cardcage_virtio.testing import Bench
 from cardcage_virtio.vhost_channel import Channel, MemoryRegion
+from cardcage_virtio.vhost_kinds import VhostUserFsOptions, vhost_user_fs
 from cardcage_virtio.vhost_log import WriteLog
 from cardcage_virtio.vsock_stream import BUFFER
 from test_virtio_vsock import Guest
@@ -291,3 +293,20 @@ def test_output_as_long_as_memory() -> None:
     whole_memory(bench, 1, 5)
     assert bench.virtio.status & NEEDS_RESET
     bench.close()
+
+
+def test_a_refused_message_as_long_as_memory() -> None:
+    """A revoked vhost-user-fs answers from a message's header, without a copy of what follows."""
+    device = vhost_user_fs(VhostUserFsOptions("/nowhere"))
+    memory = memoryview(bytearray(1 << 20))
+    struct.pack_into("<IIQ", memory, 0, 40, 1, 77)
+    answers: list[bytes] = []
+    request = SimpleNamespace(
+        readable=[memory[:5], memory[5:], *[memory] * 4000],
+        readable_size=4001 << 20,
+        writable_size=100,
+        write=lambda data: answers.append(data) or len(data),
+        done=lambda written=0: None,
+    )
+    device._refuse(request)
+    assert answers == [struct.pack("<IiQ", 16, -13, 77)]
