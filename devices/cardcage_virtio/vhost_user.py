@@ -4,7 +4,7 @@ The back end listens (``qemu-storage-daemon``, ``virtiofsd``); guest memory must
 (``memory.type = "memfd"``). Notifications and interrupts are eventfds that need not pass through this process.
 When the back end dies the guest's requests wait in their rings; this device connects again until one answers, gives it
 the note of requests in flight, and goes on. A back end may be slow, or silent: it is talked to on another thread, and
-where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` or :data:`ENDING` seconds and hang up.
+where the guest, a pause or a reset has to wait for it, they wait :data:`PATIENCE` or :data:`ENDING` s and hang up.
 
 While security bars the back end, requests of disks and shares are answered with an error here; of other devices, whose
 requests this process does not understand, they wait.
