@@ -246,6 +246,10 @@ def blamed(who: str, place: Place, act: Callable[[], Any]) -> Any:
     try:
         return act()
     except ConfigError as error:
+        if error.file not in (None, place.file):  # of a file that is named here, such as a disk image
+            if place.file is None:
+                raise
+            raise ConfigError(str(error), file=place.file, key=place.key) from error
         if (error.file is None and place.file is not None) or error.key is None:
             key = f"{place.key}.{error.key}" if place.key and error.key else error.key or place.key
             raise ConfigError(error.problem, file=error.file or place.file, key=key) from error

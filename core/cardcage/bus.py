@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from attrs import Factory, field, frozen
 
-from cardcage.errors import ConfigError, UsageError
+from cardcage.errors import CardError, ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,7 +102,12 @@ class Bus:
             self._remember(address, claim)
         if address + size > claim.end:
             return self._split_read(address, size)
-        return claim.read(address - claim.base, size) & MASKS[size]
+        value = claim.read(address - claim.base, size)
+        try:
+            return value & MASKS[size]
+        except TypeError as error:
+            at = f"{claim.name or claim}: read({address - claim.base:#x}, {size})"
+            raise CardError(f"{at} gave {value!r}, expected a whole number") from error
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write *size* bytes, little-endian."""

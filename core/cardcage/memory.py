@@ -284,7 +284,7 @@ def check_ram(size: int, *, limited: bool = True) -> int:
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size < 1 << 20:
-        raise ConfigError(f"{size} bytes of memory is too little: expected at least 1M")
+        raise ConfigError(f"{int(size)} bytes of memory is too little: expected at least 1M")
     if size % PAGE:
         raise ConfigError(f"expected a multiple of {PAGE} bytes, got {size}")
     if limited and size > total:

@@ -41,14 +41,17 @@ class NetOptions:
 
     Attributes:
         net: back end of kind ``net``: text or a table.
-        mac: hardware address; by default one of QEMU's range, made from the machine's and the device's name.
+        mac: hardware address of one station (its first byte is even); by default one of QEMU's range, made from the
+            machine's and the device's name.
         queues: pairs of queues, 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
         mergeable: offer mergeable receive buffers. offloads: offer what the back end can take over.
         mtu: announced to the guest, 0 for not.
     """
 
     net: str | dict[str, Any]
-    mac: str | None = field(default=None, validator=optional(matches_re(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")))
+    mac: str | None = field(
+        default=None, validator=optional(matches_re(r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}"))
+    )
     queues: int = field(default=1, validator=[ge(1), le(64)])
     queue_size: int = field(default=256, validator=in_([1 << at for at in range(2, 11)]))
     packed: bool = False

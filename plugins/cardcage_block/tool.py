@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, evolve
@@ -131,22 +132,23 @@ def _create(arguments: argparse.Namespace, allow: Allow) -> int:
     size = _size(arguments.size, arguments.file) if arguments.size else None
     shape = _shape(arguments.options, arguments.file)
     allow(arguments.file, ("create", "write"))
-    if arguments.backing:
+    with ExitStack() as held:  # what the new image stands on, with its locks: --force must not overwrite that
+        if arguments.backing:
+            if form == "raw":
+                raise ConfigError("a raw image has no backing file", file=arguments.file)
+            below = backing_path(arguments.file, arguments.backing)
+            lower: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
+            image = open_image(Drive(below, format=lower, readonly=True), warn=_warn, allow=allow)
+            held.callback(image.close)
+            size = image.info.size if size is None else size
+            found = arguments.backing_format or _format(below)
+            shape = evolve(shape, backing_file=arguments.backing, backing_format=found)
+        if size is None:
+            raise ConfigError("expected a size, such as 20G", file=arguments.file)
         if form == "raw":
-            raise ConfigError("a raw image has no backing file", file=arguments.file)
-        below = backing_path(arguments.file, arguments.backing)
-        lower: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
-        image = open_image(Drive(below, format=lower, readonly=True), warn=_warn, allow=allow)
-        size = image.info.size if size is None else size
-        image.close()
-        found = arguments.backing_format or _format(below)
-        shape = evolve(shape, backing_file=arguments.backing, backing_format=found)
-    if size is None:
-        raise ConfigError("expected a size, such as 20G", file=arguments.file)
-    if form == "raw":
-        create_raw(arguments.file, size, force=arguments.force)
-    else:
-        create_qcow2(arguments.file, -(-size // 512) * 512, shape, force=arguments.force)
+            create_raw(arguments.file, size, force=arguments.force)
+        else:
+            create_qcow2(arguments.file, -(-size // 512) * 512, shape, force=arguments.force)
     return 0
 
 

@@ -76,10 +76,12 @@ def address(text: str) -> tuple[socket.AddressFamily, Any]:
             raise ConfigError(f'"{text}": expected the path of a socket, 107 bytes at most')
         return socket.AF_UNIX, path
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdecimal() or not int(port) < 65536:
+    if not colon or not port.isascii() or not port.isdecimal() or len(port) > 5 or not int(port) < 65536:
         raise ConfigError(f'"{text}": expected unix:PATH or HOST:PORT')
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", int(port), type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise ConfigError(f'"{text}": "{host}" is not the name of a host') from error
     except OSError as error:
         raise ConfigError(f'"{text}": {error.strerror or error}') from error
     family, _, _, _, where = found[0]

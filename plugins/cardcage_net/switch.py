@@ -256,9 +256,9 @@ class Uplink:
 
 def clear_socket(path: str, kind: int) -> None:
     """Remove a socket at *path* that a dead process left behind. Raises HostError when somebody is behind it."""
-    with socket.socket(socket.AF_UNIX, kind) as probe:
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
-    if code == 0:
+    if code in (0, errno.EAGAIN):  # EAGAIN: more wait for it than it lets in
         raise HostError(f"{path}: another process listens there")
     if code == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(path).st_mode):
         os.unlink(path)
@@ -322,5 +322,11 @@ def open_switch(slot: Slot, options: SwitchPort) -> NetBackend:
     switch: Switch = slot.share(f"net:switch:{options.name}", Switch)
     if options.listen is not None:
         slot.ask("socket", f"unix:{options.listen}", ("listen",))
-        switch.listen(options.listen)
-    return dumped(slot, options.dump, lambda: SwitchNet(slot, switch))
+    port = dumped(slot, options.dump, lambda: SwitchNet(slot, switch))
+    if options.listen is not None:
+        try:
+            switch.listen(options.listen)  # last: what fails before it leaves no socket behind
+        except BaseException:
+            port.close()
+            raise
+    return port

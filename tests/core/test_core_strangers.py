@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from attrs import field, frozen
 from cardcage.backends import BlockInfo, NetFeatures
+from cardcage.bus import Bus, Claim
 from cardcage.cli.running import describe, threads_watched
 from cardcage.errors import CardcageError, CardError, ConfigError, Denied
 from cardcage.eventloop import EventLoop, MachineClock
@@ -18,6 +19,8 @@ from cardcage.pairs import parse_pairs
 from scripted import Scripted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cardcage.device import Slot
     from cardcage.registry import Registry
 
@@ -188,6 +191,24 @@ def test_a_back_ends_mistake_is_named(keys: dict[str, Any], kind: type[CardcageE
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not vm.devices
+
+
+def test_a_file_that_cannot_be_used_comes_after_the_key_that_names_it(tmp_path: Path) -> None:
+    """The place in the configuration, then the file, then what is wrong with it."""
+    (tmp_path / "vm.toml").write_text('[[device]]\ntype = "virtio-blk"\ndrive = "gone.raw"\n')
+    with pytest.raises(ConfigError) as caught:
+        Machine.from_toml(tmp_path / "vm.toml")
+    assert str(caught.value) == (
+        f"{tmp_path}/vm.toml: device[0]: gone.raw: cannot be opened: No such file or directory"
+    )
+
+
+def test_a_read_that_gives_no_number_names_the_device() -> None:
+    """What a device's `read` returns beside a whole number is an error of that device's."""
+    bus = Bus("pio", 16)
+    bus.add(Claim(0x80, 4, lambda offset, size: "much", lambda offset, size, value: None, "acme"))
+    with pytest.raises(CardError, match=r"^acme: read\(0x1, 2\) gave 'much', expected a whole number$"):
+        bus.read(0x81, 2)
 
 
 def test_the_consoles_back_end_is_blamed_on_its_key() -> None:

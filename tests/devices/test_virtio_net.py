@@ -251,3 +251,10 @@ def test_random_traffic_never_hurts(operations: list[tuple[str, bytes, int]], pa
     bench.slot.poll()
     assert wire.sent[0][1].endswith(FRAME)
     bench.close()
+
+
+@pytest.mark.parametrize("mac", ["zz:00:00:00:00:01", "01:00:5e:00:00:01", "52:54:00:00:01"])
+def test_addresses_of_no_station_are_refused(mac: str) -> None:
+    """An address is six bytes, and that of one station: a group's cannot be a sender's."""
+    with pytest.raises(ValueError, match="mac"):
+        NetOptions(net="null", mac=mac)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import cardcage_block
 import pytest
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, HostError
 from cardcage.host import Host
 from cardcage.pairs import parse_pairs
 from cardcage.registry import Registry
@@ -235,3 +235,14 @@ def test_bad_drive_flag(text: str, problem: str) -> None:
 def test_pairs_keep_double_commas() -> None:
     """Two commas are one comma of a value, also several in a row."""
     assert parse_pairs("a=1,,2,b=,,,c=3") == {"a": "1,2", "b": ",", "c": "3"}
+
+
+@pytest.mark.parametrize("below", ["a.qcow2", "b.qcow2"])
+def test_an_image_does_not_overwrite_what_it_stands_on(tmp_path: Path, below: str) -> None:
+    """`create --force` refuses to make an image in place of one of its own backing chain, and leaves that as it was."""
+    image("create", tmp_path / "a.qcow2", "1M")
+    image("create", tmp_path / "b.qcow2", "-b", "a.qcow2")
+    before = (tmp_path / "a.qcow2").read_bytes()
+    with pytest.raises(HostError, match="in use elsewhere"):
+        image("create", tmp_path / "a.qcow2", "-b", below, "--force")
+    assert (tmp_path / "a.qcow2").read_bytes() == before

@@ -318,3 +318,37 @@ def test_dump_is_read_by_tshark(slot: Slot, stack: ExitStack, tmp_path: Path) ->
     words = ["tshark", "-r", str(dump), "-T", "fields", "-e", "frame.len", "-e", "eth.type", "-e", "frame.protocols"]
     lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split("\n")
     assert [line.split("\t")[:2] for line in lines if line] == [["100", "0x88b5"], ["200", "0x88b5"]]
+
+
+def test_a_switch_whose_port_cannot_be_made_leaves_no_socket(slot: Slot, tmp_path: Path) -> None:
+    """What fails beside `listen` leaves nobody listening, and the path free for the next."""
+    path = tmp_path / "lan"
+    with pytest.raises(ConfigError, match="dump cannot be written"):
+        open_switch(slot, SwitchPort("lan", listen=str(path), dump=str(tmp_path / "none" / "x.pcap")))
+    assert not path.exists()
+    (tmp_path / "lan").write_text("a file")
+    with pytest.raises(HostError, match="cannot listen"):
+        open_switch(slot, SwitchPort("lan", listen=str(path)))
+    path.unlink()
+    open_switch(slot, SwitchPort("lan", listen=str(path))).close()
+
+
+def test_a_listener_that_lets_nobody_in_is_alive(slot: Slot, tmp_path: Path) -> None:
+    """A socket whose queue is full belongs to somebody: it is refused at once, and not waited for."""
+    path = f"{tmp_path}/full"
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        while True:
+            one = waiting.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            if one.connect_ex(path):
+                break
+        with pytest.raises(HostError, match="another process listens there"):
+            open_stream(slot, Stream(listen=f"unix:{path}"))
+
+
+@pytest.mark.parametrize("text", ["a..b:1", f"{'x' * 70}.example:1", f"127.0.0.1:{'9' * 5000}"])
+def test_hosts_that_cannot_be_are_refused(text: str) -> None:
+    """What is no name or port at all is a mistake in the configuration."""
+    with pytest.raises(ConfigError, match="name of a host|expected unix:PATH"):
+        address(text)
