@@ -95,7 +95,7 @@ class NetFeatures:
 
     vnet_header: int = field(default=0, validator=_at_least(0))
     queues: int = field(default=1, validator=_at_least(1))
-    offloads: frozenset[str] = field(default=frozenset(), converter=frozenset)
+    offloads: frozenset[str] = frozenset()
 
 
 class NetBackend(Protocol):

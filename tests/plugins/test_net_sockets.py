@@ -350,5 +350,5 @@ def test_a_listener_that_lets_nobody_in_is_alive(slot: Slot, tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["a..b:1", f"{'x' * 70}.example:1", f"127.0.0.1:{'9' * 5000}"])
 def test_hosts_that_cannot_be_are_refused(text: str) -> None:
     """What is no name or port at all is a mistake in the configuration."""
-    with pytest.raises(ConfigError, match="name of a host|expected unix:PATH"):
+    with pytest.raises(ConfigError, match=r"name of a host|expected unix:PATH"):
         address(text)
