@@ -143,7 +143,7 @@ def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient:
 
 @pytest.mark.parametrize("how", ["mute", "slow", "last"])
 def test_a_stop_that_is_not_answered_ends_the_connection(
-    tmp_path: Path, back_end: BackEnd, patient: None, how: str
+    tmp_path: Path, back_end: BackEnd, patient: None, how: str, monkeypatch: Any
 ) -> None:
     """A pause hangs up on a back end that does not stop its rings, and they go on with the next connection."""
     made = bench(tmp_path)
@@ -156,6 +156,8 @@ def test_a_stop_that_is_not_answered_ends_the_connection(
     made.slot.clock.advance(200_000_000)
     made.until(lambda: made.device.channel is not None)
     back_end.hears(SET_VRING_KICK, 2)
+    for name in ("PATIENCE", "ENDING"):
+        monkeypatch.setattr(f"cardcage_virtio.vhost_user.{name}", 60.0)
     made.virtio.pause()
     assert made.device.channel is not None
     made.virtio.resume()
