@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage import Machine
+from cardcage.backends import BlockInfo
 from cardcage.errors import CardcageError, ConfigError, HostError
+from cardcage.testing import check_block_backend
+from cardcage_block.drive import Drive, open_image
 from cardcage_block.make import create_qcow2, create_raw
 from cardcage_block.raw import RawImage
 
@@ -106,3 +109,53 @@ def test_raw_disk_of_a_machine(tmp_path: Path) -> None:
     create_raw(path, 1 << 20)
     with machine({"type": "virtio-blk", "drive": {"file": path, "format": "raw"}}) as vm:
         assert isinstance(opened(vm), RawImage)
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_our_images_pass_the_public_check(tmp_path: Path, form: str) -> None:
+    """Raw and qcow2 keep the contract that a stranger's block back end is held to."""
+    path = tmp_path / f"disk.{form}"
+    create_raw(str(path), 1 << 20) if form == "raw" else create_qcow2(str(path), 1 << 20)
+    check_block_backend(lambda: open_image(Drive(str(path), format="raw" if form == "raw" else "qcow2"), warn=print))
+    check_block_backend(lambda: open_image(Drive(str(path), readonly=True), warn=print), requests=20)
+
+
+class Forgetful:
+    """A disk in memory that makes the mistake that it is given."""
+
+    def __init__(self, mistake: str) -> None:
+        self.data, self.mistake, self.info = bytearray(1 << 16), mistake, BlockInfo(1 << 16)
+
+    def readv(self, offset: int, buffers: Any, /) -> None:
+        for part in buffers:
+            part[:] = self.data[offset : offset + len(part)]
+            offset += len(part)
+
+    def try_readv(self, offset: int, buffers: Any, /) -> bool:
+        self.readv(offset + 512 * (self.mistake == "try"), buffers) if offset < 1 << 14 else None
+        return offset < 1 << 14
+
+    def writev(self, offset: int, buffers: Any, /) -> None:
+        for part in buffers:
+            self.data[offset : offset + len(part)] = part
+            offset += 0 if self.mistake == "first" else len(part)
+
+    def flush(self) -> None: ...
+
+    def discard(self, offset: int, length: int, /) -> None:
+        if self.mistake == "neighbour":
+            self.data[offset + length : offset + length + 1] = b"?"[: offset + length < len(self.data)]
+
+    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
+        if self.mistake != "unmap" or not unmap:
+            self.data[offset : offset + length] = bytes(length)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("mistake", ["first", "neighbour", "unmap", "try"])
+def test_the_public_check_finds_mistakes(mistake: str) -> None:
+    """Buffers written over one another, a discard that goes too far, zeroes forgotten, a quick read that lies."""
+    check_block_backend(lambda: Forgetful(""))
+    with pytest.raises((AssertionError, ValueError), match=r"other bytes|has changed|assign"):
+        check_block_backend(lambda: Forgetful(mistake))

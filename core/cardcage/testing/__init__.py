@@ -1,7 +1,8 @@
 """The contracts as public tests, for our cards and for strangers'.
 
-``check_device``, ``check_memory``, ``check_memory_backend``, ``check_admission``, ``check_policy`` and
-``check_accelerator`` and ``check_busy_eventfds`` say what was broken; :class:`RemoteGuest` does what a test asks;
+``check_device``, ``check_block_backend``, ``check_memory``, ``check_memory_backend``, ``check_admission``,
+``check_policy``, ``check_accelerator`` and ``check_busy_eventfds`` say what was broken;
+:class:`RemoteGuest` does what a test asks;
 :class:`TestSlot` is a slot without a machine, :class:`TestMachine` a machine without vCPUs;
 ``pytest_plugins = "cardcage.testing.pytest"`` brings fixtures. Names are loaded when first used.
 """
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cardcage.testing.accelerator import check_accelerator
     from cardcage.testing.admission import check_admission
     from cardcage.testing.backing import check_memory_backend
+    from cardcage.testing.block import check_block_backend
     from cardcage.testing.busy import check_busy_eventfds
     from cardcage.testing.device import check_device
     from cardcage.testing.memory import check_memory
@@ -30,6 +32,7 @@ __all__ = [
     "TestSlot",
     "check_accelerator",
     "check_admission",
+    "check_block_backend",
     "check_busy_eventfds",
     "check_device",
     "check_memory",
@@ -42,6 +45,7 @@ __getattr__ = lazy_names(
     accelerator="check_accelerator",
     admission="check_admission",
     backing="check_memory_backend",
+    block="check_block_backend",
     busy="check_busy_eventfds",
     device="check_device",
     memory="check_memory",
