@@ -16,8 +16,6 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from cardcage_selinux.context import Level, Names, Range
 from cardcage_selinux.policy import Policy, compiled, texts
 from cardcage_selinux.tables import Class, Defaults, Tables
@@ -121,7 +119,7 @@ def _keep(path: str, key: bytes, tables: Tables) -> None:
 
 def frozen(tables: Tables) -> dict[str, Any]:
     """The tables as plain data, by field."""
-    plain = attrs.asdict(tables, recurse=False)
+    plain: dict[str, Any] = dict(vars(tables))
     plain["classes"] = [(one.name, one.index, one.permissions) for one in tables.classes.values()]
     plain["levels"] = tuple(tables.levels)
     plain["defaults"] = {key: tuple(one) for key, one in tables.defaults.items()}
@@ -137,4 +135,6 @@ def thawed(plain: dict[str, Any]) -> Tables:
     plain["defaults"] = {key: Defaults(*one) for key, one in plain["defaults"].items()}
     for name in ("user_ranges", "range_transitions"):
         plain[name] = {key: Range(*(Level(*level) for level in one)) for key, one in plain[name].items()}
-    return Tables(**plain)
+    tables = Tables()
+    vars(tables).update(plain)
+    return tables

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AccessVector", "Policy", "compiled", "load", "texts"]
 
+CONTEXTS = 1024
+"""Valid contexts whose text a policy remembers."""
+
 FULL = 0xFFFFFFFF
 """All bits of an access vector."""
 
@@ -96,7 +99,7 @@ class Policy:
         sequence: one higher in each policy that :meth:`with_booleans` makes.
     """
 
-    __slots__ = ("_origins", "_states", "_values", "sequence", "tables")
+    __slots__ = ("_contexts", "_origins", "_states", "_values", "sequence", "tables")
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class Policy:
         sequence: int = 0,
     ) -> None:
         self.tables, self.sequence, self._origins = tables, sequence, origins
+        self._contexts: dict[str, Context] = {}
         self._values = dict(tables.booleans if values is None else values)
         self._states = tuple(holds(condition, self._values) for condition in tables.conditions)
 
@@ -139,6 +143,9 @@ class Policy:
 
     def context(self, text: str) -> Context:
         """Text as a valid context. Raises ContextError with the reason."""
+        found = self._contexts.get(text)
+        if found is not None:
+            return found
         try:
             context = self.tables.parse(text)
         except ValueError as error:
@@ -146,6 +153,9 @@ class Policy:
         problem = self.tables.problem(context)
         if problem:
             raise ContextError(f'"{text}" is no valid security context: {problem}')
+        if len(self._contexts) >= CONTEXTS:
+            self._contexts.clear()
+        self._contexts[text] = context
         return context
 
     def valid_context(self, text: str) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from attrs import define, field
-
 from cardcage_selinux.context import Context, Names
 
 if TYPE_CHECKING:
@@ -55,7 +53,6 @@ class Defaults(NamedTuple):
     range: tuple[str, str] | None = None
 
 
-@define(eq=False, repr=False)
 class Tables:
     """The tables.
 
@@ -72,37 +69,38 @@ class Tables:
         constraints, transitions: of each class (mask, what must hold for it to be granted), transitions with mask 0.
     """
 
-    mls: bool = False
-    handle_unknown: str = "deny"
-    capabilities: set[str] = field(factory=set)
-    classes: dict[str, Class] = field(factory=dict)
-    types: tuple[str, ...] = ()
-    roles: tuple[str, ...] = ()
-    users: tuple[str, ...] = ()
-    type_number: dict[str, int] = field(factory=dict)
-    role_number: dict[str, int] = field(factory=dict)
-    user_number: dict[str, int] = field(factory=dict)
-    attributes: dict[str, int] = field(factory=dict)
-    type_ids: list[tuple[int, ...]] = field(factory=list)
-    levels: Names = field(factory=lambda: Names((), (), {}, {}, ()))
-    booleans: dict[str, bool] = field(factory=dict)
-    conditions: list[Expression] = field(factory=list)
-    vectors: dict[tuple[int, int, int], list[int]] = field(factory=dict)
-    conditional: dict[tuple[int, int, int], list[tuple[int, bool, int, int]]] = field(factory=dict)
-    type_rules: dict[tuple[str, int, int, int], list[tuple[int, tuple[int, bool] | None]]] = field(factory=dict)
-    named: dict[tuple[int, int, int, str], int] = field(factory=dict)
-    role_transitions: dict[tuple[int, int, int], int] = field(factory=dict)
-    range_transitions: dict[tuple[int, int, int], Range] = field(factory=dict)
-    role_allows: set[tuple[int, int]] = field(factory=set)
-    role_types: dict[int, int] = field(factory=dict)
-    user_roles: dict[int, int] = field(factory=dict)
-    user_ranges: dict[int, Range] = field(factory=dict)
-    permissive: int = 0
-    bounds: dict[int, int] = field(factory=dict)
-    constraints: dict[int, list[tuple[int, Expression]]] = field(factory=dict)
-    transitions: dict[int, list[tuple[int, Expression]]] = field(factory=dict)
-    defaults: dict[int, Defaults] = field(factory=dict)
-    sids: dict[str, str] = field(factory=dict)
+    def __init__(self) -> None:
+        self.mls: bool = False
+        self.handle_unknown: str = "deny"
+        self.capabilities: set[str] = set()
+        self.classes: dict[str, Class] = {}
+        self.types: tuple[str, ...] = ()
+        self.roles: tuple[str, ...] = ()
+        self.users: tuple[str, ...] = ()
+        self.type_number: dict[str, int] = {}
+        self.role_number: dict[str, int] = {}
+        self.user_number: dict[str, int] = {}
+        self.attributes: dict[str, int] = {}
+        self.type_ids: list[tuple[int, ...]] = []
+        self.levels: Names = Names((), (), {}, {}, ())
+        self.booleans: dict[str, bool] = {}
+        self.conditions: list[Expression] = []
+        self.vectors: dict[tuple[int, int, int], list[int]] = {}
+        self.conditional: dict[tuple[int, int, int], list[tuple[int, bool, int, int]]] = {}
+        self.type_rules: dict[tuple[str, int, int, int], list[tuple[int, tuple[int, bool] | None]]] = {}
+        self.named: dict[tuple[int, int, int, str], int] = {}
+        self.role_transitions: dict[tuple[int, int, int], int] = {}
+        self.range_transitions: dict[tuple[int, int, int], Range] = {}
+        self.role_allows: set[tuple[int, int]] = set()
+        self.role_types: dict[int, int] = {}
+        self.user_roles: dict[int, int] = {}
+        self.user_ranges: dict[int, Range] = {}
+        self.permissive: int = 0
+        self.bounds: dict[int, int] = {}
+        self.constraints: dict[int, list[tuple[int, Expression]]] = {}
+        self.transitions: dict[int, list[tuple[int, Expression]]] = {}
+        self.defaults: dict[int, Defaults] = {}
+        self.sids: dict[str, str] = {}
 
     def problem(self, context: Context) -> str:
         """Why a context is not valid, empty when it is."""
