@@ -105,8 +105,8 @@ class Names(NamedTuple):
 
     def text(self, range_: Range) -> str:
         """A range as contexts have it, one level alone when both are the same."""
-        low, high = (self.level_text(level) for level in range_)
-        return low if range_.low == range_.high else f"{low}-{high}"
+        low = self.level_text(range_.low)
+        return low if range_.low == range_.high else f"{low}-{self.level_text(range_.high)}"
 
     def level_text(self, level: Level) -> str:
         """One level: runs of three categories and more are written ``c0.c2``."""
