@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cardcage.errors import CardcageError, Denied
+from cardcage.errors import CardcageError, Denied, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -331,5 +331,4 @@ def refusal(error: Exception, act: str) -> Denied:
     """What *error*, raised by a checker that was asked about *act*, becomes."""
     if isinstance(error, Denied):
         return Denied(str(error) or act)
-    blame = "" if isinstance(error, CardcageError) else f"{type(error).__name__}: "
-    return Denied(f"{act}: a checker failed: {blame}{error}")
+    return Denied(f"{act}: a checker failed: {error if isinstance(error, CardcageError) else in_words(error)}")
