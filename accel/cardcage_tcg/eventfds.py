@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from struct import pack, pack_into
+from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -51,6 +51,7 @@ class EventFds:
         self._routes: dict[int, tuple[int, int]] = {}
         self._generation = 0
         self._rings: dict[int, tuple[int, int]] = {}
+        self._heads: dict[int, Area] = {}
         self._published: dict[int, list[Area]] = {}
         self._route_area, self._ring_area = Area(ROUTES * L.SIZEOF_ROUTE), Area(RINGS * L.SIZEOF_RING)
         self._epoll: select.epoll | None = None
@@ -175,7 +176,7 @@ class EventFds:
 
     # rings of other processes
 
-    def add_ring(self, size: int, table: int, used: int) -> int:
+    def add_ring(self, size: int, table: int, avail: int, used: int) -> int:
         """See :class:`cardcage.accelerator.ForeignRings`."""
         if not 0 < size <= 32768 or size & (size - 1):
             raise UsageError(f"ring of {size} entries: expected a power of two up to 32768")
@@ -185,10 +186,12 @@ class EventFds:
             if index is None or number is None:
                 raise AcceleratorError(f"tcg: ring at {used:#x}: not RAM, or more than {RINGS} rings")
             self._rings[number] = used & ~0xFFF, used + 5 + 8 * size & ~0xFFF
+            heads = self._heads[number] = Area(size)
             row = L.SIZEOF_RING * number
             # seen first as it is now: the other process has not begun
             seen = int.from_bytes(index, "little")
-            pack_into("<QQII", self._ring_area.view, row, table, used, size, seen)
+            place = self._ring_area.view, row
+            pack_into("<QQQQIIII", *place, table, used, avail, heads.address, size, seen, seen, 0)
             self._vm.set_half(L.VM_NRINGS, max(self._rings) + 1)
             self._publish_rings()
             return number
@@ -200,8 +203,19 @@ class EventFds:
                 raise UsageError(f"tcg: no ring {number}")
             with self._vm.quiesce():
                 self._native.look(self._vm.pointer, number)
-                pack_into("<QQII", self._ring_area.view, L.SIZEOF_RING * number, 0, 0, 0, 0)
+                pack_into(f"{L.SIZEOF_RING}s", self._ring_area.view, L.SIZEOF_RING * number, b"")
+            self._heads.pop(number).close()
             self._publish_rings()
+
+    def ring_heads(self, number: int) -> tuple[int, list[int]]:
+        """See :class:`cardcage.accelerator.ForeignRings`."""
+        with self._lock:
+            if number not in self._rings:
+                raise UsageError(f"tcg: no ring {number}")
+            self._native.look(self._vm.pointer, number)
+            row = L.SIZEOF_RING * number
+            size, made = (unpack_from("<I", self._ring_area.view, row + at)[0] for at in (L.RING_SIZE, L.RING_MADE))
+            return made, [head for head, count in enumerate(self._heads[number].view[:size]) if count == 1]
 
     def _publish_rings(self) -> None:
         pages = sorted({page for low, high in self._rings.values() for page in range(low, high + 1, 4096)})
@@ -219,5 +233,6 @@ class EventFds:
             os.close(self._idle)
         for fd in (*(bell.fd for bell in self._bells), *(kept for _, kept in self._routes.values())):
             os.close(fd)
-        for area in (*(one for kept in self._published.values() for one in kept), self._route_area, self._ring_area):
+        tables = (one for kept in self._published.values() for one in kept)
+        for area in (*tables, *self._heads.values(), self._route_area, self._ring_area):
             area.close()

@@ -257,9 +257,13 @@ class TcgVm:
         """Take the route of :meth:`add_irqfd` away."""
         self.events.remove_route(fd, route)
 
-    def add_foreign_ring(self, size: int, table: int, used: int, /) -> int:
+    def add_foreign_ring(self, size: int, table: int, avail: int, used: int, /) -> int:
         """Another process serves this split virtqueue; returns its number."""
-        return self.events.add_ring(size, table, used)
+        return self.events.add_ring(size, table, avail, used)
+
+    def foreign_ring_heads(self, number: int, /) -> tuple[int, list[int]]:
+        """The available index, and what is in flight up to it."""
+        return self.events.ring_heads(number)
 
     def remove_foreign_ring(self, number: int, /) -> None:
         """It does no more."""

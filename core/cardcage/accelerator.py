@@ -177,12 +177,17 @@ class ForeignRings(Protocol):
     out by itself what another process that serves a split virtqueue (virtio 1.2, 2.7) wrote. Where a VM has it, such
     a device has to use it; others need no telling."""
 
-    def add_foreign_ring(self, size: int, table: int, used: int, /) -> int:
+    def add_foreign_ring(self, size: int, table: int, avail: int, used: int, /) -> int:
         """From now on, forget what was derived of a buffer's old bytes before the guest sees it as used.
 
-        *size* entries, descriptor table and used ring at guest-physical *table* and *used*; returns a number. Call it
-        before the other process begins.
+        *size* entries; descriptor table, available and used ring at guest-physical *table*, *avail* and *used*. Returns
+        a number. Call it before the other process begins, with nothing in flight.
         """
+        ...
+
+    def foreign_ring_heads(self, number: int, /) -> tuple[int, list[int]]:
+        """The available index now, and the heads of the requests up to it that are not used: what is in flight with the
+        other process, which has ended or stopped."""
         ...
 
     def remove_foreign_ring(self, number: int, /) -> None:

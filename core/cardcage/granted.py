@@ -177,6 +177,7 @@ class GrantedVm:
         if "foreign-rings" in vm.capabilities:  # telling what another process writes is no right
             self.add_foreign_ring = vm.add_foreign_ring
             self.remove_foreign_ring = vm.remove_foreign_ring
+            self.foreign_ring_heads = vm.foreign_ring_heads
         if "dirty-log" in vm.capabilities:
             self.add_writer, self.remove_writer = vm.add_writer, vm.remove_writer
         self._routes: dict[int, tuple[int, list[int], Callable[[], None]]] = {}

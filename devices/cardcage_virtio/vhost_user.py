@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field
 from cardcage.errors import ConfigError, HostError
 
-from cardcage_virtio.vhost_channel import F_LOG_ALL, F_PROTOCOL_FEATURES, SET_FEATURES, Channel, memory_regions
+from cardcage_virtio.vhost_channel import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    P_INFLIGHT,
+    SET_FEATURES,
+    Channel,
+    memory_regions,
+)
+from cardcage_virtio.vhost_flight import Flight
 from cardcage_virtio.vhost_log import WriteLog
 from cardcage_virtio.vhost_talk import Talk
 
@@ -80,7 +88,8 @@ class VhostUser:
         self._events: list[tuple[int, int]] = []
         self._inflight: tuple[int, bytes] | None = None
         self._started: list[int] = []
-        self._foreign: list[int] = []
+        self._foreign: dict[int, int] = {}
+        self._told: dict[int, int] = {}
         self._bases: dict[int, int] = {}
         self._barred: set[str] = set()
         self._log: WriteLog | None = None
@@ -91,6 +100,7 @@ class VhostUser:
 
     def plug(self, slot: Slot) -> None:
         self._slot, self._timer = slot, slot.clock.timer(self._retry)
+        self._flight = Flight(slot)
         where = f"unix:{self.options.socket}"
         slot.ask("socket", where, ("connect",), lambda: self._bar(where), lambda: self._admit(where))
         memory = slot.shared_memory(lambda: self._bar("memory"), lambda: self._admit("memory"))
@@ -202,7 +212,7 @@ class VhostUser:
         if "foreign-rings" in getattr(vm, "capabilities", ()):
             for index in self._started:
                 queue = self._io.queues[index]
-                self._foreign.append(vm.add_foreign_ring(queue.size, queue.table, queue.device))
+                self._foreign[index] = vm.add_foreign_ring(queue.size, queue.table, queue.driver, queue.device)
         if self._barred and self._refuse is not None:
             self._bases = {index: self._bases.get(index, 0) for index in self._started}
             self._take_over()
@@ -216,6 +226,10 @@ class VhostUser:
         channel = self.channel
         if channel is None:
             return
+        if fresh and not channel.protocol & P_INFLIGHT:
+            for index in self._started:
+                call, number = self._events[index][1], self._foreign.get(index)
+                self._told[index] = self._flight.follow(index, self._io.queues[index], call, number)
         try:
             rings = [self._ring(index, fresh) for index in self._started]
         except HostError as error:
@@ -243,7 +257,7 @@ class VhostUser:
         for index, size, base, table, used, avail in rings:
             kick, call = self._events[index]
             log = self._io.queues[index].device if self._log is not None else None
-            channel.set_ring(index, size, base, table, used, avail, kick, call, log)
+            channel.set_ring(index, size, base, table, used, avail, kick, self._told.get(index, call), log)
             if base or not fresh:
                 os.eventfd_write(kick, 1)  # what came while nobody listened
                 os.eventfd_write(call, 1)
@@ -258,6 +272,7 @@ class VhostUser:
         )
         base = self._bases.get(index, 0)
         if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
+            self._flight.settle(index)
             base = self._used(index)
         return index, queue.size, base, table, used, avail
 
@@ -288,8 +303,10 @@ class VhostUser:
         for index in () if self._refusing else self._started:
             self._io.transport.disconnect(index)
         self._refusing = False
-        foreign, self._foreign = self._foreign, []
-        for number in foreign:
+        self._flight.stop()
+        self._told.clear()
+        foreign, self._foreign = self._foreign, {}
+        for number in foreign.values():
             self._slot.vm.remove_foreign_ring(number)
         self._started = []
         self._bases.clear()
@@ -299,6 +316,9 @@ class VhostUser:
         """After a drain; without a back end, from what was used."""
         if self._refusing:
             self._bases = self._refused()
+        for index in self._started:
+            if index not in self._bases:
+                self._flight.settle(index)
         return VhostUserState({index: self._bases.get(index, self._used(index)) for index in self._started})
 
     def load(self, state: VhostUserState) -> None:
@@ -419,9 +439,13 @@ class VhostUser:
 
     def _returned(self, channel: Channel, config: bytes) -> None:
         missing = self._io.features & ~(channel.features | F_VERSION_1)
-        if missing:
+        forgets = self._inflight is not None and not channel.protocol & P_INFLIGHT
+        if missing or forgets:
             channel.close()
-            self._io.break_down(f"the new vhost-user back end lacks features {missing:#x}")
+            lacks = (
+                f"lacks features {missing:#x}" if missing else "keeps no note of requests in flight, as the last did"
+            )
+            self._io.break_down(f"the new vhost-user back end {lacks}")
             self._timer.arm(self._slot.clock.now() + RETRY)  # once the driver has reset the device it may do
             return
         self._adopt(channel, config)

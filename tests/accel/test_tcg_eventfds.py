@@ -104,7 +104,7 @@ def test_closing_ends_everything(fd: int) -> None:
     memory.attach(made)
     made.add_doorbell(fd, 0xD0000000, 4, pio=False, value=None)
     made.add_irqfd(fd, 0xFEE00000, 0x41)
-    made.add_foreign_ring(8, 0x1000, 0x2000)
+    made.add_foreign_ring(8, 0x1000, 0x1800, 0x2000)
     made.close()
     memory.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, fds)
@@ -113,9 +113,9 @@ def test_closing_ends_everything(fd: int) -> None:
 def test_bad_rings_are_refused(vm: TcgVm) -> None:
     """A size that is no power of two, a used ring outside RAM and an unknown number raise."""
     with pytest.raises(UsageError, match="power of two"):
-        vm.add_foreign_ring(6, 0, 0)
+        vm.add_foreign_ring(6, 0, 0, 0)
     with pytest.raises(AcceleratorError, match="not RAM"):
-        vm.add_foreign_ring(8, 0, 1 << 40)
+        vm.add_foreign_ring(8, 0, 0, 1 << 40)
     with pytest.raises(UsageError, match="no ring 3"):
         vm.remove_foreign_ring(3)
 
@@ -141,7 +141,7 @@ def test_whatever_is_in_a_ring_the_look_at_it_ends(
     vm, memory = TcgVm(VmSpec()), PhysicalMemory()
     memory.add(RamRange(0, RAM, RamBlock(RAM)))
     memory.attach(vm)
-    number = vm.add_foreign_ring(8, 0x1000, 0x2000)
+    number = vm.add_foreign_ring(8, 0x1000, 0x1800, 0x2000)
     table = b"".join(struct.pack("<QIHH", *row) for row in rows)
     memory.write(0x1000, table[:128])
     memory.write(0x3000, table)

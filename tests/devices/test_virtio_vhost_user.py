@@ -298,7 +298,8 @@ def test_an_accelerator_that_asks_is_told_of_the_rings(daemon: Daemon) -> None:
         capabilities=frozenset({"foreign-rings"}), add_foreign_ring=add, remove_foreign_ring=rings.pop
     )
     bench.start()
-    assert rings == {5 + at: (64, bench.driver(at).table, bench.driver(at).device) for at in (0, 1)}
+    drivers = [bench.driver(at) for at in (0, 1)]
+    assert rings == {5 + at: (64, one.table, one.driver, one.device) for at, one in enumerate(drivers)}
     assert bench.call([read(5)], [512, 1])[:8] == struct.pack("<Q", 5)
     bench.virtio.reset()
     assert not rings

@@ -180,7 +180,7 @@ struct bells { u64 count; struct bell bell[]; };
 struct watched { u64 count, page[]; };  /* sorted pages that hold used rings */
 struct route { u64 address; u32 data; s32 fd; u32 used, generation; };
 /* A split virtqueue that another process serves; seen: the used index up to which its writes are known; size 0: none. */
-struct ring { u64 table, used; u32 size, seen; };
+struct ring { u64 table, used, avail, heads; u32 size, seen, made, pad; }; /* heads: u8 [size], how often available less how often used */
 
 struct block;
 struct vm {

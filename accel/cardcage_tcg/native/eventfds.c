@@ -216,6 +216,22 @@ static u64 forget(struct vm *vm, const struct descriptor *table, u32 size, u32 a
     return budget;
 }
 
+/* Count what was made available since the last time. */
+static void count_available(struct vm *vm, struct ring *r)
+{
+    const u8 *avail = ram(vm, r->avail, 6 + 2ul * r->size);
+    u8 *heads = (u8 *)r->heads;
+    if (!avail)
+        return;
+    u16 made = __atomic_load_n((const u16 *)(avail + 2), __ATOMIC_ACQUIRE), at = (u16)r->made;
+    for (; at != made; at++) {
+        u16 head = *(const volatile u16 *)(avail + 4 + 2 * (at & (r->size - 1)));
+        if (head < r->size)
+            heads[head]++;
+    }
+    r->made = made;
+}
+
 static void look(struct vm *vm, struct ring *r)
 {
     const u8 *used = ram(vm, r->used, 6 + 8ul * r->size);
@@ -231,8 +247,13 @@ static void look(struct vm *vm, struct ring *r)
     for (u32 i = 0; i < vm->nslots; i++)
         all += vm->slots[i].size;
     u64 budget = all;
-    for (u16 at = (u16)r->seen; at != now && budget; at++)
-        budget = forget(vm, table, r->size, *(const volatile u32 *)(used + 4 + 8 * (at & (r->size - 1))), budget, 0);
+    count_available(vm, r); /* after the used index was read: what is used was available before */
+    for (u16 at = (u16)r->seen; at != now; at++) {
+        u32 head = *(const volatile u32 *)(used + 4 + 8 * (at & (r->size - 1)));
+        if (head < r->size)
+            ((u8 *)r->heads)[head]--;
+        budget = budget ? forget(vm, table, r->size, head, budget, 0) : 0;
+    }
     if (!budget) /* more than all memory: then all of it */
         for (u32 i = 0; i < vm->nslots; i++)
             tcg_memory_written(vm, vm->slots[i].gpa, vm->slots[i].size);
@@ -240,7 +261,14 @@ static void look(struct vm *vm, struct ring *r)
     spin_unlock(&vm->ring_lock);
 }
 
-EXPORTED void tcg_look(struct vm *vm, u32 number) { look(vm, &((struct ring *)vm->rings)[number]); }
+EXPORTED void tcg_look(struct vm *vm, u32 number)
+{
+    struct ring *r = &((struct ring *)vm->rings)[number];
+    look(vm, r);
+    spin_lock(&vm->ring_lock);
+    count_available(vm, r);
+    spin_unlock(&vm->ring_lock);
+}
 
 /* The guest has read from a watched page. */
 void watched_read(struct vm *vm, u64 gpa)

@@ -74,7 +74,7 @@ def _add_ring(lab: Lab) -> None:
     lab.memory.write(TABLE, struct.pack("<QIHH", TABLE + 0x800, 32, 4, 0))
     lab.memory.write(TABLE + 0x800, struct.pack("<QIHHQIHH", TABLE + 0x900, 16, 1, 1, CODE, 4096, 2, 0))
     if "foreign-rings" in lab.vm.capabilities:
-        lab.route = _vm(lab).add_foreign_ring(4, TABLE, USED)
+        lab.route = _vm(lab).add_foreign_ring(4, TABLE, TABLE + 0xA00, USED)
 
 
 def _serve(lab: Lab, value: int) -> None:
