@@ -262,7 +262,7 @@ def test_a_write_at_hand_is_served_at_once() -> None:
             MemoryDisk.writev(disk, offset, buffers)
         return ready
 
-    disk.try_writev = try_writev  # type: ignore[attr-defined]
+    disk.try_writev = try_writev  # type: ignore[attr-defined]  # what a disk may have
     bench, _ = make(disk)
     bench.driver().add([head(1, 3), b"n" * 512], [1])
     bench.kick()
@@ -284,7 +284,7 @@ def test_a_write_at_hand_is_served_at_once() -> None:
 def test_a_write_without_a_cache_is_flushed(write: bool, features: int) -> None:
     """A driver that did not agree to flushes gets each write flushed, at hand or not."""
     disk = MemoryDisk()
-    disk.try_writev = lambda offset, buffers: write  # type: ignore[attr-defined]
+    disk.try_writev = lambda offset, buffers: write  # type: ignore[attr-defined]  # as above
     bench, _ = make(disk, **({"features": features} if features else {}))
     assert bench.call([head(1), bytes(512)], [1]) == b"\0"
     assert (("flush",) in disk.calls) == bool(features)

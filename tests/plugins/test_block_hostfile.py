@@ -99,7 +99,7 @@ def test_segments_are_transferred_as_views_are(tmp_path: Path, format: str, cach
         path.write_bytes(bytes(size))
     else:
         create_qcow2(str(path), size, Qcow2Shape(65536))
-    image = open_image(Drive(str(path), format=format, cache=cache), warn=print)  # type: ignore[arg-type]
+    image = open_image(Drive(str(path), format=format, cache=cache), warn=print)  # type: ignore[arg-type]  # str for Literal
     ram = memoryview(bytearray(os.urandom(1 << 20)))
     starts = [(at * 7919) % ((1 << 20) - 1024) for at in range(count)]
     lengths = [512 + at % 2 * 512 for at in range(count)]
@@ -115,9 +115,9 @@ def test_segments_are_transferred_as_views_are(tmp_path: Path, format: str, cach
         into = Segments(room, [sum(lengths[:at]) for at in range(count)], lengths)
         image.readv(offset, into)
         assert room[:total] == whole
-        image.try_writev(offset, parts)  # type: ignore[attr-defined]
+        image.try_writev(offset, parts)  # type: ignore[attr-defined]  # both kinds have it
         room[:total] = bytes(total)
-        if image.try_readv(offset, into):  # type: ignore[attr-defined]
+        if image.try_readv(offset, into):  # type: ignore[attr-defined]  # as above
             assert room[:total] == whole
     image.close()
 
@@ -129,7 +129,7 @@ def test_a_readonly_image_is_not_written(tmp_path: Path) -> None:
     page = [memoryview(b"QFI\xfb" + bytes(PAGE - 4))]
     for drive in (Drive(str(path), readonly=True), Drive(str(path))):
         image = open_image(drive, warn=lambda text: None)
-        image._file._doubt = 0  # type: ignore[attr-defined]
-        assert not image.try_writev(0, page)  # type: ignore[attr-defined]
+        image._file._doubt = 0  # type: ignore[attr-defined]  # a raw image
+        assert not image.try_writev(0, page)  # type: ignore[attr-defined]  # as above
         image.close()
     assert path.read_bytes() == bytes(1 << 20)
