@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardcage import errors
-from cardcage.errors import CardcageError, HostError, UsageError, near
+from cardcage.errors import CardcageError, CardError, HostError, UsageError, in_words, near
 from cardcage.roster import MOST, Roster, connected, is_ours, listening, load
 from cardcage.security import HOST, OPERATOR
 
@@ -73,15 +73,12 @@ class Door:
 
     def _answer(self, line: bytes) -> str:
         try:
-            return json.dumps({"return": self._execute(line)})
+            return self._execute(line)
         except CardcageError as error:
             kind = next(one.__name__ for one in type(error).__mro__ if one.__name__ in errors.__all__)
             return json.dumps({"error": {"class": kind, "desc": str(error)}})
-        except Exception as error:  # a card's fault is told and logged, and neither the door nor the machine ends
-            self._machine.log.error("a command failed", error=repr(error))
-            return json.dumps({"error": {"class": "CardError", "desc": f"{type(error).__name__}: {error}"}})
 
-    def _execute(self, line: bytes) -> dict[str, Any]:
+    def _execute(self, line: bytes) -> str:
         try:
             request = load(line)
         except ValueError as error:
@@ -93,8 +90,17 @@ class Door:
         facts = {"machine": machine.name, "name": name}
         machine.mediator.check(OPERATOR, machine.label, "management", ("reach",), facts)
         machine.mediator.ask(OPERATOR, HOST, "management", name, ("command",), facts)
-        found: dict[str, Any] = machine.host.registry.get("control", name).load()(machine, arguments)
-        return found
+        offer = machine.host.registry.get("control", name)
+        try:
+            found = offer.load()(machine, arguments)
+            if not isinstance(found, dict):
+                raise TypeError(f"it answered {found!r:.40}, expected a table")
+            return json.dumps({"return": found})
+        except CardcageError:
+            raise
+        except Exception as error:  # a card's fault is told and logged, and neither the door nor the machine ends
+            self._machine.log.error("a command failed", command=offer.who, error=repr(error))
+            raise CardError(f"{offer.who}: {in_words(error)}") from error
 
     def close(self) -> None:
         """Hang up on all callers, and wait for commands that run. Not under the machine's lock, nor in a command."""

@@ -126,7 +126,9 @@ def test_errors_come_back_as_what_they_are(make: Any) -> None:
     with pytest.raises(ConfigError, match=r'no card offers control "ecko".* "echo"'):
         command(entry, "ecko", {})
     for name in ("break", "wrong", "set"):
-        assert raw(entry, b'{"execute": "%s"}\n' % name.encode())["error"]["class"] == "CardError"
+        told = raw(entry, b'{"execute": "%s"}\n' % name.encode())["error"]
+        assert told["class"] == "CardError"
+        assert f"control {name} (card " in told["desc"]
     assert vm.state == "built"
     assert command(entry, "echo", {})["name"] == "vm"
 
