@@ -24,7 +24,6 @@ __all__ = [
     "pieces",
     "report_written",
     "straight",
-    "total",
 ]
 
 
@@ -200,10 +199,9 @@ def straight(table: memoryview, window: Window, *, packed: bool) -> tuple[Segmen
     else:
         flags = halves[6::8].tolist()
         readable = flags.index(3) if 3 in flags else count - (flags[-1] == 2)
-        last = 0 if readable == count else 2
-        fine = flags == [*([1] * readable + [3] * (count - readable))[:-1], last] and halves[7:-8:8].tolist() == list(
-            range(1, count)
-        )
+        expected = [1] * readable + [3] * (count - readable)
+        expected[-1] &= ~1  # the last has no next
+        fine = flags == expected and halves[7:-8:8].tolist() == list(range(1, count))
     low = window.low
     if not fine or 0 in lengths or min(addresses) < low or max(map(add, addresses, lengths)) > window.high:
         return None

@@ -251,6 +251,7 @@ class VhostUser:
         channel.set_memory(self._regions)
         if fresh:
             self._drop_inflight()
+        if self._inflight is None:
             self._inflight = channel.new_inflight(len(self.queue_sizes), max(self.queue_sizes))
         if self._inflight is not None:
             channel.set_inflight(self._inflight)
@@ -272,9 +273,14 @@ class VhostUser:
         )
         base = self._bases.get(index, 0)
         if not fresh:  # go on behind what was used; the back end adds what it noted as in flight
-            self._flight.settle(index)
+            self._settle(index)
             base = self._used(index)
         return index, queue.size, base, table, used, avail
+
+    def _settle(self, index: int) -> None:
+        """Without a note, the available ring itself says what is in flight. Raises HostError where it is not known."""
+        if self._inflight is None:
+            self._flight.settle(index)
 
     def _used(self, index: int) -> int:
         return self._slot.memory.view(self._io.queues[index].device, 4).cast("H")[1]
@@ -318,7 +324,7 @@ class VhostUser:
             self._bases = self._refused()
         for index in self._started:
             if index not in self._bases:
-                self._flight.settle(index)
+                self._settle(index)
         return VhostUserState({index: self._bases.get(index, self._used(index)) for index in self._started})
 
     def load(self, state: VhostUserState) -> None:

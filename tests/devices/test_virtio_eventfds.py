@@ -268,7 +268,7 @@ def test_no_call_is_lost_between_masking_and_unmasking(lab: Lab) -> None:
             before = lab.interrupts(0x40)
             lab.call()
             lab.store(TABLE + 12, 4, 0)
-            lab.until(lambda before=before: lab.interrupts(0x40) > before, "a call was lost")  # type: ignore[misc]
+            lab.until(lambda before=before: lab.interrupts(0x40) > before, "a call was lost")  # type: ignore[misc]  # binds this turn's
             assert lab.kick() == 1
     finally:
         ended.set()

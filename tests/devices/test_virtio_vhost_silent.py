@@ -18,7 +18,7 @@ from cardcage_virtio.testing import Bench, Driver
 from cardcage_virtio.vhost_kinds import VhostUserOptions, vhost_user_device
 
 GET_FEATURES, SET_MEM_TABLE, SET_VRING_KICK, GET_VRING_BASE, GET_CONFIG = 1, 5, 12, 11, 24
-GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_CONFIG = 15, 17, 25
+GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_CONFIG, GET_INFLIGHT_FD, SET_INFLIGHT_FD = 15, 17, 25, 31, 32
 FEATURES = 1 << 32 | 1 << 30
 BAR = 0xE2000000
 PROTOCOL = 1 << 0 | 1 << 3 | 1 << 9
@@ -29,6 +29,7 @@ class BackEnd:
 
     Attributes:
         mute: never answered. slow: answered byte by byte, for ever. last: the connection ends at this one.
+        notes: it offers to keep a note of requests in flight.
         heard: requests in their order.
     """
 
@@ -36,6 +37,7 @@ class BackEnd:
         self.mute: set[int] = set()
         self.slow: set[int] = set()
         self.last: set[int] = set()
+        self.notes = False
         self.heard: list[int] = []
         self.told = threading.Condition()
         self._ended = threading.Event()
@@ -67,6 +69,11 @@ class BackEnd:
                 if request in self.last:
                     return
                 answer = self._answer(request, flags, body)
+                if request == GET_INFLIGHT_FD:
+                    note = os.memfd_create("note")
+                    socket.send_fds(peer, [struct.pack("<III", request, 5, len(body)) + body], [note])
+                    os.close(note)
+                    continue
                 if request in self.mute or answer is None:
                     continue
                 whole = struct.pack("<III", request, 5, len(answer)) + answer
@@ -74,9 +81,9 @@ class BackEnd:
                     peer.send(whole[:1])
                 peer.sendall(whole)
 
-    @staticmethod
-    def _answer(request: int, flags: int, body: bytes) -> bytes | None:
-        numbers = {GET_FEATURES: FEATURES, GET_PROTOCOL_FEATURES: PROTOCOL, GET_QUEUE_NUM: 2}
+    def _answer(self, request: int, flags: int, body: bytes) -> bytes | None:
+        protocol = PROTOCOL | self.notes << 12
+        numbers = {GET_FEATURES: FEATURES, GET_PROTOCOL_FEATURES: protocol, GET_QUEUE_NUM: 2}
         if request in numbers:
             return struct.pack("<Q", numbers[request])
         if request == GET_VRING_BASE:
@@ -161,6 +168,28 @@ def test_a_stop_that_is_not_answered_ends_the_connection(
     made.virtio.pause()
     assert made.device.channel is not None
     made.virtio.resume()
+    made.close()
+
+
+@pytest.mark.parametrize("notes", [False, True])
+def test_the_next_back_end_keeps_a_note_where_the_last_did_not(tmp_path: Path, back_end: BackEnd, notes: bool) -> None:
+    """One that offers a note is given an empty one; where the last kept one, one that keeps none cannot go on."""
+    back_end.notes = notes
+    made = bench(tmp_path)
+    back_end.hears(SET_VRING_KICK)
+    made.until(lambda: made.device._talk is None)
+    assert (made.device._inflight is not None) == notes
+    back_end.notes = not notes
+    back_end.peers[0].shutdown(socket.SHUT_RDWR)
+    made.until(lambda: made.device.channel is None)
+    made.slot.clock.advance(200_000_000)
+    if notes:
+        made.until(lambda: bool(made.virtio.status & 64))
+        made.virtio.reset()
+    else:
+        made.until(lambda: made.device.channel is not None and made.device._talk is None)
+        assert SET_INFLIGHT_FD in back_end.heard
+        assert made.virtio.status == 15
     made.close()
 
 

@@ -168,25 +168,27 @@ def test_no_request_is_lost_when_the_back_end_is_killed(tmp_path: Path) -> None:
             done += 1
         return done >= more
 
-    for _ in range(3):
-        fill()
-        target = done + 40
-        bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+    try:
+        for _ in range(3):
+            fill()
+            target = done + 40
+            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+            daemon.kill()
+            fill()
+            bench.until(lambda: bench.device.channel is None)
+            daemon.start()
+            bench.slot.clock.advance(200_000_000)
+            bench.until(lambda: bench.device.channel is not None)
+        while at < 900 or wanted:
+            fill()
+            target = done + min(20, len(wanted))
+            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+        bench.call([struct.pack("<IIQ", 4, 0, 0)], [1])
+        disk = daemon.disk.read_bytes()
+        assert all(disk[512 * sector : 512 * sector + 512] == data for sector, data in written.items())
+    finally:
+        bench.close()
         daemon.kill()
-        fill()
-        bench.until(lambda: bench.device.channel is None)
-        daemon.start()
-        bench.slot.clock.advance(200_000_000)
-        bench.until(lambda: bench.device.channel is not None)
-    while at < 900 or wanted:
-        fill()
-        target = done + min(20, len(wanted))
-        bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
-    bench.call([struct.pack("<IIQ", 4, 0, 0)], [1])
-    disk = daemon.disk.read_bytes()
-    assert all(disk[512 * sector : 512 * sector + 512] == data for sector, data in written.items())
-    bench.close()
-    daemon.kill()
 
 
 def test_virtiofsd_answers(tmp_path: Path) -> None:
