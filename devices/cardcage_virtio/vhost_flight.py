@@ -120,7 +120,7 @@ class Flight:
         if len(heads) != made - used & 0xFFFF:
             raise HostError(f"{len(heads)} requests are in flight, but the rings say {made - used & 0xFFFF}")
         last = {avail[2 + (made - back) % size]: -back for back in range(size, 0, -1)}  # the latest entry of each head
-        heads.sort(key=lambda head: last.get(head, -size - 1))
+        heads.sort(key=lambda head: last.get(head, -size - 1))  # the oldest first, whose entries were taken by others
         for at, head in enumerate(heads):
             avail[2 + (used + at) % size] = head
         memory.written(queue.driver, 6 + 2 * size)
