@@ -76,7 +76,7 @@ class Emulator:
             bits = 64 if mode & L.MODE_64 else 32 if mode & L.MODE_32 else 16
             found = Decoder(bits, data, ip=pc).decode()
             if found.code == Code.INVALID and len(data) < 15:
-                cpu.fetch_fault(linear + len(data))
+                cpu.fetch_fault(cpu.linear_after(linear, len(data)))
             if len(self._decoded) > 4096:
                 self._decoded.clear()
             self._decoded[key] = found

@@ -30,8 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_tlb_flush": (None, (_PTR,)),
     "tcg_memory_written": (None, (_PTR, _U64, _U64)),
     "tcg_memory_written_many": (None, (_PTR, _PTR, _U64)),
-    "tcg_single": (_U64, (_PTR, _U64, _U64)),
-    "tcg_sites": (_INT, (_PTR, _PTR, _PTR, _PTR)),
+    "tcg_once": (_U64, (_PTR, _U64, _U64, _U32)),
     "tcg_add_template": (_U32, (_PTR, _PTR, _U32, _U32)),
     "tcg_head_length": (_U32, (_PTR, _U32, _U32)),
     "tcg_has_template": (_INT, (_PTR, _U32, _PTR, _U32)),
@@ -66,10 +65,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 _SHORT = frozenset(
-    {"tcg_memory_written", "tcg_memory_written_many", "tcg_apic_message", "tcg_kick", "tcg_set_extint", "tcg_ring_bell"}
+    f"tcg_{name}"
+    for name in (
+        "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite walk once raise "
+        "deliver_interrupt single_step load_pdptes look"
+    ).split()
 )
 """Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it
-back from others takes up to the switch interval."""
+back from others takes up to the switch interval. All that look at memory slots from outside native code must be here:
+slots change in one step with the GIL held, so that nobody sees half a table, or memory that is gone."""
 
 
 class Native:

@@ -70,15 +70,18 @@ class Template:
         payload: offset of a payload NOP's displacement, or -1.
         accesses: its memory accesses.
         shadow: interrupts are held back until after the next instruction.
-        fault: a host signal can come out of it (division, aligned SSE, floating point).
+        borrowed: guest RAX and RDX are in ``cpu.scratch`` during the operation; a fault puts them back.
     """
 
-    __slots__ = ("accesses", "clobbers", "code", "fault", "flags_stored", "kills", "payload", "reads", "rip", "shadow")
+    __slots__ = (
+        *("accesses", "borrowed", "clobbers", "code", "flags_stored"),
+        *("kills", "payload", "reads", "rip", "shadow"),
+    )
 
     def __init__(self) -> None:
         self.code = b""
         self.reads = self.kills = 0
-        self.clobbers = self.flags_stored = self.shadow = self.fault = False
+        self.clobbers = self.flags_stored = self.shadow = self.borrowed = False
         self.rip: tuple[int, int] | None = None
         self.payload = -1
         self.accesses: Sequence[Access] = ()
@@ -98,6 +101,7 @@ class Operands:
         self._encoder = Encoder(64)
         self._info = InstructionInfoFactory()
         self._sizes: dict[int, int] = {}
+        self._looked = 0  # ACCESS_LOOKED: the address that was last made was compared with its segment's limit
 
     # ---- pieces ----
 
@@ -194,7 +198,7 @@ class Operands:
         out += b"\x0f\xb7\xf6"  # movzx esi, si
 
     def _segment(self, ins: Instruction, out: bytearray, t: Template, size: int, write: bool) -> None:
-        segment = ins.memory_segment
+        segment, self._looked = ins.memory_segment, 0
         if self.long:
             if segment in (R.FS, R.GS):
                 out += load(7, L.FSBASE if segment == R.FS else L.GSBASE) + b"\x48\x8d\x34\x3e"
@@ -204,6 +208,7 @@ class Operands:
 
     def stack_segment(self, out: bytearray, t: Template, size: int, write: bool) -> None:
         """RSI, an offset in the stack segment, becomes a linear address."""
+        self._looked = 0
         if not self.long and not self.mode & L.MODE_FLAT:
             self._limit(out, t, 2, size, write)
             out += load32(7, L.SEGBASE + 16) + b"\x8d\x34\x3e"
@@ -212,6 +217,7 @@ class Operands:
         """Protected mode: #GP or #SS unless RSI to RSI + *size* lie in the segment (``struct limit``)."""
         if not size or not self.mode & L.MODE_PE:
             return
+        self._looked = L.ACCESS_LOOKED
         at = L.LIMITS + L.SIZEOF_LIMIT * segment
         out += b"\x89\xf7\x2b\xbc\x24" + pack("<i", at + L.LIMIT_LOW)  # mov edi, esi; sub edi, [low]
         out += b"\x48\x8d\xbf" + pack("<i", size)  # lea rdi, [rdi + size]
@@ -254,7 +260,8 @@ class Operands:
             branch = len(out) - 4
             out += b"\x48\x03\xb4\x3c" + pack("<i", table + 8)
         stub = (L.STUB_STORE_K if store_source >= 0 else L.STUB_WRITE_K if write else L.STUB_READ_K) + bool(self.user)
-        one = Access(branch, len(out), stub, size, max(store_source, 0), immediate, int(stack))
+        flags = int(stack) | self._looked
+        one = Access(branch, len(out), stub, size, max(store_source, 0), immediate, flags)
         if branch >= 0:
             t.accesses = (*t.accesses, one)
         if restore:

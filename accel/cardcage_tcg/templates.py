@@ -86,7 +86,6 @@ class Templates(InPlace):
             t.reads = t.kills = 0
             return t
         if mnemonic == M.WAIT:
-            t.fault = True
             if self.mode & L.MODE_NOFPU:
                 self._off(t, OFF_WAIT, ins)
             t.code += b"\x9b"
@@ -136,11 +135,9 @@ class Templates(InPlace):
         ):  # those are BSF and BSR where they are missing
             raise Emulate("not in this processor")
         if mnemonic in INTEGER:
-            t.fault = mnemonic in (M.DIV, M.IDIV)
             return None
         if ins.is_privileged or ins.is_vsib:
             raise Emulate("not on the allow-list")
-        t.fault = True
         if mnemonic in XSAVES:
             if not self.avx:
                 raise Emulate("no XSAVE")
@@ -346,7 +343,8 @@ class Templates(InPlace):
         copy.memory_displacement, copy.memory_displ_size, copy.segment_prefix = 0, 0, R.NONE
         copy.set_op_kind(memory, K.MEMORY)  # also that of moffs
         before, after = bytearray(), bytearray()
-        if mnemonic in XSAVES:  # only states that the guest has; a fault puts RAX and RDX back from scratch
+        if mnemonic in XSAVES:  # only states that the guest has
+            t.borrowed = True
             before += store(0, L.SCRATCH + 16) + store(2, L.SCRATCH + 24)
             before += b"\x23\x84\x24" + pack("<i", L.GUEST_XCR0) + b"\x31\xd2"
             after += load(0, L.SCRATCH + 16) + load(2, L.SCRATCH + 24)

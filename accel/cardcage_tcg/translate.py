@@ -410,6 +410,7 @@ class Translator:
             (L.T_CLOBBERS if t.clobbers else 0)
             | (L.T_STORED if t.flags_stored else 0)
             | (L.T_SHADOW if t.shadow else 0)
+            | (L.T_BORROWED if t.borrowed else 0)
         )
         first, second = (*copies, (0, 0, 0), (0, 0, 0))[:2]
         six = self._six

@@ -10,11 +10,9 @@ from attrs import evolve
 from cardcage.errors import AcceleratorError
 from cardcage.vcpu import Exit, VCpuExit
 from cardcage.x86 import Events, Segment, reset_state
-from iced_x86 import Mnemonic
 
 from cardcage_tcg import layout as L
 from cardcage_tcg import state
-from cardcage_tcg.allowed import OFF_MMX, OFF_X87, XSAVES, unit_of
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.library import Area
 from cardcage_tcg.msr import Msrs
@@ -22,7 +20,6 @@ from cardcage_tcg.msr import Msrs
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops
     from cardcage.x86 import VCpuState
-    from iced_x86 import Instruction
 
     from cardcage_tcg.vm import TcgVm
 
@@ -49,7 +46,7 @@ class TcgVCpu:
         self._emulator = Emulator(self)
         self.msrs = Msrs(vm, self)
         self._phys = ctypes.c_uint64()
-        self._single = 0, SINGLE, 0  # linear address, where its bytes are, how many
+        self._single: tuple[list[tuple[int, int]], int, int] = [], SINGLE, 0  # operand, where its bytes are, how many
         q, d = self.words, self.halves
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
@@ -95,8 +92,13 @@ class TcgVCpu:
                 return VCpuExit(Exit.HALTED)
             elif reason == L.R_SHUTDOWN:
                 return VCpuExit(Exit.SHUTDOWN, f"triple fault (first vector {q[info]}): {self.describe()}")
+            elif reason == L.R_RESTART:
+                self._restart()
             elif reason == L.R_SIGNAL:
-                self._signal(q[info], q[info + 1])
+                raise AcceleratorError(
+                    f"signal {q[info]} (trap {q[info + 2]}) at host {q[info + 1]:#x}, which no guest can cause: "
+                    f"{self.describe()}"
+                )
             elif reason == L.R_INIT:
                 self._init()
             elif reason == L.R_SIPI:
@@ -136,59 +138,56 @@ class TcgVCpu:
         return found
 
     def _slow_write(self, ops: Ops, linear: int, size: int) -> None:
-        """The instruction at RIP writes where one host store cannot: it goes on with a copy of its operand."""
+        """The instruction at RIP writes where one host store cannot: it goes on with a copy of its operand; or, in RAM
+        that holds code, with the operand itself, so that it stays atomic."""
         try:
-            single = self.vm.single(self)
+            pages = self.pages(linear, size, 1)
+            reads = self.vm.prepare_single(self)
+            if reads is None:
+                self._emulator.run(ops, pushed=self.field(L.SCRATCH + 24))
+                return
+            at = SINGLE + (linear & 63)  # as misaligned as the operand
+            direct = self.vm.host(pages[0][0]) if len(pages) == 1 else None
+            if direct is not None and not direct[1].readonly:
+                self.words[L.WRITE_PTR // 8] = direct[0]  # of this generation, as the block
+                self.words[L.SINGLE_PHYS // 8], self.words[L.SINGLE_SIZE // 8] = pages[0]
+                return
+            self.words[L.SINGLE_SIZE // 8] = 0
+            self.raw[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
+            self.words[L.WRITE_PTR // 8] = self.pointer + at
+            self._single = pages, at, size
         except Fault as fault:
+            self.words[L.RESUME // 8] = 0
             self.raise_exception(fault.vector, fault.error)
-            return
-        if single is None:
-            self._emulator.run(ops, pushed=self.field(L.SCRATCH + 24))
-            return
-        address, reads = single
-        at = SINGLE + (linear & 63)  # as misaligned as the operand
-        self.raw[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
-        self.words[L.RESUME // 8] = address
-        self.words[L.WRITE_PTR // 8] = self.pointer + at
-        self._single = linear, at, size
 
     def _end_single(self, ops: Ops) -> None:
-        """The single has run to its end (a fault of its other operand goes to the guest's handler)."""
-        linear, at, size = self._single
-        self.write_linear(linear, bytes(self.raw[at : at + size]), ops)
+        """The single has run to its end (a fault of its other operand goes to the guest's handler). It writes where its
+        operand was when it began, as a processor that holds the translation does."""
+        pages, at, size = self._single
+        self._write_pages(pages, bytes(self.raw[at : at + size]), ops)
         if self.mode & L.MODE_TF:
             self.single_step()
 
-    def _signal(self, signal: int, host: int) -> None:
-        """A host fault in translated code, as the guest's exception."""
-        site = self.vm.fault_site(host)
-        if site is None:
-            raise AcceleratorError(
-                f"signal {signal} at host {host:#x} outside any known instruction: {self.describe()}"
-            )
-        rip, stored = site
-        self.rip = rip
-        if not stored:
-            self.words[L.FL // 8] = self.words[L.SCRATCH // 8]
+    def _restart(self) -> None:
+        """The code that was to go on is gone: the buffer was emptied while this vCPU was here."""
+        single = self.halves[L.RESUME_KIND // 4] == L.RESUME_SINGLE
         self.words[L.RESUME // 8] = 0
-        ins = self._emulator.fetch(rip)
-        if ins.mnemonic in XSAVES:  # its template had put the mask of the guest's states there
-            self.set_gpr(0, self.field(L.SCRATCH + 16))
-            self.set_gpr(2, self.field(L.SCRATCH + 24))
-        if signal == 8:
-            self.raise_exception(self._arithmetic_fault(ins), None)
-        elif signal in (7, 11):
-            self.raise_exception(GP_VECTOR, 0)
-        else:
-            self.raise_exception(6, None)
+        if single and self.words[L.SINGLE_SIZE // 8]:
+            self.words[L.SINGLE_SIZE // 8] = 0  # nothing was done yet, and there may be other memory: from its start
+            return
+        try:
+            if not single:
+                self.vm.prepare_again(self)
+            elif self.vm.prepare_single(self) is None:
+                return
+        except Fault as fault:
+            self.raise_exception(fault.vector, fault.error)
 
-    def _arithmetic_fault(self, ins: Instruction) -> int:
-        """The vector of SIGFPE: #DE, #MF, #XM, or #UD where the guest has not announced a handler for #XM."""
-        if ins.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
-            return 0
-        if ins.mnemonic == Mnemonic.WAIT or unit_of(ins) in (OFF_X87, OFF_MMX):
-            return 16
-        return 19 if self.field(L.CR4) & 1 << 10 else 6
+    def resume_at(self, code: int, kind: int) -> None:
+        """Native code goes on at host address *code* (``RESUME_*`` says why), which is of the present generation."""
+        self.words[L.RESUME // 8] = code
+        self.halves[L.RESUME_KIND // 4] = kind
+        self.words[L.RESUME_GENERATION // 8] = self.vm.generation
 
     def _init(self) -> None:
         """INIT: as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
@@ -312,7 +311,7 @@ class TcgVCpu:
         """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
         found = b""
         while len(found) < size:
-            vector, phys = self.walk(linear + len(found), 2)
+            vector, phys = self.walk(self.linear_after(linear, len(found)), 2)
             if vector:
                 if not found:
                     raise self._fault(vector)
@@ -337,12 +336,27 @@ class TcgVCpu:
             return bytes(buffer)
         if vector > 0:
             raise self._fault(vector)
-        found = b""
-        while len(found) < size:
-            vector, phys = self.walk(linear + len(found), 0)
+        return self._read_pages(self.pages(linear, size, 0), ops)
+
+    def linear_after(self, linear: int, by: int) -> int:
+        """The linear address *by* bytes behind another, for a program's access: 32 bits wide outside 64-bit mode."""
+        return linear + by & (0xFFFFFFFFFFFFFFFF if self.mode & L.MODE_64 else 0xFFFFFFFF)
+
+    def pages(self, linear: int, size: int, access: int) -> list[tuple[int, int]]:
+        """(physical address, size) of the pieces of an operand by page; *access* 1 for a write. Raises Fault."""
+        found, at = [], 0
+        while at < size:
+            vector, phys = self.walk(self.linear_after(linear, at), access)
             if vector:
                 raise self._fault(vector)
-            take = min(size - len(found), 4096 - (phys & 0xFFF))
+            take = min(size - at, 4096 - (phys & 0xFFF))
+            found.append((phys, take))
+            at += take
+        return found
+
+    def _read_pages(self, pages: list[tuple[int, int]], ops: Ops) -> bytes:
+        found = b""
+        for phys, take in pages:
             data = self.vm.peek(phys, take)
             if data is None:
                 apic = self.msrs.apic_page(phys)
@@ -357,18 +371,17 @@ class TcgVCpu:
 
     def write_linear(self, linear: int, data: bytes, ops: Ops) -> None:
         """Write at a linear address, devices and code included. Raises Fault before anything is written."""
-        size = len(data)
         user = self.halves[L.CPL // 4] == 3
-        vector = self.native.vwrite(self.pointer, linear, data, size, user)
+        vector = self.native.vwrite(self.pointer, linear, data, len(data), user)
         if not vector:
             return
         if vector > 0:
             raise self._fault(vector)
-        self.probe_write(linear, size)
+        self._write_pages(self.pages(linear, len(data), 1), data, ops)
+
+    def _write_pages(self, pages: list[tuple[int, int]], data: bytes, ops: Ops) -> None:
         at = 0
-        while at < size:
-            _, phys = self.walk(linear + at, 1)
-            take = min(size - at, 4096 - (phys & 0xFFF))
+        for phys, take in pages:
             part = data[at : at + take]
             if self.vm.poke(phys, part):
                 pass
@@ -380,10 +393,7 @@ class TcgVCpu:
 
     def probe_write(self, linear: int, size: int) -> None:
         """Raise the Fault that writing would, and write nothing."""
-        for at in {linear, linear + size - 1}:
-            vector, _ = self.walk(at, 1)
-            if vector:
-                raise self._fault(vector)
+        self.pages(linear, size, 1)
 
     def port_allowed(self, port: int, size: int) -> bool:
         """The TSS's I/O permission bitmap (Intel SDM vol. 1, 19.5.2)."""
@@ -400,7 +410,7 @@ class TcgVCpu:
 
     def _supervisor_read(self, linear: int, size: int) -> bytes:
         buffer = (ctypes.c_char * size)()
-        vector = self.native.vread(self.pointer, linear, buffer, size, 0)
+        vector = self.native.vread(self.pointer, linear, buffer, size, L.AS_SYSTEM)
         if vector > 0:
             raise self._fault(vector)
         return bytes(buffer) if not vector else b"\xff" * size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from array import array
 from bisect import bisect_right
 from contextlib import contextmanager
 from itertools import chain
-from struct import pack_into, unpack_from
+from struct import pack_into
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -50,7 +51,7 @@ class TcgOptions:
     """Options of the accelerator (``[accel.tcg]``).
 
     Attributes:
-        code_cache: MiB of executable memory, 8 to 1024; half of it is filled at a time.
+        code_cache: MiB of executable memory, 8 to 1024; when it is full, all blocks are forgotten.
         block_size: the most instructions in one block, 1 to 64 (1 is a lockstep aid).
         templates: directory where instruction templates are kept between runs; empty for the user's cache,
             ``none`` for nowhere.
@@ -98,7 +99,9 @@ class TcgVm:
             self._code.rw,
             self._code.size,
         )
-        q[L.VM_CODE_LIMIT // 8] = self._code.size // 2
+        self._marks = Area(4 * (self._code.size >> 16))
+        q[L.VM_MARKS // 8] = self._marks.address
+        q[L.VM_HASH_KEY // 8 : L.VM_HASH_KEY // 8 + 4] = self._hash_key()
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
         q[L.VM_CROSS // 8] = self._cross.address
         q[L.VM_APIC_BUS_HZ // 8] = 1_000_000_000
@@ -120,7 +123,7 @@ class TcgVm:
         self._starts: list[int] = []
         self._pages: dict[MemorySlot, Area] = {}
         self._cpus: list[TcgVCpu] = []
-        self._singles: dict[tuple[int, int, int, bytes], tuple[int, bool]] = {}
+        self._singles: dict[tuple[int, int, int, bytes], int] = {}
         self._range = self.native.add_range(self._code.rx, self._code.rx + self._code.size)
         self.native.signals()
         self._ticker: threading.Thread | None = None
@@ -132,9 +135,18 @@ class TcgVm:
         self.capabilities = frozenset({"doorbells", "foreign-rings", *(["irqfds"] if self.lapic else [])})
         self._closed = False
 
+    @staticmethod
+    def _hash_key() -> memoryview:
+        return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
+
     def set_word(self, offset: int, value: int) -> None:
         """Set a 64-bit field of ``struct vm``."""
         self._q[offset // 8] = value
+
+    @property
+    def generation(self) -> int:
+        """How often all code was forgotten."""
+        return self._q[L.VM_GENERATION // 8]
 
     def set_half(self, offset: int, value: int) -> None:
         """Set a 32-bit field of ``struct vm``."""
@@ -167,7 +179,6 @@ class TcgVm:
     def create_vcpu(self, index: int, /) -> TcgVCpu:
         cpu = TcgVCpu(self, index)
         cpu.set_field(L.TSC_OFFSET, -self._tsc_zero & 0xFFFFFFFFFFFFFFFF)
-        cpu.set_field(L.RW_DELTA, self._code.rw - self._code.rx & 0xFFFFFFFFFFFFFFFF)
         self._cpus.append(cpu)
         self._q[L.VM_CPUS // 8 + index] = cpu.pointer
         if self._ticker is not None and self._ticker.ident is None:
@@ -186,7 +197,7 @@ class TcgVm:
             raise UsageError(f"tcg: no memory slot at {slot.address:#x}")
         with self._changed_slots():
             self._slots.remove(slot)
-            self._pages.pop(slot).close()
+        self._pages.pop(slot).close()
 
     @contextmanager
     def _changed_slots(self) -> Iterator[None]:
@@ -196,13 +207,15 @@ class TcgVm:
             yield
             self._slots.sort(key=lambda one: -one.size)  # look-ups go through them in order: main memory first
             ordered = sorted(self._slots, key=lambda one: one.address)
-            self._starts, self._ordered = [one.address for one in ordered], ordered
+            table = bytearray(L.VM_NSLOTS + 4 - L.VM_SLOTS)
             for i, slot in enumerate(self._slots):
                 pack_into(
-                    "<QQQQII", self._area.view, L.VM_SLOTS + L.SIZEOF_SLOT * i,
+                    "<QQQQII", table, L.SIZEOF_SLOT * i,
                     slot.address, slot.size, slot.host_address, self._pages[slot].address, slot.readonly, 1,
                 )  # fmt: skip
-            self._d[L.VM_NSLOTS // 4] = len(self._slots)
+            pack_into("<I", table, L.VM_NSLOTS - L.VM_SLOTS, len(self._slots))
+            self._area.view[L.VM_SLOTS : L.VM_NSLOTS + 4] = table  # in one step: see library.py
+            self._starts, self._ordered = [one.address for one in ordered], ordered
             self.flush_translations()
 
     def flush_translations(self) -> None:
@@ -284,7 +297,7 @@ class TcgVm:
         self._q.release()
         self._d.release()
         self._store.close()
-        for area in (*self._pages.values(), self._area, self._hash, self._cross):
+        for area in (*self._pages.values(), self._area, self._hash, self._cross, self._marks):
             area.close()
         self._code.close()
 
@@ -370,79 +383,61 @@ class TcgVm:
         if data is None:
             data = b"\xff" * 15
         if room < 15 and self._translator.decode(mode, pc, data, 1)[0][0].code == Code.INVALID:
-            vector, second = cpu.walk(linear + room & (0xFFFFFFFFFFFFFFFF if mode & L.MODE_64 else 0xFFFFFFFF), 2)
+            vector, second = cpu.walk(cpu.linear_after(linear, room), 2)
             if vector:
                 raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
             more = self.peek(second, 15)
             return data + (more if more is not None else b"\xff" * 15)
         return data
 
-    def single(self, cpu: TcgVCpu) -> tuple[int, bool] | None:
-        """(host address, whether the written operand is read first) of the instruction at RIP alone, its write going to
-        the bounce buffer; None for one that Python does. Raises Fault."""
+    def prepare_single(self, cpu: TcgVCpu) -> bool | None:
+        """Have the instruction at RIP run alone next, its write going to ``cpu.write_ptr``: whether the operand that it
+        writes is read first; None for one that Python does. Raises Fault."""
         with self._lock:
-            mode, pc = cpu.mode, cpu.rip
-            linear = pc if mode & L.MODE_64 else cpu.cs_base + pc & 0xFFFFFFFF
-            vector, phys = cpu.walk(linear, 2)
-            if vector:
-                raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
+            linear, phys = self._fetched(cpu)
             data = cpu.fetch_bytes(linear, 15)
-            key = mode, pc, phys, data
-            found = self._singles.get(key)
-            if len(self._singles) > 4096:
-                self._singles.clear()
-            if found is None:
-                ins = self._translator.decode(mode, pc, data, 1)[0][0]
-                if (
-                    ins.code == Code.INVALID
-                    or ins.flow_control != FlowControl.NEXT
-                    or not _writes_memory(ins)
-                    or _pushes_memory(ins)
-                ):
-                    return None
-                while (block := self.native.single(cpu.pointer, phys, linear)) <= L.TRANSLATE_MISSING:
-                    if block == L.TRANSLATE_MISSING:
-                        self._make(cpu, phys, linear, single=True)
-                    elif block == L.TRANSLATE_FULL:
-                        self._flush_stopped()
-                found = self._singles[key] = block + L.SIZEOF_BLOCK, _reads_memory(ins)
-            return found
-
-    def fault_site(self, host: int) -> tuple[int, bool] | None:
-        """(RIP, whether flags are in ``cpu.fl``) of the instruction whose translation holds host address *host*."""
-        with self._lock:
-            block = self._block_at(host)
-            if block is None:
+            mode, pc = cpu.mode, cpu.rip
+            ins = self._translator.decode(mode, pc, data, 1)[0][0]
+            if (
+                ins.code == Code.INVALID
+                or ins.flow_control != FlowControl.NEXT
+                or not _writes_memory(ins)
+                or _pushes_memory(ins)
+            ):
                 return None
-            header = ctypes.string_at(block, L.SIZEOF_BLOCK)
-            pc, _, phys, phys2, _, length = unpack_from("<QQQQIH", header)
-            first = min(length, 4096 - (phys & 0xFFF))
-            data = (self.peek(phys, first) or b"") + (
-                (self.peek(phys2, length - first) or b"") if length > first else b""
-            )
-            sites = (ctypes.c_uint32 * (4 * 80))()
-            count = self.native.sites(self.pointer, block, data, sites)
-            offset = host - block - L.SIZEOF_BLOCK
-            for i in range(max(count, 0)):
-                start, end, guest, stored = sites[4 * i : 4 * i + 4]
-                if start <= offset < end:
-                    return pc + guest & 0xFFFFFFFFFFFFFFFF, bool(stored)
-            return None
+            key = mode, pc, phys, data
+            block = self._singles.get(key)
+            if block is None:
+                if len(self._singles) > 4096:
+                    self._singles.clear()
+                block = self._singles[key] = self._once(cpu, phys, linear, L.MAKE_SINGLE)
+            cpu.resume_at(block, L.RESUME_SINGLE)
+            return _reads_memory(ins)
 
-    def _block_at(self, host: int) -> int | None:
-        """Blocks lie behind each other in a half of the buffer: walk to the one that holds *host*."""
-        half = self._code.size // 2
-        offset = host - self._code.rx
-        if not 0 <= offset < self._code.size:
-            return None
-        at = self._code.rx + (half if offset >= half else 0)
-        while at <= host:
-            (size,) = unpack_from("<I", ctypes.string_at(at, L.SIZEOF_BLOCK), L.BLOCK_CODE_LENGTH)
-            total = (L.SIZEOF_BLOCK + size + 63) & ~63
-            if host < at + total:
-                return at
-            at += total
-        return None
+    def prepare_again(self, cpu: TcgVCpu) -> None:
+        """Have the instruction at RIP run alone next, from its start, with the answer that a device has given it."""
+        with self._lock:
+            linear, phys = self._fetched(cpu)
+            cpu.resume_at(self._once(cpu, phys, linear, L.MAKE_AGAIN), L.RESUME_AGAIN)
+
+    @staticmethod
+    def _fetched(cpu: TcgVCpu) -> tuple[int, int]:
+        """Linear and physical address of the code at RIP. Raises Fault."""
+        linear = cpu.rip if cpu.mode & L.MODE_64 else cpu.cs_base + cpu.rip & 0xFFFFFFFF
+        vector, phys = cpu.walk(linear, 2)
+        if vector:
+            raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
+        return linear, phys
+
+    def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int) -> int:
+        """Host address of a block for one run (``MAKE_*``); it is of the present generation, under the lock."""
+        while (block := self.native.once(cpu.pointer, phys, linear, what)) <= L.TRANSLATE_MISSING:
+            if block == L.TRANSLATE_MISSING:
+                self._make(cpu, phys, linear, single=what == L.MAKE_SINGLE)
+            elif block == L.TRANSLATE_FULL:
+                self._flush_stopped()
+        found: int = block + L.SIZEOF_BLOCK
+        return found
 
 
 _INFO = InstructionInfoFactory()

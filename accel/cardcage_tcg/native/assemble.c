@@ -10,7 +10,7 @@
 
 #define MAX_BODY 66
 #define ROOM 20480
-#define PAGE_END 15     /* closer to a page's end than the longest instruction, a block just ends */
+#define MOST_CODE (15 * MAX_BODY) /* bytes of the longest block */
 
 struct out {
     u8 code[ROOM + 8192];
@@ -313,11 +313,20 @@ static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, const 
         o->stored = 1;
 }
 
-static int wants_poll(const struct plan *p)
+/* Whether the code *offset* bytes behind a block's start is no further on: addresses wrap but for those of 64 bits, whose end is not
+ * canonical. What only goes on comes to its end, or to code that was never run, soon enough. */
+static int goes_back(const struct block *b, s64 offset)
 {
-    if (!p->end || p->end->kind == K_EMULATE)
+    return b->mode & MODE_64 ? offset <= 0 : rip_in(b, (u64)offset) <= b->pc;
+}
+
+static int wants_poll(const struct plan *p, const struct block *b)
+{
+    if (p->end && p->end->kind == K_EMULATE)
         return 0;
-    return p->end->kind == K_JCC || p->end->kind == K_JMP ? p->relative <= 0 : 1;
+    if (p->end && p->end->kind != K_JCC && p->end->kind != K_JMP)
+        return 1;
+    return (p->end && goes_back(b, p->at[p->count] + p->relative)) || ((!p->end || p->end->kind == K_JCC) && goes_back(b, p->next));
 }
 
 /* 0, or the offset + 1 of an instruction without a template. */
@@ -357,7 +366,7 @@ static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *dat
     return 0;
 }
 
-static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, u32 single)
+static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, int single)
 {
     const struct tmpl *end = p->end;
     u32 here = p->at[p->count];
@@ -493,15 +502,22 @@ static void liveness(struct plan *p)
     }
 }
 
-/* Assemble the block at block->pc from `size` bytes of code. Fills block->length, code_length, entry.
+static void note_site(struct fault_site *site, const struct out *o, const struct tmpl *t, u32 guest, u32 stored)
+{
+    site->end = (u16)o->used;
+    site->guest = (u16)(guest | (stored ? SITE_STORED : 0) | (t->flags & T_BORROWED ? SITE_BORROWED : 0));
+}
+
+/* Assemble the block at block->pc from `size` bytes of code. Fills block->length, code_length, entry, sites.
  * 0, or the offset + 1 of an instruction without a template. */
-static u32 assemble(const struct store *s, struct out *o, struct block *block, const u8 *data, u32 size, u32 limit, u32 single,
-                    int crosses, struct fault_site *sites)
+static u32 assemble(const struct store *s, struct out *o, struct block *block, const u8 *data, u32 size, u32 limit, u32 what, int crosses)
 {
     struct plan p;
+    struct fault_site sites[MAX_BODY + 1];
     const struct tmpl *placed[MAX_BODY + 1];
     u32 starts[MAX_BODY + 1], mode = block->mode, nsites = 0;
-    u32 missing = collect(s, &p, mode | (single ? KEY_SINGLE : 0), data, size, mode & MODE_TF || single ? 1 : limit, crosses);
+    int single = what == MAKE_SINGLE;
+    u32 missing = collect(s, &p, mode | (single ? KEY_SINGLE : 0), data, size, mode & MODE_TF || what != MAKE_BLOCK ? 1 : limit, crosses);
     if (missing)
         return missing;
     liveness(&p);
@@ -512,7 +528,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     if (entry_live)
         put(o, s->load, s->load_length);
     block->entry = o->used;
-    int poll = !single && wants_poll(&p);
+    int poll = what == MAKE_BLOCK && wants_poll(&p, block);
     for (u32 i = 0; poll && i < p.count; i++)
         if (p.t[i]->flags & T_SHADOW) { /* never between STI and the instruction after it: at the start instead */
             if (entry_live)
@@ -552,21 +568,19 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         starts[i] = o->used;
         placed[i] = t;
         place(o, t, block->pc + p.at[i], p.at[i], data + p.at[i]);
-        if (sites)
-            sites[nsites++] = (struct fault_site){ starts[i], o->used, p.at[i], kept };
+        note_site(&sites[nsites++], o, t, p.at[i], kept);
     }
     u32 count = p.count;
     if (poll) {
         save(o, s);
-        emit_poll(o, p.at[p.count]);
+        emit_poll(o, p.end ? p.at[p.count] : p.next);
     }
     if (p.end && (p.end->kind == K_CALL || p.end->kind == K_INDIRECT) && !single && !(mode & MODE_TF)) {
         save(o, s);
         starts[count] = o->used;
         placed[count++] = p.end;
         place(o, p.end, block->pc + p.at[p.count], p.at[p.count], data + p.at[p.count]);
-        if (sites)
-            sites[nsites++] = (struct fault_site){ starts[count - 1], o->used, p.at[p.count], 1 };
+        note_site(&sites[nsites++], o, p.end, p.at[p.count], 1);
         s64 target = (s64)p.at[p.count] + p.relative;
         if (p.end->kind == K_INDIRECT) {
             o->moved = (u32)p.end->relative;
@@ -582,8 +596,11 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         finish(o, s, &p, mode, single);
     }
     cold(o, s, &p, placed, starts, count, mode, block->pc, data);
-    if (sites)
-        sites[nsites].end = 0;
+    while (o->used % 2)
+        put(o, (const u8 *)"\x90", 1);
+    block->sites = o->used;
+    block->nsites = nsites;
+    put(o, (const u8 *)sites, nsites * sizeof *sites);
     block->length = (u16)p.next;
     block->code_length = o->used;
     return 0;
@@ -609,19 +626,52 @@ u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target)
     return o.used;
 }
 
-/* Translate the code at cpu->rip and install it. Host address of the block, or TRANSLATE_*. */
-u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
+/* Copy what the block at *phys* can be made of: its page, or the next one too where its one instruction reaches over. Nothing is made
+ * of memory itself, which other vCPUs write meanwhile. How much; 0: the next page cannot be fetched. */
+static u32 copy_code(struct cpu *c, struct block *b, u64 linear, u32 key, u8 *to)
+{
+    const struct store *s = (const struct store *)c->vm->store;
+    u32 room = 4096 - (u32)(b->phys & 0xfff), truncated, global, writable;
+    struct plan first;
+    const u8 *ram = phys_host(c->vm, b->phys, 0);
+    if (!ram)
+        return 0;
+    memcpy(to, ram, room < MOST_CODE ? room : MOST_CODE);
+    first.count = 0;
+    if (room >= 15 || (key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, to, room, 0)) || resolve(s, key, to, room, &truncated) ||
+        !truncated)
+        return room < MOST_CODE ? room : MOST_CODE;
+    u64 keep = c->cr2, code = c->scratch[3], phys2;
+    int vector = walk(c, linear_after(c, linear, room, 0), ACC_EXEC, c->cpl == 3, &phys2, &global, &writable);
+    c->cr2 = keep, c->scratch[3] = code; /* Python walks again, and raises it */
+    if (vector)
+        return 0;
+    const u8 *more = phys_host(c->vm, phys2 & ~0xffful, 0);
+    if (more)
+        memcpy(to + room, more, 15);
+    else
+        memset(to + room, 0xff, 15); /* an open bus */
+    const struct tmpl *t = 0;
+    u32 size = 0;
+    if (key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, to, 15, 0))
+        size = first.next;
+    else if ((t = resolve(s, key, to, 15, &truncated)))
+        size = t->length;
+    if (size > room)
+        b->phys2 = phys2 & ~0xffful;
+    return size;
+}
+
+/* Translate the code at cpu->rip. Host address of the block (installed if *what* is MAKE_BLOCK), or TRANSLATE_*. */
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what)
 {
     struct vm *vm = c->vm;
-    const struct store *s = (const struct store *)vm->store;
     struct { struct block header; struct out out; } image;
     struct block *b = &image.header;
-    u8 joined[32];
-    u32 room = 4096 - (u32)(phys & 0xfff);
-    const u8 *data = phys_host(vm, phys, 0);
-    int crosses = 0;
+    u8 data[MOST_CODE + 15];
+    u64 generation = vm->generation;
     c->info[3] = 0;
-    if (!data)
+    if (!phys_host(vm, phys, 0))
         return TRANSLATE_MISSING;
     memset(b, 0, sizeof *b);
     b->pc = c->rip;
@@ -629,67 +679,49 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single)
     b->phys = phys;
     b->phys2 = ~0ul;
     b->mode = c->mode;
-    u32 size = room, key = c->mode | (single ? KEY_SINGLE : 0), truncated;
-    struct plan first;
-    first.count = 0;
-    if (room < 15 && !(key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, room, 0)) &&
-        !resolve(s, key, data, room, &truncated) && truncated) {
-        u64 phys2;
-        u32 global, writable;
-        u64 next = linear + room, keep = c->cr2, code = c->scratch[3];
-        if (!(c->mode & MODE_64))
-            next &= 0xffffffff;
-        const u8 *more = 0;
-        if (!walk(c, next, ACC_EXEC, c->cpl == 3, &phys2, &global, &writable))
-            more = phys_host(vm, phys2 & ~0xffful, 0);
-        c->cr2 = keep, c->scratch[3] = code;
-        if (!more)
-            return TRANSLATE_MISSING;
-        memcpy(joined, data, room);
-        memcpy(joined + room, more, 15);
-        data = joined;
-        const struct tmpl *t = 0;
-        if (key & (MODE_64 | MODE_32) && direct_branch(s, &first, key, data, 15, 0))
-            size = first.next;
-        else if ((t = resolve(s, key, data, 15, &truncated)))
-            size = t->length;
-        else
-            return TRANSLATE_MISSING;
-        b->phys2 = phys2 & ~0xffful;
-        crosses = 1;
-        if (size <= room) { /* it does not reach over after all */
-            b->phys2 = ~0ul;
-            crosses = 0;
-        }
-    }
-    tcg_watch_running(c, phys);
-    if (crosses)
+    if (what == MAKE_BLOCK)
+        tcg_watch_running(c, phys);
+    u32 size = copy_code(c, b, linear, c->mode | (what == MAKE_SINGLE ? KEY_SINGLE : 0), data);
+    if (!size)
+        return TRANSLATE_MISSING;
+    if (what == MAKE_BLOCK && b->phys2 != ~0ul)
         tcg_watch_running(c, b->phys2);
-    u32 missing = assemble(s, &image.out, b, data, size, vm->block_limit, single, crosses, 0);
+    if (generation != vm->generation) /* while it waited: there may be other memory now */
+        return TRANSLATE_CHANGED;
+    u32 missing = assemble((const struct store *)vm->store, &image.out, b, data, size, vm->block_limit, what, b->phys2 != ~0ul);
     if (missing) {
         c->info[3] = missing - 1;
         return TRANSLATE_MISSING;
     }
-    if (single)
-        b->mode |= KEY_SINGLE; /* no look-up finds it */
-    return install(vm, b, image.out.code, data);
+    return what == MAKE_BLOCK ? install(c, b, image.out.code, data) : put_block(vm, b, image.out.code);
 }
 
-/* For Python: a single at cpu->rip (see R_SLOW_WRITE). */
-EXPORTED u64 tcg_single(struct cpu *c, u64 phys, u64 linear) { return native_translate(c, phys, linear, 1); }
+/* For Python: a block at cpu->rip for one run (MAKE_*). */
+EXPORTED u64 tcg_once(struct cpu *c, u64 phys, u64 linear, u32 what) { return native_translate(c, phys, linear, what); }
 
-/* Where host signals can come out of an installed block: assemble it again. Returns how many, -1 when it cannot be. */
-EXPORTED int tcg_sites(struct vm *vm, const struct block *installed, const u8 *data, struct fault_site *sites)
+/* A host fault in translated code (info: signal, host address, trap number): the guest's exception where an instruction of its can raise
+ * it, with the registers that it had. By hardware's own vector, not by what memory holds now. */
+int native_signal(struct cpu *c)
 {
-    struct block b = *installed;
-    struct out out;
-    u32 single = b.mode & KEY_SINGLE ? 1 : 0, n = 0;
-    b.mode &= ~(u32)KEY_SINGLE;
-    if (assemble((const struct store *)vm->store, &out, &b, data, b.length, vm->block_limit, single, b.phys2 != ~0ul, sites))
-        return -1;
-    while (sites[n].end)
-        n++;
-    return (int)n;
+    u64 host = c->info[1], trap = c->info[2];
+    const struct block *b = block_at(c->vm, host);
+    u32 vector = trap == EX_NP || trap == EX_SS || trap == EX_AC ? EX_GP : trap == EX_XM && !(c->cr4 & CR4_OSXMMEXCPT) ? EX_UD : (u32)trap;
+    if (b && (vector == EX_DE || vector == EX_UD || vector == EX_GP || vector == EX_MF || vector == EX_XM)) {
+        const struct fault_site *sites = (const struct fault_site *)((u64)(b + 1) + b->sites);
+        u64 offset = host - (u64)(b + 1);
+        for (u32 i = 0; i < b->nsites; i++) {
+            if (offset >= sites[i].end)
+                continue;
+            c->rip = rip_in(b, sites[i].guest & SITE_OFFSET);
+            if (!(sites[i].guest & SITE_STORED))
+                c->fl = c->scratch[0];
+            if (sites[i].guest & SITE_BORROWED)
+                c->gpr[RAX] = c->scratch[2], c->gpr[RDX] = c->scratch[3];
+            return raise(c, vector, vector == EX_GP, 0);
+        }
+    }
+    c->reason = R_SIGNAL;
+    return H_EXIT;
 }
 
 /* Add a template (its bytes as struct tmpl and what follows). 0, or 1 when the store is full. */

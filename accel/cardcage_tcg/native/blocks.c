@@ -5,9 +5,57 @@
 
 #define RW(vm, type, rx) ((type *)((u64)(rx) + ((vm)->code_rw - (vm)->code_rx)))
 
-static u64 hash_of(u64 phys, u32 mode) { return (phys * 0x9e3779b97f4a7c15ul ^ (u64)mode * 0xc2b2ae3d27d4eb4ful) >> 20; }
+enum { PAGE_BLOCKS = 8192 }; /* the most on one page: aliases, modes and segment bases can make any number of them, and a store kills all */
+
+static u64 *chain_of(struct vm *vm, u64 phys, u32 mode, u64 pc, u64 cs_base)
+{
+    const u64 *key = vm->hash_key;
+    u64 h = (phys * key[0] ^ (u64)mode * key[1] ^ pc * key[2] ^ cs_base * key[3]) * key[0];
+    return &vm->hash[h >> 40 & vm->hash_mask];
+}
 
 static u32 jc_index(u64 pc) { return pc & (JC_SIZE - 1); }
+
+static u64 size_of(const struct block *b) { return (sizeof *b + b->code_length + 63) & ~63ul; }
+
+/* Append a block to the buffer, with the lock held; 0: it is full. */
+static struct block *put(struct vm *vm, const struct block *plan, const u8 *code)
+{
+    u64 at = vm->code_used, total = size_of(plan);
+    if (at + total > vm->code_size)
+        return 0;
+    struct block *b = (struct block *)(vm->code_rx + at), *w = RW(vm, struct block, b);
+    *w = *plan;
+    memcpy(w + 1, code, plan->code_length);
+    for (u64 mark = (at + 0xffff) >> 16; mark << 16 < at + total; mark++)
+        ((u32 *)vm->marks)[mark] = (u32)(at >> 6);
+    vm->code_used = at + total;
+    return b;
+}
+
+/* A block that is to run once: no look-up finds it, and no write ends it. */
+u64 put_block(struct vm *vm, const struct block *plan, const u8 *code)
+{
+    spin_lock(&vm->lock);
+    struct block *b = put(vm, plan, code);
+    spin_unlock(&vm->lock);
+    return b ? (u64)b : TRANSLATE_FULL;
+}
+
+/* The block that a host address lies in, 0 if it lies in none. For a vCPU in native code: none is forgotten meanwhile. */
+struct block *block_at(struct vm *vm, u64 host)
+{
+    u64 offset = host - vm->code_rx;
+    if (offset >= __atomic_load_n(&vm->code_used, __ATOMIC_ACQUIRE))
+        return 0;
+    u64 at = vm->code_rx + ((u64)((const u32 *)vm->marks)[offset >> 16] << 6);
+    for (;;) {
+        struct block *b = (struct block *)at;
+        at += size_of(b);
+        if (host < at)
+            return b;
+    }
+}
 
 static struct page *page_of(struct vm *vm, u64 gpa, struct slot **slot)
 {
@@ -40,33 +88,53 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     return 0;
 }
 
-static struct block *find(struct cpu *c, u64 phys, u64 linear, u64 *why)
+/* The block at *phys* that goes on to page *second* if it reaches over, with the lock held. *unknown is set where that decides and *second*
+ * is UNKNOWN: a page walk may have to take the lock, so the caller does it. */
+enum { UNKNOWN = 1 }; /* no page's address */
+
+static struct block *find(struct cpu *c, u64 phys, u64 cs_base, u64 second, int *unknown)
 {
-    struct vm *vm = c->vm;
-    u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
-    struct block *b = (struct block *)vm->hash[hash_of(phys, c->mode) & vm->hash_mask];
+    *unknown = 0;
+    struct block *b = (struct block *)*chain_of(c->vm, phys, c->mode, c->rip, cs_base);
     for (; b; b = (struct block *)b->hash_next) {
         if (b->phys != phys || b->pc != c->rip || b->mode != c->mode || b->cs_base != cs_base || !b->valid)
             continue;
-        if (b->phys2 != ~0ul) {
-            u64 phys2;
-            u32 global;
-            int vector = exec_page(c, (linear & ~0xffful) + 4096, &phys2, &global);
-            if (vector) {
-                *why = (u64)vector; /* the instruction that reaches over faults when it is fetched: translate up to it */
-                return 0;
-            }
-            if (phys2 != b->phys2)
-                continue;
-        }
-        return b;
+        if (b->phys2 == ~0ul || b->phys2 == second)
+            return b;
+        *unknown |= second == UNKNOWN;
     }
     return 0;
+}
+
+/* Likewise, without the lock; it is held when a block was found. On 0 the instruction may fault when it is fetched: whoever translates it
+ * sees to that. */
+static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base)
+{
+    int unknown;
+    spin_lock(&c->vm->lock);
+    struct block *b = find(c, phys, cs_base, UNKNOWN, &unknown);
+    if (b)
+        return b;
+    spin_unlock(&c->vm->lock);
+    if (!unknown)
+        return 0;
+    u64 second, keep = c->cr2, code = c->scratch[3];
+    u32 global;
+    if (exec_page(c, linear_after(c, linear & ~0xffful, 4096, 0), &second, &global)) {
+        c->cr2 = keep, c->scratch[3] = code;
+        return 0;
+    }
+    spin_lock(&c->vm->lock);
+    b = find(c, phys, cs_base, second, &unknown);
+    if (!b)
+        spin_unlock(&c->vm->lock);
+    return b;
 }
 
 /* Where to go on at c->rip: host code (entry that restores flags from c->fl), or 0: leave, c->reason says why. */
 u64 native_dispatch(struct cpu *c)
 {
+    c->pending_size = 0; /* what a device answered was for the instruction before */
     for (;;) {
         if (unlikely(__atomic_load_n(&c->poll, __ATOMIC_SEQ_CST)) || unlikely(c->halted)) {
             if (check_events(c) == H_EXIT)
@@ -76,21 +144,20 @@ u64 native_dispatch(struct cpu *c)
         u32 m = c->mode & MODE_CPL3 ? 1 : 0;
         u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
         if (unlikely(c->jc_mode[m] != c->mode || c->jc_base[m] != cs_base)) {
-            for (u32 i = 0; i < JC_SIZE; i++)
-                c->jc[m][i].pc = TLB_EMPTY;
+            jc_flush_one(c, m);
             c->jc_mode[m] = c->mode;
             c->jc_base[m] = cs_base;
         }
-        struct jump *j = &c->jc[m][jc_index(c->rip)];
-        if (j->pc == c->rip)
-            return j->code;
         u64 linear = c->mode & MODE_64 ? c->rip : (u32)(cs_base + c->rip);
-        if (c->mode & MODE_64 && (u64)((s64)(linear << 16) >> 16) != linear) {
+        if (unlikely(c->mode & MODE_64 && (u64)((s64)(linear << 16) >> 16) != linear)) {
             if (raise(c, EX_GP, 1, 0) == H_EXIT)
                 return 0;
             continue;
         }
-        u64 phys, why = 0;
+        struct jump *j = &c->jc[m][jc_index(c->rip)];
+        if (j->pc == c->rip)
+            return j->code;
+        u64 phys;
         u32 global;
         int vector = exec_page(c, linear, &phys, &global);
         if (vector) {
@@ -99,18 +166,15 @@ u64 native_dispatch(struct cpu *c)
             continue;
         }
         phys |= linear & 0xfff;
-        spin_lock(&c->vm->lock);
-        struct block *b = find(c, phys, linear, &why);
+        struct block *b = look_up(c, phys, linear, cs_base);
         if (likely(b != 0)) {
-            u64 code = (u64)(b + 1);
-            j->code = code;
+            j->code = (u64)(b + 1);
             j->pc = c->rip;
             c->jc_local[m] |= !global || b->phys2 != ~0ul;
-            spin_unlock(&c->vm->lock);
-            return code;
+            spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
+            return (u64)(b + 1);
         }
-        spin_unlock(&c->vm->lock);
-        u64 made = native_translate(c, phys, linear, 0);
+        u64 made = native_translate(c, phys, linear, MAKE_BLOCK);
         if (made != TRANSLATE_MISSING && made != TRANSLATE_FULL)
             continue;
         c->info[2] = made;
@@ -121,11 +185,34 @@ u64 native_dispatch(struct cpu *c)
     }
 }
 
+/* Where tcg_enter goes on: at cpu.resume if its code is still there, else by what Python was left for. 0: leave again. */
+u64 native_resume(struct cpu *c)
+{
+    u64 code = c->resume;
+    if (!code)
+        return native_dispatch(c);
+    if (c->resume_generation == c->vm->generation) {
+        c->resume = 0;
+        if (c->resume_kind != RESUME_AGAIN)
+            c->pending_size = 0;
+        return code;
+    }
+    if (c->resume_kind == RESUME_AFTER) { /* the instruction is done */
+        c->resume = 0;
+        c->rip = c->next_rip;
+        if (c->mode & MODE_TF && single_step(c) == H_EXIT)
+            return 0;
+        return native_dispatch(c);
+    }
+    c->reason = R_RESTART;
+    return 0;
+}
+
 static u64 payload(u64 ret, u64 *rip)
 {
     u32 p = *(u32 *)(ret + 4);             /* disp32 of the NOP that follows the call */
     struct block *b = (struct block *)(ret - (p >> 12));
-    *rip = b->pc + (p & 0xfff);
+    *rip = rip_in(b, p & 0xfff);
     return (u64)b;
 }
 
@@ -133,16 +220,19 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
 {
     u64 rip;
     struct block *b = (struct block *)payload(ret, &rip);
+    u64 generation = c->vm->generation, next = rip_in(b, rip - b->pc + (arg >> 8 & 15));
     c->rip = rip;
     int action = helper_call(c, arg);
-    if (unlikely(c->code_hit) && action == H_CONTINUE) {
-        c->code_hit = 0;
-        if (!b->valid) {
-            c->rip = rip + (arg >> 8 & 15);
-            return H_REDIRECT;
-        }
-    }
-    return action;
+    if (action != H_CONTINUE)
+        return action;
+    int gone = generation != c->vm->generation; /* it waited, and others forgot the code that called it */
+    if (likely(!gone && !c->code_hit))
+        return H_CONTINUE;
+    c->code_hit = 0;
+    if (!gone && b->valid)
+        return H_CONTINUE;
+    c->rip = next;
+    return H_REDIRECT;
 }
 
 /* An indirect branch that the jump cache did not know. One to a non-canonical address faults before it moves the stack. */
@@ -202,15 +292,6 @@ static void unlink_all(struct vm *vm, struct block *to)
     RW(vm, struct block, to)->incoming = 0;
 }
 
-static void unlink_blocks(struct vm *vm)
-{
-    for (u64 at = vm->code_rx + vm->code_start; at < vm->code_rx + vm->code_used;) {
-        struct block *b = (struct block *)at;
-        unlink_all(vm, b);
-        at += (sizeof(struct block) + b->code_length + 63) & ~63ul;
-    }
-}
-
 /* Chains between pages hold while the translation of both does; a change of a global translation stops them all. */
 void cross_unlink(struct vm *vm)
 {
@@ -239,25 +320,19 @@ static struct block *make_bridge(struct vm *vm, const struct block *from, u64 ta
     struct block plan = { .pc = target, .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = from->mode | KEY_BRIDGE };
     u8 code[128];
     plan.code_length = bridge_code(vm, code, from->mode, target);
-    u64 total = (sizeof(struct block) + plan.code_length + 63) & ~63ul;
-    if (vm->code_used + total > vm->code_limit)
-        return 0;
-    struct block *b = (struct block *)(vm->code_rx + vm->code_used), *w = RW(vm, struct block, b);
-    *w = plan;
-    memcpy(w + 1, code, plan.code_length);
-    vm->code_used += total;
-    return b;
+    return put(vm, &plan, code);
 }
 
 u64 native_chain(struct cpu *c, u64 ret)
 {
     struct site *s = (struct site *)ret;
     struct block *from = (struct block *)(ret - s->header);
+    u64 generation = c->vm->generation;
     u64 target = from->pc + (u64)(s64)s->target;
     c->rip = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
     u64 code = native_dispatch(c);
-    if (!code)
-        return 0;
+    if (!code || generation != c->vm->generation) /* where it came from is gone */
+        return code;
     struct block *to = (struct block *)code - 1;
     u64 pc = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
     /* an interrupt may have been taken instead, or the target was reached in another mode */
@@ -269,7 +344,7 @@ u64 native_chain(struct cpu *c, u64 ret)
     u64 phys;
     u32 global_from = 0, global_to = 0, g2 = 1;
     int cross = !same && exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
-                (to->phys2 == ~0ul || exec_page(c, (goal & ~0xffful) + 4096, &phys, &g2) == 0) && global_from && global_to && g2;
+                (to->phys2 == ~0ul || exec_page(c, linear_after(c, goal & ~0xffful, 4096, 0), &phys, &g2) == 0) && global_from && global_to && g2;
     spin_lock(&vm->lock);
     if (from->valid && to->valid) {
         if (same) {
@@ -278,7 +353,7 @@ u64 native_chain(struct cpu *c, u64 ret)
             ((struct site **)vm->cross)[vm->crossed++] = s;
             cross_mark(vm, goal);
             if (to->phys2 != ~0ul)
-                cross_mark(vm, goal + 4096);
+                cross_mark(vm, linear_after(c, goal, 4096, 0));
             link(vm, s, to);
         } else if (!s->next) {
             struct block *bridge = make_bridge(vm, from, pc);
@@ -292,26 +367,41 @@ u64 native_chain(struct cpu *c, u64 ret)
 
 /* ---- invalidation ---- */
 
-static void page_remove(struct vm *vm, struct block *gone, u64 gpa)
+static int side_of(const struct block *b, u64 gpa) { return b->phys >> 12 != gpa >> 12; }
+
+static void page_add(struct vm *vm, struct page *p, struct block *b, u64 gpa)
 {
+    int side = side_of(b, gpa);
+    struct block *first = (struct block *)p->first, *w = RW(vm, struct block, b);
+    w->page_next[side] = p->first;
+    w->page_prev[side] = 0;
+    if (first)
+        RW(vm, struct block, first)->page_prev[side_of(first, gpa)] = (u64)b;
+    p->first = (u64)b;
+    p->count++;
+}
+
+static void page_remove(struct vm *vm, struct block *b, u64 gpa)
+{
+    int side = side_of(b, gpa);
     struct page *p = page_of(vm, gpa, 0);
+    struct block *next = (struct block *)b->page_next[side], *previous = (struct block *)b->page_prev[side];
     if (!p)
         return;
-    u64 *at = &p->first;
-    while (*at) {
-        struct block *b = (struct block *)*at;
-        u64 *next = &RW(vm, struct block, b)->page_next[(b->phys >> 12) != (gpa >> 12)];
-        if (b == gone) {
-            *at = *next;
-            return;
-        }
-        at = next;
-    }
+    if (next)
+        RW(vm, struct block, next)->page_prev[side_of(next, gpa)] = (u64)previous;
+    if (previous)
+        RW(vm, struct block, previous)->page_next[side_of(previous, gpa)] = (u64)next;
+    else
+        p->first = (u64)next;
+    p->count--;
 }
+
+static int two_pages(const struct block *b) { return b->phys2 != ~0ul && b->phys2 >> 12 != b->phys >> 12; }
 
 static void kill(struct vm *vm, struct block *b)
 {
-    u64 *at = &vm->hash[hash_of(b->phys, b->mode) & vm->hash_mask];
+    u64 *at = chain_of(vm, b->phys, b->mode, b->pc, b->cs_base);
     while (*at && *at != (u64)b)
         at = &RW(vm, struct block, *at)->hash_next;
     if (*at)
@@ -319,13 +409,13 @@ static void kill(struct vm *vm, struct block *b)
     RW(vm, struct block, b)->valid = 0;
     unlink_all(vm, b);
     page_remove(vm, b, b->phys);
-    if (b->phys2 != ~0ul)
+    if (two_pages(b))
         page_remove(vm, b, b->phys2);
     for (u32 i = 0; i < vm->ncpus; i++)
         for (u32 m = 0; vm->cpus[i] && m < 2; m++) {
-            struct jump *j = &vm->cpus[i]->jc[m][jc_index(b->pc)];
-            if (j->code == (u64)(b + 1))
-                __atomic_store_n(&j->pc, TLB_EMPTY, __ATOMIC_RELAXED);
+            u32 n = jc_index(b->pc);
+            if (vm->cpus[i]->jc[m][n].code == (u64)(b + 1))
+                __atomic_store_n(&vm->cpus[i]->jc[m][n].pc, jump_nothing(n), __ATOMIC_RELAXED);
         }
     vm->stat[0]++;
 }
@@ -339,7 +429,10 @@ static u64 granules(u32 low, u32 high) /* byte offsets in a page, inclusive */
 /* The part of a block that lies in the page of gpa, as offsets. */
 static void extent(struct block *b, u64 gpa, u32 *low, u32 *high)
 {
-    if ((b->phys >> 12) == (gpa >> 12)) {
+    if (b->phys2 != ~0ul && !two_pages(b)) { /* from the end of a page to its own start, by an alias */
+        *low = 0;
+        *high = 0xfff;
+    } else if ((b->phys >> 12) == (gpa >> 12)) {
         *low = b->phys & 0xfff;
         *high = *low + b->length - 1;
         if (*high > 0xfff)
@@ -365,7 +458,7 @@ void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size)
     for (u64 at = p->first; at;) {
         struct block *b = (struct block *)at;
         u32 from, to;
-        at = b->page_next[(b->phys >> 12) != (gpa >> 12)];
+        at = b->page_next[side_of(b, gpa)];
         extent(b, gpa, &from, &to);
         if (from <= high && to >= low) {
             kill(vm, b);
@@ -435,83 +528,98 @@ void tcg_watch_running(struct cpu *c, u64 gpa)
         world_enter(c);
 }
 
-/* Put a block into the buffer: its header as planned, its code, and the guest bytes that it was made from. Its executable
- * address; TRANSLATE_CHANGED: the bytes changed meanwhile, translate again; TRANSLATE_FULL: flush first. */
-u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest)
+static int matches(const u8 *ram, const u8 *guest, u32 size)
 {
-    u64 total = (sizeof(struct block) + plan->code_length + 63) & ~63ul, result = TRANSLATE_CHANGED;
+    for (u32 i = 0; i < size; i++)
+        if (((const volatile u8 *)ram)[i] != guest[i])
+            return 0;
+    return 1;
+}
+
+/* Whether another vCPU may be in the midst of a read-modify-write that it began before this page was marked. */
+static int being_written(const struct vm *vm, const struct cpu *self, u64 gpa)
+{
+    for (u32 i = 0; i < vm->ncpus; i++)
+        if (vm->cpus[i] && vm->cpus[i] != self && __atomic_load_n(&vm->cpus[i]->rmw, __ATOMIC_SEQ_CST) == ((gpa & ~0xffful) | 1))
+            return 1;
+    return 0;
+}
+
+/* Put a block into the buffer: its header as planned, its code, and a copy of the guest bytes that it was made from. Its executable
+ * address; TRANSLATE_CHANGED: memory has other bytes, translate again; TRANSLATE_FULL: flush first. */
+u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest)
+{
+    struct vm *vm = c->vm;
+    u64 result = TRANSLATE_CHANGED;
+    int wait = 0;
     spin_lock(&vm->lock);
-    if (vm->code_used + total > vm->code_limit) {
-        spin_unlock(&vm->lock);
-        return TRANSLATE_FULL;
-    }
-    u32 first = 4096 - (u32)(plan->phys & 0xfff);
+    u32 first = 4096 - (u32)(plan->phys & 0xfff), both = plan->phys2 != ~0ul;
     if (first > plan->length)
         first = plan->length;
-    u8 *ram = phys_host(vm, plan->phys, 0), *ram2 = plan->phys2 == ~0ul ? 0 : phys_host(vm, plan->phys2, 0);
-    struct page *p = ram ? page_of(vm, plan->phys, 0) : 0, *p2 = ram2 ? page_of(vm, plan->phys2, 0) : 0;
-    if (!p || (plan->phys2 != ~0ul && !p2))
-        goto out;
+    struct page *p = page_of(vm, plan->phys, 0), *p2 = both ? page_of(vm, plan->phys2, 0) : 0;
     /* a page without blocks must still be watched since tcg_watch: a write meanwhile ended that */
-    if ((!p->first && !p->code) || (p2 && !p2->first && !p2->code))
+    if (!p || (!p->first && !p->code) || (p2 && !p2->first && !p2->code))
         goto out;
-    if (p)
-        __atomic_fetch_or(&p->code, granules(plan->phys & 0xfff, (u32)(plan->phys & 0xfff) + first - 1), __ATOMIC_SEQ_CST);
+    if (vm->code_used + size_of(plan) > vm->code_size) {
+        result = TRANSLATE_FULL;
+        goto out;
+    }
+    for (int i = 0; i < 2; i++) {
+        struct page *full = i ? p2 : p;
+        while (full && full->count >= PAGE_BLOCKS && full->first)
+            kill(vm, (struct block *)full->first);
+    }
+    __atomic_fetch_or(&p->code, granules(plan->phys & 0xfff, (u32)(plan->phys & 0xfff) + first - 1), __ATOMIC_SEQ_CST);
     if (p2)
         __atomic_fetch_or(&p2->code, granules(0, plan->length - first - 1), __ATOMIC_SEQ_CST);
-    for (u32 i = 0; ram && i < first; i++)
-        if (ram[i] != guest[i])
-            goto out;
-    for (u32 i = first; ram2 && i < plan->length; i++)
-        if (ram2[i - first] != guest[i])
-            goto out;
-    struct block *b = (struct block *)(vm->code_rx + vm->code_used);
-    struct block *w = RW(vm, struct block, b);
-    *w = *plan;
-    memcpy(w + 1, code, plan->code_length);
-    u64 *head = &vm->hash[hash_of(b->phys, b->mode) & vm->hash_mask];
-    w->valid = 1;
-    w->incoming = 0;
-    w->page_next[0] = w->page_next[1] = 0;
-    if (p) {
-        w->page_next[0] = p->first;
-        p->first = (u64)b;
+    if (being_written(vm, c, plan->phys) || (p2 && being_written(vm, c, plan->phys2))) {
+        wait = 1;
+        goto out;
     }
-    if (p2) {
-        w->page_next[1] = p2->first;
-        p2->first = (u64)b;
-    }
-    w->hash_next = *head;
-    __atomic_store_n(head, (u64)b, __ATOMIC_RELEASE);
-    vm->code_used += total;
+    if (!matches(phys_host(vm, plan->phys, 0), guest, first) ||
+        (p2 && !matches(phys_host(vm, plan->phys2, 0), guest + first, plan->length - first)))
+        goto out;
+    struct block *b = put(vm, plan, code);
+    u64 *head = chain_of(vm, b->phys, b->mode, b->pc, b->cs_base);
+    RW(vm, struct block, b)->valid = 1;
+    page_add(vm, p, b, b->phys);
+    if (p2 && p2 != p)
+        page_add(vm, p2, b, b->phys2);
+    RW(vm, struct block, b)->hash_next = *head;
+    *head = (u64)b;
     vm->stat[1]++;
     result = (u64)b;
 out:
     spin_unlock(&vm->lock);
+    if (wait) { /* what comes after finds the page marked */
+        world_leave(c);
+        tcg_stop_world(vm);
+        tcg_start_world(vm);
+        world_enter(c);
+    }
     return result;
 }
 
-/* Forget all blocks; call it with the world stopped, from a thread that is not in native code. The other half of the
- * buffer is filled next, so that a vCPU which is in Python in the midst of an access still finds its way on. */
+/* Forget all blocks; call it with the world stopped, from a thread that is not in native code. Who comes back to native code with an
+ * address into the buffer sees by the generation that it means nothing any more. */
 EXPORTED void tcg_flush_blocks(struct vm *vm)
 {
     spin_lock(&vm->lock);
-    unlink_blocks(vm);
-    for (u64 at = vm->code_rx + vm->code_start; at < vm->code_rx + vm->code_used;) {
+    for (u64 at = vm->code_rx; at < vm->code_rx + vm->code_used; at += size_of((struct block *)at)) {
         struct block *b = (struct block *)at;
-        RW(vm, struct block, b)->valid = 0;
-        at += (sizeof(struct block) + b->code_length + 63) & ~63ul;
+        struct page *p = page_of(vm, b->phys, 0), *p2 = page_of(vm, b->phys2, 0);
+        if (p)
+            *p = (struct page){ 0, 0, 0 };
+        if (p2)
+            *p2 = (struct page){ 0, 0, 0 };
     }
-    vm->code_start = vm->code_start ? 0 : vm->code_size / 2;
-    vm->code_used = vm->code_start;
-    vm->code_limit = vm->code_start + vm->code_size / 2;
+    vm->generation++;
+    vm->code_used = 0;
     vm->crossed = 0;
+    for (u32 i = 0; i < 16; i++)
+        vm->cross_pages[i] = 0;
     for (u64 i = 0; i <= vm->hash_mask; i++)
         vm->hash[i] = 0;
-    for (u32 i = 0; i < vm->nslots; i++)
-        for (u64 page = 0; page < vm->slots[i].size >> 12; page++)
-            if (vm->slots[i].pages[page].first || vm->slots[i].pages[page].code)
-                vm->slots[i].pages[page] = (struct page){ 0, 0 };
     for (u32 i = 0; i < vm->ncpus; i++)
         if (vm->cpus[i])
             jc_flush(vm->cpus[i]);

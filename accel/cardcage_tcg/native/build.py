@@ -30,7 +30,8 @@ LINK = (
     "-Wl,--hash-style=gnu",
     "-Wl,-s",
 )
-CONSTANTS = re.compile(r"\b((?:MODE|R|H|STUB|TLB|JC|XTLB|MAX|K|T|KEY|STORE|TRANSLATE|ACCESS)_[A-Z0-9_]+)\b")
+PREFIXES = "MODE R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+CONSTANTS = re.compile(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b")
 STRUCTS = {
     "cpu": "",
     "vm": "VM_",
@@ -71,7 +72,7 @@ def constants(cc: str) -> dict[str, int]:
     for struct, prefix in STRUCTS.items():
         wanted |= {f"{prefix}{one.upper()}": f"offsetof(struct {struct}, {one})" for one in fields(header, struct)}
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
-    for struct in ("tlb", "access", "page", "tmpl", "taccess", "fault_site"):
+    for struct in ("tlb", "access", "page", "tmpl", "taccess"):
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
     code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
     wanted |= {name: name for name in CONSTANTS.findall(code) if name not in wanted}

@@ -73,13 +73,17 @@ enum {
     R_SHUTDOWN,    /* triple fault; registers are those before the last exception; info[0] = the vector that failed first */
     R_EXTINT,      /* ExtINT can be taken: acknowledge, then deliver_interrupt() */
     R_EOI,         /* EOI of a level vector: info[0]; then enter again */
-    R_SIGNAL,      /* host signal in translated code: info[0] = signal, info[1] = host address */
+    R_SIGNAL,      /* host signal in translated code that no guest can cause: info[0] = signal, info[1] = host address, info[2] = trap number */
     R_SINGLE,      /* the end of a single (see R_SLOW_WRITE) */
     R_INIT,        /* an INIT was received; Python resets this vCPU and it waits for SIPI */
     R_SIPI,        /* start at info[0] << 12 */
     R_STOPPED,     /* machine asks vCPU threads to come back (close) */
     R_MSR,         /* RDMSR/WRMSR is Python's: as R_EMULATE */
+    R_RESTART,     /* the code that cpu.resume led to is gone: make it again, then enter again */
 };
+
+/* What cpu.resume leads to: behind a store or EOI that is done; behind a load, whose value is in `bounce`; a one-off block. */
+enum { RESUME_AFTER, RESUME_LOAD, RESUME_SINGLE, RESUME_AGAIN };
 
 /* What a helper answers to the code that called it. */
 enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
@@ -89,7 +93,6 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
 #define JC_BITS 11
 #define JC_SIZE (1 << JC_BITS)
 #define XTLB_SIZE 256
-#define TLB_EMPTY 0x4000000000000000ul /* not canonical: never equal to a page */
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
 /* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too */
@@ -105,7 +108,6 @@ struct lapic {
     u32 regs[256];        /* by offset >> 2 of the 4 KiB page's 16-byte slots: regs[(off >> 4) * 4] layout is NOT used; regs[off >> 4] */
     u32 irr[8], isr[8], tmr[8];   /* changed with atomics: other vCPUs and devices post here */
     u32 id, x2, enabled;          /* x2: x2APIC mode; enabled: APIC base MSR bit 11 */
-    u32 timer_mode_deadline;
     u64 timer_start, timer_period; /* host nanoseconds (CLOCK_MONOTONIC) */
     u64 tsc_deadline;             /* guest TSC value, 0 = disarmed */
     u32 nmi, init, sipi;          /* pending; sipi = vector | 0x100 */
@@ -122,7 +124,9 @@ struct cpu {
     u32 poll;             /* non-zero: leave translated code at the next poll */
     u32 irq_pending;      /* something is pending that IF=0 holds back: STI, POPF, IRET copy it to poll */
     u64 eflags;           /* the other flags: TF IF DF IOPL NT RF VM AC VIF VIP ID, and bit 1; never arithmetic ones */
-    u64 resume;           /* host address to go on at after R_MMIO_*, R_EOI; 0: look cpu.rip up */
+    u64 resume;           /* host address to go on at after R_MMIO_*, R_EOI, or of a one-off block; 0: look cpu.rip up */
+    u64 resume_generation; /* vm.generation that `resume` belongs to: in another one there is other code */
+    u64 next_rip;         /* where a RESUME_AFTER goes on then */
     u64 bounce_ptr;       /* where RSI points when resumed */
     u64 scratch[4];
     u64 host_rsp;
@@ -142,7 +146,7 @@ struct cpu {
     u32 cpl, index;
     u32 shadow;           /* interrupts blocked until the next instruction is done */
     u32 nmi_blocked;
-    u32 exception_depth;  /* 0, 1 = delivering a contributory exception or page fault: for #DF */
+    u32 resume_kind;      /* RESUME_* */
     u32 halted, startup;  /* startup: 0 running, 1 wait for SIPI */
     u32 in_native;        /* guest code or a helper may be running: see stop_world */
     u32 wake;             /* futex: HLT sleeps on it */
@@ -151,14 +155,16 @@ struct cpu {
     u32 jc_mode[2];
     u64 jc_base[2];
     u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
-    u32 last_vector, code_hit;
+    u32 code_hit, pending_size;
+    u64 pending;          /* what a device answered at this address waits in `bounce` for RESUME_AGAIN; pending_size 0: nothing does */
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
     u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     struct vm *vm;
-    u64 rw_delta;         /* writable alias of the code buffer = executable address + rw_delta */
-    u64 write_ptr;        /* where a single writes instead of its operand (see R_SLOW_WRITE) */
+    u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
+    u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
+    u64 rmw;              /* 1 | physical page that a read-modify-write was let into beside code: see install() */
     struct lapic lapic;
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));
@@ -171,7 +177,8 @@ enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_
        STUB_LIMIT };
 
 /* Guest-physical memory, as the accelerator's slots. */
-struct page { u64 code; u64 first; };  /* code: which 64-byte pieces hold translated code; first: list of blocks (struct block *) */
+/* code: which 64-byte pieces hold translated code; first: list of `count` blocks (struct block *) */
+struct page { u64 code, first, count; };
 struct slot { u64 gpa, size, host; struct page *pages; u32 readonly, used; };
 
 /* Sorted by pio, then address. size 0: any; match: only this value. */
@@ -190,7 +197,9 @@ struct vm {
     u32 crossed, closing;          /* how many chains join two pages */
     u32 ticker_seq, has_lapic;
     u64 code_rx, code_rw, code_size, code_used;
-    u64 code_start, code_limit;    /* the half of the buffer that is filled now, as offsets */
+    u64 generation;                /* how often all code was forgotten: an address into the buffer is good for one generation */
+    u64 marks;                     /* u32 for each 64 KiB of the buffer: the block that its first byte lies in, as offset >> 6 */
+    u64 hash_key[4];               /* random odd numbers: a guest cannot aim at one chain */
     u64 *hash;                     /* struct block * heads */
     u64 hash_mask;
     u64 ticker_deadline;           /* host ns the ticker thread sleeps until */
@@ -215,7 +224,9 @@ enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
 enum { PAGE_LARGE = 2 };  /* in *writable, beside 1: the page is one of 2 MiB or more */
 int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable);
-/* Linear memory, system accesses included (user = 0 forces supervisor rights). 0, or a vector with error code in *err set through raise(). */
+/* Linear memory. user: 1 for an access with user rights, 0 for one with the supervisor's; AS_SYSTEM beside it for what the processor
+ * reads and writes by itself (see linear_after). 0, or a vector with its error code in scratch[3], or -1: not all of it is RAM. */
+enum { AS_USER = 1, AS_SYSTEM = 2 };
 int vread(struct cpu *c, u64 linear, void *to, u32 size, int user);
 int vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user);
 void *phys_host(struct vm *vm, u64 gpa, struct slot **slot);   /* 0: not RAM */

@@ -63,9 +63,14 @@ EXPORT tcg_enter
     xrstor64 [rsp+FX]
 2:  mov rdi, rsp
     call world_enter
-    mov rax, [rsp+RESUME]
+    mov rdi, rsp
+    call native_resume
     test rax, rax
-    jnz resume
+    jz leave
+    mov [rsp+SCRATCH], rax
+    LOAD_REGS 0
+    mov rsi, [rsp+BOUNCE_PTR]
+    jmp [rsp+SCRATCH]
 dispatch:
     mov rdi, rsp
     call native_dispatch
@@ -73,12 +78,6 @@ dispatch:
     jz leave
     mov [rsp+SCRATCH], rax
     LOAD_REGS 0
-    jmp [rsp+SCRATCH]
-resume:
-    mov [rsp+SCRATCH], rax
-    mov qword ptr [rsp+RESUME], 0
-    LOAD_REGS 0
-    mov rsi, [rsp+BOUNCE_PTR]
     jmp [rsp+SCRATCH]
 
 /* All guest registers are saved: back to Python. */
@@ -240,7 +239,10 @@ EXPORT stub_signal
     mov [rsp+SCRATCH], rax
     mov rax, [rsp+SCRATCH+8]
     SAVE_REGS 0
-    mov dword ptr [rsp+REASON], R_SIGNAL
+    mov rdi, rsp
+    call native_signal
+    cmp eax, 1
+    je dispatch
     jmp leave
 
 /* The kernel's way back from a signal handler. */

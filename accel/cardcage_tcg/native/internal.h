@@ -5,6 +5,11 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
+/* What an empty entry of a table is tagged with: what belongs to its neighbour, so that no address which leads to the entry can be
+ * equal, canonical or not. */
+static inline u64 tlb_nothing(u32 index) { return (u64)(index ^ 1) << 12; } /* also xtlb's */
+static inline u64 jump_nothing(u32 index) { return index ^ 1; }
+
 /* A translated block: this header, then its code. It lives in the code buffer; pointers are executable-view addresses. */
 struct block {
     u64 pc;              /* RIP of its first instruction */
@@ -14,9 +19,17 @@ struct block {
     u16 length, valid;   /* guest bytes */
     u32 code_length, entry;  /* host bytes after the header; offset of the direct entry (flags live) */
     u64 hash_next;
-    u64 page_next[2];
+    u64 page_next[2], page_prev[2]; /* lists of the pages of phys and phys2 */
     u64 incoming;        /* struct site * that jump here */
+    u32 sites, nsites;   /* struct fault_site []: offset after the header, count */
 };
+
+/* The address of the instruction that many bytes behind a block's start. */
+static inline u64 rip_in(const struct block *b, u64 offset)
+{
+    u64 rip = b->pc + offset;
+    return b->mode & MODE_64 ? rip : b->mode & MODE_32 ? (u32)rip : (u16)rip;
+}
 
 /* What a direct jump leaves after its `call [stub_chain]`: patched once its target is known. */
 struct site {
@@ -31,7 +44,7 @@ struct site {
 /* ---- templates: made by Python, joined by assemble.c; all offsets, so that a store can be kept in a file ---- */
 
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
-enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64 };
+enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64, T_BORROWED = 128 };
 enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23 };  /* beside the mode in a template's and a block's key */
 enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
@@ -65,7 +78,9 @@ struct store {
     u32 heads[STORE_HEADS];
 };
 
-struct fault_site { u32 start, end, guest, stored; };
+/* An instruction whose host code ends at `end`, kept behind its block's code, for signals. guest: its offset, and SITE_*. */
+struct fault_site { u16 end, guest; };
+enum { SITE_STORED = 1 << 15, SITE_BORROWED = 1 << 14, SITE_OFFSET = SITE_BORROWED - 1 }; /* flags are in cpu.fl; RAX, RDX in scratch[2], [3] */
 
 /* What a memory access leaves after its `call; jmp`. */
 struct access {
@@ -76,10 +91,19 @@ struct access {
     u16 flags;           /* ACCESS_* */
     s32 immediate;
 };
-enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4 };  /* the last two at STUB_LIMIT: why it was called */
+/* AC, EMULATE: at STUB_LIMIT, why it was called. LOOKED: the segment's limit was compared in line, not left to its being 4 GiB. */
+enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_LOOKED = 8 };
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);
+/* The linear address *by* bytes behind another. A program's have 32 bits outside 64-bit mode; those that the processor makes by itself
+ * (descriptor tables, task state, stacks that gates switch to: AS_SYSTEM) have 64 in long mode whatever the code segment is. Nothing else
+ * decides it. */
+static inline u64 linear_after(const struct cpu *c, u64 linear, u64 by, int user)
+{
+    return (user & AS_SYSTEM ? c->efer & EFER_LMA : c->mode & MODE_64) ? linear + by : (u32)(linear + by);
+}
+
 void futex_wait(u32 *word, u32 value, u64 deadline);
 void futex_wake(u32 *word);
 void tcg_stop_world(struct vm *vm);
@@ -88,12 +112,19 @@ void ticker_kick(struct vm *vm, u64 deadline);
 extern void stub_signal(void);
 extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
-u64 native_lookup(struct cpu *c);
+int native_signal(struct cpu *c);
+void jc_flush_one(struct cpu *c, u32 m);
+int single_step(struct cpu *c);
 void cross_unlink(struct vm *vm);
 int cross_reaches(const struct vm *vm, u64 linear);
 u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
-u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 single);
-u64 install(struct vm *vm, const struct block *plan, const u8 *code, const u8 *guest);
+/* Which block native_translate() makes: one to be looked up; or, for one run, of a single (see R_SLOW_WRITE) or of one instruction
+ * again, whose read of a device has been answered. */
+enum { MAKE_BLOCK, MAKE_SINGLE, MAKE_AGAIN };
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what);
+u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest);
+u64 put_block(struct vm *vm, const struct block *plan, const u8 *code);
+struct block *block_at(struct vm *vm, u64 host);
 void tcg_watch_running(struct cpu *c, u64 gpa);
 void tcg_memory_written(struct vm *vm, u64 gpa, u64 size);
 #endif

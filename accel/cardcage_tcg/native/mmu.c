@@ -30,6 +30,11 @@ void *phys_host(struct vm *vm, u64 gpa, struct slot **slot)
     return s ? (void *)(s->host + (gpa - s->gpa)) : 0;
 }
 
+static int bad_address(struct cpu *c, u64 linear)
+{
+    return c->efer & EFER_LMA && (u64)((s64)(linear << 16) >> 16) != linear;
+}
+
 /* The error code of a page fault goes to scratch[3]. */
 static int fault(struct cpu *c, u64 linear, int access, int user, u32 present, u32 reserved)
 {
@@ -39,15 +44,21 @@ static int fault(struct cpu *c, u64 linear, int access, int user, u32 present, u
     return EX_PF;
 }
 
-/* 0 when another processor changed the entry meanwhile: what was translated may be gone. */
-static int set_bits(void *entry, u64 old, u64 bits, int wide)
+/* Accessed and dirty bits, as any write of the guest's: ROM drops it, code that lies there is forgotten. 0 when another processor changed
+ * the entry meanwhile: what was translated may be gone. */
+static int set_bits(struct vm *vm, u64 table, u64 old, u64 bits, int wide)
 {
+    struct slot *slot;
     if ((old & bits) == bits)
         return 1;
-    if (wide)
-        return __atomic_compare_exchange_n((u64 *)entry, &old, old | bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    void *entry = phys_host(vm, table, &slot);
+    if (!entry || slot->readonly)
+        return 1;
     u32 narrow = (u32)old;
-    return __atomic_compare_exchange_n((u32 *)entry, &narrow, narrow | (u32)bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    int done = wide ? __atomic_compare_exchange_n((u64 *)entry, &old, old | bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+                    : __atomic_compare_exchange_n((u32 *)entry, &narrow, narrow | (u32)bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    code_written(vm, slot, table, wide ? 8 : 4);
+    return done;
 }
 
 int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable)
@@ -59,9 +70,13 @@ int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global
         *global = 1;
         return 0;
     }
+    if (bad_address(c, linear)) {
+        c->scratch[3] = 0;
+        return EX_GP;
+    }
     u64 rights, nx, entry, page_mask;
-    void *entries[4], *at;
-    u64 values[4];
+    void *at;
+    u64 entries[4], values[4];
     int depth, wide;
 again:
     rights = PTE_W | PTE_U, nx = 0, depth = 0, wide = 1;
@@ -69,12 +84,13 @@ again:
         wide = 0;
         u64 table = c->cr3 & 0xfffff000;
         for (int shift = 22;; shift -= 10) {
-            if (!(at = phys_host(c->vm, table + ((linear >> shift) & 1023) * 4, 0)))
+            u64 where = table + ((linear >> shift) & 1023) * 4;
+            if (!(at = phys_host(c->vm, where, 0)))
                 return fault(c, linear, access, user, 0, 0);
             entry = *(volatile u32 *)at;
             if (!(entry & PTE_P))
                 return fault(c, linear, access, user, 0, 0);
-            entries[depth] = at, values[depth++] = entry;
+            entries[depth] = where, values[depth++] = entry;
             rights &= entry;
             if (shift == 12) {
                 page_mask = 0xfff;
@@ -105,14 +121,15 @@ again:
             shift = 21;
         }
         for (;; shift -= 9) {
-            if (!(at = phys_host(c->vm, table + ((linear >> shift) & 511) * 8, 0)))
+            u64 where = table + ((linear >> shift) & 511) * 8;
+            if (!(at = phys_host(c->vm, where, 0)))
                 return fault(c, linear, access, user, 0, 0);
             entry = *(volatile u64 *)at;
             if (!(entry & PTE_P))
                 return fault(c, linear, access, user, 0, 0);
             if (entry & nx_reserved || (entry & PTE_PS && shift == 39))
                 return fault(c, linear, access, user, 1, 1);
-            entries[depth] = at, values[depth++] = entry;
+            entries[depth] = where, values[depth++] = entry;
             rights &= entry;
             nx |= entry & PTE_NX;
             if (shift == 12) {
@@ -144,7 +161,7 @@ again:
     if (access == ACC_EXEC && nx)
         return fault(c, linear, access, user, 1, 0);
     for (int i = 0; i < depth; i++)
-        if (!set_bits(entries[i], values[i], access == ACC_WRITE && i == depth - 1 ? PTE_A | PTE_D : PTE_A, wide))
+        if (!set_bits(c->vm, entries[i], values[i], access == ACC_WRITE && i == depth - 1 ? PTE_A | PTE_D : PTE_A, wide))
             goto again;
     *phys |= linear & page_mask & ~0xffful;
     *global = (entry & PTE_G) && c->cr4 & CR4_PGE;
@@ -157,7 +174,7 @@ static u32 tlb_index(u64 linear) { return (linear >> 12) & (TLB_SIZE - 1); }
 static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 large)
 {
     u32 i = tlb_index(linear);
-    t->e[i].tag = linear & ~0xffful;
+    t->e[i].tag = linear & ~0xffful; /* canonical: walk() saw to it */
     t->e[i].add = host_page;
     if (global)
         t->local[i / 64] &= ~(1ul << i % 64);
@@ -169,14 +186,33 @@ static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 l
         t->large[i / 64] &= ~(1ul << i % 64);
 }
 
+/* An entry for nothing: neither tag nor host page of the one that was. */
+static void tlb_drop(struct tlb *t, u32 i)
+{
+    t->e[i].tag = tlb_nothing(i);
+    t->e[i].add = 0;
+}
+
+static void xtlb_drop(struct cpu *c, u32 m, u32 i)
+{
+    c->xtlb[m][i].tag = tlb_nothing(i);
+    c->xtlb[m][i].phys = 0;
+}
+
+void jc_drop(struct cpu *c, u32 m, u32 i)
+{
+    c->jc[m][i].pc = jump_nothing(i);
+    c->jc[m][i].code = 0;
+}
+
 /* INVLPG drops the whole of a large page, of which there are pieces here: all that lie in its GiB. */
 static void tlb_drop_large(struct tlb *t, u64 linear)
 {
     for (u32 i = 0; i < TLB_SIZE / 64; i++)
         for (u64 bits = t->large[i]; bits; bits &= bits - 1) {
-            struct tlb_entry *e = &t->e[i * 64 + (u32)__builtin_ctzl(bits)];
-            if ((e->tag ^ linear) >> 30 == 0)
-                e->tag = TLB_EMPTY;
+            u32 n = i * 64 + (u32)__builtin_ctzl(bits);
+            if ((t->e[n].tag ^ linear) >> 30 == 0)
+                tlb_drop(t, n);
         }
 }
 
@@ -184,32 +220,31 @@ static void tlb_clear(struct tlb *t, int global)
 {
     if (global) {
         for (u32 i = 0; i < TLB_SIZE; i++)
-            t->e[i].tag = TLB_EMPTY;
+            tlb_drop(t, i);
         for (u32 i = 0; i < TLB_SIZE / 64; i++)
-            t->local[i] = 0;
+            t->local[i] = t->large[i] = 0;
         return;
     }
     for (u32 i = 0; i < TLB_SIZE / 64; i++) {
         u64 bits = t->local[i];
         t->local[i] = 0;
         while (bits) {
-            t->e[i * 64 + (u32)__builtin_ctzl(bits)].tag = TLB_EMPTY;
+            tlb_drop(t, i * 64 + (u32)__builtin_ctzl(bits));
             bits &= bits - 1;
         }
     }
 }
 
-void jc_flush(struct cpu *c)
-{
-    for (u32 m = 0; m < 2; m++)
-        for (u32 i = 0; i < JC_SIZE; i++)
-            c->jc[m][i].pc = TLB_EMPTY;
-}
-
-static void jc_flush_one(struct cpu *c, u32 m)
+void jc_flush_one(struct cpu *c, u32 m)
 {
     for (u32 i = 0; i < JC_SIZE; i++)
-        c->jc[m][i].pc = TLB_EMPTY;
+        jc_drop(c, m, i);
+}
+
+void jc_flush(struct cpu *c)
+{
+    jc_flush_one(c, 0);
+    jc_flush_one(c, 1);
 }
 
 /* Jump-cache entries derive from translations, also from those that the xtlb no longer holds: jc_local says that one may
@@ -221,7 +256,7 @@ void tlb_flush(struct cpu *c, int global)
         tlb_clear(&c->tlb_w[m], global);
         for (u32 i = 0; i < XTLB_SIZE; i++)
             if (global || c->xtlb[m][i].tag & 1)
-                c->xtlb[m][i].tag = TLB_EMPTY;
+                xtlb_drop(c, m, i);
         if (global || c->jc_local[m])
             jc_flush_one(c, m);
         c->jc_local[m] = 0;
@@ -236,18 +271,18 @@ void tlb_flush_page(struct cpu *c, u64 linear)
     u64 page = linear & ~0xffful;
     for (u32 m = 0; m < 2; m++) {
         if (c->tlb_r[m].e[i].tag == page)
-            c->tlb_r[m].e[i].tag = TLB_EMPTY;
+            tlb_drop(&c->tlb_r[m], i);
         if (c->tlb_w[m].e[i].tag == page)
-            c->tlb_w[m].e[i].tag = TLB_EMPTY;
+            tlb_drop(&c->tlb_w[m], i);
         tlb_drop_large(&c->tlb_r[m], linear);
         tlb_drop_large(&c->tlb_w[m], linear);
         for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
-                c->xtlb[m][n].tag = TLB_EMPTY;
+                xtlb_drop(c, m, n);
         for (u32 n = 0; n < JC_SIZE; n++) { /* blocks that begin there, or reach it with their one instruction */
             u64 at = c->jc[m][n].pc + c->jc_base[m];
             if ((at ^ linear) >> 21 == 0 || ((at + 14) ^ linear) >> 21 == 0)
-                c->jc[m][n].pc = TLB_EMPTY;
+                jc_drop(c, m, n);
         }
     }
     if (cross_reaches(c->vm, linear))
@@ -260,17 +295,12 @@ void tlb_unwrite(struct cpu *c, u64 host_page)
     for (u32 m = 0; m < 2; m++)
         for (u32 i = 0; i < TLB_SIZE; i++)
             if (c->tlb_w[m].e[i].add == host_page)
-                c->tlb_w[m].e[i].tag = TLB_EMPTY;
+                tlb_drop(&c->tlb_w[m], i);
 }
 
 /* ---- slow paths of translated accesses ---- */
 
 enum { ABORT_RAISE, ABORT_EXIT };
-
-static int bad_address(struct cpu *c, u64 linear)
-{
-    return c->efer & EFER_LMA && (u64)((s64)(linear << 16) >> 16) != linear;
-}
 
 static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
 static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ? EX_SS : EX_GP; }
@@ -278,7 +308,7 @@ static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ?
 int native_limit(struct cpu *c, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
-    c->rip = owner(a)->pc + a->delta;
+    c->rip = rip_in(owner(a), a->delta);
     if (a->flags & ACCESS_EMULATE) {
         c->reason = R_EMULATE;
         c->info[0] = a->length;
@@ -287,12 +317,39 @@ int native_limit(struct cpu *c, u64 ret)
     return raise(c, a->flags & ACCESS_AC ? EX_AC : bad_vector(a), 1, 0);
 }
 
+/* Where the instruction at cpu.rip goes on when Python has done its part. */
+static void resume_at(struct cpu *c, u64 code, u32 kind)
+{
+    c->resume = code;
+    c->resume_kind = kind;
+    c->resume_generation = c->vm->generation;
+}
+
+static u64 rip_after(const struct cpu *c, u32 length)
+{
+    u64 rip = c->rip + length;
+    return c->mode & MODE_64 ? rip : c->mode & MODE_32 ? (u32)rip : (u16)rip;
+}
+
 static u64 give_up(struct cpu *c, u32 vector, u32 kind)
 {
     c->scratch[2] = vector;
     c->abort_kind = kind;
     return 0;
 }
+
+/* Whether an operand reaches where no address is, which is found before any page is looked at: canonical space's end, or that of a flat
+ * segment of 4 GiB, as of any other (SDM vol. 3, 5.3, leaves that open). */
+static int out_of_reach(const struct block *b, const struct access *a, u64 linear)
+{
+    u64 last = linear + a->size - 1;
+    if (b->mode & MODE_64)
+        return (u64)((s64)(linear << 16) >> 16) != linear || (u64)((s64)(last << 16) >> 16) != last;
+    return b->mode & MODE_PE && !(a->flags & ACCESS_LOOKED) && last >> 32;
+}
+
+/* The vector of a failed translation, as the access has it: its segment says what an address that is not canonical raises. */
+static u32 vector_of(const struct access *a, int vector) { return vector == EX_GP ? bad_vector(a) : (u32)vector; }
 
 /* Translate for an access by the current instruction; fills the TLB where a later access may go straight to RAM. */
 static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, void **host, struct slot **slot)
@@ -352,21 +409,18 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     u64 phys, phys2;
     void *host, *host2;
     struct slot *slot;
-    c->rip = b->pc + a->delta;
-    if (bad_address(c, linear))
+    c->rip = rip_in(b, a->delta);
+    if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
     int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
     if (vector)
-        return give_up(c, (u32)vector, ABORT_RAISE);
+        return give_up(c, vector_of(a, vector), ABORT_RAISE);
     phys |= linear & 0xfff;
     u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) {
-        u64 next = linear + first;
-        if (!(b->mode & MODE_64))
-            next &= 0xffffffff;
-        vector = data_page(c, next, 0, user, &phys2, &host2, &slot);
+        vector = data_page(c, linear_after(c, linear, first, 0), 0, user, &phys2, &host2, &slot);
         if (vector)
-            return give_up(c, (u32)vector, ABORT_RAISE);
+            return give_up(c, vector_of(a, vector), ABORT_RAISE);
         if (host && host2) {
             u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
             memcpy(bounce, (u8 *)host + (linear & 0xfff), first);
@@ -391,9 +445,15 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         *(u64 *)c->bounce = (u64)value >> (phys & 3) * 8;
         return (u64)c->bounce;
     }
+    if (c->pending_size == a->size && c->pending == phys) {
+        c->pending_size = 0;
+        return (u64)c->bounce;
+    }
     c->reason = R_MMIO_READ;
     c->info[0] = phys, c->info[1] = a->size;
-    c->resume = ret, c->bounce_ptr = (u64)c->bounce;
+    c->bounce_ptr = (u64)c->bounce;
+    c->pending = phys, c->pending_size = a->size;
+    resume_at(c, ret, RESUME_LOAD);
     return give_up(c, 0, ABORT_EXIT);
 }
 
@@ -405,24 +465,22 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     u64 phys;
     void *host;
     struct slot *slot;
-    c->rip = b->pc + a->delta;
-    if (bad_address(c, linear))
+    c->rip = rip_in(b, a->delta);
+    if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
     int vector = data_page(c, linear, 1, user, &phys, &host, &slot);
     if (vector)
-        return give_up(c, (u32)vector, ABORT_RAISE);
+        return give_up(c, vector_of(a, vector), ABORT_RAISE);
     u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) { /* the second page may fault, too: before anything is written */
         u64 phys2;
         void *host2;
-        u64 next = linear + first;
-        if (!(b->mode & MODE_64))
-            next &= 0xffffffff;
-        vector = data_page(c, next, 1, user, &phys2, &host2, &slot);
+        vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot);
         if (vector)
-            return give_up(c, (u32)vector, ABORT_RAISE);
+            return give_up(c, vector_of(a, vector), ABORT_RAISE);
     } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
+        __atomic_store_n(&c->rmw, (phys & ~0xffful) | 1, __ATOMIC_SEQ_CST); /* first: install() marks the page before it looks at this */
         u64 code = __atomic_load_n(&p->code, __ATOMIC_SEQ_CST);
         u32 low = (u32)(linear & 0xfff) >> 6, high = ((u32)(linear & 0xfff) + a->size - 1) >> 6;
         u64 touched = (high - low == 63 ? ~0ul : ((1ul << (high - low + 1)) - 1) << low);
@@ -453,14 +511,14 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
     u64 phys;
     void *host;
     struct slot *slot;
-    c->rip = b->pc + a->delta;
-    if (bad_address(c, linear))
+    c->rip = rip_in(b, a->delta);
+    if (out_of_reach(b, a, linear))
         return raise(c, bad_vector(a), 1, 0);
     u32 at = (u32)(linear & 0xfff);
     if (likely(at + a->size <= 4096)) {
         int vector = data_page(c, linear, 1, c->cpl == 3, &phys, &host, &slot);
         if (vector)
-            return raise(c, (u32)vector, 1, (u32)c->scratch[3]);
+            return raise(c, vector_of(a, vector), 1, (u32)c->scratch[3]);
         if (host && !slot->readonly) {
             u8 *to = (u8 *)host + at;
             switch (a->size) {
@@ -473,14 +531,16 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
             goto done;
         }
         phys = (phys & ~0xffful) | at;
+        c->bounce_ptr = 0;
+        c->next_rip = rip_after(c, a->length);
         if (is_apic(c, phys)) {
-            c->resume = ret, c->bounce_ptr = 0;
+            resume_at(c, ret, RESUME_AFTER);
             int action = apic_write(c, (u32)phys & 0xff0, (u32)value);
             if (action == H_CONTINUE)
                 c->resume = 0;
             if (action == H_REDIRECT) {
                 c->resume = 0;
-                c->rip += a->length;
+                c->rip = c->next_rip;
             }
             return action;
         }
@@ -490,7 +550,7 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         c->reason = R_MMIO_WRITE;
         c->info[0] = phys, c->info[1] = a->size;
         c->info[2] = value;
-        c->resume = ret, c->bounce_ptr = 0;
+        resume_at(c, ret, RESUME_AFTER);
         return H_EXIT;
     }
     int vector = vwrite(c, linear, &value, a->size, c->cpl == 3);
@@ -500,12 +560,12 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         return H_EXIT;
     }
     if (vector)
-        return raise(c, (u32)vector, 1, vector == EX_PF ? (u32)c->scratch[3] : 0);
+        return raise(c, vector_of(a, vector), 1, vector == EX_PF ? (u32)c->scratch[3] : 0);
 done:
     if (unlikely(c->code_hit)) {
         c->code_hit = 0;
         if (!b->valid) {
-            c->rip += a->length;
+            c->rip = rip_after(c, a->length);
             return H_REDIRECT;
         }
     }
@@ -518,10 +578,10 @@ u64 linear_host(struct cpu *c, u64 linear, int write)
 {
     u32 which = c->cpl == 3, i = tlb_index(linear);
     struct tlb_entry *e = write ? &c->tlb_w[which].e[i] : &c->tlb_r[which].e[i];
-    if (e->tag == (linear & ~0xffful))
-        return e->add + (linear & 0xfff);
     if (bad_address(c, linear))
         return 0;
+    if (e->tag == (linear & ~0xffful))
+        return e->add + (linear & 0xfff);
     u64 phys, keep = c->cr2, code = c->scratch[3];
     void *host;
     struct slot *slot;
@@ -545,14 +605,14 @@ static int vaccess(struct cpu *c, u64 linear, u8 *data, u32 size, int user, int 
     u32 n = 0;
     if (size > 4096)
         return -1;
+    if (bad_address(c, linear_after(c, linear, size - 1, user))) {
+        c->scratch[3] = 0;
+        return EX_GP;
+    }
     for (u32 at = 0; at < size; n++) {
-        u64 here = linear + at;
-        if (!(c->efer & EFER_LMA))
-            here &= 0xffffffff;
-        if (bad_address(c, here))
-            return EX_GP;
+        u64 here = linear_after(c, linear, at, user);
         void *page;
-        int vector = data_page(c, here, write, user, &phys[n], &page, &slots[n]);
+        int vector = data_page(c, here, write, user & AS_USER, &phys[n], &page, &slots[n]);
         if (vector)
             return vector;
         if (!page || (write && slots[n]->readonly))

@@ -31,10 +31,9 @@ EXPORTED void tcg_reset(struct cpu *c)
 {
     tlb_flush(c, 1);
     jc_flush(c);
-    for (u32 m = 0; m < 2; m++)
-        for (u32 i = 0; i < XTLB_SIZE; i++)
-            c->xtlb[m][i].tag = TLB_EMPTY;
     c->resume = 0;
+    c->pending_size = 0;
+    c->single_size = 0;
     c->code_hit = 0;
     c->shutdown = 0;
     update_mode(c);
@@ -75,12 +74,17 @@ EXPORTED void tcg_rdtsc_pair(u64 *out)
     }
 }
 
-/* The end of a single: Python writes back. */
+/* The end of a single: Python writes back, unless the operand itself was written, among code. */
 int h_single(struct cpu *c, u32 arg)
 {
-    c->rip += arg >> 8 & 15;
-    if (!(c->mode & MODE_64))
-        c->rip &= c->mode & MODE_32 ? 0xffffffff : 0xffff;
-    c->reason = R_SINGLE;
-    return H_EXIT;
+    c->rip = next_rip(c, arg);
+    if (!c->single_size) {
+        c->reason = R_SINGLE;
+        return H_EXIT;
+    }
+    tcg_memory_written(c->vm, c->single_phys, c->single_size);
+    if (c->vm->watched && is_watched(c->vm, c->single_phys))
+        watched_read(c->vm, c->single_phys);
+    c->single_size = 0;
+    return H_REDIRECT;
 }

@@ -100,7 +100,7 @@ int linear_write(struct cpu *c, u64 linear, const void *from, u32 size, int user
 
 int sys_read(struct cpu *c, u64 linear, void *to, u32 size)
 {
-    int r = linear_read(c, linear, to, size, 0);
+    int r = linear_read(c, linear, to, size, AS_SYSTEM);
     if (r >= 0)
         return r;
     for (u32 i = 0; i < size; i++) /* a table outside RAM: as an open bus */
@@ -110,7 +110,7 @@ int sys_read(struct cpu *c, u64 linear, void *to, u32 size)
 
 int sys_write(struct cpu *c, u64 linear, const void *from, u32 size)
 {
-    int r = linear_write(c, linear, from, size, 0);
+    int r = linear_write(c, linear, from, size, AS_SYSTEM);
     return r < 0 ? 0 : r; /* ROM and empty space drop writes */
 }
 
@@ -149,13 +149,15 @@ static int stack_linear(struct cpu *c, const struct stack *s, u32 size, int writ
     return 0;
 }
 
+static int rights(const struct stack *s) { return s->user | (s->mask == ~0ul ? AS_SYSTEM : 0); }
+
 int push(struct cpu *c, struct stack *s, u32 size, u64 value)
 {
     struct stack n = *s;
     u64 at;
     int r;
     n.sp = (n.sp & ~n.mask) | ((n.sp - size) & n.mask);
-    if ((r = stack_linear(c, &n, size, 1, &at)) || (r = linear_write(c, at, &value, size, s->user)) > 0)
+    if ((r = stack_linear(c, &n, size, 1, &at)) || (r = linear_write(c, at, &value, size, rights(s))) > 0)
         return r;
     *s = n; /* r < 0: a stack outside RAM loses what is pushed */
     return 0;
@@ -166,7 +168,7 @@ int pop(struct cpu *c, struct stack *s, u32 size, u64 *value)
     u64 at;
     int r;
     *value = 0;
-    if ((r = stack_linear(c, s, size, 0, &at)) || (r = linear_read(c, at, value, size, s->user)) > 0)
+    if ((r = stack_linear(c, s, size, 0, &at)) || (r = linear_read(c, at, value, size, rights(s))) > 0)
         return r;
     if (r < 0)
         *value = size_mask(size);

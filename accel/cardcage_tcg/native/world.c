@@ -94,6 +94,7 @@ void world_enter(struct cpu *c)
 
 void world_leave(struct cpu *c)
 {
+    __atomic_store_n(&c->rmw, 0, __ATOMIC_SEQ_CST); /* what it was let into is done */
     __atomic_store_n(&c->in_native, 0, __ATOMIC_SEQ_CST);
     if (unlikely(__atomic_load_n(&c->vm->stopping, __ATOMIC_SEQ_CST)))
         futex_wake(&c->in_native);
@@ -184,14 +185,14 @@ static struct sigaction previous[32];
 
 static void handler(int sig, void *info, void *context)
 {
-    u64 *gregs = (u64 *)((char *)context + 40); /* ucontext.uc_mcontext.gregs: R8..R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFL */
+    u64 *gregs = (u64 *)((char *)context + 40); /* ucontext.uc_mcontext.gregs: R8..R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFL CSGSFS ERR TRAPNO */
     u64 rip = gregs[16];
     /* SIGBUS is the guest's only for alignment (BUS_ADRALN): else the host has no page, which is the core's to handle. */
     int guest = sig != 7 || *(int *)((char *)info + 8) == 1;
     for (u32 i = 0; guest && i < 256; i++)
         if (ranges[i].low && rip >= ranges[i].low && rip < ranges[i].high) {
             struct cpu *c = (struct cpu *)gregs[15];
-            c->info[0] = (u64)sig, c->info[1] = rip;
+            c->info[0] = (u64)sig, c->info[1] = rip, c->info[2] = gregs[20];
             gregs[16] = (u64)stub_signal;
             return;
         }

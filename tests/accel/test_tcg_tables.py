@@ -1,0 +1,228 @@
+"""The translator's tables hold nothing that a guest can name, and nothing that is gone is used."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from cardcage.accelerator import MemorySlot, VmSpec
+from cardcage.memory import PhysicalMemory, RamBlock, RamRange
+from cardcage.vcpu import Exit
+from cardcage.x86 import DescriptorTable, Segment
+from cardcage_tcg import layout as L
+from cardcage_tcg.accel import Tcg
+from tcg_cpu import Cpu, load
+from tcg_guest import NoDevices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cardcage_tcg.vcpu import TcgVCpu
+
+PML4, PDPT, PD, GDT, CODE, OTHER, DATA = 0x1000, 0x2000, 0x3000, 0x6000, 0x8000, 0x20000, 0x100000
+DEVICE = 0x800000
+
+
+def tables(raw: memoryview | bytes) -> Iterator[tuple[str, int, int, int, int]]:
+    """(table, index, tag as an address that would be looked up, index it leads to, host address) of every entry."""
+    for name, at in (("tlb_r", L.TLB_R), ("tlb_w", L.TLB_W)):
+        for half in range(2):
+            for i in range(L.TLB_SIZE):
+                tag, add = struct.unpack_from("<QQ", raw, at + half * L.SIZEOF_TLB + 16 * i)
+                yield f"{name}[{half}]", i, tag, tag >> 12 & L.TLB_SIZE - 1, add
+    for half in range(2):
+        for i in range(L.JC_SIZE):
+            pc, code = struct.unpack_from("<QQ", raw, L.JC + 16 * (half * L.JC_SIZE + i))
+            yield f"jc[{half}]", i, pc, pc & L.JC_SIZE - 1, code
+        for i in range(L.XTLB_SIZE):
+            tag, phys = struct.unpack_from("<QQ", raw, L.XTLB + 16 * (half * L.XTLB_SIZE + i))
+            yield f"xtlb[{half}]", i, tag, tag >> 12 & L.XTLB_SIZE - 1, phys
+
+
+def check_empty(raw: memoryview | bytes) -> None:
+    for name, index, _, leads_to, target in tables(raw):
+        assert leads_to != index, f"{name}[{index}] can be named"
+        assert target == 0, f"{name}[{index}] still points at {target:#x}"
+
+
+def test_empty_entries_cannot_be_named() -> None:
+    """No address leads to an empty entry of a TLB or the jump cache whose tag it could equal, and it points nowhere."""
+    cpu = Cpu(load())
+    check_empty(cpu._area)
+
+
+class Machine:
+    """8 MiB and two vCPUs at CPL 0 in 64-bit mode, identity-mapped; a device at 8 MiB."""
+
+    def __init__(self) -> None:
+        self.vm = Tcg().create_vm(VmSpec(cpus=2, irqchip="none"))
+        self.memory, self.block = PhysicalMemory(), RamBlock(8 << 20)
+        self.memory.add(RamRange(0, 8 << 20, self.block))
+        self.memory.attach(self.vm)
+        self.memory.on_written = self.vm.memory_written
+        self.put(PML4, PDPT | 3)
+        self.put(PDPT, PD | 3)
+        for i in range(8):
+            self.put(PD + 8 * i, i << 21 | 0x83)
+        self.put(GDT + 8, 0xFFFF | 0x9B << 40 | 0xAF << 48)
+        self.cpus = [self.vm.create_vcpu(index) for index in range(2)]
+        self.accesses: list[tuple[str, int, int, int]] = []
+        self.on_access: Callable[[], None] = lambda: None
+        self.ops = _Device(self)
+
+    def put(self, address: int, value: int) -> None:
+        self.memory.write(address, struct.pack("<Q", value))
+
+    def run(self, index: int, address: int, code: bytes, **registers: int) -> TcgVCpu:
+        """Run *code* up to the HLT that is put behind it."""
+        cpu = self.cpus[index]
+        self.memory.write(address, code + b"\xf4")
+        state = cpu.get_state()
+        system = state.system
+        system.cr0, system.cr3, system.cr4, system.efer = 0x80010033, PML4, 0x6A0, 0xD00
+        system.gdt, system.idt = DescriptorTable(GDT, 15), DescriptorTable(0, 0)
+        system.cs = Segment(selector=8, base=0, limit=0xFFFFFFFF, type=11, l=1, g=1)
+        system.ss = Segment(selector=0, base=0, limit=0xFFFFFFFF, type=3, db=1, g=1)
+        state.registers.rip, state.registers.rsp, state.registers.rflags = address, 0x200000 - index * 0x1000, 2
+        for name, value in registers.items():
+            setattr(state.registers, name, value)
+        state.events.halted = False
+        cpu.set_state(state)
+        ended = cpu.run(self.ops)
+        assert ended.reason is Exit.HALTED, f"{ended}"
+        return cpu
+
+    def forget_all(self) -> None:
+        """Change slots, which forgets all code, and fill the place with other code, as another vCPU can meanwhile."""
+        for _ in range(2):
+            slot = MemorySlot(0x40000000, 0x1000, self.block.host_address, readonly=True)
+            self.vm.map_memory(slot)
+            self.vm.unmap_memory(slot)
+        # blocks whose immediates are host code that would not come back: INT3
+        code = b"".join(b"\x48\xb8" + b"\xcc" * 8 + b"\xeb\0" for _ in range(400))
+        self.run(1, OTHER, code)
+
+    def close(self) -> None:
+        self.vm.close()
+        self.memory.close()
+
+
+class _Device(NoDevices):
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def mmio_read(self, address: int, size: int, /) -> int:
+        self._machine.accesses.append(("read", address, size, 0))
+        self._machine.on_access()
+        return 0x1122334455667788 & (1 << size * 8) - 1
+
+    def mmio_write(self, address: int, size: int, value: int, /) -> None:
+        self._machine.accesses.append(("write", address, size, value))
+        self._machine.on_access()
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    made = Machine()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "accesses", "rax"),
+    [
+        (b"\x8b\x03", [("read", DEVICE, 4, 0)], 0x55667788),  # mov eax, [rbx]
+        (b"\xff\x33\x58", [("read", DEVICE, 8, 0)], 0x1122334455667788),  # push [rbx]; pop rax
+        (b"\x66\x0f\x38\x2a\x03\x66\x0f\x7e\xc0", [("read", DEVICE, 8, 0), ("read", DEVICE + 8, 8, 0)], 0x55667788),
+        (b"\x89\x03", [("write", DEVICE, 4, 7)], 7),  # mov [rbx], eax
+        (b"\x01\x03", [("read", DEVICE, 4, 0), ("write", DEVICE, 4, 0x5566778F)], 7),  # add [rbx], eax
+        (b"\x48\x0f\xc1\x03", [("read", DEVICE, 8, 0), ("write", DEVICE, 8, 0x112233445566778F)], 0x1122334455667788),
+    ],
+    ids=["load", "push", "movntdqa", "store", "add", "xadd"],
+)
+def test_device_access_while_all_code_is_forgotten(
+    machine: Machine, code: bytes, accesses: list[tuple[str, int, int, int]], rax: int
+) -> None:
+    """An instruction that left for a device ends, and asks it once, though its translation has been overwritten."""
+    machine.on_access = machine.forget_all
+    cpu = machine.run(0, CODE, b"\x48\x31\xc9" + code + b"\x48\xff\xc1", rbx=DEVICE, rax=7)
+    assert machine.accesses == accesses
+    registers = cpu.get_state().registers
+    assert (registers.rax, registers.rcx) == (rax, 1)
+
+
+def test_operand_among_code_stays_atomic(machine: Machine) -> None:
+    """A locked read-modify-write of bytes among translated code is done in memory itself, and ends the code there."""
+    machine.memory.write(DATA, b"\xb8\x01\0\0\0\xc3")  # mov eax, 1; ret
+    call = b"\xe8" + struct.pack("<i", DATA - CODE - 5)
+    cpu = machine.run(0, CODE, call + b"\x89\xc2\xf0\x83\x43\x01\x08" + b"\xff\xd3", rbx=DATA)
+    registers = cpu.get_state().registers
+    assert (registers.rdx, registers.rax) == (1, 9)
+    assert cpu.field(L.SINGLE_SIZE) == 0
+
+
+def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
+    """A page holds a bounded number of blocks, whatever segment bases and aliases it is run by."""
+    machine.memory.write(DATA, b"\xc3")
+    for i in range(8):  # 16 MiB to 4 GiB: every 4 KiB shows DATA
+        machine.put(PDPT + 8 * (i + 4), 0x400000 + 0x1000 * i | 3)
+        for entry in range(512):
+            machine.put(0x400000 + 0x1000 * i + 8 * entry, 0x500003)
+    for entry in range(512):
+        machine.put(0x500000 + 8 * entry, DATA | 3)
+    loop = b"\xff\xd3\x48\x81\xc3\0\x10\0\0\xff\xc9\x75\xf3"  # call rbx; add rbx, 4096; dec ecx; jnz
+    machine.run(0, CODE, loop, rbx=4 << 30, rcx=20000)
+    slot = machine.vm._slots[0]
+    count = struct.unpack_from("<QQQ", machine.vm._pages[slot].view, (DATA >> 12) * L.SIZEOF_PAGE)[2]
+    assert 0 < count <= 8192
+
+
+def test_walks_end_code_that_lies_in_tables(machine: Machine) -> None:
+    """The accessed bit that a page walk sets in bytes that have been translated is seen when they run again."""
+    table = 0x400000
+    machine.put(PDPT + 8 * 4, table | 3)
+    machine.put(table + 64, 0xC3 << 32 | 0x83)  # shows 0xc300000000; its bytes are an immediate, and a RET
+    machine.memory.write(table + 63, b"\xb8")  # mov eax, imm32
+    cpu = machine.run(
+        0, CODE, b"\xff\xd2\x89\xc6\x8b\x0b\xff\xd2", rbx=(4 << 30) + (8 << 21), rdx=table + 63
+    )  # call rdx; mov esi, eax; mov ecx, [rbx]; call rdx
+    registers = cpu.get_state().registers
+    assert (registers.rsi, registers.rax, registers.rcx) == (0x83, 0xA3, 0x55667788)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_code_that_only_goes_forward_is_kicked(machine: Machine, bits: int) -> None:
+    """Code that comes round by the wrap of its instruction pointer, with no jump back, answers a kick."""
+    cpu = machine.cpus[0]
+    state = cpu.get_state()
+    system = state.system
+    count = 0x300000
+    if bits == 16:
+        system.cs = Segment(selector=0x1000, base=0x10000, limit=0xFFFF, type=11)
+        machine.memory.write(0x10000, b"\x90" * 0x10000)
+        machine.memory.write(0x10000, b"\x67\xff\x05" + struct.pack("<I", count))  # inc word [count]
+        state.registers.rip = 0
+    else:
+        system.cr0 = 0x11
+        system.cs = Segment.flat(8, code=True)
+        places = (0x1000, 0x56000000, 0xAB000000)
+        for place, to in zip(places, places[1:] + places[:1], strict=True):
+            if place > 0x800000:
+                machine.memory.add(RamRange(place, 0x1000, RamBlock(4096)))
+            code = b"\xff\x05" + struct.pack("<I", count)  # inc dword [count]
+            machine.memory.write(place, code + b"\xe9" + struct.pack("<I", to - place - len(code) - 5 & 0xFFFFFFFF))
+        state.registers.rip = places[0]
+    for name in ("ds", "es", "ss", "fs", "gs"):
+        setattr(system, name, Segment.flat(16) if bits == 32 else Segment(selector=0, base=0, limit=0xFFFFFFFF, type=3))
+    state.registers.rflags = 2
+    cpu.set_state(state)
+    ended: list[Exit] = []
+    thread = threading.Thread(target=lambda: ended.append(cpu.run(machine.ops).reason), daemon=True)
+    thread.start()
+    while struct.unpack("<H", machine.memory.read(count, 2))[0] < 100:
+        assert thread.is_alive()
+    cpu.kick()
+    thread.join(60)
+    assert ended == [Exit.KICKED]
