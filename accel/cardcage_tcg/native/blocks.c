@@ -170,6 +170,7 @@ u64 native_dispatch(struct cpu *c)
         if (likely(b != 0)) {
             j->code = (u64)(b + 1);
             j->pc = c->rip;
+            c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
             c->jc_local[m] |= !global || b->phys2 != ~0ul;
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
             return (u64)(b + 1);

@@ -155,6 +155,7 @@ struct cpu {
     u32 jc_mode[2];
     u64 jc_base[2];
     u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
+    u64 jc_used[2][JC_SIZE / 64];  /* entries that may be for something */
     u32 code_hit, pending_size;
     u64 pending;          /* what a device answered at this address waits in `bounce` for RESUME_AGAIN; pending_size 0: nothing does */
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */

@@ -237,8 +237,11 @@ static void tlb_clear(struct tlb *t, int global)
 
 void jc_flush_one(struct cpu *c, u32 m)
 {
-    for (u32 i = 0; i < JC_SIZE; i++)
-        jc_drop(c, m, i);
+    for (u32 i = 0; i < JC_SIZE / 64; i++) {
+        for (u64 bits = c->jc_used[m][i]; bits; bits &= bits - 1)
+            jc_drop(c, m, i * 64 + (u32)__builtin_ctzl(bits));
+        c->jc_used[m][i] = 0;
+    }
 }
 
 void jc_flush(struct cpu *c)
@@ -279,11 +282,13 @@ void tlb_flush_page(struct cpu *c, u64 linear)
         for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
                 xtlb_drop(c, m, n);
-        for (u32 n = 0; n < JC_SIZE; n++) { /* blocks that begin there, or reach it with their one instruction */
-            u64 at = c->jc[m][n].pc + c->jc_base[m];
-            if ((at ^ linear) >> 21 == 0 || ((at + 14) ^ linear) >> 21 == 0)
-                jc_drop(c, m, n);
-        }
+        for (u32 i = 0; i < JC_SIZE / 64; i++)
+            for (u64 bits = c->jc_used[m][i]; bits; bits &= bits - 1) { /* blocks that begin there, or reach it with their one instruction */
+                u32 n = i * 64 + (u32)__builtin_ctzl(bits);
+                u64 at = c->jc[m][n].pc + c->jc_base[m];
+                if ((at ^ linear) >> 21 == 0 || ((at + 14) ^ linear) >> 21 == 0)
+                    jc_drop(c, m, n);
+            }
     }
     if (cross_reaches(c->vm, linear))
         cross_unlink(c->vm);

@@ -29,6 +29,7 @@ EXPORTED u64 tcg_stub(int i)
 /* Empty caches of a new vCPU, and after its registers were set from outside. */
 EXPORTED void tcg_reset(struct cpu *c)
 {
+    memset(c->jc_used, 0xff, sizeof c->jc_used); /* a new vCPU's is all zero, which is no tag for nothing */
     tlb_flush(c, 1);
     jc_flush(c);
     c->resume = 0;
