@@ -1,0 +1,53 @@
+"""Programs of an unprivileged user that once got at the translator from inside Linux: they run as on a processor."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cardcage.errors import HostError
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf
+
+HERE = Path(__file__).parent / "boundary"
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel() -> Path:
+    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
+    try:
+        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
+    except HostError as error:
+        pytest.skip(str(error))
+
+
+def run(source: str, tmp_path: Path, *, cpus: int = 1) -> list[str]:
+    """Compile ``boundary/SOURCE`` and run it in a guest as nobody: its output, status, and what the kernel warned of."""
+    compiler = "g++" if source.endswith(".cc") else "gcc"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    options = ["-O1", "-static", "-pthread", "-include", HERE / "unprivileged.h"]
+    subprocess.run([compiler, *options, "-o", tmp_path / "program", HERE / source], check=True)
+    script = (
+        "cp /mnt/share/program /tmp/ && chmod 755 /tmp/program && /tmp/program; "
+        "echo status $?; dmesg | grep -E 'WARNING|BUG:|Oops'"
+    )
+    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--cpus", str(cpus), "--share", str(tmp_path)]
+    done = subprocess.run([*command, "--exec", script], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()
+
+
+def test_faults_in_code_that_another_processor_rewrites(tmp_path: Path) -> None:
+    """A fault is the guest's own whatever its code has become meanwhile."""
+    assert run("fault_race.c", tmp_path, cpus=2) == ["signals 100000", "status 0"]
+
+
+def test_patched_code_is_not_stale(tmp_path: Path) -> None:
+    """Code that was being translated while another processor changed it is translated again."""
+    assert run("stale_patch.c", tmp_path, cpus=2)[-1] == "status 0"
