@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from iced_x86 import (
     Code,
     CpuidFeature,
+    Decoder,
+    DecoderOptions,
     Instruction,
     Mnemonic,
     OpAccess,
@@ -49,6 +51,7 @@ __all__ = [
     "UNALIGNED",
     "WRITES",
     "XSAVES",
+    "decoder_of",
     "is_unaligned_vex",
     "unit_of",
 ]
@@ -59,29 +62,11 @@ ALL_FLAGS = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | Rfla
 WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE, OpAccess.COND_WRITE}
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
-NOTHING = {
-    getattr(M, name)
-    for name in [
-        "NOP",
-        "ENDBR64",
-        "ENDBR32",
-        "PREFETCHT0",
-        "PREFETCHT1",
-        "PREFETCHT2",
-        "PREFETCHNTA",
-        "PREFETCHW",
-        "PREFETCH",
-        "PREFETCHWT1",
-        "PREFETCHIT0",
-        "PREFETCHIT1",
-        "PAUSE",
-        "CLFLUSH",
-        "CLFLUSHOPT",
-        "CLWB",
-        "CLDEMOTE",
-        "RESERVEDNOP",
-    ]
-}
+NOTHING = {M.NOP, M.RESERVEDNOP, M.PAUSE, M.CLFLUSH, M.CLFLUSHOPT, M.CLWB}
+DECODE = DecoderOptions.FORCE_RESERVED_NOP | DecoderOptions.NO_WBNOINVD
+"""What guests' processors lack is decoded as they decode it: ENDBR, RDSSP, BNDxx, CLDEMOTE and prefetches of all kinds
+are the reserved NOPs of 0F 0D and 0F 18 to 0F 1F, whose memory operand is not accessed and whose encoding is never
+emitted (SDM vol. 2, table A-3, note 1; APM vol. 3, table A-5), and WBNOINVD is WBINVD."""
 INTEGER = {
     getattr(M, name)
     for name in [
@@ -287,6 +272,11 @@ ADDRESSED = {
 }  # fmt: skip
 """Size of the operand of helpers that take an address, and whether it is written, for the segment's limit."""
 NEAR_MEMORY = {_CODES[f"{op}_RM{bits}"] for op in ("JMP", "CALL") for bits in (16, 32, 64)}
+
+
+def decoder_of(bits: int, data: bytes, ip: int = 0) -> Decoder:
+    """The decoder of guest code: *bits* is 16, 32 or 64, *ip* the address of *data*."""
+    return Decoder(bits, data, DECODE, ip=ip)
 
 
 def is_unaligned_vex(ins: Instruction) -> bool:

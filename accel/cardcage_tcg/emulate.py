@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Decoder, Instruction, MemorySizeInfo, Mnemonic, OpKind, Register
+from iced_x86 import Code, Instruction, MemorySizeInfo, Mnemonic, OpKind, Register
 
 from cardcage_tcg import layout as L
+from cardcage_tcg.allowed import decoder_of
 from cardcage_tcg.emit import NUMBER
 from cardcage_tcg.vectors import vector_table
 
@@ -74,7 +75,7 @@ class Emulator:
         found = self._decoded.get(key)
         if found is None:
             bits = 64 if mode & L.MODE_64 else 32 if mode & L.MODE_32 else 16
-            found = Decoder(bits, data, ip=pc).decode()
+            found = decoder_of(bits, data, pc).decode()
             if found.code == Code.INVALID and len(data) < 15:
                 cpu.fetch_fault(cpu.linear_after(linear, len(data)))
             if len(self._decoded) > 4096:

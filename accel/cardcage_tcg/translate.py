@@ -13,8 +13,6 @@ from attrs import evolve, frozen
 from iced_x86 import (
     Code,
     ConditionCode,
-    Decoder,
-    DecoderOptions,
     FlowControl,
     Instruction,
     Mnemonic,
@@ -23,7 +21,7 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import SHIFTS
+from cardcage_tcg.allowed import SHIFTS, decoder_of
 from cardcage_tcg.emit import load, store
 from cardcage_tcg.operands import Emulate, Template
 from cardcage_tcg.system import ends_block
@@ -82,7 +80,7 @@ class _Part:
 
 def _fields(maker: Templates, raw: bytes) -> list[tuple[int, int]]:
     """(offset, size) of displacement and immediate."""
-    decoder = Decoder(8 * maker.width, raw, ip=0)
+    decoder = decoder_of(8 * maker.width, raw)
     where = decoder.get_constant_offsets(decoder.decode())
     found = []
     if where.has_displacement:
@@ -130,7 +128,7 @@ class Translator:
     def decode(mode: int, pc: int, data: bytes, limit: int) -> list[tuple[Instruction, bytes]]:
         """Instructions from *pc* up to a branch, the end of *data*, or *limit* of them, or an invalid one."""
         bits = 64 if mode & L.MODE_64 else 32 if mode & L.MODE_32 else 16
-        decoder = Decoder(bits, data, DecoderOptions.NONE, ip=pc)
+        decoder = decoder_of(bits, data, pc)
         found: list[tuple[Instruction, bytes]] = []
         at, size = 0, len(data)
         while at < size and len(found) < limit:
@@ -215,7 +213,7 @@ class Translator:
         bits = 64 if key & L.MODE_64 else 32 if key & L.MODE_32 else 16
         pairs = []
         for one in raws:
-            again = Decoder(bits, one, ip=ins.ip).decode()
+            again = decoder_of(bits, one, ins.ip).decode()
             if again.code != ins.code or again.len != ins.len:
                 return None
             pairs.append(self._parts(maker, again, one))

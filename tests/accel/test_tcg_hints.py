@@ -1,0 +1,67 @@
+"""The hint spaces and reserved NOPs: 0F 0D and 0F 18 to 0F 1F, on the real processor and under the translator."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from cardcage_tcg.allowed import decoder_of
+from tcg_fuzz import Case, Fuzzer
+from tcg_host import CODE, DATA_SIZE, Host, State
+
+HINTS = (0x0D, *range(0x18, 0x20))
+PREFIXES = (b"", b"\x66", b"\xf2", b"\xf3", b"\x66\xf3", b"\x66\xf2", b"\xf2\xf3", b"\x67", b"\x65", b"\xf3\x64\x67")
+WIDE = (b"\x48", b"\x4f", b"\xf3\x48", b"\xf3\x4f", b"\x66\x45")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced() -> None:
+    try:
+        Host().close()
+    except OSError as error:
+        pytest.skip(f"the real processor cannot be asked: {error}")
+
+
+def _hint(prefix: bytes, opcode: int, modrm: int, bits: int, chooser: random.Random) -> bytes:
+    raw = prefix + bytes((0x0F, opcode, modrm)) + chooser.randbytes(8)
+    return raw[: decoder_of(bits, raw).decode().len]
+
+
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_every_hint_does_nothing(bits: int) -> None:
+    """Each encoding of the hint spaces, at addresses that nobody has mapped, leaves all as it was, as on the host."""
+    fuzzer, chooser, found = Fuzzer(bits, bits=bits), random.Random(bits), []
+    try:
+        for prefix in PREFIXES + (WIDE if bits == 64 else ()):
+            for opcode in HINTS:
+                hints = [_hint(prefix, opcode, modrm, bits, chooser) for modrm in range(256)]
+                general = [chooser.getrandbits(64) & fuzzer.mask for _ in range(16)]
+                start = State(
+                    general, 0 if bits == 16 else CODE, 0x202 | chooser.getrandbits(12) & 0x8D5, fuzzer.xstate()
+                )
+                case = Case(
+                    b"".join(hints) + b"\x0f\x0b", start, bytes(DATA_SIZE), bits, f"{prefix.hex()} 0f {opcode:02x}"
+                )
+                if difference := fuzzer.check(case):
+                    found.append(f"{case.text}: {difference}")
+        assert not found
+        assert fuzzer.ended == {"": fuzzer.runs}
+    finally:
+        fuzzer.close()
+
+
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_locked_hints_are_undefined(bits: int) -> None:
+    """LOCK before a hint is #UD, as on the host."""
+    fuzzer, chooser, found = Fuzzer(bits, bits=bits), random.Random(bits), []
+    try:
+        for opcode in HINTS:
+            for modrm in (0x05, 0x08, 0xC8, 0xFA):
+                start = State([fuzzer.value() for _ in range(16)], 0 if bits == 16 else CODE, 0x202, fuzzer.xstate())
+                code = b"\xf0" + _hint(b"", opcode, modrm, bits, chooser)
+                if difference := fuzzer.check(Case(code, start, bytes(DATA_SIZE), bits, code.hex())):
+                    found.append(f"{code.hex()}: {difference}")
+        assert not found
+        assert fuzzer.ended == {"SIGILL": fuzzer.runs}
+    finally:
+        fuzzer.close()
