@@ -222,6 +222,7 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     **{getattr(M, name): _sized(L.HLP_PUSHA) for name in ("PUSHA", "PUSHAD")},
     **{getattr(M, name): _sized(L.HLP_POPA) for name in ("POPA", "POPAD")},
     M.OUT: _out,
+    **dict.fromkeys((M.VMCALL, M.VMMCALL), _plain(L.HLP_HYPERCALL)),
     M.XGETBV: _plain(L.HLP_XGETBV),
     M.INT: lambda ins: HelperCall(L.HLP_INT, ins.immediate8),
     M.UD2: lambda _: HelperCall(L.HLP_RAISE, 6),
@@ -277,7 +278,7 @@ def helper_of(ins: Instruction, mode: int) -> HelperCall | None:
 
 _FLOW = {
     M.SYSCALL, M.SYSRET, M.SYSRETQ, M.SYSENTER, M.SYSEXIT, M.SYSEXITQ, M.INT, M.INT3, M.INT1, M.INTO, M.IRET, M.IRETD,
-    M.IRETQ, M.RETF, M.UD0, M.UD1, M.UD2, M.HLT,
+    M.IRETQ, M.RETF, M.UD0, M.UD1, M.UD2, M.HLT, M.VMCALL, M.VMMCALL,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 from cardcage_tcg import layout as L
-from tcg_cpu import GP, RAX, RCX, RDX, RSP, Cpu, load
+from tcg_cpu import GP, RAX, RBX, RCX, RDX, RSI, RSP, Cpu, load
 
 
 @pytest.fixture
@@ -243,3 +243,24 @@ def test_apic_page_round_trip(cpu: Cpu) -> None:
     cpu.call("apic_load", page)
     cpu.call("check_events")
     assert (cpu.taken(), apic(cpu, LDR)) == (0x77, 0x01000000)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "icr", "answer", "reached"),
+    [
+        (3, 0, 0, 0x45, 2, (0, 1)), (2, 0, 0, 0x45, 1, (1,)), (1, 0, 1, 0x45, 1, (1,)), (0, 1, 0, 0x45, 0, ()),
+        (3, 0, 0, 0x40045, -22, ()), (3, 0, 0, 0x845, -22, ()), (0xFFFFFFFF, 0, 0xFFFFFFFF, 0, 0, ()),
+        (3, 0, 0, 5, 0, ()), (1 << 63, (1 << 64) - 1, 1 << 63, 0x45, 0, ()),
+    ],
+)  # fmt: skip
+def test_interrupts_by_hypercall(
+    low: int, high: int, first: int, icr: int, answer: int, reached: tuple[int, ...]
+) -> None:
+    """KVM_HC_SEND_IPI reaches the APIC IDs of its bitmap and counts them; shorthands and logical modes are refused."""
+    cpus = pair()
+    for register, value in ((RAX, 10), (RBX, low), (RCX, high), (RDX, first), (RSI, icr)):
+        cpus[0][register] = value
+    cpus[0].flags = 2
+    assert cpus[0].do("HYPERCALL", length=3) == L.H_REDIRECT
+    assert (cpus[0][RAX], cpus[0].rip) == (answer & 0xFFFFFFFFFFFFFFFF, 0x7003)
+    assert tuple(i for i, one in enumerate(cpus) if apic(one, 0x220)) == reached

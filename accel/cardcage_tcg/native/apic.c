@@ -170,6 +170,24 @@ void apic_command(struct cpu *c, u32 low, u32 dest)
     send(c->vm, c, low >> 18 & 3, dest, low >> 11 & 1, mode, vector, level, mode == MODE_LOWEST);
 }
 
+u64 apic_pv_ipi(struct cpu *c, u64 low, u64 high, u64 first, u64 icr)
+{
+    u32 width = c->mode & MODE_64 ? 64 : 32, mode = icr >> 8 & 7, sent = 0;
+    if (icr & (3 << 18 | 1 << 11)) /* no shorthand, no logical destination */
+        return -(u64)22;           /* KVM_EINVAL */
+    for (u32 i = 0; i < c->vm->ncpus && i < MAX_CPUS; i++) {
+        struct cpu *t = c->vm->cpus[i];
+        u64 bit = t ? t->lapic.id - first : 0;
+        if (!t || !t->lapic.enabled || t->lapic.id < first || bit >= 2 * width || !((bit < width ? low : high) >> bit % width & 1))
+            continue;
+        if (mode != MODE_REMOTE && mode != MODE_EXTINT && (mode > MODE_LOWEST || (icr & 0xff) >= 16)) {
+            apic_post_mode(t, mode, icr & 0xff, 0);
+            sent++;
+        }
+    }
+    return sent;
+}
+
 int apic_extint_enabled(struct cpu *c)
 {
     const struct lapic *l = &c->lapic;

@@ -259,6 +259,7 @@ int apic_accept(struct cpu *c);         /* move it from IRR to ISR; vector */
 void apic_post(struct cpu *target, u32 vector, u32 level);     /* from any thread: IRR, TMR, wake or poll */
 void apic_message(struct vm *vm, u64 address, u32 data);       /* MSI, any thread */
 void apic_reset(struct cpu *c);
+u64 apic_pv_ipi(struct cpu *c, u64 low, u64 high, u64 first, u64 icr);  /* KVM_HC_SEND_IPI: how many got it, or an error */
 int apic_extint_enabled(struct cpu *c); /* LINT0 is ExtINT and unmasked (or the APIC is disabled) */
 u64 apic_next_deadline(struct cpu *c);  /* host ns, ~0 if none */
 void apic_timer_expire(struct cpu *c, u64 now);

@@ -66,6 +66,7 @@
     HELPER(XGETBV, h_xgetbv) \
     HELPER(RDMSR, h_rdmsr) \
     HELPER(WRMSR, h_wrmsr) \
+    HELPER(HYPERCALL, h_hypercall)   /* VMCALL, VMMCALL */ \
     HELPER(PRIVILEGED_NOP, h_privileged_nop) /* WBINVD, INVD: #GP unless CPL is 0 */ \
     HELPER(STRING, h_string)         /* imm: STRING_* */ \
     HELPER(PUSHA, h_pusha)           /* imm: size */ \

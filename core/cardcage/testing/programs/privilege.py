@@ -407,4 +407,59 @@ two:
         registers={"r8": 0x1234, "r9": 0xFFFF8000, "r10": 0xD01, "r11": 0x00070406},
         faults=(Fault(13, 0, rip="at_lstar"), Fault(13, 0, rip="at_efer")),
     ),
+    Program(
+        "hypercalls",
+        "VMCALL and VMMCALL answer as KVM does, 64 bits wide: -1000 for what there is not, -1 above ring 0",
+        """
+    mov r15, 0x1122334455667788
+    mov rax, 0x12345
+    vmmcall
+    mov r8, rax
+    mov rax, 0x12345
+    vmcall
+    mov r9, rax
+    mov eax, 1                                  ; KVM_HC_VAPIC_POLL_IRQ
+    vmmcall
+    mov r10, rax
+    mov rax, 0x100000001                        ; not that one
+    vmmcall
+    mov r11, rax
+    enter_user user
+user:
+    mov eax, 1
+    vmmcall
+    mov r12, rax
+    done
+""",
+        registers={
+            "r8": -1000 & 0xFFFFFFFFFFFFFFFF,
+            "r9": -1000 & 0xFFFFFFFFFFFFFFFF,
+            "r10": 0,
+            "r11": -1000 & 0xFFFFFFFFFFFFFFFF,
+            "r12": 0xFFFFFFFFFFFFFFFF,
+            "r15": 0x1122334455667788,
+        },
+        emulated="it has one of the two instructions",
+    ),
+    Program(
+        "hypercalls-32",
+        "In 32-bit code a hypercall's number and answer have 32 bits",
+        """
+    push CS32
+    push compat
+    retfq
+    bits 32
+compat:
+    mov eax, 0x12345
+    vmmcall
+    mov ebx, eax
+    jmp CS64:back
+    bits 64
+back:
+    mov r8, rax
+    done
+""",
+        registers={"rbx": 0xFFFFFC18, "r8": 0xFFFFFC18},
+        emulated="it has one of the two instructions",
+    ),
 )
