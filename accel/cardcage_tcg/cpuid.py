@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from cardcage.errors import ConfigError, near
 from iced_x86 import CpuidFeature
 
+from cardcage_tcg.msrlist import PHYS_BITS
+
 if TYPE_CHECKING:
     from cardcage_tcg.library import Native
 
@@ -23,8 +25,9 @@ FEATURES = {
     "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "fsrm": (7, 3, 4),
     "lahf_lm": (0x80000001, 2, 0), "abm": (0x80000001, 2, 5), "3dnowprefetch": (0x80000001, 2, 8),
 }  # fmt: skip
-BASE_1D = 0x078BFBFD & ~(1 << 12)
-"""FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2; no MTRR."""
+BASE_1D = 0x078BFBFD
+"""FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2."""
+APIC = 1 << 9
 V2 = ("sse3", "ssse3", "cx16", "sse4.1", "sse4.2", "popcnt", "lahf_lm", "x2apic", "tsc-deadline")
 MORE = (
     "pclmulqdq", "movbe", "aes", "rdrand", "fsgsbase", "bmi1", "bmi2", "erms", "rdseed", "adx", "sha-ni", "fsrm",
@@ -112,21 +115,23 @@ class CpuModel:
             if (at, index) == (leaf, register) and name in self.features
         )
 
-    def leaf(self, leaf: int, sub: int, index: int, *, osxsave: bool, xcr0: int) -> tuple[int, int, int, int]:
-        """EAX, EBX, ECX, EDX of processor *index* for a leaf and subleaf."""
+    def leaf(
+        self, leaf: int, sub: int, index: int, *, osxsave: bool, apic: bool, xcr0: int
+    ) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX of processor *index* for a leaf and subleaf; *apic*: APIC_BASE enables the local APIC."""
         if leaf == 0:
             return 0xD, 0x68747541, 0x444D4163, 0x69746E65  # AuthenticAMD
         if leaf == 1:
             eax = 0x00060FB1  # family 15, model 107, stepping 1: no erratum or mitigation applies to it
             ecx = self._bits(1, 2) | 1 << 31 | (1 << 27 if osxsave else 0)
             edx = BASE_1D | (1 << 28 if self._cpus > 1 else 0)
-            if not self._lapic:
-                edx &= ~(1 << 9)
+            if not apic:
+                edx &= ~APIC
             return eax, index << 24 | self._cpus << 16 | 8 << 8, ecx, edx
         if leaf == 7 and sub == 0:
             return 0, self._bits(7, 1), self._bits(7, 2), self._bits(7, 3)
-        if leaf == 0xB and self._cpus >= 1:
-            return 0, 0, 0, 0
+        if leaf == 0xB:  # no level has a type: the topology is that of 80000008; the x2APIC ID is on all subleaves
+            return 0, 0, sub & 0xFF, index
         if leaf == 0xD and "xsave" in self.features:
             return self._xsave(sub, xcr0)
         if leaf == 0x40000000:
@@ -138,7 +143,9 @@ class CpuModel:
         if leaf == 0x80000000:
             return 0x80000008, 0x68747541, 0x444D4163, 0x69746E65
         if leaf == 0x80000001:
-            edx = (BASE_1D & 0x0183F3FF) & ~(1 << 11) | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29
+            edx = BASE_1D & 0x0183F3FF | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29
+            if not apic:
+                edx &= ~APIC
             return 0x00060FB1, 0, self._bits(0x80000001, 2) | (2 if self._cpus > 1 else 0), edx
         if 0x80000002 <= leaf <= 0x80000004:
             brand = b"cardcage TCG virtual CPU".ljust(48, b"\0")
@@ -148,7 +155,7 @@ class CpuModel:
         if leaf == 0x80000007:
             return 0, 0, 0, 1 << 8
         if leaf == 0x80000008:
-            return 48 << 8 | 40, 0, self._cpus - 1 if self._cpus > 1 else 0, 0
+            return 48 << 8 | PHYS_BITS, 0, self._cpus - 1 if self._cpus > 1 else 0, 0
         return 0, 0, 0, 0
 
     def _xsave(self, sub: int, xcr0: int) -> tuple[int, int, int, int]:

@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_set_eflags": (None, (_PTR, _U64)),
     "tcg_apic_message": (None, (_PTR, _U64, _U32)),
     "tcg_apic_reset": (None, (_PTR,)),
+    "tcg_apic_init": (None, (_PTR,)),
     "tcg_apic_save": (None, (_PTR, _PTR)),
     "tcg_apic_load": (None, (_PTR, _PTR)),
     "tcg_apic_read": (_INT, (_PTR, _U32, _PTR)),

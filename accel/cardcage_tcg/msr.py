@@ -1,4 +1,4 @@
-"""Model-specific registers that native code leaves to Python: kvmclock, PAT, and what Linux and firmware ask for."""
+"""Model-specific registers that native code leaves to Python (:mod:`cardcage_tcg.msrlist`), and kvmclock."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cardcage.errors import UsageError
 
 from cardcage_tcg import layout as L
+from cardcage_tcg.msrlist import HWCR, MC_STATUS, MC_STATUS_WRITABLE, MSRS, SYSTEM_TIME, WALL_CLOCK
 
 if TYPE_CHECKING:
     from cardcage_tcg.vcpu import TcgVCpu
@@ -24,48 +25,10 @@ FIELDS = {
 }  # fmt: skip
 """MSRs kept in ``struct cpu``: part of the state, handled natively for the guest."""
 TSC_DEADLINE = 0x6E0
-WALL_CLOCK, SYSTEM_TIME = 0x4B564D00, 0x4B564D01
 OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
-MC_BANKS = 10
-"""Banks of the machine check architecture (SDM vol. 3, chapter 16; AMD APM vol. 2, chapter 9), as many as QEMU's.
-Nothing is ever reported in them: a fault of the host's memory kills the VMM, or the host tells no guest."""
-STORED = {
-    0x17A: 0,  # MCG_STATUS
-    0x17B: (1 << 64) - 1,  # MCG_CTL
-    **{0x400 + 4 * bank: (1 << 64) - 1 for bank in range(MC_BANKS)},  # MCi_CTL
-    0x277: 0x0007040600070406,
-    0x2FF: 0,
-    0x8B: 0,
-    0x17: 0,
-    0x1A0: 1,
-    0x1D9: 0,
-    0x3A: 1,
-    SYSTEM_TIME: 0,
-    WALL_CLOCK: 0,
-}
-"""MSRs that hold what is written; the value is that after reset."""
-FIXED = {
-    0xFE: 0,
-    0x2A: 0,
-    0x34: 0,
-    0xCD: 0,
-    0xCE: 0,
-    0x1D6: 0,
-    0x1DB: 0,
-    0xC0010010: 0,
-    0xC0010015: 0,
-    0xC001001F: 0,
-    0xC0010055: 0,
-    0xC0010112: 0,
-    0xC0010113: 0,
-    0xC0010114: 0,
-    0xC001102C: 0,
-    0xC0011029: 0,
-}
-"""MSRs that read as a constant and swallow writes: AMD's family registers that Linux and SeaBIOS touch."""
-MCG_CAP = 0x179
-MC_REPORTS = frozenset(0x401 + 4 * bank + more for bank in range(MC_BANKS) for more in range(3))
-"""MCi_STATUS, MCi_ADDR, MCi_MISC: 0, and only 0 can be written."""
+RESET = {index: msr.reset for index, msr in MSRS.items()}
+HELD = frozenset(index for index, msr in MSRS.items() if msr.kept and not msr.readonly)
+"""Those that are part of the state."""
 
 
 class Msrs:
@@ -73,26 +36,23 @@ class Msrs:
 
     def __init__(self, vm: TcgVm, cpu: TcgVCpu) -> None:
         self._vm, self._cpu = vm, cpu
-        self._values = dict(STORED)
+        self._values = dict(RESET)
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
         index = OLD.get(index, index)
         if index in FIELDS:
             return self._cpu.field(FIELDS[index])
-        if index in self._values:
-            return self._values[index]
-        if index == MCG_CAP:
-            return MC_BANKS | 1 << 8  # MCG_CTL_P
-        return 0 if index in MC_REPORTS else FIXED.get(index)
+        return self._values.get(index)
 
     def write(self, index: int, value: int) -> bool:
         index = OLD.get(index, index)
-        if index in FIXED or (index in MC_REPORTS and value == 0):
-            return True
-        if index not in self._values:
+        msr = MSRS.get(index)
+        if msr is None or msr.readonly or value & msr.refused or (msr.valid is not None and not msr.valid(value)):
             return False
-        self._values[index] = value
+        if index in MC_STATUS and value and not self._values[HWCR] & MC_STATUS_WRITABLE:
+            return False
+        self._values[index] = self._values[index] & ~msr.kept | value & msr.kept
         if index == SYSTEM_TIME and value & 1:
             self._system_time(value & ~1)
         elif index == WALL_CLOCK:
@@ -103,7 +63,7 @@ class Msrs:
         """All of them, for a snapshot."""
         deadline = {TSC_DEADLINE: self.tsc_deadline()} if self._vm.lapic else {}
         return (
-            self._values
+            {index: self._values[index] for index in HELD}
             | deadline
             | {index: self._cpu.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)}
         )
@@ -111,9 +71,9 @@ class Msrs:
     def set_all(self, values: dict[int, int]) -> None:
         """Set those given; the others take their reset value. Raises UsageError for one that is unknown."""
         for index in values:
-            if index not in FIELDS and index not in STORED and index != TSC_DEADLINE:
+            if index not in FIELDS and index not in MSRS and index != TSC_DEADLINE:
                 raise UsageError(f"the translator has no MSR {index:#x}")
-        self._values = STORED | {index: value for index, value in values.items() if index in STORED}
+        self._values = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
         for index, at in FIELDS.items():
             if index not in (0x1B, 0xC0000080):
                 self._cpu.set_field(at, values.get(index, 0))

@@ -15,7 +15,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg import state
 from cardcage_tcg.emulate import Emulator, Fault
 from cardcage_tcg.library import Area
-from cardcage_tcg.msr import Msrs
+from cardcage_tcg.msr import TSC_DEADLINE, Msrs
 
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops
@@ -190,14 +190,16 @@ class TcgVCpu:
         self.words[L.RESUME_GENERATION // 8] = self.vm.generation
 
     def _init(self) -> None:
-        """INIT: as after reset, but x87, SSE, MTRR, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
+        """INIT: as after reset, but x87, SSE, MSRs, TSC and the APIC's id stay (Intel SDM vol. 3, table 10-1)."""
         now = self.get_state()
         fresh = reset_state(bootstrap=self.index == 0)
         fresh.fpu, fresh.lapic, fresh.tsc = now.fpu, now.lapic, None
         fresh.system.apic_base = now.system.apic_base
         fresh.events = evolve(fresh.events, startup="wait-for-sipi" if self.index else "running")
-        fresh.msrs = {}
+        fresh.msrs = {index: value for index, value in now.msrs.items() if index != TSC_DEADLINE}
         self.set_state(fresh)
+        if self.vm.lapic:
+            self.native.apic_init(self.pointer)
         self.halves[L.STARTUP // 4] = 1 if self.index else 0
 
     def _start(self, vector: int) -> None:
@@ -278,7 +280,8 @@ class TcgVCpu:
         return bool(self.words[L.CR4 // 8] & 1 << 18)
 
     def cpuid(self, leaf: int, sub: int) -> tuple[int, int, int, int]:
-        return self.vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), xcr0=self.xcr0)
+        apic = self.vm.lapic and bool(self.words[L.APIC_BASE // 8] & 0x800)
+        return self.vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), apic=apic, xcr0=self.xcr0)
 
     def read_msr(self, index: int) -> int | None:
         """The MSR's value, None when there is no such MSR."""

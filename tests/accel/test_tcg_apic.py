@@ -153,12 +153,16 @@ def test_x2apic() -> None:
     assert first.taken() == GP
     for one in (first, second):
         one.long()
-        assert msr(one, 0x1B, 0xFEE00C00) == L.H_CONTINUE
+        assert msr(one, 0x1B, 0xFEE00C00) == L.H_REDIRECT  # interrupts are looked at
+        one.put32("POLL", 0)
     assert (msr(second, 0x802), msr(second, 0x80D), msr(second, 0x803)) == (1, 2, 0x50014)
     assert msr(first, 0x830, 1 << 32 | 0x61) == L.H_CONTINUE
     assert msr(second, 0x823) == 2
-    assert (msr(second, 0x83F, 0x62), msr(second, 0x823)) == (L.H_CONTINUE, 6)
-    for index, value in ((0x80B, 1), (0x80E, 0), (0x802, 0), (0x808, 0x100), (0x1B, 0xFEE00800), (0x83F, 0x100)):
+    assert (msr(second, 0x83F, 0x62), msr(second, 0x823)) == (L.H_REDIRECT, 6)
+    for index, value in (
+        (0x80B, 1), (0x80E, 0), (0x802, 0), (0x808, 0x100), (0x1B, 0xFEE00800), (0x83F, 0x100), (0x1B, 0xFEE00C01),
+        (0x1B, 1 << 40 | 0xFEE00C00), (0x1B, 1 << 51 | 0xFEE00C00), (0x1B, 1 << 63 | 0xFEE00C00), (0x1B, 0xFEE00E00),
+    ):  # fmt: skip
         first.long()
         msr(first, index, value)
         assert (index, first.taken()) == (index, GP)
@@ -191,6 +195,50 @@ def test_timer_counts(cpu: Cpu) -> None:
     assert 0x70000000 * 256 < cpu.get("LAPIC", L.LAPIC_TIMER_PERIOD) == 0xFFFFFFFF * 128
     apic(cpu, TICR, 0)
     assert (apic(cpu, TCCR), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)) == (0, (1 << 64) - 1)
+
+
+@pytest.mark.parametrize(("first", "then"), [(0x000EC, 0x200EC), (0x200EC, 0x000EC)])
+def test_a_new_mode_leaves_the_count(cpu: Cpu, first: int, then: int) -> None:
+    """Between one-shot and periodic the timer counts on from where it is."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, DCR, 0b1011)
+    apic(cpu, LVTT, first)
+    apic(cpu, TICR, 0xFFFFFFFF)
+    start, due = cpu.get("LAPIC", L.LAPIC_TIMER_START), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)
+    cpu.put("LAPIC", start - 0xF0000000, L.LAPIC_TIMER_START)
+    cpu.put("LAPIC", due - 0xF0000000, L.LAPIC_TIMER_NEXT)
+    apic(cpu, LVTT, then)
+    assert (0 < apic(cpu, TCCR) <= 0x0FFFFFFF, apic(cpu, TICR)) == (True, 0xFFFFFFFF)
+    assert cpu.get("LAPIC", L.LAPIC_TIMER_NEXT) == due - 0xF0000000
+
+
+def test_a_new_mode_starts_no_count(cpu: Cpu) -> None:
+    """A one-shot count that has come to zero stays there when the timer is made periodic."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, DCR, 0b1011)
+    apic(cpu, LVTT, 0x000EC)
+    apic(cpu, TICR, 0xFFFFFFFF)
+    cpu.put("LAPIC", cpu.get("LAPIC", L.LAPIC_TIMER_START) - (5 << 32), L.LAPIC_TIMER_START)
+    cpu.put("LAPIC", (1 << 64) - 1, L.LAPIC_TIMER_NEXT)
+    assert apic(cpu, TCCR) == 0
+    apic(cpu, LVTT, 0x200EC)
+    assert (apic(cpu, TCCR), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)) == (0, (1 << 64) - 1)
+
+
+def test_one_shot_ends_the_period_that_runs(cpu: Cpu) -> None:
+    """A periodic timer in its sixth period, made one-shot, counts that period down and stops."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, DCR, 0b1011)
+    apic(cpu, LVTT, 0x200EC)
+    apic(cpu, TICR, 0xFFFFFFFF)
+    start = cpu.get("LAPIC", L.LAPIC_TIMER_START) - 5 * 0xFFFFFFFF - 0xF0000000
+    cpu.put("LAPIC", start, L.LAPIC_TIMER_START)
+    apic(cpu, LVTT, 0x000EC)
+    assert 0 < apic(cpu, TCCR) <= 0x0FFFFFFF
+    assert cpu.get("LAPIC", L.LAPIC_TIMER_NEXT) == start + 6 * 0xFFFFFFFF
 
 
 def test_halt_wakes_by_its_timer(cpu: Cpu) -> None:

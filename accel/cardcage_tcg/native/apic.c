@@ -77,6 +77,15 @@ void apic_post(struct cpu *t, u32 vector, u32 level)
         wake_cpu(t);
 }
 
+/* One NMI is latched while another is handled; a second waits where none is (SDM vol. 3, 6.7.1; KVM's limits). */
+static void post_nmi(struct cpu *t)
+{
+    u32 *nmi = &t->lapic.nmi, have = __atomic_load_n(nmi, __ATOMIC_SEQ_CST);
+    while (have < (__atomic_load_n(&t->nmi_blocked, __ATOMIC_SEQ_CST) ? 1u : 2u) &&
+           !__atomic_compare_exchange_n(nmi, &have, have + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
+}
+
 void apic_post_mode(struct cpu *t, u32 mode, u32 vector, u32 level)
 {
     struct lapic *l = &t->lapic;
@@ -86,7 +95,7 @@ void apic_post_mode(struct cpu *t, u32 mode, u32 vector, u32 level)
         apic_post(t, vector, level);
         return;
     case MODE_NMI:
-        __atomic_store_n(&l->nmi, 1, __ATOMIC_SEQ_CST);
+        post_nmi(t);
         break;
     case MODE_INIT:
         __atomic_store_n(&l->sipi, 0, __ATOMIC_SEQ_CST);

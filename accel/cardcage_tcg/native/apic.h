@@ -35,6 +35,7 @@ void timer_arm(struct cpu *c, u64 next);
 void timer_disarm(struct lapic *l);
 void timer_start(struct cpu *c, u32 count);
 u32 timer_count(struct cpu *c);                 /* what is left */
+void timer_change(struct cpu *c, int periodic); /* between one-shot and periodic, which it was */
 void timer_deadline(struct cpu *c, u64 value);  /* a guest TSC value, 0: none */
 
 #endif

@@ -27,8 +27,8 @@ static void write_lvt(struct cpu *c, u32 index, u32 value)
             timer_disarm(l);
             l->tsc_deadline = 0;
             l->timer_period = 0;
-        } else if (timer_mode(l) == TIMER_PERIODIC && l->timer_period && apic_next_deadline(c) == NEVER) {
-            timer_start(c, l->regs[A_TICR]);
+        } else { /* it counts on from where it is; a count that has come to zero stays there */
+            timer_change(c, old == TIMER_PERIODIC);
         }
     }
     if (index == A_LINT0 && c->extint)
@@ -194,7 +194,7 @@ static int write_base(struct cpu *c, u64 value)
 {
     struct lapic *l = &c->lapic;
     u64 old = c->apic_base, mode = value & (BASE_ENABLED | BASE_X2), was = old & (BASE_ENABLED | BASE_X2);
-    if (value >> 52 || value & 0x2ff)
+    if (value >> PHYS_BITS || value & 0x2ff)
         return EX_GP;
     if (mode == BASE_X2 || (was == (BASE_ENABLED | BASE_X2) && mode == BASE_ENABLED) ||
         (was == 0 && mode == (BASE_ENABLED | BASE_X2)))
@@ -294,6 +294,12 @@ int apic_msr(struct cpu *c, u32 msr, int write, u64 *value)
 /* ---- for Python ---- */
 
 EXPORT void tcg_apic_reset(struct cpu *c) { apic_reset(c); }
+/* The registers after INIT; a SIPI that came meanwhile waits. */
+EXPORT void tcg_apic_init(struct cpu *c)
+{
+    reset_registers(c);
+    c->poll = 1;
+}
 EXPORT void tcg_apic_message(struct vm *vm, u64 address, u32 data) { apic_message(vm, address, data); }
 EXPORT void tcg_apic_post(struct cpu *c, u32 vector, u32 level) { apic_post(c, vector, level); }
 EXPORT int tcg_apic_read(struct cpu *c, u32 offset, u32 *value) { return apic_read(c, offset, value); }

@@ -60,6 +60,21 @@ u32 timer_count(struct cpu *c)
     return left > 0xffffffff ? 0xffffffff : (u32)left;
 }
 
+void timer_change(struct cpu *c, int periodic)
+{
+    struct lapic *l = &c->lapic;
+    u64 now = now_ns(), elapsed = now - l->timer_start;
+    if (!l->timer_period || elapsed < l->timer_period)
+        return;
+    if (periodic) { /* the rest of this period */
+        apic_timer_expire(c, now);
+        l->timer_start = now - elapsed % l->timer_period;
+        timer_arm(c, l->timer_start + l->timer_period);
+    } else {
+        l->timer_period = 0;
+    }
+}
+
 void timer_deadline(struct cpu *c, u64 value)
 {
     struct lapic *l = &c->lapic;

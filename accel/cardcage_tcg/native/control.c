@@ -130,7 +130,7 @@ int h_mov_to_cr(struct cpu *c, u32 arg)
         return raise_gp(c);
     if (set_cr(c, n, c->gpr[reg] & linear_mask(c)))
         return raise_gp(c);
-    return n == 2 || n == 8 ? H_CONTINUE : redirect(c, arg);
+    return n == 2 || (n == 8 && !c->poll) ? H_CONTINUE : redirect(c, arg);
 }
 
 int h_clts(struct cpu *c, u32 arg)
@@ -235,7 +235,15 @@ int h_rdtscp(struct cpu *c, u32 arg)
     return H_CONTINUE;
 }
 
-int h_rdpmc(struct cpu *c, u32 arg) { (void)arg; return raise_gp(c); }
+/* Four counters, as their MSRs: see msrlist.py. */
+int h_rdpmc(struct cpu *c, u32 arg)
+{
+    (void)arg;
+    if ((c->cpl && !(c->cr4 & CR4_PCE)) || (u32)c->gpr[RCX] > 3)
+        return raise_gp(c);
+    set_pair(c, 0);
+    return H_CONTINUE;
+}
 
 /* imm = register | GS << 4 | write << 5 | 64 bits << 6. */
 int h_fsgsbase(struct cpu *c, u32 arg)
@@ -397,7 +405,7 @@ int h_wrmsr(struct cpu *c, u32 arg)
             return raise_gp(c);
         if (r == H_EXIT) /* R_EOI: the instruction is done */
             c->rip = next_rip(c, arg);
-        return r;
+        return r == H_CONTINUE && c->poll ? redirect(c, arg) : r; /* an interrupt that it lets in comes right after it */
     }
     return exit_to(c, R_MSR, ARG_LEN(arg));
 }

@@ -287,7 +287,8 @@ static int events(struct cpu *c)
         c->poll = 1;
         return -1;
     }
-    if (l->nmi && !c->nmi_blocked && __atomic_exchange_n(&l->nmi, 0, __ATOMIC_SEQ_CST)) {
+    if (__atomic_load_n(&l->nmi, __ATOMIC_SEQ_CST) && !c->nmi_blocked) {
+        __atomic_sub_fetch(&l->nmi, 1, __ATOMIC_SEQ_CST); /* others only add; the next one waits for IRET */
         c->poll = 1;
         c->halted = 0;
         c->nmi_blocked = 1;

@@ -1,0 +1,126 @@
+"""The model-specific registers and the CPUID of the processor that guests see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from cardcage.accelerator import VmSpec
+from cardcage.errors import UsageError
+from cardcage_tcg.accel import Tcg
+from cardcage_tcg.msrlist import MSRS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cardcage_tcg.vcpu import TcgVCpu
+
+ALL = (1 << 64) - 1
+ODD = 0xAAAA_AAAA_AAAA_AAAA  # not canonical
+
+
+@pytest.fixture
+def cpu() -> Iterator[TcgVCpu]:
+    vm = Tcg().create_vm(VmSpec(cpus=2, irqchip="split", cpu="max"))
+    vm.create_vcpu(0)
+    yield vm.create_vcpu(1)
+    vm.close()
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "reads"),
+    [
+        *((0xC0010000 + at, 0x530076, 0) for at in range(8)),
+        (0xC0010010, 0x7C0000, 0), (0xC0010015, 1 << 6, 1 << 6), (0xC0010015, 1 << 18, 1 << 18), (0xC0010015, 1, 0),
+        (0xC0010015, 1 << 25, None), (0xC001001A, 0xC000_0000, 0xC000_0000), (0xC001001A, 1 << 40, None),
+        (0x200, 0xC000_0000, 0xC000_0000), (0x200, 0x80_0000_0006, 0x80_0000_0006), (0x20E, 1 << 40, None),
+        (0x20E, 2, None), (0x20E, 7, None), (0x200, 0x106, None), (0x201, 0xFF_FFFF_F800, 0xFF_FFFF_F800),
+        (0x20F, 0x700, None), (0x20F, 1 << 63, None), (0x20F, 1 << 40, None),
+        *((at, 0x0605_0401_0006_0504, 0x0605_0401_0006_0504) for at in (0x250, 0x258, 0x259, 0x268, 0x26F)),
+        *((at, 2 << 8 * byte, None) for at in (0x250, 0x26F) for byte in range(8)), (0x268, 7, None),
+        (0x268, 0x1E, None), (0x2FF, 0xC06, 0xC06), (0x2FF, 0x806, 0x806), (0x2FF, 0xC02, None), (0x2FF, 0x1006, None),
+        (0x2FF, 0x106, None), (0xFE, 0x508, None),
+        (0x277, 0x0706_0504_0100_0706, 0x0706_0504_0100_0706), *((0x277, 2 << 8 * byte, None) for byte in range(8)),
+        (0x277, 3, None), (0x277, 0x80, None),
+        (0x179, 0, None), (0x17B, 0, 0), (0x17B, ODD, None), (0x17A, 7, 7),
+        (0x400, 0, 0), (0x400, ALL, ALL), (0x410, ALL & ~(1 << 10), ALL & ~(1 << 10)), (0x400, ODD, None),
+        (0x401, 0, 0), (0x401, 1, None), (0x402, ODD, ODD), (0x403, ODD, ODD), (0x426, ALL, ALL), (0x428, 0, None),
+        (0x1D9, 0, 0), (0x1D9, 3, 0), (0x1D9, 1 << 6, None), (0x1DB, 0, None), (0x1A0, ALL, ALL & ~0x1880 | 0x1800),
+        (0x3B, 0, None), (0x48, 0, None), (0xC0010117, 0, None), (0xC0010140, 0, None), (0xC0010200, 0, None),
+        (0xDA0, 0, None), (0x4B564D02, 0, None), (0x186, 0, None), (0xC1, 0, None), (0x199, 0, None),
+    ],
+)  # fmt: skip
+def test_writes(cpu: TcgVCpu, index: int, value: int, reads: int | None) -> None:
+    """An MSR holds the bits that it has, and refuses (None) reserved ones, invalid types, and what is read-only."""
+    before = cpu.read_msr(index)
+    assert cpu.write_msr(index, value) == (reads is not None)
+    assert cpu.read_msr(index) == (before if reads is None else reads)
+
+
+def test_reset_values(cpu: TcgVCpu) -> None:
+    """After power-up all memory is write-back, PAT and machine check controls as the manuals have them."""
+    expected = {
+        0xFE: 0x508, 0x2FF: 0x806, 0x200: 0, 0x201: 0, 0x250: 0, 0x277: 0x0007040600070406, 0x179: 0x10A, 0x17B: ALL,
+        0x400: ALL, 0x401: 0, 0x402: 0, 0x424: ALL, 0xC0010000: 0, 0xC0010007: 0, 0x1D9: 0, 0xC0010015: 0, 0x8B: 0,
+    }  # fmt: skip
+    assert {index: cpu.read_msr(index) for index in expected} == expected
+
+
+def test_status_can_be_written_when_hwcr_says_so(cpu: TcgVCpu) -> None:
+    """HWCR.McStatusWrEn lets any value into MCi_STATUS."""
+    assert not cpu.write_msr(0x405, 1 << 63)
+    assert cpu.write_msr(0xC0010015, 1 << 18)
+    assert (cpu.write_msr(0x405, 1 << 63), cpu.read_msr(0x405)) == (True, 1 << 63)
+
+
+def test_init_keeps_them_and_reset_does_not(cpu: TcgVCpu) -> None:
+    """INIT leaves MTRRs and PAT; the local APIC's registers are those of power-up after it, and a SIPI waits."""
+    for index, value in ((0x2FF, 0xC06), (0x277, 6), (0x200, 6)):
+        assert cpu.write_msr(index, value)
+    native = cpu.vm.native
+    native.apic_write(cpu.pointer, 0xF0, 0x1FF)
+    native.apic_write(cpu.pointer, 0x320, 0x300EC)
+    cpu._init()
+    assert [cpu.read_msr(index) for index in (0x2FF, 0x277, 0x200)] == [0xC06, 6, 6]
+    page = cpu.get_state().lapic
+    assert page is not None
+    assert [int.from_bytes(page[at : at + 4], "little") for at in (0x20, 0xF0, 0x320)] == [1 << 24, 0xFF, 0x10000]
+    state = cpu.get_state()
+    state.msrs = {}
+    cpu.set_state(state)
+    assert [cpu.read_msr(index) for index in (0x2FF, 0x200)] == [0x806, 0]
+
+
+def test_state_holds_them(cpu: TcgVCpu) -> None:
+    """Each MSR that holds something is in the state and comes back; one that is unknown is refused."""
+    state = cpu.get_state()
+    state.msrs[0x2FF], state.msrs[0xC0010015] = 0xC00, 1 << 18
+    cpu.set_state(state)
+    assert (cpu.read_msr(0x2FF), cpu.get_state().msrs[0xC0010015]) == (0xC00, 1 << 18)
+    state.msrs[0x12345678] = 0
+    with pytest.raises(UsageError, match="0x12345678"):
+        cpu.set_state(state)
+
+
+def test_all_can_be_read(cpu: TcgVCpu) -> None:
+    """Whatever the table names can be read, and takes its own value unless it is read-only."""
+    for index, msr in MSRS.items():
+        value = cpu.read_msr(index)
+        assert value == msr.reset
+        assert cpu.write_msr(index, value) != msr.readonly
+
+
+def test_apic_bit_follows_its_base(cpu: TcgVCpu) -> None:
+    """CPUID shows an APIC while APIC_BASE enables it, on both leaves; leaf 0xB shows its ID on all subleaves."""
+    for base, bit in ((0xFEE00800, 1), (0xFEE00000, 0), (0xFEE00C00, 1)):
+        state = cpu.get_state()
+        state.system.apic_base = base
+        cpu.set_state(state)
+        assert [cpu.cpuid(leaf, 0)[3] >> 9 & 1 for leaf in (1, 0x80000001)] == [bit, bit]
+    assert [cpu.cpuid(0xB, sub) for sub in (0, 1, 2)] == [(0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 2, 1)]
+
+
+def test_mtrrs_are_announced(cpu: TcgVCpu) -> None:
+    """MTRR and PAT are in both feature leaves, and 40 bits of physical address."""
+    assert all(cpu.cpuid(leaf, 0)[3] >> 12 & 1 and cpu.cpuid(leaf, 0)[3] >> 16 & 1 for leaf in (1, 0x80000001))
+    assert cpu.cpuid(0x80000008, 0)[0] & 0xFF == 40
