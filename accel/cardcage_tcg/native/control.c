@@ -14,7 +14,7 @@ int load_pdptes(struct cpu *c, u64 cr3)
     for (u32 i = 0; i < 4; i++) {
         u64 *at = phys_host(c->vm, (cr3 & 0xffffffe0) + i * 8, 0);
         new[i] = at ? *(volatile u64 *)at : 0;
-        if (new[i] & 1 && new[i] & 0xfff00000000001e6ul)
+        if (new[i] & 1 && new[i] & (~0ul << PHYS_BITS | 0x1e6))
             return fault(c, EX_GP, 0);
     }
     for (u32 i = 0; i < 4; i++)
@@ -54,7 +54,7 @@ static int set_cr3(struct cpu *c, u64 value)
 {
     int r;
     if (long_mode(c)) {
-        if (value >> 52)
+        if (value >> PHYS_BITS)
             return fault(c, EX_GP, 0);
     } else {
         value &= 0xffffffff;

@@ -11,6 +11,7 @@
 #define PTE_G 0x100
 #define PTE_NX (1ul << 63)
 #define ADDR 0x000ffffffffff000ul
+#define TOO_HIGH (ADDR >> PHYS_BITS << PHYS_BITS) /* address bits that are reserved; PSE-36 has none of them */
 
 static struct slot *find_slot(struct vm *vm, u64 gpa)
 {
@@ -107,13 +108,14 @@ again:
             table = entry & 0xfffff000;
         }
     } else {
-        u64 nx_reserved = c->efer & EFER_NXE ? 0 : PTE_NX;
+        u64 reserved = TOO_HIGH | (c->efer & EFER_NXE ? 0 : PTE_NX);
         u64 table;
         int shift;
         if (c->efer & EFER_LMA) {
             table = c->cr3 & ADDR;
             shift = 39;
         } else {
+            reserved |= 0x7ff0000000000000ul; /* protection keys and ignored bits are long mode's */
             entry = c->pdpte[(linear >> 30) & 3];
             if (!(entry & PTE_P))
                 return fault(c, linear, access, user, 0, 0);
@@ -127,8 +129,8 @@ again:
             entry = *(volatile u64 *)at;
             if (!(entry & PTE_P))
                 return fault(c, linear, access, user, 0, 0);
-            if (entry & nx_reserved || (entry & PTE_PS && shift == 39))
-                return fault(c, linear, access, user, 1, 1);
+            if (entry & (shift == 39 ? reserved | PTE_PS | PTE_G : shift == 30 && !(entry & PTE_PS) ? reserved | PTE_G : reserved))
+                return fault(c, linear, access, user, 1, 1); /* G there: APM vol. 2, figures 5-19 to 5-24 */
             entries[depth] = where, values[depth++] = entry;
             rights &= entry;
             nx |= entry & PTE_NX;

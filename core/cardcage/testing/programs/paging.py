@@ -301,4 +301,152 @@ over:
         faults=(Fault(14, 2, rip="at_write", cr2=0x63004),),
         emulated="it has no paging outside long mode",
     ),
+    Program(
+        "reserved-address-bits",
+        "Address bits above MAXPHYADDR fault as reserved at every level of the tables; CR3 refuses them",
+        """
+    mov eax, 0x80000008
+    cpuid
+    movzx ecx, al
+    mov r15d, 1
+    shl r15, cl
+    mov r14, [abs 0x50000 + 256 * 8]            ; HIGH is unused otherwise
+    mov rbx, HIGH + 0x65000
+    mov rsi, r15
+    or rsi, r14
+    mov [abs 0x50000 + 256 * 8], rsi
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault one
+at_pml4e:
+    mov al, [rbx]
+one:
+    bts r14, 7                                  ; PS, reserved there
+    mov [abs 0x50000 + 256 * 8], r14
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault two
+at_ps:
+    mov al, [rbx]
+two:
+    btr r14, 7
+    mov [abs 0x50000 + 256 * 8], r14
+    mov rsi, [abs 0x51000 + 8]
+    or r15, 7
+    mov [abs 0x51000 + 8], r15
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault three
+at_pdpte:
+    mov al, [abs 0x40000000]
+three:
+    mov [abs 0x51000 + 8], rsi
+    mov rsi, [abs 0x52000 + 8]
+    or rsi, r15
+    mov [abs 0x52000 + 8], rsi
+    mov rax, cr3
+    mov cr3, rax
+    expect_fault four
+at_pde:
+    mov byte [abs 0x200000], 1
+four:
+    or [abs PTE(0x65000)], r15
+    invlpg [abs 0x65000]
+    expect_fault five
+at_pte:
+    mov al, [abs 0x65000]
+five:
+    mov rax, 1 << 51
+    or [abs PTE(0x66000)], rax
+    invlpg [abs 0x66000]
+    expect_fault six
+at_51:
+    mov al, [abs 0x66000]
+six:
+    mov rax, 1 << 52                            ; not an address bit: ignored
+    or [abs PTE(0x67000)], rax
+    invlpg [abs 0x67000]
+    mov al, [abs 0x67000]
+    mov rax, cr3
+    btr r15, 0
+    btr r15, 1
+    btr r15, 2
+    or rax, r15
+    expect_fault seven
+at_cr3:
+    mov cr3, rax
+seven:
+    done
+""",
+        faults=(
+            Fault(14, 9, rip="at_pml4e", cr2=0xFFFF800000065000),
+            Fault(14, 9, rip="at_ps", cr2=0xFFFF800000065000),
+            Fault(14, 9, rip="at_pdpte", cr2=0x40000000),
+            Fault(14, 0xB, rip="at_pde", cr2=0x200000),
+            Fault(14, 9, rip="at_pte", cr2=0x65000),
+            Fault(14, 9, rip="at_51", cr2=0x66000),
+            Fault(13, 0, rip="at_cr3"),
+        ),
+    ),
+    Program(
+        "pae-reserved-bits",
+        "PAE paging outside long mode reserves bits 52 to 62 of its entries, and pointers with such bits are refused",
+        """
+    mov edi, 0x58000
+    mov ecx, 0xC00
+    xor eax, eax
+    rep stosd
+    mov dword [0x58000], 0x59001                ; pointers, a directory, a table for 2 to 4 MiB
+    mov dword [0x59000], 0x83
+    mov dword [0x59008], 0x5A007
+    mov dword [0x5A000], 0x60007
+    mov dword [0x5A008], 0x61007
+    mov eax, cr4
+    bts eax, 5
+    mov cr4, eax
+    mov eax, 0x58000
+    mov cr3, eax
+    mov eax, cr0
+    bts eax, 31
+    mov cr0, eax
+    mov dword [0x60000], 0x1234
+    mov ebx, [0x200000]
+    mov dword [0x5A004], 1 << 20                ; bit 52
+    invlpg [0x200000]
+    mov dword [RESUME], one
+at_52:
+    mov al, [0x200000]
+one:
+    mov dword [0x5A00C], 1 << 19                ; bit 51
+    invlpg [0x201000]
+    mov dword [RESUME], two
+at_51:
+    mov [0x201000], al
+two:
+    mov dword [0x5900C], 1 << 30                ; bit 62 of the directory's entry
+    mov dword [0x5A004], 0
+    invlpg [0x200000]
+    mov dword [RESUME], three
+at_62:
+    mov al, [0x200000]
+three:
+    mov dword [0x58008], 0x59001
+    mov dword [0x5800C], 1 << 19
+    mov eax, 0x58000
+    mov dword [RESUME], four
+at_pointer:
+    mov cr3, eax
+four:
+    done
+""",
+        start="protected32",
+        registers={"rbx": 0x1234},
+        faults=(
+            Fault(14, 9, rip="at_52", cr2=0x200000),
+            Fault(14, 0xB, rip="at_51", cr2=0x201000),
+            Fault(14, 9, rip="at_62", cr2=0x200000),
+            Fault(13, 0, rip="at_pointer"),
+        ),
+        emulated="it has no paging outside long mode",
+    ),
 )
