@@ -81,8 +81,6 @@ class CpuModel:
         for feature, on in features.items():
             if feature not in FEATURES:
                 raise ConfigError(f'no CPU feature "{feature}".{near(feature, FEATURES)}', key="machine.features")
-            if feature == "smap" and on:
-                raise ConfigError("the translator does not offer smap", key="machine.features")
             if on and feature not in OURS and not self._host_has(feature):
                 raise ConfigError(f'this host\'s processor has no "{feature}"', key="machine.features")
             (wanted.add if on else wanted.discard)(feature)

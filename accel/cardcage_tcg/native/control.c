@@ -75,7 +75,7 @@ static int set_cr4(struct cpu *c, u64 value)
     if (pae_legacy(c->cr0, value, c->efer) && changed & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP) && (r = load_pdptes(c, c->cr3)))
         return r;
     c->cr4 = value;
-    if (changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_SMEP | CR4_SMAP))
+    if (changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_SMEP | CR4_SMAP | CR4_PKE))
         tlb_flush(c, 1);
     update_mode(c);
     return 0;

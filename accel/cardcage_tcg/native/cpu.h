@@ -29,7 +29,7 @@ enum { CR0_PE = 1, CR0_MP = 2, CR0_EM = 4, CR0_TS = 8, CR0_ET = 16, CR0_NE = 32,
 #define CR0_PG 0x80000000u
 #define PHYS_BITS 40 /* MAXPHYADDR: CPUID 80000008 */
 enum { CR4_VME = 1, CR4_PVI = 2, CR4_TSD = 4, CR4_DE = 8, CR4_PSE = 16, CR4_PAE = 32, CR4_PGE = 128, CR4_PCE = 256, CR4_OSFXSR = 512, CR4_OSXMMEXCPT = 1024, CR4_UMIP = 1 << 11,
-       CR4_FSGSBASE = 1 << 16, CR4_OSXSAVE = 1 << 18, CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21 };
+       CR4_FSGSBASE = 1 << 16, CR4_OSXSAVE = 1 << 18, CR4_SMEP = 1 << 20, CR4_SMAP = 1 << 21, CR4_PKE = 1 << 22 };
 enum { EFER_SCE = 1, EFER_LME = 1 << 8, EFER_LMA = 1 << 10, EFER_NXE = 1 << 11 };
 enum { EX_DE = 0, EX_DB = 1, EX_NMI = 2, EX_BP = 3, EX_OF = 4, EX_BR = 5, EX_UD = 6, EX_NM = 7, EX_DF = 8, EX_TS = 10, EX_NP = 11,
        EX_SS = 12, EX_GP = 13, EX_PF = 14, EX_MF = 16, EX_AC = 17, EX_MC = 18, EX_XM = 19 };
@@ -96,8 +96,9 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
 #define XTLB_SIZE 256
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
-/* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too */
-struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64]; };
+/* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too;
+ * user: those of user pages in a supervisor's table; keyed: those of user pages with another protection key than 0 */
+struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64], user[TLB_SIZE / 64], keyed[TLB_SIZE / 64]; };
 struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
@@ -163,6 +164,7 @@ struct cpu {
     u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
+    u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
     struct vm *vm;
     u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
@@ -224,17 +226,20 @@ struct vm {
 /* ---- mmu.c ---- */
 enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
-enum { PAGE_LARGE = 2 };  /* in *writable, beside 1: the page is one of 2 MiB or more */
+enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0 */
+/* Of an access (*user*): AS_USER with user rights, else the supervisor's. AS_SYSTEM: what the processor reads and writes by itself (descriptor
+ * tables, TSS), which RFLAGS.AC does not let through SMAP. AS_SYSTEM, AS_WIDE (stacks that gates switch to): see linear_after(). */
+enum { AS_USER = 1, AS_SYSTEM = 2, AS_WIDE = 4 };
 int walk(struct cpu *c, u64 linear, int access, int user, u64 *phys, u32 *global, u32 *writable);
-/* Linear memory. user: 1 for an access with user rights, 0 for one with the supervisor's; AS_SYSTEM beside it for what the processor
- * reads and writes by itself (see linear_after). 0, or a vector with its error code in scratch[3], or -1: not all of it is RAM. */
-enum { AS_USER = 1, AS_SYSTEM = 2 };
+/* Linear memory. 0, or a vector with its error code in scratch[3], or -1: not all of it is RAM. */
 int vread(struct cpu *c, u64 linear, void *to, u32 size, int user);
 int vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user);
 void *phys_host(struct vm *vm, u64 gpa, struct slot **slot);   /* 0: not RAM */
 void tlb_flush(struct cpu *c, int global);                     /* global 0: CR3 load */
 void tlb_flush_page(struct cpu *c, u64 linear);
 void jc_flush(struct cpu *c);
+void smap_close(struct cpu *c);         /* RFLAGS.AC is clear again: drop what only AC let in */
+void set_pkru(struct cpu *c, u32 value);
 /* ---- blocks.c ---- */
 void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size);  /* guest or host wrote RAM that may hold code */
 /* ---- eventfds.c ---- */

@@ -81,7 +81,7 @@ static int long_interrupt(struct cpu *c, const struct event *e)
     sp = (sp & ~15ul) - n * 8;
     if (!canonical(sp) || !canonical(sp + n * 8 - 1))
         return fault(c, EX_SS, e->ext);
-    if ((r = mark_accessed(c, &desc, at)) || (r = linear_write(c, sp, frame, n * 8, AS_SYSTEM | (cpl == 3))) > 0)
+    if ((r = mark_accessed(c, &desc, at)) || (r = linear_write(c, sp, frame, n * 8, AS_WIDE | (cpl == 3))) > 0)
         return r;
     set_segment(c, CS, (sel & 0xfffc) | cpl, desc);
     if (cpl != c->cpl) {

@@ -125,11 +125,11 @@ int h_std(struct cpu *c, u32 arg)
 
 static int set_ac(struct cpu *c, u64 ac)
 {
-    if (!(c->cr4_allowed & CR4_SMAP) || !(c->mode & (MODE_PE | MODE_64)) || c->cpl)
+    if (!(c->cr4_allowed & CR4_SMAP) || c->cpl)
         return raise_ud(c);
-    if (c->cr4 & CR4_SMAP && (c->eflags & F_AC) != ac)
-        tlb_flush(c, 1); /* supervisor entries for user pages depend on AC */
     c->eflags = (c->eflags & ~(u64)F_AC) | ac;
+    if (c->smap_open && !ac)
+        smap_close(c);
     return H_CONTINUE;
 }
 

@@ -97,11 +97,11 @@ enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_LOOKED = 8 };
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);
 /* The linear address *by* bytes behind another. A program's have 32 bits outside 64-bit mode; those that the processor makes by itself
- * (descriptor tables, task state, stacks that gates switch to: AS_SYSTEM) have 64 in long mode whatever the code segment is. Nothing else
- * decides it. */
+ * (descriptor tables, task state: AS_SYSTEM; stacks that gates switch to: AS_WIDE) have 64 in long mode whatever the code segment is. Nothing
+ * else decides it. */
 static inline u64 linear_after(const struct cpu *c, u64 linear, u64 by, int user)
 {
-    return (user & AS_SYSTEM ? c->efer & EFER_LMA : c->mode & MODE_64) ? linear + by : (u32)(linear + by);
+    return (user & (AS_SYSTEM | AS_WIDE) ? c->efer & EFER_LMA : c->mode & MODE_64) ? linear + by : (u32)(linear + by);
 }
 
 void futex_wait(u32 *word, u32 value, u64 deadline);

@@ -36,9 +36,11 @@ static int bad_address(struct cpu *c, u64 linear)
     return c->efer & EFER_LMA && (u64)((s64)(linear << 16) >> 16) != linear;
 }
 
+#define FAULT_KEY 0x20 /* beside *present*: a protection key forbids it, whatever else does */
 /* The error code of a page fault goes to scratch[3]. */
 static int fault(struct cpu *c, u64 linear, int access, int user, u32 present, u32 reserved)
 {
+    user &= AS_USER;
     c->cr2 = linear;
     c->scratch[3] = present | (access == ACC_WRITE ? 2 : 0) | (user ? 4 : 0) | (reserved ? 8 : 0) |
                     (access == ACC_EXEC && ((c->efer & EFER_NXE && c->cr4 & CR4_PAE) || c->cr4 & CR4_SMEP) ? 16 : 0);
@@ -149,43 +151,49 @@ again:
             table = entry & ADDR;
         }
     }
-    if (user) {
+    u32 cause = 1, key = 0;
+    if (rights & PTE_U && c->efer & EFER_LMA && access != ACC_EXEC) {
+        key = entry >> 59 & 15;
+        u32 disabled = c->pkru >> 2 * key;
+        if (c->cr4 & CR4_PKE && (disabled & 1 || (disabled & 2 && access == ACC_WRITE && (user & AS_USER || c->cr0 & CR0_WP))))
+            cause |= FAULT_KEY;
+    }
+    if (user & AS_USER) {
         if (!(rights & PTE_U) || (access == ACC_WRITE && !(rights & PTE_W)))
-            return fault(c, linear, access, user, 1, 0);
+            return fault(c, linear, access, user, cause, 0);
     } else {
         if (access == ACC_WRITE && !(rights & PTE_W) && c->cr0 & CR0_WP)
-            return fault(c, linear, access, user, 1, 0);
+            return fault(c, linear, access, user, cause, 0);
         if (rights & PTE_U && access == ACC_EXEC && c->cr4 & CR4_SMEP)
-            return fault(c, linear, access, user, 1, 0);
-        if (rights & PTE_U && access != ACC_EXEC && c->cr4 & CR4_SMAP && !(c->eflags & F_AC))
-            return fault(c, linear, access, user, 1, 0);
+            return fault(c, linear, access, user, cause, 0);
+        if (rights & PTE_U && access != ACC_EXEC && c->cr4 & CR4_SMAP && (!(c->eflags & F_AC) || user & AS_SYSTEM || c->cpl == 3))
+            return fault(c, linear, access, user, cause, 0);
     }
-    if (access == ACC_EXEC && nx)
-        return fault(c, linear, access, user, 1, 0);
+    if ((access == ACC_EXEC && nx) || cause & FAULT_KEY)
+        return fault(c, linear, access, user, cause, 0);
     for (int i = 0; i < depth; i++)
         if (!set_bits(c->vm, entries[i], values[i], access == ACC_WRITE && i == depth - 1 ? PTE_A | PTE_D : PTE_A, wide))
             goto again;
     *phys |= linear & page_mask & ~0xffful;
     *global = (entry & PTE_G) && c->cr4 & CR4_PGE;
-    *writable = (rights & PTE_W ? 1 : 0) | (page_mask > 0xfff ? PAGE_LARGE : 0);
+    *writable = (rights & PTE_W ? 1 : 0) | (page_mask > 0xfff ? PAGE_LARGE : 0) | (rights & PTE_U ? PAGE_USER : 0) | (key ? PAGE_KEYED : 0);
     return 0;
 }
 
 static u32 tlb_index(u64 linear) { return (linear >> 12) & (TLB_SIZE - 1); }
 
-static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 large)
+static void mark(u64 *map, u32 i, u32 on) { map[i / 64] = (map[i / 64] & ~(1ul << i % 64)) | (u64)(on != 0) << i % 64; }
+
+/* *what*: PAGE_* */
+static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 what)
 {
     u32 i = tlb_index(linear);
     t->e[i].tag = linear & ~0xffful; /* canonical: walk() saw to it */
     t->e[i].add = host_page;
-    if (global)
-        t->local[i / 64] &= ~(1ul << i % 64);
-    else
-        t->local[i / 64] |= 1ul << i % 64;
-    if (large)
-        t->large[i / 64] |= 1ul << i % 64;
-    else
-        t->large[i / 64] &= ~(1ul << i % 64);
+    mark(t->local, i, !global);
+    mark(t->large, i, what & PAGE_LARGE);
+    mark(t->user, i, what & PAGE_USER);
+    mark(t->keyed, i, what & PAGE_KEYED);
 }
 
 /* An entry for nothing: neither tag nor host page of the one that was. */
@@ -193,6 +201,34 @@ static void tlb_drop(struct tlb *t, u32 i)
 {
     t->e[i].tag = tlb_nothing(i);
     t->e[i].add = 0;
+}
+
+static void tlb_drop_marked(struct tlb *t, u64 *map)
+{
+    for (u32 i = 0; i < TLB_SIZE / 64; i++) {
+        for (u64 bits = map[i]; bits; bits &= bits - 1)
+            tlb_drop(t, i * 64 + (u32)__builtin_ctzl(bits));
+        map[i] = 0;
+    }
+}
+
+void smap_close(struct cpu *c)
+{
+    c->smap_open = 0;
+    tlb_drop_marked(&c->tlb_r[0], c->tlb_r[0].user);
+    tlb_drop_marked(&c->tlb_w[0], c->tlb_w[0].user);
+}
+
+void set_pkru(struct cpu *c, u32 value)
+{
+    u32 changed = value ^ c->pkru;
+    c->pkru = value;
+    if (!changed || !(c->cr4 & CR4_PKE))
+        return;
+    for (u32 m = 0; m < 2; m++) {
+        tlb_drop_marked(&c->tlb_r[m], changed & 3 ? c->tlb_r[m].user : c->tlb_r[m].keyed);
+        tlb_drop_marked(&c->tlb_w[m], changed & 3 ? c->tlb_w[m].user : c->tlb_w[m].keyed);
+    }
 }
 
 static void xtlb_drop(struct cpu *c, u32 m, u32 i)
@@ -224,7 +260,7 @@ static void tlb_clear(struct tlb *t, int global)
         for (u32 i = 0; i < TLB_SIZE; i++)
             tlb_drop(t, i);
         for (u32 i = 0; i < TLB_SIZE / 64; i++)
-            t->local[i] = t->large[i] = 0;
+            t->local[i] = t->large[i] = t->user[i] = t->keyed[i] = 0;
         return;
     }
     for (u32 i = 0; i < TLB_SIZE / 64; i++) {
@@ -375,11 +411,13 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
     }
     struct page *info = &(*slot)->pages[(*phys - (*slot)->gpa) >> 12];
     u32 which = c->cpl == 3, fills = user == (int)which && c->in_native; /* Python's accesses may run while tcg_watch does */
+    if (!which && fills && writable & PAGE_USER && c->cr4 & CR4_SMAP)
+        c->smap_open = 1;
     if (!write) {
         if (fills)
-            tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable & PAGE_LARGE);
+            tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable);
     } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && fills) {
-        tlb_fill(&c->tlb_w[which], linear, (u64)page, global, writable & PAGE_LARGE);
+        tlb_fill(&c->tlb_w[which], linear, (u64)page, global, writable);
     }
     *host = page;
     return 0;
@@ -619,7 +657,7 @@ static int vaccess(struct cpu *c, u64 linear, u8 *data, u32 size, int user, int 
     for (u32 at = 0; at < size; n++) {
         u64 here = linear_after(c, linear, at, user);
         void *page;
-        int vector = data_page(c, here, write, user & AS_USER, &phys[n], &page, &slots[n]);
+        int vector = data_page(c, here, write, user & ~AS_WIDE, &phys[n], &page, &slots[n]);
         if (vector)
             return vector;
         if (!page || (write && slots[n]->readonly))

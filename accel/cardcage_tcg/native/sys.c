@@ -82,6 +82,8 @@ void update_mode(struct cpu *c)
     }
     c->fsbase = c->seg[FS].base;
     c->gsbase = c->seg[GS].base;
+    if (unlikely(c->smap_open) && !(c->eflags & F_AC))
+        smap_close(c);
 }
 
 /* ---- memory with supervisor rights, and stacks ---- */
@@ -149,7 +151,7 @@ static int stack_linear(struct cpu *c, const struct stack *s, u32 size, int writ
     return 0;
 }
 
-static int rights(const struct stack *s) { return s->user | (s->mask == ~0ul ? AS_SYSTEM : 0); }
+static int rights(const struct stack *s) { return s->user | (s->mask == ~0ul ? AS_WIDE : 0); }
 
 int push(struct cpu *c, struct stack *s, u32 size, u64 value)
 {
