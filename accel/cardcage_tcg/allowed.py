@@ -269,6 +269,7 @@ HIDDEN = {
 ADDRESSED = {
     M.SGDT: (6, True), M.SIDT: (6, True), M.LGDT: (6, False), M.LIDT: (6, False), M.SLDT: (2, True), M.STR: (2, True),
     M.SMSW: (2, True), M.ARPL: (2, True), M.BOUND: (4, False),
+    **{one: (576, one not in (M.XRSTOR, M.XRSTOR64)) for one in XSAVES},
 }  # fmt: skip
 """Size of the operand of helpers that take an address, and whether it is written, for the segment's limit."""
 NEAR_MEMORY = {_CODES[f"{op}_RM{bits}"] for op in ("JMP", "CALL") for bits in (16, 32, 64)}

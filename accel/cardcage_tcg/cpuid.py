@@ -22,7 +22,7 @@ FEATURES = {
     "tsc-deadline": (1, 2, 24), "aes": (1, 2, 25), "xsave": (1, 2, 26), "avx": (1, 2, 28), "f16c": (1, 2, 29),
     "rdrand": (1, 2, 30), "fsgsbase": (7, 1, 0), "bmi1": (7, 1, 3), "avx2": (7, 1, 5), "smep": (7, 1, 7),
     "bmi2": (7, 1, 8), "erms": (7, 1, 9), "rdseed": (7, 1, 18), "adx": (7, 1, 19), "smap": (7, 1, 20),
-    "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "fsrm": (7, 3, 4),
+    "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "pku": (7, 2, 3), "fsrm": (7, 3, 4),
     "lahf_lm": (0x80000001, 2, 0), "abm": (0x80000001, 2, 5), "3dnowprefetch": (0x80000001, 2, 8),
 }  # fmt: skip
 BASE_1D = 0x078BFBFD
@@ -39,6 +39,7 @@ OURS = {
     "tsc-deadline",
     "smep",
     "smap",
+    "pku",
     "umip",
     "fsgsbase",
     "erms",
@@ -55,7 +56,7 @@ DECODED = {
     "sse3": "SSE3", "ssse3": "SSSE3", "sse4.1": "SSE4_1", "sse4.2": "SSE4_2", "pclmulqdq": "PCLMULQDQ",
     "aes": "AES", "sha-ni": "SHA", "avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "cx16": "CMPXCHG16B",
     "movbe": "MOVBE", "popcnt": "POPCNT", "rdrand": "RDRAND", "rdseed": "RDSEED", "adx": "ADX",
-    "bmi1": "BMI1", "bmi2": "BMI2",
+    "bmi1": "BMI1", "bmi2": "BMI2", "pku": "PKU",
 }  # fmt: skip
 """What the decoder calls the instructions of a feature."""
 
@@ -84,7 +85,7 @@ class CpuModel:
             if on and feature not in OURS and not self._host_has(feature):
                 raise ConfigError(f'this host\'s processor has no "{feature}"', key="machine.features")
             (wanted.add if on else wanted.discard)(feature)
-        if wanted & {"xsave", "avx", "avx2", "f16c", "fma"}:
+        if wanted & {"xsave", "avx", "avx2", "f16c", "fma", "pku"}:  # Linux uses no keys without XSAVE
             if not (self._host_has("xsave") and self._host_has("avx")):
                 raise ConfigError("this host's processor has no AVX", key="machine.features")
             wanted |= {"avx", "xsave"}  # one does not come without the other
@@ -92,10 +93,15 @@ class CpuModel:
             wanted -= {"x2apic", "tsc-deadline"}
         self.features = frozenset(wanted)
         self.avx = "avx" in wanted
+        self.xcr0 = 7 | (1 << 9 if "pku" in wanted else 0) if self.avx else 3  # what XCR0 may hold
         self.hidden = frozenset(
             getattr(CpuidFeature, name) for feature, name in DECODED.items() if feature not in wanted
         )
         self._cpus, self._lapic, self._tsc_khz = cpus, lapic, tsc_khz
+
+    def takes_xcr0(self, value: int) -> bool:
+        """Whether XSETBV takes it: x87 always, AVX only with SSE, nothing that the guest has not."""
+        return self.avx and not value & ~self.xcr0 and value & 7 in (1, 3, 7)
 
     def _host(self, leaf: int, sub: int = 0) -> tuple[int, int, int, int]:
         out = (ctypes.c_uint32 * 4)()
@@ -113,21 +119,20 @@ class CpuModel:
             if (at, index) == (leaf, register) and name in self.features
         )
 
-    def leaf(
-        self, leaf: int, sub: int, index: int, *, osxsave: bool, apic: bool, xcr0: int
-    ) -> tuple[int, int, int, int]:
+    def leaf(self, leaf: int, sub: int, index: int, *, cr4: int, apic: bool, xcr0: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of processor *index* for a leaf and subleaf; *apic*: APIC_BASE enables the local APIC."""
         if leaf == 0:
             return 0xD, 0x68747541, 0x444D4163, 0x69746E65  # AuthenticAMD
         if leaf == 1:
             eax = 0x00060FB1  # family 15, model 107, stepping 1: no erratum or mitigation applies to it
-            ecx = self._bits(1, 2) | 1 << 31 | (1 << 27 if osxsave else 0)
+            ecx = self._bits(1, 2) | 1 << 31 | (1 << 27 if cr4 & 1 << 18 else 0)
             edx = BASE_1D | (1 << 28 if self._cpus > 1 else 0)
             if not apic:
                 edx &= ~APIC
             return eax, index << 24 | self._cpus << 16 | 8 << 8, ecx, edx
         if leaf == 7 and sub == 0:
-            return 0, self._bits(7, 1), self._bits(7, 2), self._bits(7, 3)
+            ospke = 1 << 4 if cr4 & 1 << 22 else 0
+            return 0, self._bits(7, 1), self._bits(7, 2) | ospke, self._bits(7, 3)
         if leaf == 0xB:  # no level has a type: the topology is that of 80000008; the x2APIC ID is on all subleaves
             return 0, 0, sub & 0xFF, index
         if leaf == 0xD and "xsave" in self.features:
@@ -157,11 +162,15 @@ class CpuModel:
         return 0, 0, 0, 0
 
     def _xsave(self, sub: int, xcr0: int) -> tuple[int, int, int, int]:
-        size = 832 if xcr0 & 4 else 576
+        size = 840 if xcr0 & 1 << 9 else 832 if xcr0 & 4 else 576
+        pku = "pku" in self.features
         if sub == 0:
-            return 7, size, 832, 0
+            return self.xcr0, size, 840 if pku else 832, 0
         if sub == 1:
-            return self._host(0xD, 1)[0] & 3, size, 0, 0  # XSAVEOPT, XSAVEC
+            compact = 576 + (256 if xcr0 & 4 else 0) + (8 if xcr0 & 1 << 9 else 0)
+            return self._host(0xD, 1)[0] & 3, compact, 0, 0  # XSAVEOPT, XSAVEC
         if sub == 2:
             return 256, 576, 0, 0
+        if sub == 9 and pku:
+            return 8, 832, 0, 0
         return 0, 0, 0, 0

@@ -424,7 +424,7 @@ class Emulator:
             raise Fault(UD)
         self._supervisor()
         value = self.cpu.gpr(0) & 0xFFFFFFFF | (self.cpu.gpr(2) & 0xFFFFFFFF) << 32
-        if self.cpu.gpr(1) & 0xFFFFFFFF or value not in (1, 3, 7) or not self.cpu.avx:
+        if self.cpu.gpr(1) & 0xFFFFFFFF or not self.cpu.vm.model.takes_xcr0(value):
             raise Fault(GP, 0)
         self.cpu.xcr0 = value
 

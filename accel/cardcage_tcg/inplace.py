@@ -26,13 +26,14 @@ from cardcage_tcg.emit import (
     payload_nop,
     store,
 )
-from cardcage_tcg.system import helper_of
+from cardcage_tcg.system import helper_of, xsave_of
 
 if TYPE_CHECKING:
     pass
 from cardcage_tcg.allowed import (
     ADDRESSED,
     ALL_FLAGS,
+    XSAVES,
 )
 from cardcage_tcg.operands import Template
 from cardcage_tcg.stack import Stack
@@ -86,7 +87,7 @@ class InPlace(Stack):
                 + (load32(1, L.TSC_AUX) if mnemonic == M.RDTSCP else b"")
             )  # fmt: skip
             return t
-        found = helper_of(ins, self.mode)
+        found = xsave_of(ins) if self.pku and mnemonic in XSAVES else helper_of(ins, self.mode)
         if found is None:
             return None
         out = bytearray()

@@ -93,6 +93,7 @@ class Operands:
     def __init__(self, mode: int, *, hidden: frozenset[int] = frozenset(), bounce: bool = False) -> None:
         self.mode, self.hidden, self.bounce = mode, hidden, bounce
         self.avx = CpuidFeature.AVX not in hidden
+        self.pku = CpuidFeature.PKU not in hidden
         self.long = bool(mode & L.MODE_64)
         self.width = 8 if self.long else 4 if mode & L.MODE_32 else 2
         self.user = mode & L.MODE_CPL3

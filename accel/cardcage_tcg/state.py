@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "get_state", "set_state"]
 
+PKRU = 1 << 9
+"""State component of protection keys; in our images at 832, as CPUID 0xD says."""
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
 GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 
@@ -60,6 +62,9 @@ def get_state(cpu: TcgVCpu) -> VCpuState:
     xsave = bytearray(cpu.raw[L.FX : L.FX + (832 if cpu.xcr0 & 4 else 576)])
     if not cpu.xcr0 & 4:
         pack_into("<Q", xsave, 512, 3)
+    if cpu.vm.model.xcr0 & PKRU:
+        xsave = xsave.ljust(832, b"\0") + pack("<Q", d[L.PKRU // 4])
+        pack_into("<Q", xsave, 512, xsave[512] | PKRU)
     events = Events(
         nmi_pending=bool(d[(L.LAPIC + L.LAPIC_NMI) // 4]),
         nmi_blocked=bool(d[L.NMI_BLOCKED // 4]),
@@ -146,4 +151,7 @@ def _set_fpu(cpu: TcgVCpu, fpu: Fpu) -> None:
             image[24:28] = pack("<I", 0x1F80)
     image[512:576] = pack("<B63x", present & 7)
     cpu.raw[L.FX : L.FX + 832] = image
-    cpu.halves[L.GUEST_XCR0 // 4] = fpu.xcr0 & (7 if cpu.avx else 3) | 1
+    known = cpu.vm.model.xcr0
+    cpu.halves[L.GUEST_XCR0 // 4] = fpu.xcr0 & known | 1
+    has_keys = known & PKRU and len(fpu.xsave) >= 840 and unpack_from("<Q", fpu.xsave, 512)[0] & PKRU
+    cpu.halves[L.PKRU // 4] = unpack_from("<I", fpu.xsave, 832)[0] if has_keys else 0

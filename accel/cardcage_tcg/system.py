@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from iced_x86 import Instruction
 
-__all__ = ["HelperCall", "ends_block", "helper_of"]
+__all__ = ["HelperCall", "ends_block", "helper_of", "xsave_of"]
 
 M, R, K, F = Mnemonic, Register, OpKind, FlowControl
 _SIZES = {"W": 2, "D": 4, "Q": 8}
@@ -222,6 +222,8 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     **{getattr(M, name): _sized(L.HLP_PUSHA) for name in ("PUSHA", "PUSHAD")},
     **{getattr(M, name): _sized(L.HLP_POPA) for name in ("POPA", "POPAD")},
     M.OUT: _out,
+    M.RDPKRU: _plain(L.HLP_RDPKRU),
+    M.WRPKRU: _plain(L.HLP_WRPKRU),
     **dict.fromkeys((M.VMCALL, M.VMMCALL), _plain(L.HLP_HYPERCALL)),
     M.XGETBV: _plain(L.HLP_XGETBV),
     M.INT: lambda ins: HelperCall(L.HLP_INT, ins.immediate8),
@@ -262,6 +264,18 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     M.AAD: lambda ins: HelperCall(L.HLP_AAD, ins.immediate8),
     **{getattr(M, op + s): _string for op in ("MOVS", "STOS", "LODS", "SCAS", "CMPS") for s in "BWDQ"},
 }
+
+
+_XSAVES = {
+    **dict.fromkeys((M.XSAVE, M.XSAVE64, M.XSAVEOPT, M.XSAVEOPT64), HelperCall(L.HLP_XSAVE, 0, "address")),
+    **dict.fromkeys((M.XSAVEC, M.XSAVEC64), HelperCall(L.HLP_XSAVE, 1, "address")),
+    **dict.fromkeys((M.XRSTOR, M.XRSTOR64), HelperCall(L.HLP_XSAVE, 2, "address")),
+}
+
+
+def xsave_of(ins: Instruction) -> HelperCall | None:
+    """The helper that does *ins* for a guest with protection keys, when it is one of XSAVE's."""
+    return _XSAVES.get(ins.mnemonic)
 
 
 def helper_of(ins: Instruction, mode: int) -> HelperCall | None:

@@ -282,7 +282,7 @@ class TcgVCpu:
 
     def cpuid(self, leaf: int, sub: int) -> tuple[int, int, int, int]:
         apic = self.vm.lapic and bool(self.words[L.APIC_BASE // 8] & 0x800)
-        return self.vm.model.leaf(leaf, sub, self.index, osxsave=self.osxsave(), apic=apic, xcr0=self.xcr0)
+        return self.vm.model.leaf(leaf, sub, self.index, cr4=self.field(L.CR4), apic=apic, xcr0=self.xcr0)
 
     def read_msr(self, index: int) -> int | None:
         """The MSR's value, None when there is no such MSR."""

@@ -169,7 +169,7 @@ class TcgVm:
 
     def _cr4(self) -> int:
         allowed = 0x7FC  # TSD to OSXMMEXCPT; no VME
-        for feature, bit in (("umip", 11), ("fsgsbase", 16), ("xsave", 18), ("smep", 20), ("smap", 21)):
+        for feature, bit in (("umip", 11), ("fsgsbase", 16), ("xsave", 18), ("smep", 20), ("smap", 21), ("pku", 22)):
             if feature in self.model.features:
                 allowed |= 1 << bit
         return allowed

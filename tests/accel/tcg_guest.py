@@ -50,8 +50,8 @@ class NoDevices:
 class Guest:
     """A long mode guest with the same code and data addresses, and the same selectors, as the host's child."""
 
-    def __init__(self, *, avx: bool = False, cpu: str = "max") -> None:
-        features = {"avx": True, "avx2": True, "fma": True, "f16c": True} if avx else {}
+    def __init__(self, *, avx: bool = False, pku: bool = False, cpu: str = "max") -> None:
+        features = {"avx": True, "avx2": True, "fma": True, "f16c": True, "pku": pku} if avx else {}
         self.avx = avx
         self.vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu=cpu, features=features))
         self.memory, self.ram = PhysicalMemory(), RamBlock(RAM)

@@ -74,15 +74,22 @@ def _image(*, header: int = 7, reserved: int = 0, mxcsr: int = 0x1F80) -> bytes:
         (XRSTOR, 0xE00, 7, _image()),
         (XRSTOR, 0x400, 7, _image(reserved=1)),
         (XRSTOR, 0x400, 7, _image(mxcsr=ALL)),
+        (XRSTOR, 0x400, 1, _image(mxcsr=ALL)),
+        (XRSTOR, 0x400, 7, _image(header=15)),
+        (XRSTOR, 0x400, 7, _image(header=7, reserved=1 << 63 | 7)),
+        (XRSTOR, 0x400, 7, _image(header=7, reserved=1 << 63 | 3)),
+        (XRSTOR, 0x400, 7, _image(header=3, reserved=1 << 63 | 3)),
+        (XRSTOR, DATA_SIZE - 64, 7, b""),
     ],
 )
-def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes) -> None:
-    """XSAVE, XSAVEC and XRSTOR store, load and fault as on the real processor, with RAX and RDX kept."""
+@pytest.mark.parametrize("pku", [False, True])
+def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes, pku: bool) -> None:
+    """XSAVE, XSAVEC and XRSTOR store, load and fault as on the real processor, with RAX and RDX kept; keys or not."""
     try:
         host = Host()
     except OSError as error:
         pytest.skip(f"the real processor cannot be asked: {error}")
-    guest = Guest(avx=True)
+    guest = Guest(avx=True, pku=pku)
     general = [mask | 1 << 60, 2, mask if mask == ALL else 1 << 40, DATA + offset, DATA + 0x4400, *range(11)]
     start = State(general, CODE, 0x202, _image())
     memory = bytearray(DATA_SIZE)

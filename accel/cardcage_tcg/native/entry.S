@@ -59,6 +59,7 @@ EXPORT tcg_enter
     fxrstor64 [rsp+FX]
     jmp 2f
 1:  mov eax, [rsp+GUEST_XCR0]
+    and eax, 7      /* PKRU is not in the processor */
     xor edx, edx
     xrstor64 [rsp+FX]
 2:  mov rdi, rsp
@@ -89,6 +90,7 @@ leave:
     fxsave64 [rsp+FX]
     jmp 2f
 1:  mov eax, [rsp+GUEST_XCR0]
+    and eax, 7      /* PKRU is not in the processor */
     xor edx, edx
     xsave64 [rsp+FX]
     vzeroupper

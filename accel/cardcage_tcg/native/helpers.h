@@ -66,6 +66,9 @@
     HELPER(XGETBV, h_xgetbv) \
     HELPER(RDMSR, h_rdmsr) \
     HELPER(WRMSR, h_wrmsr) \
+    HELPER(XSAVE, h_xsave)           /* imm: XSAVE_*; info[0] = linear address. Only of guests with PKU */ \
+    HELPER(RDPKRU, h_rdpkru) \
+    HELPER(WRPKRU, h_wrpkru) \
     HELPER(HYPERCALL, h_hypercall)   /* VMCALL, VMMCALL */ \
     HELPER(PRIVILEGED_NOP, h_privileged_nop) /* WBINVD, INVD: #GP unless CPL is 0 */ \
     HELPER(STRING, h_string)         /* imm: STRING_* */ \
@@ -85,6 +88,7 @@
 /* The operand of STRING: operation | log2 of the element size << 3 | repeat (1 REP or REPE, 2 REPNE) << 5 |
  * address size (0, 1, 2: 16, 32, 64 bits) << 7 | segment register of the source << 9. */
 enum { FPU_X87, FPU_MMX, FPU_SSE, FPU_AVX, FPU_XSAVE, FPU_WAIT };
+enum { XSAVE_STANDARD, XSAVE_COMPACT, XSAVE_RESTORE };
 enum { STRING_MOVS, STRING_CMPS, STRING_STOS, STRING_LODS, STRING_SCAS };
 
 #define HELPER(name, function) HLP_##name,

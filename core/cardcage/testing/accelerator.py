@@ -50,6 +50,7 @@ FEATURES = {
     "smap": (7, "ebx", 20),
     "fsgsbase": (7, "ebx", 0),
     "umip": (7, "ecx", 2),
+    "pku": (7, "ecx", 3),
     "sse4_2": (1, "ecx", 20),
     "popcnt": (1, "ecx", 23),
     "rdrand": (1, "ecx", 30),

@@ -1,0 +1,148 @@
+/* XSAVE and XRSTOR of guests that have protection keys, whose PKRU the host's image has no place for
+ * (Intel SDM vol. 1, chapter 13). Without PKU they are templates: see templates.py. */
+#include "sys.h"
+#include "helpers.h"
+#include "internal.h"
+
+enum { X87 = 1, SSE = 2, AVX = 4, PKRU = 1 << 9 };
+enum { LEGACY = 512, HEADER = 64, AVX_AT = 576, AVX_SIZE = 256, PKRU_AT = 832, PKRU_SIZE = 8, IMAGE = 840 }; /* as CPUID 0xD has them */
+#define COMPACT (1ul << 63)
+
+/* The image as the host saves it, in the bounce buffer, and what of it is not in its initial state. */
+static u64 save_host(struct cpu *c, u64 mask)
+{
+    u64 *header = (u64 *)(c->bounce + LEGACY);
+    memset(c->bounce, 0, IMAGE);
+    __asm__ volatile("xsave64 (%0)" : : "r"(c->bounce), "a"((u32)mask & 7), "d"(0) : "memory");
+    memset(c->bounce + 6, 0, 18); /* the last opcode and its pointers: the host's */
+    *(u32 *)(c->bounce + PKRU_AT) = c->pkru;
+    return (header[0] & 7) | (c->pkru ? PKRU : 0);
+}
+
+struct piece { u32 at, from, size; }; /* in the guest's image; in ours */
+
+/* Parts of *what* in an image; AVX and PKRU lie one behind the other in a compact one. */
+static u32 pieces(struct piece *p, u64 what, u64 layout, int compact)
+{
+    u32 n = 0, at = AVX_AT;
+    if (what & X87) {
+        p[n++] = (struct piece){0, 0, 24};
+        p[n++] = (struct piece){32, 32, 128};
+    }
+    if (what & SSE || (!compact && what & AVX))
+        p[n++] = (struct piece){24, 24, 8};
+    if (what & SSE)
+        p[n++] = (struct piece){160, 160, 256};
+    if (layout & AVX || !compact) {
+        if (what & AVX)
+            p[n++] = (struct piece){at, AVX_AT, AVX_SIZE};
+        at += AVX_SIZE;
+    }
+    if (what & PKRU)
+        p[n++] = (struct piece){at, PKRU_AT, PKRU_SIZE};
+    return n;
+}
+
+/* 0, or the fault of an access to all of the image. */
+static int probe(struct cpu *c, u64 linear, u32 size, int access)
+{
+    u64 phys;
+    u32 global, writable;
+    for (u64 at = linear; at < linear + size; at = (at | 0xfff) + 1) {
+        u64 here = long_mode(c) ? at : (u32)at;
+        int r = long_mode(c) && !canonical(here) ? fault(c, EX_GP, 0) : walk(c, here, access, c->cpl == 3, &phys, &global, &writable);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+static int save(struct cpu *c, u32 arg, u32 kind, u64 linear)
+{
+    u64 wanted = ((u32)c->gpr[RAX] | c->gpr[RDX] << 32) & c->guest_xcr0, used = save_host(c, wanted) & wanted, what = wanted, header[2];
+    struct piece p[6];
+    int r, compact = kind == XSAVE_COMPACT, user = c->cpl == 3;
+    u32 n, size = 576;
+    if (compact)
+        what = used;
+    n = pieces(p, what, wanted, compact);
+    for (u32 i = 0; i < n; i++)
+        size = p[i].at + p[i].size > size ? p[i].at + p[i].size : size;
+    if ((r = probe(c, linear, size, ACC_WRITE)) || (r = linear_read(c, linear + LEGACY, header, 16, user)))
+        return memory_fault(c, arg, r);
+    header[0] = compact ? used : (header[0] & ~wanted) | used;
+    header[1] = wanted | COMPACT;
+    for (u32 i = 0; i < n; i++)
+        if ((r = linear_write(c, linear + p[i].at, c->bounce + p[i].from, p[i].size, user)))
+            return memory_fault(c, arg, r);
+    r = linear_write(c, linear + LEGACY, header, compact ? 16 : 8, user);
+    return r ? memory_fault(c, arg, r) : H_CONTINUE;
+}
+
+/* Nothing that the host's XRSTOR could refuse goes on to it. */
+static int restore(struct cpu *c, u32 arg, u64 linear)
+{
+    u64 wanted = ((u32)c->gpr[RAX] | c->gpr[RDX] << 32) & c->guest_xcr0, header[8], present, layout;
+    struct piece p[6];
+    u8 *image = c->bounce;
+    int r, compact, user = c->cpl == 3;
+    u32 n;
+    if ((r = linear_read(c, linear + LEGACY, header, 64, user)))
+        return memory_fault(c, arg, r);
+    present = header[0], layout = header[1], compact = layout >> 63;
+    for (u32 i = compact ? 2 : 1; i < (compact ? 8u : 3u); i++)
+        if (header[i])
+            return raise_gp(c);
+    if (present & ~(u64)c->guest_xcr0 || (compact && (layout & ~(COMPACT | c->guest_xcr0) || present & ~layout)))
+        return raise_gp(c);
+    memset(image, 0, IMAGE);
+    *(u32 *)(image + 24) = 0x1f80;
+    n = pieces(p, wanted & present, layout, compact);
+    for (u32 i = 0; i < n; i++)
+        if ((r = linear_read(c, linear + p[i].at, image + p[i].from, p[i].size, user)))
+            return memory_fault(c, arg, r);
+    if (!compact && wanted & (SSE | AVX) && (r = linear_read(c, linear + 24, image + 24, 8, user)))
+        return memory_fault(c, arg, r); /* MXCSR comes from there whatever the header says */
+    if (*(u32 *)(image + 24) & ~0xffffu)
+        return raise_gp(c);
+    *(u64 *)(image + LEGACY) = present & wanted & 7;
+    __asm__ volatile("xrstor64 (%0)" : : "r"(image), "a"((u32)wanted & 7), "d"(0) : "memory");
+    if (wanted & PKRU)
+        set_pkru(c, present & PKRU ? *(u32 *)(image + PKRU_AT) : 0);
+    return H_CONTINUE;
+}
+
+int h_xsave(struct cpu *c, u32 arg)
+{
+    u32 kind = ARG_IMM(arg) & 3;
+    if (!(c->cr4 & CR4_OSXSAVE))
+        return raise_ud(c);
+    if (c->cr0 & CR0_TS)
+        return raise(c, EX_NM, 0, 0);
+    if (c->info[0] & 63)
+        return raise_gp(c);
+    return kind == XSAVE_RESTORE ? restore(c, arg, c->info[0]) : save(c, arg, kind, c->info[0]);
+}
+
+int h_rdpkru(struct cpu *c, u32 arg)
+{
+    (void)arg;
+    if (!(c->cr4 & CR4_PKE))
+        return raise_ud(c);
+    if ((u32)c->gpr[RCX])
+        return raise_gp(c);
+    c->gpr[RAX] = c->pkru;
+    c->gpr[RDX] = 0;
+    return H_CONTINUE;
+}
+
+int h_wrpkru(struct cpu *c, u32 arg)
+{
+    (void)arg;
+    if (!(c->cr4 & CR4_PKE))
+        return raise_ud(c);
+    if ((u32)c->gpr[RCX] || (u32)c->gpr[RDX])
+        return raise_gp(c);
+    set_pkru(c, (u32)c->gpr[RAX]);
+    return H_CONTINUE;
+}
