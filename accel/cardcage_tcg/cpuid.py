@@ -22,7 +22,8 @@ FEATURES = {
     "tsc-deadline": (1, 2, 24), "aes": (1, 2, 25), "xsave": (1, 2, 26), "avx": (1, 2, 28), "f16c": (1, 2, 29),
     "rdrand": (1, 2, 30), "fsgsbase": (7, 1, 0), "bmi1": (7, 1, 3), "avx2": (7, 1, 5), "smep": (7, 1, 7),
     "bmi2": (7, 1, 8), "erms": (7, 1, 9), "rdseed": (7, 1, 18), "adx": (7, 1, 19), "smap": (7, 1, 20),
-    "clflushopt": (7, 1, 23), "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "pku": (7, 2, 3), "fsrm": (7, 3, 4),
+    "clflushopt": (7, 1, 23), "clwb": (7, 1, 24), "tsc-adjust": (7, 1, 1),
+    "sha-ni": (7, 1, 29), "umip": (7, 2, 2), "pku": (7, 2, 3), "fsrm": (7, 3, 4),
     "lahf_lm": (0x80000001, 2, 0), "abm": (0x80000001, 2, 5), "3dnowprefetch": (0x80000001, 2, 8),
 }  # fmt: skip
 BASE_1D = 0x078BFBFD
@@ -31,7 +32,8 @@ APIC = 1 << 9
 V2 = ("sse3", "ssse3", "cx16", "sse4.1", "sse4.2", "popcnt", "lahf_lm", "x2apic", "tsc-deadline")
 MORE = (
     "pclmulqdq", "movbe", "aes", "rdrand", "fsgsbase", "bmi1", "bmi2", "erms", "rdseed", "adx", "sha-ni", "fsrm",
-    "abm", "3dnowprefetch", "smep", "umip", "clflushopt",
+    "abm", "3dnowprefetch", "smep", "umip", "clflushopt", "clwb",
+    "tsc-adjust",
 )  # fmt: skip
 WIDE = ("xsave", "avx", "avx2", "f16c", "fma")
 OURS = {
@@ -48,6 +50,8 @@ OURS = {
     "lahf_lm",
     "3dnowprefetch",
     "clflushopt",
+    "clwb",
+    "tsc-adjust",
 }
 """Features that the translator itself provides, whatever the host has."""
 
@@ -57,6 +61,7 @@ DECODED = {
     "aes": "AES", "sha-ni": "SHA", "avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "cx16": "CMPXCHG16B",
     "movbe": "MOVBE", "popcnt": "POPCNT", "rdrand": "RDRAND", "rdseed": "RDSEED", "adx": "ADX",
     "bmi1": "BMI1", "bmi2": "BMI2", "pku": "PKU",
+    "clflushopt": "CLFLUSHOPT", "clwb": "CLWB",
 }  # fmt: skip
 """What the decoder calls the instructions of a feature."""
 

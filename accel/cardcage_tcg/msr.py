@@ -21,10 +21,10 @@ __all__ = ["TSC_DEADLINE", "Msrs"]
 FIELDS = {
     0x1B: L.APIC_BASE, 0x174: L.SYSENTER_CS, 0x175: L.SYSENTER_ESP, 0x176: L.SYSENTER_EIP, 0xC0000080: L.EFER,
     0xC0000081: L.STAR, 0xC0000082: L.LSTAR, 0xC0000083: L.CSTAR, 0xC0000084: L.SFMASK, 0xC0000102: L.KERNEL_GS_BASE,
-    0xC0000103: L.TSC_AUX,
+    0xC0000103: L.TSC_AUX, 0x3B: L.TSC_ADJUST,
 }  # fmt: skip
 """MSRs kept in ``struct cpu``: part of the state, handled natively for the guest."""
-TSC_DEADLINE = 0x6E0
+TSC_ADJUST, TSC_DEADLINE = 0x3B, 0x6E0
 OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
 RESET = {index: msr.reset for index, msr in MSRS.items()}
 HELD = frozenset(index for index, msr in MSRS.items() if msr.kept and not msr.readonly)
@@ -37,16 +37,22 @@ class Msrs:
     def __init__(self, vm: TcgVm, cpu: TcgVCpu) -> None:
         self._vm, self._cpu = vm, cpu
         self._values = dict(RESET)
+        self._adjusts = "tsc-adjust" in vm.model.features
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
         index = OLD.get(index, index)
-        if index in FIELDS:
+        if index in FIELDS and (index != TSC_ADJUST or self._adjusts):
             return self._cpu.field(FIELDS[index])
         return self._values.get(index)
 
     def write(self, index: int, value: int) -> bool:
         index = OLD.get(index, index)
+        if index == TSC_ADJUST and self._adjusts:
+            moved = value - self._cpu.field(L.TSC_ADJUST) + self._cpu.field(L.TSC_OFFSET)
+            self._cpu.set_field(L.TSC_OFFSET, moved & (1 << 64) - 1)
+            self._cpu.set_field(L.TSC_ADJUST, value)
+            return True
         msr = MSRS.get(index)
         if msr is None or msr.readonly or value & msr.refused or (msr.valid is not None and not msr.valid(value)):
             return False

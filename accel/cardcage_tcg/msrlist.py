@@ -3,9 +3,9 @@
 What each does is from AMD APM vol. 2 (chapter or section in the comments; its appendix A lists all MSRs), AMD's "BIOS
 and Kernel Developer's Guide for AMD NPT Family 0Fh Processors" (publication 32559, "BKDG"), and for those that only a
 virtual machine has, Linux' Documentation/virt/kvm/x86/msr.rst. An MSR in no table raises #GP, as do all that CPUID
-would have to announce: TSC_ADJUST, SPEC_CTRL, SVM's, OSVW's, the core performance counters of later families, XSS,
-CET's. Native code (``native/control.c``) does TSC, APIC_BASE and the x2APIC's, SYSENTER's three, TSC_DEADLINE, EFER,
-STAR, LSTAR, CSTAR, SFMASK, FS_BASE, GS_BASE, KERNEL_GS_BASE and TSC_AUX.
+would have to announce: SPEC_CTRL, SVM's, OSVW's, the core performance counters of later families, XSS, CET's. Native
+code (``native/control.c``) does TSC, APIC_BASE and the x2APIC's, SYSENTER's three, TSC_DEADLINE, EFER, STAR, LSTAR,
+CSTAR, SFMASK, FS_BASE, GS_BASE, KERNEL_GS_BASE and TSC_AUX.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ FOREIGN = {
     0x3A: Msr(1, kept=0),  # FEATURE_CONTROL: locked
 }
 """Intel's, which firmware and kernels read on any processor; KVM has nearly all of them for AMD's, too (SDM vol. 4)."""
-KVM = {WALL_CLOCK: Msr(), SYSTEM_TIME: Msr()}
-"""kvmclock; CPUID 40000001 announces no other."""
+KVM = {WALL_CLOCK: Msr(), SYSTEM_TIME: Msr(), 0x4B564D02: Msr(refused=0x30)}
+"""kvmclock, which CPUID 40000001 announces; and ASYNC_PF_EN, which KVM takes unannounced, too: whoever turns it on must
+not rely on a fault to be asynchronous, and none is."""
 
 MSRS: dict[int, Msr] = {**PERFORMANCE, **MTRRS, **MACHINE_CHECK, **DEBUG, **SYSTEM, **FOREIGN, **KVM}

@@ -82,7 +82,7 @@ class Templates(InPlace):
         mnemonic = ins.mnemonic
         t = Template()
         t.reads, t.kills = ins.rflags_read & ALL_FLAGS, ins.rflags_modified & ALL_FLAGS
-        if mnemonic in NOTHING:
+        if mnemonic in NOTHING and not set(ins.cpuid_features()) & self.hidden:
             t.reads = t.kills = 0
             return t
         if mnemonic == M.WAIT:

@@ -106,8 +106,19 @@ def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes, pku: bo
 
 @pytest.mark.parametrize(
     ("code", "ended"),
-    [("660f38dcc1", "SIGILL"), ("c5f058c2", "SIGILL"), ("c4e2f0f2c3", "SIGILL"), ("f30fbcc1", ""), ("660f3810c1", "")],
-    ids=["aesenc", "vaddps", "andn", "tzcnt", "pblendvb"],
+    [
+        ("660f38dcc1", "SIGILL"),
+        ("c5f058c2", "SIGILL"),
+        ("c4e2f0f2c3", "SIGILL"),
+        ("f30fbcc1", ""),
+        ("660f3810c1", ""),
+        ("660fae33", "SIGILL"),
+        ("660fae3b", "SIGILL"),
+        ("0fae3b", ""),
+        ("660faef0", "SIGILL"),
+        ("660faef8", "SIGILL"),
+    ],
+    ids=["aesenc", "vaddps", "andn", "tzcnt", "pblendvb", "clwb", "clflushopt", "clflush", "tpause", "pcommit"],
 )
 def test_hidden_instructions(code: str, ended: str) -> None:
     """What CPUID does not show raises #UD, whatever the host has; TZCNT is BSF then."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cardcage.accelerator import VmSpec
 from cardcage.errors import UsageError
+from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.msrlist import MSRS
 
@@ -46,8 +47,9 @@ def cpu() -> Iterator[TcgVCpu]:
         (0x400, 0, 0), (0x400, ALL, ALL), (0x410, ALL & ~(1 << 10), ALL & ~(1 << 10)), (0x400, ODD, None),
         (0x401, 0, 0), (0x401, 1, None), (0x402, ODD, ODD), (0x403, ODD, ODD), (0x426, ALL, ALL), (0x428, 0, None),
         (0x1D9, 0, 0), (0x1D9, 3, 0), (0x1D9, 1 << 6, None), (0x1DB, 0, None), (0x1A0, ALL, ALL & ~0x1880 | 0x1800),
-        (0x3B, 0, None), (0x48, 0, None), (0xC0010117, 0, None), (0xC0010140, 0, None), (0xC0010200, 0, None),
-        (0xDA0, 0, None), (0x4B564D02, 0, None), (0x186, 0, None), (0xC1, 0, None), (0x199, 0, None),
+        (0x48, 0, None), (0xC0010117, 0, None), (0xC0010140, 0, None), (0xC0010200, 0, None),
+        (0xDA0, 0, None), (0x4B564D03, 0, None), (0x4B564D02, 3, 3), (0x4B564D02, 0x13, None),
+        (0x186, 0, None), (0xC1, 0, None), (0x199, 0, None),
     ],
 )  # fmt: skip
 def test_writes(cpu: TcgVCpu, index: int, value: int, reads: int | None) -> None:
@@ -124,3 +126,27 @@ def test_mtrrs_are_announced(cpu: TcgVCpu) -> None:
     """MTRR and PAT are in both feature leaves, and 40 bits of physical address."""
     assert all(cpu.cpuid(leaf, 0)[3] >> 12 & 1 and cpu.cpuid(leaf, 0)[3] >> 16 & 1 for leaf in (1, 0x80000001))
     assert cpu.cpuid(0x80000008, 0)[0] & 0xFF == 40
+
+
+def test_tsc_adjust(cpu: TcgVCpu) -> None:
+    """TSC_ADJUST moves the TSC by what it changes, and a write of the TSC moves TSC_ADJUST."""
+    before = cpu.field(L.TSC_OFFSET)
+    assert cpu.read_msr(0x3B) == 0
+    assert cpu.write_msr(0x3B, 1 << 50)
+    assert (cpu.field(L.TSC_OFFSET) - before & ALL, cpu.read_msr(0x3B)) == (1 << 50, 1 << 50)
+    assert cpu.write_msr(0x3B, ALL)
+    assert cpu.field(L.TSC_OFFSET) == before - 1 & ALL
+    state = cpu.get_state()
+    assert state.msrs[0x3B] == ALL
+    cpu.set_state(state)
+    assert cpu.read_msr(0x3B) == ALL
+
+
+def test_what_is_not_announced_faults() -> None:
+    """A processor without TSC_ADJUST has no such MSR."""
+    vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu="x86-64-v2"))
+    try:
+        cpu = vm.create_vcpu(0)
+        assert (cpu.read_msr(0x3B), cpu.write_msr(0x3B, 0)) == (None, False)
+    finally:
+        vm.close()

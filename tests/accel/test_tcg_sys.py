@@ -216,6 +216,19 @@ def test_nmi_blocks_until_iret(cpu: Cpu) -> None:
     assert cpu.taken() == 2
 
 
+def test_wrmsr_moves_the_segment_of_32_bit_code(cpu: Cpu) -> None:
+    """FS_BASE and GS_BASE written in 32-bit code are the base that its FS and GS go by; TSC_ADJUST follows the TSC."""
+    cpu.protected()
+    for index, segment in ((0xC0000100, FS), (0xC0000101, GS)):
+        cpu[RCX], cpu[RAX], cpu[RDX] = index, 0x123000, 0
+        assert cpu.do("WRMSR") == L.H_CONTINUE
+        assert (cpu.base(segment), cpu.get("SEGBASE", 8 * segment)) == (0x123000, 0x123000)
+    before = cpu.get("TSC_OFFSET")
+    cpu[RCX], cpu[RAX], cpu[RDX] = 0x10, 0, 1
+    cpu.do("WRMSR")
+    assert cpu.get("TSC_ADJUST") == cpu.get("TSC_OFFSET") - before & (1 << 64) - 1 != 0
+
+
 def test_two_nmis_wait_where_none_is_handled(cpu: Cpu) -> None:
     """Two NMIs that come before the first is taken are two; of those that come during one, one is latched."""
     cpu.long()

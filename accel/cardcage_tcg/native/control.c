@@ -391,10 +391,14 @@ int h_wrmsr(struct cpu *c, u32 arg)
         *plain = msr == 0xc0000084 || msr == MSR_SYSENTER_CS ? (u32)value : value;
         c->seg[FS].base = c->fsbase; /* two of them live there too */
         c->seg[GS].base = c->gsbase;
+        c->segbase[FS] = (u32)c->fsbase;
+        c->segbase[GS] = (u32)c->gsbase;
         return H_CONTINUE;
     }
     if (msr == MSR_TSC) {
-        c->tsc_offset = value - rdtsc();
+        u64 offset = value - rdtsc();
+        c->tsc_adjust += offset - c->tsc_offset;
+        c->tsc_offset = offset;
         return H_CONTINUE;
     }
     if (msr == MSR_EFER)

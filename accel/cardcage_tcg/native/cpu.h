@@ -145,6 +145,7 @@ struct cpu {
     u64 pdpte[4];         /* PAE paging: loaded with CR3 */
     u64 star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, tsc_aux, apic_base;
     u64 tsc_offset;       /* guest TSC = host TSC + tsc_offset */
+    u64 tsc_adjust;       /* what WRMSR has added to it (SDM vol. 3, 18.17.3) */
     u32 cpl, index;
     u32 shadow;           /* interrupts blocked until the next instruction is done */
     u32 nmi_blocked;
