@@ -115,7 +115,7 @@ SYSTEM = {
     0xC0010020: ZERO,  # PATCH_LOADER
     0xC0010010: ZERO,  # SYSCFG (3.2.1): no modification of fixed MTRRs by RdMem and WrMem, TOP_MEM2 not in use
     HWCR: Msr(kept=MC_STATUS_WRITABLE | 1 << 6, refused=ALL >> 25 << 25),  # (3.2.10); FFDIS, which Linux sets on K8
-    **{0xC0010016 + at: Msr(refused=TOO_HIGH) for at in range(4)},  # IORRBase0 to IORRMask1 (7.9.1)
+    **{0xC0010016 + at: Msr(refused=TOO_HIGH) for at in range(4)},  # IORRBase0 to IORRMask1 (7.9.2)
     0xC001001A: Msr(refused=TOO_HIGH),  # TOP_MEM (7.9.4)
     0xC001001D: Msr(refused=TOO_HIGH),  # TOP_MEM2
     **dict.fromkeys((0xC001001F, 0xC0010055), ZERO),  # NB_CFG, INT_PENDING (BKDG): no C1E

@@ -29,7 +29,6 @@ STACK = 512 << 10
 SINGLE = L.BOUNCE + 4096
 """Where singles write; what they read from devices comes through the bounce buffer's first half."""
 PF_VECTOR, GP_VECTOR = 14, 13
-"""As in ``native/cpu.h``: an implicit supervisor access, as to the TSS."""
 KICKED = VCpuExit(Exit.KICKED)
 
 
