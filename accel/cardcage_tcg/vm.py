@@ -115,6 +115,9 @@ class TcgVm:
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.tsc_khz
         )
         self.cr4_allowed = self._cr4()
+        if self.lapic:
+            shown = (("x2apic", L.H_LAPIC_X2), ("tsc-deadline", L.H_LAPIC_DEADLINE))
+            d[L.VM_HAS_LAPIC // 4] |= sum(bit for name, bit in shown if name in self.model.features)
         self._store = TemplateStore(store_path(options.templates, self.model.hidden))
         self._translator = Translator(self._store, self.native.head_length, hidden=self.model.hidden)
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._store.area.address, options.block_size

@@ -42,7 +42,7 @@ class Cpu:
             host = ctypes.addressof(ctypes.c_char.from_buffer(self.ram))
             pages = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
             struct.pack_into("<QQQQ", self._vm, L.VM_SLOTS, 0, RAM, host, pages)
-            for name, value in (("NSLOTS", 1), ("HAS_LAPIC", 1)):
+            for name, value in (("NSLOTS", 1), ("HAS_LAPIC", 1 | L.H_LAPIC_X2 | L.H_LAPIC_DEADLINE)):
                 struct.pack_into("<I", self._vm, getattr(L, f"VM_{name}"), value)
             for name, value in (("TSC_KHZ", 2_000_000), ("APIC_BUS_HZ", 1_000_000_000)):
                 struct.pack_into("<Q", self._vm, getattr(L, f"VM_{name}"), value)

@@ -197,6 +197,22 @@ def test_timer_counts(cpu: Cpu) -> None:
     assert (apic(cpu, TCCR), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)) == (0, (1 << 64) - 1)
 
 
+def test_what_cpuid_hides_of_the_apic(cpu: Cpu) -> None:
+    """Without the x2APIC its mode is refused; without TSC deadlines so is their MSR, and the LVT has no such mode."""
+    struct.pack_into("<I", cpu._vm, L.VM_HAS_LAPIC, 1)
+    for index, value in ((0x1B, 0xFEE00C00), (0x6E0, 1)):
+        cpu.long()
+        msr(cpu, index, value)
+        assert cpu.taken() == GP
+    cpu.long()
+    cpu[RCX] = 0x6E0
+    cpu.do("RDMSR")
+    assert cpu.taken() == GP
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0x600EC)
+    assert apic(cpu, LVTT) == 0x200EC
+
+
 @pytest.mark.parametrize(("first", "then"), [(0x000EC, 0x200EC), (0x200EC, 0x000EC)])
 def test_a_new_mode_leaves_the_count(cpu: Cpu, first: int, then: int) -> None:
     """Between one-shot and periodic the timer counts on from where it is."""

@@ -3,10 +3,10 @@
 
 /* ---- registers ---- */
 
-static u32 lvt_bits(u32 index)
+static u32 lvt_bits(const struct cpu *c, u32 index)
 {
     switch (index) {
-    case A_TIMER: return 0x700ff;
+    case A_TIMER: return c->vm->has_lapic & H_LAPIC_DEADLINE ? 0x700ff : 0x300ff;
     case A_LINT0:
     case A_LINT1: return 0x1a7ff;
     case A_ERROR: return 0x100ff;
@@ -18,7 +18,7 @@ static void write_lvt(struct cpu *c, u32 index, u32 value)
 {
     struct lapic *l = &c->lapic;
     u32 old = timer_mode(l);
-    value &= lvt_bits(index);
+    value &= lvt_bits(c, index);
     if (!(l->regs[A_SVR] & SVR_ENABLED))
         value |= LVT_MASKED;
     l->regs[index] = value;
@@ -194,7 +194,7 @@ static int write_base(struct cpu *c, u64 value)
 {
     struct lapic *l = &c->lapic;
     u64 old = c->apic_base, mode = value & (BASE_ENABLED | BASE_X2), was = old & (BASE_ENABLED | BASE_X2);
-    if (value >> PHYS_BITS || value & 0x2ff)
+    if (value >> PHYS_BITS || value & (c->vm->has_lapic & H_LAPIC_X2 ? 0x2ff : 0x2ff | BASE_X2))
         return EX_GP;
     if (mode == BASE_X2 || (was == (BASE_ENABLED | BASE_X2) && mode == BASE_ENABLED) ||
         (was == 0 && mode == (BASE_ENABLED | BASE_X2)))
@@ -215,14 +215,14 @@ static int write_base(struct cpu *c, u64 value)
 }
 
 /* Bits of x2APIC registers that may be written. */
-static u64 x2_writable(u32 index)
+static u64 x2_writable(const struct cpu *c, u32 index)
 {
     switch (index) {
     case A_TPR: return 0xff;
     case A_EOI: case A_ESR: return 0;
     case A_SVR: return 0x13ff;
     case A_ICR: return 0xffffffff000ccffful;
-    case A_TIMER: case A_LINT0: case A_LINT1: case A_ERROR: case A_THERMAL: case A_PERF: return lvt_bits(index) | 0x5000;
+    case A_TIMER: case A_LINT0: case A_LINT1: case A_ERROR: case A_THERMAL: case A_PERF: return lvt_bits(c, index) | 0x5000;
     case A_TICR: return 0xffffffff;
     case A_DCR: return 11;
     default: return 0xff; /* A_SELF */
@@ -251,7 +251,7 @@ static int x2_write(struct cpu *c, u32 index, u64 value)
     default:
         return EX_GP;
     }
-    if (value & ~x2_writable(index))
+    if (value & ~x2_writable(c, index))
         return EX_GP;
     if (index == A_ICR) {
         l->regs[A_ICR] = (u32)value & ~0x1000u;
@@ -280,6 +280,8 @@ int apic_msr(struct cpu *c, u32 msr, int write, u64 *value)
         return 0;
     }
     if (msr == 0x6e0) {
+        if (!(c->vm->has_lapic & H_LAPIC_DEADLINE))
+            return EX_GP;
         if (!write)
             *value = timer_mode(l) == TIMER_DEADLINE ? l->tsc_deadline : 0;
         else if (timer_mode(l) == TIMER_DEADLINE && l->enabled)

@@ -102,6 +102,7 @@ struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_S
 struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
+enum { H_LAPIC_X2 = 2, H_LAPIC_DEADLINE = 4 };
 #define MAX_CPUS 64
 #define MAX_SLOTS 64
 #define MAX_CROSS 0x20000
@@ -200,7 +201,7 @@ struct vm {
     u32 nslots, ncpus;
     u32 stopping, lock;            /* futexes */
     u32 crossed, closing;          /* how many chains join two pages */
-    u32 ticker_seq, has_lapic;
+    u32 ticker_seq, has_lapic;     /* has_lapic: 0, or 1 and H_LAPIC_* for what CPUID shows of it */
     u64 code_rx, code_rw, code_size, code_used;
     u64 generation;                /* how often all code was forgotten: an address into the buffer is good for one generation */
     u64 marks;                     /* u32 for each 64 KiB of the buffer: the block that its first byte lies in, as offset >> 6 */
