@@ -442,6 +442,35 @@ user:
         emulated="it has one of the two instructions",
     ),
     Program(
+        "hypercall-at-the-edge",
+        "A hypercall that ends at the last canonical address is answered; going on raises #GP at the next address",
+        """
+    mov edi, 0x70000
+    mov ecx, 0x4000 / 8
+    xor eax, eax
+    rep stosq
+    mov qword [abs 0x50000 + 255 * 8], 0x70007
+    mov qword [abs 0x70000 + 511 * 8], 0x71007
+    mov qword [abs 0x71000 + 511 * 8], 0x72007
+    mov qword [abs 0x72000 + 511 * 8], 0x73007
+    mov word [abs 0x73FFD], 0x010F
+    mov byte [abs 0x73FFF], 0xD9                ; vmmcall
+    mov rax, cr3
+    mov cr3, rax
+    mov rbx, 0x7FFFFFFFFFFD
+    mov eax, 1
+    mov qword [abs RESUME], over
+    jmp rbx
+over:
+    mov r8, rax
+    mov r9, [abs FAULTS + 64 + 16]
+    done
+""",
+        registers={"r8": 0, "r9": 1 << 47},
+        faults=(Fault(13, 0),),
+        emulated="it has one of the two instructions",
+    ),
+    Program(
         "hypercalls-32",
         "In 32-bit code a hypercall's number and answer have 32 bits",
         """
@@ -568,6 +597,12 @@ next:
     wrmsr64 0xC0000081, (0x23 - 3) << 48 | 8 << 32
     wrmsr64 0xC0000082, kernel
     wrmsr64 0xC0000084, 1 << 18
+    mov dword [abs GDT + 0x58], (DATA & 0xFFFF) << 16 | 0xFFF
+    mov dword [abs GDT + 0x5C], 0x8200 | DATA >> 16  ; an LDT on a user page
+    mov dword [abs GDT + 0x60], 0
+    mov dword [abs GDT + 0x64], 0
+    mov ax, 0x58
+    lldt ax
     mov rax, cr4
     bts rax, 21
     mov cr4, rax
@@ -585,6 +620,7 @@ kernel:
 at_syscall:
     mov al, [abs DATA]
 one:
+    mov qword [abs RESUME], three
     bts r11, 18
     mov rsp, 0x68000
     o64 sysret
@@ -601,11 +637,16 @@ two:
 user:
     mov qword [abs DATA + 0x10], 0x99
     syscall
+    mov eax, 0x0F
+at_table:
+    mov es, ax                                  ; ring 3, and yet the supervisor's access
+three:
     int 0x80
 """,
         registers={"r8": 0x99, "r9": 7},
         faults=(
             Fault(14, 1, rip="at_syscall", cr2=0x60000),
+            Fault(14, 1, rip="at_table", cr2=0x60008, cs=0x33),
             Fault(14, 1, rip="at_handler", cr2=0x60010),
         ),
         needs=("smap",),
