@@ -97,11 +97,8 @@ class Emulator:
             do = self._table.get(ins.mnemonic)
             if do is None or ins.code == Code.INVALID:
                 raise Fault(UD)
-            trap = cpu.mode & L.MODE_TF
             cpu.rip = self.wrap(ins.next_ip)
             do(ins, ops)
-            if trap:
-                cpu.single_step()
         except Fault as fault:
             cpu.rip = start
             cpu.raise_exception(fault.vector, fault.error)
@@ -315,6 +312,7 @@ class Emulator:
             self._advance(1, mask, -1)
             if self.cpu.gpr(1) & mask:
                 self.cpu.rip = ins.ip
+                self.cpu.goes_on()
 
     def _movs(self, ins: Instruction, ops: Ops) -> None:
         size, mask, step = self._string(ins)

@@ -102,7 +102,7 @@ def _mov(ins: Instruction) -> HelperCall | None:
 def _load_far(ins: Instruction) -> HelperCall:
     segment = {M.LES: 0, M.LSS: 2, M.LDS: 3, M.LFS: 4, M.LGS: 5}[ins.mnemonic]
     number, size = NUMBER[ins.op0_register]
-    return HelperCall(L.HLP_LOAD_FAR, segment | number << 4 | size << 8, "far", shadow=segment == 2)
+    return HelperCall(L.HLP_LOAD_FAR, segment | number << 4 | size << 8, "far")
 
 
 def _look(ins: Instruction, number: int) -> HelperCall:
@@ -209,6 +209,7 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
             "RDPMC",
             "RDMSR",
             "WRMSR",
+            "SALC",
             "AAA",
             "AAS",
             "DAA",
@@ -232,8 +233,8 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
     M.UD1: lambda _: HelperCall(L.HLP_RAISE, 6),
     M.SYSRET: lambda _: HelperCall(L.HLP_SYSRET, 0),
     M.SYSRETQ: lambda _: HelperCall(L.HLP_SYSRET, 1),
-    M.SYSEXIT: lambda _: HelperCall(L.HLP_SYSEXIT, 0),
-    M.SYSEXITQ: lambda _: HelperCall(L.HLP_SYSEXIT, 1),
+    M.SYSEXIT: lambda _: HelperCall(L.HLP_SYSEXIT),
+    M.SYSEXITQ: lambda _: HelperCall(L.HLP_SYSEXIT),
     M.JMP: lambda ins: _jmp_far(ins, L.HLP_FAR_JMP),
     M.CALL: lambda ins: _jmp_far(ins, L.HLP_FAR_CALL),
     M.RETF: _retf,

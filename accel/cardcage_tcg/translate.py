@@ -155,9 +155,11 @@ class Translator:
         single: bool = False,
     ) -> bool:
         """Make the templates that the block at *pc* lacks. False when the store is full."""
+        limit = 1 if single or mode & L.MODE_STEP else MAX_INSTRUCTIONS + 1
+        mode &= ~L.MODE_STEP
         key = mode | (L.KEY_SINGLE if single else 0)
         maker = self.templates(mode, single=single)
-        for ins, raw in self.decode(mode, pc, data, 1 if single or mode & L.MODE_TF else MAX_INSTRUCTIONS + 1):
+        for ins, raw in self.decode(mode, pc, data, limit):
             known = has(key, raw)
             if known == 1:
                 continue

@@ -71,7 +71,7 @@ class TcgVCpu:
             if reason == L.R_EMULATE or reason == L.R_MSR:
                 emulate(ops)
             elif reason == L.R_TRANSLATE:
-                self.vm.translate(self, q[info], q[info + 1])
+                self.vm.translate(self)
             elif reason == L.R_MMIO_READ:
                 self._mmio_read(ops, q[info], q[info + 1])
             elif reason == L.R_MMIO_WRITE:
@@ -83,7 +83,8 @@ class TcgVCpu:
             elif reason == L.R_EXTINT:
                 vector = ops.acknowledge_extint()
                 if vector is not None:
-                    self.native.deliver_interrupt(pointer, vector)
+                    with self.vm.lock:
+                        self.native.deliver_interrupt(pointer, vector)
             elif reason == L.R_EOI:
                 ops.end_of_interrupt(q[info])
             elif reason == L.R_POLL:
@@ -141,17 +142,18 @@ class TcgVCpu:
         """The instruction at RIP writes where one host store cannot: it goes on with a copy of its operand; or, in RAM
         that holds code, with the operand itself, so that it stays atomic."""
         try:
-            pages = self.pages(linear, size, 1)
-            reads = self.vm.prepare_single(self)
+            with self.vm.lock:
+                pages = self.pages(linear, size, 1)
+                reads = self.vm.prepare_single(self)
+                direct = self.vm.host(pages[0][0]) if len(pages) == 1 else None
             if reads is None:
                 self._emulator.run(ops, pushed=self.field(L.SCRATCH + 24))
                 return
-            at = SINGLE + (linear & 63)  # as misaligned as the operand
-            direct = self.vm.host(pages[0][0]) if len(pages) == 1 else None
             if direct is not None and not direct[1].readonly:
-                self.words[L.WRITE_PTR // 8] = direct[0]  # of this generation, as the block
+                self.words[L.WRITE_PTR // 8] = direct[0]  # of the block's generation
                 self.words[L.SINGLE_PHYS // 8], self.words[L.SINGLE_SIZE // 8] = pages[0]
                 return
+            at = SINGLE + (linear & 63)  # as misaligned as the operand
             self.words[L.SINGLE_SIZE // 8] = 0
             self.raw[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
             self.words[L.WRITE_PTR // 8] = self.pointer + at
@@ -165,8 +167,6 @@ class TcgVCpu:
         operand was when it began, as a processor that holds the translation does."""
         pages, at, size = self._single
         self._write_pages(pages, bytes(self.raw[at : at + size]), ops)
-        if self.mode & L.MODE_TF:
-            self.single_step()
 
     def _restart(self) -> None:
         """The code that was to go on is gone: the buffer was emptied while this vCPU was here."""
@@ -293,11 +293,12 @@ class TcgVCpu:
 
     def raise_exception(self, vector: int, error: int | None) -> None:
         """Deliver an exception at the present RIP."""
-        self.native.raise_(self.pointer, vector, error is not None, error or 0)
+        with self.vm.lock:
+            self.native.raise_(self.pointer, vector, error is not None, error or 0)
 
-    def single_step(self) -> None:
-        """The trap after an instruction that ran with TF set."""
-        self.native.single_step(self.pointer)
+    def goes_on(self) -> None:
+        """The instruction at RIP is in the midst of its iterations: its restart hits no code breakpoint."""
+        self.halves[L.DEBUG // 4] |= L.DEBUG_RF
 
     # ---- memory ----
 
@@ -313,20 +314,22 @@ class TcgVCpu:
     def fetch_bytes(self, linear: int, size: int) -> bytes:
         """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
         found = b""
-        while len(found) < size:
-            vector, phys = self.walk(self.linear_after(linear, len(found)), 2)
-            if vector:
-                if not found:
-                    raise self._fault(vector)
-                break
-            take = min(size - len(found), 4096 - (phys & 0xFFF))
-            data = self.vm.peek(phys, take)
-            found += data if data is not None else b"\xff" * take
+        with self.vm.lock:
+            while len(found) < size:
+                vector, phys = self.walk(self.linear_after(linear, len(found)), 2)
+                if vector:
+                    if not found:
+                        raise self._fault(vector)
+                    break
+                take = min(size - len(found), 4096 - (phys & 0xFFF))
+                data = self.vm.peek(phys, take)
+                found += data if data is not None else b"\xff" * take
         return found
 
     def fetch_fault(self, linear: int) -> None:
         """Raise the fault of fetching the byte at *linear*."""
-        vector, _ = self.walk(linear, 2)
+        with self.vm.lock:
+            vector, _ = self.walk(linear, 2)
         if vector:
             raise self._fault(vector)
 
@@ -334,12 +337,21 @@ class TcgVCpu:
         """Data at a linear address, devices included. Raises Fault."""
         buffer = (ctypes.c_char * size)()
         user = self.halves[L.CPL // 4] == 3
-        vector = self.native.vread(self.pointer, linear, buffer, size, user)
-        if not vector:
-            return bytes(buffer)
-        if vector > 0:
-            raise self._fault(vector)
-        return self._read_pages(self.pages(linear, size, 0), ops)
+        with self.vm.lock:
+            vector = self.native.vread(self.pointer, linear, buffer, size, user)
+            if not vector:
+                return bytes(buffer)
+            if vector > 0:
+                raise self._fault(vector)
+            pieces = [(phys, take, self.vm.peek(phys, take)) for phys, take in self.pages(linear, size, 0)]
+        return b"".join(self._read_device(phys, take, ops) if data is None else data for phys, take, data in pieces)
+
+    def _read_device(self, phys: int, size: int, ops: Ops) -> bytes:
+        if self.msrs.apic_page(phys) is not None:
+            value = ctypes.c_uint32()
+            self.native.apic_read(self.pointer, phys & 0xFF0, ctypes.byref(value))
+            return value.value.to_bytes(4, "little")[phys & 3 :][:size].ljust(size, b"\0")
+        return b"".join(ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(phys, size))
 
     def linear_after(self, linear: int, by: int) -> int:
         """The linear address *by* bytes behind another, for a program's access: 32 bits wide outside 64-bit mode."""
@@ -348,51 +360,41 @@ class TcgVCpu:
     def pages(self, linear: int, size: int, access: int) -> list[tuple[int, int]]:
         """(physical address, size) of the pieces of an operand by page; *access* 1 for a write. Raises Fault."""
         found, at = [], 0
-        while at < size:
-            vector, phys = self.walk(self.linear_after(linear, at), access)
-            if vector:
-                raise self._fault(vector)
-            take = min(size - at, 4096 - (phys & 0xFFF))
-            found.append((phys, take))
-            at += take
-        return found
-
-    def _read_pages(self, pages: list[tuple[int, int]], ops: Ops) -> bytes:
-        found = b""
-        for phys, take in pages:
-            data = self.vm.peek(phys, take)
-            if data is None:
-                apic = self.msrs.apic_page(phys)
-                if apic is not None:
-                    value = ctypes.c_uint32()
-                    self.native.apic_read(self.pointer, phys & 0xFF0, ctypes.byref(value))
-                    data = value.value.to_bytes(4, "little")[phys & 3 :][:take].ljust(take, b"\0")
-                else:
-                    data = b"".join(ops.mmio_read(at, w).to_bytes(w, "little") for at, w in self._pieces(phys, take))
-            found += data
+        with self.vm.lock:
+            while at < size:
+                vector, phys = self.walk(self.linear_after(linear, at), access)
+                if vector:
+                    raise self._fault(vector)
+                take = min(size - at, 4096 - (phys & 0xFFF))
+                found.append((phys, take))
+                at += take
         return found
 
     def write_linear(self, linear: int, data: bytes, ops: Ops) -> None:
         """Write at a linear address, devices and code included. Raises Fault before anything is written."""
         user = self.halves[L.CPL // 4] == 3
-        vector = self.native.vwrite(self.pointer, linear, data, len(data), user)
-        if not vector:
-            return
-        if vector > 0:
-            raise self._fault(vector)
-        self._write_pages(self.pages(linear, len(data), 1), data, ops)
+        with self.vm.lock:
+            vector = self.native.vwrite(self.pointer, linear, data, len(data), user)
+            if not vector:
+                return
+            if vector > 0:
+                raise self._fault(vector)
+            pages = self.pages(linear, len(data), 1)
+        self._write_pages(pages, data, ops)
 
     def _write_pages(self, pages: list[tuple[int, int]], data: bytes, ops: Ops) -> None:
-        at = 0
-        for phys, take in pages:
-            part = data[at : at + take]
-            if self.vm.poke(phys, part):
-                pass
-            elif self.msrs.apic_page(phys) is not None:
+        at, devices = 0, []
+        with self.vm.lock:
+            for phys, take in pages:
+                part = data[at : at + take]
+                if not self.vm.poke(phys, part):
+                    devices.append((phys, part))
+                at += take
+        for phys, part in devices:
+            if self.msrs.apic_page(phys) is not None:
                 self.native.apic_write(self.pointer, phys & 0xFF0, int.from_bytes(part[:4], "little"))
             else:
-                self._mmio_write(ops, phys, take, int.from_bytes(part, "little"))
-            at += take
+                self._mmio_write(ops, phys, len(part), int.from_bytes(part, "little"))
 
     def probe_write(self, linear: int, size: int) -> None:
         """Raise the Fault that writing would, and write nothing."""
@@ -413,7 +415,8 @@ class TcgVCpu:
 
     def _supervisor_read(self, linear: int, size: int) -> bytes:
         buffer = (ctypes.c_char * size)()
-        vector = self.native.vread(self.pointer, linear, buffer, size, L.AS_SYSTEM)
+        with self.vm.lock:
+            vector = self.native.vread(self.pointer, linear, buffer, size, L.AS_SYSTEM)
         if vector > 0:
             raise self._fault(vector)
         return bytes(buffer) if not vector else b"\xff" * size

@@ -121,7 +121,10 @@ class TcgVm:
         self._store = TemplateStore(store_path(options.templates, self.model.hidden))
         self._translator = Translator(self._store, self.native.head_length, hidden=self.model.hidden)
         q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self._store.area.address, options.block_size
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
+        """Held while slots change, which takes several steps, and by whoever looks at memory or makes templates in
+        Python: stopping the world keeps vCPUs out of native code only. Never held while a device is called."""
+        self._stopped = 0
         self._slots: list[MemorySlot] = []
         self._starts: list[int] = []
         self._pages: dict[MemorySlot, Area] = {}
@@ -205,7 +208,7 @@ class TcgVm:
     @contextmanager
     def _changed_slots(self) -> Iterator[None]:
         """Blocks and translations derive from the slots: both go when the slots change."""
-        with self.quiesce(), self._lock:
+        with self.quiesce():
             self._flush()
             yield
             self._slots.sort(key=lambda one: -one.size)  # look-ups go through them in order: main memory first
@@ -236,11 +239,16 @@ class TcgVm:
 
     @contextmanager
     def quiesce(self) -> Iterator[None]:
-        self.native.stop_world(self.pointer)
-        try:
-            yield
-        finally:
-            self.native.start_world(self.pointer)
+        with self.lock:
+            if not self._stopped:
+                self.native.stop_world(self.pointer)
+            self._stopped += 1
+            try:
+                yield
+            finally:
+                self._stopped -= 1
+                if not self._stopped:
+                    self.native.start_world(self.pointer)
 
     def set_extint(self, level: bool, /) -> None:
         if self._cpus:
@@ -332,9 +340,10 @@ class TcgVm:
     def poke_physical(self, phys: int, data: bytes) -> None:
         """Write bytes that may cross a page; what is not RAM is dropped."""
         first = 4096 - (phys & 0xFFF)
-        for at, part in ((phys, data[:first]), (phys + first, data[first:])):
-            if part:
-                self.poke(at, part)
+        with self.lock:
+            for at, part in ((phys, data[:first]), (phys + first, data[first:])):
+                if part:
+                    self.poke(at, part)
 
     # ---- translation ----
 
@@ -343,13 +352,14 @@ class TcgVm:
         self.native.flush_blocks(self.pointer)
         self._singles.clear()
 
-    def translate(self, cpu: TcgVCpu, phys: int, linear: int) -> None:
+    def translate(self, cpu: TcgVCpu) -> None:
         """Native code met instructions without a template at the vCPU's RIP, or a full buffer. Fetching may fault."""
-        with self._lock:
+        with self.lock:
             if cpu.field(L.INFO + 16) == L.TRANSLATE_FULL:
                 self._flush_stopped()
                 return
             try:
+                linear, phys = self._fetched(cpu)
                 self._make(cpu, phys, linear, single=False)
             except Fault as fault:
                 cpu.raise_exception(fault.vector, fault.error)
@@ -396,7 +406,7 @@ class TcgVm:
     def prepare_single(self, cpu: TcgVCpu) -> bool | None:
         """Have the instruction at RIP run alone next, its write going to ``cpu.write_ptr``: whether the operand that it
         writes is read first; None for one that Python does. Raises Fault."""
-        with self._lock:
+        with self.lock:
             linear, phys = self._fetched(cpu)
             data = cpu.fetch_bytes(linear, 15)
             mode, pc = cpu.mode, cpu.rip
@@ -419,7 +429,7 @@ class TcgVm:
 
     def prepare_again(self, cpu: TcgVCpu) -> None:
         """Have the instruction at RIP run alone next, from its start, with the answer that a device has given it."""
-        with self._lock:
+        with self.lock:
             linear, phys = self._fetched(cpu)
             cpu.resume_at(self._once(cpu, phys, linear, L.MAKE_AGAIN), L.RESUME_AGAIN)
 

@@ -14,7 +14,6 @@ from tcg_cpu import (
     CS,
     DATA0,
     DATA3,
-    DB,
     DF,
     DS,
     ES,
@@ -87,7 +86,7 @@ def test_long_mode_fault_frame(cpu: Cpu, cpl: int) -> None:
         old_cs,
         old_ss,
         cpl,
-        0x202,
+        0x10202,
     )
 
 
@@ -254,16 +253,14 @@ def test_performance_counters_read_as_zero(cpu: Cpu) -> None:
         assert (done, cpu[RAX], cpu[RDX]) == ((L.H_REDIRECT, 5, 5) if fault else (L.H_CONTINUE, 0, 0))
 
 
-def test_single_step_after_redirecting_instruction(cpu: Cpu) -> None:
-    """An instruction that ends in a redirect under TF traps with DR6.BS; one that raises does not trap."""
-    cpu.long()
-    cpu.flags = TF | 2
-    cpu.do("CLTS")
-    assert (cpu.taken(), cpu.read(cpu[RSP], "QQQ"), cpu.get("DR", 48)) == (DB, (0x7002, CODE64, TF | 2), 0x4000)
-    cpu.long()
-    cpu.flags = TF | 2
-    cpu.do("INT", 0x80)
-    assert cpu.taken() == 0x80
+def test_sysenter_in_long_mode(cpu: Cpu) -> None:
+    """SYSENTER and SYSEXIT raise #UD in long mode, as on the AMD processor that CPUID names."""
+    for instruction in ("SYSENTER", "SYSEXIT"):
+        cpu.long(cpl=3)
+        cpu.put("SYSENTER_CS", CODE0)
+        cpu.flags = TF | 2
+        cpu.do(instruction)
+        assert cpu.taken() == UD
 
 
 def test_syscall_and_sysret(cpu: Cpu) -> None:

@@ -226,3 +226,26 @@ def test_code_that_only_goes_forward_is_kicked(machine: Machine, bits: int) -> N
     cpu.kick()
     thread.join(60)
     assert ended == [Exit.KICKED]
+
+
+def test_slots_change_in_one_step_for_python_too(machine: Machine) -> None:
+    """A store that Python does for a vCPU waits for a change of memory slots that is half done, and is not lost."""
+    slot, reads, changing = machine.memory.slots[0], threading.Event(), threading.Event()
+
+    def answer(port: int, size: int) -> int:
+        reads.set()
+        assert changing.wait(60)
+        return 0x5A
+
+    machine.ops.pio_read = answer  # type: ignore[method-assign] # the device of this test
+    thread = threading.Thread(target=machine.run, args=(0, CODE, b"\x6c"), kwargs={"rdi": DATA, "rdx": 0x70})  # insb
+    thread.start()
+    assert reads.wait(60)
+    with machine.vm.quiesce():
+        machine.vm.unmap_memory(slot)
+        changing.set()
+        thread.join(0.2)  # long enough for a store that does not wait
+        machine.vm.map_memory(slot)
+    thread.join(60)
+    assert machine.memory.read(DATA, 1) == b"\x5a"
+    assert machine.accesses == []

@@ -259,6 +259,12 @@ static void emit_indirect(struct out *o, u32 mode)
     static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
                     jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
     u32 table = offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0);
+    if (mode & MODE_STEP) { /* to where traps are taken */
+        static const u8 always[] = { 0xe9, 0, 0, 0, 0 };
+        put(o, always, 5);
+        o->miss[o->misses++] = o->used - 4;
+        return;
+    }
     put(o, index, 7);
     put32(o, (JC_SIZE - 1) << 4);
     put(o, compare, 4);
@@ -330,12 +336,12 @@ static int wants_poll(const struct plan *p, const struct block *b)
 }
 
 /* 0, or the offset + 1 of an instruction without a template. */
-static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *data, u32 size, u32 limit, int crosses)
+static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *data, u32 size, u32 limit, int alone, int crosses)
 {
     u32 at = 0, shadow = 0, bytes = 0;
     p->count = 0;
     p->end = 0;
-    while (at < size && (p->count < limit || shadow) && bytes < ROOM) {
+    while (at < size && (p->count < (alone ? 1 : limit) || (shadow && !alone)) && bytes < ROOM) {
         u32 room = size - at < 15 ? size - at : 15;
         if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at))
             return 0;
@@ -366,7 +372,16 @@ static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *dat
     return 0;
 }
 
-static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, int single)
+static u8 opcode_of(const u8 *raw, u32 mode)
+{
+    u32 i = 0;
+    while (i < 14 && (raw[i] == 0x66 || raw[i] == 0x67 || (raw[i] & 0xfc) == 0xf0 || (raw[i] & 0xe7) == 0x26 || (raw[i] & 0xfe) == 0x64 ||
+                      (mode & MODE_64 && (raw[i] & 0xf0) == 0x40)))
+        i++;
+    return raw[i];
+}
+
+static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, int single, const u8 *data)
 {
     const struct tmpl *end = p->end;
     u32 here = p->at[p->count];
@@ -376,9 +391,11 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
         if (single) {
             save(o, s);
             emit_helper(o, HLP_SINGLE, last->length, guest);
-        } else if (mode & MODE_TF) {
+        } else if (last->flags & T_SHADOW) {
             save(o, s);
-            emit_helper(o, HLP_STEP, 0, p->next);
+            emit_helper(o, HLP_SHADOW | (opcode_of(data + guest, mode) == 0xfb ? SHADOW_STI : SHADOW_SS) << 12, 0, p->next);
+            restore(o, s);
+            emit_chain(o, p->next);
         } else if (p->count > 1 && p->t[p->count - 2]->flags & T_SHADOW) {
             save(o, s); /* interrupts that STI let in are looked for one instruction later */
             emit_poll(o, p->next);
@@ -390,7 +407,7 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
         }
         return;
     }
-    if (end->kind == K_EMULATE || single || mode & MODE_TF) { /* a branch under TF is Python's, with the trap after it */
+    if (end->kind == K_EMULATE || single) {
         save(o, s);
         emit_helper(o, HLP_EMULATE, end->flags & T_INVALID ? 0 : p->length[p->count], here);
         return;
@@ -517,7 +534,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     const struct tmpl *placed[MAX_BODY + 1];
     u32 starts[MAX_BODY + 1], mode = block->mode, nsites = 0;
     int single = what == MAKE_SINGLE;
-    u32 missing = collect(s, &p, mode | (single ? KEY_SINGLE : 0), data, size, mode & MODE_TF || what != MAKE_BLOCK ? 1 : limit, crosses);
+    u32 missing = collect(s, &p, template_key(mode) | (single ? KEY_SINGLE : 0), data, size, limit, mode & MODE_STEP || what != MAKE_BLOCK, crosses);
     if (missing)
         return missing;
     liveness(&p);
@@ -525,10 +542,15 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     o->page = (u32)(block->cs_base + block->pc) & 0xfff;
     o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = 0;
     u8 entry_live = p.count ? p.before[0] : ALL_FLAGS;
-    if (entry_live)
+    int step = mode & MODE_STEP && what == MAKE_BLOCK; /* else the instruction has begun */
+    if (step) { /* never chained to; what traps or polls is looked at after each instruction */
+        emit_helper(o, HLP_BEGIN, 0, 0);
+        o->stored = 1;
+    } else if (entry_live) {
         put(o, s->load, s->load_length);
+    }
     block->entry = o->used;
-    int poll = what == MAKE_BLOCK && wants_poll(&p, block);
+    int poll = what == MAKE_BLOCK && !step && wants_poll(&p, block);
     for (u32 i = 0; poll && i < p.count; i++)
         if (p.t[i]->flags & T_SHADOW) { /* never between STI and the instruction after it: at the start instead */
             if (entry_live)
@@ -575,7 +597,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         save(o, s);
         emit_poll(o, p.end ? p.at[p.count] : p.next);
     }
-    if (p.end && (p.end->kind == K_CALL || p.end->kind == K_INDIRECT) && !single && !(mode & MODE_TF)) {
+    if (p.end && (p.end->kind == K_CALL || p.end->kind == K_INDIRECT) && !single) {
         save(o, s);
         starts[count] = o->used;
         placed[count++] = p.end;
@@ -593,7 +615,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
             emit_chain(o, target);
         }
     } else {
-        finish(o, s, &p, mode, single);
+        finish(o, s, &p, mode, single, data);
     }
     cold(o, s, &p, placed, starts, count, mode, block->pc, data);
     while (o->used % 2)
@@ -681,7 +703,7 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what)
     b->mode = c->mode;
     if (what == MAKE_BLOCK)
         tcg_watch_running(c, phys);
-    u32 size = copy_code(c, b, linear, c->mode | (what == MAKE_SINGLE ? KEY_SINGLE : 0), data);
+    u32 size = copy_code(c, b, linear, template_key(c->mode) | (what == MAKE_SINGLE ? KEY_SINGLE : 0), data);
     if (!size)
         return TRANSLATE_MISSING;
     if (what == MAKE_BLOCK && b->phys2 != ~0ul)

@@ -136,14 +136,18 @@ u64 native_dispatch(struct cpu *c)
 {
     c->pending_size = 0; /* what a device answered was for the instruction before */
     for (;;) {
+        if (unlikely(c->debug) && debug_trap(c) == H_EXIT)
+            return 0;
         if (unlikely(__atomic_load_n(&c->poll, __ATOMIC_SEQ_CST)) || unlikely(c->halted)) {
             if (check_events(c) == H_EXIT)
                 return 0;
             continue;
         }
-        u32 m = c->mode & MODE_CPL3 ? 1 : 0;
+        u32 m = c->mode & MODE_CPL3 ? 1 : 0, step = c->mode & MODE_STEP; /* steps keep out of the jump cache */
         u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
-        if (unlikely(c->jc_mode[m] != c->mode || c->jc_base[m] != cs_base)) {
+        if (unlikely(c->debug) && !step)
+            c->debug = 0; /* RF, which only code breakpoints ask for */
+        if (unlikely(c->jc_mode[m] != c->mode || c->jc_base[m] != cs_base) && !step) {
             jc_flush_one(c, m);
             c->jc_mode[m] = c->mode;
             c->jc_base[m] = cs_base;
@@ -155,7 +159,7 @@ u64 native_dispatch(struct cpu *c)
             continue;
         }
         struct jump *j = &c->jc[m][jc_index(c->rip)];
-        if (j->pc == c->rip)
+        if (j->pc == c->rip && likely(!step))
             return j->code;
         u64 phys;
         u32 global;
@@ -168,10 +172,12 @@ u64 native_dispatch(struct cpu *c)
         phys |= linear & 0xfff;
         struct block *b = look_up(c, phys, linear, cs_base);
         if (likely(b != 0)) {
-            j->code = (u64)(b + 1);
-            j->pc = c->rip;
-            c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
-            c->jc_local[m] |= !global || b->phys2 != ~0ul;
+            if (likely(!step)) {
+                j->code = (u64)(b + 1);
+                j->pc = c->rip;
+                c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
+                c->jc_local[m] |= !global || b->phys2 != ~0ul;
+            }
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
             return (u64)(b + 1);
         }
@@ -201,8 +207,6 @@ u64 native_resume(struct cpu *c)
     if (c->resume_kind == RESUME_AFTER) { /* the instruction is done */
         c->resume = 0;
         c->rip = c->next_rip;
-        if (c->mode & MODE_TF && single_step(c) == H_EXIT)
-            return 0;
         return native_dispatch(c);
     }
     c->reason = R_RESTART;
@@ -223,7 +227,7 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
     struct block *b = (struct block *)payload(ret, &rip);
     u64 generation = c->vm->generation, next = rip_in(b, rip - b->pc + (arg >> 8 & 15));
     c->rip = rip;
-    int action = helper_call(c, arg);
+    int action = helpers[arg & 0xff](c, arg);
     if (action != H_CONTINUE)
         return action;
     int gone = generation != c->vm->generation; /* it waited, and others forgot the code that called it */
@@ -337,7 +341,7 @@ u64 native_chain(struct cpu *c, u64 ret)
     struct block *to = (struct block *)code - 1;
     u64 pc = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
     /* an interrupt may have been taken instead, or the target was reached in another mode */
-    if (to->pc != pc || to->mode != from->mode || to->cs_base != from->cs_base || from->mode & MODE_TF)
+    if (to->pc != pc || to->mode != from->mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
         return code;
     struct vm *vm = c->vm;
     u64 linear = from->cs_base + from->pc, goal = to->cs_base + to->pc;
@@ -500,33 +504,30 @@ EXPORTED void tcg_memory_written_many(struct vm *vm, const u64 *ranges, u64 coun
 void tlb_unwrite(struct cpu *c, u64 host_page);
 
 /* Watch a page that is about to be translated for the first time: no vCPU may keep writing it unseen. */
-EXPORTED void tcg_watch(struct vm *vm, u64 gpa)
+static void watch(struct vm *vm, u64 gpa)
 {
-    struct slot *s;
-    struct page *p = page_of(vm, gpa, &s);
-    if (!p || __atomic_load_n(&p->code, __ATOMIC_SEQ_CST) == ~0ul || p->first)
-        return;
     tcg_stop_world(vm);
-    __atomic_store_n(&p->code, ~0ul, __ATOMIC_SEQ_CST); /* only now: who finds it set relies on what follows */
-    u64 host = s->host + ((gpa & ~0xffful) - s->gpa);
-    for (u32 i = 0; i < vm->ncpus; i++)
-        if (vm->cpus[i])
-            tlb_unwrite(vm->cpus[i], host);
+    struct slot *s;
+    struct page *p = page_of(vm, gpa, &s); /* only now: while others stopped the world the slots may have changed */
+    if (p && __atomic_load_n(&p->code, __ATOMIC_SEQ_CST) != ~0ul && !p->first) {
+        __atomic_store_n(&p->code, ~0ul, __ATOMIC_SEQ_CST);
+        u64 host = s->host + ((gpa & ~0xffful) - s->gpa);
+        for (u32 i = 0; i < vm->ncpus; i++)
+            if (vm->cpus[i])
+                tlb_unwrite(vm->cpus[i], host);
+    }
     tcg_start_world(vm);
 }
 
-/* As tcg_watch, from a vCPU that is in native code itself. */
+/* Likewise, from a vCPU that is in native code itself. */
 void tcg_watch_running(struct cpu *c, u64 gpa)
 {
     struct page *p = page_of(c->vm, gpa, 0);
-    if (!p || p->first)
+    if (!p || p->first || __atomic_load_n(&p->code, __ATOMIC_SEQ_CST) == ~0ul)
         return;
-    u32 native = c->in_native;
-    if (native)
-        world_leave(c);
-    tcg_watch(c->vm, gpa);
-    if (native)
-        world_enter(c);
+    world_leave(c);
+    watch(c->vm, gpa);
+    world_enter(c);
 }
 
 static int matches(const u8 *ram, const u8 *guest, u32 size)

@@ -52,7 +52,7 @@ enum {
     MODE_FLAT = 16,     /* ES CS SS DS: base 0, limit 4 GiB, usable and writable (always set in 64-bit mode) */
     MODE_NOFPU = 32,    /* CR0.TS or EM: x87/SSE raise #NM or #UD */
     MODE_NOSSE = 64,    /* CR4.OSFXSR clear: SSE raises #UD */
-    MODE_TF = 128,      /* single step */
+    MODE_STEP = 128,    /* blocks of one instruction, each begun by h_begin(): see debug.c */
     MODE_PE = 256,      /* protected mode and not virtual-8086 */
     MODE_LMA = 512,
     MODE_IOPL = 1024,   /* CPL <= IOPL: CLI, STI allowed; IN, OUT need no bitmap */
@@ -60,6 +60,10 @@ enum {
     MODE_VM86 = 4096,
     MODE_AC = 8192,     /* CR0.AM and EFLAGS.AC at CPL 3: misaligned accesses raise #AC */
 };
+
+enum { SHADOW_STI = 1, SHADOW_SS = 2 };
+/* cpu.debug: RFLAGS.RF; a trap is due for TF, for the T bit of a TSS; the instruction follows a MOV SS. */
+enum { DEBUG_RF = 1, DEBUG_STEP = 2, DEBUG_TASK = 4, DEBUG_BEHIND_SS = 8 };
 
 /* ---- why native code came back (cpu.reason) ---- */
 enum {
@@ -148,7 +152,7 @@ struct cpu {
     u64 tsc_offset;       /* guest TSC = host TSC + tsc_offset */
     u64 tsc_adjust;       /* what WRMSR has added to it (SDM vol. 3, 18.17.3) */
     u32 cpl, index;
-    u32 shadow;           /* interrupts blocked until the next instruction is done */
+    u32 shadow;           /* SHADOW_*: interrupts blocked until the next instruction is done */
     u32 nmi_blocked;
     u32 resume_kind;      /* RESUME_* */
     u32 halted, startup;  /* startup: 0 running, 1 wait for SIPI */
@@ -163,7 +167,7 @@ struct cpu {
     u32 code_hit, pending_size;
     u64 pending;          /* what a device answered at this address waits in `bounce` for RESUME_AGAIN; pending_size 0: nothing does */
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
-    u32 stepping;         /* TF was set before the helper that runs now: see helper_call() */
+    u32 debug;            /* DEBUG_*: RF, and what traps when the present instruction is done */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
@@ -223,6 +227,7 @@ struct vm {
     u32 irq_lock, ring_lock;       /* of routes; of rings[].seen */
     s32 irq_epoll, idle_fd;        /* idle_fd: -1 without irqfds; see irq_wait */
     u32 idler;                     /* a vCPU is in irq_wait */
+    u32 stopper;                   /* futex: somebody has stopped the world */
 };
 
 /* ---- mmu.c ---- */
@@ -258,6 +263,8 @@ void update_mode(struct cpu *c);        /* recompute cpu->mode, cpl, segbase, fs
 u64 get_eflags(struct cpu *c);          /* whole RFLAGS */
 void set_eflags(struct cpu *c, u64 value);  /* whole; IF going up copies irq_pending to poll */
 int check_events(struct cpu *c);        /* at a poll: NMI, INIT, interrupts, kicks, stop requests: H_REDIRECT (go on at rip), H_EXIT */
+/* ---- debug.c ---- */
+int debug_trap(struct cpu *c);          /* between two instructions, cpu.debug not 0: the trap that is due, as H_* */
 /* ---- apic.c ---- */
 int apic_read(struct cpu *c, u32 offset, u32 *value);          /* offset in the page; 0 = ok */
 int apic_write(struct cpu *c, u32 offset, u32 value);          /* H_CONTINUE, or H_EXIT with R_EOI */

@@ -16,7 +16,7 @@ static int real_interrupt(struct cpu *c, const struct event *e)
     set_sp(c, &s);
     real_segment(c, CS, entry >> 16);
     c->rip = entry & 0xffff;
-    c->eflags &= ~(u64)(F_IF | F_TF | F_AC | F_RF);
+    c->eflags &= ~(u64)(F_IF | F_TF | F_AC);
     return 0;
 }
 
@@ -91,7 +91,7 @@ static int long_interrupt(struct cpu *c, const struct event *e)
     }
     c->gpr[RSP] = sp;
     c->rip = target;
-    c->eflags &= ~(u64)(F_TF | F_NT | F_RF | F_VM | (type & 1 ? 0 : F_IF));
+    c->eflags &= ~(u64)(F_TF | F_NT | F_VM | (type & 1 ? 0 : F_IF));
     return 0;
 }
 
@@ -140,7 +140,7 @@ static int protected_interrupt(struct cpu *c, const struct event *e)
     if ((r = push(c, &s, size, e->flags)) || (r = push(c, &s, size, c->seg[CS].sel)) || (r = push(c, &s, size, e->ret)) ||
         (e->has_error && (r = push(c, &s, size, e->error))) || (r = mark_accessed(c, &desc, at)))
         return r;
-    c->eflags &= ~(u64)(F_TF | F_NT | F_RF | F_VM | (type & 1 ? 0 : F_IF));
+    c->eflags &= ~(u64)(F_TF | F_NT | F_VM | (type & 1 ? 0 : F_IF));
     for (int i = 0; vm && i < 4; i++)
         null_segment(c, v86_order[i]);
     if (cpl != c->cpl) {
@@ -157,9 +157,13 @@ static int protected_interrupt(struct cpu *c, const struct event *e)
 static int transfer(struct cpu *c, struct event *e)
 {
     int r;
-    e->flags = get_eflags(c) & ~(u64)F_RF;
+    e->flags = get_eflags(c);
     if (e->kind == EVENT_EXCEPTION && e->vector != EX_DB && e->vector != EX_DF && e->vector != EX_MC)
         e->flags |= F_RF; /* a fault: its restart must not hit the same code breakpoint */
+    else if (c->debug & DEBUG_RF)
+        e->flags |= F_RF; /* IRET has just set it, or this is between two iterations of a string instruction */
+    c->debug = 0;         /* no trap after an instruction that raised or entered a handler */
+    c->shadow = 0;
     e->ext = e->kind != EVENT_SOFT;
     if (!(c->cr0 & CR0_PE))
         r = real_interrupt(c, e);
@@ -178,7 +182,6 @@ int dispatch(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 kind, u64 
 {
     struct event e = {.vector = vector, .has_error = has_error, .error = error, .kind = kind, .ret = ret};
 
-    c->stepping = 0;
     for (;;) {
         int r;
         if (e.vector == EX_DB && e.kind == EVENT_EXCEPTION)
@@ -215,11 +218,4 @@ int deliver(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 soft)
 int raise(struct cpu *c, u32 vector, u32 has_error, u32 error)
 {
     return dispatch(c, vector, has_error, error, EVENT_EXCEPTION, c->rip);
-}
-
-/* The single-step trap after an instruction; cpu.rip is the next one's address. */
-int single_step(struct cpu *c)
-{
-    c->dr[6] |= 0x4000;
-    return raise(c, EX_DB, 0, 0);
 }

@@ -6,18 +6,6 @@
 int (*const helpers[])(struct cpu *c, u32 arg) = {HELPERS};
 #undef HELPER
 
-int helper_call(struct cpu *c, u32 arg)
-{
-    int action;
-    c->stepping = (c->eflags & F_TF) != 0;
-    action = helpers[arg & 0xff](c, arg);
-    /* dispatch() clears it: no trap after an instruction that raised or entered a handler */
-    if (action == H_REDIRECT && c->stepping)
-        action = single_step(c);
-    c->stepping = 0;
-    return action;
-}
-
 int h_raise(struct cpu *c, u32 arg) { return raise(c, ARG_IMM(arg) & 0xff, ARG_IMM(arg) >> 8 & 1, 0); }
 
 /* Intel SDM vol. 3, tables 2-2 and 13-1. */
@@ -37,12 +25,6 @@ int h_fpu_off(struct cpu *c, u32 arg)
 }
 
 int h_emulate(struct cpu *c, u32 arg) { return emulate(c, arg); }
-
-int h_step(struct cpu *c, u32 arg)
-{
-    (void)arg;
-    return single_step(c);
-}
 
 int h_cli(struct cpu *c, u32 arg)
 {
@@ -70,6 +52,8 @@ int h_hlt(struct cpu *c, u32 arg)
     if (c->cpl)
         return raise_gp(c);
     c->rip = next_rip(c, arg);
+    if (c->debug & DEBUG_STEP) /* a debug exception ends the halt state at once */
+        return H_REDIRECT;
     c->halted = 1;
     return check_events(c);
 }
@@ -81,7 +65,7 @@ int h_pushf(struct cpu *c, u32 arg)
     int r;
     if (c->mode & MODE_VM86 && !(c->mode & MODE_IOPL))
         return raise_gp(c);
-    if ((r = push(c, &s, size, get_eflags(c) & ~(u64)(F_RF | F_VM))))
+    if ((r = push(c, &s, size, get_eflags(c) & ~(u64)F_VM)))
         return raise_fault(c, r);
     set_sp(c, &s);
     return H_CONTINUE;
@@ -138,13 +122,12 @@ int h_stac(struct cpu *c, u32 arg) { (void)arg; return set_ac(c, F_AC); }
 
 /* ---- for Python: H_CONTINUE, H_REDIRECT or H_EXIT unless said otherwise ---- */
 
-EXPORT u64 tcg_get_eflags(struct cpu *c) { return get_eflags(c); }
+EXPORT u64 tcg_get_eflags(struct cpu *c) { return get_eflags(c) | (c->debug & DEBUG_RF ? F_RF : 0); }
 EXPORT void tcg_set_eflags(struct cpu *c, u64 value) { set_eflags(c, value); }
 EXPORT void tcg_update_mode(struct cpu *c) { update_mode(c); }
 EXPORT int tcg_check_events(struct cpu *c) { return check_events(c); }
-EXPORT int tcg_helper(struct cpu *c, u32 arg) { return helper_call(c, arg); }
+EXPORT int tcg_helper(struct cpu *c, u32 arg) { return helpers[arg & 0xff](c, arg); }
 EXPORT int tcg_raise(struct cpu *c, u32 vector, u32 has_error, u32 error) { return raise(c, vector, has_error, error); }
-EXPORT int tcg_single_step(struct cpu *c) { return single_step(c); }
 
 EXPORT int tcg_deliver_interrupt(struct cpu *c, u32 vector)
 {

@@ -10,7 +10,8 @@
     HELPER(RAISE, h_raise)           /* imm: vector | 0x100 if it has an error code (which is 0) */ \
     HELPER(FPU_OFF, h_fpu_off)       /* imm: FPU_*; the exception of an instruction whose unit is off, if it is */ \
     HELPER(EMULATE, h_emulate)       /* leave with R_EMULATE */ \
-    HELPER(STEP, h_step)             /* the single-step trap; imm nothing, length 0, called at the next instruction */ \
+    HELPER(BEGIN, h_begin)           /* MODE_STEP: before each instruction; length 0 */ \
+    HELPER(SHADOW, h_shadow)         /* imm: SHADOW_*; behind an instruction whose next one is in another block; length 0 */ \
     HELPER(SINGLE, h_single)         /* the end of a single (see R_SLOW_WRITE): leave with R_SINGLE */ \
     HELPER(CLI, h_cli) \
     HELPER(STI, h_sti) \
@@ -29,7 +30,7 @@
     HELPER(SYSCALL, h_syscall) \
     HELPER(SYSRET, h_sysret)         /* imm: 1 = REX.W */ \
     HELPER(SYSENTER, h_sysenter) \
-    HELPER(SYSEXIT, h_sysexit)       /* imm: 1 = REX.W */ \
+    HELPER(SYSEXIT, h_sysexit) \
     HELPER(SWAPGS, h_swapgs) \
     HELPER(FAR_JMP, h_far_jmp)       /* imm: size; info[0] = selector, info[1] = offset */ \
     HELPER(FAR_CALL, h_far_call)     /* likewise */ \
@@ -77,6 +78,7 @@
     HELPER(ENTER, h_enter)           /* imm: size; info[0] = bytes | level << 16 */ \
     HELPER(BOUND, h_bound)           /* imm: reg | size << 4; info[0] = linear address */ \
     HELPER(XLAT, h_xlat)             /* imm: address size | segment << 4; info[1] = segment base */ \
+    HELPER(SALC, h_salc) \
     HELPER(AAA, h_aaa) \
     HELPER(AAS, h_aas) \
     HELPER(DAA, h_daa) \
@@ -99,6 +101,4 @@ HELPERS
 #undef HELPER
 
 extern int (*const helpers[])(struct cpu *c, u32 arg);
-/* Call one as translated code does: with TF set, an instruction that redirects ends in the single-step trap. */
-int helper_call(struct cpu *c, u32 arg);
 #endif

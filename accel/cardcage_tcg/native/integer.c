@@ -88,6 +88,14 @@ int h_xlat(struct cpu *c, u32 arg)
     return H_CONTINUE;
 }
 
+/* AL becomes CF; no manual of Intel's names it, AMD's calls it SALC (APM vol. 3, table A-1, opcode D6). */
+int h_salc(struct cpu *c, u32 arg)
+{
+    (void)arg;
+    set_reg(c, RAX, 1, c->fl & F_CF << 8 ? 0xff : 0);
+    return H_CONTINUE;
+}
+
 /* ---- BCD ---- */
 
 static void bcd_flags(struct cpu *c, u32 al, u32 cf, u32 af)

@@ -46,6 +46,7 @@ struct site {
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
 enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64, T_BORROWED = 128 };
 enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23 };  /* beside the mode in a template's and a block's key */
+static inline u32 template_key(u32 mode) { return mode & ~(u32)MODE_STEP; } /* a template does not depend on it */
 enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
@@ -114,7 +115,6 @@ extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
 int native_signal(struct cpu *c);
 void jc_flush_one(struct cpu *c, u32 m);
-int single_step(struct cpu *c);
 void cross_unlink(struct vm *vm);
 int cross_reaches(const struct vm *vm, u64 linear);
 u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);

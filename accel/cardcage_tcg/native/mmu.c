@@ -581,7 +581,7 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         if (is_apic(c, phys)) {
             resume_at(c, ret, RESUME_AFTER);
             int action = apic_write(c, (u32)phys & 0xff0, (u32)value);
-            if (action == H_CONTINUE && c->poll && !(c->mode & MODE_TF))
+            if (action == H_CONTINUE && c->poll)
                 action = H_REDIRECT; /* an interrupt that it lets in comes right after it */
             if (action == H_CONTINUE)
                 c->resume = 0;

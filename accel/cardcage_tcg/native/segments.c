@@ -84,8 +84,15 @@ done:
 
 /* ---- helpers ---- */
 
-/* The end of a helper after which the mode may be another. */
-static int finish(struct cpu *c, u32 arg, u32 old_mode) { return old_mode == c->mode ? H_CONTINUE : redirect(c, arg); }
+/* The end of a helper that loaded segment register n, after which the mode may be another. */
+static int finish(struct cpu *c, u32 arg, u32 n, u32 old_mode)
+{
+    if (old_mode == c->mode && !(c->mode & MODE_STEP))
+        return H_CONTINUE; /* the next instruction is in the same block, or h_shadow() is called */
+    if (n == SS)
+        set_shadow(c, SHADOW_SS);
+    return redirect(c, arg);
+}
 
 static int load_next(struct cpu *c, u32 arg, u32 n, u32 sel)
 {
@@ -95,7 +102,7 @@ static int load_next(struct cpu *c, u32 arg, u32 n, u32 sel)
         return raise_ud(c);
     if (r)
         return raise_fault(c, r);
-    return finish(c, arg, mode);
+    return finish(c, arg, n, mode);
 }
 
 int h_load_sreg(struct cpu *c, u32 arg) { return load_next(c, arg, ARG_IMM(arg) & 7, (u32)c->info[0]); }
@@ -112,7 +119,7 @@ int h_pop_sreg(struct cpu *c, u32 arg)
     if (r)
         return raise_ud(c);
     set_sp(c, &s);
-    return finish(c, arg, mode);
+    return finish(c, arg, n, mode);
 }
 
 /* LDS, LES, LSS, LFS, LGS: info[0] = selector, info[1] = offset. */
@@ -124,7 +131,7 @@ int h_load_far(struct cpu *c, u32 arg)
     if (r)
         return raise_fault(c, r);
     set_reg(c, imm >> 4 & 15, imm >> 8 & 15, offset);
-    return finish(c, arg, mode);
+    return finish(c, arg, ES, mode); /* LSS holds nothing back */
 }
 
 static int system_segment(struct cpu *c, u32 n, u32 sel)

@@ -203,13 +203,14 @@ int h_string(struct cpu *c, u32 arg)
     s.lmask = linear_mask(c);
     s.source_base = seg == FS ? c->fsbase : seg == GS ? c->gsbase : c->mode & MODE_64 ? 0 : c->segbase[seg];
     s.dest_base = c->mode & MODE_64 ? 0 : c->segbase[ES];
+    u64 flags = c->fl; /* stay until the last iteration (SDM vol. 2, CMPS) */
 
     for (;;) {
         u64 count = s.rep ? c->gpr[RCX] & s.amask : 1, n = count, more, off;
         u64 source = 0, dest = 0, done;
         if (!count)
             return H_CONTINUE;
-        if (c->eflags & F_TF)
+        if (c->mode & MODE_STEP)
             n = 1;
         if (has_source(&s)) {
             off = c->gpr[RSI] & s.amask;
@@ -226,8 +227,10 @@ int h_string(struct cpu *c, u32 arg)
         done = n ? fast(c, &s, source, dest, n) : 0;
         if (!done) {
             int r = slow(c, &s, seg, source, dest);
-            if (r)
+            if (r) {
+                c->fl = flags;
                 return memory_fault(c, arg, r);
+            }
             done = 1;
         }
         more = s.back ? -done * s.size : done * s.size;
@@ -240,7 +243,10 @@ int h_string(struct cpu *c, u32 arg)
         set_reg(c, RCX, s.asize, c->gpr[RCX] - done);
         if (count == done || ((s.op == STRING_CMPS || s.op == STRING_SCAS) && !(c->fl & F_ZF << 8) == (s.rep == 1)))
             return H_CONTINUE;
-        if (c->poll || c->eflags & F_TF)
-            return H_REDIRECT; /* the rest after the interrupt, from the same instruction */
+        if (c->poll || c->mode & MODE_STEP) {
+            c->fl = flags;
+            c->debug |= DEBUG_RF; /* the rest after the interrupt or trap, from the same instruction */
+            return H_REDIRECT;
+        }
     }
 }

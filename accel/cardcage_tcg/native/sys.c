@@ -10,7 +10,7 @@ u64 get_eflags(struct cpu *c)
 
 void set_eflags(struct cpu *c, u64 value)
 {
-    /* RF lasts for one instruction and only masks code breakpoints, which do not exist here: it is never kept. */
+    c->debug = (c->debug & ~(u32)DEBUG_RF) | (value & F_RF ? DEBUG_RF : 0);
     c->fl = (((value & 0xd5) | 2) << 8) | ((value >> 11) & 1);
     c->eflags = (value & FLAGS_SYSTEM) | 2;
     if ((value & F_IF) && c->irq_pending)
@@ -65,8 +65,8 @@ void update_mode(struct cpu *c)
         m |= MODE_NOSSE;
     if (!(c->cr4 & CR4_OSXSAVE) || (c->guest_xcr0 & 6) != 6)
         m |= MODE_NOAVX;
-    if (c->eflags & F_TF)
-        m |= MODE_TF;
+    if (c->eflags & F_TF || c->shadow)
+        m |= MODE_STEP;
     if (vm)
         m |= MODE_VM86;
     else if (pe)
@@ -84,6 +84,15 @@ void update_mode(struct cpu *c)
     c->gsbase = c->seg[GS].base;
     if (unlikely(c->smap_open) && !(c->eflags & F_AC))
         smap_close(c);
+}
+
+/* Interrupts wait until the next instruction is done, after MOV SS and POP SS debug exceptions, too. */
+void set_shadow(struct cpu *c, u32 kind)
+{
+    if (kind == SHADOW_SS && c->debug & DEBUG_BEHIND_SS)
+        return; /* of several in a row only the first one does (SDM vol. 3, 6.8.3) */
+    c->shadow = kind;
+    update_mode(c);
 }
 
 /* ---- memory with supervisor rights, and stacks ---- */
@@ -284,11 +293,8 @@ static int events(struct cpu *c)
     }
     if (c->startup)
         return -1;
-    if (c->shadow) {
-        c->shadow = 0;
-        c->poll = 1;
-        return -1;
-    }
+    if (c->shadow && !c->halted)
+        return -1; /* h_begin() of the next instruction ends it, and polls again */
     if (__atomic_load_n(&l->nmi, __ATOMIC_SEQ_CST) && !c->nmi_blocked) {
         __atomic_sub_fetch(&l->nmi, 1, __ATOMIC_SEQ_CST); /* others only add; the next one waits for IRET */
         c->poll = 1;

@@ -16,7 +16,7 @@ enum { EVENT_EXCEPTION, EVENT_SOFT, EVENT_EXTERNAL, EVENT_INT1 };
 enum { FAR_JMP, FAR_CALL, FAR_RET, FAR_IRET };
 enum { ATTR_A = 1, ATTR_RW = 2, ATTR_CONFORMING = 4, ATTR_CODE = 8, ATTR_S = 16, ATTR_P = 128, ATTR_L = 0x200, ATTR_DB = 0x400 };
 #define BAD_SELECTOR (-2) /* descriptor(): outside its table */
-#define FLAGS_SYSTEM 0x3e7702ul /* in cpu.eflags: ID VIP VIF AC VM NT IOPL DF IF TF; RF is never kept */
+#define FLAGS_SYSTEM 0x3e7702ul /* in cpu.eflags: ID VIP VIF AC VM NT IOPL DF IF TF; RF is in cpu.debug */
 
 struct stack {
     u64 sp, base, mask; /* mask: of the stack pointer, ~0 for 64-bit stacks */
@@ -81,6 +81,7 @@ int sys_write(struct cpu *c, u64 linear, const void *from, u32 size);   /* super
 int check_segment(struct cpu *c, int n, u64 off, u64 size, int write);  /* of a 16- or 32-bit mode's segment */
 struct stack current_stack(const struct cpu *c);
 struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error);
+void set_shadow(struct cpu *c, u32 kind);
 int probe_stack(struct cpu *c, const struct stack *s);
 int push(struct cpu *c, struct stack *s, u32 size, u64 value);
 int pop(struct cpu *c, struct stack *s, u32 size, u64 *value);
@@ -90,7 +91,6 @@ int tss_stack64(struct cpu *c, u32 offset, u32 ext, u64 *sp);
 void null_segment(struct cpu *c, int n);
 void real_segment(struct cpu *c, int n, u32 sel);
 int dispatch(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 kind, u64 ret);
-int single_step(struct cpu *c);
 /* segments.c */
 int descriptor(struct cpu *c, u32 sel, u64 *desc, u64 *at);
 int mark_accessed(struct cpu *c, u64 *desc, u64 at);

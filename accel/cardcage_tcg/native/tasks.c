@@ -112,7 +112,7 @@ static int task_ldt(struct cpu *c, u32 sel)
 int task_switch(struct cpu *c, u32 sel, u32 source, u64 next, u32 ext, u32 has_error, u32 error)
 {
     u32 code = (sel & 0xfffc) | ext, vector = source == TASK_IRET ? EX_TS : EX_GP, type, wide, old_sel = c->seg[TR].sel, cpl;
-    u64 desc, at, old_at, flags = get_eflags(c) & ~(u64)F_RF;
+    u64 desc, at, old_at, flags = get_eflags(c);
     u8 image[TSS32_SIZE];
     struct task t;
     int r;
@@ -162,6 +162,7 @@ int task_switch(struct cpu *c, u32 sel, u32 source, u64 next, u32 ext, u32 has_e
         c->cr3 = t.cr3;
         tlb_flush(c, 0);
     }
+    c->dr[7] &= ~0x155ul; /* local breakpoints are the old task's */
     c->rip = t.eip;
     set_eflags(c, wide ? t.eflags : (get_eflags(c) & ~0xfffful) | t.eflags);
     for (u32 i = 0; i < 8; i++)
@@ -178,6 +179,7 @@ int task_switch(struct cpu *c, u32 sel, u32 source, u64 next, u32 ext, u32 has_e
             if ((r = task_segment(c, order[i], (u32)t.sel[order[i]], cpl)))
                 return r;
     }
+    c->debug |= wide && image[0x64] & 1 ? DEBUG_TASK : 0;
     update_mode(c);
     if (has_error) {
         struct stack s = current_stack(c);

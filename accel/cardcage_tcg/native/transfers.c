@@ -2,7 +2,7 @@
 #include "sys.h"
 #include "helpers.h"
 
-#define FLAGS_IRET (F_ARITH | F_TF | F_DF | F_NT) /* restored at every privilege; RF is not kept, see set_eflags() */
+#define FLAGS_IRET (F_ARITH | F_TF | F_DF | F_NT) /* restored at every privilege */
 
 /* Leave the segments that the new privilege level may not use. */
 static void drop_segments(struct cpu *c, u32 cpl)
@@ -175,7 +175,7 @@ static u64 iret_mask(const struct cpu *c, u32 size)
 {
     u64 mask = FLAGS_IRET;
     if (size > 2)
-        mask |= F_AC | F_ID;
+        mask |= F_AC | F_ID | F_RF;
     if (c->cpl <= (c->eflags & F_IOPL) >> 12)
         mask |= F_IF;
     if (c->cpl == 0)
@@ -382,9 +382,13 @@ static void fixed_segments(struct cpu *c, u32 cs, u32 ss, u32 cpl, int code64)
     c->seg[SS] = (struct seg){0, 0xffffffff, (u16)((ss & 0xfffc) | cpl), (u16)(0xc93 | cpl << 5)};
 }
 
+/* SYSCALL and SYSRET trap when TF is set after them, unlike other instructions, which trap when it was set before: so SFMASK keeps
+ * the kernel from being stepped (XSA-204; Linux, arch/x86/entry/entry_64.S). */
+static void step_by_new_flags(struct cpu *c) { c->debug = (c->debug & ~(u32)DEBUG_STEP) | (c->eflags & F_TF ? DEBUG_STEP : 0); }
+
 int h_syscall(struct cpu *c, u32 arg)
 {
-    u64 flags = get_eflags(c) & ~(u64)F_RF, next = next_rip(c, arg);
+    u64 flags = get_eflags(c), next = next_rip(c, arg);
     u32 cs = (u16)(c->star >> 32);
     if (!(c->efer & EFER_SCE) || !(c->mode & MODE_PE))
         return raise_ud(c);
@@ -400,6 +404,7 @@ int h_syscall(struct cpu *c, u32 arg)
         fixed_segments(c, cs, cs + 8, 0, 0);
         set_eflags(c, flags & ~(u64)(F_IF | F_VM));
     }
+    step_by_new_flags(c);
     update_mode(c);
     return H_REDIRECT;
 }
@@ -416,6 +421,7 @@ int h_sysret(struct cpu *c, u32 arg)
         set_eflags(c, (c->gpr[11] & 0x3c7fd7) | 2);
     else
         set_eflags(c, get_eflags(c) | F_IF);
+    step_by_new_flags(c);
     c->rip = wide ? c->gpr[RCX] : (u32)c->gpr[RCX];
     fixed_segments(c, wide ? base + 16 : base, base + 8, 3, (int)wide);
     update_mode(c);
@@ -426,25 +432,29 @@ int h_sysenter(struct cpu *c, u32 arg)
 {
     u32 cs = (u32)c->sysenter_cs & 0xfffc;
     (void)arg;
+    if (long_mode(c)) /* as an AMD processor, which CPUID says it is: kernels there are not ready for it (APM vol. 3, SYSENTER) */
+        return raise_ud(c);
     if (!(c->cr0 & CR0_PE) || !cs)
         return raise_gp(c);
-    c->eflags &= ~(u64)(F_VM | F_IF | F_RF);
-    c->rip = long_mode(c) ? c->sysenter_eip : (u32)c->sysenter_eip;
-    c->gpr[RSP] = long_mode(c) ? c->sysenter_esp : (u32)c->sysenter_esp;
-    fixed_segments(c, cs, cs + 8, 0, long_mode(c));
+    c->eflags &= ~(u64)(F_VM | F_IF);
+    c->rip = (u32)c->sysenter_eip;
+    c->gpr[RSP] = (u32)c->sysenter_esp;
+    fixed_segments(c, cs, cs + 8, 0, 0);
     update_mode(c);
     return H_REDIRECT;
 }
 
-/* imm bit 0: REX.W. */
 int h_sysexit(struct cpu *c, u32 arg)
 {
-    u32 wide = ARG_IMM(arg) & 1, cs = (u32)c->sysenter_cs & 0xfffc;
-    if (!(c->mode & MODE_PE) || !cs || c->cpl || (wide && (!canonical(c->gpr[RDX]) || !canonical(c->gpr[RCX]))))
+    u32 cs = (u32)c->sysenter_cs & 0xfffc;
+    (void)arg;
+    if (long_mode(c))
+        return raise_ud(c);
+    if (!(c->mode & MODE_PE) || !cs || c->cpl)
         return raise_gp(c);
-    c->rip = wide ? c->gpr[RDX] : (u32)c->gpr[RDX];
-    c->gpr[RSP] = wide ? c->gpr[RCX] : (u32)c->gpr[RCX];
-    fixed_segments(c, cs + (wide ? 32 : 16), cs + (wide ? 40 : 24), 3, (int)wide);
+    c->rip = (u32)c->gpr[RDX];
+    c->gpr[RSP] = (u32)c->gpr[RCX];
+    fixed_segments(c, cs + 16, cs + 24, 3, 0);
     update_mode(c);
     return H_REDIRECT;
 }

@@ -100,10 +100,13 @@ void world_leave(struct cpu *c)
         futex_wake(&c->in_native);
 }
 
-/* Nested stops count up; a vCPU's own thread may stop the others from outside native code. */
+/* Stop the others, from outside native code, also on a vCPU's own thread. One stops at a time: what it changes (slots, which pages are
+ * watched) nobody else does meanwhile. */
 EXPORTED void tcg_stop_world(struct vm *vm)
 {
-    __atomic_fetch_add(&vm->stopping, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_exchange_n(&vm->stopper, 1, __ATOMIC_SEQ_CST))
+        futex_wait(&vm->stopper, 1, ~0ul);
+    __atomic_store_n(&vm->stopping, 1, __ATOMIC_SEQ_CST);
     for (u32 i = 0; i < vm->ncpus; i++) {
         struct cpu *c = vm->cpus[i];
         if (!c)
@@ -120,8 +123,10 @@ EXPORTED void tcg_stop_world(struct vm *vm)
 
 EXPORTED void tcg_start_world(struct vm *vm)
 {
-    if (__atomic_sub_fetch(&vm->stopping, 1, __ATOMIC_SEQ_CST) == 0)
-        futex_wake(&vm->stopping);
+    __atomic_store_n(&vm->stopping, 0, __ATOMIC_SEQ_CST);
+    futex_wake(&vm->stopping);
+    __atomic_store_n(&vm->stopper, 0, __ATOMIC_SEQ_CST);
+    futex_wake(&vm->stopper);
 }
 
 /* ---- the timer thread: one for each VM, never in need of the GIL ---- */
