@@ -351,11 +351,13 @@ class Emulator:
         size, port = NUMBER[ins.op0_register][1], self._port(ins, 1)
         self._allowed(port, size)
         self.set_number(0, size, ops.pio_read(port, size))
+        self.cpu.met_port(port, size)
 
     def _out(self, ins: Instruction, ops: Ops) -> None:
         size, port = NUMBER[ins.op1_register][1], self._port(ins, 0)
         self._allowed(port, size)
         self.cpu.port_write(ops, port, size, self.cpu.gpr(0) & ((1 << size * 8) - 1))
+        self.cpu.met_port(port, size)
 
     def _ins(self, ins: Instruction, ops: Ops) -> None:
         size, mask, step = self._string(ins)
@@ -365,6 +367,7 @@ class Emulator:
             linear = self.linear(R.ES, self.cpu.gpr(7) & mask)
             self.cpu.probe_write(linear, size)  # a fault must come before the port is read
             self.store(linear, size, ops.pio_read(port, size), ops)
+            self.cpu.met_port(port, size)
             self._advance(7, mask, step)
             self._again(ins, mask)
 
@@ -375,6 +378,7 @@ class Emulator:
             self._allowed(port, size)
             value = self.load(self.linear(ins.memory_segment, self.cpu.gpr(6) & mask), size, ops)
             self.cpu.port_write(ops, port, size, value)
+            self.cpu.met_port(port, size)
             self._advance(6, mask, step)
             self._again(ins, mask)
 

@@ -174,6 +174,7 @@ class TcgVCpu:
         self.words[L.RESUME // 8] = 0
         if single and self.words[L.SINGLE_SIZE // 8]:
             self.words[L.SINGLE_SIZE // 8] = 0  # nothing was done yet, and there may be other memory: from its start
+            self.halves[L.DEBUG // 4] &= L.DEBUG_RF
             return
         try:
             if not single:
@@ -295,6 +296,11 @@ class TcgVCpu:
         """Deliver an exception at the present RIP."""
         with self.vm.lock:
             self.native.raise_(self.pointer, vector, error is not None, error or 0)
+
+    def met_port(self, port: int, size: int) -> None:
+        """Ports were accessed: an I/O breakpoint there traps after the instruction."""
+        if self.halves[L.ARMED // 4] & L.ARMED_PORT:
+            self.native.debug_port(self.pointer, port, size)
 
     def goes_on(self) -> None:
         """The instruction at RIP is in the midst of its iterations: its restart hits no code breakpoint."""

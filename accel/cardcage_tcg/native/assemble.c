@@ -715,7 +715,10 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what)
         c->info[3] = missing - 1;
         return TRANSLATE_MISSING;
     }
-    return what == MAKE_BLOCK ? install(c, b, image.out.code, data) : put_block(vm, b, image.out.code);
+    if (what == MAKE_BLOCK)
+        return install(c, b, image.out.code, data);
+    b->mode |= KEY_SINGLE; /* no chain leads to it */
+    return put_block(vm, b, image.out.code);
 }
 
 /* For Python: a block at cpu->rip for one run (MAKE_*). */

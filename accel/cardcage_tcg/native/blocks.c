@@ -231,10 +231,9 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
     if (action != H_CONTINUE)
         return action;
     int gone = generation != c->vm->generation; /* it waited, and others forgot the code that called it */
-    if (likely(!gone && !c->code_hit))
-        return H_CONTINUE;
+    int ends = gone || (c->code_hit && !b->valid) || (c->debug & DEBUG_HITS && !(b->mode & MODE_STEP)); /* a step ends anyway */
     c->code_hit = 0;
-    if (!gone && b->valid)
+    if (likely(!ends))
         return H_CONTINUE;
     c->rip = next;
     return H_REDIRECT;

@@ -30,7 +30,7 @@ LINK = (
     "-Wl,--hash-style=gnu",
     "-Wl,-s",
 )
-PREFIXES = "MODE DEBUG SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+PREFIXES = "MODE DEBUG ARMED SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
 CONSTANTS = re.compile(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b")
 STRUCTS = {
     "cpu": "",

@@ -166,8 +166,7 @@ static int debug_register(struct cpu *c, u32 *n, int *action)
         return -1;
     }
     if (c->dr[7] & 0x2000) {
-        c->dr[6] |= 0x2000;
-        *action = raise(c, EX_DB, 0, 0);
+        *action = debug_raise(c, DR6_BD);
         return -1;
     }
     if (*n == 4 || *n == 5)
@@ -198,7 +197,11 @@ int h_mov_to_dr(struct cpu *c, u32 arg)
         value = n == 6 ? (value & 0xe00f) | 0xffff0ff0 : (value & 0xffff2bff) | 0x400;
     }
     c->dr[n] = value;
-    return H_CONTINUE;
+    update_mode(c);
+    for (u32 i = 0; i < 4; i++)
+        if (c->armed >> i & 1)
+            tlb_flush_page(c, c->dr[i]);
+    return redirect(c, arg);
 }
 
 /* info[0] = linear address. */

@@ -62,8 +62,11 @@ enum {
 };
 
 enum { SHADOW_STI = 1, SHADOW_SS = 2 };
-/* cpu.debug: RFLAGS.RF; a trap is due for TF, for the T bit of a TSS; the instruction follows a MOV SS. */
-enum { DEBUG_RF = 1, DEBUG_STEP = 2, DEBUG_TASK = 4, DEBUG_BEHIND_SS = 8 };
+/* cpu.debug: RFLAGS.RF; a trap is due for TF, for the T bit of a TSS; the instruction follows a MOV SS; data or I/O breakpoints that
+ * were met, a bit each; those that a MOV SS met, which wait for the next instruction. */
+enum { DEBUG_RF = 1, DEBUG_STEP = 2, DEBUG_TASK = 4, DEBUG_BEHIND_SS = 8, DEBUG_HIT = 16, DEBUG_HITS = 15 << 4, DEBUG_HELD = 15 << 8 };
+/* cpu.armed: the breakpoints that DR7 enables, by what they are for. */
+enum { ARMED_DATA = 15, ARMED_CODE = 15 << 4, ARMED_PORT = 15 << 8 };
 
 /* ---- why native code came back (cpu.reason) ---- */
 enum {
@@ -168,6 +171,7 @@ struct cpu {
     u64 pending;          /* what a device answered at this address waits in `bounce` for RESUME_AGAIN; pending_size 0: nothing does */
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
     u32 debug;            /* DEBUG_*: RF, and what traps when the present instruction is done */
+    u32 armed, once;      /* ARMED_*; the next instruction runs in MODE_STEP */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
@@ -265,6 +269,12 @@ void set_eflags(struct cpu *c, u64 value);  /* whole; IF going up copies irq_pen
 int check_events(struct cpu *c);        /* at a poll: NMI, INIT, interrupts, kicks, stop requests: H_REDIRECT (go on at rip), H_EXIT */
 /* ---- debug.c ---- */
 int debug_trap(struct cpu *c);          /* between two instructions, cpu.debug not 0: the trap that is due, as H_* */
+u32 debug_armed(const struct cpu *c);
+/* With cpu.armed & ARMED_DATA: what data breakpoints an access meets, as a mask; the same, and they trap after the instruction;
+ * whether a page has some, so that no soft TLB may have it. */
+u32 debug_match(const struct cpu *c, u64 linear, u64 size, int write);
+u32 debug_access(struct cpu *c, u64 linear, u64 size, int write);
+int debug_page(const struct cpu *c, u64 linear, int write);
 /* ---- apic.c ---- */
 int apic_read(struct cpu *c, u32 offset, u32 *value);          /* offset in the page; 0 = ok */
 int apic_write(struct cpu *c, u32 offset, u32 value);          /* H_CONTINUE, or H_EXIT with R_EOI */

@@ -58,7 +58,7 @@ EXPORTED int tcg_ring_bell(struct vm *vm, u32 pio, u64 address, u32 size, u64 va
 int h_out(struct cpu *c, u32 arg)
 {
     u32 imm = ARG_IMM(arg), size = 1u << (imm & 3), port = imm & 4 ? imm >> 3 & 0xff : (u32)c->gpr[RDX] & 0xffff;
-    if (c->vm->bells && c->mode & MODE_IOPL && !(c->mode & MODE_VM86)) {
+    if (c->vm->bells && !(c->armed & ARMED_PORT) && c->mode & MODE_IOPL && !(c->mode & MODE_VM86)) {
         u64 value = c->gpr[RAX] & (size == 4 ? 0xffffffff : (1u << size * 8) - 1);
         if (ring_bell(c->vm, 1, port, size, value))
             return H_CONTINUE;

@@ -52,7 +52,7 @@ int h_hlt(struct cpu *c, u32 arg)
     if (c->cpl)
         return raise_gp(c);
     c->rip = next_rip(c, arg);
-    if (c->debug & DEBUG_STEP) /* a debug exception ends the halt state at once */
+    if (c->debug & (DEBUG_STEP | DEBUG_HELD)) /* a debug exception ends the halt state at once */
         return H_REDIRECT;
     c->halted = 1;
     return check_events(c);

@@ -343,7 +343,7 @@ void tlb_unwrite(struct cpu *c, u64 host_page)
 
 /* ---- slow paths of translated accesses ---- */
 
-enum { ABORT_RAISE, ABORT_EXIT };
+enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY };
 
 static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
 static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ? EX_SS : EX_GP; }
@@ -411,6 +411,8 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
     }
     struct page *info = &(*slot)->pages[(*phys - (*slot)->gpa) >> 12];
     u32 which = c->cpl == 3, fills = user == (int)which && c->in_native; /* Python's accesses may run while tcg_watch does */
+    if (unlikely(c->armed & ARMED_DATA) && debug_page(c, linear, write))
+        fills = 0; /* each access comes here */
     if (!which && fills && writable & PAGE_USER && c->cr4 & CR4_SMAP)
         c->smap_open = 1;
     if (!write) {
@@ -460,6 +462,11 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, vector_of(a, vector), ABORT_RAISE);
+    if (unlikely(c->armed & ARMED_DATA) && debug_access(c, linear, a->size, 0) && !(b->mode & (MODE_STEP | KEY_SINGLE))) {
+        c->once = 1; /* nothing was done yet: again, alone, so that the trap is right behind it */
+        update_mode(c);
+        return give_up(c, 0, ABORT_RETRY);
+    }
     phys |= linear & 0xfff;
     u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) {
@@ -523,7 +530,8 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
         vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot);
         if (vector)
             return give_up(c, vector_of(a, vector), ABORT_RAISE);
-    } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys))) {
+    } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys)) &&
+               !(unlikely(c->armed & ARMED_DATA) && debug_match(c, linear, a->size, 1))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
         __atomic_store_n(&c->rmw, (phys & ~0xffful) | 1, __ATOMIC_SEQ_CST); /* first: install() marks the page before it looks at this */
         u64 code = __atomic_load_n(&p->code, __ATOMIC_SEQ_CST);
@@ -532,6 +540,8 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
         if (!(code & touched))
             return (u64)host + (linear & 0xfff);
     }
+    if (unlikely(c->armed & ARMED_DATA))
+        debug_access(c, linear, a->size, 1);
     c->reason = R_SLOW_WRITE;
     c->info[0] = linear, c->info[1] = a->size;
     return give_up(c, 0, ABORT_EXIT);
@@ -541,6 +551,10 @@ int native_abort(struct cpu *c)
 {
     if (c->abort_kind == ABORT_EXIT)
         return H_EXIT;
+    if (c->abort_kind == ABORT_RETRY) {
+        c->debug &= ~(u32)DEBUG_HITS;
+        return H_REDIRECT;
+    }
     u32 vector = (u32)c->scratch[2];
     return raise(c, (u32)vector, 1, vector == EX_PF ? (u32)c->scratch[3] : 0);
 }
@@ -559,7 +573,7 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return raise(c, bad_vector(a), 1, 0);
-    u32 at = (u32)(linear & 0xfff);
+    u32 at = (u32)(linear & 0xfff), met = unlikely(c->armed & ARMED_DATA) ? debug_access(c, linear, a->size, 1) : 0;
     if (likely(at + a->size <= 4096)) {
         int vector = data_page(c, linear, 1, c->cpl == 3, &phys, &host, &slot);
         if (vector)
@@ -585,7 +599,9 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
                 action = H_REDIRECT; /* an interrupt that it lets in comes right after it */
             if (action == H_CONTINUE)
                 c->resume = 0;
-            if (action == H_REDIRECT) {
+            if (action == H_CONTINUE && met)
+                goto done;
+            if (action == H_REDIRECT || met) {
                 c->resume = 0;
                 c->rip = c->next_rip;
             }
@@ -593,11 +609,15 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         }
         value = a->size == 8 ? value : value & ((1ul << a->size * 8) - 1);
         if (c->vm->bells && ring_bell(c->vm, 0, phys, a->size, value))
-            return H_CONTINUE;
+            goto done;
         c->reason = R_MMIO_WRITE;
         c->info[0] = phys, c->info[1] = a->size;
         c->info[2] = value;
         resume_at(c, ret, RESUME_AFTER);
+        if (unlikely(met)) { /* the trap comes before the next instruction */
+            c->resume = 0;
+            c->rip = c->next_rip;
+        }
         return H_EXIT;
     }
     int vector = vwrite(c, linear, &value, a->size, c->cpl == 3);
@@ -615,6 +635,10 @@ done:
             c->rip = rip_after(c, a->length);
             return H_REDIRECT;
         }
+    }
+    if (unlikely(met)) {
+        c->rip = rip_after(c, a->length);
+        return H_REDIRECT;
     }
     return H_CONTINUE;
 }
@@ -639,6 +663,8 @@ u64 linear_host(struct cpu *c, u64 linear, int write)
     if (!host || (write && (slot->readonly || slot->pages[(phys - slot->gpa) >> 12].code)))
         return 0;
     if (unlikely(c->vm->watched) && is_watched(c->vm, phys))
+        return 0;
+    if (unlikely(c->armed & ARMED_DATA) && debug_page(c, linear, write))
         return 0;
     return (u64)host + (linear & 0xfff);
 }
@@ -704,8 +730,24 @@ int vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user)
     return vaccess(c, linear, (u8 *)(u64)from, size, user, 1);
 }
 
-EXPORTED int tcg_vread(struct cpu *c, u64 linear, void *to, u32 size, int user) { return vread(c, linear, to, size, user); }
-EXPORTED int tcg_vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user) { return vwrite(c, linear, from, size, user); }
+/* What the instruction at hand accesses, with its privilege, meets breakpoints; what the processor looks at for it does not. */
+static int met(struct cpu *c, u64 linear, u32 size, int user, int write, int result)
+{
+    if (unlikely(c->armed & ARMED_DATA) && result <= 0 && user == (c->cpl == 3))
+        debug_access(c, linear, size, write);
+    return result;
+}
+
+EXPORTED int tcg_vread(struct cpu *c, u64 linear, void *to, u32 size, int user)
+{
+    return met(c, linear, size, user, 0, vread(c, linear, to, size, user));
+}
+
+EXPORTED int tcg_vwrite(struct cpu *c, u64 linear, const void *from, u32 size, int user)
+{
+    return met(c, linear, size, user, 1, vwrite(c, linear, from, size, user));
+}
+
 EXPORTED void tcg_tlb_flush(struct cpu *c) { tlb_flush(c, 1); jc_flush(c); }
 EXPORTED int tcg_walk(struct cpu *c, u64 linear, int access, int user, u64 *phys)
 {

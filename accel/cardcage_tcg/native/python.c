@@ -36,6 +36,8 @@ EXPORTED void tcg_reset(struct cpu *c)
     c->pending_size = 0;
     c->single_size = 0;
     c->code_hit = 0;
+    c->debug &= DEBUG_RF;
+    c->once = 0;
     c->shutdown = 0;
     update_mode(c);
 }

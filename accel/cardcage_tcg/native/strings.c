@@ -22,6 +22,8 @@ static u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
     *slot = 0;
     if (host)
         return host;
+    if (unlikely(c->armed & ARMED_DATA) && debug_page(c, linear, 1))
+        return 0;
     if ((long_mode(c) && !canonical(linear)) || walk(c, linear, ACC_WRITE, c->cpl == 3, phys, &global, &writable)) {
         c->cr2 = keep, c->scratch[3] = code; /* only looked: whoever accesses it faults */
         return 0;
@@ -243,7 +245,7 @@ int h_string(struct cpu *c, u32 arg)
         set_reg(c, RCX, s.asize, c->gpr[RCX] - done);
         if (count == done || ((s.op == STRING_CMPS || s.op == STRING_SCAS) && !(c->fl & F_ZF << 8) == (s.rep == 1)))
             return H_CONTINUE;
-        if (c->poll || c->mode & MODE_STEP) {
+        if (c->poll || c->mode & MODE_STEP || c->debug & DEBUG_HITS) {
             c->fl = flags;
             c->debug |= DEBUG_RF; /* the rest after the interrupt or trap, from the same instruction */
             return H_REDIRECT;

@@ -65,7 +65,8 @@ void update_mode(struct cpu *c)
         m |= MODE_NOSSE;
     if (!(c->cr4 & CR4_OSXSAVE) || (c->guest_xcr0 & 6) != 6)
         m |= MODE_NOAVX;
-    if (c->eflags & F_TF || c->shadow)
+    c->armed = unlikely(c->dr[7] & 0xff) ? debug_armed(c) : 0;
+    if (c->eflags & F_TF || c->shadow || c->once || c->armed & ARMED_CODE)
         m |= MODE_STEP;
     if (vm)
         m |= MODE_VM86;
@@ -100,20 +101,24 @@ void set_shadow(struct cpu *c, u32 kind)
 int linear_read(struct cpu *c, u64 linear, void *to, u32 size, int user)
 {
     int r = vread(c, linear, to, size, user);
+    if (unlikely(c->armed & ARMED_DATA) && r <= 0)
+        debug_access(c, linear, size, 0);
     return r > 0 && r != EX_PF ? fault(c, r, 0) : r;
 }
 
 int linear_write(struct cpu *c, u64 linear, const void *from, u32 size, int user)
 {
     int r = vwrite(c, linear, from, size, user);
+    if (unlikely(c->armed & ARMED_DATA) && r <= 0)
+        debug_access(c, linear, size, 1);
     return r > 0 && r != EX_PF ? fault(c, r, 0) : r;
 }
 
 int sys_read(struct cpu *c, u64 linear, void *to, u32 size)
 {
-    int r = linear_read(c, linear, to, size, AS_SYSTEM);
+    int r = vread(c, linear, to, size, AS_SYSTEM); /* meets no breakpoint */
     if (r >= 0)
-        return r;
+        return r > 0 && r != EX_PF ? fault(c, r, 0) : r;
     for (u32 i = 0; i < size; i++) /* a table outside RAM: as an open bus */
         ((u8 *)to)[i] = 0xff;
     return 0;
@@ -121,8 +126,8 @@ int sys_read(struct cpu *c, u64 linear, void *to, u32 size)
 
 int sys_write(struct cpu *c, u64 linear, const void *from, u32 size)
 {
-    int r = linear_write(c, linear, from, size, AS_SYSTEM);
-    return r < 0 ? 0 : r; /* ROM and empty space drop writes */
+    int r = vwrite(c, linear, from, size, AS_SYSTEM);
+    return r < 0 ? 0 : r > 0 && r != EX_PF ? fault(c, r, 0) : r; /* ROM and empty space drop writes */
 }
 
 struct stack current_stack(const struct cpu *c)

@@ -91,6 +91,9 @@ int tss_stack64(struct cpu *c, u32 offset, u32 ext, u64 *sp);
 void null_segment(struct cpu *c, int n);
 void real_segment(struct cpu *c, int n, u32 sel);
 int dispatch(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 kind, u64 ret);
+/* debug.c */
+enum { DR6_BD = 0x2000, DR6_BS = 0x4000, DR6_BT = 0x8000 };
+int debug_raise(struct cpu *c, u64 bits);
 /* segments.c */
 int descriptor(struct cpu *c, u32 sel, u64 *desc, u64 *at);
 int mark_accessed(struct cpu *c, u64 *desc, u64 at);

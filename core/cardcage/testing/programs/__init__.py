@@ -12,7 +12,7 @@ __all__ = ["THEMES", "all_programs"]
 
 THEMES = (
     *("flow", "integer", "strings", "floating", "modes", "paging", "segments", "privilege", "exceptions"),
-    *("stepping",),
+    *("stepping", "breakpoints"),
     *("precise", "devices", "machine", "code", "stale", "processors", "interrupts", "apic", "eventfds"),
 )
 
