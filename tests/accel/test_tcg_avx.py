@@ -85,13 +85,26 @@ def _image(*, header: int = 7, reserved: int = 0, mxcsr: int = 0x1F80) -> bytes:
 @pytest.mark.parametrize("pku", [False, True])
 def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes, pku: bool) -> None:
     """XSAVE, XSAVEC and XRSTOR store, load and fault as on the real processor, with RAX and RDX kept; keys or not."""
+    _images(code, offset, mask, image, _image(), pku=pku)
+
+
+@pytest.mark.parametrize("pku", [False, True])
+@pytest.mark.parametrize("mask", [1, 2, 4, 5, 6, 7])
+@pytest.mark.parametrize("header", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("layout", [0, 1 << 63 | 7])
+def test_mxcsr_in_images(mask: int, header: int, layout: int, pku: bool) -> None:
+    """Which images and masks load MXCSR, reset it or leave it, in the standard and the compact form."""
+    _images(XRSTOR, 0x400, mask, _image(header=header, reserved=layout, mxcsr=0x1FA0), _image(mxcsr=0x3F80), pku=pku)
+
+
+def _images(code: bytes, offset: int, mask: int, image: bytes, before: bytes, *, pku: bool) -> None:
     try:
         host = Host()
     except OSError as error:
         pytest.skip(f"the real processor cannot be asked: {error}")
     guest = Guest(avx=True, pku=pku)
     general = [mask | 1 << 60, 2, mask if mask == ALL else 1 << 40, DATA + offset, DATA + 0x4400, *range(11)]
-    start = State(general, CODE, 0x202, _image())
+    start = State(general, CODE, 0x202, before)
     memory = bytearray(DATA_SIZE)
     memory[offset : offset + len(image)] = image
     try:

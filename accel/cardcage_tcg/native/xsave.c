@@ -48,8 +48,8 @@ static int probe(struct cpu *c, u64 linear, u32 size, int access)
 {
     u64 phys;
     u32 global, writable;
-    for (u64 at = linear; at < linear + size; at = (at | 0xfff) + 1) {
-        u64 here = long_mode(c) ? at : (u32)at;
+    for (u32 off = 0; off < size; off += 4096 - ((u32)(linear + off) & 0xfff)) {
+        u64 here = long_mode(c) ? linear + off : (u32)(linear + off);
         int r = long_mode(c) && !canonical(here) ? fault(c, EX_GP, 0) : walk(c, here, access, c->cpl == 3, &phys, &global, &writable);
         if (r)
             return r;
@@ -96,7 +96,10 @@ static int restore(struct cpu *c, u32 arg, u64 linear)
     if (present & ~(u64)c->guest_xcr0 || (compact && (layout & ~(COMPACT | c->guest_xcr0) || present & ~layout)))
         return raise_gp(c);
     memset(image, 0, IMAGE);
-    *(u32 *)(image + 24) = 0x1f80;
+    if (compact && !(wanted & SSE)) /* MXCSR stays; the host's XRSTOR of the standard form takes it from here for AVX, too */
+        __asm__ volatile("stmxcsr %0" : "=m"(*(u32 *)(image + 24)));
+    else
+        *(u32 *)(image + 24) = 0x1f80;
     n = pieces(p, wanted & present, layout, compact);
     for (u32 i = 0; i < n; i++)
         if ((r = linear_read(c, linear + p[i].at, image + p[i].from, p[i].size, user)))
