@@ -60,7 +60,7 @@ DECODED = {
     "sse3": "SSE3", "ssse3": "SSSE3", "sse4.1": "SSE4_1", "sse4.2": "SSE4_2", "pclmulqdq": "PCLMULQDQ",
     "aes": "AES", "sha-ni": "SHA", "avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "cx16": "CMPXCHG16B",
     "movbe": "MOVBE", "popcnt": "POPCNT", "rdrand": "RDRAND", "rdseed": "RDSEED", "adx": "ADX",
-    "bmi1": "BMI1", "bmi2": "BMI2", "pku": "PKU",
+    "bmi1": "BMI1", "bmi2": "BMI2", "pku": "PKU", "smap": "SMAP",
     "clflushopt": "CLFLUSHOPT", "clwb": "CLWB",
 }  # fmt: skip
 """What the decoder calls the instructions of a feature."""

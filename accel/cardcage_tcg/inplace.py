@@ -6,6 +6,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 from iced_x86 import (
+    CpuidFeature,
     Instruction,
     Mnemonic,
     OpKind,
@@ -87,6 +88,8 @@ class InPlace(Stack):
                 + (load32(1, L.TSC_AUX) if mnemonic == M.RDTSCP else b"")
             )  # fmt: skip
             return t
+        if not self.user and mnemonic in (M.STAC, M.CLAC) and CpuidFeature.SMAP not in self.hidden:
+            return self._access_flag(mnemonic, ins.len, t)
         found = xsave_of(ins) if self.pku and mnemonic in XSAVES else helper_of(ins, self.mode)
         if found is None:
             return None
@@ -112,6 +115,21 @@ class InPlace(Stack):
         t.clobbers = t.flags_stored = True
         t.shadow = found.shadow
         t.code = bytes(out)
+        return t
+
+    @staticmethod
+    def _access_flag(mnemonic: int, length: int, t: Template) -> Template:
+        """STAC and CLAC of ring 0; the helper is asked only when there are entries to be dropped."""
+        t.reads, t.kills = ALL_FLAGS, 0
+        t.clobbers = t.flags_stored = True
+        if mnemonic == M.STAC:
+            t.code = alu_flags(None, 1 << 18)
+            return t
+        call = b"\xbf" + pack("<I", L.HLP_CLAC | length << 8) + call_state(L.STUBS + 8 * L.STUB_HELPER)
+        out = alu_flags(~(1 << 18) & 0xFFFFFFFF, 0) + b"\x83\xbc\x24" + pack("<iB", L.SMAP_OPEN, 0)
+        out += bytes((0x74, len(call) + len(payload_nop)))  # cmp [smap_open], 0; je over
+        t.payload = len(out) + len(call) + 4
+        t.code = out + call + payload_nop
         return t
 
     def _helper_source(self, ins: Instruction, source: str, out: bytearray, t: Template) -> None:
