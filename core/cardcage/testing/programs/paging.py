@@ -449,4 +449,29 @@ four:
         ),
         emulated="it has no paging outside long mode",
     ),
+    Program(
+        "pse-36",
+        "Bits 13 to 20 of a 4 MiB entry are address bits 32 to 39; bit 21 is reserved",
+        """
+    mov dword [0x5003C], 0x2000 | 0x87          ; 60 MiB shows 4 GiB
+    invlpg [0x3C00000]
+    mov ebx, [0x3C00010]
+    mov dword [0x5003C], 0x200087
+    invlpg [0x3C00000]
+    mov dword [RESUME], over
+at_reserved:
+    mov eax, [0x3C00020]
+over:
+    mov dword [0x5003C], 0x87                   ; and now 0
+    invlpg [0x3C00000]
+    mov dword [0x61000], 0x1234
+    mov ecx, [0x3C61000]
+    done
+""",
+        start="paging32",
+        registers={"rbx": 0xFFFFFFFF, "rcx": 0x1234},
+        accesses=(("read", 0x100000010, 4, 0xFFFFFFFF),),
+        faults=(Fault(14, 9, rip="at_reserved", cr2=0x3C00020),),
+        emulated="it has no paging outside long mode",
+    ),
 )
