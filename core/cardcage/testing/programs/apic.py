@@ -28,7 +28,59 @@ def _msi_to_second(lab: Lab, value: int) -> None:
     lab.vm.signal_msi(LAPIC | 1 << 12, value)
 
 
+def _nmis_at_labels(lab: Lab) -> list[str]:
+    registers, labels = lab.state().registers, lab.code.labels
+    wanted = (
+        ("first", registers.r9, "at_sent"),
+        ("second", registers.r10, "at_sent"),
+        ("self IPI", registers.r11, "at_ipi"),
+    )
+    return [f"the {name} came at {rip:#x}, not at {at}" for name, rip, at in wanted if rip != labels[at]]
+
+
 PROGRAMS = (
+    Program(
+        "nmi-by-message",
+        "An NMI to oneself is taken after the store that sent it; of more during its handler one waits for the IRET",
+        """
+    mov ebp, LAPIC
+    mov dword [rbp + 0xF0], 0x1FF
+    set_gate 2, handler
+    set_gate 0x51, interrupt
+    xor ecx, ecx
+    mov dword [rbp + 0x310], 0
+    mov dword [rbp + 0x300], 0x4400
+at_sent:
+    mov r12d, ecx
+    sti
+    nop
+    mov dword [rbp + 0x300], 0x44051            ; to self
+at_ipi:
+    cli
+    done
+handler:
+    inc ecx
+    cmp ecx, 1
+    jne second
+    mov r9, [rsp]
+    mov dword [rbp + 0x300], 0x4400
+    mov dword [rbp + 0x300], 0x4400
+    mov dword [rbp + 0x300], 0x4400
+    mov r8d, ecx
+    iretq
+second:
+    mov r10, [rsp]
+    iretq
+interrupt:
+    mov r11, [rsp]
+    mov dword [rbp + 0xB0], 0
+    iretq
+""",
+        irqchip="split",
+        registers={"rcx": 2, "r8": 1, "r12": 2},
+        check=_nmis_at_labels,
+        emulated="interrupts wait for the end of what it emulates",
+    ),
     Program(
         "lapic-registers",
         "The local APIC shows ID, version and registers as after reset, and holds what is written",
