@@ -88,7 +88,7 @@ int h_popf(struct cpu *c, u32 arg)
     set_sp(c, &s);
     set_eflags(c, (old & ~mask) | (value & mask));
     if (!((old ^ value) & mask & (F_TF | F_IOPL | F_AC)))
-        return H_CONTINUE;
+        return c->poll ? redirect(c, arg) : H_CONTINUE; /* an interrupt that it lets in comes right after it */
     update_mode(c);
     return mode == c->mode ? H_CONTINUE : redirect(c, arg);
 }

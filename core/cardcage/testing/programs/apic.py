@@ -31,9 +31,10 @@ def _msi_to_second(lab: Lab, value: int) -> None:
 def _nmis_at_labels(lab: Lab) -> list[str]:
     registers, labels = lab.state().registers, lab.code.labels
     wanted = (
-        ("first", registers.r9, "at_sent"),
-        ("second", registers.r10, "at_sent"),
-        ("self IPI", registers.r11, "at_ipi"),
+        ("first NMI", registers.r9, "at_sent"),
+        ("second NMI", registers.r10, "at_sent"),
+        ("interrupt to self", registers.r11, "at_ipi"),
+        ("interrupt that POPF lets in", registers.r13, "at_popf"),
     )
     return [f"the {name} came at {rip:#x}, not at {at}" for name, rip, at in wanted if rip != labels[at]]
 
@@ -47,6 +48,7 @@ PROGRAMS = (
     mov dword [rbp + 0xF0], 0x1FF
     set_gate 2, handler
     set_gate 0x51, interrupt
+    set_gate 0x52, interrupt
     xor ecx, ecx
     mov dword [rbp + 0x310], 0
     mov dword [rbp + 0x300], 0x4400
@@ -57,6 +59,13 @@ at_sent:
     mov dword [rbp + 0x300], 0x44051            ; to self
 at_ipi:
     cli
+    mov dword [rbp + 0x300], 0x44052            ; waits
+    pushfq
+    or dword [rsp], 0x200
+    popfq
+at_popf:
+    cli
+    mov r14d, 7
     done
 handler:
     inc ecx
@@ -72,12 +81,13 @@ second:
     mov r10, [rsp]
     iretq
 interrupt:
-    mov r11, [rsp]
+    mov r11, r13
+    mov r13, [rsp]
     mov dword [rbp + 0xB0], 0
     iretq
 """,
         irqchip="split",
-        registers={"rcx": 2, "r8": 1, "r12": 2},
+        registers={"rcx": 2, "r8": 1, "r12": 2, "r14": 7},
         check=_nmis_at_labels,
         emulated="interrupts wait for the end of what it emulates",
     ),
