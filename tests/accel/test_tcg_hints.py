@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from cardcage_tcg import layout as L
 from cardcage_tcg.allowed import decoder_of
+from cardcage_tcg.templates import Templates
 from tcg_fuzz import Case, Fuzzer
 from tcg_host import CODE, DATA_SIZE, Host, State
 
@@ -14,8 +16,8 @@ PREFIXES = (b"", b"\x66", b"\xf2", b"\xf3", b"\x66\xf3", b"\x66\xf2", b"\xf2\xf3
 WIDE = (b"\x48", b"\x4f", b"\xf3\x48", b"\xf3\x4f", b"\x66\x45")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _traced() -> None:
+@pytest.fixture
+def traced() -> None:
     try:
         Host().close()
     except OSError as error:
@@ -27,6 +29,7 @@ def _hint(prefix: bytes, opcode: int, modrm: int, bits: int, chooser: random.Ran
     return raw[: decoder_of(bits, raw).decode().len]
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("bits", [64, 32, 16])
 def test_every_hint_does_nothing(bits: int) -> None:
     """Each encoding of the hint spaces, at addresses that nobody has mapped, leaves all as it was, as on the host."""
@@ -50,6 +53,19 @@ def test_every_hint_does_nothing(bits: int) -> None:
         fuzzer.close()
 
 
+@pytest.mark.parametrize(("bits", "mode"), [(64, L.MODE_64), (32, L.MODE_32), (16, 0), (16, L.MODE_VM86)])
+def test_no_hint_is_emitted(bits: int, mode: int) -> None:
+    """Nothing is run on the host for a hint, whose meaning there may be another one: ENDBR, RDSSP, MPX, prefetches."""
+    maker, chooser = Templates(mode | L.MODE_PE, hidden=frozenset()), random.Random(bits)
+    for prefix in PREFIXES + (WIDE if bits == 64 else ()):
+        for opcode in HINTS:
+            for modrm in range(256):
+                raw = _hint(prefix, opcode, modrm, bits, chooser)
+                made = maker.get(decoder_of(bits, raw).decode(), raw, False)
+                assert (raw.hex(), made.code, made.accesses) == (raw.hex(), b"", ())
+
+
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("bits", [64, 32, 16])
 def test_locked_hints_are_undefined(bits: int) -> None:
     """LOCK before a hint is #UD, as on the host."""
