@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cardcage_kvm.vcpu import KvmVCpu
 
 MSR_TSC, MSR_TSC_DEADLINE = 0x10, 0x6E0
+MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 REGISTERS = tuple(field[0] for field in abi.Regs._fields_)
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
@@ -231,13 +232,13 @@ def _read_lapic(fd: int) -> bytes:
 
 
 def msr_list(system_fd: int) -> tuple[int, ...]:
-    """The MSRs that this host's KVM keeps for a guest."""
+    """The MSRs that this host's KVM keeps for a guest: those that it lists, and the MTRRs, which it does not list."""
     probe, _ = abi.flexible(abi.MsrList, "nmsrs", ctypes.c_uint32, 0)
     with contextlib.suppress(AcceleratorError):  # E2BIG is the answer: the count is now in nmsrs
         abi.ioctl(system_fd, abi.GET_MSR_INDEX_LIST, probe)
     both, indices = abi.flexible(abi.MsrList, "nmsrs", ctypes.c_uint32, probe.header.nmsrs)
     abi.ioctl(system_fd, abi.GET_MSR_INDEX_LIST, both)
-    return tuple(indices)
+    return tuple(dict.fromkeys((*indices, *MTRRS)))
 
 
 def read_msrs(fd: int, indices: tuple[int, ...]) -> dict[int, int]:

@@ -483,7 +483,7 @@ def test_state_comes_back_as_it_was_set(bench: Callable[..., Bench], irqchip: st
     first = bench(irqchip=irqchip).load("40 f4")
     state = first.get_state()
     state.registers.r9, state.debug = 0x1234, (1, 2, 3, 4, 0xFFFF0FF0, 0x400)
-    state.msrs[0xC0000082] = 0x5678
+    state.msrs[0xC0000082], state.msrs[0x2FF] = 0x5678, 0xC06  # LSTAR; MTRRdefType, which KVM keeps and does not list
     first.set_state(state)
     before = first.get_state()
     second = bench(irqchip=irqchip).vcpus[0]
@@ -495,6 +495,7 @@ def test_state_comes_back_as_it_was_set(bench: Callable[..., Bench], irqchip: st
     assert after.debug == before.debug
     assert after.lapic == before.lapic
     assert after.events == before.events
+    assert (after.msrs[0xC0000082], after.msrs[0x2FF]) == (0x5678, 0xC06)
     moving = {0x11, 0x12, 0x4B564D00, 0x4B564D01, 0x40000020, 0x6E0, 0x3B}  # clocks
     assert {k: v for k, v in after.msrs.items() if k not in moving} == {
         k: v for k, v in before.msrs.items() if k not in moving
