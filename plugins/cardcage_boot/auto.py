@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from attrs import define
 from cardcage.errors import ConfigError
 
-from cardcage_boot.files import open_file
+from cardcage_boot.files import open_file, unpacked
 
 if TYPE_CHECKING:
     from cardcage.device import BootImage
@@ -37,7 +37,7 @@ class AutoLoader:
             raise ConfigError("nothing to boot: expected a kernel or a firmware", key="boot")
         from cardcage_boot.linux import is_bzimage, open_linux
 
-        file = open_file(options.kernel, "kernel")
+        file = unpacked(open_file(options.kernel, "kernel"))
         if is_bzimage(file.data):
             return open_linux(file, options.initrds(), options.append)
         from cardcage_boot.elf import is_elf, read_elf

@@ -19,11 +19,15 @@ PT_LOAD, PT_INTERP, PT_NOTE, SHT_NOBITS = 1, 3, 4, 8
 
 @frozen
 class Segment:
-    """A PT_LOAD segment: *data* goes to *address* (physical), zeros fill it up to *size* bytes in memory."""
+    """A PT_LOAD segment: *data* goes to *address* (physical), zeros fill it up to *size* bytes in memory.
+
+    *virtual* is where it is linked to run.
+    """
 
     address: int
     data: bytes = field(repr=False)
     size: int
+    virtual: int = 0
 
 
 @frozen
@@ -36,6 +40,13 @@ class Elf:
     segments: tuple[Segment, ...]
     notes: tuple[tuple[bytes, int, bytes], ...]
     interpreter: bool = False
+
+    def physical_entry(self) -> int:
+        """The entry point as a physical address: a kernel that is linked high names it by its virtual one."""
+        for one in self.segments:
+            if one.virtual <= self.entry < one.virtual + one.size:
+                return self.entry - one.virtual + one.address
+        return self.entry
 
 
 def is_elf(data: bytes) -> bool:
@@ -67,13 +78,13 @@ def read_elf(file: BootFile) -> Elf:
     for at in range(count):
         numbers = file.unpack(form, table + at * entry_size, "an ELF program header")
         if bits == 64:
-            kind, _, offset, _, physical, size, memory, align = numbers
+            kind, _, offset, virtual, physical, size, memory, align = numbers
         else:
-            kind, offset, _, physical, size, memory, _, align = numbers
+            kind, offset, virtual, physical, size, memory, _, align = numbers
         if kind == PT_LOAD and memory:
             if size > memory or physical + memory > 1 << 52:
                 raise file.error(f"ELF segment {at}: {size:#x} file bytes for {memory:#x} at {physical:#x} cannot be")
-            segments.append(Segment(physical, file.bytes(offset, size, f"ELF segment {at}"), memory))
+            segments.append(Segment(physical, file.bytes(offset, size, f"ELF segment {at}"), memory, virtual))
         elif kind == PT_INTERP:
             dynamic = True
         elif kind == PT_NOTE:

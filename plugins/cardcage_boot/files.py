@@ -7,7 +7,7 @@ import struct
 from attrs import frozen
 from cardcage.errors import ConfigError
 
-__all__ = ["MAX_FILE", "BootFile", "open_file"]
+__all__ = ["MAX_FILE", "BootFile", "open_file", "unpacked"]
 
 MAX_FILE = 2 << 30
 """The most that is read of one boot file, in bytes: a device node such as /dev/zero must not eat the host."""
@@ -68,3 +68,24 @@ def open_file(path: str, kind: str) -> BootFile:
     if len(data) > MAX_FILE:
         raise ConfigError(f"larger than {MAX_FILE >> 30} GiB: expected a {kind}", file=path)
     return BootFile(path, data, kind)
+
+
+def unpacked(file: BootFile) -> BootFile:
+    """What a gzip file holds (Debian's Xen and GNU Mach), any other as it is.
+
+    Raises ConfigError for a damaged one, and for more than :data:`MAX_FILE` bytes.
+    """
+    if file.data[:3] != b"\x1f\x8b\x08":
+        return file
+    import zlib  # only who has such a kernel pays for it
+
+    made = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        data = made.decompress(file.data, MAX_FILE + 1)
+    except zlib.error as error:
+        raise file.error(f"damaged gzip file: {error}") from error
+    if len(data) > MAX_FILE:
+        raise file.error(f"unpacks to more than {MAX_FILE >> 30} GiB: expected a {file.kind}")
+    if not made.eof:
+        raise file.error(f"truncated gzip file: expected a {file.kind}")
+    return BootFile(file.path, data, file.kind)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 from cardcage_boot.elf import Elf, Segment, is_elf, read_elf
-from cardcage_boot.files import BootFile, open_file
+from cardcage_boot.files import BootFile, open_file, unpacked
 from cardcage_boot.layout import PAGE, Room, flat32, load_elf
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _flat(file: BootFile, header: Header) -> Elf:
         raise file.error(f"Multiboot load_end_addr {load_end:#x} is below load_addr {load:#x}")
     data = file.bytes(start, end - start, "the image that the Multiboot header describes")
     size = max(len(data), bss_end - load if bss_end else 0)
-    return Elf(32, entry, (Segment(load, data, size),), ())
+    return Elf(32, entry, (Segment(load, data, size, load),), ())
 
 
 @define
@@ -107,7 +107,7 @@ class MultibootImage:
             *(len(mmap), mmap_at, 0, 0, 0, loader_at, 0, 0, 0, 0, 0),
         )
         context.memory.write(info, head + mmap + listing + b"".join(texts))
-        state = flat32(self.elf.entry)
+        state = flat32(self.elf.physical_entry())
         state.registers.rax, state.registers.rbx = LOADER_MAGIC, info
         return state
 
@@ -129,7 +129,7 @@ def open_multiboot(file: BootFile, modules: list[str], append: str) -> Multiboot
         elf = read_elf(file)
     else:
         raise file.error("a Multiboot kernel that is neither ELF nor gives its load addresses (flag 16)")
-    if not elf.segments or elf.entry >= 1 << 32:
+    if not elf.segments or elf.physical_entry() >= 1 << 32:
         raise file.error("a Multiboot kernel with nothing to load, or an entry point above 4 GiB")
     read = []
     for one in modules:
@@ -150,4 +150,5 @@ class MultibootLoader:
     def open(self) -> BootImage:
         """Read and check the files. Raises ConfigError naming the file and what was expected."""
         options = self.options
-        return open_multiboot(open_file(options.kernel, "Multiboot kernel"), options.modules, options.append)
+        file = unpacked(open_file(options.kernel, "Multiboot kernel"))
+        return open_multiboot(file, options.modules, options.append)

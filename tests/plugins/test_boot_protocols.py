@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,6 +358,57 @@ def test_multiboot_guest_finds_what_the_protocol_promises(machine: Machine, writ
     expected = f"{path} arg\0{modules[0]}\0first{modules[1]}\0second".encode() + struct.pack("<I", 15 << 10)
     for _ in range(2):
         assert run(context, image.load(context)) == expected
+
+
+def test_multiboot_entry_of_a_kernel_that_is_linked_high_is_translated(
+    machine: Machine, write: Write, run: Run
+) -> None:
+    """A kernel linked at 3 GiB and loaded at 2 MiB is entered where its entry point lies in memory."""
+    kernel = bytearray(elf32(multiboot_header(3) + MULTIBOOT_CODE, 2 * MIB, entry=0xC0000000 + 2 * MIB + 12))
+    struct.pack_into("<I", kernel, 52 + 8, 0xC0000000 + 2 * MIB)  # p_vaddr
+    context = machine()
+    image = MultibootLoader(MultibootOptions(path := write("k", bytes(kernel)), [], "arg")).open()
+    assert run(context, image.load(context)).startswith(path.encode() + b" arg\0")
+
+
+def test_multiboot_takes_elf64(machine: Machine, write: Write, run: Run) -> None:
+    """A Multiboot header in an ELF64 file is honoured as in ELF32: entered in 32-bit mode at its entry point."""
+    code = MULTIBOOT_CODE.ljust(4096, b"\0")  # the header lies behind, aligned
+    kernel = elf64(code + multiboot_header(3), 2 * MIB, b"")
+    context = machine()
+    image = MultibootLoader(MultibootOptions(path := write("k", kernel), [], "arg")).open()
+    assert run(context, image.load(context)).startswith(path.encode() + b" arg\0")
+
+
+def test_gzipped_kernel_is_unpacked(write: Write) -> None:
+    """Multiboot and auto take a kernel that gzip packed, as Debian packages Xen and GNU Mach."""
+    kernel = elf32(multiboot_header(3) + MULTIBOOT_CODE, 2 * MIB)
+    path = write("k.gz", gzip.compress(kernel))
+    plain = MultibootLoader(MultibootOptions(write("k", kernel))).open()
+    for loader in (MultibootLoader(MultibootOptions(path)), AutoLoader(AutoOptions(path))):
+        assert loader.open().elf == plain.elf  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda data: data[:-9], "truncated gzip file"),
+        (lambda data: data[:30] + bytes(20) + data[50:], "damaged gzip file"),
+    ],
+)
+def test_damaged_gzip_is_one_clear_error(write: Write, damage: Callable[[bytes], bytes], expected: str) -> None:
+    """What gzip cannot unpack is refused, naming the file."""
+    path = write("k.gz", damage(gzip.compress(bytes(range(256)) * 9)))
+    with pytest.raises(ConfigError, match=expected) as caught:
+        AutoLoader(AutoOptions(path)).open()
+    assert caught.value.file == path
+
+
+def test_gzip_bomb_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file does not unpack into more than the limit of a boot file."""
+    monkeypatch.setattr("cardcage_boot.files.MAX_FILE", 1 << 20)
+    with pytest.raises(ConfigError, match="unpacks to more than"):
+        AutoLoader(AutoOptions(write("k.gz", gzip.compress(bytes(2 << 20))))).open()
 
 
 def test_multiboot_zeroes_bss_and_loads_modules_behind_it(machine: Machine, write: Write) -> None:
