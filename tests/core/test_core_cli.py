@@ -200,6 +200,14 @@ def test_wrong_arguments_exit_with_2(capfd: pytest.CaptureFixture[str], words: l
     assert capfd.readouterr().err.splitlines()[-1].startswith("outcome: bad configuration")
 
 
+def test_a_kernel_needs_no_file(capfd: pytest.CaptureFixture[str]) -> None:
+    """``run --kernel`` takes the place of a file, and what is wrong with it is said of it."""
+    assert main(["run", "--accel", "tcg", "--kernel", "/nothing/here", "--initrd", "a", "--append", "x"]) == 2
+    assert capfd.readouterr().err == (
+        "outcome: bad configuration: /nothing/here: kernel cannot be read: No such file or directory\n"
+    )
+
+
 def test_registered_flags_and_commands(vm: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A card's flag adds its fragment, its command gets host and arguments and returns the status."""
     vm.write_text(MACHINE)

@@ -11,7 +11,7 @@ from cardcage.units import Duration
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-__all__ = ["add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
+__all__ = ["add_boot_arguments", "add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
@@ -31,6 +31,20 @@ def add_common_arguments(parser: ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="security card that all is asked of, such as default; short for --set policy.security=CARD",
     )
+
+
+def add_boot_arguments(parser: ArgumentParser) -> None:
+    """``--kernel --initrd --append``: keys of ``[boot]``, for a machine that needs no file of its own."""
+    group = parser.add_argument_group("boot")
+    group.add_argument("--kernel", metavar="FILE", dest="boot_kernel", help="bzImage, PVH or Multiboot kernel")
+    group.add_argument(
+        "--initrd",
+        metavar="FILE",
+        dest="boot_initrd",
+        action="append",
+        help="initrd, or Multiboot module with its arguments; may be repeated",
+    )
+    group.add_argument("--append", metavar="TEXT", dest="boot_append", help="the kernel's command line")
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
@@ -93,6 +107,9 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
     if arguments.cpus is not None:
         cpus = arguments.cpus
         draft.add({"machine": {"cpus": int(cpus) if cpus.isascii() and cpus.isdigit() else cpus}}, origin="--cpus")
+    for key in ("kernel", "initrd", "append"):
+        if (value := getattr(arguments, f"boot_{key}", None)) is not None:
+            draft.add({"boot": {key: value}}, origin=f"--{key}")
     if (security := getattr(arguments, "security", None)) is not None:
         draft.add({"policy": {"security": security}}, origin="--security")
     for text in arguments.assignments:

@@ -6,7 +6,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cardcage.cli.arguments import add_common_arguments, add_machine_arguments, draft_of, timeout_of
+from cardcage.cli.arguments import (
+    add_boot_arguments,
+    add_common_arguments,
+    add_machine_arguments,
+    draft_of,
+    timeout_of,
+)
 from cardcage.cli.early import VARIABLE, early_security
 from cardcage.cli.running import SWITCH_INTERVAL, report, run_machine
 
@@ -86,8 +92,9 @@ def make_parser(host: Host) -> ArgumentParser:
         add_common_arguments(made)
         return made
 
-    run = command("run", "run a machine described in TOML", run_command)
-    run.add_argument("file", metavar="VM.toml", nargs="+", help="configuration; later files add to earlier ones")
+    run = command("run", "run a machine described in TOML, by arguments, or both", run_command)
+    run.add_argument("file", metavar="VM.toml", nargs="*", help="configuration; later files add to earlier ones")
+    add_boot_arguments(run)
     add_machine_arguments(run)
     cards = command("cards", "list the installed cards: whose they are, and usable here or why not", cards_command)
     cards.add_argument("-v", "--verbose", action="store_true", help="everything that each card offers")
@@ -119,9 +126,12 @@ def _registered(command: Any, offer: Offer) -> None:
 
 
 def run_command(host: Host, arguments: Namespace) -> int:
-    """``cardcage run VM.toml``."""
+    """``cardcage run VM.toml``, or ``cardcage run --kernel FILE``."""
+    from cardcage.errors import ConfigError
     from cardcage.machine import Machine
 
+    if not arguments.file and arguments.boot_kernel is None:
+        raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
     machine = Machine.from_config(draft_of(arguments, *arguments.file).config(), host=host)
