@@ -54,6 +54,8 @@ class MachineBoot:
         if self.ram_above_4g:
             self.e820.append(E820Entry(4 * GIB, self.ram_above_4g))
         self.rsdp: int | None = None
+        self.firmware = bool(getattr(machine.boot_image, "firmware", False))
+        self.msrs: dict[int, int] = {}
         self.reserve(*LOW_HOLE)
 
     def reserve(self, address: int, size: int, type: int = 2, /) -> None:
@@ -98,4 +100,8 @@ def load_boot(machine: Machine) -> None:
         first = machine.boot_image.load(context) if machine.boot_image is not None else reset_state()
     for vcpu in machine.vcpus:
         vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
+        if context.msrs:
+            state = vcpu.get_state()
+            state.msrs |= {index: value for index, value in context.msrs.items() if index in state.msrs}
+            vcpu.set_state(state)
     machine.gate.wake()

@@ -331,6 +331,11 @@ class BootContext(Protocol):
     """The memory map so far; contributors add reserved ranges with :meth:`reserve`."""
     rsdp: int | None
     """Guest-physical address of the ACPI RSDP, set by the platform."""
+    firmware: bool
+    """The boot image is firmware (it has a true attribute ``firmware``). Without one, contributors leave devices and
+    memory as firmware would."""
+    msrs: dict[int, int]
+    """MSR values that firmware leaves in all processors, set by contributors; a processor takes those that it has."""
 
     def reserve(self, address: int, size: int, type: int = 2, /) -> None:
         """Carve a range out of the memory map as *type*."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define
 from cardcage.errors import UsageError
@@ -33,6 +33,7 @@ class FirmwareImage:
     """
 
     file: BootFile
+    firmware: ClassVar[bool] = True
     _ranges: tuple[RamRange, ...] = ()
 
     def load(self, context: BootContext, /) -> VCpuState:

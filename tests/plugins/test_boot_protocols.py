@@ -52,6 +52,8 @@ class Context:
     e820: list[E820Entry] = field(factory=list)
     ram_below_4g: int = 0
     ram_above_4g: int = 0
+    firmware: bool = False
+    msrs: dict[int, int] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.ram_below_4g, self.ram_above_4g = split_ram(self.size)
