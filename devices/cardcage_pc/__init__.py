@@ -62,6 +62,7 @@ def _devices(registry: Registry) -> None:
         "acpi-pm", "cardcage_pc.acpi_pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
     )
     registry.device("acpi", "cardcage_pc.acpi:Acpi", help="ACPI tables, from what the devices announce")
+    registry.device("bios-data", "cardcage_pc.bios:BiosData", help="BIOS data areas and MP tables, without firmware")
     registry.device(
         "smbios",
         "cardcage_pc.smbios:Smbios",

@@ -16,11 +16,13 @@ from cardcage.device import Resource
 from cardcage_pc.bytewise import read_bytes, write_bytes
 
 if TYPE_CHECKING:
-    from cardcage.device import Slot
+    from cardcage.device import BootContext, Slot
 
 __all__ = ["Chip", "Pic", "PicOptions", "PicState"]
 
 CASCADE = 2
+BIOS_BASES, BIOS_MASKS = (0x08, 0x70), (0xF8, 0xEE)
+"""Vectors, and what stays unmasked: timer, keyboard and the slave; clock and mouse."""
 
 
 @frozen
@@ -199,6 +201,13 @@ class Pic:
         self.reset_chips()
         self.master.lines, self.slave.lines = lines & 0xFF & ~(1 << CASCADE), lines >> 8
         self._update()
+
+    def contribute(self, context: BootContext, /) -> None:
+        """Without firmware, the chips are as a BIOS leaves them: initialized, with the lines that it serves open."""
+        if not context.firmware:
+            self.master.base, self.slave.base = BIOS_BASES
+            self.master.imr, self.slave.imr = BIOS_MASKS
+            self._update()
 
     def save(self) -> PicState:
         return deepcopy(PicState(self.master, self.slave))

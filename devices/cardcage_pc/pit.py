@@ -15,7 +15,7 @@ from cardcage.device import Resource
 from cardcage_pc.bytewise import read_bytes, write_bytes
 
 if TYPE_CHECKING:
-    from cardcage.device import Slot
+    from cardcage.device import BootContext, Slot
 
 __all__ = ["FREQUENCY", "SHORTEST", "Channel", "Pit", "PitState"]
 
@@ -205,6 +205,14 @@ class Pit:
     def reset(self) -> None:
         self.state = _fresh()
         self._schedule()
+
+    def contribute(self, context: BootContext, /) -> None:
+        """Without firmware, as SeaBIOS leaves it: channel 0 gives the 18.2 Hz tick (mode 2 with the largest count)."""
+        if not context.firmware:
+            now, channel = self._clock.now(), self.state.channels[0]
+            channel.set_mode(0x34, now)
+            channel.load(0, now)
+            self._schedule()
 
     def save(self) -> PitState:
         return deepcopy(self.state)

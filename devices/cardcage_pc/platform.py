@@ -34,4 +34,4 @@ def expand(config: Config) -> list[dict[str, Any]]:
     if not any(one.port in (None, COM1, [COM1]) for one in serial):
         taken = any("console" in one.options.values() for one in config.devices)
         tables.append({"type": "isa-serial", "port": COM1, "irq": 4, "char": "null" if taken else "console"})
-    return tables + [{"type": one} for one in ("acpi", "smbios") if one not in configured]
+    return tables + [{"type": one} for one in ("acpi", "smbios", "bios-data") if one not in configured]
