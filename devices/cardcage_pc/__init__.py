@@ -104,6 +104,18 @@ def _devices(registry: Registry) -> None:
         regions=(Pio(1, 0xE9),),
         help="debug console",
     )
+    registry.device(
+        "pc-testdev",
+        "cardcage_pc.testdev:PcTestdev",
+        regions=(
+            Pio(4, 0xE0),
+            Pio(4, 0xE4, "flush", "read_flush", "write_flush"),
+            Pio(4, 0xE8, "bytes"),
+            Pio(24, 0x2000, "lines", "read_line", "write_line"),
+            Mmio(0x10000, 0xFF000000, "memory", "read_memory", "write_memory"),
+        ),
+        help="what suites of test kernels drive: a register, interrupt lines, memory",
+    )
 
 
 def _backends(registry: Registry) -> None:
