@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -85,8 +86,8 @@ class _Names:
     def name(self, wanted: str) -> str:
         """*wanted*, with a number in its end when it is short or taken."""
         base = wanted if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,3}", wanted) else "DEV"
-        candidates = [base] if len(base) == 4 else []
-        candidates += [f"{base[: 4 - len(f'{at:X}')]}{at:X}" for at in range(1, 0x1000)]
+        numbered = (f"{base[: 4 - len(f'{at:X}')]}{at:X}" for at in range(1, 0x1000))
+        candidates = chain([base] if len(base) == 4 else [], numbered)
         found = next(one for one in candidates if one not in self._taken)
         self._taken.add(found)
         return found
