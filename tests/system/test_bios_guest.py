@@ -145,6 +145,71 @@ end:
 """
 
 
+# As suites of test kernels are made: 64-bit code in an ELF32 file. Prints its arguments, first module and the number
+# of processors that fw_cfg tells, and ends with 0.
+FLAT = """
+bits 32
+section .text
+    dd 0x1badb002, 0, -0x1badb002
+global start
+start:
+    mov esp, stack
+    mov [info], ebx
+    lgdt [gdtr]
+    mov eax, cr4
+    or eax, 0x20
+    mov cr4, eax
+    mov eax, pml4
+    mov cr3, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    or eax, 0x100
+    wrmsr
+    mov eax, cr0
+    or eax, 0x80000000
+    mov cr0, eax
+    jmp 8:wide
+bits 64
+wide:
+    mov ebx, [info]
+    mov edx, 0x3f8
+    mov esi, [rbx + 16]
+text:
+    lodsb
+    out dx, al
+    test al, al
+    jnz text
+    mov edi, [rbx + 24]
+    mov esi, [rdi]
+    mov ecx, [rdi + 4]
+    sub ecx, esi
+    rep outsb
+    mov edx, 0x510
+    mov eax, 5
+    out dx, ax
+    inc edx
+    in al, dx
+    add al, '0'
+    mov edx, 0x3f8
+    out dx, al
+    xor eax, eax
+    out 0xf4, eax
+section .data
+gdt: dq 0, 0x00af9b000000ffff
+gdtr: dw 15
+    dq gdt
+align 4096
+pml4: dq pdpt + 3
+    times 511 dq 0
+pdpt: dq 0x83
+    times 511 dq 0
+section .bss
+info: resd 1
+    resb 4096
+stack:
+"""
+
+
 @pytest.fixture(params=Host().registry.names("accelerator"))
 def accel(request: pytest.FixtureRequest) -> str:
     name: str = request.param
@@ -213,3 +278,21 @@ def test_a_kernel_takes_one_line_and_gives_its_status(assemble: Callable[[str], 
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0x31 * 2 + 1, done.stderr.decode()
     assert done.stderr.endswith(b"outcome: debug exit with code 49\n")
+
+
+def test_a_suite_of_kernels_is_run_by_one_line_each(tmp_path: Path) -> None:
+    """64-bit code in an ELF32 file finds arguments, environment and processors, and success is status 1, as QEMU's."""
+    if any(shutil.which(tool) is None for tool in ("nasm", "ld", "objcopy")):
+        pytest.skip("needs nasm and binutils")
+    (tmp_path / "env").write_bytes(b"NR_CPUS=3\n")
+    (tmp_path / "test.asm").write_text(FLAT)
+    for command in (
+        "nasm -f elf64 -o test.o test.asm",
+        "ld -m elf_x86_64 -N -e start -Ttext=0x400000 -o test.elf test.o",
+        "objcopy -O elf32-i386 test.elf test.flat",
+    ):
+        subprocess.run(command.split(), cwd=tmp_path, check=True)
+    options = "--append args --initrd env --cpus 3 --timeout 60 --device isa-debug-exit,iobase=0xf4,iosize=4"
+    command = [*PROGRAM, "run", "--accel", "tcg", "--kernel", "test.flat", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"test.flat args\0NR_CPUS=3\n3"), done.stderr.decode()
