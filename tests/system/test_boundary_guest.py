@@ -51,3 +51,13 @@ def test_faults_in_code_that_another_processor_rewrites(tmp_path: Path) -> None:
 def test_patched_code_is_not_stale(tmp_path: Path) -> None:
     """Code that was being translated while another processor changed it is translated again."""
     assert run("stale_patch.c", tmp_path, cpus=2)[-1] == "status 0"
+
+
+def test_exceptions_in_cxx(tmp_path: Path) -> None:
+    """A C++ program throws and catches."""
+    assert run("throw.cc", tmp_path) == ["caught thrown", "status 0"]
+
+
+def test_system_calls_are_stepped_over(tmp_path: Path) -> None:
+    """TF does not reach the kernel by SYSCALL: it warns of nothing, and the program takes its own traps."""
+    assert run("step_syscall.c", tmp_path) == ["traps 8", "status 0"]

@@ -226,6 +226,10 @@ int h_string(struct cpu *c, u32 arg)
             more = span(c, &s, ES, s.op == STRING_MOVS || s.op == STRING_STOS, dest, off);
             n = more < n ? more : n;
         }
+        if (unlikely(c->mode & MODE_AC) && (((has_source(&s) ? source : 0) | (has_dest(&s) ? dest : 0)) & (s.size - 1))) {
+            c->fl = flags;
+            return raise(c, EX_AC, 1, 0);
+        }
         done = n ? fast(c, &s, source, dest, n) : 0;
         if (!done) {
             int r = slow(c, &s, seg, source, dest);

@@ -351,7 +351,7 @@ at_behind:
     mov eax, 0x400
     mov dr7, rax
     mov r10, dr7
-    xor eax, eax
+    mov eax, 1 << 16                    ; RTM: fixed where there is none
     mov dr6, rax
     mov r11, dr6
     bts rax, 40
