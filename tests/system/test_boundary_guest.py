@@ -60,4 +60,4 @@ def test_exceptions_in_cxx(tmp_path: Path) -> None:
 
 def test_system_calls_are_stepped_over(tmp_path: Path) -> None:
     """TF does not reach the kernel by SYSCALL: it warns of nothing, and the program takes its own traps."""
-    assert run("step_syscall.c", tmp_path) == ["traps 8", "status 0"]
+    assert run("step_syscall.c", tmp_path) == ["traps 7", "status 0"]
