@@ -233,7 +233,10 @@ ALIGNED_VEX = {M.VMOVAPS, M.VMOVAPD, M.VMOVDQA, M.VMOVNTPS, M.VMOVNTPD, M.VMOVNT
 AH_TO_BH = {R.AH, R.CH, R.DH, R.BH}
 ALIGNED = {2: 2, 4: 4, 8: 8, 10: 8, 14: 2, 28: 4, 94: 2, 108: 4, 512: 16}
 """Operand size to the alignment that #AC is about."""
-UNALIGNED = {M.MOVUPS, M.MOVUPD, M.MOVDQU, M.LDDQU, M.PCMPESTRI, M.PCMPESTRM, M.PCMPISTRI, M.PCMPISTRM}
+UNALIGNED = {
+    M.MOVUPS, M.MOVUPD, M.MOVDQU, M.LDDQU, M.PCMPISTRI, M.PCMPISTRM,
+    M.PCMPESTRI, M.PCMPESTRM, M.PCMPESTRI64, M.PCMPESTRM64,
+}  # fmt: skip
 """Instructions of 16 bytes whose misaligned operand is #AC's; with the others it is #GP's, from the host."""
 BORROWED = (12, 13, 14, 15, 8, 5)
 """Host registers that stand in for guest registers in memory when RSI and RDI do not suffice."""

@@ -56,11 +56,8 @@ class Emulator:
             M.PUSH: self._push,
             M.POP: self._pop,
             M.LEAVE: self._leave,
-            **dict.fromkeys((M.MOVSB, M.MOVSW, M.MOVSD, M.MOVSQ), self._movs),
-            **dict.fromkeys((M.STOSB, M.STOSW, M.STOSD, M.STOSQ), self._stos),
-            **dict.fromkeys((M.LODSB, M.LODSW, M.LODSD, M.LODSQ), self._lods),
             **dict.fromkeys((M.LOOP, M.LOOPE, M.LOOPNE, M.JCXZ, M.JECXZ, M.JRCXZ), self._counted),
-            **(vector_table(self) if cpu.avx else {}),
+            **vector_table(self),
         }
 
     # ---- what instructions are made of ----
@@ -288,11 +285,11 @@ class Emulator:
         self.set_stack(pointer + size, mask)
         self.set_number(5, size, value)
 
-    # ---- strings: one element, where a helper met what is not RAM ----
+    # ---- INS and OUTS, one element ----
 
     def _string(self, ins: Instruction) -> tuple[int, int, int]:
         """(element size, address mask, step)."""
-        size = {"B": 1, "W": 2, "D": 4, "Q": 8}[_SUFFIX[ins.mnemonic]]
+        size = {"B": 1, "W": 2, "D": 4}[_SUFFIX[ins.mnemonic]]
         width = next((_WIDTH[ins.op_kind(i)] for i in range(ins.op_count) if ins.op_kind(i) in _WIDTH), 8)
         step = -size if self.cpu.eflags & 0x400 else size
         return size, (1 << width * 8) - 1, step
@@ -313,29 +310,6 @@ class Emulator:
             if self.cpu.gpr(1) & mask:
                 self.cpu.rip = ins.ip
                 self.cpu.goes_on()
-
-    def _movs(self, ins: Instruction, ops: Ops) -> None:
-        size, mask, step = self._string(ins)
-        if self._repeat(ins, mask):
-            value = self.load(self.linear(ins.memory_segment, self.cpu.gpr(6) & mask), size, ops)
-            self.store(self.linear(R.ES, self.cpu.gpr(7) & mask), size, value, ops)
-            self._advance(6, mask, step)
-            self._advance(7, mask, step)
-            self._again(ins, mask)
-
-    def _stos(self, ins: Instruction, ops: Ops) -> None:
-        size, mask, step = self._string(ins)
-        if self._repeat(ins, mask):
-            self.store(self.linear(R.ES, self.cpu.gpr(7) & mask), size, self.cpu.gpr(0), ops)
-            self._advance(7, mask, step)
-            self._again(ins, mask)
-
-    def _lods(self, ins: Instruction, ops: Ops) -> None:
-        size, mask, step = self._string(ins)
-        if self._repeat(ins, mask):
-            self.set_number(0, size, self.load(self.linear(ins.memory_segment, self.cpu.gpr(6) & mask), size, ops))
-            self._advance(6, mask, step)
-            self._again(ins, mask)
 
     # ---- ports ----
 
@@ -431,12 +405,7 @@ class Emulator:
         self.cpu.xcr0 = value
 
 
-_SUFFIX = {
-    getattr(M, f"{op}{s}"): s
-    for op in ("MOVS", "STOS", "LODS", "INS", "OUTS")
-    for s in "BWDQ"
-    if hasattr(M, f"{op}{s}")
-}
+_SUFFIX = {getattr(M, f"{op}{s}"): s for op in ("INS", "OUTS") for s in "BWD"}
 _WIDTH = {
     **dict.fromkeys((K.MEMORY_SEG_SI, K.MEMORY_ESDI, K.MEMORY_SEG_DI), 2),
     **dict.fromkeys((K.MEMORY_SEG_ESI, K.MEMORY_ESEDI, K.MEMORY_SEG_EDI), 4),

@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_raise": (_INT, (_PTR, _U32, _U32, _U32)),
     "tcg_deliver_interrupt": (_INT, (_PTR, _U32)),
     "tcg_update_mode": (None, (_PTR,)),
+    "tcg_helper_again": (_INT, (_PTR,)),
     "tcg_debug_port": (None, (_PTR, _U32, _U32)),
     "tcg_get_eflags": (_U64, (_PTR,)),
     "tcg_set_eflags": (None, (_PTR, _U64)),

@@ -70,12 +70,13 @@ class Template:
         payload: offset of a payload NOP's displacement, or -1.
         accesses: its memory accesses.
         shadow: interrupts are held back until after the next instruction.
+        written: of a single, the bytes that it writes at ``cpu.write_ptr``.
         borrowed: guest RAX and RDX are in ``cpu.scratch`` during the operation; a fault puts them back.
     """
 
     __slots__ = (
         *("accesses", "borrowed", "clobbers", "code", "flags_stored"),
-        *("kills", "payload", "reads", "rip", "shadow"),
+        *("kills", "payload", "reads", "rip", "shadow", "written"),
     )
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class Template:
         self.clobbers = self.flags_stored = self.shadow = self.borrowed = False
         self.rip: tuple[int, int] | None = None
         self.payload = -1
+        self.written = 0
         self.accesses: Sequence[Access] = ()
 
 
@@ -243,14 +245,19 @@ class Operands:
         immediate: int = 0,
         stack: bool = False,
         alignment: int = 0,
+        more: int = 0,
     ) -> int:
-        """Code for RSI = host address of *size* bytes at linear RSI; index of the :class:`Access` it adds."""
+        """Code for RSI = host address of *size* bytes at linear RSI; index of the :class:`Access` it adds.
+
+        *alignment* is for #AC, where it is not the size's; *more*: further ``ACCESS_*`` flags.
+        """
         t.clobbers = True
         aligned = alignment or ALIGNED.get(size, 1)
         if self.mode & L.MODE_AC and aligned > 1:  # test esi, alignment - 1
             out += b"\xf7\xc6" + pack("<I", aligned - 1)
             self._unless(out, t, b"\x0f\x85", size, L.ACCESS_AC)
         if write and self.bounce:
+            t.written = size
             out += load(6, L.WRITE_PTR)
             branch = -1
         else:
@@ -261,7 +268,7 @@ class Operands:
             branch = len(out) - 4
             out += b"\x48\x03\xb4\x3c" + pack("<i", table + 8)
         stub = (L.STUB_STORE_K if store_source >= 0 else L.STUB_WRITE_K if write else L.STUB_READ_K) + bool(self.user)
-        flags = int(stack) | self._looked
+        flags = int(stack) | self._looked | more
         one = Access(branch, len(out), stub, size, max(store_source, 0), immediate, flags)
         if branch >= 0:
             t.accesses = (*t.accesses, one)

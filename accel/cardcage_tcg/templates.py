@@ -320,6 +320,7 @@ class Templates(InPlace):
         source, immediate = -1, 0
         if mnemonic in (M.MOV, M.MOVNTI) and write and not self.bounce:
             source, immediate = self._store_source(ins)
+        unaligned = mnemonic in UNALIGNED or (size > 8 and is_unaligned_vex(ins))
         at = self.access(
             out,
             t,
@@ -329,7 +330,12 @@ class Templates(InPlace):
             store_source=source,
             immediate=immediate,
             stack=stack,
-            alignment=size if mnemonic in UNALIGNED or (size > 8 and is_unaligned_vex(ins)) else 0,
+            alignment=size if unaligned else 0,
+            more=L.ACCESS_MASKED
+            if mnemonic in MASKED_MOVES
+            else L.ACCESS_ALIGNED
+            if size in (16, 32, 512) and not unaligned and mnemonic not in XSAVES
+            else 0,
         )
         if far_bit:
             out += b"\x48\x2b\xb4\x24" + pack("<i", L.SCRATCH + 24)  # sub rsi, [scratch]: the operation adds it again

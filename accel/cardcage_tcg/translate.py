@@ -309,8 +309,8 @@ class Translator:
             extra = L.T_END if ends_block(ins) else 0
             restored = None
             if t.clobbers and not t.flags_stored and (t.reads or t.kills):
-                restored = _Part(maker.get(ins, raw, True), flags=extra)
-            return _Part(t, flags=extra), restored
+                restored = _Part(maker.get(ins, raw, True), relative=t.written, flags=extra)
+            return _Part(t, relative=t.written, flags=extra), restored
         except Emulate:
             return _Part(Template(), L.K_EMULATE), None
 

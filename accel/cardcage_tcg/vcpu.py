@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from struct import unpack_from
+from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import evolve
@@ -46,7 +46,8 @@ class TcgVCpu:
         self._emulator = Emulator(self)
         self.msrs = Msrs(vm, self)
         self._phys = ctypes.c_uint64()
-        self._single: tuple[list[tuple[int, int]], int, int] = [], SINGLE, 0  # operand, where its bytes are, how many
+        self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
+        """Its operand, where its bytes are, how many, whether x87 stores them."""
         q, d = self.words, self.halves
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
@@ -73,13 +74,15 @@ class TcgVCpu:
             elif reason == L.R_TRANSLATE:
                 self.vm.translate(self)
             elif reason == L.R_MMIO_READ:
-                self._mmio_read(ops, q[info], q[info + 1])
+                self._mmio_read(ops, q[info], q[info + 1], q[info + 2])
             elif reason == L.R_MMIO_WRITE:
                 ops.mmio_write(q[info], q[info + 1], q[info + 2])
             elif reason == L.R_SLOW_WRITE:
                 self._slow_write(ops, q[info], q[info + 1])
             elif reason == L.R_SINGLE:
                 self._end_single(ops)
+            elif reason == L.R_DEVICE:
+                self._device(ops)
             elif reason == L.R_EXTINT:
                 vector = ops.acknowledge_extint()
                 if vector is not None:
@@ -107,7 +110,14 @@ class TcgVCpu:
             else:
                 return VCpuExit(Exit.FAILED, f"translator came back with reason {reason}: {self.describe()}")
 
-    def _mmio_read(self, ops: Ops, address: int, size: int) -> None:
+    def _mmio_read(self, ops: Ops, address: int, size: int, linear: int) -> None:
+        if (address & 0xFFF) + size > 4096:  # from a page of RAM to a device, or from one device's to another's
+            try:
+                self.raw[L.BOUNCE : L.BOUNCE + size] = self.read_linear(linear, size, ops)
+            except Fault as fault:
+                self.words[L.RESUME // 8] = 0
+                self.raise_exception(fault.vector, fault.error)
+            return
         data = b"".join(ops.mmio_read(at, width).to_bytes(width, "little") for at, width in self._pieces(address, size))
         self.raw[L.BOUNCE : L.BOUNCE + size] = data
 
@@ -144,10 +154,14 @@ class TcgVCpu:
         try:
             with self.vm.lock:
                 pages = self.pages(linear, size, 1)
-                reads = self.vm.prepare_single(self)
+                prepared = self.vm.prepare_single(self)
                 direct = self.vm.host(pages[0][0]) if len(pages) == 1 else None
-            if reads is None:
+            if prepared is None:
                 self._emulator.run(ops, pushed=self.field(L.SCRATCH + 24))
+                return
+            written, reads, x87 = prepared
+            if written != size:  # another instruction is there by now
+                self.words[L.RESUME // 8] = 0
                 return
             if direct is not None and not direct[1].readonly:
                 self.words[L.WRITE_PTR // 8] = direct[0]  # of the block's generation
@@ -157,15 +171,35 @@ class TcgVCpu:
             self.words[L.SINGLE_SIZE // 8] = 0
             self.raw[at : at + size] = self.read_linear(linear, size, ops) if reads else bytes(size)
             self.words[L.WRITE_PTR // 8] = self.pointer + at
-            self._single = pages, at, size
+            self._single = pages, at, size, x87
         except Fault as fault:
             self.words[L.RESUME // 8] = 0
             self.raise_exception(fault.vector, fault.error)
 
+    def _device(self, ops: Ops) -> None:
+        """Accesses of a native helper to what is not RAM, until it is done."""
+        again = True
+        while again:
+            count = self.halves[(L.DEVICE + L.DEVICE_COUNT) // 4]
+            at = L.DEVICE + L.DEVICE_LOG + L.SIZEOF_DEVICE_ACCESS * count
+            linear, value, size, write = unpack_from("<QQII", self.raw, at)
+            try:
+                if write:
+                    self.write_linear(linear, value.to_bytes(8, "little")[:size], ops)
+                else:
+                    pack_into("<8s", self.raw, at + L.DEVICE_ACCESS_VALUE, self.read_linear(linear, size, ops))
+            except Fault as fault:
+                self.raise_exception(fault.vector, fault.error)
+                return
+            self.halves[(L.DEVICE + L.DEVICE_COUNT) // 4] = count + 1
+            again = bool(self.native.helper_again(self.pointer))
+
     def _end_single(self, ops: Ops) -> None:
         """The single has run to its end (a fault of its other operand goes to the guest's handler). It writes where its
         operand was when it began, as a processor that holds the translation does."""
-        pages, at, size = self._single
+        pages, at, size, x87 = self._single
+        if x87 and self.raw[L.FX + 2] & 0x80:
+            return  # an unmasked exception, which the next x87 instruction raises, kept it from storing
         self._write_pages(pages, bytes(self.raw[at : at + size]), ops)
 
     def _restart(self) -> None:

@@ -1,4 +1,4 @@
-"""AVX instructions that Python does: gathers, and masked moves that reach beyond a page (Intel SDM vol. 2C).
+"""Vector instructions that Python does: gathers, and masked moves beyond a page or of devices (Intel SDM vol. 2).
 
 Elements that are masked out are not accessed, so they cannot fault; a gather that faults keeps what it has got.
 """
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["vector_table"]
 
 M, K = Mnemonic, OpKind
-SSE_AT, AVX_AT, HEADER_AT = L.FX + 160, L.FX + 576, L.FX + 512
+MM_AT, SSE_AT, AVX_AT, HEADER_AT = L.FX + 32, L.FX + 160, L.FX + 576, L.FX + 512
 # (bytes of an element, bytes of an index)
 GATHERS = {
     M.VGATHERDPS: (4, 4), M.VPGATHERDD: (4, 4), M.VGATHERQPS: (4, 8), M.VPGATHERQD: (4, 8),
     M.VGATHERDPD: (8, 4), M.VPGATHERDQ: (8, 4), M.VGATHERQPD: (8, 8), M.VPGATHERQQ: (8, 8),
 }  # fmt: skip
+STORES = (M.MASKMOVQ, M.MASKMOVDQU, M.VMASKMOVDQU)
 MOVES = {M.VMASKMOVPS: 4, M.VMASKMOVPD: 8, M.VPMASKMOVD: 4, M.VPMASKMOVQ: 8}
 
 
@@ -47,6 +48,38 @@ class _Vectors:
         raw[SSE_AT + 16 * number : SSE_AT + 16 * number + 16] = value[:16]
         raw[AVX_AT + 16 * number : AVX_AT + 16 * number + 16] = value[16:]
         raw[HEADER_AT] |= 6
+
+    def store(self, ins: Instruction, ops: Ops) -> None:
+        """MASKMOVQ and MASKMOVDQU: bytes to DS:RDI."""
+        cpu, mm = self._emulator.cpu, ins.mnemonic == M.MASKMOVQ
+        if mm:
+            self._enter_mmx()
+        size = 8 if mm else 16
+        data, mask = (
+            bytes(cpu.raw[at : at + size])
+            for at in (
+                (MM_AT if mm else SSE_AT) + 16 * RegisterExt.number(register)
+                for register in (ins.op1_register, ins.op2_register)
+            )
+        )
+        width = {K.MEMORY_SEG_DI: 2, K.MEMORY_SEG_EDI: 4, K.MEMORY_SEG_RDI: 8}[ins.op0_kind]
+        offset = cpu.gpr(7)
+        wanted = [i for i in range(size) if mask[i] >> 7]
+        at = [self._emulator.linear(ins.memory_segment, offset + i & (1 << width * 8) - 1) for i in range(size)]
+        for i in wanted:  # all or nothing
+            cpu.probe_write(at[i], 1)
+        for i in wanted:
+            self._emulator.store(at[i], 1, data[i], ops)
+
+    def _enter_mmx(self) -> None:
+        """As MMX instructions leave the x87 state: top of stack 0, all valid (Intel SDM vol. 1, 9.6.2)."""
+        raw = self._emulator.cpu.raw
+        top = raw[L.FX + 3] >> 3 & 7
+        slots = [bytes(raw[MM_AT + 16 * i : MM_AT + 16 * i + 16]) for i in range(8)]
+        raw[MM_AT : MM_AT + 128] = b"".join(slots[i - top & 7] for i in range(8))
+        raw[L.FX + 3] &= 0xC7
+        raw[L.FX + 4] = 0xFF
+        raw[HEADER_AT] |= 1
 
     def _base(self, ins: Instruction) -> int:
         base = ins.memory_base
@@ -103,4 +136,7 @@ class _Vectors:
 def vector_table(emulator: Emulator) -> dict[int, Callable[[Instruction, Ops], None]]:
     """What the emulator does these instructions with."""
     vectors = _Vectors(emulator)
-    return {**dict.fromkeys(GATHERS, vectors.gather), **dict.fromkeys(MOVES, vectors.move)}
+    stores: dict[int, Callable[[Instruction, Ops], None]] = dict.fromkeys(STORES, vectors.store)
+    if not emulator.cpu.avx:
+        return stores
+    return {**stores, **dict.fromkeys(GATHERS, vectors.gather), **dict.fromkeys(MOVES, vectors.move)}

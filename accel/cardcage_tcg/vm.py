@@ -27,7 +27,7 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import MASKED_STORES, OFF_X87, unit_of
+from cardcage_tcg.allowed import MASKED_MOVES, MASKED_STORES, OFF_X87, unit_of
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import UD, Fault
 from cardcage_tcg.eventfds import EventFds
@@ -403,9 +403,9 @@ class TcgVm:
             return data + (more if more is not None else b"\xff" * 15)
         return data
 
-    def prepare_single(self, cpu: TcgVCpu) -> bool | None:
-        """Have the instruction at RIP run alone next, its write going to ``cpu.write_ptr``: whether the operand that it
-        writes is read first; None for one that Python does. Raises Fault."""
+    def prepare_single(self, cpu: TcgVCpu) -> tuple[int, bool, bool] | None:
+        """Have the instruction at RIP run alone next, its write going to ``cpu.write_ptr``: how many bytes it writes,
+        whether they are read first, and whether x87 stores them; None for one that Python does. Raises Fault."""
         with self.lock:
             linear, phys = self._fetched(cpu)
             data = cpu.fetch_bytes(linear, 15)
@@ -416,6 +416,8 @@ class TcgVm:
                 or ins.flow_control != FlowControl.NEXT
                 or not _writes_memory(ins)
                 or _pushes_memory(ins)
+                or ins.mnemonic in MASKED_STORES
+                or ins.mnemonic in MASKED_MOVES
             ):
                 return None
             key = mode, pc, phys, data
@@ -425,7 +427,8 @@ class TcgVm:
                     self._singles.clear()
                 block = self._singles[key] = self._once(cpu, phys, linear, L.MAKE_SINGLE)
             cpu.resume_at(block, L.RESUME_SINGLE)
-            return _reads_memory(ins)
+            written = ctypes.c_uint64.from_address(block - L.SIZEOF_BLOCK + L.BLOCK_WRITTEN).value
+            return written, _reads_memory(ins), unit_of(ins) == OFF_X87
 
     def prepare_again(self, cpu: TcgVCpu) -> None:
         """Have the instruction at RIP run alone next, from its start, with the answer that a device has given it."""
@@ -459,8 +462,6 @@ _INFO = InstructionInfoFactory()
 def _memory_access(ins: Instruction) -> int:
     """The access of the explicit memory operand, or of the stack for PUSH."""
     info = _INFO.info(ins)
-    if ins.mnemonic in MASKED_STORES:
-        return OpAccess.READ_WRITE
     for i in range(ins.op_count):
         if ins.op_kind(i) == OpKind.MEMORY:
             access = info.op_access(i)
@@ -481,9 +482,10 @@ def _pushes_memory(ins: Instruction) -> bool:
 
 def _reads_memory(ins: Instruction) -> bool:
     """Whether the bounce buffer must begin with what is there: also where not all bytes of the operand are written."""
-    if _memory_access(ins) not in (OpAccess.WRITE, OpAccess.NONE) or MemorySizeInfo(ins.memory_size).size in (0, 512):
-        return True
-    return unit_of(ins) == OFF_X87  # an unmasked exception keeps it from storing
+    if ins.is_stack_instruction:
+        return False
+    partly = MemorySizeInfo(ins.memory_size).size in (0, 512)
+    return partly or _memory_access(ins) not in (OpAccess.WRITE, OpAccess.NONE)
 
 
 def _pvclock_scale(tsc_khz: int) -> tuple[int, int]:

@@ -249,3 +249,20 @@ def test_slots_change_in_one_step_for_python_too(machine: Machine) -> None:
     thread.join(60)
     assert machine.memory.read(DATA, 1) == b"\x5a"
     assert machine.accesses == []
+
+
+def test_operand_of_an_instruction_that_was_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instruction that another vCPU replaces while Python prepares its write has an operand of its own size."""
+    last = (8 << 20) - 1
+    machine.memory.write(last, b"\xc3")  # code, so that Python does the write
+    prepare = machine.vm.prepare_single
+
+    def replaced(cpu: TcgVCpu) -> tuple[int, bool, bool] | None:
+        machine.memory.write(CODE + 2, b"\x0f\x11\x03")  # movups [rbx], xmm0: 16 bytes
+        return prepare(cpu)
+
+    monkeypatch.setattr(machine.vm, "prepare_single", replaced)
+    cpu = machine.run(0, CODE, b"\xff\xd3\x88\x03\x90", rbx=last, rax=0x90)  # call rbx; mov [rbx], al; nop
+    assert machine.memory.read(last, 1) == b"\0"
+    assert sum(size for kind, address, size, _ in machine.accesses if kind == "write" and address >= DEVICE) == 15
+    assert cpu.get_state().registers.rip == CODE + 6

@@ -623,6 +623,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     block->sites = o->used;
     block->nsites = nsites;
     put(o, (const u8 *)sites, nsites * sizeof *sites);
+    block->written = single && p.count ? (u64)p.t[0]->relative : 0;
     block->length = (u16)p.next;
     block->code_length = o->used;
     return 0;

@@ -227,7 +227,7 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
     struct block *b = (struct block *)payload(ret, &rip);
     u64 generation = c->vm->generation, next = rip_in(b, rip - b->pc + (arg >> 8 & 15));
     c->rip = rip;
-    int action = helpers[arg & 0xff](c, arg);
+    int action = helper_call(c, arg);
     if (action != H_CONTINUE)
         return action;
     int gone = generation != c->vm->generation; /* it waited, and others forgot the code that called it */

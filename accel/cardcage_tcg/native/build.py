@@ -45,6 +45,8 @@ STRUCTS = {
     "bell": "BELL_",
     "route": "ROUTE_",
     "ring": "RING_",
+    "device": "DEVICE_",
+    "device_access": "DEVICE_ACCESS_",
 }
 
 

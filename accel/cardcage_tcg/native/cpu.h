@@ -73,7 +73,7 @@ enum {
     R_NONE,
     R_TRANSLATE,   /* no block for cpu.rip in this mode; info[0] = physical address of it */
     R_EMULATE,     /* the instruction at cpu.rip is Python's to do; info[0] = its length (0: not known) */
-    R_MMIO_READ,   /* info[0] = address, info[1] = size; value goes to cpu.bounce, then enter again */
+    R_MMIO_READ,   /* info[0] = address, info[1] = size, info[2] = linear address; value goes to cpu.bounce, then enter again */
     R_MMIO_WRITE,  /* info[0] = address, info[1] = size, info[2] = value; then enter again */
     R_SLOW_WRITE,  /* the instruction at cpu.rip writes where its operand crosses pages, is MMIO or code: single it; info[0] = linear address, info[1] = size */
     R_POLL,        /* a kick */
@@ -88,6 +88,7 @@ enum {
     R_STOPPED,     /* machine asks vCPU threads to come back (close) */
     R_MSR,         /* RDMSR/WRMSR is Python's: as R_EMULATE */
     R_RESTART,     /* the code that cpu.resume led to is gone: make it again, then enter again */
+    R_DEVICE,      /* a helper's access is a device's: do cpu.device.log[count], count it, then tcg_helper_again() */
 };
 
 /* What cpu.resume leads to: behind a store or EOI that is done; behind a load, whose value is in `bounce`; a one-off block. */
@@ -126,6 +127,12 @@ struct lapic {
 };
 
 struct vm;
+
+/* A helper that meets a device leaves with R_DEVICE and is called again from its beginning, as often as it has accesses: those that
+ * were made are in the log. So a helper changes no register before its last access. */
+#define MAX_DEVICE 80 /* more than ENTER makes, or a call gate */
+struct device_access { u64 linear, value; u32 size, write; };
+struct device { u32 on, arg, count, at; struct device_access log[MAX_DEVICE]; };
 
 struct cpu {
     u64 gpr[16];          /* guest r9, r10, r11 live here while native code runs */
@@ -179,6 +186,7 @@ struct cpu {
     u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
     u64 rmw;              /* 1 | physical page that a read-modify-write was let into beside code: see install() */
+    struct device device;
     struct lapic lapic;
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));

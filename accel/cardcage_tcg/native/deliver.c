@@ -183,6 +183,7 @@ int dispatch(struct cpu *c, u32 vector, u32 has_error, u32 error, u32 kind, u64 
 {
     struct event e = {.vector = vector, .has_error = has_error, .error = error, .kind = kind, .ret = ret};
 
+    c->device.on = 0; /* nothing calls this again */
     for (;;) {
         int r;
         if (e.vector == EX_DB && e.kind == EVENT_EXCEPTION)

@@ -6,6 +6,14 @@
 int (*const helpers[])(struct cpu *c, u32 arg) = {HELPERS};
 #undef HELPER
 
+int helper_call(struct cpu *c, u32 arg)
+{
+    c->device.on = 1;
+    c->device.arg = arg;
+    c->device.count = c->device.at = 0;
+    return helpers[arg & 0xff](c, arg);
+}
+
 int h_raise(struct cpu *c, u32 arg) { return raise(c, ARG_IMM(arg) & 0xff, ARG_IMM(arg) >> 8 & 1, 0); }
 
 /* Intel SDM vol. 3, tables 2-2 and 13-1. */
@@ -126,7 +134,20 @@ EXPORT u64 tcg_get_eflags(struct cpu *c) { return get_eflags(c) | (c->debug & DE
 EXPORT void tcg_set_eflags(struct cpu *c, u64 value) { set_eflags(c, value); }
 EXPORT void tcg_update_mode(struct cpu *c) { update_mode(c); }
 EXPORT int tcg_check_events(struct cpu *c) { return check_events(c); }
-EXPORT int tcg_helper(struct cpu *c, u32 arg) { return helpers[arg & 0xff](c, arg); }
+EXPORT int tcg_helper(struct cpu *c, u32 arg) { return helper_call(c, arg); }
+
+/* After R_DEVICE: whether there is another access. */
+EXPORT int tcg_helper_again(struct cpu *c)
+{
+    u32 arg = c->device.arg;
+    world_enter(c);
+    c->device.at = 0;
+    c->reason = R_NONE;
+    if (helpers[arg & 0xff](c, arg) == H_CONTINUE)
+        c->rip = next_rip(c, arg);
+    world_leave(c);
+    return c->reason == R_DEVICE;
+}
 EXPORT int tcg_raise(struct cpu *c, u32 vector, u32 has_error, u32 error) { return raise(c, vector, has_error, error); }
 
 EXPORT int tcg_deliver_interrupt(struct cpu *c, u32 vector)

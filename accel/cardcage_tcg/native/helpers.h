@@ -101,4 +101,5 @@ HELPERS
 #undef HELPER
 
 extern int (*const helpers[])(struct cpu *c, u32 arg);
+int helper_call(struct cpu *c, u32 arg);
 #endif

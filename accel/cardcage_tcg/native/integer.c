@@ -21,7 +21,9 @@ int h_popa(struct cpu *c, u32 arg)
     u64 value[8];
     int r;
     for (u32 i = 8; i-- > 0;)
-        if ((r = pop(c, &s, size, &value[i])))
+        if (i == RSP)
+            s.sp = (s.sp & ~s.mask) | ((s.sp + size) & s.mask); /* passed over */
+        else if ((r = pop(c, &s, size, &value[i])))
             return raise_fault(c, r);
     for (u32 i = 0; i < 8; i++)
         if (i != RSP)
@@ -66,8 +68,9 @@ int h_bound(struct cpu *c, u32 arg)
     int r;
     if (c->mode & MODE_AC && c->info[0] & (size - 1))
         return raise(c, EX_AC, 1, 0);
-    if ((r = linear_read(c, c->info[0], &limits, size * 2, c->cpl == 3)))
-        return memory_fault(c, arg, r);
+    if ((r = linear_read(c, c->info[0], &limits, size, c->cpl == 3)) ||
+        (r = linear_read(c, (c->info[0] + size) & linear_mask(c), (u8 *)&limits + size, size, c->cpl == 3)))
+        return raise_fault(c, r);
     index = size == 2 ? (short)value : (s32)value;
     low = size == 2 ? limits.w[0] : limits.d[0];
     high = size == 2 ? limits.w[1] : limits.d[1];
@@ -83,7 +86,7 @@ int h_xlat(struct cpu *c, u32 arg)
         return raise_fault(c, r);
     r = linear_read(c, (c->info[1] + off) & linear_mask(c), &value, 1, c->cpl == 3);
     if (r)
-        return memory_fault(c, arg, r);
+        return raise_fault(c, r);
     set_reg(c, RAX, 1, value);
     return H_CONTINUE;
 }

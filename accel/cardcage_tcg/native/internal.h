@@ -22,6 +22,7 @@ struct block {
     u64 page_next[2], page_prev[2]; /* lists of the pages of phys and phys2 */
     u64 incoming;        /* struct site * that jump here */
     u32 sites, nsites;   /* struct fault_site []: offset after the header, count */
+    u64 written;         /* of a single: bytes that it writes at cpu.write_ptr */
 };
 
 /* The address of the instruction that many bytes behind a block's start. */
@@ -55,7 +56,7 @@ enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 struct tmpl {
     u32 next, key, restore; /* offset of the form that puts the flags back before the operation */
     u16 code_length, payload;
-    s64 relative;           /* target - own RIP */
+    s64 relative;           /* target - own RIP; of a single, the bytes that it writes */
     s64 hole_relative[2];
     u16 hole[2];
     u8 hole_size[2];
@@ -92,8 +93,9 @@ struct access {
     u16 flags;           /* ACCESS_* */
     s32 immediate;
 };
-/* AC, EMULATE: at STUB_LIMIT, why it was called. LOOKED: the segment's limit was compared in line, not left to its being 4 GiB. */
-enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_LOOKED = 8 };
+/* AC, EMULATE: at STUB_LIMIT, why it was called. MASKED: not all bytes are read, so that a device's are Python's. ALIGNED: else #GP,
+ * which comes from the host where the operand is RAM. LOOKED: the segment's limit was compared in line, not left to its being 4 GiB. */
+enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, ACCESS_ALIGNED = 16, ACCESS_LOOKED = 32 };
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);

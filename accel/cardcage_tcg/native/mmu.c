@@ -497,12 +497,19 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         *(u64 *)c->bounce = (u64)value >> (phys & 3) * 8;
         return (u64)c->bounce;
     }
+    if (a->flags & ACCESS_ALIGNED && linear & (a->size == 512 ? 15 : a->size - 1u))
+        return give_up(c, EX_GP, ABORT_RAISE);
+    if (a->flags & ACCESS_MASKED) {
+        c->reason = R_EMULATE;
+        c->info[0] = a->length;
+        return give_up(c, 0, ABORT_EXIT);
+    }
     if (c->pending_size == a->size && c->pending == phys) {
         c->pending_size = 0;
         return (u64)c->bounce;
     }
     c->reason = R_MMIO_READ;
-    c->info[0] = phys, c->info[1] = a->size;
+    c->info[0] = phys, c->info[1] = a->size, c->info[2] = linear;
     c->bounce_ptr = (u64)c->bounce;
     c->pending = phys, c->pending_size = a->size;
     resume_at(c, ret, RESUME_LOAD);

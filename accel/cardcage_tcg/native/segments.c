@@ -241,7 +241,7 @@ int h_verw(struct cpu *c, u32 arg) { return look_helper(c, arg, LOOK_VERW); }
 static int umip(struct cpu *c) { return c->cr4 & CR4_UMIP && c->cpl > 0; }
 
 /* SGDT, SIDT: info[0] = linear address. In 64-bit mode the base has 8 bytes, else 4. */
-static int store_table(struct cpu *c, u32 arg, u64 base, u32 limit)
+static int store_table(struct cpu *c, u64 base, u32 limit)
 {
     u8 image[10];
     u32 size = c->mode & MODE_64 ? 10 : 6;
@@ -251,12 +251,16 @@ static int store_table(struct cpu *c, u32 arg, u64 base, u32 limit)
     image[0] = (u8)limit, image[1] = (u8)(limit >> 8);
     for (u32 i = 2; i < size; i++, base >>= 8)
         image[i] = (u8)base;
-    r = linear_write(c, c->info[0], image, size, c->cpl == 3);
-    return r ? memory_fault(c, arg, r) : H_CONTINUE;
+    r = vwrite(c, c->info[0], image, size, c->cpl == 3);
+    if (r < 0 && !(r = linear_write(c, c->info[0], image, 2, c->cpl == 3))) /* a device's, in two accesses */
+        r = linear_write(c, (c->info[0] + 2) & linear_mask(c), image + 2, size - 2, c->cpl == 3);
+    else if (!r && unlikely(c->armed & ARMED_DATA))
+        debug_access(c, c->info[0], size, 1);
+    return r ? raise_fault(c, r) : H_CONTINUE;
 }
 
-int h_sgdt(struct cpu *c, u32 arg) { return store_table(c, arg, c->gdt.base, c->gdt.limit); }
-int h_sidt(struct cpu *c, u32 arg) { return store_table(c, arg, c->idt.base, c->idt.limit); }
+int h_sgdt(struct cpu *c, u32 arg) { (void)arg; return store_table(c, c->gdt.base, c->gdt.limit); }
+int h_sidt(struct cpu *c, u32 arg) { (void)arg; return store_table(c, c->idt.base, c->idt.limit); }
 
 /* LGDT, LIDT: info[0] = linear address, imm = operand size (2: a 24-bit base). */
 static int load_table(struct cpu *c, u32 arg, u64 *base, u32 *limit)
@@ -267,8 +271,8 @@ static int load_table(struct cpu *c, u32 arg, u64 *base, u32 *limit)
     int r;
     if (c->cpl)
         return raise_gp(c);
-    if ((r = linear_read(c, c->info[0], image, size, 0)))
-        return memory_fault(c, arg, r);
+    if ((r = linear_read(c, c->info[0], image, 2, 0)) || (r = linear_read(c, (c->info[0] + 2) & linear_mask(c), image + 2, size - 2, 0)))
+        return raise_fault(c, r);
     for (u32 i = size; i-- > 2;)
         value = value << 8 | image[i];
     if (size == 6 && ARG_IMM(arg) == 2)
@@ -295,7 +299,7 @@ int store_word(struct cpu *c, u32 arg, u64 value)
         return H_CONTINUE;
     }
     r = linear_write(c, c->info[0], &value, 2, c->cpl == 3);
-    return r ? memory_fault(c, arg, r) : H_CONTINUE;
+    return r ? raise_fault(c, r) : H_CONTINUE;
 }
 
 int h_sldt(struct cpu *c, u32 arg) { return c->mode & MODE_PE ? store_word(c, arg, c->seg[LDTR].sel) : raise_ud(c); }
@@ -310,12 +314,12 @@ int h_arpl(struct cpu *c, u32 arg)
     if (!(c->mode & MODE_PE))
         return raise_ud(c);
     if (memory && (r = linear_read(c, c->info[0], &value, 2, c->cpl == 3)))
-        return memory_fault(c, arg, r);
+        return raise_fault(c, r);
     zf = (value & 3u) < rpl;
     if (zf)
         value = (u16)((value & ~3u) | rpl);
     if (memory && zf && (r = linear_write(c, c->info[0], &value, 2, c->cpl == 3)))
-        return memory_fault(c, arg, r);
+        return raise_fault(c, r);
     if (!memory)
         set_reg(c, imm & 15, 2, value);
     set_zf(c, zf);

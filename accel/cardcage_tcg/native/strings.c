@@ -235,9 +235,10 @@ int h_string(struct cpu *c, u32 arg)
             int r = slow(c, &s, seg, source, dest);
             if (r) {
                 c->fl = flags;
-                return memory_fault(c, arg, r);
+                return raise_fault(c, r);
             }
             done = 1;
+            c->device.at = c->device.count = 0;
         }
         more = s.back ? -done * s.size : done * s.size;
         if (has_source(&s))

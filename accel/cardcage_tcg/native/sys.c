@@ -1,5 +1,6 @@
 /* Flags, mode, stacks, and what is looked at between two instructions. */
 #include "sys.h"
+#include "internal.h"
 
 /* ---- flags and mode ---- */
 
@@ -98,11 +99,40 @@ void set_shadow(struct cpu *c, u32 kind)
 
 /* ---- memory with supervisor rights, and stacks ---- */
 
+/* An access that is not RAM's: what Python did when this helper was called before, or it is to do it. */
+static int device(struct cpu *c, u64 linear, u64 *value, u32 size, u32 write)
+{
+    struct device *d = &c->device;
+    struct device_access *a = &d->log[d->at];
+    if (!d->on)
+        return -1;
+    if (d->at == MAX_DEVICE || size > 8) { /* no helper does */
+        *value = ~0ul;
+        return 0;
+    }
+    if (d->at < d->count && a->linear == linear && a->size == size && a->write == write) {
+        d->at++;
+        if (!write)
+            *value = a->value;
+        return 0;
+    }
+    d->count = d->at;
+    *a = (struct device_access){linear, write ? *value : 0, size, write};
+    c->reason = R_DEVICE;
+    return PENDING;
+}
+
 int linear_read(struct cpu *c, u64 linear, void *to, u32 size, int user)
 {
     int r = vread(c, linear, to, size, user);
     if (unlikely(c->armed & ARMED_DATA) && r <= 0)
         debug_access(c, linear, size, 0);
+    if (unlikely(r < 0)) {
+        u64 value;
+        if (!(r = device(c, linear, &value, size, 0)))
+            memcpy(to, &value, size < 8 ? size : 8);
+        return r;
+    }
     return r > 0 && r != EX_PF ? fault(c, r, 0) : r;
 }
 
@@ -111,6 +141,14 @@ int linear_write(struct cpu *c, u64 linear, const void *from, u32 size, int user
     int r = vwrite(c, linear, from, size, user);
     if (unlikely(c->armed & ARMED_DATA) && r <= 0)
         debug_access(c, linear, size, 1);
+    if (unlikely(r < 0)) {
+        u64 value = 0;
+        if (c->device.on && size <= 8) {
+            memcpy(&value, from, size);
+            r = device(c, linear, &value, size, 1);
+        }
+        return r;
+    }
     return r > 0 && r != EX_PF ? fault(c, r, 0) : r;
 }
 
@@ -173,9 +211,9 @@ int push(struct cpu *c, struct stack *s, u32 size, u64 value)
     u64 at;
     int r;
     n.sp = (n.sp & ~n.mask) | ((n.sp - size) & n.mask);
-    if ((r = stack_linear(c, &n, size, 1, &at)) || (r = linear_write(c, at, &value, size, rights(s))) > 0)
+    if ((r = stack_linear(c, &n, size, 1, &at)) || ((r = linear_write(c, at, &value, size, rights(s))) && r != -1))
         return r;
-    *s = n; /* r < 0: a stack outside RAM loses what is pushed */
+    *s = n; /* an event on a stack outside RAM loses what is pushed */
     return 0;
 }
 
@@ -184,9 +222,9 @@ int pop(struct cpu *c, struct stack *s, u32 size, u64 *value)
     u64 at;
     int r;
     *value = 0;
-    if ((r = stack_linear(c, s, size, 0, &at)) || (r = linear_read(c, at, value, size, rights(s))) > 0)
+    if ((r = stack_linear(c, s, size, 0, &at)) || ((r = linear_read(c, at, value, size, rights(s))) && r != -1))
         return r;
-    if (r < 0)
+    if (r)
         *value = size_mask(size);
     s->sp = (s->sp & ~s->mask) | ((s->sp + size) & s->mask);
     return 0;

@@ -1,6 +1,6 @@
 /* What the system-instruction files share: faults as values, stacks, descriptors.
  *
- * Inner functions answer 0, or the vector of a fault whose error code is in cpu.scratch[3]; only helpers raise. */
+ * Inner functions answer 0, or the vector of a fault whose error code is in cpu.scratch[3], or PENDING; only helpers raise. */
 #ifndef CARDCAGE_SYS_H
 #define CARDCAGE_SYS_H
 #include "cpu.h"
@@ -16,6 +16,7 @@ enum { EVENT_EXCEPTION, EVENT_SOFT, EVENT_EXTERNAL, EVENT_INT1 };
 enum { FAR_JMP, FAR_CALL, FAR_RET, FAR_IRET };
 enum { ATTR_A = 1, ATTR_RW = 2, ATTR_CONFORMING = 4, ATTR_CODE = 8, ATTR_S = 16, ATTR_P = 128, ATTR_L = 0x200, ATTR_DB = 0x400 };
 #define BAD_SELECTOR (-2) /* descriptor(): outside its table */
+#define PENDING (-3)      /* a device's: the helper leaves, see struct device */
 #define FLAGS_SYSTEM 0x3e7702ul /* in cpu.eflags: ID VIP VIF AC VM NT IOPL DF IF TF; RF is in cpu.debug */
 
 struct stack {
@@ -57,11 +58,9 @@ static inline int exit_to(struct cpu *c, u32 reason, u64 info)
     return H_EXIT;
 }
 static inline int emulate(struct cpu *c, u32 arg) { return exit_to(c, R_EMULATE, ARG_LEN(arg)); }
-static inline int raise_fault(struct cpu *c, int vector) { return raise(c, vector, 1, c->scratch[3]); }
+static inline int raise_fault(struct cpu *c, int vector) { return vector == PENDING ? H_EXIT : raise(c, vector, 1, c->scratch[3]); }
 static inline int raise_gp(struct cpu *c) { return raise(c, EX_GP, 1, 0); }
 static inline int raise_ud(struct cpu *c) { return raise(c, EX_UD, 0, 0); }
-/* A fault of vread/vwrite inside a helper: raise it, or (-1) let Python do the instruction. */
-static inline int memory_fault(struct cpu *c, u32 arg, int r) { return r < 0 ? emulate(c, arg) : raise_fault(c, r); }
 
 /* Write a general register as an instruction of operand size 1, 2, 4 or 8 does (1: the low byte). */
 static inline void set_reg(struct cpu *c, u32 n, u32 size, u64 value)
@@ -73,7 +72,8 @@ static inline void set_reg(struct cpu *c, u32 n, u32 size, u64 value)
 static inline u64 size_mask(u32 size) { return size == 8 ? ~0ul : (1ul << size * 8) - 1; }
 
 /* sys.c */
-/* Linear memory as vread and vwrite: 0, a vector with scratch[3] set, or -1 where Python must do it. */
+/* Linear memory of up to 8 bytes, devices too: 0, a vector with scratch[3] set, PENDING, or -1 where an event is delivered and there is
+ * no RAM. */
 int linear_read(struct cpu *c, u64 linear, void *to, u32 size, int user);
 int linear_write(struct cpu *c, u64 linear, const void *from, u32 size, int user);
 int sys_read(struct cpu *c, u64 linear, void *to, u32 size);            /* supervisor rights; nothing there reads as ones */

@@ -350,7 +350,7 @@ int h_iret(struct cpu *c, u32 arg)
 {
     u32 nmi = c->nmi_blocked;
     int r = far_transfer(c, FAR_IRET, 0, 0, ARG_IMM(arg) & 15, next_rip(c, arg));
-    if (nmi) {
+    if (nmi && r != PENDING) {
         c->nmi_blocked = 0;
         if (c->lapic.nmi)
             c->poll = 1;

@@ -43,6 +43,16 @@ static u32 pieces(struct piece *p, u64 what, u64 layout, int compact)
     return n;
 }
 
+/* The image in the guest's memory. On a device it raises #GP: helpers that begin again (struct device) do so without the guest's
+ * x87, SSE and AVX state in the processor. */
+static int image(struct cpu *c, u64 linear, void *data, u32 size, int write)
+{
+    int user = c->cpl == 3, r = write ? vwrite(c, linear, data, size, user) : vread(c, linear, data, size, user);
+    if (unlikely(c->armed & ARMED_DATA) && !r)
+        debug_access(c, linear, size, write);
+    return r && r != EX_PF ? fault(c, EX_GP, 0) : r;
+}
+
 /* 0, or the fault of an access to all of the image. */
 static int probe(struct cpu *c, u64 linear, u32 size, int access)
 {
@@ -57,61 +67,61 @@ static int probe(struct cpu *c, u64 linear, u32 size, int access)
     return 0;
 }
 
-static int save(struct cpu *c, u32 arg, u32 kind, u64 linear)
+static int save(struct cpu *c, u32 kind, u64 linear)
 {
     u64 wanted = ((u32)c->gpr[RAX] | c->gpr[RDX] << 32) & c->guest_xcr0, used = save_host(c, wanted) & wanted, what = wanted, header[2];
     struct piece p[6];
-    int r, compact = kind == XSAVE_COMPACT, user = c->cpl == 3;
+    int r, compact = kind == XSAVE_COMPACT;
     u32 n, size = 576;
     if (compact)
         what = used;
     n = pieces(p, what, wanted, compact);
     for (u32 i = 0; i < n; i++)
         size = p[i].at + p[i].size > size ? p[i].at + p[i].size : size;
-    if ((r = probe(c, linear, size, ACC_WRITE)) || (r = linear_read(c, linear + LEGACY, header, 16, user)))
-        return memory_fault(c, arg, r);
+    if ((r = probe(c, linear, size, ACC_WRITE)) || (r = image(c, linear + LEGACY, header, 16, 0)))
+        return raise_fault(c, r);
     header[0] = compact ? used : (header[0] & ~wanted) | used;
     header[1] = wanted | COMPACT;
     for (u32 i = 0; i < n; i++)
-        if ((r = linear_write(c, linear + p[i].at, c->bounce + p[i].from, p[i].size, user)))
-            return memory_fault(c, arg, r);
-    r = linear_write(c, linear + LEGACY, header, compact ? 16 : 8, user);
-    return r ? memory_fault(c, arg, r) : H_CONTINUE;
+        if ((r = image(c, linear + p[i].at, c->bounce + p[i].from, p[i].size, 1)))
+            return raise_fault(c, r);
+    r = image(c, linear + LEGACY, header, compact ? 16 : 8, 1);
+    return r ? raise_fault(c, r) : H_CONTINUE;
 }
 
 /* Nothing that the host's XRSTOR could refuse goes on to it. */
-static int restore(struct cpu *c, u32 arg, u64 linear)
+static int restore(struct cpu *c, u64 linear)
 {
     u64 wanted = ((u32)c->gpr[RAX] | c->gpr[RDX] << 32) & c->guest_xcr0, header[8], present, layout;
     struct piece p[6];
-    u8 *image = c->bounce;
-    int r, compact, user = c->cpl == 3;
+    u8 *ours = c->bounce;
+    int r, compact;
     u32 n;
-    if ((r = linear_read(c, linear + LEGACY, header, 64, user)))
-        return memory_fault(c, arg, r);
+    if ((r = image(c, linear + LEGACY, header, 64, 0)))
+        return raise_fault(c, r);
     present = header[0], layout = header[1], compact = layout >> 63;
     for (u32 i = compact ? 2 : 1; i < (compact ? 8u : 3u); i++)
         if (header[i])
             return raise_gp(c);
     if (present & ~(u64)c->guest_xcr0 || (compact && (layout & ~(COMPACT | c->guest_xcr0) || present & ~layout)))
         return raise_gp(c);
-    memset(image, 0, IMAGE);
+    memset(ours, 0, IMAGE);
     if (compact && !(wanted & SSE)) /* MXCSR stays; the host's XRSTOR of the standard form takes it from here for AVX, too */
-        __asm__ volatile("stmxcsr %0" : "=m"(*(u32 *)(image + 24)));
+        __asm__ volatile("stmxcsr %0" : "=m"(*(u32 *)(ours + 24)));
     else
-        *(u32 *)(image + 24) = 0x1f80;
+        *(u32 *)(ours + 24) = 0x1f80;
     n = pieces(p, wanted & present, layout, compact);
     for (u32 i = 0; i < n; i++)
-        if ((r = linear_read(c, linear + p[i].at, image + p[i].from, p[i].size, user)))
-            return memory_fault(c, arg, r);
-    if (!compact && wanted & (SSE | AVX) && (r = linear_read(c, linear + 24, image + 24, 8, user)))
-        return memory_fault(c, arg, r); /* MXCSR comes from there whatever the header says */
-    if (*(u32 *)(image + 24) & ~0xffffu)
+        if ((r = image(c, linear + p[i].at, ours + p[i].from, p[i].size, 0)))
+            return raise_fault(c, r);
+    if (!compact && wanted & (SSE | AVX) && (r = image(c, linear + 24, ours + 24, 8, 0)))
+        return raise_fault(c, r); /* MXCSR comes from there whatever the header says */
+    if (*(u32 *)(ours + 24) & ~0xffffu)
         return raise_gp(c);
-    *(u64 *)(image + LEGACY) = present & wanted & 7;
-    __asm__ volatile("xrstor64 (%0)" : : "r"(image), "a"((u32)wanted & 7), "d"(0) : "memory");
+    *(u64 *)(ours + LEGACY) = present & wanted & 7;
+    __asm__ volatile("xrstor64 (%0)" : : "r"(ours), "a"((u32)wanted & 7), "d"(0) : "memory");
     if (wanted & PKRU)
-        set_pkru(c, present & PKRU ? *(u32 *)(image + PKRU_AT) : 0);
+        set_pkru(c, present & PKRU ? *(u32 *)(ours + PKRU_AT) : 0);
     return H_CONTINUE;
 }
 
@@ -124,7 +134,7 @@ int h_xsave(struct cpu *c, u32 arg)
         return raise(c, EX_NM, 0, 0);
     if (c->info[0] & 63)
         return raise_gp(c);
-    return kind == XSAVE_RESTORE ? restore(c, arg, c->info[0]) : save(c, arg, kind, c->info[0]);
+    return kind == XSAVE_RESTORE ? restore(c, c->info[0]) : save(c, kind, c->info[0]);
 }
 
 int h_rdpkru(struct cpu *c, u32 arg)

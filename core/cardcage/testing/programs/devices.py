@@ -2,7 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cardcage.testing.conformance import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.testing.lab import Lab
+
+
+def _made(*wanted: tuple[str, int, int, int | str]) -> Callable[[Lab], list[str]]:
+    """A check of all accesses, whose values may be labels."""
+
+    def check(lab: Lab) -> list[str]:
+        expected = [(*one[:3], lab.code.labels[one[3]] if isinstance(one[3], str) else one[3]) for one in wanted]
+        return [] if lab.accesses == expected else [f"accesses are {lab.accesses}, expected {expected}"]
+
+    return check
+
+
+def _forms_32(lab: Lab) -> list[str]:
+    made = [one[:3] for one in lab.accesses]
+    top = 0xD0000100
+    wanted = [
+        *(("write", top - 4 - 4 * at, 4) for at in range(8)),
+        *(("read", top - 32 + 4 * at, 4) for at in range(8) if at != 3),  # ESP's is passed over
+        *(("write", 0xD0000000 + at, 4) for at in (0, 4)),
+        *(("read", 0xD0000000 + at, 4) for at in (0, 4)),
+        *(("read", 0xD0000008, 2), ("write", 0xD0000008, 2)),
+        *(("write", 0xD0000010, 4), ("write", 0xD0000014, 2), ("read", 0xD0000010, 4), ("read", 0xD0000014, 2)),
+    ]
+    found = [] if made == wanted else [f"accesses are {made}"]
+    pushed = lab.accesses[0][3]
+    return found if pushed & 0xFF == 0xFF else [*found, f"AL after SALC is {pushed & 0xFF:#x}"]
+
 
 ROM_BYTES = bytes((at & 0xFF) ^ 0x5A for at in range(16))
 
@@ -198,6 +232,176 @@ PROGRAMS = (
             ("write", 0xD0000022, 1, 0x33),
             ("read", 0xD0000040, 4, 0x43424140),
         ),
+    ),
+    Program(
+        "mmio-strings-compared",
+        "REPE CMPS and REPNE SCAS over a device read each element once, up to the one that ends them",
+        """
+    mov dword [abs DATA], 0x13121110
+    mov dword [abs DATA + 4], 0x17160014
+    mov esi, MMIO + 0x10
+    mov edi, DATA
+    mov ecx, 8
+    repe cmpsb
+    flags r8
+    mov edi, MMIO + 0x20
+    mov eax, 0x2726
+    mov ecx, 5
+    repne scasw
+    flags r9
+    mov r10d, edi
+    mov r11d, ecx
+    mov esi, MMIO + 0x30
+    mov edi, MMIO + 0x40
+    cmpsd
+    done
+""",
+        registers={"r8": 0x0, "r9": 0x44, "r10": 0xD0000028, "r11": 1, "rsi": 0xD0000034, "rdi": 0xD0000044},
+        accesses=(
+            *(("read", 0xD0000010 + at, 1, 0x10 + at) for at in range(6)),
+            *(("read", 0xD0000020 + at, 2, 0x2120 + at * 0x101) for at in range(0, 8, 2)),
+            ("read", 0xD0000030, 4, 0x33323130),
+            ("read", 0xD0000040, 4, 0x43424140),
+        ),
+    ),
+    Program(
+        "mmio-system-operands",
+        "System instructions, XLAT and far jumps read and write a device's operand once, in its size",
+        """
+    mov ebx, MMIO
+    smsw [rbx]
+    sldt [rbx + 2]
+    sgdt [rbx + 0x10]
+    lgdt [rbx + 0x10]
+    mov word [rbx + 0x20], DS0
+    lar eax, [rbx + 0x20]
+    verr [rbx + 0x20]
+    mov ds, [rbx + 0x20]
+    mov [rbx + 0x22], fs
+    mov eax, 3
+    xlatb
+    mov dword [rbx + 0x30], at_target
+    mov word [rbx + 0x34], CS64
+    db 0xFF, 0x6B, 0x30                 ; jmp far [rbx + 0x30]
+    failed
+at_target:
+    done
+""",
+        check=_made(
+            ("write", 0xD0000000, 2, 0x33),
+            ("write", 0xD0000002, 2, 0),
+            ("write", 0xD0000010, 2, 0xFFF),
+            ("write", 0xD0000012, 8, 0x1000),
+            ("read", 0xD0000010, 2, 0xFFF),
+            ("read", 0xD0000012, 8, 0x1000),
+            ("write", 0xD0000020, 2, 0x10),
+            ("read", 0xD0000020, 2, 0x10),
+            ("read", 0xD0000020, 2, 0x10),
+            ("read", 0xD0000020, 2, 0x10),
+            ("write", 0xD0000022, 2, 0x10),
+            ("read", 0xD0000003, 1, 0),
+            ("write", 0xD0000030, 4, "at_target"),
+            ("write", 0xD0000034, 2, 8),
+            ("read", 0xD0000030, 4, "at_target"),
+            ("read", 0xD0000034, 2, 8),
+        ),
+        emulated="its emulator reads what SLDT writes",
+    ),
+    Program(
+        "mmio-stack",
+        "PUSHF, POPF, ENTER, LEAVE, far calls, far returns and IRET work on a stack that is a device's",
+        """
+    mov esp, MMIO + 0x100
+    pushfq
+    popfq
+    enter 8, 0
+    leave
+    db 0x48, 0xFF, 0x1C, 0x25           ; call far [pointer], 64 bits each
+    dd pointer
+at_returned:
+    push DS0
+    push 0x28000
+    push 0x2
+    push CS64
+    push at_back
+    iretq
+at_called:
+    retfq
+pointer: dq at_called
+    dw CS64
+at_back:
+    mov rax, rsp
+    done
+""",
+        registers={"rax": 0x28000},
+        check=_made(
+            ("write", 0xD00000F8, 8, 2),
+            ("read", 0xD00000F8, 8, 2),
+            ("write", 0xD00000F8, 8, 0),
+            ("read", 0xD00000F8, 8, 0),
+            ("write", 0xD00000F8, 8, 8),
+            ("write", 0xD00000F0, 8, "at_returned"),
+            ("read", 0xD00000F0, 8, "at_returned"),
+            ("read", 0xD00000F8, 8, 8),
+            ("write", 0xD00000F8, 8, 0x10),
+            ("write", 0xD00000F0, 8, 0x28000),
+            ("write", 0xD00000E8, 8, 2),
+            ("write", 0xD00000E0, 8, 8),
+            ("write", 0xD00000D8, 8, "at_back"),
+            ("read", 0xD00000D8, 8, "at_back"),
+            ("read", 0xD00000E0, 8, 8),
+            ("read", 0xD00000E8, 8, 2),
+            ("read", 0xD00000F0, 8, 0x28000),
+            ("read", 0xD00000F8, 8, 0x10),
+        ),
+        emulated="its emulator takes 32 bits in a far call",
+    ),
+    Program(
+        "mmio-32-bit-forms",
+        "PUSHAD, POPAD, BOUND, ARPL, LES and SALC in 32-bit code, with a device as stack and operand",
+        """
+    mov ebx, MMIO
+    mov ebp, esp
+    lea esp, [ebx + 0x100]
+    stc
+    db 0xD6                             ; salc
+    mov ecx, 0x11
+    pushad
+    xor ecx, ecx
+    popad
+    mov esp, ebp
+    mov dword [ebx], 1
+    mov dword [ebx + 4], 0x20
+    bound ecx, [ebx]
+    mov eax, 3
+    arpl [ebx + 8], ax
+    mov dword [ebx + 0x10], 0x12345678
+    mov word [ebx + 0x14], DS0
+    les edx, [ebx + 0x10]
+    done
+""",
+        start="protected32",
+        registers={"rcx": 0x11, "rdx": 0x12345678, "rax": 3},
+        check=_forms_32,
+        emulated="its emulator does not know BOUND and ARPL",
+    ),
+    Program(
+        "mmio-page-ends",
+        "An operand that is partly RAM's and partly a device's is read and written where each part is",
+        """
+    mov rax, MMIO + 3                   ; present, writable
+    mov [abs PTE(0x66000)], rax
+    invlpg [abs 0x66000]
+    mov rax, 0x1122334455667788
+    mov [abs 0x65FFC], rax
+    mov rcx, [abs 0x65FFD]
+    add dword [abs 0x65FFE], 0x01010101
+    push qword [abs 0x65FFA]
+    pop rdx
+    done
+""",
+        registers={"rcx": 0x0411223344556677, "rdx": 0x3445566777880000},
+        memory={0x65FFC: bytes([0x88, 0x77, 0x67, 0x56])},
     ),
     Program(
         "unclaimed-memory",
