@@ -262,7 +262,7 @@ def test_operand_of_an_instruction_that_was_replaced(machine: Machine, monkeypat
         return prepare(cpu)
 
     monkeypatch.setattr(machine.vm, "prepare_single", replaced)
-    cpu = machine.run(0, CODE, b"\xff\xd3\x88\x03\x90", rbx=last, rax=0x90)  # call rbx; mov [rbx], al; nop
+    cpu = machine.run(0, CODE, b"\xff\xd3\x00\x03\x90", rbx=last, rax=0x90)  # call rbx; add [rbx], al; nop
     assert machine.memory.read(last, 1) == b"\0"
     assert sum(size for kind, address, size, _ in machine.accesses if kind == "write" and address >= DEVICE) == 15
     assert cpu.get_state().registers.rip == CODE + 6

@@ -440,4 +440,40 @@ at_off:
         check=_seen(("both", BS | B2), ("pushed", BS), ("masked", BS), ("off", BS)),
         emulated="its emulator knows no data breakpoints",
     ),
+    Program(
+        "breakpoint-on-a-lock",
+        "A locked instruction that meets a data breakpoint stays atomic for the other processor, and traps once",
+        """
+    test edi, edi
+    jz first
+    mov ecx, 20000
+other:
+    lock inc dword [abs DATA]
+    loop other
+    mov dword [abs DATA + 64], 1
+rest:
+    pause
+    jmp rest
+first:
+"""
+        + HANDLER
+        + """
+    break_at 0, DATA, WRITE(4)
+    mov ecx, 400
+again:
+    lock inc dword [abs DATA]
+    loop again
+    break_off
+wait_for_it:
+    pause
+    cmp dword [abs DATA + 64], 1
+    jne wait_for_it
+    mov eax, [abs DATA]
+    mov ebx, [abs RECORDS]
+    done
+""",
+        cpus=2,
+        registers={"rax": 20400, "rbx": 400},
+        emulated="its emulator knows no data breakpoints",
+    ),
 )
