@@ -253,6 +253,37 @@ def test_performance_counters_read_as_zero(cpu: Cpu) -> None:
         assert (done, cpu[RAX], cpu[RDX]) == ((L.H_REDIRECT, 5, 5) if fault else (L.H_CONTINUE, 0, 0))
 
 
+def test_only_code_breakpoints_need_steps(cpu: Cpu) -> None:
+    """An enabled code breakpoint puts the processor into steps of one instruction; data and port breakpoints do not."""
+    cpu.long()
+    cpu.put("CR4", cpu.get("CR4") | 8)
+    for dr7, steps in (
+        (0x402, True),
+        (0x10402, False),
+        (0x20402, False),
+        (0x30402, False),
+        (0x400, False),
+        (0x401, True),
+    ):
+        cpu[RAX] = dr7
+        cpu.do("MOV_TO_DR", RAX | 7 << 4)
+        assert bool(cpu.get32("MODE") & L.MODE_STEP) is steps, hex(dr7)
+
+
+def test_a_set_interrupt_shadow_lasts_for_one_instruction(cpu: Cpu) -> None:
+    """An interrupt shadow holds an NMI back until the next instruction has begun, and no longer."""
+    cpu.long()
+    cpu.flags = IF | 2
+    cpu.put32("SHADOW", L.SHADOW_STI)
+    cpu.call("update_mode")
+    cpu.put32("LAPIC", 1, L.LAPIC_NMI)
+    assert (cpu.call("check_events"), cpu.rip) == (L.H_REDIRECT, 0x7000)
+    assert cpu.get32("MODE") & L.MODE_STEP
+    cpu.do("BEGIN")
+    assert (cpu.get32("SHADOW"), cpu.get32("POLL"), cpu.get32("MODE") & L.MODE_STEP) == (0, 1, 0)
+    assert (cpu.call("check_events"), cpu.taken()) == (L.H_REDIRECT, 2)
+
+
 def test_sysenter_in_long_mode(cpu: Cpu) -> None:
     """SYSENTER and SYSEXIT raise #UD in long mode, as on the AMD processor that CPUID names."""
     for instruction in ("SYSENTER", "SYSEXIT"):
@@ -350,3 +381,20 @@ def test_msrs_that_are_native(cpu: Cpu) -> None:
     cpu[RCX], cpu[RDX] = 0xC0000100, 0x8000_0000
     cpu.do("WRMSR")
     assert cpu.taken() == GP
+
+
+def test_a_helper_that_never_repeats_its_accesses_ends(cpu: Cpu) -> None:
+    """A helper whose stack another processor goes on moving, from one device address to another, is called again a
+    bounded number of times."""
+    cpu.long()
+    calls = 0
+    cpu[RSP] = 0x40000000
+    cpu.put("CR0", cpu.get("CR0") & ~0x80000000)
+    cpu.call("update_mode")
+    action = cpu.do("PUSHF", 8)
+    while action and cpu.get32("REASON") == L.R_DEVICE and calls < 1000:
+        cpu.put32("DEVICE", cpu.get32("DEVICE", L.DEVICE_COUNT) + 1, L.DEVICE_COUNT)
+        cpu[RSP] += 0x1000
+        action = cpu.call("helper_again")
+        calls += 1
+    assert 0 < calls < 100

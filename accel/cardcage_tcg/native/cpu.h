@@ -129,10 +129,10 @@ struct lapic {
 struct vm;
 
 /* A helper that meets a device leaves with R_DEVICE and is called again from its beginning, as often as it has accesses: those that
- * were made are in the log. So a helper changes no register before its last access. */
+ * were made are in the log. So a helper changes no register before its last access. changed: how often it did not make them again. */
 #define MAX_DEVICE 80 /* more than ENTER makes, or a call gate */
 struct device_access { u64 linear, value; u32 size, write; };
-struct device { u32 on, arg, count, at; struct device_access log[MAX_DEVICE]; };
+struct device { u32 on, arg, count, at, changed, pad; struct device_access log[MAX_DEVICE]; };
 
 struct cpu {
     u64 gpr[16];          /* guest r9, r10, r11 live here while native code runs */

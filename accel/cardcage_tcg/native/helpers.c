@@ -10,7 +10,7 @@ int helper_call(struct cpu *c, u32 arg)
 {
     c->device.on = 1;
     c->device.arg = arg;
-    c->device.count = c->device.at = 0;
+    c->device.count = c->device.at = c->device.changed = 0;
     return helpers[arg & 0xff](c, arg);
 }
 

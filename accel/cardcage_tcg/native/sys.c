@@ -106,7 +106,7 @@ static int device(struct cpu *c, u64 linear, u64 *value, u32 size, u32 write)
     struct device_access *a = &d->log[d->at];
     if (!d->on)
         return -1;
-    if (d->at == MAX_DEVICE || size > 8) { /* no helper does */
+    if (d->at == MAX_DEVICE || size > 8 || d->changed > 8) { /* no helper does, unless another processor goes on changing a TSS */
         *value = ~0ul;
         return 0;
     }
@@ -116,6 +116,7 @@ static int device(struct cpu *c, u64 linear, u64 *value, u32 size, u32 write)
             *value = a->value;
         return 0;
     }
+    d->changed += d->at < d->count;
     d->count = d->at;
     *a = (struct device_access){linear, write ? *value : 0, size, write};
     c->reason = R_DEVICE;
