@@ -36,6 +36,8 @@ __all__ = ["MAX_INSTRUCTIONS", "Translator"]
 
 F, M, K = FlowControl, Mnemonic, OpKind
 MAX_INSTRUCTIONS = 64
+MODES = 64
+"""The most modes whose template makers are kept."""
 _CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
 CONDITIONS = {
     getattr(ConditionCode, name if hasattr(ConditionCode, name) else name.upper()): i
@@ -121,6 +123,8 @@ class Translator:
         """What makes templates for *mode*."""
         found = self._templates.get((mode, single))
         if found is None:
+            if len(self._templates) >= MODES:  # a guest can have any of thousands
+                self._templates.clear()
             found = self._templates[mode, single] = Templates(mode, hidden=self._hidden, bounce=single)
         return found
 

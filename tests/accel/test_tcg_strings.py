@@ -160,3 +160,13 @@ def test_alignment_checks(cpu: Cpu, op: int, rsi: int, rdi: int, fault: bool) ->
     cpu[RSI], cpu[RDI], cpu[RCX] = 0x100000 + rsi, 0x101000 + rdi, 3
     done = cpu.do("STRING", string(op, 4, 1))
     assert (done == L.H_REDIRECT and cpu.taken() == 17) is fault
+
+
+def test_alignment_checks_of_stacks(cpu: Cpu) -> None:
+    """With EFLAGS.AC PUSHA on a misaligned stack raises #AC at CPL 3; an interrupt's frame is not checked."""
+    cpu.protected(cpl=3)
+    cpu.put("CR0", cpu.get("CR0") | 1 << 18)
+    cpu.flags = 1 << 18 | 2
+    cpu[RSP] = 0x40002
+    assert cpu.do("PUSHA", 4) == L.H_REDIRECT
+    assert cpu.taken() == 17

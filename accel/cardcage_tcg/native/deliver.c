@@ -8,6 +8,7 @@ static int real_interrupt(struct cpu *c, const struct event *e)
     struct stack s = current_stack(c);
     u32 entry = 0;
     int r;
+    s.checked = 0;
     if (e->vector * 4 + 3 > c->idt.limit)
         return fault(c, EX_GP, e->vector * 8 + 2);
     if ((r = sys_read(c, (u32)(c->idt.base + e->vector * 4), &entry, 4)) || (r = push(c, &s, 2, e->flags)) ||
@@ -103,6 +104,7 @@ static int protected_interrupt(struct cpu *c, const struct event *e)
     struct stack s = current_stack(c);
     int r;
 
+    s.checked = 0;
     if (e->vector * 8 + 7 > c->idt.limit)
         return fault(c, EX_GP, idt_error);
     if ((r = sys_read(c, (u32)(c->idt.base + e->vector * 8), &gate, 8)))

@@ -171,7 +171,7 @@ int sys_write(struct cpu *c, u64 linear, const void *from, u32 size)
 
 struct stack current_stack(const struct cpu *c)
 {
-    struct stack s = {c->gpr[RSP], c->segbase[SS], 0xffff, c->cpl == 3, 0, {0, ~0ul, ~0ul}};
+    struct stack s = {c->gpr[RSP], c->segbase[SS], 0xffff, c->cpl == 3, 0, {0, ~0ul, ~0ul}, c->mode & MODE_AC};
     if (c->mode & MODE_PE)
         s.limit = c->limits[SS];
     if (c->mode & MODE_64)
@@ -183,7 +183,7 @@ struct stack current_stack(const struct cpu *c)
 
 struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error)
 {
-    struct stack s = {sp, 0, ~0ul, user, error, {0, ~0ul, ~0ul}};
+    struct stack s = {sp, 0, ~0ul, user, error, {0, ~0ul, ~0ul}, 0};
     if (!long_stack) {
         s.limit = limit_of(desc_attr(ss_desc), desc_limit(ss_desc));
         s.base = ((ss_desc >> 16) & 0xffffff) | ((ss_desc >> 32) & 0xff000000);
@@ -192,16 +192,21 @@ struct stack stack_of(u64 ss_desc, u64 sp, int long_stack, int user, u32 error)
     return s;
 }
 
+static int misaligned(struct cpu *c, const struct stack *s, u64 linear, u32 size)
+{
+    return s->checked && linear & (size - 1) ? fault(c, EX_AC, 0) : 0;
+}
+
 static int stack_linear(struct cpu *c, const struct stack *s, u32 size, int write, u64 *linear)
 {
     if (s->mask == ~0ul) {
         *linear = s->sp;
-        return canonical(s->sp) && canonical(s->sp + size - 1) ? 0 : fault(c, EX_SS, s->error);
+        return !canonical(s->sp) || !canonical(s->sp + size - 1) ? fault(c, EX_SS, s->error) : misaligned(c, s, *linear, size);
     }
     if ((u64)(u32)((s->sp & s->mask) - s->limit.low) + size > (write ? s->limit.write : s->limit.read))
         return fault(c, EX_SS, s->error);
     *linear = (u32)(s->base + (s->sp & s->mask));
-    return 0;
+    return misaligned(c, s, *linear, size);
 }
 
 static int rights(const struct stack *s) { return s->user | (s->mask == ~0ul ? AS_WIDE : 0); }

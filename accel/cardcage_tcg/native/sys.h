@@ -24,6 +24,7 @@ struct stack {
     int user;
     u32 error;          /* of #SS when it leaves its segment or canonical space */
     struct limit limit;
+    u32 checked;        /* for alignment: an instruction's accesses with EFLAGS.AC at CPL 3, not those of an event */
 };
 
 static inline int fault(struct cpu *c, int vector, u32 error)

@@ -183,6 +183,7 @@ int task_switch(struct cpu *c, u32 sel, u32 source, u64 next, u32 ext, u32 has_e
     update_mode(c);
     if (has_error) {
         struct stack s = current_stack(c);
+        s.checked = 0;
         if ((r = push(c, &s, wide ? 4 : 2, error)))
             return r;
         set_sp(c, &s);
