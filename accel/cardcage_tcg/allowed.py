@@ -54,6 +54,7 @@ __all__ = [
     "decoder_of",
     "is_unaligned_vex",
     "unit_of",
+    "waits",
 ]
 
 M, R, K = Mnemonic, Register, OpKind
@@ -227,6 +228,7 @@ XSAVES = {
     M.XRSTOR64: 832,
 }
 """Instructions with an XSAVE image, and the most bytes they reach (state up to AVX's)."""
+NO_WAIT = {M.FNSTENV, M.FNSAVE, M.FNSTCW, M.FNSTSW}
 MASKED_STORES = {M.MASKMOVDQU, M.MASKMOVQ, M.VMASKMOVDQU}
 MASKED_MOVES = {M.VMASKMOVPS, M.VMASKMOVPD, M.VPMASKMOVD, M.VPMASKMOVQ}
 ALIGNED_VEX = {M.VMOVAPS, M.VMOVAPD, M.VMOVDQA, M.VMOVNTPS, M.VMOVNTPD, M.VMOVNTDQ, M.VMOVNTDQA}
@@ -286,6 +288,11 @@ def decoder_of(bits: int, data: bytes, ip: int = 0) -> Decoder:
 def is_unaligned_vex(ins: Instruction) -> bool:
     """VEX instructions do not ask for alignment, but for those that say so by their names."""
     return bool(set(ins.cpuid_features()) & AVX) and ins.mnemonic not in ALIGNED_VEX
+
+
+def waits(ins: Instruction) -> bool:
+    """x87 instructions that raise a pending exception first; those without WAIT do not (SDM vol. 1, 8.3.11)."""
+    return bool(set(ins.cpuid_features()) & X87 - {CpuidFeature.FXSR}) and ins.mnemonic not in NO_WAIT
 
 
 def unit_of(ins: Instruction) -> int:

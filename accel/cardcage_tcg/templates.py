@@ -60,6 +60,7 @@ from cardcage_tcg.allowed import (
     XSAVES,
     is_unaligned_vex,
     unit_of,
+    waits,
 )
 from cardcage_tcg.inplace import InPlace
 from cardcage_tcg.operands import Emulate, Template
@@ -305,6 +306,8 @@ class Templates(InPlace):
         write = self._info.info(ins).op_access(memory) in WRITES
         stack = ins.memory_segment == R.SS
         out = bytearray(t.code)
+        if waits(ins):
+            out += b"\x9b"  # FWAIT: a pending exception comes before this instruction's access
         width = self._offset(ins, out, t)
         far_bit = mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER
         if far_bit:

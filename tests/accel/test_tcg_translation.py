@@ -111,3 +111,12 @@ def test_code_outside_ram(machine: Machine) -> None:
     """Code where there is no RAM reads as ones: #UD."""
     machine.put(PD, 0xD0000083)
     assert machine.run(call(HIGH)).rax == 6
+
+
+def test_pending_x87_exception_comes_before_an_access(machine: Machine) -> None:
+    """#MF of the instruction before comes before the page fault of an x87 instruction's own operand."""
+    machine.put(IDT + 16 * 16, HANDLER + 16 & 0xFFFF | 8 << 16 | 0x8E00 << 32)
+    machine.memory.write(HANDLER + 16, b"\xb8\x10\0\0\0\xf4")  # mov eax, 16; hlt
+    unmasked = b"\x68\x00\0\0\0\xd9\x2c\x24"  # push 0; fldcw [rsp]
+    divide = b"\xd9\xee\xd9\xee\xde\xf9"  # fldz; fldz; fdivp: invalid
+    assert machine.run(b"\xdb\xe3" + unmasked + divide + at(b"\xd9\x04\x25", 0x7FFFFF00)).rax == 16
