@@ -28,7 +28,7 @@ def kernel() -> Path:
 
 
 def run(source: str, tmp_path: Path, *, cpus: int = 1) -> list[str]:
-    """Compile ``boundary/SOURCE`` and run it in a guest as nobody: its output, status, and what the kernel warned of."""
+    """Compile ``boundary/SOURCE`` and run it in a guest as nobody: output, status, and kernel warnings."""
     compiler = "g++" if source.endswith(".cc") else "gcc"
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
