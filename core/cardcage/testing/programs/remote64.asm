@@ -9,6 +9,9 @@
 
     apic_on
     mov r15d, DATA
+    mov al, 0xFF                    ; the 8259s are as a BIOS leaves them: a timer among others
+    out 0x21, al
+    out 0xA1, al
     sti
     host 1
 again:
