@@ -1,7 +1,9 @@
 """Build ``_native.so`` and ``layout.py`` from the C sources here: ``python -m cardcage_tcg.native.build`` (needs gcc).
 
 Only whoever changes the sources runs this. The library is committed, so that installing and running need no compiler;
-a test builds it again and compares.
+a test builds it again and compares. With ``--check`` the library asserts its invariants (``check.c``) and is
+instrumented with AddressSanitizer and bounds checks: the process must have ``libasan.so`` preloaded, as the
+hostile-guest fuzzer does.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ LINK = (
     "-Wl,-s",
 )
 PREFIXES = "MODE DEBUG ARMED SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+CHECKS = ("check.c",)
+CHECK_FLAGS = (
+    *("-DTCG_CHECK", "-g1", "-fsanitize=address", "--param=asan-globals=0", "-fno-sanitize-recover=all"),
+    "-fsanitize=bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow,bool,enum,vla-bound",
+)
 CONSTANTS = re.compile(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b")
 STRUCTS = {
     "cpu": "",
@@ -97,13 +104,15 @@ def constants(cc: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"@@ (\w+) \$(-?\d+)", assembly)}
 
 
-def build(target: Path, layout: Path, cc: str = "gcc") -> None:
-    """Compile into *target* and write the Python constants into *layout*."""
+def build(target: Path, layout: Path, cc: str = "gcc", *, check: bool = False) -> None:
+    """Compile into *target* and write the Python constants into *layout*; *check* for the variant with assertions."""
     found = constants(cc)
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "offsets.h").write_text("".join(f"#define {name} {value}\n" for name, value in found.items()))
-        sources = [str(HERE / name) for name in sorted({*SOURCES, *(one.name for one in HERE.glob("*.c"))})]
-        subprocess.run([cc, *FLAGS, *LINK, "-I", scratch, "-I", str(HERE), "-o", str(target), *sources], check=True)
+        names = {*SOURCES, *(one.name for one in HERE.glob("*.c") if check or one.name not in CHECKS)}
+        sources = [str(HERE / name) for name in sorted(names)]
+        flags = (*FLAGS, *CHECK_FLAGS, *LINK[:-1]) if check else (*FLAGS, *LINK)
+        subprocess.run([cc, *flags, "-I", scratch, "-I", str(HERE), "-o", str(target), *sources], check=True)
     lines = [
         '"""Offsets and constants of the native half. Made by ``cardcage_tcg.native.build`` from its C headers."""',
         "",
@@ -115,7 +124,7 @@ def build(target: Path, layout: Path, cc: str = "gcc") -> None:
 def main() -> int:
     """Build in place."""
     package = HERE.parent
-    build(package / "_native.so", package / "layout.py")
+    build(package / "_native.so", package / "layout.py", check="--check" in sys.argv[1:])
     return 0
 
 

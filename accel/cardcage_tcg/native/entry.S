@@ -64,10 +64,19 @@ EXPORT tcg_enter
     xrstor64 [rsp+FX]
 2:  mov rdi, rsp
     call world_enter
+#ifdef TCG_CHECK
+    mov rdi, rsp
+    call check_tables
+#endif
     mov rdi, rsp
     call native_resume
     test rax, rax
     jz leave
+#ifdef TCG_CHECK
+    mov rdi, rsp
+    mov rsi, rax
+    call check_target
+#endif
     mov [rsp+SCRATCH], rax
     LOAD_REGS 0
     mov rsi, [rsp+BOUNCE_PTR]
@@ -77,12 +86,21 @@ dispatch:
     call native_dispatch
     test rax, rax
     jz leave
+#ifdef TCG_CHECK
+    mov rdi, rsp
+    mov rsi, rax
+    call check_target
+#endif
     mov [rsp+SCRATCH], rax
     LOAD_REGS 0
     jmp [rsp+SCRATCH]
 
 /* All guest registers are saved: back to Python. */
 leave:
+#ifdef TCG_CHECK
+    mov rdi, rsp
+    call check_tables
+#endif
     mov rdi, rsp
     call world_leave
     test dword ptr [rsp+GUEST_XCR0], 4

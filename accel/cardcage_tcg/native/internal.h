@@ -129,4 +129,10 @@ u64 put_block(struct vm *vm, const struct block *plan, const u8 *code);
 struct block *block_at(struct vm *vm, u64 host);
 void tcg_watch_running(struct cpu *c, u64 gpa);
 void tcg_memory_written(struct vm *vm, u64 gpa, u64 size);
+#ifdef TCG_CHECK /* check.c */
+void check_tables(struct cpu *c);
+u64 check_target(struct cpu *c, u64 to);
+void check_signal(int sig, int code, u64 address, u64 rip);
+void check_died(int sig, u64 address, u64 rip, u64 near);
+#endif
 #endif

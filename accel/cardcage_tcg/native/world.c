@@ -197,10 +197,16 @@ static void handler(int sig, void *info, void *context)
     for (u32 i = 0; guest && i < 256; i++)
         if (ranges[i].low && rip >= ranges[i].low && rip < ranges[i].high) {
             struct cpu *c = (struct cpu *)gregs[15];
+#ifdef TCG_CHECK
+            check_signal(sig, ((int *)info)[2], ((u64 *)info)[2], rip);
+#endif
             c->info[0] = (u64)sig, c->info[1] = rip, c->info[2] = gregs[20];
             gregs[16] = (u64)stub_signal;
             return;
         }
+#ifdef TCG_CHECK
+    check_died(sig, ((u64 *)info)[2], rip, (u64)handler);
+#endif
     struct sigaction *old = &previous[sig];
     if ((u64)old->handler > 1) {
         old->handler(sig, info, context);
@@ -244,10 +250,22 @@ EXPORTED int tcg_add_range(u64 low, u64 high)
 
 EXPORTED void tcg_remove_range(int i) { __atomic_store_n(&ranges[i].low, 0, __ATOMIC_SEQ_CST); }
 
+#ifdef TCG_CHECK
+static void check_range(const void *at, unsigned long n) /* what instrumented code would look at */
+{
+    for (unsigned long i = 0; i < n; i++)
+        (void)((const volatile u8 *)at)[i];
+}
+#endif
+
 /* gcc may call these even in freestanding code */
 void *memcpy(void *to, const void *from, unsigned long n)
 {
     void *d = to;
+#ifdef TCG_CHECK
+    check_range(from, n);
+    check_range(to, n);
+#endif
     __asm__ volatile("rep movsb" : "+D"(d), "+S"(from), "+c"(n) : : "memory");
     return to;
 }
@@ -255,6 +273,9 @@ void *memcpy(void *to, const void *from, unsigned long n)
 void *memset(void *to, int v, unsigned long n)
 {
     void *d = to;
+#ifdef TCG_CHECK
+    check_range(to, n);
+#endif
     __asm__ volatile("rep stosb" : "+D"(d), "+c"(n) : "a"(v) : "memory");
     return to;
 }
