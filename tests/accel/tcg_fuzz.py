@@ -28,8 +28,9 @@ from iced_x86 import (
     RflagsBits,
 )
 from tcg_encodings import WIDE, collect
+from tcg_explain import explained
 from tcg_guest import Guest
-from tcg_host import CODE, DATA, DATA_SIZE, GENERAL, Host, State
+from tcg_host import CODE, DATA, DATA_SIZE, GENERAL, READONLY, Host, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,8 +95,8 @@ class Case:
 class Fuzzer:
     """Makes cases and compares what both processors make of them."""
 
-    def __init__(self, seed: int, *, avx: bool = False, bits: int = 64) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, *, avx: bool = False, bits: int = 64, faults: float = 0.02) -> None:
+        self.random, self.faults = random.Random(seed), faults
         self.avx, self.bits = avx, bits
         self.host, self.guest = Host(), Guest(avx=avx)
         self.mask = 0xFFFFFFFFFFFFFFFF if bits == 64 else 0xFFFFFFFF
@@ -200,14 +201,22 @@ class Fuzzer:
 
     def _target(self, size: int) -> int:
         r = self.random
+        if r.random() < self.faults:
+            return self._forbidden(size)
         kind = r.random()
-        if kind < 0.02:
-            return DATA + DATA_SIZE - r.randrange(max(size, 1) + 1)  # into nothing
         if kind < 0.15 and size > 1:
             return DATA + 0x1000 * r.randrange(1, 3) - r.randrange(1, size)
         return r.choice(AREA) & ~(
             63 if size > 8 and kind < 0.9 else size - 1 if size in (2, 4, 8) and kind < 0.8 else 0
         )
+
+    def _forbidden(self, size: int) -> int:
+        """Into nothing, what can only be read, or no address at all; also with the second page only."""
+        r = self.random
+        at = r.choice((DATA + DATA_SIZE, DATA + DATA_SIZE, DATA + READONLY, DATA + READONLY + 0x1000))
+        if self.bits == 64 and r.random() < 0.3:
+            at = r.choice((1 << 47, 1 << 62, 1 << 63, (1 << 64) - (1 << 47), 1 << 61, 0xDEAD << 48))
+        return at - r.randrange(max(size, 1) + 1) & 0xFFFFFFFFFFFFFFFF
 
     def _arrange(
         self,
@@ -245,6 +254,10 @@ class Fuzzer:
             return bytes(raw)
         size = MemorySizeInfo(ins.memory_size).size or 512
         size = 512 if ins.mnemonic in (M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64) else size
+        if (
+            size >= 16
+        ):  # whether a misaligned one raises #AC is the processor's to choose (Intel SDM vol. 2, table 2-21)
+            state.flags &= ~0x40000
         target = self._target(size) - self.base
         if ins.memory_segment in (R.FS, R.GS):
             if self.bits != 64:
@@ -269,7 +282,7 @@ class Fuzzer:
             at = Decoder(self.bits, bytes(raw), ip=ins.ip)
             where = at.get_constant_offsets(at.decode())
             width = where.displacement_size
-            if width not in (2, 4):
+            if width not in (2, 4) or not -1 << 31 <= target < 1 << 32:
                 return None
             part = struct.pack("<I", target & 0xFFFFFFFF)[:width]
             raw[where.displacement_offset : where.displacement_offset + width] = part
@@ -369,12 +382,18 @@ class Fuzzer:
             raise AssertionError(f"{case.text} {case.code.hex()}: {error}") from error
         got = self.guest.run(case.code, case.start, case.memory, bits=case.bits)
         self.ended[want.ended] += 1
-        return self._compare(case, want, got)
+        found = self._compare(case, want, got)
+        if found and (why := explained(self.bits, want, got)):
+            self.ended[why] += 1
+            return ""
+        return found
 
     def _compare(self, case: Case, want: State, got: State) -> str:
         found = []
         if want.ended != got.ended:
             found.append(f"ends with {got.ended or 'nothing'}, not {want.ended or 'nothing'}")
+        if want.address != got.address:
+            found.append(f"page fault at {_hex(got.address)}, not {_hex(want.address)}")
         if want.rip != got.rip:
             found.append(f"rip {got.rip:#x}, not {want.rip:#x}")
         count = 16 if case.bits == 64 else 8
@@ -402,6 +421,10 @@ class Fuzzer:
         start = " ".join(f"{name}={value:#x}" for name, value in zip(GENERAL, case.start.general, strict=True))
         where = f"{case.text}  [{case.code[:-2].hex()}] at {case.start.rip:#x}"
         return f"{where}: {difference}\n    {start} flags={case.start.flags:#x}"
+
+
+def _hex(value: int | None) -> str:
+    return "none" if value is None else f"{value:#x}"
 
 
 def _flags(iced: int) -> int:

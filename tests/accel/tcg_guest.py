@@ -10,7 +10,7 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import DescriptorTable, Segment
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
-from tcg_host import CODE, CODE_SIZE, DATA, DATA_SIZE, XSTATE_SIZE, State, normalize
+from tcg_host import CODE, CODE_SIZE, DATA, DATA_SIZE, READONLY, XSTATE_SIZE, State, normalize
 
 __all__ = ["Guest", "NoDevices"]
 
@@ -103,7 +103,7 @@ class Guest:
         for i in range(CODE_SIZE >> 12):
             put(PT_CODE + 8 * i, CODE_AT + (i << 12) | 5)
         for i in range(DATA_SIZE >> 12):
-            put(PT_DATA + 8 * i, DATA_AT + (i << 12) | 1 << 63 | 7)
+            put(PT_DATA + 8 * i, DATA_AT + (i << 12) | 1 << 63 | (5 if i == READONLY >> 12 else 7))
         for selector, access, flags in (
             (0x10, 0x9B, 0xA), (0x18, 0x93, 0xC), (0x20, 0xFB, 0xC), (0x28, 0xF3, 0xC), (0x30, 0xFB, 0xA),
         ):  # fmt: skip
@@ -150,7 +150,8 @@ class Guest:
         offset = rip - base
         if name == "SIGILL" and 0 <= offset < CODE_SIZE and self.memory.read(CODE_AT + offset, 2) == b"\x0f\x0b":
             name = ""
-        return State(general, rip, flags, bytes(image), ended=name, memory=self.memory.read(DATA_AT, DATA_SIZE))
+        return State(general, rip, flags, bytes(image), ended=name, memory=self.memory.read(DATA_AT, DATA_SIZE),
+                     address=cpu.field(L.CR2) if vector == 14 else None)  # fmt: skip
 
     def close(self) -> None:
         """Give everything back."""

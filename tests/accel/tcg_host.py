@@ -10,11 +10,13 @@ import struct
 
 from attrs import define, field
 
-__all__ = ["CODE", "CODE_SIZE", "DATA", "DATA_SIZE", "GENERAL", "XSTATE_SIZE", "Host", "State"]
+__all__ = ["CODE", "CODE_SIZE", "DATA", "DATA_SIZE", "GENERAL", "READONLY", "XSTATE_SIZE", "Host", "State"]
 
 CODE, CODE_SIZE = 0x10000000, 0x2000
 DATA, DATA_SIZE = 0x20000000, 0x6000
 """Where code and data lie in the child and in the guest; both below 4 GiB for 32-bit code, unmapped behind."""
+READONLY = 0x3000
+"""Offset of a page in the data that can only be read."""
 XSTATE_SIZE = 832
 """Bytes of an XSAVE image up to AVX's state."""
 GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
@@ -24,13 +26,16 @@ _USER_REGS = (
 ).split()
 _AT = {name: i for i, name in enumerate(_USER_REGS)}
 _GENERAL_AT = [_AT[name] for name in GENERAL]
-TRACEME, CONT, GETREGS, SETREGS, GETREGSET, SETREGSET = 0, 7, 12, 13, 0x4204, 0x4205
+TRACEME, CONT, GETREGS, SETREGS, GETSIGINFO, GETREGSET, SETREGSET = 0, 7, 12, 13, 0x4202, 0x4204, 0x4205
 NT_X86_XSTATE = 0x202
 
 
 @define
 class State:
-    """What a case starts from and ends in: registers by number, RIP, flags, and an XSAVE image of 832 bytes."""
+    """What a case starts from and ends in: registers by number, RIP, flags, and an XSAVE image of 832 bytes.
+
+    ``address`` is what a page fault reports, None after any other end.
+    """
 
     general: list[int]
     rip: int
@@ -40,6 +45,7 @@ class State:
     gs: int = 0
     ended: str = ""
     memory: bytes = field(default=b"", repr=False)
+    address: int | None = None
 
 
 class Host:
@@ -63,6 +69,7 @@ class Host:
             raise OSError("this system lets no process be traced")
         self._regs = (ctypes.c_uint64 * 27)()
         self._area = (ctypes.c_uint8 * 16384)()
+        self._info = (ctypes.c_uint8 * 128)()
         self._vector = (ctypes.c_uint64 * 2)(ctypes.addressof(self._area), 16384)
         self._request(GETREGS, None, ctypes.addressof(self._regs))
         self._request(GETREGSET, NT_X86_XSTATE, ctypes.addressof(self._vector))
@@ -71,9 +78,11 @@ class Host:
 
     def _child(self, fd: int) -> None:
         try:
-            for address, size, offset, protection in ((CODE, CODE_SIZE, 0, 7), (DATA, DATA_SIZE, CODE_SIZE, 3)):
+            for address, size, offset, protection in ((CODE, CODE_SIZE, 0, 5), (DATA, DATA_SIZE, CODE_SIZE, 3)):
                 if self._libc.mmap(address, size, protection, mmap.MAP_SHARED | 0x10, fd, offset) != address:
                     os._exit(1)
+            self._libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+            self._libc.mprotect(DATA + READONLY, 0x1000, 1)
             for entry, (base, limit, flags) in enumerate(((CODE, 0xFFFF, 0x44), (DATA, DATA_SIZE - 1, 0x40))):
                 about = struct.pack("<IIII", entry, base, limit, flags)  # struct user_desc: 16-bit code, 16-bit data
                 self._libc.syscall(154, 1, about, 16)
@@ -123,6 +132,8 @@ class Host:
         self._request(GETREGS, None, ctypes.addressof(regs))
         self._vector[1] = self._size
         self._request(GETREGSET, NT_X86_XSTATE, ctypes.addressof(self._vector))
+        self._request(GETSIGINFO, None, ctypes.addressof(self._info))
+        code, address = struct.unpack_from("<i4xQ", self._info, 8)
         rip = regs[_AT["rip"]]
         name = signal.Signals(os.WSTOPSIG(status)).name
         offset = rip - base
@@ -132,6 +143,7 @@ class Host:
         return State(
             [regs[at] for at in _GENERAL_AT], rip, regs[_AT["eflags"]], bytes(image),
             ended="" if at_end else name, memory=self.memory[CODE_SIZE:],
+            address=address if name == "SIGSEGV" and code in (1, 2) else None,
         )  # fmt: skip
 
     def close(self) -> None:
