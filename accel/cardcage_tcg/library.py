@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_tlb_flush": (None, (_PTR,)),
     "tcg_memory_written": (None, (_PTR, _U64, _U64)),
     "tcg_memory_written_many": (None, (_PTR, _PTR, _U64)),
-    "tcg_once": (_U64, (_PTR, _U64, _U64, _U32)),
+    "tcg_once": (_U64, (_PTR, _U64, _U64, _U32, _PTR, _U32)),
     "tcg_add_template": (_U32, (_PTR, _PTR, _U32, _U32)),
     "tcg_head_length": (_U32, (_PTR, _U32, _U32)),
     "tcg_has_template": (_INT, (_PTR, _U32, _PTR, _U32)),

@@ -99,7 +99,7 @@ class Msrs:
         tsc, nanoseconds = vm.clock_pair()
         guest_tsc = tsc + self._cpu.field(L.TSC_OFFSET) & 0xFFFFFFFFFFFFFFFF
         multiplier, shift = vm.clock_scale
-        self._version += 2
+        self._version = self._version + 2 & 0xFFFFFFFF
         body = pack("<IIQQIbB2x", self._version, 0, guest_tsc, nanoseconds - vm.clock_zero, multiplier, shift, 1)
         vm.poke_physical(address, body)
 

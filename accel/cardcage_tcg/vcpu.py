@@ -28,6 +28,9 @@ __all__ = ["TcgVCpu"]
 STACK = 512 << 10
 SINGLE = L.BOUNCE + 4096
 """Where singles write; what they read from devices comes through the bounce buffer's first half."""
+UNSTORED = 1 | 1 << 3 | 1 << 4
+"""Unmasked, x87's invalid operation, overflow and underflow keep a result from being stored (SDM vol. 1, 8.5). None
+was pending before, or the instruction would have raised it."""
 PF_VECTOR, GP_VECTOR = 14, 13
 KICKED = VCpuExit(Exit.KICKED)
 
@@ -198,8 +201,9 @@ class TcgVCpu:
         """The single has run to its end (a fault of its other operand goes to the guest's handler). It writes where its
         operand was when it began, as a processor that holds the translation does."""
         pages, at, size, x87 = self._single
-        if x87 and self.raw[L.FX + 2] & 0x80:
-            return  # an unmasked exception, which the next x87 instruction raises, kept it from storing
+        control, status = unpack_from("<HH", self.raw, L.FX)
+        if x87 and status & ~control & UNSTORED:
+            return
         self._write_pages(pages, bytes(self.raw[at : at + size]), ops)
 
     def _restart(self) -> None:
@@ -213,8 +217,10 @@ class TcgVCpu:
         try:
             if not single:
                 self.vm.prepare_again(self)
-            elif self.vm.prepare_single(self) is None:
                 return
+            prepared = self.vm.prepare_single(self)
+            if prepared is None or prepared[0] != self._single[2]:
+                self.words[L.RESUME // 8] = 0  # another instruction is there by now
         except Fault as fault:
             self.raise_exception(fault.vector, fault.error)
 
@@ -353,13 +359,15 @@ class TcgVCpu:
 
     def fetch_bytes(self, linear: int, size: int) -> bytes:
         """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
-        found = b""
+        found, q = b"", self.words
+        cr2, scratch = q[L.CR2 // 8], q[L.SCRATCH // 8 + 3]
         with self.vm.lock:
             while len(found) < size:
                 vector, phys = self.walk(self.linear_after(linear, len(found)), 2)
                 if vector:
                     if not found:
                         raise self._fault(vector)
+                    q[L.CR2 // 8], q[L.SCRATCH // 8 + 3] = cr2, scratch  # only looked: nothing faulted
                     break
                 take = min(size - len(found), 4096 - (phys & 0xFFF))
                 data = self.vm.peek(phys, take)
@@ -432,9 +440,18 @@ class TcgVCpu:
                 at += take
         for phys, part in devices:
             if self.msrs.apic_page(phys) is not None:
-                self.native.apic_write(self.pointer, phys & 0xFF0, int.from_bytes(part[:4], "little"))
+                self._apic_write(ops, phys & 0xFF0, int.from_bytes(part[:4], "little"))
             else:
                 self._mmio_write(ops, phys, len(part), int.from_bytes(part, "little"))
+
+    def _apic_write(self, ops: Ops, offset: int, value: int) -> None:
+        """A register of the local APIC; a waiting helper keeps its operands. An end of interrupt is the machine's, too."""
+        at = L.INFO // 8
+        info = self.words[at : at + 4].tolist()
+        if self.native.apic_write(self.pointer, offset, value) == L.H_EXIT:
+            ops.end_of_interrupt(self.words[at])
+        for i, word in enumerate(info):
+            self.words[at + i] = word
 
     def probe_write(self, linear: int, size: int) -> None:
         """Raise the Fault that writing would, and write nothing."""

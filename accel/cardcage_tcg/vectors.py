@@ -11,6 +11,7 @@ from iced_x86 import Mnemonic, OpKind, RegisterExt
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.emit import NUMBER
+from cardcage_tcg.faults import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +86,17 @@ class _Vectors:
         base = ins.memory_base
         return ins.memory_displacement + (self._emulator.get(base) if base in NUMBER else 0)
 
+    def _check(self, ins: Instruction) -> None:
+        """The exceptions of an AVX instruction whose unit is off, and of one whose registers are not all different."""
+        cpu = self._emulator.cpu
+        registers = [RegisterExt.number(one) for one in (ins.op0_register, ins.op2_register, ins.memory_index)]
+        if cpu.mode & L.MODE_NOAVX or len(set(registers)) < 3:
+            raise Fault(6)
+        if cpu.field(L.CR0) & 8:
+            raise Fault(7)
+
     def gather(self, ins: Instruction, ops: Ops) -> None:
+        self._check(ins)
         width, step = GATHERS[ins.mnemonic]
         size = RegisterExt.size(ins.op0_register)
         count = min(size // width, RegisterExt.size(ins.memory_index) // step)

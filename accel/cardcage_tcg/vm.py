@@ -27,7 +27,7 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import MASKED_MOVES, MASKED_STORES, OFF_X87, unit_of
+from cardcage_tcg.allowed import MASKED_MOVES, MASKED_STORES, waits
 from cardcage_tcg.cpuid import CpuModel
 from cardcage_tcg.emulate import UD, Fault
 from cardcage_tcg.eventfds import EventFds
@@ -405,7 +405,8 @@ class TcgVm:
 
     def prepare_single(self, cpu: TcgVCpu) -> tuple[int, bool, bool] | None:
         """Have the instruction at RIP run alone next, its write going to ``cpu.write_ptr``: how many bytes it writes,
-        whether they are read first, and whether x87 stores them; None for one that Python does. Raises Fault."""
+        whether they are read first, and whether x87 stores them; 0 bytes when memory changed meanwhile; None for one
+        that Python does. Raises Fault."""
         with self.lock:
             linear, phys = self._fetched(cpu)
             data = cpu.fetch_bytes(linear, 15)
@@ -425,16 +426,21 @@ class TcgVm:
             if block is None:
                 if len(self._singles) > 4096:
                     self._singles.clear()
-                block = self._singles[key] = self._once(cpu, phys, linear, L.MAKE_SINGLE)
+                block = self._once(cpu, phys, linear, L.MAKE_SINGLE, data)
+                if block is None:
+                    return 0, False, False
+                self._singles[key] = block
             cpu.resume_at(block, L.RESUME_SINGLE)
             written = ctypes.c_uint64.from_address(block - L.SIZEOF_BLOCK + L.BLOCK_WRITTEN).value
-            return written, _reads_memory(ins), unit_of(ins) == OFF_X87
+            return written, _reads_memory(ins), waits(ins)
 
     def prepare_again(self, cpu: TcgVCpu) -> None:
         """Have the instruction at RIP run alone next, from its start, with the answer that a device has given it."""
         with self.lock:
             linear, phys = self._fetched(cpu)
-            cpu.resume_at(self._once(cpu, phys, linear, L.MAKE_AGAIN), L.RESUME_AGAIN)
+            block = self._once(cpu, phys, linear, L.MAKE_AGAIN, b"")
+            assert block is not None
+            cpu.resume_at(block, L.RESUME_AGAIN)
 
     @staticmethod
     def _fetched(cpu: TcgVCpu) -> tuple[int, int]:
@@ -445,13 +451,16 @@ class TcgVm:
             raise Fault(vector, cpu.field(L.SCRATCH + 24) & 0xFFFFFFFF)
         return linear, phys
 
-    def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int) -> int:
-        """Host address of a block for one run (``MAKE_*``); it is of the present generation, under the lock."""
-        while (block := self.native.once(cpu.pointer, phys, linear, what)) <= L.TRANSLATE_MISSING:
+    def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int, data: bytes) -> int | None:
+        """Host address of a block for one run (``MAKE_*``); it is of the present generation, under the lock. None when
+        the instruction is not one that *data* begins with (empty: any)."""
+        while (block := self.native.once(cpu.pointer, phys, linear, what, data, len(data))) <= L.TRANSLATE_MISSING:
             if block == L.TRANSLATE_MISSING:
                 self._make(cpu, phys, linear, single=what == L.MAKE_SINGLE)
             elif block == L.TRANSLATE_FULL:
                 self._flush_stopped()
+            else:
+                return None
         found: int = block + L.SIZEOF_BLOCK
         return found
 

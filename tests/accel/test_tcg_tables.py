@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.accelerator import MemorySlot, VmSpec
+from cardcage.errors import ConfigError
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage.vcpu import Exit
 from cardcage.x86 import DescriptorTable, Segment
@@ -56,8 +57,8 @@ def test_empty_entries_cannot_be_named() -> None:
 class Machine:
     """8 MiB and two vCPUs at CPL 0 in 64-bit mode, identity-mapped; a device at 8 MiB."""
 
-    def __init__(self) -> None:
-        self.vm = Tcg().create_vm(VmSpec(cpus=2, irqchip="none"))
+    def __init__(self, **spec: Any) -> None:
+        self.vm = Tcg().create_vm(VmSpec(**{"cpus": 2, "irqchip": "none", **spec}))
         self.memory, self.block = PhysicalMemory(), RamBlock(8 << 20)
         self.memory.add(RamRange(0, 8 << 20, self.block))
         self.memory.attach(self.vm)
@@ -266,3 +267,76 @@ def test_operand_of_an_instruction_that_was_replaced(machine: Machine, monkeypat
     assert machine.memory.read(last, 1) == b"\0"
     assert sum(size for kind, address, size, _ in machine.accesses if kind == "write" and address >= DEVICE) == 15
     assert cpu.get_state().registers.rip == CODE + 6
+
+
+def test_a_single_is_of_the_bytes_it_is_kept_by(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instruction that another vCPU patches while its write is prepared is not kept for the bytes of before."""
+    once, patched = machine.vm.native.once, []
+
+    def patch_first(*arguments: object) -> int:
+        if not patched:
+            patched.append(True)
+            machine.memory.write(CODE + 2, b"\x28\x03")  # sub [rbx], al
+        return int(once(*arguments))
+
+    monkeypatch.setattr(machine.vm.native, "once", patch_first)
+    for expected in (0xC2, 0xC4):
+        machine.memory.write(DATA, b"\xc3")
+        machine.run(0, CODE, b"\xff\xd3\x00\x03", rbx=DATA, rax=1)  # call rbx; add [rbx], al
+        assert machine.memory.read(DATA, 1)[0] == expected
+
+
+def test_what_is_fetched_ahead_leaves_no_trace(machine: Machine) -> None:
+    """Code that Python reads beyond an instruction, into a page that is not there, changes neither CR2 nor a PUSH."""
+    table = 0x400000
+    machine.put(PD + 8, table | 3)
+    for i in range(512):
+        machine.put(table + 8 * i, 0x200000 + i * 4096 | (3 if i != 0x11 else 0))
+    cpu = machine.run(0, 0x210FF8, b"\x31\xc0\x0f\xa2")  # cpuid
+    assert cpu.get_state().system.cr2 == 0
+    machine.put(DATA, 0x1122334455667788)
+    machine.run(0, 0x210FF8, b"\xff\x33", rbx=DATA, rsp=0x180004)  # push [rbx], across pages
+    assert machine.memory.read(0x17FFFC, 8) == machine.memory.read(DATA, 8)
+
+
+@pytest.mark.parametrize("code", ["62f27d49920408", "62f27d29920408", "c4e271920408"], ids=["zmm", "ymm", "off"])
+def test_gathers_of_units_that_are_not_there(code: str) -> None:
+    """A gather of AVX-512's, and one of AVX's while the guest has not enabled that, raise #UD."""
+    try:
+        machine = Machine(cpu="max", features={"avx2": True})
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with pytest.raises(AssertionError, match="first vector 6"):
+        machine.run(0, CODE, bytes.fromhex(code), rax=DATA)
+    machine.close()
+
+
+def test_kvmclock_counts_round(machine: Machine) -> None:
+    """The version of kvmclock's structure wraps."""
+    machine.cpus[0].msrs._version = (1 << 32) - 2
+    machine.run(0, CODE, b"\xb9\x01\x4d\x56\x4b\xb8\x01\0\x10\0\x31\xd2\x0f\x30")  # wrmsr
+    assert machine.memory.read(0x100000, 4) == bytes(4)
+
+
+@pytest.mark.parametrize(
+    "code", [b"\x87\x03", b"\x83\x23\0", b"\xab", b"\x0f\x01\x23"], ids=["xchg", "and", "stosd", "smsw"]
+)
+def test_ends_of_interrupts_by_any_instruction(code: bytes) -> None:
+    """Whatever instruction writes EOI, the machine hears of a level-triggered interrupt's end."""
+    machine = Machine(irqchip="split")
+    machine.put(PDPT + 8 * 3, 0x7003)
+    machine.put(0x7000 + 8 * (0xFEE00000 >> 21 & 511), 0xFEE00083)
+    cpu, ended = machine.cpus[0], []
+
+    def end(vector: int, /) -> None:
+        ended.append(vector)
+        cpu.kick()
+
+    machine.ops.end_of_interrupt = end  # type: ignore[method-assign] # the machine of this test
+    for field in (L.LAPIC_ISR, L.LAPIC_TMR):
+        cpu.halves[(L.LAPIC + field) // 4 + 1] = 2  # vector 0x21
+    with pytest.raises(AssertionError, match="KICKED"):
+        machine.run(0, CODE, code + b"\xeb\xfe", rbx=0xFEE000B0, rdi=0xFEE000B0, rax=0)
+    assert ended == [0x21]
+    assert machine.memory.read(0x21, 2) == bytes(2)
+    machine.close()

@@ -686,7 +686,8 @@ static u32 copy_code(struct cpu *c, struct block *b, u64 linear, u32 key, u8 *to
 }
 
 /* Translate the code at cpu->rip. Host address of the block (installed if *what* is MAKE_BLOCK), or TRANSLATE_*. */
-u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what)
+/* With *guest*, of *known* bytes, only if the instruction is one that it begins with. */
+static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *guest, u32 known)
 {
     struct vm *vm = c->vm;
     struct { struct block header; struct out out; } image;
@@ -718,12 +719,19 @@ u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what)
     }
     if (what == MAKE_BLOCK)
         return install(c, b, image.out.code, data);
+    if (known && (b->length > known || !same_bytes(data, guest, b->length)))
+        return TRANSLATE_CHANGED;
     b->mode |= KEY_SINGLE; /* no chain leads to it */
     return put_block(vm, b, image.out.code);
 }
 
+u64 native_translate(struct cpu *c, u64 phys, u64 linear) { return translate(c, phys, linear, MAKE_BLOCK, 0, 0); }
+
 /* For Python: a block at cpu->rip for one run (MAKE_*). */
-EXPORTED u64 tcg_once(struct cpu *c, u64 phys, u64 linear, u32 what) { return native_translate(c, phys, linear, what); }
+EXPORTED u64 tcg_once(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *guest, u32 size)
+{
+    return translate(c, phys, linear, what, guest, size);
+}
 
 /* A host fault in translated code (info: signal, host address, trap number): the guest's exception where an instruction of its can raise
  * it, with the registers that it had. By hardware's own vector, not by what memory holds now. */

@@ -181,7 +181,7 @@ u64 native_dispatch(struct cpu *c)
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
             return (u64)(b + 1);
         }
-        u64 made = native_translate(c, phys, linear, MAKE_BLOCK);
+        u64 made = native_translate(c, phys, linear);
         if (made != TRANSLATE_MISSING && made != TRANSLATE_FULL)
             continue;
         c->info[2] = made;
@@ -529,14 +529,6 @@ void tcg_watch_running(struct cpu *c, u64 gpa)
     world_enter(c);
 }
 
-static int matches(const u8 *ram, const u8 *guest, u32 size)
-{
-    for (u32 i = 0; i < size; i++)
-        if (((const volatile u8 *)ram)[i] != guest[i])
-            return 0;
-    return 1;
-}
-
 /* Whether another vCPU may be in the midst of a read-modify-write that it began before this page was marked. */
 static int being_written(const struct vm *vm, const struct cpu *self, u64 gpa)
 {
@@ -577,8 +569,8 @@ u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *g
         wait = 1;
         goto out;
     }
-    if (!matches(phys_host(vm, plan->phys, 0), guest, first) ||
-        (p2 && !matches(phys_host(vm, plan->phys2, 0), guest + first, plan->length - first)))
+    if (!same_bytes(phys_host(vm, plan->phys, 0), guest, first) ||
+        (p2 && !same_bytes(phys_host(vm, plan->phys2, 0), guest + first, plan->length - first)))
         goto out;
     struct block *b = put(vm, plan, code);
     u64 *head = chain_of(vm, b->phys, b->mode, b->pc, b->cs_base);

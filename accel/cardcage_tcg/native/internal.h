@@ -99,6 +99,15 @@ enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, A
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);
+/* Whether memory, which others may write, has these bytes. */
+static inline int same_bytes(const u8 *ram, const u8 *guest, u32 size)
+{
+    for (u32 i = 0; i < size; i++)
+        if (((const volatile u8 *)ram)[i] != guest[i])
+            return 0;
+    return 1;
+}
+
 /* The linear address *by* bytes behind another. A program's have 32 bits outside 64-bit mode; those that the processor makes by itself
  * (descriptor tables, task state: AS_SYSTEM; stacks that gates switch to: AS_WIDE) have 64 in long mode whatever the code segment is. Nothing
  * else decides it. */
@@ -123,7 +132,7 @@ u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
 /* Which block native_translate() makes: one to be looked up; or, for one run, of a single (see R_SLOW_WRITE) or of one instruction
  * again, whose read of a device has been answered. */
 enum { MAKE_BLOCK, MAKE_SINGLE, MAKE_AGAIN };
-u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 what);
+u64 native_translate(struct cpu *c, u64 phys, u64 linear);
 u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest);
 u64 put_block(struct vm *vm, const struct block *plan, const u8 *code);
 struct block *block_at(struct vm *vm, u64 host);
