@@ -340,3 +340,49 @@ def test_ends_of_interrupts_by_any_instruction(code: bytes) -> None:
     assert ended == [0x21]
     assert machine.memory.read(0x21, 2) == bytes(2)
     machine.close()
+
+
+def test_wide_reads_of_the_local_apic() -> None:
+    """A read of more than a register from the local APIC's page gives nothing of what was read elsewhere before."""
+    machine = Machine(irqchip="split")
+    machine.put(PDPT + 8 * 3, 0x7003)
+    machine.put(0x7000 + 8 * (0xFEE00000 >> 21 & 511), 0xFEE00083)
+    halted = threading.Timer(60, machine.cpus[0].kick)  # a HLT with a local APIC waits: ended by what the store does
+    machine.on_access = lambda: machine.cpus[0].kick() if machine.accesses[-1][0] == "write" else None
+    halted.start()
+    with pytest.raises(AssertionError, match="KICKED"):
+        machine.run(0, CODE, b"\x0f\x10\x06\x0f\x10\x03\x88\x06\xeb\xfe", rbx=0xFEE00020, rsi=DEVICE)
+    halted.cancel()
+    assert machine.cpus[0].get_state().fpu.xsave[160:176] == bytes(16)
+    machine.close()
+
+
+def test_invlpg_of_code_behind_a_segment_that_wraps(machine: Machine) -> None:
+    """INVLPG drops code whose linear address is its segment's base plus EIP, round 4 GiB."""
+    directory, table, high, base = 0x400000, 0x401000, 0x10000000, 0xFFFF0000
+
+    def put(address: int, value: int) -> None:
+        machine.memory.write(address, struct.pack("<I", value))
+
+    for i in range(4):
+        put(directory + 4 * i, i << 22 | 0x83)
+    put(directory + 4 * (high >> 22), table | 3)
+    put(table, 0x500003)
+    for value, address in ((1, 0x500000), (2, 0x501000)):
+        machine.memory.write(address, b"\xb8" + struct.pack("<I", value) + b"\xc3")  # mov eax, value; ret
+    remap = b"\xc7\x05" + struct.pack("<II", table, 0x501003) + b"\x0f\x01\x3d" + struct.pack("<I", high)
+    machine.memory.write(CODE, b"\xff\xd3\x89\xc6" + remap + b"\xff\xd3\xf4")  # call ebx; mov esi, eax; ..; call ebx
+    cpu = machine.cpus[0]
+    state = cpu.get_state()
+    system = state.system
+    system.cr0, system.cr3, system.cr4, system.efer = 0x80010033, directory, 0x690, 0
+    system.cs = Segment(selector=8, base=base, limit=0xFFFFFFFF, type=11, db=1, g=1)
+    for name in ("ss", "ds", "es"):
+        setattr(system, name, Segment(selector=16, base=0, limit=0xFFFFFFFF, type=3, db=1, g=1))
+    registers = state.registers
+    registers.rip, registers.rbx = (one - base & 0xFFFFFFFF for one in (CODE, high))
+    registers.rsp, registers.rflags = 0x200000, 2
+    cpu.set_state(state)
+    assert cpu.run(machine.ops).reason is Exit.HALTED
+    registers = cpu.get_state().registers
+    assert (registers.rsi, registers.rax) == (1, 2)

@@ -323,8 +323,10 @@ void tlb_flush_page(struct cpu *c, u64 linear)
         for (u32 i = 0; i < JC_SIZE / 64; i++)
             for (u64 bits = c->jc_used[m][i]; bits; bits &= bits - 1) { /* blocks that begin there, or reach it with their one instruction */
                 u32 n = i * 64 + (u32)__builtin_ctzl(bits);
-                u64 at = c->jc[m][n].pc + c->jc_base[m];
-                if ((at ^ linear) >> 21 == 0 || ((at + 14) ^ linear) >> 21 == 0)
+                u64 at = c->jc[m][n].pc + c->jc_base[m], end = at + 14;
+                if (!(c->jc_mode[m] & MODE_64))
+                    at = (u32)at, end = (u32)end;
+                if ((at ^ linear) >> 21 == 0 || (end ^ linear) >> 21 == 0)
                     jc_drop(c, m, n);
             }
     }
@@ -491,9 +493,10 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     }
     if (host)
         return (u64)host + (linear & 0xfff);
-    if (is_apic(c, phys)) {
+    if (is_apic(c, phys) && a->size <= first) {
         u32 value = 0;
         apic_read(c, (u32)phys & 0xff0, &value);
+        memset(c->bounce, 0, a->size);
         *(u64 *)c->bounce = (u64)value >> (phys & 3) * 8;
         return (u64)c->bounce;
     }
