@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -73,8 +74,8 @@ def one_round(seed: int, files: list[Path], faults: float, *, avx: bool) -> dict
 
 def work(number: int, options: argparse.Namespace, queue: Queue[dict[str, Any]]) -> None:
     files = options.files or sources(random.Random(options.seed), 300)
-    at = 0
-    while True:
+    at, parent = 0, os.getppid()
+    while os.getppid() == parent:  # it may be killed
         queue.put(one_round(options.seed + number + at * options.jobs, files, options.faults, avx=options.avx))
         at += 1
 

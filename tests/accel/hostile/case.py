@@ -85,10 +85,10 @@ def random_case(seed: int, cpus: int, seconds: float) -> Case:
     acts = r.sample(acts, r.choice((0, 1, 3, len(acts))))
     count = r.randrange(1, cpus + 1)
     if theme == "storm":  # alone, and without what empties the code buffer: it takes its time
-        seconds, count, acts = max(seconds, 15.0), 1, [one for one in acts if one != "flip"]
+        seconds, count, acts = max(seconds, 16.0), 1, [one for one in acts if one != "flip"]
     return Case(
         seed, theme, count, r.choice((3 << 20, 4 << 20, (4 << 20) + 0x1000, 12 << 20)),
         seconds, kinds, modes, acts, r.choice(("split", "split", "none")),
-        256 if theme == "storm" and r.random() < 0.7 else r.choice((8, 8, 8, 16)), r.choice((64, 64, 64, 8, 2, 1)),
+        256 if theme == "storm" else r.choice((8, 8, 8, 16)), r.choice((64, 64, 64, 8, 2, 1)),
         theme == "roam" and r.random() < 0.3,
     )  # fmt: skip

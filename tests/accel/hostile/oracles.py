@@ -241,7 +241,7 @@ def sprayer(r: random.Random, cpu: int, token: int) -> Role:
 
 def storm(r: random.Random, cpu: int, token: int) -> Role:
     """Runs thousands of aliases of one page at two offsets, then stores into it."""
-    own, count = _own(cpu), r.choice((2000, 20000, 30000))
+    own, count = _own(cpu), r.choice((8000, 40000, 50000))
     code = Asm(64, own)
     code.mov(4, DATA + 0x8000 + 0x100 * cpu)
     loop = code.here
@@ -249,7 +249,7 @@ def storm(r: random.Random, cpu: int, token: int) -> Role:
         code.mov(3, ALIASES + offset).mov(1, count)
         again = code.here
         code.raw(b"\xff\xd3\x48\x81\xc3\x00\x10\x00\x00\xff\xc9").back(again, 0x75)
-    code.mov(3, ALIASES + r.choice((0x800, 0, 0x800))).mem(b"\xc6", 0, 3).raw(0xC3)
+    code.mov(3, ALIASES + 0x800).mem(b"\xc6", 0, 3).raw(0xC3)
     code.back(loop)
     return Role(own, {own: bytes(code.out), BIG: b"\xc3" * 4096})
 

@@ -76,7 +76,7 @@ def _long_root(memory: PhysicalMemory, r: random.Random, root: int, ram: int, *,
     giants = [pd | base] + [i << 30 | base | PS for i in range(1, 4)]
     giants += [_anywhere(r, ram) & ~0x3FFFFFFF | PS | _bits(r) for _ in range(4)] if odd else [pd | base] * 4
     _quads(memory, pdpt, giants)
-    shown = r.choice((CODE, DATA, BIG, BIG)) | base | r.choice((0, G))
+    shown = (r.choice((CODE, DATA, BIG)) if odd else BIG) | base | r.choice((0, G))
     _quads(memory, alias_pt, [shown] * 512)
     _quads(memory, alias_pd, [alias_pt | base] * 512)
     _quads(memory, alias_pdpt, [alias_pd | base] * 8)
