@@ -9,6 +9,7 @@ from iced_x86 import (
     CpuidFeature,
     Decoder,
     DecoderOptions,
+    EncodingKind,
     Instruction,
     Mnemonic,
     OpAccess,
@@ -52,6 +53,7 @@ __all__ = [
     "WRITES",
     "XSAVES",
     "decoder_of",
+    "is_foreign",
     "is_unaligned_vex",
     "unit_of",
     "waits",
@@ -288,6 +290,11 @@ def decoder_of(bits: int, data: bytes, ip: int = 0) -> Decoder:
 def is_unaligned_vex(ins: Instruction) -> bool:
     """VEX instructions do not ask for alignment, but for those that say so by their names."""
     return bool(set(ins.cpuid_features()) & AVX) and ins.mnemonic not in ALIGNED_VEX
+
+
+def is_foreign(ins: Instruction) -> bool:
+    """Encodings of other processors: EVEX, XOP, MVEX, 3DNow!."""
+    return ins.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX)
 
 
 def waits(ins: Instruction) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, EncodingKind, Instruction, MemorySizeInfo, Mnemonic, OpKind, Register
+from iced_x86 import Code, Instruction, MemorySizeInfo, Mnemonic, OpKind, Register
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import decoder_of
+from cardcage_tcg.allowed import decoder_of, is_foreign
 from cardcage_tcg.emit import NUMBER
 from cardcage_tcg.faults import Fault
 from cardcage_tcg.vectors import vector_table
@@ -24,8 +24,6 @@ __all__ = ["Emulator", "Fault"]
 M, R, K = Mnemonic, Register, OpKind
 UD, NM, NP, SS, GP, PF, AC = 6, 7, 11, 12, 13, 14, 17
 HIGH: dict[int, int] = {R.AH: 0, R.CH: 1, R.DH: 2, R.BH: 3}
-ENCODINGS = (EncodingKind.LEGACY, EncodingKind.VEX)
-"""What processors without AVX-512 have."""
 CF, PF_FLAG, ZF, OF = 1, 4, 0x40, 0x800
 
 
@@ -72,8 +70,8 @@ class Emulator:
             found = decoder_of(bits, data, pc).decode()
             if found.code == Code.INVALID and len(data) < 15:
                 cpu.fetch_fault(cpu.linear_after(linear, len(data)))
-            if found.encoding not in ENCODINGS or not self._hidden.isdisjoint(found.cpuid_features()):
-                found = Instruction()  # of another processor: invalid
+            if is_foreign(found) or not self._hidden.isdisjoint(found.cpuid_features()):
+                found = Instruction()  # invalid
             if len(self._decoded) > 4096:
                 self._decoded.clear()
             self._decoded[key] = found

@@ -21,7 +21,7 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import SHIFTS, decoder_of
+from cardcage_tcg.allowed import SHIFTS, decoder_of, is_foreign
 from cardcage_tcg.emit import load, store
 from cardcage_tcg.operands import Emulate, Template
 from cardcage_tcg.system import ends_block
@@ -187,12 +187,14 @@ class Translator:
     ) -> list[tuple[bytearray, bytearray | None]]:
         """The template of all instructions with *raw*'s head; or, *exact* or not possible, of this one alone."""
         head = self._head_length(raw, len(raw), key)
-        if head and not exact:
-            fields = _fields(maker, raw) if ins.code != Code.INVALID else []
+        foreign = is_foreign(ins)  # the head alone says so, whatever the rest and its length
+        invalid = ins.code == Code.INVALID or foreign
+        if head and (not exact or foreign):
+            fields = [] if invalid else _fields(maker, raw)
             whole = head + sum(size for _, size in fields) == len(
                 raw
             )  # else its last byte names a register (VEX's is4)
-            if not fields and (whole or ins.code == Code.INVALID):
+            if not fields and (whole or invalid):
                 return [self._serialize(maker, key, ins, raw, head=raw[:head])]
             if whole and ins.mnemonic not in SHIFTS:  # a count of zero keeps the flags
                 found = self._generalize(maker, key, ins, raw, raw[:head], fields)
@@ -322,8 +324,9 @@ class Translator:
         self, maker: Templates, key: int, ins: Instruction, raw: bytes, *, head: bytes = b""
     ) -> tuple[bytearray, bytearray | None]:
         """A template as ``struct tmpl``, kept by *head* (else by all of *raw*), and the form that puts flags back."""
-        if ins.code == Code.INVALID:
-            return self._pack(key, head or raw, Template(), L.K_EMULATE, flags=L.T_INVALID, total=len(raw)), None
+        if ins.code == Code.INVALID or is_foreign(ins):
+            own = head or raw
+            return self._pack(key, own, Template(), L.K_EMULATE, flags=L.T_INVALID, total=len(own)), None
         packed = [
             None if part is None else self._pack(
                 key, head or raw, part.template, part.kind, relative=part.relative, aux=part.aux, flags=part.flags,

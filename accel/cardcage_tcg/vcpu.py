@@ -49,6 +49,7 @@ class TcgVCpu:
         self._emulator = Emulator(self)
         self.msrs = Msrs(vm, self)
         self._phys = ctypes.c_uint64()
+        self.tried, self.tries = (0, 0, 0), 0  # where the translator had no template last, and how often in a row
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
         q, d = self.words, self.halves
@@ -445,7 +446,7 @@ class TcgVCpu:
                 self._mmio_write(ops, phys, len(part), int.from_bytes(part, "little"))
 
     def _apic_write(self, ops: Ops, offset: int, value: int) -> None:
-        """A register of the local APIC; a waiting helper keeps its operands. An end of interrupt is the machine's, too."""
+        """A register of the local APIC, while a helper may wait with operands of its own."""
         at = L.INFO // 8
         info = self.words[at : at + 4].tolist()
         if self.native.apic_write(self.pointer, offset, value) == L.H_EXIT:

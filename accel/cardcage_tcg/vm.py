@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["TcgOptions", "TcgVm"]
 
 HASH_BITS = 18
+TRIES = 200
+"""How often one instruction is translated in a row: a few times suffice, unless others keep patching it."""
 
 
 @frozen
@@ -360,6 +362,11 @@ class TcgVm:
                 return
             try:
                 linear, phys = self._fetched(cpu)
+                where = cpu.rip, cpu.mode, cpu.field(L.INFO + 24)
+                cpu.tries = cpu.tries + 1 if where == cpu.tried else 0
+                cpu.tried = where
+                if cpu.tries > TRIES:
+                    raise Fault(UD)
                 self._make(cpu, phys, linear, single=False)
             except Fault as fault:
                 cpu.raise_exception(fault.vector, fault.error)
@@ -439,8 +446,8 @@ class TcgVm:
         with self.lock:
             linear, phys = self._fetched(cpu)
             block = self._once(cpu, phys, linear, L.MAKE_AGAIN, b"")
-            assert block is not None
-            cpu.resume_at(block, L.RESUME_AGAIN)
+            if block is not None:
+                cpu.resume_at(block, L.RESUME_AGAIN)
 
     @staticmethod
     def _fetched(cpu: TcgVCpu) -> tuple[int, int]:
@@ -454,15 +461,18 @@ class TcgVm:
     def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int, data: bytes) -> int | None:
         """Host address of a block for one run (``MAKE_*``); it is of the present generation, under the lock. None when
         the instruction is not one that *data* begins with (empty: any)."""
-        while (block := self.native.once(cpu.pointer, phys, linear, what, data, len(data))) <= L.TRANSLATE_MISSING:
+        for _ in range(TRIES):
+            block = self.native.once(cpu.pointer, phys, linear, what, data, len(data))
+            if block > L.TRANSLATE_MISSING:
+                found: int = block + L.SIZEOF_BLOCK
+                return found
             if block == L.TRANSLATE_MISSING:
                 self._make(cpu, phys, linear, single=what == L.MAKE_SINGLE)
             elif block == L.TRANSLATE_FULL:
                 self._flush_stopped()
             else:
-                return None
-        found: int = block + L.SIZEOF_BLOCK
-        return found
+                break
+        return None
 
 
 _INFO = InstructionInfoFactory()

@@ -386,3 +386,19 @@ def test_invlpg_of_code_behind_a_segment_that_wraps(machine: Machine) -> None:
     assert cpu.run(machine.ops).reason is Exit.HALTED
     registers = cpu.get_state().registers
     assert (registers.rsi, registers.rax) == (1, 2)
+
+
+@pytest.mark.parametrize("codes", ["8fe97880c1 8fe978804010", "0f0fc19e 0f0fc100", "62f17c4810c1 62f17c48104101"])
+def test_encodings_of_other_processors(machine: Machine, codes: str) -> None:
+    """XOP, 3DNow! and AVX-512 encodings of any length raise #UD, after a try or two."""
+    for code in codes.split():
+        with pytest.raises(AssertionError, match="first vector 6"):
+            machine.run(0, CODE, bytes.fromhex(code))
+        assert machine.cpus[0].tries <= 2
+
+
+def test_an_instruction_that_is_never_found_ends(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instruction for which no template can be kept raises #UD after a bounded number of tries."""
+    monkeypatch.setattr(machine.vm, "_add_template", lambda *_: True)
+    with pytest.raises(AssertionError, match="first vector 6"):
+        machine.run(0, CODE, b"\x62\xf1\x7c\x48\x10\xc7\x90")

@@ -92,12 +92,12 @@ def _gates(memory: PhysicalMemory, r: random.Random) -> None:
     for vector in range(256):
         back = vector == 2 or (vector >= 32 and vector % 2)
         dpl, kind = 3 if vector in (3, 4) or r.random() < 0.2 else 0, r.choice((0xE, 0xE, 0xF))
-        attributes = (0x80 if r.random() < 0.99 else 0) | dpl << 5 | kind
+        attributes = (0x80 if r.random() < 0.99 or back else 0) | dpl << 5 | kind
         at = DISPATCH + (0x80 if back else 0)
         ist = r.choice((0, 0, 0, 1)) if not back else int(vector != 2)
         memory.write(IDT64 + 16 * vector, struct.pack("<HHBBHQ", at, 8, ist, attributes, 0, 0))
         at = DISPATCH + (0x180 if back else 0x100)
-        if r.random() < 0.02:
+        if r.random() < 0.02 and not back:
             attributes = 0x85  # a task gate
         memory.write(IDT32 + 8 * vector, struct.pack("<HHBBH", at, 0x18, 0, attributes, 0))
         memory.write(IVT + 4 * vector, struct.pack("<HH", DISPATCH + 0x200, 0))
