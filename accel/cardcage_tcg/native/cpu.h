@@ -245,7 +245,7 @@ struct vm {
 /* ---- mmu.c ---- */
 enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
-enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0 */
+enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8, PAGE_MARKED = 16 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0; both are to be noted */
 /* Of an access (*user*): AS_USER with user rights, else the supervisor's. AS_SYSTEM: what the processor reads and writes by itself (descriptor
  * tables, TSS), which RFLAGS.AC does not let through SMAP. AS_SYSTEM, AS_WIDE (stacks that gates switch to): see linear_after(). */
 enum { AS_USER = 1, AS_SYSTEM = 2, AS_WIDE = 4 };

@@ -192,8 +192,10 @@ static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 w
     t->e[i].add = host_page;
     mark(t->local, i, !global);
     mark(t->large, i, what & PAGE_LARGE);
-    mark(t->user, i, what & PAGE_USER);
-    mark(t->keyed, i, what & PAGE_KEYED);
+    if (unlikely(what & PAGE_MARKED)) { /* else nobody asks, and CR4 empties the tables when somebody begins to */
+        mark(t->user, i, what & PAGE_USER);
+        mark(t->keyed, i, what & PAGE_KEYED);
+    }
 }
 
 /* An entry for nothing: neither tag nor host page of the one that was. */
@@ -417,6 +419,8 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
         fills = 0; /* each access comes here */
     if (!which && fills && writable & PAGE_USER && c->cr4 & CR4_SMAP)
         c->smap_open = 1;
+    if (unlikely(c->cr4 & (CR4_SMAP | CR4_PKE)))
+        writable |= PAGE_MARKED;
     if (!write) {
         if (fills)
             tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable);
