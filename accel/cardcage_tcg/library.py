@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_remove_range": (None, (_INT,)),
     "tcg_vread": (_INT, (_PTR, _U64, _PTR, _U32, _INT)),
     "tcg_vwrite": (_INT, (_PTR, _U64, _PTR, _U32, _INT)),
+    "tcg_fetch": (_INT, (_PTR, _U64, _PTR, _U32)),
     "tcg_walk": (_INT, (_PTR, _U64, _INT, _INT, _PTR)),
     "tcg_tlb_flush": (None, (_PTR,)),
     "tcg_memory_written": (None, (_PTR, _U64, _U64)),
@@ -69,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 _SHORT = frozenset(
     f"tcg_{name}"
     for name in (
-        "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite walk once raise "
+        "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite fetch walk once raise "
         "deliver_interrupt single_step load_pdptes look"
     ).split()
 )

@@ -48,7 +48,7 @@ class TcgVCpu:
         self._enter = vm.native.enter
         self._emulator = Emulator(self)
         self.msrs = Msrs(vm, self)
-        self._phys = ctypes.c_uint64()
+        self._phys, self._code = ctypes.c_uint64(), (ctypes.c_char * 16)()
         self.tried, self.tries = (0, 0, 0), 0  # where the translator had no template last, and how often in a row
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
@@ -359,21 +359,12 @@ class TcgVCpu:
         return Fault(vector, self.words[L.SCRATCH // 8 + 3] & 0xFFFFFFFF if vector == PF_VECTOR else 0)
 
     def fetch_bytes(self, linear: int, size: int) -> bytes:
-        """Up to *size* code bytes; fewer where the next page is missing. Raises Fault when the first is."""
-        found, q = b"", self.words
-        cr2, scratch = q[L.CR2 // 8], q[L.SCRATCH // 8 + 3]
+        """Up to *size* (at most 16) code bytes, fewer where the next page is missing. Raises Fault."""
         with self.vm.lock:
-            while len(found) < size:
-                vector, phys = self.walk(self.linear_after(linear, len(found)), 2)
-                if vector:
-                    if not found:
-                        raise self._fault(vector)
-                    q[L.CR2 // 8], q[L.SCRATCH // 8 + 3] = cr2, scratch  # only looked: nothing faulted
-                    break
-                take = min(size - len(found), 4096 - (phys & 0xFFF))
-                data = self.vm.peek(phys, take)
-                found += data if data is not None else b"\xff" * take
-        return found
+            got = self.native.fetch(self.pointer, linear, self._code, size)
+            if got < 0:
+                raise self._fault(-got)
+            return self._code.raw[:got]
 
     def fetch_fault(self, linear: int) -> None:
         """Raise the fault of fetching the byte at *linear*."""

@@ -762,6 +762,30 @@ EXPORTED int tcg_vwrite(struct cpu *c, u64 linear, const void *from, u32 size, i
     return met(c, linear, size, user, 1, vwrite(c, linear, from, size, user));
 }
 
+/* Up to *size* code bytes, ones where there is no RAM: how many; or, where not even the first can be fetched, less than 0: -vector.
+ * Looking ahead leaves no trace of a fault. */
+EXPORTED int tcg_fetch(struct cpu *c, u64 linear, u8 *to, u32 size)
+{
+    u64 keep = c->cr2, code = c->scratch[3], phys;
+    u32 global, writable, got = 0;
+    while (got < size) {
+        u64 here = linear_after(c, linear, got, 0);
+        int vector = walk(c, here, ACC_EXEC, c->cpl == 3, &phys, &global, &writable);
+        if (vector && !got)
+            return -vector;
+        if (vector) {
+            c->cr2 = keep, c->scratch[3] = code;
+            break;
+        }
+        u32 in_page = (u32)here & 0xfff, take = size - got < 4096 - in_page ? size - got : 4096 - in_page;
+        const u8 *ram = phys_host(c->vm, phys & ~0xffful, 0);
+        for (u32 i = 0; i < take; i++)
+            to[got + i] = ram ? ram[in_page + i] : 0xff;
+        got += take;
+    }
+    return (int)got;
+}
+
 EXPORTED void tcg_tlb_flush(struct cpu *c) { tlb_flush(c, 1); jc_flush(c); }
 EXPORTED int tcg_walk(struct cpu *c, u64 linear, int access, int user, u64 *phys)
 {
