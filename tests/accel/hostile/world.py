@@ -273,6 +273,8 @@ class World:
                 last[cpu.index] = None, 0
                 raise Finding("livelock", f"{count} translations at {cpu.rip:#x}: {cpu.describe()}")
             make(cpu, *where)
+            if cpu.rip != key[0]:  # an exception was delivered, as always for code outside RAM: that is going on
+                last[cpu.index] = None, 0
 
         self.vm.translate = translate  # type: ignore[method-assign]
 
