@@ -49,7 +49,7 @@ class TcgVCpu:
         self._emulator = Emulator(self)
         self.msrs = Msrs(vm, self)
         self._phys, self._code = ctypes.c_uint64(), (ctypes.c_char * 16)()
-        self.tried, self.tries = (0, 0, 0), 0  # where the translator had no template last, and how often in a row
+        self.tried, self.tries = (0, 0, b""), 0  # the code without a template last, and how often in a row
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
         q, d = self.words, self.halves

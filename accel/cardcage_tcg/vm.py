@@ -362,11 +362,6 @@ class TcgVm:
                 return
             try:
                 linear, phys = self._fetched(cpu)
-                where = cpu.rip, cpu.mode, cpu.field(L.INFO + 24)
-                cpu.tries = cpu.tries + 1 if where == cpu.tried else 0
-                cpu.tried = where
-                if cpu.tries > TRIES:
-                    raise Fault(UD)
                 self._make(cpu, phys, linear, single=False)
             except Fault as fault:
                 cpu.raise_exception(fault.vector, fault.error)
@@ -381,6 +376,12 @@ class TcgVm:
         if skip and not single:
             phys, linear, pc = phys + skip, linear + skip, pc + skip
         data = self._code_bytes(cpu, phys, linear, mode, pc)
+        if not single:  # other code at this place, as a debugger or an emulator in the guest puts there, is another try
+            tried = pc, mode, data[:15]
+            cpu.tries = cpu.tries + 1 if tried == cpu.tried else 0
+            cpu.tried = tried
+            if cpu.tries > TRIES:
+                raise Fault(UD)
         if self.host(phys) is None:
             raise Fault(UD)  # code outside RAM: an open bus, all ones
         if not self._translator.make(mode, pc, data, self._add_template, self._has_template, single=single):
