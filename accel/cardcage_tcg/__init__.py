@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 from cardcage.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from cardcage.registry import Registry
 
-__all__ = ["cardcage_register"]
+__all__ = ["NOT_BUILT", "cardcage_register"]
+
+NOT_BUILT = "the translator's native half is not built here; to build it: python -m cardcage_tcg.native.build"
 
 
 @hookimpl
@@ -21,3 +25,15 @@ def cardcage_register(registry: Registry) -> None:
         options="cardcage_tcg.vm:TcgOptions",
         help="binary translation, needs no /dev/kvm",
     )
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``layout``, which is generated: where nothing was built, the error says what builds it."""
+    if name != "layout":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return import_module("cardcage_tcg.layout")
+    except ModuleNotFoundError as error:
+        raise ImportError(NOT_BUILT) from error

@@ -11,6 +11,9 @@ from typing import Any
 
 from cardcage.errors import AcceleratorError
 
+from cardcage_tcg import NOT_BUILT
+from cardcage_tcg.native.build import digest
+
 __all__ = ["Area", "CodeBuffer", "Native", "load"]
 
 _U64, _U32, _INT, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
@@ -84,6 +87,7 @@ class Native:
 
     def __init__(self) -> None:
         path = Path(__file__).with_name("_native.so")
+        _check_built(path)
         try:
             library, keeping = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         except OSError as error:
@@ -95,6 +99,20 @@ class Native:
 
     def __getattr__(self, name: str) -> Any:  # for the type checker: all are set above
         raise AttributeError(name)
+
+
+def _check_built(path: Path) -> None:
+    """Refuse what was not built from the sources beside it: structures that moved would be read at the wrong places."""
+    try:
+        from cardcage_tcg import layout
+    except ImportError as error:
+        raise AcceleratorError(f"tcg: {error}") from error
+    if not path.exists():
+        raise AcceleratorError(f"tcg: {NOT_BUILT}")
+    if digest() != layout.SOURCES:
+        raise AcceleratorError(
+            f"tcg: {path} was built from other sources; to build it again: python -m cardcage_tcg.native.build"
+        )
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cardcage_tcg.native import build
 
 ROOT = Path(__file__).parents[2]
 SHELVES = ("core", "accel", "devices", "plugins")
@@ -53,7 +55,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiler() -> None:
+    """Whatever compiles the translator's library."""
+    if not build.system_compiler() and not build.zig():
+        pytest.skip("no compiler is installed")
+
+
+@pytest.fixture(scope="module")
+def wheel(exported: Path, compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of what is committed."""
     from hatchling.builders.wheel import WheelBuilder
 
@@ -62,8 +71,17 @@ def wheel(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(made)
 
 
+BUILT = ["cardcage_tcg/_native.so", "cardcage_tcg/layout.py"]
+
+
+def test_git_lists_nothing_compiled(exported: Path) -> None:
+    """No committed file is a program, a library or an object file."""
+    assert [one for one in exported.rglob("*") if one.is_file() and one.read_bytes()[:4] == b"\x7fELF"] == []
+    assert not any((exported / "accel" / one).exists() for one in BUILT)
+
+
 def test_the_wheel_holds_what_git_lists(exported: Path, wheel: Path) -> None:
-    """The wheel holds each committed file of the packages and nothing else, the translator's library with them."""
+    """The wheel holds each committed file of the packages, what is built of the translator, and nothing else."""
     listed = sorted(
         str(file.relative_to(exported / shelf))
         for shelf in SHELVES
@@ -72,8 +90,55 @@ def test_the_wheel_holds_what_git_lists(exported: Path, wheel: Path) -> None:
     )
     with zipfile.ZipFile(wheel) as archive:
         held = sorted(name for name in archive.namelist() if ".dist-info/" not in name)
-    assert held == listed
-    assert "cardcage_tcg/_native.so" in held
+    assert held == sorted(listed + BUILT)
+    assert not any((exported / "accel" / one).exists() for one in BUILT)
+
+
+def test_an_editable_installation_is_built_in_place(exported: Path, compiler: None, tmp_path: Path) -> None:
+    """Building for an editable installation leaves the translator's library where its package is imported from."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    tree = tmp_path / "tree"
+    shutil.copytree(exported, tree)
+    (made,) = WheelBuilder(str(tree)).build(directory=str(tmp_path), versions=["editable"])
+    assert all((tree / "accel" / one).exists() for one in BUILT)
+    with zipfile.ZipFile(made) as archive:
+        assert [name for name in archive.namelist() if not name.endswith(".pth") and ".dist-info/" not in name] == []
+
+
+def test_an_sdist_gives_the_same_wheel(exported: Path, wheel: Path, tmp_path: Path) -> None:
+    """A source distribution holds nothing that was built, even where something was, and gives the very same wheel."""
+    from hatchling.builders.sdist import SdistBuilder
+    from hatchling.builders.wheel import WheelBuilder
+
+    tree = tmp_path / "tree"
+    shutil.copytree(exported, tree)
+    for one in BUILT:
+        (tree / "accel" / one).write_text("left over")
+    (sdist,) = SdistBuilder(str(tree)).build(directory=str(tmp_path), versions=["standard"])
+    (tmp_path / "unpacked").mkdir()
+    subprocess.run(["tar", "-x", "-z", "-C", tmp_path / "unpacked", "-f", sdist], check=True)
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert not any((unpacked / "accel" / one).exists() for one in BUILT)
+    (again,) = WheelBuilder(str(unpacked)).build(directory=str(tmp_path / "again"), versions=["standard"])
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert first.namelist() == second.namelist()
+        assert all(first.read(name) == second.read(name) for name in first.namelist() if ".dist-info/" not in name)
+
+
+def test_a_compiler_is_asked_for_only_where_there_is_none(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build needs PyPI's compiler where the system has none, and hatchling alone where it has one."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (needed,) = WheelBuilder(str(exported)).config.dependencies
+    assert needed.startswith("ziglang")
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert WheelBuilder(str(exported)).config.dependencies == []
 
 
 def test_the_wheel_is_for_its_platform(wheel: Path) -> None:

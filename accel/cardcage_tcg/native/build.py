@@ -1,27 +1,38 @@
-"""Build ``_native.so`` and ``layout.py`` from the C sources here: ``python -m cardcage_tcg.native.build`` (needs gcc).
+"""Build ``_native.so`` and ``layout.py`` from the C sources here: ``python -m cardcage_tcg.native.build``.
 
-Only whoever changes the sources runs this. The library is committed, so that installing and running need no compiler;
-a test builds it again and compares. With ``--check`` the library asserts its invariants (``check.c``) and is
-instrumented with AddressSanitizer and bounds checks: the process must have ``libasan.so`` preloaded, as the
-hostile-guest fuzzer does.
+It runs when a wheel is made or an editable installation (``hatch_build.py`` loads this file by its path, without the
+package and what that needs), and by hand after a change of the sources. Any gcc or clang from Debian 12 on will do,
+and so does ``ziglang`` from PyPI. The library is freestanding: it needs no C library, neither here nor where it runs.
+
+With ``--check`` the library asserts its invariants (``check.c``) and is instrumented with gcc's AddressSanitizer and
+bounds checks: the process must have ``libasan.so`` preloaded, as the hostile-guest fuzzer does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["build", "main"]
+__all__ = ["BuildError", "build", "build_in_place", "digest", "main", "system_compiler", "zig"]
 
 HERE = Path(__file__).parent
 SOURCES = ("entry.S", "world.c", "mmu.c", "blocks.c")
+# Guest code runs with its own vector and x87 registers while C code of ours does: no compiler may touch them. Each kind
+# is named, since zig's clang takes -mgeneral-regs-only and does not obey; cpu.h refuses to be compiled with one left.
 FLAGS = (
-    *("-O2", "-g0", "-ffreestanding", "-fPIC", "-nostdlib", "-mgeneral-regs-only", "-mno-red-zone"),
-    *("-fno-stack-protector", "-fvisibility=hidden", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
-    *("-ffile-prefix-map=" + str(HERE) + "=.", "-Wall", "-Wextra", "-Werror", "-std=gnu11"),
+    *("-O2", "-g0", "-ffreestanding", "-fPIC", "-nostdlib", "-mno-red-zone", "-fno-stack-protector"),
+    *("-mgeneral-regs-only", "-mno-sse", "-mno-sse2", "-mno-mmx", "-mno-80387", "-fno-sanitize=all"),
+    *("-fvisibility=hidden", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fcf-protection=none"),
+    *("-ffile-prefix-map=" + str(HERE) + "=.", "-Wall", "-Wextra", "-std=gnu11"),
 )
 LINK = (
     "-shared",
@@ -30,6 +41,7 @@ LINK = (
     "-Wl,-z,now",
     "-Wl,-Bsymbolic",
     "-Wl,--hash-style=gnu",
+    "-Wl,-z,defs",  # the last two are not for --check, which calls libasan.so and has symbols
     "-Wl,-s",
 )
 PREFIXES = "MODE DEBUG ARMED SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
@@ -55,6 +67,80 @@ STRUCTS = {
     "device": "DEVICE_",
     "device_access": "DEVICE_ACCESS_",
 }
+
+
+PROBE = {
+    "probe.S": ".intel_syntax noprefix\n.globl probe\nprobe: mov rax, [rsp+8]\nret\n",
+    "probe.c": '_Static_assert(sizeof(void *) == 8, "");\nlong probe(void);\nlong other(void) { return probe(); }\n',
+}
+
+
+class BuildError(Exception):
+    """The library cannot be built; the message is one line that says why."""
+
+
+def run(cc: str, *arguments: str) -> None:
+    """Run the compiler *cc*. Raises BuildError, after what it wrote to standard error."""
+    words = shlex.split(cc)
+    # The least of x86-64, whatever the compiler was configured for; zig has other names for that and for everything.
+    is_zig = "ziglang" in words or any(Path(word).name == "zig" for word in words)
+    quiet = "-Wno-unused-command-line-argument"  # which zig itself adds
+    target = ("-target", "x86_64-linux-gnu", quiet) if is_zig else ("-march=x86-64",)
+    with tempfile.TemporaryDirectory() as scratch:
+        caches = {"ZIG_GLOBAL_CACHE_DIR": scratch, "ZIG_LOCAL_CACHE_DIR": scratch}
+        try:
+            subprocess.run([*words, *target, *arguments], check=True, env={**os.environ, **caches})
+        except OSError as error:
+            raise BuildError(f"C compiler {cc}: {error.strerror}") from error
+        except subprocess.CalledProcessError as error:
+            raise BuildError(f"C compiler {cc}: ended with status {error.returncode}") from error
+
+
+@cache
+def can(cc: str) -> bool:
+    """Tell if *cc* makes a library of what ours is made of: C, assembly in Intel's syntax, our flags."""
+    if shutil.which(shlex.split(cc)[0]) is None:
+        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in PROBE.items():
+            Path(scratch, name).write_text(text)
+        sources = [str(Path(scratch, name)) for name in PROBE]
+        try:
+            run(cc, *FLAGS, *LINK, "-o", str(Path(scratch, "probe.so")), *sources)
+        except BuildError:
+            return False
+    return True
+
+
+def system_compiler() -> str:
+    """The command of this system's C compiler: ``$CC`` where that is set, else gcc, clang or cc; empty without one.
+
+    One that cannot make such a library (no linker, another processor) is passed over, after what it wrote to standard
+    error; an unusable ``$CC`` raises BuildError.
+    """
+    if chosen := os.environ.get("CC", "").strip():
+        if not can(chosen):
+            raise BuildError(f"CC={chosen}: it cannot be run, or cannot build a shared library for Linux on x86-64")
+        return chosen
+    return next((cc for cc in ("gcc", "clang", "cc") if can(cc)), "")
+
+
+def zig() -> str:
+    """The command of the compiler in PyPI's ``ziglang``; empty where that is not installed for this interpreter."""
+    found = find_spec("ziglang")
+    if found is None or not found.submodule_search_locations:
+        return ""
+    return shlex.join([str(Path(found.submodule_search_locations[0], "zig")), "cc"])
+
+
+def digest() -> str:
+    """SHA-256 over the sources, in hexadecimal: ``layout.py`` has that of what it was made from."""
+    found = hashlib.sha256()
+    for one in sorted(HERE.iterdir()):
+        if one.suffix in (".c", ".h", ".S") or one.name == "build.py":
+            found.update(f"{one.name} {one.stat().st_size}\n".encode())
+            found.update(one.read_bytes())
+    return found.hexdigest()
 
 
 def fields(header: str, struct: str) -> list[str]:
@@ -89,42 +175,73 @@ def constants(cc: str) -> dict[str, int]:
         f"HLP_{name}": f"HLP_{name}"
         for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)
     }
+    # .ascii, since not every compiler leaves text that no assembler takes as it is
     text = '#include "cpu.h"\n#include "internal.h"\n#include "helpers.h"\nvoid f(void) {\n' + "\n".join(
-        f'__asm__("@@ {name} %0" : : "i"((long)({value})));' for name, value in wanted.items()
+        f'__asm__(".ascii \\"@@ {name} %c0@\\"" : : "i"((long)({value})));' for name, value in wanted.items()
     )
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "offsets.c")
+        source, result = Path(scratch, "offsets.c"), Path(scratch, "offsets.s")
         source.write_text(text + "\n}\n")
-        assembly = subprocess.run(
-            [cc, "-S", "-O1", "-std=gnu11", "-I", str(HERE), "-o", "-", str(source)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"@@ (\w+) \$(-?\d+)", assembly)}
+        run(cc, "-S", *FLAGS, "-I", str(HERE), "-o", str(result), str(source))
+        assembly = result.read_text()
+    return {name: int(value) for name, value in re.findall(r"@@ (\w+) (-?\d+)@", assembly)}
 
 
-def build(target: Path, layout: Path, cc: str = "gcc", *, check: bool = False) -> None:
-    """Compile into *target* and write the Python constants into *layout*; *check* for the variant with assertions."""
+def build(target: Path, layout: Path, cc: str = "", *, check: bool = False, more: tuple[str, ...] = ()) -> str:
+    """Compile into *target*, write the Python constants into *layout*, and return the command of the compiler.
+
+    Args:
+        cc: command of the C compiler; empty for this system's, else ``ziglang``'s.
+        check: the variant with assertions.
+        more: arguments for it, behind those that it gets anyway.
+
+    Raises:
+        BuildError: there is no compiler, or it failed. Files that were there are still as they were.
+    """
+    cc = cc or system_compiler() or zig()
+    if not cc:
+        raise BuildError("no C compiler: install gcc or clang, or PyPI's: pip install ziglang")
+    sources_are = digest()
     found = constants(cc)
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "offsets.h").write_text("".join(f"#define {name} {value}\n" for name, value in found.items()))
         names = {*SOURCES, *(one.name for one in HERE.glob("*.c") if check or one.name not in CHECKS)}
         sources = [str(HERE / name) for name in sorted(names)]
-        flags = (*FLAGS, *CHECK_FLAGS, *LINK[:-1]) if check else (*FLAGS, *LINK)
-        subprocess.run([cc, *flags, "-I", scratch, "-I", str(HERE), "-o", str(target), *sources], check=True)
-    lines = [
-        '"""Offsets and constants of the native half. Made by ``cardcage_tcg.native.build`` from its C headers."""',
-        "",
-    ]
-    lines += [f"{name} = {value}" for name, value in found.items()]
-    layout.write_text("\n".join(lines) + "\n")
+        flags = (*FLAGS, *CHECK_FLAGS, *LINK[:-2]) if check else (*FLAGS, *LINK)
+        made = Path(scratch, "_native.so")
+        run(cc, *flags, *more, "-I", scratch, "-I", str(HERE), "-o", str(made), *sources)
+        lines = [
+            '"""Offsets and constants of the native half. Made by ``cardcage_tcg.native.build`` from its C headers."""',
+            "",
+            f'SOURCES = "{sources_are}"',
+        ]
+        lines += [f"{name} = {value}" for name, value in found.items()]
+        put(target, made.read_bytes())
+    put(layout, ("\n".join(lines) + "\n").encode())
+    return cc
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file in one step: a process that has the old library mapped keeps it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    beside.chmod(0o755 if path.suffix == ".so" else 0o644)
+    beside.replace(path)
+
+
+def build_in_place(*, check: bool = False) -> str:
+    """Build where the package is imported from, and return the command of the compiler."""
+    package = HERE.parent
+    return build(package / "_native.so", package / "layout.py", check=check)
 
 
 def main() -> int:
     """Build in place."""
-    package = HERE.parent
-    build(package / "_native.so", package / "layout.py", check="--check" in sys.argv[1:])
+    try:
+        build_in_place(check="--check" in sys.argv[1:])
+    except BuildError as error:
+        print(f"cardcage_tcg: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -6,6 +6,10 @@
 #ifndef CARDCAGE_CPU_H
 #define CARDCAGE_CPU_H
 
+#if defined(__SSE__) || defined(__MMX__)
+#error "vector registers are the guest's: native/build.py has the flags"
+#endif
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

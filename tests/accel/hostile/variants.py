@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cardcage_tcg
 from attrs import define, field
 
 __all__ = ["ROOT", "Variant", "make"]
@@ -43,13 +44,13 @@ def make(kind: str = "product", patches: tuple[Path, ...] = (), root: Path = ROO
     """Build one.
 
     Args:
-        kind: ``product`` (the committed library, or its like when there are *patches*), ``check`` (invariants, bounds
-            of arrays, AddressSanitizer, fences around the translator's memory).
+        kind: ``product`` (the translator that is imported here, or its like when there are *patches* or another
+            *root*), ``check`` (invariants, bounds of arrays, AddressSanitizer, fences around the translator's memory).
         patches: for ``patch -p1`` in the repository's root; only below ``accel/``.
         root: whose ``accel`` it is.
     """
-    if kind == "product" and not patches:
-        return Variant(root / "accel")
+    if kind == "product" and not patches and root == ROOT:
+        return Variant(Path(cardcage_tcg.__file__).parents[1])
     scratch = tempfile.TemporaryDirectory(prefix="hostile-build-")
     accel = Path(scratch.name, "accel")
     shutil.copytree(root / "accel", accel, ignore=shutil.ignore_patterns("__pycache__"))
@@ -64,7 +65,8 @@ def make(kind: str = "product", patches: tuple[Path, ...] = (), root: Path = ROO
             )
     command = [sys.executable, "-m", "cardcage_tcg.native.build", *(["--check"] if kind == "check" else [])]
     path = os.pathsep.join([str(accel), str(ROOT / "core")])
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+    chosen = {"CC": "gcc"} if kind == "check" else {}  # whose sanitizers they are
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path, **chosen}, check=True)
     extra = {}
     if kind == "check":
         asan = subprocess.run(
