@@ -52,7 +52,7 @@ SLOT = 0x100
 RANDOM_THEMES = ("roam", "tags")
 DEAF_CPU, DEAF_WALL = 1.5, 60.0
 """A kicked vCPU comes back within so many seconds of its own processor time; or else of idle waiting."""
-LIVELOCK = 250
+LIVELOCK = 150  # below TRIES of cardcage_tcg.vm, whose #UD would hide what is translated for ever
 """Translations of one place by one vCPU with nothing between them."""
 
 
