@@ -10,7 +10,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "accel/cardcage_tcg"
-ZIG = "ziglang==0.17.*"  # what was tried: 0.13, for one, cannot do it
+COMPILER = "zig"  # the extra in pyproject.toml that names PyPI's compiler
 
 
 class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]  # hatchling names no argument
@@ -24,7 +24,7 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]  # hatchling 
         """A compiler from PyPI, where this system has none."""
         builder = self._builder()
         try:
-            return [] if builder.system_compiler() else [ZIG]
+            return [] if builder.system_compiler() else list(self.metadata.core.optional_dependencies[COMPILER])
         except builder.BuildError as error:
             raise SystemExit(f"cardcage: {error}") from None
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accel", help="accelerator of cardcage to measure, such as tcg")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--append", default="", help="added to the kernel's command line")
+    parser.add_argument("--append", default="", help="text to append to the kernel's command line")
     parser.add_argument("--timeout", type=float, default=300)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from cardcage.accelerator import MemorySlot, VmSpec
 from cardcage.errors import CardcageError, ConfigError
-from cardcage.registry import Registry
+from cardcage.registry import AcceleratorOffer, Registry
 from cardcage.x86 import CR0_ET, CR0_PE, Registers, Segment
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def find(name: str) -> Accelerator:
     for point in entry_points(group="cardcage"):
         if point.name == name:
             point.load().cardcage_register(registry)
-    accelerator: Accelerator = registry.get("accelerator", name).load()()
+    accelerator: Accelerator = registry.get(AcceleratorOffer, name).load()()
     return accelerator
 
 

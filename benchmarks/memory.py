@@ -161,7 +161,7 @@ def fragment(config: dict[str, Any]) -> dict[str, Any]:
 
 def shares(machines: list[Machine]) -> dict[str, int]:
     """Proportional shares in bytes: of all RAM, and of the rest of this process."""
-    from cardcage.policy import MachineMemory, mappings
+    from cardcage_memory_policies import MachineMemory, mappings
 
     areas = [area for vm in machines for area in MachineMemory(vm).areas]
     ram = own = 0

@@ -92,7 +92,7 @@ def main() -> int:
 @contextmanager
 def cgroup(name: str) -> Iterator[Path]:
     """A new memory cgroup below this process's own, removed at the end. Exits with a sentence where it cannot be."""
-    from cardcage.hostmemory import memory_group
+    from cardcage_fleet.hostmemory import memory_group
 
     own = memory_group()
     if own is None:
@@ -266,10 +266,10 @@ def work(config: dict[str, Any]) -> int:
 
 def look(vm: Any) -> dict[str, Any]:
     """What this machine holds now, in bytes; ``own`` is what the process has besides the guest's RAM."""
-    from cardcage.policy import MachineMemory
+    from cardcage_memory_policies import MachineMemory
 
     resident = MachineMemory(vm).resident
-    balloon = vm.balloon
+    balloon = vm.services.get("balloon")
     rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     now = {"time": time.monotonic(), "resident": resident, "own": max(0, rss - resident)}
     report = balloon.report.values if balloon is not None and balloon.report is not None else {}

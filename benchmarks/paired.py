@@ -144,7 +144,7 @@ irq = 3
 char = "file:{second}"
 """
     )
-    program = "import sys; from cardcage.cli import main; sys.exit(main())"
+    program = "import sys; from cardcage_cli import main; sys.exit(main())"
     return _start([sys.executable, "-c", program, "run", str(config), *more], console, second, environment)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from cardcage.config import Draft
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage.security import Mediator
+from cardcage.security import Act, Mediator
 from cardcage_boot import cpio
 from paired import Guest, make_guest, median, print_table, start_cardcage
 
@@ -52,7 +52,7 @@ def best(statement: str, **names: Any) -> str:
     return f"{min(timer.repeat(ROUNDS, CALLS)) / CALLS * 1e9:.0f}"
 
 
-def nothing(source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: dict[str, str]) -> None:
+def nothing(act: Act) -> None:
     """What calling costs."""
 
 
@@ -68,15 +68,18 @@ def costs(folder: Path) -> None:
         vm = Machine(host=host, machine=wanted, devices=[device])
         slot, label = vm.devices["debugcon"].slot, vm.devices["debugcon"].slot.label
         asked = vm.label, label, "device", ("attach",)
-        question, read, line = "ask(a, b, c, d, facts)", "read(a, b)", "line(c)"
+        act = Act(*asked, facts)
+        question, read, line = "ask(act)", "read(a, b)", "line(c)"
+        made = "ask(Act(a, b, c, d, facts))"
         access = 0x1000, 16, False, None
         rows = [
-            ["an empty function", best(question, ask=nothing, arguments=asked, facts=facts)],
-            ["no security card", best(question, ask=Mediator().check, arguments=asked, facts=facts)],
-            ["allowed, in the cache", best(question, ask=vm.mediator.check, arguments=asked, facts=facts)],
+            ["an empty function", best(question, ask=nothing, arguments=asked, act=act)],
+            ["no security card", best(question, ask=Mediator().check, arguments=asked, act=act)],
+            ["allowed, in the cache", best(question, ask=vm.mediator.check, arguments=asked, act=act)],
+            ["the same, and the act is made", best(made, ask=vm.mediator.check, arguments=asked, Act=Act, facts=facts)],
             ["guest memory, 16 bytes, granted", best(read, read=slot.memory.read, arguments=access)],
             ["guest memory, 16 bytes, no card", best(read, read=vm.memory.read, arguments=access)],
-            ["interrupt line, granted", best(line, line=slot.irq().set, arguments=access)],
+            ["interrupt line, granted", best(line, line=slot.interrupts.line().set, arguments=access)],
             ["interrupt line, no card", best(line, line=vm.lines[5].source().set, arguments=access)],
         ]
     print_table(["one question or access", "ns"], rows)

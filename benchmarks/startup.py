@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-MAIN = "import sys; from cardcage.cli import main; sys.exit(main())"
+MAIN = "import sys; from cardcage_cli import main; sys.exit(main())"
 MACHINE = """
 [machine]
 memory = "64M"

@@ -41,8 +41,8 @@ for vm in machines:
 
 def look(seconds: int, budget: float) -> tuple[float, float, float]:
     """Sample every second: processor time of the first look and of a later one, and the mean age of the figures."""
-    from cardcage.accounting import Sampler
-    from cardcage.roster import Roster
+    from cardcage_fleet.accounting import Sampler
+    from cardcage_fleet.roster import Roster
 
     sampler, roster, ages, began = Sampler(budget), Roster(), [], time.process_time()
     first = 0.0

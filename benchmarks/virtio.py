@@ -22,8 +22,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cardcage.backends import BlockInfo, NetFeatures
-from cardcage_virtio.blk import Blk, BlkOptions
-from cardcage_virtio.net import Net, NetOptions
+from cardcage_virtio.devices.blk import Blk, BlkOptions
+from cardcage_virtio.devices.net import Net, NetOptions
 from cardcage_virtio.testing import Bench
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def blk(seconds: float, depth: int, write: bool, disk: type[Bytes], **form: Any)
     driver, clock, count, spent, cpu = bench.driver(), time.perf_counter, 0, 0.0, 0.0
     batches: list[float] = []
     told: SimpleQueue[int] = SimpleQueue()  # it costs less than the threading module's own
-    # the interrupt only ends the measured request here
-    bench.virtio.transport.queue_interrupt = told.put  # type: ignore[method-assign]
+    bench.virtio.transport.queue_interrupt = told.put  # type: ignore[method-assign]  # it only ends a request
     bench.start()
     driver, packed = bench.driver(), form.get("packed", False)
     slots = (2 if write else 3) + write if packed and not form.get("indirect") else 1
@@ -154,7 +153,7 @@ def net(seconds: float, receive: bool, depth: int = 64, **form: Any) -> tuple[fl
                 wire.received(0, frame)
         else:
             bench.kick(1)
-            bench.slot.poll()
+            bench.slot.loop.poll()
         batches.append(clock() - start)
         spent, cpu = spent + batches[-1], cpu + time.process_time() - busy
         driver.collect()

@@ -14,3 +14,4 @@ if TYPE_CHECKING:
 def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
     registry.accelerator("kvm", "cardcage_kvm.accel:Kvm", options="cardcage_kvm.accel:KvmOptions", help="Linux KVM")
+    registry.doctor("kvm device", "cardcage_kvm.check:kvm_device", help="permission to open /dev/kvm")

@@ -55,7 +55,7 @@ class Kvm:
         self._device = device
 
     def probe(self) -> Probe:
-        """Whether KVM works here; a guest of some thousand instructions tells hardware from instruction emulation.
+        """Probe KVM; a guest of some thousand instructions tells hardware from instruction emulation.
 
         The answer is kept for the process: some 10 ms the first time.
         """
@@ -90,9 +90,9 @@ def _open(device: str) -> int:
 def _why(error: OSError) -> str:
     match error.errno:
         case errno.EACCES | errno.EPERM:
-            return "permission denied; join group kvm (sudo usermod -aG kvm $USER, then log in again)"
+            return "permission denied; join the group kvm (sudo usermod -aG kvm $USER, then log in again)"
         case errno.ENOENT:
-            return "not there: no hardware virtualization, or its module (kvm_intel, kvm_amd) is not loaded"
+            return "does not exist: no hardware virtualization, or its module (kvm_intel, kvm_amd) is not loaded"
         case errno.ENODEV | errno.ENXIO:
             return "no such device: the kernel's KVM module is not loaded, or firmware has virtualization off"
         case _:

@@ -65,7 +65,7 @@ KEPT = {
 
 
 def supported(system_fd: int) -> list[Leaf]:
-    """What KVM can offer on this host (KVM_GET_SUPPORTED_CPUID)."""
+    """Return the CPUID that KVM can offer on this host (KVM_GET_SUPPORTED_CPUID)."""
     for room in (128, 512, 2048):
         both, entries = abi.flexible(abi.Cpuid, "nent", abi.CpuidEntry, room)
         try:
@@ -85,10 +85,10 @@ def model(leaves: Iterable[Leaf], cpu: str, features: dict[str, bool], *, irqchi
     """The leaves of CPU model *cpu* with *features* switched.
 
     Args:
-        irqchip: without a local APIC (``"none"``) the guest must not be told of one.
+        irqchip: without a local APIC (``"none"``) the guest must not be told of it.
         deadline: the host's KVM has the TSC deadline timer, which KVM_GET_SUPPORTED_CPUID does not say.
 
-    Raises :exc:`~cardcage.errors.ConfigError` for an unknown model or feature, or one that this host cannot offer.
+    Raises :exc:`~cardcage.errors.ConfigError` for a model or feature that is unknown, or that this host cannot offer.
     """
     if cpu not in MODELS:
         raise ConfigError(f"no CPU model {cpu!r}.{near(cpu, MODELS) or ' Known: ' + ', '.join(MODELS) + '.'}")

@@ -29,7 +29,7 @@ class DirtyPages:
     """
 
     def __init__(self, vm: KvmVm, entries: int) -> None:
-        self._vm, self._entries, self.logging = vm, entries, False
+        self._vm, self._entries = vm, entries
         self._rings: list[tuple[mmap.mmap, ctypes.Array[abi.DirtyGfn], list[int]]] = []
         self._pages: dict[int, bytearray] = {}
         self._lock = threading.Lock()
@@ -63,38 +63,38 @@ class DirtyPages:
 
     def start(self) -> None:
         """Begin, with every page clean."""
-        self.logging = True
+        self._vm.slots.logging = True
         self._pages, self._reported = {}, {}
-        self._vm.refresh_slots()
+        self._vm.slots.refresh()
         for writer in self._writers:
             writer.log_writes(True)
 
     def stop(self) -> None:
         """End."""
-        self.logging = False
-        self._vm.refresh_slots()
+        self._vm.slots.logging = False
+        self._vm.slots.refresh()
         for writer in self._writers:
             writer.log_writes(False)
 
     def add_writer(self, writer: ForeignWriter) -> None:
         """Another process that writes guest memory."""
         self._writers.append(writer)
-        if self.logging:
+        if self._vm.slots.logging:
             writer.log_writes(True)
 
     def remove_writer(self, writer: ForeignWriter) -> None:
         """It does no more."""
-        if self.logging:
+        if self._vm.slots.logging:
             self.written(writer.collect_writes())
         self._writers.remove(writer)
 
     def written(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Not the guest wrote these."""
-        if not self.logging:
+        if not self._vm.slots.logging:
             return
         with self._lock:
             for address, size in ranges:
-                for number, slot in list(self._vm.slots.items()):
+                for number, slot in list(self._vm.slots.known.items()):
                     first = max(address, slot.address) - slot.address >> 12
                     last = min(address + size, slot.address + slot.size) - 1 - slot.address >> 12
                     if first <= last:
@@ -108,9 +108,9 @@ class DirtyPages:
 
     def fetch(self, slot: MemorySlot) -> bytes:
         """Bitmap of pages written since the last fetch, little-endian bit order, one bit for each 4 KiB page."""
-        if not self.logging:
+        if not self._vm.slots.logging:
             raise StateError("the dirty log was not started")
-        number = self._vm.slot_number(slot)
+        number = self._vm.slots.number(slot)
         for writer in self._writers:
             self.written(writer.collect_writes())
         found = self._fetch(number, slot)
@@ -148,7 +148,7 @@ class DirtyPages:
                 abi.ioctl(self._vm.fd, abi.RESET_DIRTY_RINGS)
 
     def _mark(self, number: int, page: int) -> None:
-        slot = self._vm.slots.get(number)
+        slot = self._vm.slots.known.get(number)
         if slot is None or page >= slot.size // abi.PAGE:
             return
         self._set(self._pages, number, slot, page, page)

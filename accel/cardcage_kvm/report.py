@@ -74,7 +74,7 @@ def code_bytes(vcpu: KvmVCpu, registers: Registers, system: SystemRegisters, siz
         except AcceleratorError:
             break
         take = min(size - len(found), abi.PAGE - linear % abi.PAGE)
-        piece = vcpu.vm.peek(translation.physical_address, take) if translation.valid else b""
+        piece = vcpu.vm.slots.peek(translation.physical_address, take) if translation.valid else b""
         found += piece
         if len(piece) < take:
             break

@@ -256,9 +256,9 @@ def read_msrs(fd: int, indices: tuple[int, ...]) -> dict[int, int]:
 
 
 def write_msrs(vcpu: KvmVCpu, msrs: dict[int, int]) -> None:
-    """Set MSRs. Raises :exc:`~cardcage.errors.UsageError` naming one that is refused.
+    """Set MSRs. Raises :exc:`~cardcage.errors.UsageError` naming an MSR that is refused.
 
-    KVM lists some MSRs that it lets nobody write on this vCPU; one that already has the wanted value is no failure.
+    KVM lists some MSRs that it lets nobody write on this vCPU; an MSR that already has the wanted value is no failure.
     """
     rest = list(msrs.items())
     while rest:

@@ -38,7 +38,7 @@ class KvmVCpu:
     """One logical processor of a :class:`~cardcage_kvm.vm.KvmVm`; satisfies :class:`cardcage.vcpu.VCpu`."""
 
     def __init__(self, vm: KvmVm, index: int, kick_signal: int) -> None:
-        self.index, self.vm, self._kick_signal = index, vm, kick_signal
+        self.index, self.vm, self._gate, self._kick_signal = index, vm, vm.gate, kick_signal
         self.fd = abi.ioctl(vm.fd, abi.CREATE_VCPU, index)
         self._map = mmap.mmap(self.fd, abi.ioctl(vm.system_fd, abi.GET_VCPU_MMAP_SIZE))
         page = memoryview(self._map)
@@ -85,7 +85,7 @@ class KvmVCpu:
         """Run guest code until something ends the loop; see :class:`cardcage.vcpu.VCpu`."""
         # The loop is written for speed: everything it needs is local, and one OUT or IN is served in place. ioctl is
         # called without its third argument, which Python would try as a buffer and as bytes first (1.3 µs).
-        fd, ioctl, longs, words, vm = self.fd, fcntl.ioctl, self._longs, self._words, self.vm
+        fd, ioctl, longs, words, gate = self.fd, fcntl.ioctl, self._longs, self._words, self._gate
         reason_at, io_at, data_at, views = EXIT_REASON // 4, UNION // 8, UNION // 8 + 1, self._views
         pio_read, pio_write = ops.pio_read, ops.pio_write
         with self._thread_lock:
@@ -110,7 +110,7 @@ class KvmVCpu:
                     return self._cannot_run(error)
                 self.inside = self._incomplete = False
                 if self.attention:
-                    vm.left_guest()
+                    gate.left()
                 if reason == IO:
                     self._incomplete = True
                     io = words[io_at]  # direction, size, port, count: 8, 8, 16 and 32 bits
@@ -170,8 +170,8 @@ class KvmVCpu:
     def _attend(self, ops: Ops) -> VCpuExit | None:
         """Do what others asked for, with the thread out of guest code."""
         self.attention = False
-        if self.vm.stopping:
-            self.vm.wait_while_stopped()
+        if self._gate.stopping:
+            self._gate.wait()
         if self._kicked:
             self._kicked = False
             self._complete(ops)
@@ -207,7 +207,7 @@ class KvmVCpu:
             case codes.INTR | codes.X86_BUS_LOCK | codes.NOTIFY | codes.SET_TPR:
                 pass  # nothing to serve: a signal, or a notice that only a limiter of the guest would use
             case codes.DIRTY_RING_FULL:
-                self.vm.collect_dirty_rings()
+                self.vm.dirty.collect()
             case codes.SHUTDOWN:
                 return VCpuExit(Exit.SHUTDOWN, report.describe(self, "triple fault"))
             case codes.DEBUG:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_BUILT", "cardcage_register"]
 
+CODE_MEMORY = "cardcage-code"
+"""Name of the memfd that holds translated code."""
 NOT_BUILT = "the translator's native half is not built here; to build it: python -m cardcage_tcg.native.build"
 
 
@@ -23,7 +25,7 @@ def cardcage_register(registry: Registry) -> None:
         "tcg",
         "cardcage_tcg.accel:Tcg",
         options="cardcage_tcg.vm:TcgOptions",
-        help="binary translation, needs no /dev/kvm",
+        help="binary translation; does not need /dev/kvm",
     )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from cardcage.accelerator import Probe
 from cardcage.errors import CardcageError
 
+from cardcage_tcg import CODE_MEMORY
+
 if TYPE_CHECKING:
     from cardcage.accelerator import VmSpec
 
@@ -32,7 +34,7 @@ class Tcg:
             CodeBuffer(4096).close()
         except CardcageError as error:
             return Probe(False, "translated", str(error))
-        return Probe(True, "translated", "binary translation", executable=True)
+        return Probe(True, "translated", "binary translation", executable=True, code_memory=CODE_MEMORY)
 
     def create_vm(self, spec: VmSpec, /) -> TcgVm:
         from cardcage_tcg.vm import TcgVm

@@ -1,4 +1,4 @@
-"""Doorbells, irqfds and the rings of other processes: the tables behind ``native/eventfds.c``."""
+"""Doorbells, irqfds and the rings of other processes: the tables behind ``native/host/eventfds.c``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bell:
     fd: int
 
     def collides(self, pio: bool, address: int, size: int, value: int | None) -> bool:
-        """Whether one store could be for both, as KVM sees it."""
+        """True if one store could be for both, as KVM sees it."""
         if (self.pio, self.address) != (pio, address) or (self.size and size and self.size != size):
             return False
         return self.value is None or value is None or self.value == value
@@ -89,7 +89,7 @@ class EventFds:
 
     @property
     def has_bells(self) -> bool:
-        """Whether there is any doorbell."""
+        """True if there is any doorbell."""
         return bool(self._bells)
 
     def add_bell(self, fd: int, address: int, size: int, pio: bool, value: int | None) -> None:
@@ -181,7 +181,7 @@ class EventFds:
         if not 0 < size <= 32768 or size & (size - 1):
             raise UsageError(f"ring of {size} entries: expected a power of two up to 32768")
         with self._lock:
-            index = self._vm.peek(used + 2, 2)
+            index = self._vm.memory.peek(used + 2, 2)
             number = next((one for one in range(RINGS) if one not in self._rings), None)
             if index is None or number is None:
                 raise AcceleratorError(f"tcg: ring at {used:#x}: not RAM, or more than {RINGS} rings")

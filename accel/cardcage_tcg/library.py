@@ -11,7 +11,7 @@ from typing import Any
 
 from cardcage.errors import AcceleratorError
 
-from cardcage_tcg import NOT_BUILT
+from cardcage_tcg import CODE_MEMORY, NOT_BUILT
 from cardcage_tcg.native.build import digest
 
 __all__ = ["Area", "CodeBuffer", "Native", "load"]
@@ -148,7 +148,7 @@ class CodeBuffer:
         libc.munmap.argtypes = (_PTR, ctypes.c_size_t)
         libc.madvise.argtypes = (_PTR, ctypes.c_size_t, _INT)
         self._libc = libc
-        fd = os.memfd_create("cardcage-code", os.MFD_CLOEXEC)
+        fd = os.memfd_create(CODE_MEMORY, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
             self.rw = self._map(fd, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         StateError,
         UsageError,
     )
-    from cardcage.hookspecs import hookimpl
     from cardcage.host import Host
     from cardcage.machine import Machine
     from cardcage.outcome import Crashed, DebugExit, Outcome, Panicked, PoweredOff, Reset, Stopped, TimedOut
@@ -61,14 +60,12 @@ __all__ = [
     "Stopped",
     "TimedOut",
     "UsageError",
-    "hookimpl",
 ]
 
 __getattr__ = lazy_names(
     "cardcage",
     errors="AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra StateError "
     "UsageError",
-    hookspecs="hookimpl",
     host="Host",
     machine="Machine",
     outcome="Crashed DebugExit Outcome Panicked PoweredOff Reset Stopped TimedOut",

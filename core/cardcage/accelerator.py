@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
 from attrs.validators import ge, in_
+
+from cardcage.abilities import has, require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,29 +26,33 @@ __all__ = [
     "MemorySlot",
     "Probe",
     "VmSpec",
+    "WrittenMany",
+    "check_vm",
 ]
 
 
 @frozen
 class Probe:
-    """Can this accelerator be used here?
+    """An accelerator's answer: is it usable here?
 
     Attributes:
         usable: a virtual machine can be created.
         speed: ``"native"``, ``"translated"`` or ``"emulated"``, from fast to slow.
-        reason: one line: why not, or what to know (``"/dev/kvm: permission denied; join group kvm"``).
+        reason: one line: why not, or what to know (``"/dev/kvm: permission denied; join the group kvm"``).
         executable: it makes memory executable that it wrote itself (a translator): the machine asks for ``execmem``.
+        code_memory: name of the memfd that holds generated code, by which its cost is told apart; empty without one.
     """
 
     usable: bool
     speed: str = field(default="native", validator=in_(("native", "translated", "emulated")))
     reason: str = ""
     executable: bool = False
+    code_memory: str = ""
 
 
 @frozen
 class VmSpec:
-    """What the machine asks of a new virtual machine.
+    """The machine's requirements for a new virtual machine.
 
     Attributes:
         cpus: number of vCPUs that will be created, 1 to 255.
@@ -88,53 +94,47 @@ class AcceleratedVm(Protocol):
     ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
     (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`), ``foreign-rings``
     (:class:`ForeignRings`).
-
-    A VM may have ``memory_written_many(ranges)``: :meth:`memory_written` for each (address, size), in one call. The
-    core looks for it by name and else calls once for each.
     """
 
     capabilities: frozenset[str]
 
     def create_vcpu(self, index: int, /) -> VCpu:
         """Create processor *index* (0 is the boot processor). Its state is that after reset."""
-        ...
 
     def map_memory(self, slot: MemorySlot, /) -> None:
         """Add a slot. Call with all vCPUs quiescent or not yet running; slots never overlap."""
-        ...
 
     def unmap_memory(self, slot: MemorySlot, /) -> None:
         """Remove exactly this slot."""
-        ...
 
     def memory_written(self, address: int, size: int, /) -> None:
         """The host wrote guest-physical memory (a device, a loader): forget what was derived from the old bytes."""
-        ...
 
     def quiesce(self) -> AbstractContextManager[None]:
         """All vCPUs out of guest code while the block runs. Never call it while the machine's lock is held
         by the caller in a way that a vCPU thread waits for. May be called on a vCPU's own thread, within *ops*."""
-        ...
 
     def set_extint(self, level: bool, /) -> None:
         """Drive the 8259's INTR output: LINT0 of the boot processor, or its INTR pin without a local APIC."""
-        ...
 
     def set_irq(self, gsi: int, level: bool, /) -> None:
         """Drive input *gsi* of the in-accelerator PIC and IOAPIC (irqchip ``full`` only)."""
-        ...
 
     def signal_msi(self, address: int, data: int, /) -> None:
         """Deliver a message-signalled interrupt (Intel SDM vol. 3, 11.11). Thread-safe."""
-        ...
 
     def inject_nmi(self, index: int, /) -> None:
         """Send an NMI to vCPU *index*. Thread-safe."""
-        ...
 
     def close(self) -> None:
         """Release everything. Idempotent; no vCPU may be running."""
-        ...
+
+
+class WrittenMany(Protocol):
+    """A VM that hears of many ranges at the cost of one."""
+
+    def memory_written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
+        """:meth:`AcceleratedVm.memory_written` for each (address, size)."""
 
 
 class Accelerator(Protocol):
@@ -144,11 +144,9 @@ class Accelerator(Protocol):
 
     def probe(self) -> Probe:
         """Say whether it works here, in milliseconds and without side effects."""
-        ...
 
     def create_vm(self, spec: VmSpec, /) -> AcceleratedVm:
         """Create a virtual machine. Raises :exc:`~cardcage.errors.AcceleratorError` in words a user understands."""
-        ...
 
 
 class Doorbells(Protocol):
@@ -157,7 +155,6 @@ class Doorbells(Protocol):
     def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
         """Signal eventfd *fd* when the guest writes *size* bytes (1, 2, 4, 8; 0: any) at *address*, and with *value*
         only that one. Such a write does not reach the machine. Raises AcceleratorError where another doorbell is."""
-        ...
 
     def remove_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None: ...
 
@@ -167,7 +164,6 @@ class IrqFds(Protocol):
 
     def add_irqfd(self, fd: int, address: int, data: int, /) -> int:
         """Route eventfd *fd* to an MSI message; returns a route number. What it has counted already is delivered."""
-        ...
 
     def remove_irqfd(self, fd: int, route: int, /) -> None: ...
 
@@ -183,16 +179,13 @@ class ForeignRings(Protocol):
         *size* entries; descriptor table, available and used ring at guest-physical *table*, *avail* and *used*. Returns
         a number. Call it before the other process begins, with nothing in flight.
         """
-        ...
 
     def foreign_ring_heads(self, number: int, /) -> tuple[int, list[int]]:
         """The available index now, and the heads of the requests up to it that are not used: what is in flight with the
         other process, which has ended or stopped."""
-        ...
 
     def remove_foreign_ring(self, number: int, /) -> None:
         """The other process has ended its work on the ring."""
-        ...
 
 
 class ForeignWriter(Protocol):
@@ -201,11 +194,9 @@ class ForeignWriter(Protocol):
 
     def log_writes(self, on: bool, /) -> None:
         """From now on keep what is written, or no longer."""
-        ...
 
     def collect_writes(self) -> Sequence[tuple[int, int]]:
         """(address, size) of what may have been written since the last time."""
-        ...
 
 
 class DirtyLog(Protocol):
@@ -214,7 +205,6 @@ class DirtyLog(Protocol):
 
     def add_writer(self, writer: ForeignWriter, /) -> None:
         """Ask *writer*, too, until :meth:`remove_writer`."""
-        ...
 
     def remove_writer(self, writer: ForeignWriter, /) -> None: ...
 
@@ -222,6 +212,26 @@ class DirtyLog(Protocol):
 
     def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:
         """A bitmap of the slot's 4 KiB pages written since the last fetch (little-endian bit order), and clear it."""
-        ...
 
     def stop_dirty_log(self) -> None: ...
+
+
+CAPABILITIES: dict[str, Any] = {
+    "doorbells": Doorbells,
+    "irqfds": IrqFds,
+    "dirty-log": DirtyLog,
+    "foreign-rings": ForeignRings,
+}
+"""A capability that a VM may state, to the protocol that it then must have."""
+VM: tuple[Any, ...] = (AcceleratedVm, WrittenMany, *CAPABILITIES.values())
+"""Protocols that are looked for in a VM; the first it must have."""
+
+
+def check_vm(vm: Any, who: str) -> AcceleratedVm:
+    """Hold a VM to its protocol, and to those of the capabilities that it states. Raises CardError."""
+    found = require(vm, AcceleratedVm, who)
+    has(vm, WrittenMany, who)
+    for word, protocol in CAPABILITIES.items():
+        if word in found.capabilities:
+            require(vm, protocol, who)
+    return found

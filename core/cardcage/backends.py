@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["BlockBackend", "BlockInfo", "CharBackend", "NetBackend", "NetFeatures"]
+__all__ = ["BlockBackend", "BlockInfo", "CharBackend", "NetBackend", "NetFeatures", "TryReads", "TryWrites"]
 
 
 def _at_least(least: int) -> Callable[[Any, Any, Any], None]:
@@ -32,11 +32,9 @@ class CharBackend(Protocol):
 
     def start(self, received: Callable[[bytes], None], /) -> None:
         """Begin; *received* is called on the loop thread, under the machine's lock, with bytes for the guest."""
-        ...
 
     def write(self, data: bytes, /) -> None:
         """Bytes from the guest. Never blocks for long; what a dead peer cannot take is dropped."""
-        ...
 
     def close(self) -> None: ...
 
@@ -56,11 +54,6 @@ class BlockBackend(Protocol):
     """A disk. Called from the device's worker threads: must be thread-safe. Errors are :exc:`OSError`.
 
     Offsets and lengths are multiples of 512 and inside ``info.size``; the caller checks them.
-
-    One that can tell also has ``try_readv(offset, buffers) -> bool``: fill the buffers if that takes no waiting (the
-    host's page cache has the bytes), else return False; what the buffers hold then does not matter. And likewise
-    ``try_writev(offset, buffers) -> bool``: write them if that takes no waiting, else return False; what the disk holds
-    there then does not matter, for the same is written again. Both are called on a vCPU's thread.
     """
 
     @property
@@ -68,13 +61,11 @@ class BlockBackend(Protocol):
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the writable *buffers* one after another."""
-        ...
 
     def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None: ...
 
     def flush(self) -> None:
         """Return once all earlier completed writes are on stable storage."""
-        ...
 
     def discard(self, offset: int, length: int, /) -> None: ...
 
@@ -83,9 +74,25 @@ class BlockBackend(Protocol):
     def close(self) -> None: ...
 
 
+class TryReads(Protocol):
+    """A block back end that can tell whether a read takes waiting. Called on a vCPU's thread."""
+
+    def try_readv(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Fill the buffers if that takes no waiting (the host's page cache has the bytes), else return False; what they
+        hold then does not matter."""
+
+
+class TryWrites(Protocol):
+    """A block back end that can tell whether a write takes waiting. Called on a vCPU's thread."""
+
+    def try_writev(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
+        """Write the buffers if that takes no waiting, else return False; what the disk holds there then does not
+        matter, for the same is written again."""
+
+
 @frozen
 class NetFeatures:
-    """What a network back end can take over.
+    """Abilities of a network back end.
 
     Attributes:
         vnet_header: size in bytes of the virtio-net header that goes before each frame, 0 for none.
@@ -107,18 +114,14 @@ class NetBackend(Protocol):
     def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin; ``received(queue, frame)`` returns False when the guest has no buffer: the back end then waits
         for :meth:`resume`. The bytes of *frame* need not stay once it has returned."""
-        ...
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
         """One frame (vnet header first where agreed) as consecutive *parts*."""
-        ...
 
     def resume(self, queue: int, /) -> None:
         """The guest has given receive buffers again."""
-        ...
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """The guest's driver accepted these offloads towards the guest."""
-        ...
 
     def close(self) -> None: ...

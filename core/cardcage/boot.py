@@ -1,107 +1,69 @@
-"""Booting: what a boot protocol finds (the concrete :class:`~cardcage.device.BootContext`), and its replay at reset."""
+"""The boot seam: boot protocols, what they find of a machine, and what contributes to it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from cardcage.assembly import allow_files
-from cardcage.device import E820Entry
-from cardcage.errors import ConfigError, UsageError
-from cardcage.memory import GIB, split_ram
-from cardcage.x86 import reset_state
+from attrs import frozen
 
 if TYPE_CHECKING:
-    from cardcage.device import BootImage
-    from cardcage.machine import Machine
     from cardcage.memory import GuestMemory
+    from cardcage.x86 import VCpuState
 
-__all__ = ["MachineBoot", "carve", "load_boot", "open_boot"]
-
-LOW_HOLE = (0xA0000, 0x60000)
-"""Video memory, option ROMs and the BIOS: never free RAM on a PC."""
+__all__ = ["BootContext", "BootContributor", "BootImage", "BootLoader", "E820Entry", "Firmware"]
 
 
-def carve(entries: list[E820Entry], address: int, size: int, type: int) -> list[E820Entry]:
-    """Cut ``[address, address+size)`` out of *entries*, put it in as *type*; sorted, touching equals joined."""
-    end = address + size
-    left = [E820Entry(address, size, type)]
-    for one in entries:
-        if one.address < address:
-            left.append(E820Entry(one.address, min(one.address + one.size, address) - one.address, one.type))
-        if one.address + one.size > end:
-            start = max(one.address, end)
-            left.append(E820Entry(start, one.address + one.size - start, one.type))
-    left.sort(key=lambda one: one.address)
-    joined: list[E820Entry] = []
-    for one in left:
-        last = joined[-1] if joined else None
-        if last is not None and last.type == one.type and last.address + last.size == one.address:
-            joined[-1] = E820Entry(last.address, last.size + one.size, one.type)
-        else:
-            joined.append(one)
-    return joined
+@frozen
+class E820Entry:
+    """A range of the BIOS memory map: type 1 RAM, 2 reserved, 3 ACPI reclaimable, 4 ACPI NVS."""
+
+    address: int
+    size: int
+    type: int = 1
 
 
-class MachineBoot:
-    """Made anew at each boot or reset. ``machine`` is there for platform cards."""
+class BootContext(Protocol):
+    """Knowledge and results of a boot protocol and its contributors, anew at each boot or reset."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.memory: GuestMemory = machine.memory
-        self.cpus = len(machine.vcpus)
-        self.ram_below_4g, self.ram_above_4g = split_ram(machine.config.machine.memory)
-        self.e820 = [E820Entry(0, self.ram_below_4g)]
-        if self.ram_above_4g:
-            self.e820.append(E820Entry(4 * GIB, self.ram_above_4g))
-        self.rsdp: int | None = None
-        self.firmware = bool(getattr(machine.boot_image, "firmware", False))
-        self.msrs: dict[int, int] = {}
-        self.reserve(*LOW_HOLE)
+    memory: GuestMemory
+    ram_below_4g: int
+    """Bytes of RAM that start at address 0."""
+    ram_above_4g: int
+    """Bytes of RAM that start at 4 GiB."""
+    cpus: int
+    e820: list[E820Entry]
+    """The memory map so far; contributors add reserved ranges with :meth:`reserve`."""
+    rsdp: int | None
+    """Guest-physical address of the ACPI RSDP, set by the platform."""
+    firmware: bool
+    """The boot image is :class:`Firmware`. Without one, contributors leave devices and memory as firmware would."""
+    msrs: dict[int, int]
+    """MSR values that firmware leaves in all processors, set by contributors; a processor takes those that it has."""
 
     def reserve(self, address: int, size: int, type: int = 2, /) -> None:
-        """Carve a range out of the memory map as *type* (2 reserved, 3 ACPI reclaimable, 4 ACPI NVS)."""
-        if size <= 0 or address < 0:
-            raise UsageError(f"e820: {address:#x}+{size:#x} is no range")
-        self.e820 = carve(self.e820, address, size, type)
+        """Carve a range out of the memory map as *type*."""
 
 
-def open_boot(machine: Machine) -> BootImage | None:
-    """Read and check what ``[boot]`` names; None without one. Raises ConfigError that names the file or key."""
-    config, host = machine.config, machine.host
-    table = dict(config.boot or {})
-    if not table:
-        return None
-    place = config.place("boot")
-    file = next((config.place(f"boot.{key}").file for key in table), None)
-    name = table.pop("protocol", "auto")
-    offer = host.registry.get("boot", str(name), file=file, key="boot.protocol")
-    options = host.options(offer, table, file=file, key="boot")
-    allow_files(machine, table, "open", "read")
-    try:
-        factory = offer.load()
-        image: BootImage = (factory(options) if options is not None else factory()).open()
-    except ConfigError as error:
-        if error.file is not None:  # the kernel's own path says more than the key does
-            raise
-        raise ConfigError(error.problem, file=file, key=error.key or place.key) from error
-    return image
+class BootContributor(Protocol):
+    """A device that writes guest memory before the boot image does (ACPI tables, option ROMs)."""
+
+    def contribute(self, context: BootContext, /) -> None: ...
 
 
-def load_boot(machine: Machine) -> None:
-    """Let contributors write, load the boot image (at reset: again), and put the vCPUs in their first states.
+class BootImage(Protocol):
+    """Files read and checked once; loading is repeatable."""
 
-    No vCPU may be in guest code. Without an image the boot processor starts as after power-up.
-    """
-    context = MachineBoot(machine)
-    with machine.lock:
-        for plugged in machine.devices.values():
-            if "boot" in plugged.abilities:
-                plugged.device.contribute(context)
-        first = machine.boot_image.load(context) if machine.boot_image is not None else reset_state()
-    for vcpu in machine.vcpus:
-        vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
-        if context.msrs:
-            state = vcpu.get_state()
-            state.msrs |= {index: value for index, value in context.msrs.items() if index in state.msrs}
-            vcpu.set_state(state)
-    machine.gate.wake()
+    def load(self, context: BootContext, /) -> VCpuState:
+        """Write guest memory and return the boot processor's first state. Raises ConfigError when it does not fit."""
+
+
+class Firmware(Protocol):
+    """A boot image that may be firmware, which sets devices and memory up by itself."""
+
+    firmware: bool
+
+
+class BootLoader(Protocol):
+    """A boot protocol card's factory product: opens files and checks them, touches no machine."""
+
+    def open(self) -> BootImage: ...

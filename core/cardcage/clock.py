@@ -15,7 +15,6 @@ class Timer(Protocol):
 
     def arm(self, when: int, /) -> None:
         """Fire once the clock reaches *when* (nanoseconds, absolute); replaces an earlier setting."""
-        ...
 
     def cancel(self) -> None: ...
 

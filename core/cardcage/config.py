@@ -1,4 +1,4 @@
-"""What a machine is made of: one typed schema for TOML, Python and the command line.
+"""The parts of a machine: one typed schema for TOML, Python and the command line.
 
 A :class:`Draft` collects fragments (a TOML file, keyword arguments, flags, ``--set key=value``), remembers where each
 value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[memory]``, ``[boot]``, ``[[device]]``,
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, field, fields, frozen
 from attrs.validators import and_, ge, le
 
+from cardcage._config.places import Place, Spec
+from cardcage._config.structure import structure
 from cardcage.errors import ConfigError, near
 from cardcage.ram import Placement
-from cardcage.structure import structure
 from cardcage.units import Size
 
 if TYPE_CHECKING:
@@ -38,22 +39,6 @@ __all__ = [
 TABLES = ("accel", "boot", "device", "machine", "memory", "policy", "security")
 
 
-@frozen
-class Place:
-    """Where a value stands: the file (or ``command line``, ``None`` for Python) and the key path."""
-
-    file: str | None = None
-    key: str | None = None
-
-    def below(self, key: str) -> Place:
-        """The place of *key* in the table here."""
-        return Place(self.file, f"{self.key}.{key}" if self.key else key)
-
-    def error(self, problem: str) -> ConfigError:
-        """A ConfigError about this place."""
-        return ConfigError(problem, file=self.file, key=self.key)
-
-
 def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) -> tuple[str, dict[str, Any] | str]:
     """Split a spec into its type and the rest: ``"file:log.txt"`` -> ("file", "log.txt"), ``{type="file", path=...}``.
 
@@ -67,20 +52,11 @@ def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) ->
     raise ConfigError(f'expected text such as "stdio" or a table with "type", got {spec!r}', file=file, key=key)
 
 
-@frozen
-class Spec:
-    """One card that a configuration names, with its options still plain."""
-
-    name: str
-    options: dict[str, Any] | str
-    place: Place = field(default=Place(), eq=False)
-
-
 def specs_of(value: Any, place: Place) -> tuple[Spec, ...]:
     """A spec or a list of specs (``policy.memory``, ``security.checkers``). Raises ConfigError."""
     found = []
     for at, one in enumerate(value if isinstance(value, list | tuple) else [value]):
-        here = Place(place.file, f"{place.key}[{at}]" if isinstance(value, list | tuple) else place.key)
+        here = place.below(f"[{at}]") if isinstance(value, list | tuple) else place
         found.append(Spec(*spec_table(one, file=here.file, key=here.key), here))
     return tuple(found)
 
@@ -91,7 +67,8 @@ class MachineConfig:
 
     Attributes:
         name: for listings and logs.
-        accel: accelerators to try: the first that is usable and fast, else the first usable.
+        accel: accelerators to try: the first that is usable and fast, else the first usable; by default all that are
+            installed.
         memory: RAM, at least 1M.
         cpus: number of vCPUs, 1 to 255.
         irqchip: ``auto`` picks ``split``; see :class:`~cardcage.accelerator.VmSpec`.
@@ -106,7 +83,7 @@ class MachineConfig:
     """
 
     name: str = "machine"
-    accel: tuple[str, ...] = ("kvm", "tcg")
+    accel: tuple[str, ...] = ()
     memory: Size = field(default=Size("512M"))
     cpus: int = field(default=1, validator=and_(ge(1), le(255)))
     irqchip: Literal["auto", "none", "split", "full"] = "auto"
@@ -143,7 +120,7 @@ class DeviceConfig:
     bus: str | None = None
     label: str | None = None
     options: dict[str, Any] = field(factory=dict)
-    place: Place = Place()
+    place: Place = field(default=Place())
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], place: Place) -> DeviceConfig:
@@ -337,10 +314,7 @@ class Draft:
         )
 
     def security(self) -> tuple[Spec, ...]:
-        """What ``[security] checkers`` and ``policy.security`` name. Raises ConfigError.
-
-        ``"default"`` is the card ``selinux``, whose own policy is the default.
-        """
+        """The cards that ``[security] checkers`` and ``policy.security`` name. Raises ConfigError."""
         table = self._tables.get("security", {})
         for name in table:
             if name != "checkers":
@@ -353,7 +327,7 @@ class Draft:
         ):
             if value is not None:
                 found += specs_of(value, Place(self._origins.get(key), key))
-        return tuple(evolve(one, name="selinux") if one.name == "default" else one for one in found)
+        return tuple(found)
 
     @classmethod
     def of(cls, *fragments: Mapping[str, Any], assignments: Iterable[str] = ()) -> Draft:

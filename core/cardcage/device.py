@@ -1,7 +1,8 @@
 """The device seam: what a device may be asked, what it may ask, and the regions it claims.
 
 A device is any object with ``read(offset, size) -> int`` and ``write(offset, size, value)``: no base class. More is
-opt-in: each protocol below is looked for once, when the device is plugged in, by name *and* signature.
+opt-in: each protocol below is looked for once, when the device is plugged in, by name *and* signature
+(:mod:`cardcage.abilities`).
 """
 
 from __future__ import annotations
@@ -12,30 +13,35 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cardcage.clock import Clock
-    from cardcage.interrupts import IrqLine
-    from cardcage.memory import GuestMemory, PhysicalMemory
-    from cardcage.policy import MemoryBalloon
-    from cardcage.x86 import VCpuState
+    from cardcage.config import Config
+    from cardcage.interrupts import IrqLine, Line
+    from cardcage.memory import GuestMemory, PhysicalMemory, RamRange, SharedRange
 
 __all__ = [
-    "BootContext",
-    "BootContributor",
-    "BootImage",
-    "BootLoader",
-    "Control",
+    "Board",
+    "Controllers",
+    "DetachingBus",
     "Device",
     "DeviceBus",
-    "E820Entry",
     "HasState",
-    "Mapping",
+    "HostSide",
+    "Interrupts",
+    "Loop",
     "Mmio",
     "Pausable",
     "Pio",
+    "Platform",
     "Pluggable",
+    "Plugged",
+    "Power",
+    "PowerButton",
+    "RamSpan",
+    "Ranges",
     "Region",
+    "RegionMapping",
     "Resettable",
     "Resource",
     "Slot",
@@ -124,7 +130,6 @@ class Pausable(Protocol):
 
     def pause(self) -> None:
         """The machine pauses: once this returned, leave guest memory alone until :meth:`resume`."""
-        ...
 
     def resume(self) -> None: ...
 
@@ -137,110 +142,118 @@ class HasState(Protocol):
     def load(self, state: Any, /) -> None: ...
 
 
-class DeviceBus(Protocol):
-    """A device that carries others (``bus = "pci"``). ``bus_type`` is the word that other cards' registrations name.
+class PowerButton(Protocol):
+    """Can tell the guest that its power button was pressed (ACPI)."""
 
-    One whose devices can be taken off it again also has ``detach(device)``: called when a device that was attached, or
-    refused by ``attach``, could not be plugged in.
-    """
+    def power_button(self) -> None: ...
+
+
+class DeviceBus(Protocol):
+    """A device that carries others (``bus = "pci"``). ``bus_type`` is the word that other cards' registrations name."""
 
     bus_type: str
 
     def attach(self, device: Any, slot: Slot, address: str | None, /) -> None:
         """Give *device* its place; *address* is the configuration's ``address`` key (``"03.0"``), or None to choose."""
-        ...
 
 
-class Mapping(Protocol):
+class DetachingBus(DeviceBus, Protocol):
+    """A bus whose devices can be taken off it again."""
+
+    def detach(self, device: Any, /) -> None:
+        """*device*, which was attached or refused by ``attach``, could not be plugged in."""
+
+
+class RegionMapping(Protocol):
     """A region once plugged in; it can move (BARs, PAM)."""
 
     address: int | None
 
     def move(self, address: int | None, /) -> None:
         """Answer at *address*, or nowhere. Raises ConfigError on overlap (then nothing changed)."""
-        ...
 
 
-class Control(Protocol):
-    """Requests that a device may make of its machine; each is carried out after the access that asked for it."""
+class Power(Protocol):
+    """Requests that a device makes of its machine; each is carried out after the access that asked for it."""
 
-    def request_reset(self, why: str = "", /) -> None: ...
+    def reset(self, why: str = "", /) -> None:
+        """Reset the machine, or end it, as ``[machine] on_reset`` says."""
 
-    def request_poweroff(self) -> None: ...
+    def off(self) -> None:
+        """Power off: the outcome is PoweredOff."""
 
-    def request_panic(self, message: str, /) -> None:
+    def panic(self, message: str, /) -> None:
         """The guest said that it panicked (pvpanic)."""
-        ...
 
-    def request_debug_exit(self, code: int, /) -> None:
+    def exit(self, code: int, /) -> None:
         """The guest ended with *code*, 0 to 255 (ISA debug exit); the process's status is ``code << 1 | 1``."""
-        ...
+
+    def stop(self, why: str, /) -> None:
+        """The host's side of the device asks for the end (an escape key, a reader that went away): Stopped."""
 
 
-class Slot(Protocol):
-    """What a plugged-in device holds of its machine. Valid until ``unplug``."""
-
-    @property
-    def id(self) -> str:
-        """The device's id in its machine."""
-        ...
+class Interrupts(Protocol):
+    """A device's interrupts."""
 
     @property
-    def mappings(self) -> Sequence[Mapping]:
-        """The regions of the registration in their order, then those that the device mapped itself."""
-        ...
-
-    @property
-    def memory(self) -> GuestMemory:
-        """Guest RAM."""
-        ...
-
-    @property
-    def clock(self) -> Clock:
-        """Guest time."""
-        ...
-
-    @property
-    def control(self) -> Control:
-        """Requests to the machine."""
-        ...
-
-    @property
-    def log(self) -> Any:
-        """A logger with bound values: ``slot.log.warning("what happened", key=value)``."""
-        ...
+    def number(self) -> int | None:
+        """The configuration's ``irq`` key, ``None`` when it is not given."""
 
     @property
     def irqchip(self) -> str:
         """``none``, ``split`` or ``full``: what the accelerator holds itself."""
-        ...
 
     @property
     def vm(self) -> Any:
         """The VM's ``capabilities``, with their calls: :class:`~cardcage.accelerator.Doorbells`, ``IrqFds``,
         ``ForeignRings``."""
-        ...
+
+    def line(self, gsi: int | None = None, /) -> IrqLine:
+        """A source of line *gsi*, 0 to 23; by default the configuration's ``irq`` key. Raises ConfigError."""
+
+    def msi(self, address: int, data: int, /) -> None:
+        """Send a message-signalled interrupt."""
+
+
+class Ranges(Protocol):
+    """Where a device answers."""
 
     @property
-    def irq_number(self) -> int | None:
-        """The configuration's ``irq`` key, ``None`` when it is not given."""
-        ...
+    def mappings(self) -> Sequence[RegionMapping]:
+        """The regions of the registration in their order, then those that the device mapped itself."""
+
+    def pio(self, region: Region, base: int | None, device: Any, /) -> RegionMapping:
+        """Claim one more range of ports, served by ``getattr(device, region.read)`` and ``.write``."""
+
+    def mmio(self, region: Region, base: int | None, device: Any, /) -> RegionMapping:
+        """Claim one more range of guest-physical addresses."""
+
+    def announce(self, resource: Resource, /) -> None:
+        """State what the device claims, for ACPI and e820."""
+
+
+class Loop(Protocol):
+    """The machine's loop thread; callbacks run on it under the machine's lock."""
 
     @property
-    def machine(self) -> Any:
-        """The :class:`~cardcage.machine.Machine`, for platform cards: ``machine.devices``, ``.vcpus``, ``.lines``.
+    def ending(self) -> bool:
+        """True once the machine has its end: who waits for the host gives up."""
 
-        Asks for ``management reach``. Raises Denied.
-        """
-        ...
+    def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
+        """Call *callback* whenever *fd* is readable."""
 
-    @property
-    def machine_name(self) -> str: ...
+    def remove_reader(self, fd: int, /) -> None:
+        """No more calls for *fd*, which may be closed at once."""
 
-    @property
-    def label(self) -> str:
-        """The device's security label."""
-        ...
+    def call_soon(self, callback: Callable[[], None], /) -> None:
+        """Run *callback* soon. Thread-safe."""
+
+
+class HostSide(Protocol):
+    """A device's side of the host: back ends, and permissions."""
+
+    def open(self, kind: str, spec: Any, /) -> Any:
+        """Open a back end: *kind* is ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
 
     def ask(
         self,
@@ -252,111 +265,159 @@ class Slot(Protocol):
         restore: Callable[[], None] | None = None,
         **facts: object,
     ) -> Callable[[], None]:
-        """Ask whether this device may have the object *name* of class *tclass*, before it opens it. Raises Denied.
+        """Ask for the object *name* of class *tclass*, before it is opened. Raises Denied.
 
-        ``slot.ask("image", path, ("open", "read"))``; classes and permissions are in :mod:`cardcage.security`. With
-        *revoke* it is asked again when policy changes: *revoke* and *restore* are then called, under the machine's
+        ``slot.host.ask("image", path, ("open", "read"))``; classes and permissions are in :mod:`cardcage.security`.
+        With *revoke* it is asked again when policy changes: *revoke* and *restore* are then called, under the machine's
         lock, until what this returns is called, or the device is gone. What a back end asks for while it is opened
         needs neither: the slot shuts it.
         """
-        ...
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:
-        """What devices of several machines of this host use together, made by the first who asks. Thread-safe.
+        """Return what devices of several machines of this host use together, made by the first that asks. Thread-safe.
 
-        *key* begins with the name of the card, such as ``net:switch:lan``; asks for ``backend open`` first.
+        *key* begins with the name of the card, such as ``net:switch:lan``; asks for ``backend open`` first. With
+        security checkers a device gets something that stands before it, and that refuses its methods while this is
+        revoked; a back end that is being opened gets the thing itself.
         """
-        ...
 
-    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> PhysicalMemory:
-        """The RAM's blocks, whose file descriptors another process may be given: asks for ``memory share``."""
-        ...
+    def shared_memory(self, revoke: Callable[[], None], restore: Callable[[], None], /) -> list[SharedRange]:
+        """The RAM as it shows now, whose file descriptors another process may be given: asks for ``memory share``."""
 
-    def irq(self, gsi: int | None = None, /) -> IrqLine:
-        """A source of line *gsi*; by default the configuration's ``irq`` key."""
-        ...
+    def provide(self, name: str, service: Any, /) -> None:
+        """Let other cards find *service* as ``machine.services[name]`` until the device is unplugged.
 
-    def msi(self, address: int, data: int, /) -> None:
-        """Send a message-signalled interrupt."""
-        ...
+        ``balloon`` is a :class:`~cardcage.memory.MemoryBalloon`. Raises ConfigError when the machine has one.
+        """
 
-    def open(self, kind: str, spec: Any, /) -> Any:
-        """Open a back end: *kind* is ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
-        ...
 
-    def balloon(self, balloon: MemoryBalloon, /) -> None:
-        """The device is the machine's memory balloon, for its policies. Raises ConfigError when there is one."""
-        ...
+class Plugged(Protocol):
+    """A device of the machine as a platform card sees it; ``slot`` has its ``ranges`` and ``interrupts``."""
 
-    def announce(self, resource: Resource, /) -> None:
-        """State what the device claims, for ACPI and e820."""
-        ...
+    @property
+    def id(self) -> str: ...
 
-    def map_pio(self, region: Region, base: int | None, device: Any, /) -> Mapping:
-        """Claim one more range of ports, served by ``getattr(device, region.read)`` and ``.write``."""
-        ...
+    @property
+    def type(self) -> str: ...
 
-    def map_mmio(self, region: Region, base: int | None, device: Any, /) -> Mapping: ...
+    @property
+    def device(self) -> Any: ...
 
-    def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
-        """Call *callback* on the loop thread, under the machine's lock, whenever *fd* is readable."""
-        ...
+    @property
+    def slot(self) -> Any: ...
 
-    def remove_reader(self, fd: int, /) -> None: ...
 
-    def call_soon(self, callback: Callable[[], None], /) -> None:
-        """Run *callback* on the loop thread under the machine's lock. Thread-safe."""
-        ...
+class Controllers(Protocol):
+    """Where interrupt controllers join the lines, unless the irqchip is ``full``. Under the machine's lock."""
+
+    def add_controller(self, set_irq: Callable[[int, bool], None], /) -> None:
+        """``set_irq(gsi, level)`` is called at each change of a line."""
+
+    def set_extint_source(self, acknowledge: Callable[[], int | None], /) -> None:
+        """``acknowledge()`` is the INTA cycle; it returns the vector, or None when there is none."""
+
+    def set_extint(self, level: bool, /) -> None:
+        """Drive the INTR input of the boot processor (an 8259's output)."""
+
+    def add_eoi_listener(self, listener: Callable[[int], None], /) -> None:
+        """``listener(vector)`` is called at each EOI broadcast of a local APIC (irqchip ``split``)."""
+
+
+class Board(Protocol):
+    """The machine's board, for platform cards."""
+
+    @property
+    def devices(self) -> Mapping[str, Plugged]:
+        """The devices that are plugged in so far, by id."""
+
+    @property
+    def lines(self) -> Sequence[Line]:
+        """The interrupt lines, by global system interrupt."""
+
+    @property
+    def controllers(self) -> Controllers:
+        """Where interrupt controllers join."""
+
+    @property
+    def memory(self) -> PhysicalMemory:
+        """The physical address space."""
+
+    def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
+        """Change which RAM shows where (PAM, ROM) before the next instruction. Raises Denied."""
+
+
+class Slot(Protocol):
+    """A plugged-in device's hold on its machine. Valid until ``unplug``.
+
+    A device with one line needs ``slot.interrupts.line()``; one with DMA ``slot.memory``; the other parts when it has
+    use for them.
+    """
+
+    @property
+    def id(self) -> str:
+        """The device's id in its machine."""
+
+    @property
+    def label(self) -> str:
+        """The device's security label."""
+
+    @property
+    def machine(self) -> str:
+        """The machine's name."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM."""
+
+    @property
+    def clock(self) -> Clock:
+        """Guest time."""
+
+    @property
+    def log(self) -> Any:
+        """A logger with bound values: ``slot.log.warning("ring index out of range", queue=1)``."""
+
+    @property
+    def interrupts(self) -> Interrupts: ...
+
+    @property
+    def ranges(self) -> Ranges: ...
+
+    @property
+    def loop(self) -> Loop: ...
+
+    @property
+    def power(self) -> Power: ...
+
+    @property
+    def host(self) -> HostSide: ...
+
+    @property
+    def board(self) -> Board:
+        """The board, for platform cards: asks for ``management reach``. Raises Denied."""
 
 
 @frozen
-class E820Entry:
-    """A range of the BIOS memory map: type 1 RAM, 2 reserved, 3 ACPI reclaimable, 4 ACPI NVS."""
+class RamSpan:
+    """Where a part of the machine's RAM shows.
+
+    Attributes:
+        address: guest-physical. size: bytes. offset: of the part in RAM. All whole pages of 4 KiB.
+    """
 
     address: int
     size: int
-    type: int = 1
+    offset: int
 
 
-class BootContext(Protocol):
-    """What a boot protocol and its contributors know and leave, anew at each boot or reset."""
+class Platform(Protocol):
+    """A platform card's factory product: what a machine of this kind has when the configuration does not say."""
 
-    memory: GuestMemory
-    ram_below_4g: int
-    """Bytes of RAM that start at address 0."""
-    ram_above_4g: int
-    """Bytes of RAM that start at 4 GiB."""
-    cpus: int
-    e820: list[E820Entry]
-    """The memory map so far; contributors add reserved ranges with :meth:`reserve`."""
-    rsdp: int | None
-    """Guest-physical address of the ACPI RSDP, set by the platform."""
-    firmware: bool
-    """The boot image is firmware (it has a true attribute ``firmware``). Without one, contributors leave devices and
-    memory as firmware would."""
-    msrs: dict[int, int]
-    """MSR values that firmware leaves in all processors, set by contributors; a processor takes those that it has."""
+    reserved: Sequence[tuple[int, int]]
+    """``(address, size)`` of ranges that a boot's memory map never shows as free RAM."""
 
-    def reserve(self, address: int, size: int, type: int = 2, /) -> None:
-        """Carve a range out of the memory map as *type*."""
-        ...
+    def devices(self, config: Config, /) -> list[dict[str, Any]]:
+        """Device tables, as a configuration's ``[[device]]``."""
 
-
-class BootContributor(Protocol):
-    """A device that writes guest memory before the boot image does (ACPI tables, option ROMs)."""
-
-    def contribute(self, context: BootContext, /) -> None: ...
-
-
-class BootImage(Protocol):
-    """What was read and checked once; loading is repeatable."""
-
-    def load(self, context: BootContext, /) -> VCpuState:
-        """Write guest memory and return the boot processor's first state. Raises ConfigError when it does not fit."""
-        ...
-
-
-class BootLoader(Protocol):
-    """A boot protocol card's factory product: opens files and checks them, touches no machine."""
-
-    def open(self) -> BootImage: ...
+    def ram(self, size: int, /) -> Sequence[RamSpan]:
+        """Where *size* bytes of RAM show."""

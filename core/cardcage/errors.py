@@ -6,11 +6,13 @@
     ├── UsageError              the caller broke a documented rule (wrong state, wrong argument)
     │   └── StateError          the act does not fit the machine's state
     ├── ConfigError             the configuration is at fault: file, key path, what was expected
+    │   └── NotOffered          it names what no card offers
     ├── CardError               a card is at fault: it is broken, missing a part, or raised
     │   └── MissingExtra        a card needs an optional distribution that is not installed
     ├── HostError               the host cannot or may not: permission, missing feature, resources
     │   └── AcceleratorError    an accelerator could not start or go on
     ├── GuestError              the guest did what no machine can honour (triple fault, wild address)
+    │   └── ConsoleTimeout      what was expected on the console did not come
     └── Denied                  a security checker refused the act
 """
 
@@ -27,10 +29,12 @@ __all__ = [
     "CardError",
     "CardcageError",
     "ConfigError",
+    "ConsoleTimeout",
     "Denied",
     "GuestError",
     "HostError",
     "MissingExtra",
+    "NotOffered",
     "StateError",
     "UsageError",
     "in_words",
@@ -64,6 +68,10 @@ class ConfigError(CardcageError):
         super().__init__(": ".join(part for part in (file, key, problem) if part))
 
 
+class NotOffered(ConfigError):
+    """A configuration names what no card offers: a missing, misspelt or broken card."""
+
+
 class CardError(CardcageError):
     """A card is at fault; the message names it and its distribution."""
 
@@ -82,6 +90,10 @@ class AcceleratorError(HostError):
 
 class GuestError(CardcageError):
     """The guest did what no machine can honour; the VMM itself is sound."""
+
+
+class ConsoleTimeout(GuestError, TimeoutError):
+    """Text that was expected on the console did not come in time."""
 
 
 class Denied(CardcageError):

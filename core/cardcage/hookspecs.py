@@ -1,8 +1,16 @@
-"""The hooks of cardcage, in the order of a machine's life. All return None; hooks assemble, protocols operate."""
+"""The hooks of cardcage, in the order of a host's and a machine's life. All return None.
+
+Hooks assemble, protocols operate: none of these is called while a guest runs. They go through pluggy's own caller, in
+the order that it knows: cards loaded later are called earlier, unless one asks for ``tryfirst`` or ``trylast``, and
+wrappers surround the others. *machine* is a :class:`cardcage.machine.Machine`.
+
+A card that takes something in a hook gives it back by ``machine.defer(callback)``, which is called when the machine has
+closed, or could not be built, in the reverse order.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -16,10 +24,39 @@ hookimpl = pluggy.HookimplMarker("cardcage")
 
 
 class Hooks:
-    """What a card may implement, as module-level functions marked with :data:`hookimpl`."""
+    """Hooks that a card may implement, as module-level functions marked with :data:`hookimpl`."""
 
-    # start-up
+    # a host
 
     @hookspec
     def cardcage_register(self, registry: Registry) -> None:
         """Say what the card offers. Called once per host and card; only registers, with lazy references."""
+
+    # a machine
+
+    @hookspec
+    def cardcage_admit(self, machine: Any) -> None:
+        """Refuse a machine, before anything is taken for it: raise ConfigError, HostError or Denied.
+
+        The machine has its ``config name label mediator log observers memory_backend``, and no accelerator, RAM or
+        device yet.
+        """
+
+    @hookspec
+    def cardcage_built(self, machine: Any) -> None:
+        """The machine is whole: its devices are plugged in, its boot image is open, nothing ran. Raise to refuse it."""
+
+    @hookspec
+    def cardcage_starting(self, machine: Any) -> None:
+        """The first instruction is next; all files that the machine needs are open. Raise to keep it from starting.
+
+        Called on the thread that starts the machine; again when it was kept from starting and is started again.
+        """
+
+    @hookspec
+    def cardcage_closing(self, machine: Any) -> None:
+        """The machine has stopped, its threads have ended, its devices and memory are still there.
+
+        Called once for a machine that was built, or refused while ``cardcage_built`` was called. Each card is called
+        on its own: an error of one is logged, and keeps no other card from it.
+        """

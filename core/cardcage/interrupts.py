@@ -16,19 +16,17 @@ __all__ = ["InterruptController", "IrqLine", "IrqSource", "Line"]
 
 
 class IrqLine(Protocol):
-    """What a device holds: one source of one line."""
+    """A device's end of an interrupt line: one source of that line."""
 
     def set(self, level: bool, /) -> None:
         """Drive this source; only changes travel on."""
-        ...
 
     def pulse(self) -> None:
         """High and low again: one edge."""
-        ...
 
 
 class InterruptController(Protocol):
-    """What takes lines in: the accelerator's in-kernel irqchip, or the PIC and IOAPIC cards."""
+    """The receiver of lines: the accelerator's in-kernel irqchip, or the PIC and IOAPIC cards."""
 
     def set_irq(self, gsi: int, level: bool, /) -> None: ...
 
@@ -79,8 +77,15 @@ class IrqSource:
 
     @property
     def high(self) -> bool:
-        """Whether this source drives the line."""
+        """True if this source drives the line."""
         return self in self._line._high
+
+    def move(self, line: Line) -> None:
+        """Let go of its line and drive *line* instead, at the same level."""
+        high = self.high
+        self.set(False)
+        self._line = line
+        self.set(high)
 
     def set(self, level: bool, /) -> None:
         self._line.drive(self, level)

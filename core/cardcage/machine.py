@@ -1,58 +1,42 @@
-"""The machine: built from a typed configuration, run by a thread per vCPU and one loop thread.
+"""The machine: the face of what runs a guest.
 
-States and what holds in them::
+A machine has a *life* (its states, transitions and end; :class:`State` says what holds in each) and a *board* (buses,
+memory, lines, processors, devices). ``start`` built -> running; ``pause`` running -> paused; ``resume`` paused ->
+running; ``reset`` running or paused, which it stays; ``stop`` and each outcome: any -> stopped. A transition that fails
+leaves a machine that has not started ``built``, and stops any other with the error, which ``wait`` raises.
 
-    built     assembled, nothing ran yet; devices can be added, vCPU states set
-    running   vCPU threads are in guest code or serving it; guest time runs
-    paused    no vCPU is in guest code, guest time stands still; registers can be read and set
-    stopped   has ended, with an outcome or a card's exception; memory and registers can still be read until ``close``
-
-``start`` built -> running; ``pause`` running -> paused; ``resume`` paused -> running; ``reset`` running or paused,
-which it stays; ``stop`` and each outcome: any -> stopped. A transition that fails leaves a machine that has not started
-``built``, and stops any other with the error, which ``wait`` raises.
-
-**The lock.** Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are
-carried out on the loop thread, one after another. What a device asks for (reset, power-off) is carried out after the
-access that asked. A change of the RAM layout (``change_memory``) is made at once.
+Device callbacks run under the machine's lock on whichever thread. Transitions take no lock: they are carried out on the
+loop thread, one after another. A device's requests (reset, power-off) are carried out after the access that asked.
 """
 
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cardcage import outcome as outcomes
-from cardcage.abilities import able
-from cardcage.assembly import allow_end, blamed, create_vm, mediate, plug, plug_all
-from cardcage.boot import load_boot, open_boot
-from cardcage.bus import Bus
-from cardcage.config import Config, DeviceConfig, Draft, Place
-from cardcage.console import Console
-from cardcage.errors import ConfigError, Denied, StateError
-from cardcage.eventloop import EventLoop, MachineClock
-from cardcage.events import Observers
-from cardcage.gate import Gate
+from cardcage._config.places import Place, placed
+from cardcage._machine import building
+from cardcage._machine.board import Board
+from cardcage._machine.life import Life, State
+from cardcage._machine.observers import Observers
+from cardcage._machine.plugged import PluggedDevice, able
+from cardcage._machine.plugging import Plugging
+from cardcage.config import Config, DeviceConfig, Draft
+from cardcage.errors import ConfigError, StateError
 from cardcage.host import Host
-from cardcage.memory import PhysicalMemory, RamRange
-from cardcage.ops import MachineOps, ObservedOps
-from cardcage.policy import attach_policies, detach_policies
-from cardcage.provision import free_ram, provide_ram, publish, stats_of
-from cardcage.runner import run_vcpu
-from cardcage.security import OPERATOR, Mediator
-from cardcage.wiring import Wiring
+from cardcage.memory import PhysicalMemory
+from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
 
-    from cardcage.device import BootImage
-    from cardcage.policy import AttachedPolicy, MemoryBalloon
-    from cardcage.roster import Record
-    from cardcage.slot import PluggedDevice
     from cardcage.vcpu import VCpu
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "Observers", "PluggedDevice", "State"]
 
 
 class Machine:
@@ -67,8 +51,9 @@ class Machine:
         host: whose cards to use; by default a private one.
 
     Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; nothing is left then.
-    Attributes that cards and callers use: ``config host memory vm irqchip vcpus lines pio mmio devices clock events
-    console observers mediator label log state outcome accelerator policies balloon``.
+    Attributes that cards and callers use: ``config name host log mediator label observers memory_backend accelerator
+    vm irqchip memory vcpus pio mmio lines devices services clock loop console lock state outcome``. Nobody but the
+    machine sets them.
     """
 
     def __init__(
@@ -117,23 +102,15 @@ class Machine:
         self.config, self.name = config, config.machine.name
         self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
-        self.lock, self.state = threading.RLock(), "built"
-        self.outcome: outcomes.Outcome | None = None
-        self._failure: BaseException | None = None
-        self._told = self._closed = False  # whether wait() has raised it, whether close() was called
-        self._ended, self._ending = threading.Event(), threading.Lock()
-        self.mediator, self.label = Mediator(), self.name  # until mediate() has asked the security cards
-        self.observers = Observers(self.log, self._choose_ops)
-        self.devices: dict[str, PluggedDevice] = {}
+        self.observers = Observers(self.log)
+        self.memory = PhysicalMemory()
         self.vcpus: list[VCpu] = []
-        self._threads: list[threading.Thread] = []
-        self._loop_thread: threading.Thread | None = None
-        self._cleanup = ExitStack()
-        self.policies: list[AttachedPolicy] = []
-        self.balloon: MemoryBalloon | None = None
-        self.record: Record | None = None
-        self.boot_image: BootImage | None = None
-        self.boots_at_start = True  # not once a saved state was loaded
+        self.mediator, self.label = Mediator(), self.name  # until the security cards were asked
+        self._closed = False
+        self._end = ExitStack()
+        self._life = Life(config.machine, self.log, self.observers, self.vcpus, self.memory.fault)
+        self.lock, self.clock = self._life.lock, self._life.clock
+        self.loop, self.console = self._life.loop, self._life.console
         try:
             self._build()
         except BaseException as error:
@@ -141,355 +118,208 @@ class Machine:
             raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
 
     def _build(self) -> None:
-        mediate(self, self._cleanup)
-        self.memory = PhysicalMemory()
-        self._cleanup.callback(free_ram, self)
-        self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
-        self.accelerator, self.vm, self.irqchip = create_vm(self)
-        self._cleanup.callback(self.vm.close)
-        provide_ram(self)
-        self.gate = Gate(self._kick_all)
-        self.wiring = Wiring(self.vm, self.irqchip, self.gate.wake)
-        self.lines = self.wiring.lines
-        self.events = EventLoop(self.name, self.deliver)
-        self.clock = MachineClock(self.events)
-        for close in (self.clock.close, self.events.close, self._unplug_all):
-            self._cleanup.callback(close)
-        self._loop_thread = self.events.thread
-        self.console = Console(self.events.call_soon)
-        self._choose_ops()
-        self.vcpus = [self.vm.create_vcpu(index) for index in range(self.config.machine.cpus)]
-        self.host.machines.append(self)
+        """In this order: security, admission, the VM, RAM, processors, devices, the boot image, the other cards."""
+        config, host, life, end = self.config, self.host, self._life, self._end
+        end.callback(life.close)
+        self.mediator, self.label = building.mediate(host, config, self.log, life.deliver, end)
+        building.check_policy_keys(host, config)
+        platform = building.make_platform(host, config)
+        self.memory_backend = building.make_memory_backend(host, config, self.mediator, self.label, self.log)
+        self.accelerator = building.choose_accelerator(host, config)
+        host.phases.call("admit", self)
+        end.callback(self.memory.close)
+        self.vm, self.irqchip = building.create_vm(host, config, self.mediator, self.label, self.accelerator, self.log)
+        end.callback(self.vm.close)
+        spans = platform.ram(config.machine.memory)
+        block = building.allocate_ram(self.memory_backend, config)
+        self.memory.add(*building.ranges_of(block, spans))  # the space owns the block from here on
+        self.memory.attach(self.vm)
+        self.memory.report_to(self.vm)
+        life.watch(block)
+        self._board = board = Board(
+            self.name,
+            self.label,
+            self.mediator,
+            self.log,
+            life=life,
+            observers=self.observers,
+            vm=self.vm,
+            irqchip=self.irqchip,
+            memory=self.memory,
+            spans=spans,
+            reserved=platform.reserved,
+            vcpus=self.vcpus,
+        )
+        end.callback(life.close)
+        end.callback(board.unplug_all)
+        self.pio, self.mmio, self.lines = board.pio, board.mmio, board.lines
+        self.devices, self.services = board.devices, board.services
+        self.vcpus += [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
+        host.machines.append(self)
+        self._plugging = Plugging(host, board)
         with self.lock:
-            plug_all(self)
-        attach_policies(self)
-        publish(self)
-        self.boot_image = open_boot(self)
-
-    def _allow(self, *permissions: str) -> None:
-        self.mediator.check(OPERATOR, self.label, "machine", permissions, {"machine": self.name})
+            self._plugging.plug_all(building.platform_devices(platform, config), config.devices)
+        if config.machine.console != "none":
+            self.open_console(config.machine.console)
+        board.insert(building.open_boot(host, config, self.mediator, self.label))
+        life.bind(board)
+        end.callback(partial(host.phases.each, "closing", self, self.log))
+        host.phases.call("built", self)
 
     def open_console(self, spec: str | dict[str, Any]) -> None:
         """Connect the console to a char back end (``"stdio"``). Raises ConfigError when no device has the console."""
+        place = self.config.place("machine.console")
         if not self.console.claimed:
-            raise self.config.place("machine.console").error(
+            raise place.error(
                 'no device has the console: give a serial port char = "console", or leave machine.console at "none"'
             )
-        owner = next(one for one in self.devices.values() if one.slot.has_console)
-        place = self.config.place("machine.console")
+        owner = next(one for one in self.devices.values() if one.slot.host.has_console)
         with self.lock:
-            blamed(owner.who, place, lambda: self.console.connect(owner.slot.open_at("char", spec, place)))
+            backend = place.blamed(owner.who, lambda: owner.slot.host.open("char", placed(spec, place)))
+            place.blamed(owner.who, lambda: self.console.connect(backend))
 
     def add(self, type: str, /, **keys: Any) -> PluggedDevice:
         """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
 
         Raises StateError once it has started, ConfigError or CardError as a configuration would.
         """
-        if self.state != "built":
+        if self.state is not State.BUILT:
             raise StateError(f"devices are added before the machine starts; it is {self.state}")
         self._allow("add")
         with self.lock:
-            return plug(self, DeviceConfig.from_table({"type": type, **keys}, Place()))
+            return self._plugging.plug(DeviceConfig.from_table({"type": type, **keys}, Place()))
 
-    stats = stats_of
+    def defer(self, callback: Callable[[], object], /) -> None:
+        """Call *callback* once the machine is closed, or could not be built: what was deferred last is called first.
 
-    # interrupts
+        What a card defers in ``cardcage_admit`` is called when RAM has been given back already; what it defers later,
+        while the machine still has its devices, but no running vCPU.
+        """
+        self._end.callback(callback)
 
-    def add_controller(self, set_irq: Callable[[int, bool], None]) -> None:
-        """For PIC and IOAPIC cards: ``set_irq(gsi, level)`` at each change of a line (not with irqchip ``full``)."""
-        self.wiring.controllers.append(set_irq)
+    def _allow(self, permission: str) -> None:
+        self.mediator.check(Act(OPERATOR, self.label, "machine", (permission,), {"machine": self.name}))
 
-    def set_extint_source(self, acknowledge: Callable[[], int | None]) -> None:
-        """For the PIC card: ``acknowledge()`` is the INTA cycle; it returns the vector, or None when there is none."""
-        self.wiring.extint_source = acknowledge
+    # life
 
-    def set_extint(self, level: bool) -> None:
-        """For the PIC card: drive its INTR output. Under the machine's lock."""
-        self.wiring.set_extint(level)
+    @property
+    def state(self) -> State:
+        """Built, running, paused or stopped."""
+        return self._life.state
 
-    def add_eoi_listener(self, listener: Callable[[int], None]) -> None:
-        """For the IOAPIC card: ``listener(vector)`` at each EOI broadcast of a local APIC (irqchip ``split``)."""
-        self.wiring.eoi_listeners.append(listener)
+    @property
+    def outcome(self) -> outcomes.Outcome | None:
+        """How it ended; None before that, and where an exception ended it."""
+        return self._life.outcome
 
     def inject_nmi(self, cpu: int = 0) -> None:
         """Send an NMI to vCPU *cpu*. Thread-safe."""
-        self.mediator.check(OPERATOR, self.label, "interrupt", ("raise",), {"machine": self.name, "cpu": cpu})
+        self.mediator.check(Act(OPERATOR, self.label, "interrupt", ("raise",), {"machine": self.name, "cpu": cpu}))
         self.vm.inject_nmi(cpu)
-        self.gate.wake()
-
-    # the lock
-
-    def _choose_ops(self) -> None:
-        """vCPUs serve accesses through an object without any hook in it, unless somebody observes."""
-        observed = self.observers.has("pio", "mmio")
-        self.ops = ObservedOps(self) if observed else MachineOps(self)
-        self._kick_all()  # the next run takes the new one
-
-    def _kick_all(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.kick()
-
-    def deliver(self, callback: Callable[[], None]) -> None:
-        """A callback of a card, under the lock: of its timers and readers, or because a policy changed."""
-        try:
-            with self.lock:
-                callback()
-        except Denied as error:  # the act was refused before it was done: the guest goes on without
-            self.log.warning("denied", why=str(error))
-        except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
-            self.fail(error)
-
-    def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
-        """Change which RAM shows where (PAM, ROM) before the next instruction. Under the lock. Raises Denied."""
-        self.mediator.check(self.label, self.label, "memory", ("map",), {"machine": self.name})
-        with self.vm.quiesce():
-            self.memory.change(add, remove)
-
-    # requests of devices
-
-    def request_reset(self, why: str = "", /) -> None:
-        """The guest asked for a reset: carried out after the access."""
-        if self.config.machine.on_reset == "stop":
-            self.end(outcomes.Reset(why))
-        else:
-            self._hold(lambda: self._do_reset(why))
-
-    def request_poweroff(self) -> None:
-        """The guest powers itself off."""
-        self.end(outcomes.PoweredOff())
-
-    def request_panic(self, message: str, /) -> None:
-        """The guest said that it panicked."""
-        self.end(outcomes.Panicked(message))
-
-    def request_debug_exit(self, code: int, /) -> None:
-        """The guest ended with *code*, 0 to 255."""
-        self.end(outcomes.DebugExit(code & 0xFF))
-
-    def crash(self, cpu: int, detail: str) -> None:
-        """A triple fault."""
-        if self.config.machine.on_triple_fault == "reset":
-            self._hold(lambda: self._do_reset(f"triple fault on cpu {cpu}"))
-        else:
-            self.end(outcomes.Crashed(cpu, detail))
-
-    def debug_stop(self, cpu: int) -> None:
-        """A breakpoint or single step: the machine pauses."""
-        self.observers.emit("debug", cpu)
-        self._hold(self._do_pause)
-
-    def _hold(self, act: Callable[[], None]) -> None:
-        """No vCPU runs another instruction until *act* was carried out on the loop thread."""
-        self.gate.close(wait=False)
-        self.events.post(lambda: self._guarded(act))
-
-    def _guarded(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except BaseException as error:  # a card's, or the accelerator's: the machine cannot go on
-            self.fail(error)
-
-    # ends
-
-    def end(self, outcome: outcomes.Outcome) -> None:
-        """The machine has its outcome: the first one counts. Any thread, any lock."""
-        # A guest whose memory the host took away sees zeros, and may crash before that is noticed.
-        self._end(outcome, self.memory.fault())
+        self._life.gate.wake()
 
     def fail(self, error: BaseException) -> None:
         """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread."""
-        self._end(None, error)
+        self._life.fail(error)
 
-    def _end(self, outcome: outcomes.Outcome | None, error: BaseException | None) -> None:
-        with self._ending:
-            if self.outcome is not None or self._failure is not None:
-                return
-            self.outcome, self._failure = outcome if error is None else None, error
-        self.gate.end()
-        self.events.post(lambda: self._do_stop(str(outcome) if error is None else f"{type(error).__name__}: {error}"))
+    def start(self, *, boot: bool = True) -> Machine:
+        """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit.
 
-    def _do_stop(self, why: str) -> None:
-        self.gate.close()
-        with self.lock:
-            self.clock.pause()
-        self._set_state("stopped")
-        self.console.end(why)
-        if self.outcome is not None:
-            self.observers.emit("outcome", self.outcome)
-        self._ended.set()
-
-    def _set_state(self, state: str) -> None:
-        self.state = state
-        self.observers.emit("state", state)
-
-    # transitions
-
-    def _request(self, permission: str, states: tuple[str, ...], act: Callable[[], None]) -> None:
-        """Carry *act* out on the loop thread; wait for it, except on the machine's own threads."""
-        self._allow(permission)
-        if self._closed or self.state not in states:
-            raise StateError(f"cannot {permission}: the machine is {'closed' if self._closed else self.state}")
-        done = threading.Event()
-        problem: list[BaseException] = []
-
-        def carry_out() -> None:
-            try:
-                if self.state in states:
-                    act()
-                else:
-                    problem.append(StateError(f"cannot {permission}: the machine is {self.state}"))
-            except BaseException as error:  # the caller's to hear, and the machine's end
-                problem.append(error)
-                if self.state != "built":
-                    self.fail(error)
-            done.set()
-
-        if self.events.here:
-            carry_out()
-        else:
-            self.events.post(carry_out)
-            if threading.current_thread() in self._threads:
-                return  # a vCPU's thread cannot wait until it is out itself
-            done.wait()
-        if problem:
-            raise problem[0]
-
-    def start(self) -> Machine:
-        """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit."""
+        Args:
+            boot: False to go on from the state that the processors, devices and memory were given.
+        """
         if threading.current_thread() is threading.main_thread():
             self.host.signals.verify()
-        self._request("start", ("built",), self._do_start)
+        self._allow("start")
+        if self.state is State.BUILT:
+            self.host.phases.call("starting", self)
+        self._life.transit("start", (State.BUILT,), partial(self._life.do_start, boot=boot))
         return self
-
-    def _do_start(self) -> None:
-        if self.boot_image is not None and self.boots_at_start:
-            load_boot(self)
-        self._threads = [
-            threading.Thread(target=run_vcpu, args=(self, vcpu), name=f"{self.name}-cpu{vcpu.index}", daemon=True)
-            for vcpu in self.vcpus
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._do_resume()
 
     def pause(self) -> None:
         """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running."""
-        self._request("pause", ("running",), self._do_pause)
-
-    def _do_pause(self) -> None:
-        if self.state == "running":
-            self.gate.close()
-            with self.lock:
-                self.clock.pause()
-                for device in able(self.devices, "pause"):
-                    device.pause()
-            self._set_state("paused")
+        self._allow("pause")
+        self._life.transit("pause", (State.RUNNING,), self._life.do_pause)
 
     def resume(self) -> None:
         """Go on after :meth:`pause`. Raises StateError unless paused."""
         if threading.current_thread() is threading.main_thread():
             self.host.signals.verify()
-        self._request("resume", ("paused",), self._do_resume)
-
-    def _do_resume(self) -> None:
-        with self.lock:
-            self.clock.resume()
-            for device in able(self.devices, "pause"):
-                device.resume()
-        self._set_state("running")
-        self.gate.open()
+        self._allow("resume")
+        self._life.transit("resume", (State.PAUSED,), self._life.do_resume)
 
     def reset(self) -> None:
         """Put devices and vCPUs back, and boot again. Raises StateError unless running or paused."""
-        self._request("reset", ("running", "paused"), lambda: self._do_reset("asked for by the host"))
-
-    def _do_reset(self, why: str) -> None:
-        if self.state not in ("running", "paused"):
-            return
-        self.gate.close()
-        with self.lock:
-            for device in able(self.devices, "reset"):
-                device.reset()
-        load_boot(self)
-        self.observers.emit("reset", why)
-        if self.state == "running":
-            self.gate.open()
+        self._allow("reset")
+        states = (State.RUNNING, State.PAUSED)
+        self._life.transit("reset", states, partial(self._life.do_reset, "asked for by the host"))
 
     def shutdown(self) -> None:
         """Press the power button (ACPI): the guest may power itself off. Raises StateError without one."""
-        if self.state != "running":
+        if self.state is not State.RUNNING:
             raise StateError(f"cannot shut down: the machine is {self.state}")
         if not (buttons := able(self.devices, "power-button")):
             raise StateError("no device of this machine has a power button; use stop()")
         self._allow("stop")
-        self.events.call_soon(buttons[0].power_button)
+        self.loop.call_soon(buttons[0].power_button)
 
     def stop(self, why: str = "") -> None:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
         self._allow("stop")
-        self.end(outcomes.Stopped(why))
-        if not self._on_own_thread():
-            self._ended.wait()
-
-    def _on_own_thread(self) -> bool:
-        return threading.current_thread() in (*self._threads, self._loop_thread)
+        self._life.end(outcomes.Stopped(why))
+        if not self._life.here:
+            self._life.await_end()
 
     def wait(self, timeout: float | None = None) -> outcomes.Outcome:
         """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
 
         An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
         """
-        if self.state == "built" and not self._ended.is_set():
+        life = self._life
+        if self.state is State.BUILT and not life.await_end(0):
             raise StateError("nothing to wait for: the machine was not started")
-        if not self._ended.wait(timeout) and timeout is not None:
+        if not life.await_end(timeout) and timeout is not None:
             return outcomes.TimedOut(timeout)
-        if self._failure is not None:
-            self._told = True
-            raise self._failure
-        if self.outcome is None:
+        if life.failure is not None:
+            life.told = True
+            raise life.failure
+        if life.outcome is None:
             raise StateError("the machine was closed")
-        return self.outcome
+        return life.outcome
+
+    # its end
 
     def close(self) -> None:
         """Stop and give everything back: threads joined, devices unplugged, memory freed. Idempotent.
 
         Raises Denied when the operator may not destroy it; it then goes on.
         """
-        allow_end(self)
+        if not self._closed:
+            self._allow("destroy")
+            for one in self.devices.values():
+                facts = {"machine": self.name, "device": one.id}
+                self.mediator.check(Act(self.label, one.slot.label, "device", ("detach",), facts))
         self.dismantle()
 
     def dismantle(self) -> None:
         """:meth:`close` without asking, for the host's own end."""
         if self._closed:
             return
-        if self._on_own_thread():
+        if self._life.here:
             raise StateError("close() joins the machine's threads; call it from another one (stop() works from these)")
         self._closed = True
-        self._cleanup.close()
-        if self in self.host.machines:
-            self.host.machines.remove(self)
-
-    def _unplug_all(self) -> None:
-        if self.state != "stopped":
-            self.end(outcomes.Stopped("closed"))
-            self._ended.wait()
-        for thread in self._threads:
-            thread.join()
-        detach_policies(self)
-        with self.lock:
-            for plugged in reversed(self.devices.values()):
-                try:
-                    with closing(plugged.slot):
-                        if "unplug" in plugged.abilities:
-                            plugged.device.unplug()
-                except Exception as error:  # one card's fault must not keep the others from giving back what they hold
-                    self.log.error("unplug failed", device=plugged.id, error=repr(error))
+        self._life.finish()
+        try:
+            self._end.close()
+        finally:
+            if self in self.host.machines:
+                self.host.machines.remove(self)
 
     def __enter__(self) -> Machine:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        failure = None if self._told else self._failure
+        failure = None if self._life.told else self._life.failure
         self.close()
         if failure is not None and error is None:
             raise failure

@@ -1,21 +1,19 @@
-"""Guest memory: the physical address space that shows RAM blocks, and how devices reach it.
-
-RAM above the PCI hole follows QEMU's ``pc`` sizes: up to 3.5 GiB all of it starts at 0; with more, 3 GiB stays below
-and the rest starts at 4 GiB.
-"""
+"""Guest memory: the physical address space that shows RAM blocks, and how devices reach it and give it back."""
 
 from __future__ import annotations
 
 import itertools
-import os
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
-from attrs import frozen
+from attrs import field, frozen
 
-from cardcage.accelerator import MemorySlot
-from cardcage.errors import ConfigError, UsageError
+from cardcage.abilities import has
+from cardcage.accelerator import MemorySlot, WrittenMany
+from cardcage.errors import UsageError
 from cardcage.ram import PAGE, RamBlock
 
 if TYPE_CHECKING:
@@ -28,24 +26,20 @@ __all__ = [
     "PAGE",
     "GuestMemory",
     "GuestMemoryError",
+    "GuestMemoryReport",
+    "MemoryBalloon",
     "PhysicalMemory",
     "RamBlock",
+    "RamMap",
     "RamRange",
+    "SharedRange",
     "SlotListener",
-    "check_ram",
-    "split_ram",
+    "Spans",
 ]
-
-GIB = 1 << 30
 
 
 class GuestMemoryError(UsageError):
     """An access to guest-physical memory that is not RAM, or not all of it; the message gives the range."""
-
-
-def split_ram(size: int) -> tuple[int, int]:
-    """Return (bytes from address 0, bytes from 4 GiB) for *size* bytes of RAM."""
-    return (size, 0) if size <= 0xE0000000 else (3 * GIB, size - 3 * GIB)
 
 
 @frozen(eq=False)
@@ -58,6 +52,28 @@ class RamRange:
     offset: int = 0
     readonly: bool = False
     priority: int = 0
+
+
+@frozen
+class SharedRange:
+    """Guest RAM as another process maps it.
+
+    Attributes:
+        address, size: guest-physical, in bytes. readonly: for the guest.
+        fd: file descriptor that *offset* is in, below 0 where the memory has none. name: the block's, for errors.
+        host_address: this process's address of the block's first byte.
+    """
+
+    address: int
+    size: int
+    offset: int
+    readonly: bool
+    name: str
+    fd: int
+    host_address: int
+
+
+Stretches = tuple[list[int], list[tuple[int, int, memoryview]]]
 
 
 class SlotListener(Protocol):
@@ -80,24 +96,108 @@ class GuestMemory(Protocol):
 
     def view(self, address: int, size: int, /) -> memoryview:
         """RAM without a copy, within one RAM range. After writing through it, call :meth:`written`."""
-        ...
 
     def written(self, address: int, size: int, /) -> None:
         """Bytes were changed through a view, or by preadv, io_uring or a back end process."""
-        ...
 
     def written_many(self, ranges: Sequence[tuple[int, int]], /) -> None:
         """As :meth:`written` for each (address, size), at the cost of one."""
-        ...
 
     def contains(self, address: int, size: int, /) -> bool: ...
 
     def discard(self, address: int, size: int, /) -> bool:
         """Give whole pages back to the host; they read as zeros from now on. False when the host cannot."""
-        ...
 
 
-class PhysicalMemory:
+class Spans(Protocol):
+    """Guest memory whose views may be kept, and cut up by who keeps them."""
+
+    @property
+    def generation(self) -> int:
+        """Counts changes of what is shown where: what was kept of :meth:`span` holds until the next."""
+
+    def span(self, address: int, /) -> tuple[int, memoryview]:
+        """The stretch of RAM around *address*: its start, and a view to keep until :attr:`generation` changes."""
+
+
+class RamMap(ABC):
+    """RAM by guest-physical address: what reads, writes and views it, over the stretches that it is given.
+
+    Another thread may be inside one of its calls while it is given others: each looks at them once.
+    """
+
+    __slots__ = ("__weakref__", "_shown")
+
+    def __init__(self) -> None:
+        self._shown: Stretches = ([], [])
+
+    def show(self, stretches: Stretches) -> None:
+        """Answer from *stretches* from now on: their starts, sorted, and each as (address, size, view)."""
+        self._shown = stretches
+
+    @abstractmethod
+    def written(self, address: int, size: int, /) -> None:
+        """See :meth:`GuestMemory.written`."""
+
+    def _missing(self, address: int, what: str) -> GuestMemoryError:
+        return GuestMemoryError(f"guest memory {what}")
+
+    def _find(self, address: int, size: int) -> tuple[memoryview, int]:
+        starts, stretches = self._shown
+        at = bisect_right(starts, address) - 1
+        if at >= 0 and size >= 0:
+            base, length, view = stretches[at]
+            offset = address - base
+            if offset + size <= length:
+                return view, offset
+        raise self._missing(address, f"{address:#x}+{size:#x}: not RAM")
+
+    def contains(self, address: int, size: int, /) -> bool:
+        """True when the whole range is RAM inside one slot."""
+        try:
+            self._find(address, size)
+        except GuestMemoryError:
+            return False
+        return True
+
+    def view(self, address: int, size: int, /) -> memoryview:
+        view, offset = self._find(address, size)
+        return view[offset : offset + size]
+
+    def span(self, address: int, /) -> tuple[int, memoryview]:
+        """The stretch of RAM around *address*: its start, and a view to keep until :attr:`generation` changes."""
+        view, offset = self._find(address, 1)
+        return address - offset, view
+
+    def read(self, address: int, size: int, /) -> bytes:
+        return b"".join(self._pieces(address, size))
+
+    def write(self, address: int, data: bytes | memoryview, /) -> None:
+        pieces = list(self._pieces(address, len(data)))  # all checked before the first byte changes
+        if len(pieces) == 1:
+            pieces[0][:] = data
+        else:
+            at, whole = 0, memoryview(data)  # a slice of bytes would be a copy, of a kernel say
+            for piece in pieces:
+                piece[:] = whole[at : at + len(piece)]
+                at += len(piece)
+        self.written(address, len(data))
+
+    def _pieces(self, address: int, size: int) -> Iterator[memoryview]:
+        if size < 0:
+            raise GuestMemoryError(f"guest memory {address:#x}: size {size} is below 0")
+        starts, stretches = self._shown
+        while size:
+            at = bisect_right(starts, address) - 1
+            if at < 0 or address >= stretches[at][0] + stretches[at][1]:
+                raise self._missing(address, f"{address:#x}+{size:#x}: not RAM")
+            base, length, view = stretches[at]
+            take = min(size, base + length - address)
+            yield view[address - base : address - base + take]
+            address, size = address + take, size - take
+
+
+class PhysicalMemory(RamMap):
     """The physical address space's RAM: ranges by priority, flattened into sorted disjoint slots.
 
     ``listener`` (the accelerator's VM) hears of slots; ``on_written`` hears of ranges that the host changed, and
@@ -107,8 +207,8 @@ class PhysicalMemory:
     def __init__(self) -> None:
         self.ranges: list[RamRange] = []
         self.slots: list[MemorySlot] = []
-        self._views: list[tuple[int, int, memoryview, bool]] = []
-        self._starts: list[int] = []
+        super().__init__()
+        self._followers: WeakSet[RamMap] = WeakSet()
         self.generation = 0
         """Counts changes of what is shown where: what was kept of :meth:`span` holds until the next."""
         self.listener: SlotListener | None = None
@@ -162,8 +262,23 @@ class PhysicalMemory:
         views = []
         for slot, owner in flat:
             start = slot.host_address - owner.block.host_address
-            views.append((slot.address, slot.size, owner.block.view[start : start + slot.size], slot.readonly))
-        self._starts, self._views = [one[0] for one in views], views
+            views.append((slot.address, slot.size, owner.block.view[start : start + slot.size]))
+        self.show(([one[0] for one in views], views))
+
+    def show(self, stretches: Stretches) -> None:
+        """The same for all that follow."""
+        super().show(stretches)
+        for one in self._followers:
+            one.show(stretches)
+        self.generation += 1
+
+    def follow(self, follower: RamMap, on: bool = True) -> None:
+        """Show *follower* the same, now and after each change, for as long as somebody holds it; or nothing any more.
+
+        Either way :attr:`generation` counts on: views that were kept are asked for again.
+        """
+        (self._followers.add if on else self._followers.discard)(follower)
+        follower.show(self._shown if on else ([], []))
         self.generation += 1
 
     def attach(self, listener: SlotListener) -> None:
@@ -172,62 +287,9 @@ class PhysicalMemory:
             listener.map_memory(slot)
         self.listener = listener
 
-    def _find(self, address: int, size: int) -> tuple[memoryview, int]:
-        views, starts = self._views, self._starts
-        at = bisect_right(starts, address) - 1
-        if at >= 0 and size >= 0:
-            base, length, view, _ = views[at]
-            offset = address - base
-            if offset + size <= length:
-                return view, offset
-        raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not RAM")
-
-    def contains(self, address: int, size: int, /) -> bool:
-        """Whether the whole range is RAM inside one slot."""
-        try:
-            self._find(address, size)
-        except GuestMemoryError:
-            return False
-        return True
-
-    def view(self, address: int, size: int, /) -> memoryview:
-        view, offset = self._find(address, size)
-        return view[offset : offset + size]
-
-    def span(self, address: int, /) -> tuple[int, memoryview]:
-        """The stretch of RAM around *address*: its start, and a view to keep until :attr:`generation` changes."""
-        view, offset = self._find(address, 1)
-        return address - offset, view
-
-    def read(self, address: int, size: int, /) -> bytes:
-        return b"".join(self._pieces(address, size))
-
-    def write(self, address: int, data: bytes | memoryview, /) -> None:
-        pieces = list(self._pieces(address, len(data)))  # all checked before the first byte changes
-        if len(pieces) == 1:
-            pieces[0][:] = data
-        else:
-            at, whole = 0, memoryview(data)  # a slice of bytes would be a copy, of a kernel say
-            for piece in pieces:
-                piece[:] = whole[at : at + len(piece)]
-                at += len(piece)
-        self.written(address, len(data))
-
-    def _pieces(self, address: int, size: int) -> Iterator[memoryview]:
-        if size < 0:
-            raise GuestMemoryError(f"guest memory {address:#x}: size {size} is below 0")
-        while size:
-            at = bisect_right(self._starts, address) - 1
-            if at < 0 or address >= self._views[at][0] + self._views[at][1]:
-                raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not RAM")
-            base, length, view, _ = self._views[at]
-            take = min(size, base + length - address)
-            yield view[address - base : address - base + take]
-            address, size = address + take, size - take
-
     def discard(self, address: int, size: int, /) -> bool:
         """Give the whole pages of one RAM range back to the host (balloon): they read as zeros from now on."""
-        at = bisect_right(self._starts, address) - 1
+        at = bisect_right(self._shown[0], address) - 1
         if at < 0 or address % PAGE or size % PAGE or size <= 0 or not self.contains(address, size):
             raise GuestMemoryError(f"guest memory {address:#x}+{size:#x}: not whole pages of RAM")
         host = self.slots[at].host_address + address - self.slots[at].address
@@ -252,7 +314,7 @@ class PhysicalMemory:
     def report_to(self, vm: AcceleratedVm) -> None:
         """Tell *vm* of what the host writes, many ranges at once where it can take them."""
         self.on_written = vm.memory_written
-        self.on_written_many = getattr(vm, "memory_written_many", None)
+        self.on_written_many = vm.memory_written_many if has(vm, WrittenMany) else None
 
     @contextmanager
     def writable(self, address: int, size: int) -> Iterator[memoryview]:
@@ -263,30 +325,66 @@ class PhysicalMemory:
         finally:
             self.written(address, size)
 
+    def shared(self) -> list[SharedRange]:
+        """The RAM that shows now, as another process can map it."""
+        return [
+            SharedRange(one.address, one.size, one.offset, one.readonly, block.name, block.fd, block.host_address)
+            for one in self.ranges
+            for block in [one.block]
+        ]
+
     def fault(self) -> HostError | None:
-        """What the host took away under the guest (:meth:`cardcage.ram.RamBlock.fault`), ``None`` when nothing."""
+        """Memory that the host took away under the guest (:meth:`cardcage.ram.RamBlock.fault`), or None."""
         return next((error for one in self.ranges if (error := one.block.fault()) is not None), None)
 
     def close(self) -> None:
         """Release the views and blocks. Idempotent."""
-        for _, _, view, _ in self._views:
+        views, self.slots = self._shown[1], []
+        self.show(([], []))
+        for _, _, view in views:
             view.release()
-        self._views, self._starts, self.slots = [], [], []
         for block in {id(one.block): one.block for one in self.ranges}.values():
             block.close()
         self.ranges = []
 
 
-def check_ram(size: int, *, limited: bool = True) -> int:
-    """Check a configured amount of RAM against the host (when it is *limited* by that).
+@frozen
+class GuestMemoryReport:
+    """A guest's last report about its memory.
 
-    Raises :exc:`~cardcage.errors.ConfigError`.
+    Attributes:
+        at: ``time.monotonic()`` when it came.
+        values: bytes or counts by name: ``available_memory free_memory disk_caches total_memory major_faults``, ...;
+            a guest may leave out any, and may lie.
+        ballooned: bytes that it had given then.
     """
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size < 1 << 20:
-        raise ConfigError(f"{int(size)} bytes of memory is too little: expected at least 1M")
-    if size % PAGE:
-        raise ConfigError(f"expected a multiple of {PAGE} bytes, got {size}")
-    if limited and size > total:
-        raise ConfigError(f"{size / GIB:.1f} GiB of memory is more than this host has ({total / GIB:.1f} GiB)")
-    return size
+
+    at: float
+    values: dict[str, int] = field(factory=dict)
+    ballooned: int = 0
+
+
+class MemoryBalloon(Protocol):
+    """A device by which a guest gives memory back; it makes itself known by
+    ``slot.host.provide("balloon", self)``.
+
+    Called under the machine's lock, but for the three that only tell.
+    """
+
+    @property
+    def live(self) -> bool:
+        """True when the guest has a driver for it that is ready."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that the guest has given."""
+
+    @property
+    def report(self) -> GuestMemoryReport | None:
+        """The guest's last statistics, ``None`` before the first."""
+
+    def resize(self, size: int, /) -> None:
+        """Ask the guest to have given *size* bytes in all; it does so in its own time, or never."""
+
+    def ask_statistics(self) -> None:
+        """Ask for a new :attr:`report`."""

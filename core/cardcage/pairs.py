@@ -6,7 +6,7 @@ __all__ = ["parse_pairs", "parse_repeated"]
 
 
 def parse_repeated(text: str, first: str = "") -> list[tuple[str, str]]:
-    """The pairs of *text* in order; ``,,`` stands for a comma; *first* is the key of a first part without one.
+    """The pairs of *text* in order; ``,,`` stands for a comma; *first* is the key of a first part without a key.
 
     Raises :exc:`ValueError` for a part that is no pair.
     """

@@ -1,8 +1,8 @@
 """Host memory that guests use as RAM: the seam of memory back ends, and the two that need nothing of the host.
 
 A back end maps memory; the core does what is the same for all of them: NUMA nodes, advice about transparent huge
-pages, preallocation, the guard against SIGBUS (``cardcage.sigbus``). A card offers one with ``registry.memory(name,
-factory, options=...)``, and ``[memory] type = "name"`` uses it.
+pages, preallocation, the guard against SIGBUS. A card offers a back end with ``registry.memory(name, factory,
+options=...)``, and ``[memory] type = "name"`` uses it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from attrs import field, frozen
 
+from cardcage._memory.sigbus import guard
 from cardcage.errors import ConfigError, HostError
-from cardcage.hostmemory import memory_limits, say_size
-from cardcage.sigbus import guard
+from cardcage.units import say_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage.sigbus import Watch
+    from cardcage._memory.sigbus import Watch
 
 __all__ = [
     "PAGE",
@@ -35,6 +35,7 @@ __all__ = [
     "address_of",
     "fenced",
     "numa_nodes",
+    "sealed_memfd",
 ]
 
 PAGE = 4096
@@ -48,16 +49,16 @@ FENCE = 2 << 20
 
 
 def _nothing() -> None:
-    """What most back ends have to give back besides the mapping."""
+    """Give back nothing besides the mapping, as most back ends do."""
 
 
 @frozen(eq=False)
 class Backing:
-    """What a back end gives.
+    """The memory that a back end gives.
 
     Attributes:
         map: the memory, readable and writable. offset: where in it RAM begins, a multiple of ``page``.
-        fd: a file with the same bytes from offset 0 on, which another process can map; -1 without one. The block
+        fd: a file with the same bytes from offset 0 on, which another process can map; -1 if there is none. The block
             closes it.
         page: the least unit, in bytes, that the host gives or takes back.
         discard: the advice of madvise(2) that gives pages back and makes them read as zeros, None when none does.
@@ -77,14 +78,13 @@ class MemoryBackend(Protocol):
     """A memory back end card's factory product: made for one machine, asked once."""
 
     takes_ram: bool
-    """Whether the memory comes out of the host's ordinary memory: admission counts it then."""
+    """True if the memory comes out of the host's ordinary memory, which admission counts."""
 
     def allocate(self, size: int, name: str, /) -> Backing:
         """Map *size* bytes (whole pages of 4 KiB). *name* is for listings. On failure nothing is left.
 
         Raises ConfigError (its ``key`` an option of the back end) or HostError when that cannot be.
         """
-        ...
 
 
 @frozen
@@ -221,25 +221,25 @@ class RamBlock:
 
     def _place(self, placement: Placement) -> None:
         if placement.nodes:
-            bind(self.host_address, self.size, placement)
+            _bind(self.host_address, self.size, placement)
         if placement.huge_pages != "default":
             advice = mmap.MADV_HUGEPAGE if placement.huge_pages == "always" else mmap.MADV_NOHUGEPAGE
             try:
                 self.map.madvise(advice, self.offset, self.size)
             except OSError as error:
                 raise ConfigError(
-                    f"the kernel takes no advice about transparent huge pages here: {error.strerror}", key="huge_pages"
+                    f"the kernel does not accept advice about transparent huge pages here: {error.strerror}",
+                    key="huge_pages",
                 ) from error
         if placement.preallocate:
             self.populate()
 
     def populate(self) -> None:
         """Take all pages from the host now. Raises ConfigError, key ``preallocate``, when it has not that many."""
-        room = min(memory_limits(), key=lambda one: one.available)
-        if self.backend.takes_ram and self.size > room.available:
+        left = _available()
+        if self.backend.takes_ram and self.size > left:  # a cgroup's limit is the fleet card's to see
             raise ConfigError(
-                f"{say_size(self.size)} cannot be taken at once: {room.name} has {say_size(room.available)} left of "
-                f"{say_size(room.size)}",
+                f"{say_size(self.size)} cannot be allocated at once: the host has {say_size(left)} left",
                 key="preallocate",
             )
         libc = ctypes.CDLL(None, use_errno=True)
@@ -262,7 +262,9 @@ class RamBlock:
             raise self._short(self.watch.offset, "out of pages")
 
     def _short(self, had: int, why: str) -> ConfigError:
-        text = f"{say_size(self.size)} cannot all be taken: the host gave about {say_size(had)}, then no more ({why})"
+        text = (
+            f"{say_size(self.size)} cannot all be allocated: the host gave about {say_size(had)}, then no more ({why})"
+        )
         return ConfigError(text, key="preallocate")
 
     def discard(self, offset: int, size: int) -> bool:
@@ -277,7 +279,7 @@ class RamBlock:
         return True
 
     def fault(self) -> HostError | None:
-        """What took memory away under the guest, None when nothing did."""
+        """The reason why memory was taken away under the guest; None if it was not."""
         if self.watch is None or self.watch.offset is None:
             return None
         at = say_size(self.watch.offset)
@@ -302,7 +304,13 @@ class RamBlock:
         release()
 
 
-def bind(address: int, size: int, placement: Placement) -> None:
+def _available() -> int:
+    """Bytes that the host can give without swapping (MemAvailable, proc_meminfo(5))."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _bind(address: int, size: int, placement: Placement) -> None:
     """mbind(2) of a mapping, before its pages are touched. Raises ConfigError for nodes that the host has not."""
     online = numa_nodes()
     for at, node in enumerate(placement.nodes):
@@ -319,4 +327,4 @@ def bind(address: int, size: int, placement: Placement) -> None:
     where = ctypes.c_void_p(address), ctypes.c_ulong(size)
     if libc.syscall(ctypes.c_long(SYS_MBIND), *where, mode, mask, most, ctypes.c_ulong(0)):
         why = os.strerror(ctypes.get_errno())
-        raise ConfigError(f"the kernel does not take memory from these NUMA nodes: {why}", key="nodes")
+        raise ConfigError(f"the kernel does not allocate memory from these NUMA nodes: {why}", key="nodes")

@@ -1,40 +1,42 @@
-"""What cards offer, by kind and name. A card's ``cardcage_register`` fills it; nothing here imports a card."""
+"""Offers of cards: an :class:`Offer` class for each kind, found by kind and name.
+
+A card's ``cardcage_register`` fills the registry, with a verb for each of the kernel's kinds. A kind of a card's own is
+a subclass of :class:`Offer` with a ``kind``, which other cards that import it :meth:`~Registry.add`; nothing here
+imports a card.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
-from attrs import define, field
-
-from cardcage.errors import CardError, ConfigError, MissingExtra, near
+from cardcage.errors import CardError, MissingExtra, NotOffered, near
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cardcage.device import Region
 
-__all__ = ["KINDS", "Offer", "Registry", "resolve"]
-
-KINDS = (
-    "accelerator",
-    "device",
-    "platform",
-    "boot",
-    "backend",
-    "memory",
-    "admission",
-    "policy",
-    "security",
-    "flag",
-    "command",
-    "control",
-    "check",
-)
+__all__ = [
+    "AcceleratorOffer",
+    "BackendOffer",
+    "BootOffer",
+    "CommandOffer",
+    "DeviceOffer",
+    "DoctorOffer",
+    "FlagOffer",
+    "MemoryOffer",
+    "Offer",
+    "PlatformOffer",
+    "PolicyKeyOffer",
+    "Registry",
+    "SecurityOffer",
+    "resolve",
+]
 
 
 def resolve(reference: Any) -> Any:
-    """Turn ``"module:attribute"`` into the object; anything else is returned as it is."""
+    """Turn ``"module:attribute"`` into the object; return anything else as it is."""
     if not isinstance(reference, str):
         return reference
     module, _, attribute = reference.partition(":")
@@ -44,57 +46,65 @@ def resolve(reference: Any) -> Any:
     return found
 
 
-@define(eq=False)
 class Offer:
-    """One thing that a card offers.
+    """One thing that a card offers. Each kind is a subclass.
 
     Attributes:
-        kind: one of :data:`KINDS`; back ends are ``backend`` with a name such as ``char:stdio``.
+        kind: the word for this kind in listings and errors.
         name: the word that configurations use.
         factory: a callable or ``"module:attribute"``.
         options: attrs class of its options (or a reference to one), ``None`` when it takes none.
-        regions: the ranges a device answers at.
-        bus: the bus type a device sits on, ``"system"`` or what a :class:`~cardcage.device.DeviceBus` carries.
+        shorthand: turns a string into a table of options, where a string may stand for the table.
         needs: extra of this distribution that it imports, for the hint ``pip install 'cardcage[needs]'``.
         help: one line for ``cardcage cards -v`` and ``--help``.
-        shorthand: turns a string into a table of options, where a string may stand for one.
-        card, distribution, label: who offers it, and the card's security label (set by the registry).
+        card, distribution, label: the card that offers it, and that card's security label (set by the registry).
     """
 
-    kind: str
-    name: str
-    factory: Any
-    options: Any = None
-    regions: tuple[Region, ...] = ()
-    bus: str = "system"
-    needs: str = ""
-    help: str = ""
-    shorthand: Any = None
-    card: str = ""
-    distribution: str = ""
-    label: str = ""
-    extra: dict[str, Any] = field(factory=dict)
+    kind: ClassVar[str] = ""
+
+    # Written out, as in the subclasses: attrs would make each class at every start of the program.
+    def __init__(
+        self,
+        name: str,
+        factory: Any,
+        *,
+        options: Any = None,
+        shorthand: Any = None,
+        needs: str = "",
+        help: str = "",
+    ) -> None:
+        self.name, self.factory, self.options, self.shorthand = name, factory, options, shorthand
+        self.needs, self.help = needs, help
+        self.card = self.distribution = self.label = ""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} of card {self.card!r}>"
 
     @property
     def who(self) -> str:
         """For errors: what it is, its card and distribution."""
         kind, _, name = self.name.rpartition(":")
-        return f"{kind or self.kind} {name} (card {self.card}, {self.distribution})"
+        return f'{kind or self.kind} "{name}" (card {self.card}, {self.distribution})'
 
     def load(self) -> Any:
         """Import the factory. Raises MissingExtra or CardError, naming card and distribution."""
-        return self._load(self.factory)
+        return self.imported(self.factory)
 
     def load_options(self) -> Any:
         """Import the options class, ``None`` when it takes none."""
-        return self._load(self.options)
+        return self.imported(self.options)
+
+    def protocols(self) -> tuple[Any, ...]:
+        """The protocols that are looked for in its product, for listings; a kind of a card's own may name some."""
+        return ()
 
     def load_shorthand(self) -> Callable[[str], dict[str, Any]] | None:
         """Import the shorthand parser, ``None`` without one."""
-        found: Callable[[str], dict[str, Any]] | None = self._load(self.shorthand)
+        found: Callable[[str], dict[str, Any]] | None = self.imported(self.shorthand)
         return found
 
-    def _load(self, reference: Any) -> Any:
+    def imported(self, reference: Any) -> Any:
+        """Resolve *reference* for this offer. Raises MissingExtra or CardError, naming card and distribution."""
         try:
             return resolve(reference)
         except ImportError as error:
@@ -107,8 +117,130 @@ class Offer:
             raise CardError(f"{self.name} (card {self.card}, {self.distribution}): {error}") from error
 
 
+class AcceleratorOffer(Offer):
+    """An accelerator: ``factory()`` gives an :class:`~cardcage.accelerator.Accelerator`."""
+
+    kind: ClassVar[str] = "accelerator"
+
+
+class DeviceOffer(Offer):
+    """A device: ``factory(options)``, or ``factory()`` when it takes no options.
+
+    Attributes:
+        regions: the ranges it answers at.
+        bus: the bus type that it sits on: ``"system"``, or what a :class:`~cardcage.device.DeviceBus` carries.
+    """
+
+    kind: ClassVar[str] = "device"
+
+    def __init__(
+        self, name: str, factory: Any, *, regions: tuple[Region, ...] = (), bus: str = "system", **common: Any
+    ) -> None:
+        super().__init__(name, factory, **common)
+        self.regions, self.bus = regions, bus
+
+
+class PlatformOffer(Offer):
+    """A platform: ``factory()`` gives a :class:`~cardcage.device.Platform`."""
+
+    kind: ClassVar[str] = "platform"
+
+
+class BootOffer(Offer):
+    """A boot protocol: ``factory(options)`` gives a :class:`~cardcage.boot.BootLoader`."""
+
+    kind: ClassVar[str] = "boot"
+
+
+class BackendOffer(Offer):
+    """A back end, named ``char:stdio``: ``factory(slot, options)``.
+
+    Attributes:
+        default: it takes the specs of its kind that name no back end: text that begins with no known name, which then
+            goes whole to ``shorthand`` (the path of a disk image), and tables without ``type``.
+    """
+
+    kind: ClassVar[str] = "backend"
+
+    def __init__(self, name: str, factory: Any, *, default: bool = False, **common: Any) -> None:
+        super().__init__(name, factory, **common)
+        self.default = default
+
+
+class MemoryOffer(Offer):
+    """A memory back end: ``factory(options)`` gives a :class:`~cardcage.ram.MemoryBackend`."""
+
+    kind: ClassVar[str] = "memory"
+
+
+class SecurityOffer(Offer):
+    """A security checker: ``factory(options)`` gives a :class:`~cardcage.security.Checker`.
+
+    So that it can be loaded before all other cards, the card's entry point has the same name.
+    """
+
+    kind: ClassVar[str] = "security"
+
+
+class PolicyKeyOffer(Offer):
+    """A key of ``[policy]`` that its card reads. A machine is refused for a key that no card reads."""
+
+    kind: ClassVar[str] = "policy key"
+
+    def __init__(self, name: str, *, help: str = "") -> None:
+        super().__init__(name, None, help=help)
+
+
+class FlagOffer(Offer):
+    """A command line shorthand: ``factory(text) -> dict``, a fragment that is merged before validation.
+
+    Attributes:
+        metavar: the word for its value in ``--help``.
+    """
+
+    kind: ClassVar[str] = "flag"
+
+    def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", help: str = "") -> None:
+        super().__init__(name, parse, help=help)
+        self.metavar = metavar
+
+
+class CommandOffer(Offer):
+    """A subcommand: ``factory(host, arguments) -> int``.
+
+    Attributes:
+        configure: ``configure(parser)`` adds its arguments; ``None`` when it has none.
+    """
+
+    kind: ClassVar[str] = "command"
+
+    def __init__(self, name: str, run: Any, *, configure: Any = None, help: str = "") -> None:
+        super().__init__(name, run, help=help)
+        self.configure = configure
+
+
+class DoctorOffer(Offer):
+    """A line of ``cardcage doctor``: ``factory() -> (ok, what was found, what would enable it)``."""
+
+    kind: ClassVar[str] = "doctor"
+
+
+O = TypeVar("O", bound=Offer)  # noqa: E741  an offer
+P = ParamSpec("P")
+
+
+def _verb(kind: Callable[P, Offer]) -> Callable[Concatenate[Registry, P], None]:
+    """A method of :class:`Registry` that adds an offer of *kind*, and takes what that takes."""
+
+    def offer(self: Registry, /, *values: P.args, **keys: P.kwargs) -> None:
+        self.add(kind(*values, **keys))
+
+    offer.__doc__ = kind.__doc__
+    return offer
+
+
 class Registry:
-    """Offers by (kind, name). Names are unique inside a kind; a second offer of one is an error of its card."""
+    """Offers by kind and name. Names are unique inside a kind; a second offer of one is an error of its card."""
 
     def __init__(self, card: str = "", distribution: str = "", label: str = "") -> None:
         self._offers: dict[tuple[str, str], Offer] = {}
@@ -118,131 +250,55 @@ class Registry:
         return iter(self._offers.values())
 
     def add(self, offer: Offer) -> None:
-        """Add an offer. Raises CardError for a name that is taken or a kind that does not exist."""
-        if offer.kind not in KINDS:
-            raise CardError(f"{offer.name}: no kind {offer.kind!r};{near(offer.kind, KINDS) or f' one of {KINDS}'}")
+        """Add an offer. Raises CardError for a name that is taken, or an offer without a kind."""
+        if not offer.kind:
+            raise CardError(f"{offer.name}: {type(offer).__name__} has no kind; a subclass of Offer states one")
         offer.card, offer.distribution = offer.card or self._card, offer.distribution or self._distribution
         offer.label = self._label
+        self._refuse_taken(offer)
+        self._offers[offer.kind, offer.name] = offer
+
+    def _refuse_taken(self, offer: Offer) -> None:
         there = self._offers.get((offer.kind, offer.name))
         if there is not None:
             raise CardError(f"{offer.kind} {offer.name!r}: already offered by card {there.card} ({there.distribution})")
-        self._offers[offer.kind, offer.name] = offer
 
     def merge(self, staged: Registry) -> None:
         """Take all offers of *staged*, or none: checks before it changes anything."""
         for offer in staged:
-            there = self._offers.get((offer.kind, offer.name))
-            if there is not None:
-                raise CardError(
-                    f"{offer.kind} {offer.name!r}: already offered by card {there.card} ({there.distribution})"
-                )
+            self._refuse_taken(offer)
         self._offers.update(staged._offers)
 
-    def names(self, kind: str) -> list[str]:
-        """Names offered of *kind*, sorted."""
-        return sorted(name for known, name in self._offers if known == kind)
+    def offers(self, kind: type[O]) -> list[O]:
+        """The offers of *kind* in the order in which they came: ours first, then by the names of the cards."""
+        return [offer for offer in self if isinstance(offer, kind)]
 
-    def get(self, kind: str, name: str, *, file: str | None = None, key: str | None = None) -> Offer:
-        """The offer. Raises ConfigError that names near matches and where they come from."""
-        offer = self._offers.get((kind, name))
-        if offer is None:
+    def names(self, kind: type[Offer]) -> list[str]:
+        """Names offered of *kind*, sorted."""
+        return sorted(offer.name for offer in self.offers(kind))
+
+    def get(self, kind: type[O], name: str, *, file: str | None = None, key: str | None = None) -> O:
+        """The offer. Raises NotOffered, a ConfigError that names near matches and where they come from."""
+        offer = self._offers.get((kind.kind, name))
+        if not isinstance(offer, kind):
             hint = near(name, self.names(kind))
             known = "" if hint else f" Known: {', '.join(self.names(kind)) or 'none'}."
-            raise ConfigError(f'no card offers {kind} "{name}".{hint}{known}', file=file, key=key)
+            raise NotOffered(f'no card offers {kind.kind} "{name}".{hint}{known}', file=file, key=key)
         return offer
 
-    # what a card calls, one verb a kind
+    # the kernel's kinds: a verb each, with the arguments of its offer
 
-    def device(
-        self,
-        name: str,
-        factory: Any,
-        *,
-        options: Any = None,
-        regions: tuple[Region, ...] = (),
-        bus: str = "system",
-        needs: str = "",
-        help: str = "",
-        shorthand: Any = None,
-    ) -> None:
-        """Offer a device: ``factory(options)``, or ``factory()`` when *options* is None."""
-        self.add(Offer("device", name, factory, options, regions, bus, needs, help, shorthand))
+    device = _verb(DeviceOffer)
+    accelerator = _verb(AcceleratorOffer)
+    platform = _verb(PlatformOffer)
+    boot = _verb(BootOffer)
+    memory = _verb(MemoryOffer)
+    security = _verb(SecurityOffer)
+    policy_key = _verb(PolicyKeyOffer)
+    flag = _verb(FlagOffer)
+    command = _verb(CommandOffer)
+    doctor = _verb(DoctorOffer)
 
-    def accelerator(self, name: str, factory: Any, *, options: Any = None, needs: str = "", help: str = "") -> None:
-        """Offer an accelerator: ``factory()`` gives an :class:`~cardcage.accelerator.Accelerator`."""
-        self.add(Offer("accelerator", name, factory, options, needs=needs, help=help))
-
-    def platform(self, name: str, expand: Any, *, help: str = "") -> None:
-        """Offer a platform: ``expand(config) -> list[dict]`` gives the device tables of a machine of this kind."""
-        self.add(Offer("platform", name, expand, help=help))
-
-    def boot(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer a boot protocol: ``factory(options)`` gives a :class:`~cardcage.device.BootLoader`."""
-        self.add(Offer("boot", name, factory, options, help=help))
-
-    def backend(
-        self,
-        kind: str,
-        name: str,
-        factory: Any,
-        *,
-        options: Any = None,
-        needs: str = "",
-        help: str = "",
-        shorthand: Any = None,
-        default: bool = False,
-    ) -> None:
-        """Offer a back end of *kind* ``char``, ``block`` or ``net``: ``factory(slot, options)``.
-
-        Args:
-            default: take the specs of this kind that name no back end: text that begins with no known name, which then
-                goes whole to *shorthand* (the path of a disk image), and tables without ``type``.
-        """
-        extra = {"default": True} if default else {}
-        self.add(
-            Offer(
-                "backend", f"{kind}:{name}", factory, options, needs=needs, help=help, shorthand=shorthand, extra=extra
-            )
-        )
-
-    def memory(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer a memory back end: ``factory(options)`` gives a :class:`~cardcage.ram.MemoryBackend`."""
-        self.add(Offer("memory", name, factory, options, help=help))
-
-    def admission(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer an admission policy: ``factory(options)`` gives an :class:`~cardcage.admission.Admission`."""
-        self.add(Offer("admission", name, factory, options, help=help))
-
-    def policy(self, name: str, factory: Any, *, options: Any = None, shared: bool = False, help: str = "") -> None:
-        """Offer a policy: ``factory(options)`` gives a :class:`~cardcage.policy.Policy`.
-
-        Args:
-            shared: one for all machines of a host that name it with equal options, instead of one for each machine.
-        """
-        self.add(Offer("policy", name, factory, options, help=help, extra={"shared": True} if shared else {}))
-
-    def security(self, name: str, factory: Any, *, options: Any = None, help: str = "") -> None:
-        """Offer a security checker (:class:`~cardcage.security.Checker`): ``factory(options)``.
-
-        So that it can be loaded before all other cards, the card's entry point is called *name* too.
-        """
-        self.add(Offer("security", name, factory, options, help=help))
-
-    def flag(self, name: str, parse: Any, *, help: str = "", metavar: str = "SPEC") -> None:
-        """Offer a command line shorthand: ``parse(text) -> dict``, a fragment that is merged before validation."""
-        self.add(Offer("flag", name, parse, help=help, extra={"metavar": metavar}))
-
-    def command(self, name: str, run: Any, *, configure: Any = None, help: str = "") -> None:
-        """Offer a subcommand: ``configure(parser)`` adds its arguments, ``run(host, arguments) -> int`` does it."""
-        self.add(Offer("command", name, run, configure, help=help))
-
-    def control(self, name: str, run: Any, *, help: str = "") -> None:
-        """Offer a command to running machines (:mod:`cardcage.control`): ``run(machine, arguments) -> dict``.
-
-        Both are tables of JSON. It runs on a thread of its own, without the machine's lock.
-        """
-        self.add(Offer("control", name, run, help=help))
-
-    def check(self, name: str, check: Any, *, help: str = "") -> None:
-        """Offer a line of ``cardcage doctor``: ``check() -> (ok, what was found, what would enable it)``."""
-        self.add(Offer("check", name, check, help=help))
+    def backend(self, kind: str, name: str, factory: Any, **keys: Any) -> None:
+        """Offer a back end of *kind* ``char``, ``block`` or ``net``; *keys* are those of :class:`BackendOffer`."""
+        self.add(BackendOffer(f"{kind}:{name}", factory, **keys))

@@ -1,7 +1,7 @@
 """Mediation: before each act between labelled objects, the core asks the security checkers.
 
-An act is (source label, target label, class, permissions, facts), as in SELinux, whose words these are: the core is an
-*object manager*, a security card the *security server*. Checkers stack restrictively: each may refuse by raising
+An :class:`Act` is who does what to whom, as in SELinux, whose words these are: the core is an *object manager*, a
+security card the *security server*. Checkers stack restrictively: each may refuse by raising
 :exc:`~cardcage.errors.Denied`; an error in one refuses too; with none, a question is an empty function.
 docs/security.md says for every class and permission who is asked about what, and when.
 
@@ -18,12 +18,28 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+from attrs import evolve, field, frozen
+
+from cardcage.abilities import has, require, tell_near_misses
 from cardcage.errors import CardcageError, Denied, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["CLASSES", "HOST", "OPERATOR", "Checker", "Grant", "Labeller", "Mediator", "PolicySource"]
+__all__ = [
+    "CLASSES",
+    "HOST",
+    "OPERATOR",
+    "Act",
+    "Checker",
+    "Closable",
+    "Grant",
+    "LabelKeeper",
+    "Labeller",
+    "Mediator",
+    "PolicySource",
+    "check_checker",
+]
 
 OPERATOR = "operator"
 """The label of who uses the command line or the Python API, before a checker translates it."""
@@ -45,47 +61,55 @@ CLASSES = {
     "program": ("start",),
     "management": ("reach", "command"),
 }
-"""What the core and our own cards ask about. Other cards may ask about more, through the same doors."""
+"""Questions of the kernel and our own cards. Other cards may ask about more, through the same doors."""
 
-NO_FACTS: Mapping[str, object] = {}
+
+@frozen
+class Act:
+    """Something that is asked about: *source* does *permissions* to *target*, all of them or none.
+
+    Attributes:
+        source, target: labels.
+        tclass: the target's class, such as ``image``.
+        permissions: names, such as ``("open", "read")``.
+        facts: for the audit, such as ``path``, ``machine`` and ``device`` (their names): plain values. Two acts that
+            differ in these only are equal.
+    """
+
+    source: str
+    target: str
+    tclass: str
+    permissions: tuple[str, ...]
+    facts: Mapping[str, object] = field(factory=dict, eq=False)
+
+    def __str__(self) -> str:
+        """The words of a refusal: ``disk_t may not open read image /a``."""
+        return f"{self.source} may not {' '.join(self.permissions)} {self.tclass} {self.target}"
 
 
 class Checker(Protocol):
-    """A security card's factory product. ``close()``, where it has one, is called at the end of what it serves."""
+    """A security card's factory product."""
 
-    def check(
-        self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Mapping[str, object], /
-    ) -> None:
-        """Return to allow, raise :exc:`~cardcage.errors.Denied` to refuse all of it. Any thread.
-
-        Args:
-            facts: for the audit, such as ``path``, ``machine`` and ``device`` (their names): plain values.
-        """
-        ...
+    def check(self, act: Act, /) -> None:
+        """Return to allow, raise :exc:`~cardcage.errors.Denied` to refuse all of it. Any thread."""
 
 
 class Labeller(Protocol):
     """A checker that also names things."""
 
-    def label(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        name: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object],
-        /,
-    ) -> str | None:
-        """The label of the object *name* of class *tclass* that *source* makes or meets in *target*; None to pass.
+    def label(self, act: Act, name: str, /) -> str | None:
+        """The label of the object *name* of class ``act.tclass``; None to pass.
 
-        *permissions* are what is about to be asked. Raises Denied when it must not be labelled.
+        *act* is what is about to be asked, with the label of what the source makes or meets the object in for its
+        target. Raises Denied when it must not be labelled.
         """
-        ...
+
+
+class LabelKeeper(Protocol):
+    """A checker that keeps account of the labels it gave."""
 
     def release(self, label: str, tclass: str, /) -> None:
         """The object with this label is gone. Asked for machines."""
-        ...
 
 
 class PolicySource(Protocol):
@@ -93,28 +117,29 @@ class PolicySource(Protocol):
 
     def subscribe(self, changed: Callable[[], None], /) -> Callable[[], None]:
         """Call *changed* after each change of policy, on any thread, holding no lock. Returns what ends this."""
-        ...
 
 
-class Ask(Protocol):
-    """A question to all checkers."""
+class Closable(Protocol):
+    """Holds something to give back."""
 
-    def __call__(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object] = ...,
-    ) -> None:
-        """Return when it is allowed. Raises Denied."""
-        ...
+    def close(self) -> None:
+        """The host or machine that it serves has ended."""
 
 
-def _unasked(
-    source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Mapping[str, object] = NO_FACTS
-) -> None:
-    """What there is to ask without checkers."""
+CHECKER: tuple[Any, ...] = (Checker, Labeller, LabelKeeper, PolicySource, Closable)
+"""Protocols that are looked for in a security card's product; the first it must have."""
+
+
+def check_checker(checker: Any, who: str, log: Any) -> None:
+    """Hold a security card's product to its protocols. Raises CardError for what is missing or cannot be called so."""
+    require(checker, Checker, who)
+    for protocol in CHECKER:
+        has(checker, protocol, who)
+    tell_near_misses(checker, CHECKER, who, log)
+
+
+def _unasked(act: Act, /) -> None:
+    """Nothing is asked without checkers."""
 
 
 class Grant:
@@ -122,13 +147,7 @@ class Grant:
 
     __slots__ = ("_mediator", "act", "held", "restore", "revoke")
 
-    def __init__(
-        self,
-        mediator: Mediator,
-        act: tuple[str, str, str, tuple[str, ...], Mapping[str, object]],
-        revoke: Callable[[], None],
-        restore: Callable[[], None],
-    ) -> None:
+    def __init__(self, mediator: Mediator, act: Act, revoke: Callable[[], None], restore: Callable[[], None]) -> None:
         self._mediator, self.act, self.revoke, self.restore = mediator, act, revoke, restore
         self.held = True
 
@@ -146,16 +165,17 @@ class Mediator:
         log: hears of both.
     """
 
-    __slots__ = ("_checkers", "_deliver", "_ends", "_grants", "_lock", "_log", "check")
+    __slots__ = ("_checkers", "_deliver", "_ends", "_grants", "_keepers", "_labellers", "_lock", "_log", "check")
 
-    check: Ask
-    """Ask all checkers now. Raises Denied when one refuses or breaks. Without checkers, this is an empty function."""
+    check: Callable[[Act], None]
+    """Ask all checkers now. Raises Denied when one refuses or breaks. Without checkers, this is an empty function, and
+    who asks often looks at :attr:`checkers` before it makes the act."""
 
     def __init__(
         self,
         checkers: Iterable[Checker] = (),
         *,
-        deliver: Callable[[Callable[[], None]], None] = lambda act: act(),
+        deliver: Callable[[Callable[[], None]], None] = lambda review: review(),
         log: Any = None,
     ) -> None:
         self.checkers = tuple(checkers)
@@ -172,80 +192,49 @@ class Mediator:
     @checkers.setter
     def checkers(self, checkers: tuple[Checker, ...]) -> None:
         self._checkers = checkers
+        self._labellers = [one for one in checkers if has(one, Labeller)]
+        self._keepers = [one for one in checkers if has(one, LabelKeeper)]
         self.check = self._ask if checkers else _unasked
 
-    def _ask(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object] = NO_FACTS,
-    ) -> None:
+    def _ask(self, act: Act, /) -> None:
         for checker in self._checkers:
             try:
-                checker.check(source, target, tclass, permissions, facts)
+                checker.check(act)
             except Exception as error:  # a checker that breaks must not let anything pass
-                raise refusal(error, f"{source} may not {' '.join(permissions)} {tclass} {target}") from error
+                raise _refusal(error, str(act)) from error
 
-    def label(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        name: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object] = NO_FACTS,
-    ) -> str:
-        """The label of *name*, which *source* makes or meets in *target*: *name* itself when no checker has one."""
-        for checker in self.checkers:
-            ask: Any = getattr(checker, "label", None)
-            if ask is None:
-                continue
+    def label(self, act: Act, name: str) -> str:
+        """The label of *name*, which is made or met in the act's target: *name* itself when no checker has one."""
+        for checker in self._labellers:
             try:
-                found: str | None = ask(source, target, tclass, name, permissions, facts)
+                found = checker.label(act, name)
             except Exception as error:  # an object without its label must not come to be
-                raise refusal(error, f"{tclass} {name} has no label") from error
+                raise _refusal(error, f"{act.tclass} {name} has no label") from error
             if found is not None:
                 return found
         return name
 
     def release(self, label: str, tclass: str) -> None:
         """The object with *label* is gone."""
-        for checker in self.checkers:
-            if callable(release := getattr(checker, "release", None)):
-                self._at_end(release, label, tclass)
+        for checker in self._keepers:
+            self._at_end(checker.release, label, tclass)
 
-    def ask(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        name: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object] = NO_FACTS,
-    ) -> str:
-        """Label the object *name* and ask about it now; returns its label. Raises Denied."""
+    def ask(self, act: Act, name: str) -> str:
+        """Label the object *name*, which is made or met in the act's target, and ask about it; returns its label.
+
+        The act's facts gain the name. Raises Denied.
+        """
         if not self.checkers:
             return name
-        told = {"name": name, **facts}
-        found = self.label(source, target, tclass, name, permissions, told)
-        self._ask(source, found, tclass, permissions, told)
+        act = evolve(act, facts={"name": name, **act.facts})
+        found = self.label(act, name)
+        self._ask(evolve(act, target=found))
         return found
 
     # grants
 
     def grant(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object],
-        revoke: Callable[[], None],
-        restore: Callable[[], None],
-        *,
-        must: bool = True,
+        self, act: Act, revoke: Callable[[], None], restore: Callable[[], None], *, must: bool = True
     ) -> Grant | None:
         """Ask now, and again at each change of policy, until the grant is dropped. None when there are no checkers.
 
@@ -254,11 +243,11 @@ class Mediator:
         """
         if not self.checkers:
             return None
-        grant = Grant(self, (source, target, tclass, permissions, facts), revoke, restore)
+        grant = Grant(self, act, revoke, restore)
         with self._lock:
             self._grants[grant] = None  # first: a change of policy in between must not be missed
         try:
-            self._ask(*grant.act)
+            self._ask(grant.act)
         except Denied:
             if must:
                 self.drop(grant)
@@ -274,14 +263,14 @@ class Mediator:
     def follow(self) -> None:
         """Hear of changes of policy from now on. Raises Denied when a checker breaks at it."""
         for checker in self.checkers:
-            if callable(subscribe := getattr(checker, "subscribe", None)):
+            if has(checker, PolicySource):
                 try:
-                    end = subscribe(self.changed)
+                    end: object = checker.subscribe(self.changed)
                     if not callable(end):
                         raise TypeError("subscribe() gave nothing to call at the end")
                     self._ends.append(end)
                 except Exception as error:  # a policy that could change unheard
-                    raise refusal(error, "security cannot be followed") from error
+                    raise _refusal(error, "security cannot be followed") from error
 
     def changed(self) -> None:
         """Ask about every grant again: what is refused now is revoked, what is allowed again restored."""
@@ -292,7 +281,7 @@ class Mediator:
             grants = list(self._grants)
         for grant in grants:
             try:
-                self._ask(*grant.act)
+                self._ask(grant.act)
             except Denied:
                 if grant.held:
                     self._take(grant)
@@ -309,12 +298,13 @@ class Mediator:
 
     def _tell(self, event: str, grant: Grant) -> None:
         if self._log is not None:
-            source, target, tclass, permissions, facts = grant.act
-            self._log.warning(event, **{**facts, "source": source, "target": target, tclass: " ".join(permissions)})
+            act = grant.act
+            words = {"source": act.source, "target": act.target, act.tclass: " ".join(act.permissions)}
+            self._log.warning(event, **{**act.facts, **words})
 
-    def _at_end(self, act: Callable[..., None], *values: str) -> None:
+    def _at_end(self, last: Callable[..., None], *values: str) -> None:
         try:
-            act(*values)
+            last(*values)
         except Exception as error:  # one checker's fault must not keep the others, or the machine, from ending
             if self._log is not None:
                 self._log.error("security: a checker failed at the end", error=repr(error))
@@ -327,8 +317,8 @@ class Mediator:
             self._grants.clear()
 
 
-def refusal(error: Exception, act: str) -> Denied:
-    """What *error*, raised by a checker that was asked about *act*, becomes."""
+def _refusal(error: Exception, what: str) -> Denied:
+    """Turn *error*, raised by a checker, into a refusal; *what* says what is refused."""
     if isinstance(error, Denied):
-        return Denied(str(error) or act)
-    return Denied(f"{act}: a checker failed: {error if isinstance(error, CardcageError) else in_words(error)}")
+        return Denied(str(error) or what)
+    return Denied(f"{what}: a checker failed: {error if isinstance(error, CardcageError) else in_words(error)}")

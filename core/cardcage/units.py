@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["Duration", "Size"]
+__all__ = ["Duration", "Size", "say_size"]
 
 _SIZE = re.compile(r"(\d{1,40})(?:\.(\d{1,40}))?\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(\d{1,40}(?:\.\d{1,40})?)\s*(ns|us|ms|s|m|h|)", re.ASCII)
@@ -59,3 +59,11 @@ class Duration(float):
         if not 0 <= value < float("inf"):
             raise ValueError(f"a time is a finite number of seconds, 0 or more, got {value}")
         return super().__new__(cls, value)
+
+
+def say_size(size: int) -> str:
+    """Bytes for a person, rounded: ``1.5 GiB``."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(size) >= 1024**power:
+            return f"{size / 1024**power:.4g} {unit}"
+    return f"{size} bytes"

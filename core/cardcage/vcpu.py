@@ -39,7 +39,7 @@ class VCpuExit:
 
 
 class Ops(Protocol):
-    """What guest code needs of the machine while it runs, served inside :meth:`VCpu.run` on the vCPU's thread.
+    """The machine's services for running guest code, called inside :meth:`VCpu.run` on the vCPU's thread.
 
     Sizes are 1, 2, 4 or 8 bytes (ports: 1, 2 or 4); values are unsigned. An exception raised here leaves
     ``run`` unchanged, after the vCPU's state was made whole.
@@ -55,11 +55,9 @@ class Ops(Protocol):
 
     def acknowledge_extint(self) -> int | None:
         """INTA cycle: the vector of the pending external (8259) interrupt, ``None`` when it went away."""
-        ...
 
     def end_of_interrupt(self, vector: int, /) -> None:
         """EOI broadcast of a level-triggered vector from a local APIC (irqchip ``split``)."""
-        ...
 
 
 class VCpu(Protocol):
@@ -69,16 +67,12 @@ class VCpu(Protocol):
 
     def run(self, ops: Ops, /) -> VCpuExit:
         """Run guest code until something ends the loop. Port and memory-mapped accesses are served through *ops*."""
-        ...
 
     def kick(self) -> None:
         """Make the current, or else the next, ``run`` return :attr:`Exit.KICKED` soon."""
-        ...
 
     def get_state(self) -> VCpuState:
         """Read all registers."""
-        ...
 
     def set_state(self, state: VCpuState, /) -> None:
         """Set all registers. Raises :exc:`~cardcage.errors.UsageError` for what this vCPU cannot hold."""
-        ...

@@ -162,7 +162,7 @@ class Fpu:
 
 @define
 class Events:
-    """What is pending or blocked between two instructions (KVM API, KVM_GET_VCPU_EVENTS).
+    """Events pending or blocked between two instructions (KVM API, KVM_GET_VCPU_EVENTS).
 
     Attributes:
         exception: vector of an exception that is to be delivered, or ``None``.
@@ -192,7 +192,7 @@ class VCpuState:
         msrs: MSR index to 64-bit value; those a set does not know are refused, and those it does not name take their
             value after power-up.
         debug: DR0, DR1, DR2, DR3, DR6, DR7.
-        lapic: the 1024-byte local APIC register page, ``None`` without one. Without MSRs, too, as
+        lapic: the 1024-byte local APIC register page, ``None`` if there is none. Without MSRs, too, as
             :func:`reset_state` gives it, the local APIC is set to what it is after power-up: nothing is pending.
         tsc: time-stamp counter at the moment of reading.
     """

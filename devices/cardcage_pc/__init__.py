@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer the platform ``pc``, its devices, and the ``char`` back ends."""
-    registry.platform("pc", "cardcage_pc.platform:expand", help="a PC: i440FX, ACPI, one serial port")
+    registry.platform("pc", "cardcage_pc.platform:Pc", help="a PC: i440FX, ACPI, one serial port")
     _devices(registry)
     _backends(registry)
 
@@ -22,8 +22,8 @@ def cardcage_register(registry: Registry) -> None:
 def _devices(registry: Registry) -> None:
     registry.device(
         "pic",
-        "cardcage_pc.pic:Pic",
-        options="cardcage_pc.pic:PicOptions",
+        "cardcage_pc.chips.pic:Pic",
+        options="cardcage_pc.chips.pic:PicOptions",
         regions=(
             Pio(2, 0x20, "master", "read_master", "write_master"),
             Pio(2, 0xA0, "slave", "read_slave", "write_slave"),
@@ -31,26 +31,28 @@ def _devices(registry: Registry) -> None:
         ),
         help="two 8259A interrupt controllers",
     )
-    registry.device("ioapic", "cardcage_pc.ioapic:IoApic", regions=(Mmio(0x1000, 0xFEC00000),), help="82093AA I/O APIC")
+    registry.device(
+        "ioapic", "cardcage_pc.chips.ioapic:IoApic", regions=(Mmio(0x1000, 0xFEC00000),), help="82093AA I/O APIC"
+    )
     registry.device(
         "pit",
-        "cardcage_pc.pit:Pit",
+        "cardcage_pc.chips.pit:Pit",
         regions=(Pio(4, 0x40), Pio(1, 0x61, "speaker", "read_speaker", "write_speaker")),
         help="8254 interval timer",
     )
     registry.device(
         "rtc",
-        "cardcage_pc.rtc:Rtc",
-        options="cardcage_pc.rtc:RtcOptions",
+        "cardcage_pc.chips.rtc:Rtc",
+        options="cardcage_pc.chips.rtc:RtcOptions",
         regions=(Pio(2, 0x70),),
         help="MC146818 real-time clock and CMOS RAM",
     )
     registry.device(
-        "hpet", "cardcage_pc.hpet:Hpet", regions=(Mmio(0x400, 0xFED00000),), help="IA-PC HPET, three timers"
+        "hpet", "cardcage_pc.chips.hpet:Hpet", regions=(Mmio(0x400, 0xFED00000),), help="IA-PC HPET, three timers"
     )
     registry.device(
         "i8042",
-        "cardcage_pc.i8042:I8042",
+        "cardcage_pc.chips.i8042:I8042",
         regions=(
             Pio(1, 0x60, "data", "read_data", "write_data"),
             Pio(1, 0x64, "command", "read_status", "write_command"),
@@ -59,54 +61,59 @@ def _devices(registry: Registry) -> None:
         help="keyboard controller, PS/2 keyboard and mouse, reset",
     )
     registry.device(
-        "acpi-pm", "cardcage_pc.acpi_pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
+        "acpi-pm", "cardcage_pc.acpi.pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
     )
-    registry.device("acpi", "cardcage_pc.acpi:Acpi", help="ACPI tables, from what the devices announce")
-    registry.device("bios-data", "cardcage_pc.bios:BiosData", help="BIOS data areas and MP tables, without firmware")
+    registry.device("acpi", "cardcage_pc.acpi.tables:Acpi", help="ACPI tables generated from the devices")
+    registry.device(
+        "bios-data", "cardcage_pc.firmware.bios:BiosData", help="BIOS data areas and MP tables, without firmware"
+    )
     registry.device(
         "smbios",
-        "cardcage_pc.smbios:Smbios",
-        options="cardcage_pc.smbios:SmbiosOptions",
+        "cardcage_pc.firmware.smbios:Smbios",
+        options="cardcage_pc.firmware.smbios:SmbiosOptions",
         help="SMBIOS tables: maker, product, serial number, UUID",
     )
     registry.device(
         "fw_cfg",
-        "cardcage_pc.fw_cfg:FwCfg",
-        options="cardcage_pc.fw_cfg:FwCfgOptions",
+        "cardcage_pc.chips.fw_cfg:FwCfg",
+        options="cardcage_pc.chips.fw_cfg:FwCfgOptions",
         regions=(Pio(12, 0x510),),
         help="files for firmware and guests",
     )
     registry.device(
-        "i440fx", "cardcage_pc.i440fx:HostBridge", bus="pci", help="host bridge identity and PAM registers (at 00.0)"
+        "i440fx",
+        "cardcage_pc.chips.i440fx:HostBridge",
+        bus="pci",
+        help="host bridge identity and PAM registers (at 00.0)",
     )
     registry.device(
         "isa-serial",
-        "cardcage_pc.serial:Serial",
-        options="cardcage_pc.serial:SerialOptions",
+        "cardcage_pc.chips.serial:Serial",
+        options="cardcage_pc.chips.serial:SerialOptions",
         regions=(Pio(8, 0x3F8),),
         help="16550A UART",
     )
-    registry.device("port80", "cardcage_pc.debug:Port80", regions=(Pio(1, 0x80),), help="POST codes, logged")
+    registry.device("port80", "cardcage_pc.chips.debug:Port80", regions=(Pio(1, 0x80),), help="POST codes, logged")
     registry.device(
-        "pvpanic", "cardcage_pc.debug:PvPanic", regions=(Pio(1, 0x505),), help="the guest tells of its panic"
+        "pvpanic", "cardcage_pc.chips.debug:PvPanic", regions=(Pio(1, 0x505),), help="guest panic notification"
     )
     registry.device(
         "isa-debug-exit",
-        "cardcage_pc.debug:IsaDebugExit",
-        options="cardcage_pc.debug:IsaDebugExitOptions",
+        "cardcage_pc.chips.debug:IsaDebugExit",
+        options="cardcage_pc.chips.debug:IsaDebugExitOptions",
         regions=(Pio(4, 0xF4),),
-        help="a write ends the machine with a status",
+        help="ends the machine with the status that the guest writes",
     )
     registry.device(
         "debugcon",
-        "cardcage_pc.debug:DebugCon",
-        options="cardcage_pc.debug:DebugConOptions",
+        "cardcage_pc.chips.debug:DebugCon",
+        options="cardcage_pc.chips.debug:DebugConOptions",
         regions=(Pio(1, 0xE9),),
         help="debug console",
     )
     registry.device(
         "pc-testdev",
-        "cardcage_pc.testdev:PcTestdev",
+        "cardcage_pc.chips.testdev:PcTestdev",
         regions=(
             Pio(4, 0xE0),
             Pio(4, 0xE4, "flush", "read_flush", "write_flush"),
@@ -114,7 +121,7 @@ def _devices(registry: Registry) -> None:
             Pio(24, 0x2000, "lines", "read_line", "write_line"),
             Mmio(0x10000, 0xFF000000, "memory", "read_memory", "write_memory"),
         ),
-        help="what suites of test kernels drive: a register, interrupt lines, memory",
+        help="test device for suites of test kernels: a register, interrupt lines, memory",
     )
 
 
@@ -122,31 +129,31 @@ def _backends(registry: Registry) -> None:
     registry.backend(
         "char",
         "stdio",
-        "cardcage_pc.char_stdio:open_stdio",
-        options="cardcage_pc.char_stdio:StdioOptions",
-        help="this terminal, Ctrl-] to leave; or plain pipes",
+        "cardcage_pc.char.stdio:open_stdio",
+        options="cardcage_pc.char.stdio:StdioOptions",
+        help="this terminal (Ctrl-] to leave) or plain pipes",
     )
     registry.backend(
         "char",
         "pty",
-        "cardcage_pc.char_pty:open_pty",
-        options="cardcage_pc.char_pty:PtyOptions",
+        "cardcage_pc.char.pty:open_pty",
+        options="cardcage_pc.char.pty:PtyOptions",
         help="a new pseudo-terminal",
     )
     registry.backend(
         "char",
         "socket",
-        "cardcage_pc.char_socket:open_socket",
-        options="cardcage_pc.char_socket:SocketOptions",
-        shorthand="cardcage_pc.char_fd:parse_path",
+        "cardcage_pc.char.socket:open_socket",
+        options="cardcage_pc.char.socket:SocketOptions",
+        shorthand="cardcage_pc.char.fd:parse_path",
         help="a unix socket",
     )
     registry.backend(
         "char",
         "file",
-        "cardcage_pc.char_fd:open_file",
-        options="cardcage_pc.char_fd:FileOptions",
-        shorthand="cardcage_pc.char_fd:parse_path",
+        "cardcage_pc.char.fd:open_file",
+        options="cardcage_pc.char.fd:FileOptions",
+        shorthand="cardcage_pc.char.fd:parse_path",
         help="output to a file",
     )
-    registry.backend("char", "null", "cardcage_pc.char_fd:open_null", help="nothing at the other end")
+    registry.backend("char", "null", "cardcage_pc.char.fd:open_null", help="output is discarded, input is empty")

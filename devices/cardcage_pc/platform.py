@@ -1,15 +1,50 @@
-"""Platform ``pc``: which devices a PC has when the configuration does not say."""
+"""Platform ``pc``: the devices and the memory layout of a PC when the configuration does not say.
+
+RAM follows QEMU's ``pc``: up to 3.5 GiB all of it starts at 0; with more, 3 GiB stays below and the rest starts at
+4 GiB. None shows at 0xA0000-0xBFFFF, where a PC has video memory.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cardcage.device import RamSpan
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cardcage.config import Config
 
-__all__ = ["expand"]
+__all__ = ["Pc", "expand", "split_ram"]
 
 COM1 = 0x3F8
+GIB = 1 << 30
+VIDEO = (0xA0000, 0xC0000)
+"""Video memory: no RAM shows there."""
+
+
+class Pc:
+    """The platform; satisfies :class:`~cardcage.device.Platform`."""
+
+    reserved: Sequence[tuple[int, int]] = ((0xA0000, 0x60000),)
+    """Video memory, option ROMs and the BIOS."""
+
+    def devices(self, config: Config, /) -> list[dict[str, Any]]:
+        return expand(config)
+
+    def ram(self, size: int, /) -> Sequence[RamSpan]:
+        low, high = split_ram(size)
+        spans = [RamSpan(0, min(low, VIDEO[0]), 0)]
+        if low > VIDEO[1]:
+            spans.append(RamSpan(VIDEO[1], low - VIDEO[1], VIDEO[1]))
+        if high:
+            spans.append(RamSpan(4 * GIB, high, low))
+        return spans
+
+
+def split_ram(size: int) -> tuple[int, int]:
+    """Return (bytes from address 0, bytes from 4 GiB) for *size* bytes of RAM."""
+    return (size, 0) if size <= 0xE0000000 else (3 * GIB, size - 3 * GIB)
 
 
 def expand(config: Config) -> list[dict[str, Any]]:

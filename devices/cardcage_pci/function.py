@@ -6,13 +6,15 @@ import struct
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define
+from cardcage.abilities import calls
 from cardcage.device import Mmio, Pio
 from cardcage.errors import CardError, ConfigError, Denied
 
 from cardcage_pci.msi import Msi, MsiX
+from cardcage_pci.spec import OPTIONAL
 
 if TYPE_CHECKING:
-    from cardcage.device import Mapping, Slot
+    from cardcage.device import RegionMapping, Slot
     from cardcage.interrupts import IrqLine
 
     from cardcage_pci.spec import Bar, FunctionSpec
@@ -27,7 +29,7 @@ BAR_BITS = {"memory": 0, "memory64": 4, "io": 1}
 
 @define
 class FunctionState:
-    """What a snapshot keeps of a function: configuration space and the MSI-X table with its pending bits."""
+    """Saved state of a function: configuration space and the MSI-X table with its pending bits."""
 
     version: ClassVar[int] = 1
     config: bytes = b""
@@ -52,10 +54,9 @@ class Function:
         self.name = f"{slot.id} at {address >> 3:02x}.{address & 7}"
         self.config, self.mask, self.clear = bytearray(256), bytearray(256), bytearray(256)
         self._line, self._gsi, self._level = line, gsi, False
-        self._read = getattr(device, "config_read", None)
-        self._written = getattr(device, "config_written", None)
-        self._moved = getattr(device, "bars_moved", None)
-        self.mappings: dict[int, Mapping] = {}
+        found = calls(device, OPTIONAL, slot.id)
+        self._read, self._written, self._moved = map(found.get, ("config_read", "config_written", "bars_moved"))
+        self.mappings: dict[int, RegionMapping] = {}
         self._bars: dict[int, Bar] = {}
         self.capabilities: list[int] = []
         """Offsets of the spec's capabilities, in their order."""
@@ -103,10 +104,11 @@ class Function:
             struct.pack_into("<I", self.mask, at + 4, (-bar.size >> 32) & 0xFFFFFFFF)
         self._bars[bar.index] = bar
         name = f"{self.slot.id} BAR {bar.index}"
+        ranges, names = self.slot.ranges, (name, bar.read, bar.write)
         if bar.kind == "io":
-            self.mappings[bar.index] = self.slot.map_pio(Pio(bar.size, None, name, bar.read, bar.write), None, device)
+            self.mappings[bar.index] = ranges.pio(Pio(bar.size, None, *names), None, device)
         else:
-            self.mappings[bar.index] = self.slot.map_mmio(Mmio(bar.size, None, name, bar.read, bar.write), None, device)
+            self.mappings[bar.index] = ranges.mmio(Mmio(bar.size, None, *names), None, device)
 
     def add_capability(self, id: int, data: bytes, mask: bytes = b"") -> int:
         """Append to the capability list; returns its offset. Raises CardError when the 256 bytes are full."""
@@ -130,11 +132,11 @@ class Function:
 
     @property
     def bars(self) -> dict[int, Bar]:
-        """BARs by index, the MSI-X one included."""
+        """BARs by index, including MSI-X's."""
         return self._bars
 
     def bar_address(self, index: int) -> int:
-        """What the BAR's register says, whether or not it is decoded."""
+        """The address in the BAR's register, decoded or not."""
         bar, at = self._bars[index], BARS + 4 * index
         if bar.kind == "io":
             return int.from_bytes(self.config[at : at + 4], "little") & 0xFFFC
@@ -210,7 +212,7 @@ class Function:
 
     @property
     def messages(self) -> bool:
-        """Whether the guest switched MSI-X or MSI on: then INTx is silent."""
+        """True if the guest switched MSI-X or MSI on: then INTx is silent."""
         return (self.msix is not None and self.msix.enabled) or (self.msi is not None and self.msi.enabled)
 
     def notify(self, vector: int) -> None:
@@ -248,7 +250,7 @@ class Function:
 
     def load(self, state: FunctionState) -> None:
         if len(state.config) != len(self.config) or (self.msix and len(state.table) != len(self.msix.table)):
-            raise ConfigError(f"{self.name}: the saved state is of another kind of device")
+            raise ConfigError(f"{self.name}: the saved state belongs to another kind of device")
         self.config[:] = state.config
         self._level = state.intx
         if self.msix is not None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import deep_iterable, ge, instance_of, le, max_len, min_len
+from cardcage.abilities import has, tell_near_misses
 from cardcage.device import Mmio
 from cardcage.errors import CardError, ConfigError
 
 from cardcage_pci.function import Function, FunctionState
-from cardcage_pci.spec import structure
+from cardcage_pci.spec import OPTIONAL, PciPluggable, structure
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -55,7 +56,7 @@ class PciHostOptions:
 
 @define
 class PciHostState:
-    """What a snapshot keeps: the address register and each function by address."""
+    """Saved state: the address register and each function by address."""
 
     version: ClassVar[int] = 1
     address: int = 0
@@ -88,7 +89,7 @@ class PciHost:
         self._slot = slot
         if self.ecam is not None:
             region = Mmio(self.ecam[1], None, "pci-ecam", "read_ecam", "write_ecam")
-            slot.map_mmio(region, self.ecam[0], self)
+            slot.ranges.mmio(region, self.ecam[0], self)
 
     # the bus
 
@@ -100,7 +101,7 @@ class PciHost:
         spec = structure(stated, slot.id)
         where = self._choose(address)
         gsi = self.gsi(where >> 3, spec.pin - 1) if spec.pin else 0
-        function = Function(spec, device, slot, where, slot.irq(gsi) if spec.pin else None, gsi)
+        function = Function(spec, device, slot, where, slot.interrupts.line(gsi) if spec.pin else None, gsi)
         for index, bar in sorted(function.bars.items(), key=lambda one: -one[1].size):
             function.preset_bar(index, self._allocate(bar.kind, max(bar.size, 4096 if bar.kind != "io" else 4)))
         self.functions[where] = function
@@ -108,9 +109,9 @@ class PciHost:
             for other in range(where & ~7, where & ~7 | 8):
                 if other in self.functions:
                     self.functions[other].set_multifunction()
-        plug = getattr(device, "plug_pci", None)
-        if plug is not None:
-            plug(function)
+        tell_near_misses(device, OPTIONAL, f'device "{slot.id}"', slot.log)
+        if has(device, PciPluggable, slot.id):
+            device.plug_pci(function)
 
     def _choose(self, address: str | None) -> int:
         if address is None:
@@ -194,7 +195,7 @@ class PciHost:
             rising = value & ~self._reset_control & 4
             self._reset_control = value & 0x0E
             if rising and self._slot is not None:
-                self._slot.control.request_reset("port 0xCF9")
+                self._slot.power.reset("port 0xCF9")
 
     def read_data(self, offset: int, size: int) -> int:
         if not self._address >> 31 or self._address >> 16 & 0xFF:
@@ -226,7 +227,7 @@ class PciHost:
 
     def load(self, state: PciHostState, /) -> None:
         if set(state.functions) != set(self.functions):
-            raise ConfigError("the saved PCI bus has other devices than this machine")
+            raise ConfigError("the saved PCI bus has different devices from this machine")
         self._address = state.address
         for where, one in state.functions.items():
             self.functions[where].load(one)

@@ -48,7 +48,7 @@ class Msi:
             if self._get(16, 4) >> vector & 1:
                 self._config[self.offset + 20 : self.offset + 24] = (pending | 1 << vector).to_bytes(4, "little")
                 return
-        self._slot.msi(self._get(4, 8), self._get(12, 2) & ~(granted - 1) | vector)
+        self._slot.interrupts.msi(self._get(4, 8), self._get(12, 2) & ~(granted - 1) | vector)
 
     def changed(self) -> None:
         """Registers were written: deliver what is pending and no longer masked."""
@@ -78,7 +78,7 @@ class MsiX:
         self._half = 1 << max(11, (16 * vectors - 1).bit_length())
         self._ready: list[tuple[int, int] | None] = [None] * vectors
         self._fds: dict[int, tuple[int, int | None]] = {}  # vector, and route past this process
-        self._direct = "irqfds" in getattr(slot.vm, "capabilities", ())
+        self._direct = "irqfds" in getattr(slot.interrupts.vm, "capabilities", ())
         self.reset()
 
     def bar(self, index: int) -> Bar:
@@ -118,7 +118,7 @@ class MsiX:
             for fd in [fd for fd, (bound, _) in self._fds.items() if bound == vector]:
                 self.bind(vector, fd)
         if due and ready is not None:
-            self._slot.msi(*ready)
+            self._slot.interrupts.msi(*ready)
 
     def notify(self, vector: int) -> None:
         """Send message *vector*, or mark it pending while masked. Thread-safe; an unknown vector is ignored."""
@@ -129,7 +129,7 @@ class MsiX:
             if ready is None:
                 self.pending |= 1 << vector
                 return
-        self._slot.msi(*ready)
+        self._slot.interrupts.msi(*ready)
 
     # eventfds
 
@@ -139,12 +139,12 @@ class MsiX:
         route, ready = None, self._ready[vector]
         if self._direct and ready is not None:
             try:
-                route = self._slot.vm.add_irqfd(fd, *ready)
+                route = self._slot.interrupts.vm.add_irqfd(fd, *ready)
             except AcceleratorError as error:  # it has only so many: the loop thread has room for all
                 self._slot.log.warning("interrupt goes by the loop thread", vector=vector, why=str(error))
         self._fds[fd] = (vector, route)
         if route is None:
-            self._slot.add_reader(fd, lambda: self._signalled(vector, fd))
+            self._slot.loop.add_reader(fd, lambda: self._signalled(vector, fd))
 
     def _signalled(self, vector: int, fd: int) -> None:
         try:
@@ -159,9 +159,9 @@ class MsiX:
             return False
         _, route = self._fds.pop(fd)
         if route is None:
-            self._slot.remove_reader(fd)
+            self._slot.loop.remove_reader(fd)
         else:
-            self._slot.vm.remove_irqfd(fd, route)
+            self._slot.interrupts.vm.remove_irqfd(fd, route)
         return True
 
     # the BAR

@@ -1,4 +1,4 @@
-"""What a PCI function states of itself: the protocol between ``pci-host`` and the devices on it.
+"""The description of a PCI function: the protocol between ``pci-host`` and the devices on it.
 
 A device with ``bus="pci"`` is any object with an attribute ``pci``: a mapping with the keys of :class:`FunctionSpec`
 (so that a card need not import this package), or a :class:`FunctionSpec`. ``bars`` and ``capabilities`` are sequences
@@ -12,17 +12,8 @@ of mappings with the keys of :class:`Bar` and :class:`Capability`::
         def read(self, offset, size): ...
         def write(self, offset, size, value): ...   # self.function.notify(0)
 
-Opt-in methods of the device, each found by name when it is attached:
-
-``plug_pci(function)``
-    Gets the :class:`~cardcage_pci.function.Function`: ``notify(vector)`` (MSI-X, MSI), ``intx(level)``, ``config``
-    (a bytearray, the configuration space), ``mappings`` (BAR index to mapping).
-``config_read(offset, size) -> int | None``
-    Answers a read of configuration space; ``None`` leaves it to the stored bytes.
-``config_written(offset, size)``
-    The guest wrote these bytes of configuration space (already stored through the write masks): PAM registers, SMRAM.
-``bars_moved()``
-    BARs were decoded, moved or switched off; ``function.mappings[index].address`` says where they answer now.
+What else the device may have is told by the protocols below: each is looked for by name and signature when the device
+is attached.
 
 The configuration key ``address`` is ``"SLOT"`` or ``"SLOT.FUNCTION"``, hexadecimal as ``lspci`` prints it
 (``"1f.3"``); without it the first free slot from 2 is taken.
@@ -31,13 +22,59 @@ The configuration key ``address`` is ``"SLOT"`` or ``"SLOT.FUNCTION"``, hexadeci
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, fields, frozen
 from attrs.validators import ge, in_, le
 from cardcage.errors import CardError
 
-__all__ = ["Bar", "Capability", "FunctionSpec", "structure"]
+if TYPE_CHECKING:
+    from cardcage_pci.function import Function
+
+__all__ = [
+    "OPTIONAL",
+    "Bar",
+    "BarWatcher",
+    "Capability",
+    "ConfigReader",
+    "ConfigWatcher",
+    "FunctionSpec",
+    "PciPluggable",
+    "structure",
+]
+
+
+class PciPluggable(Protocol):
+    """Wants its function."""
+
+    def plug_pci(self, function: Function, /) -> None:
+        """*function* has ``notify(vector)`` (MSI-X, MSI), ``intx(level)``, ``config`` (a bytearray, the configuration
+        space) and ``mappings`` (BAR index to mapping)."""
+
+
+class ConfigReader(Protocol):
+    """Answers reads of configuration space."""
+
+    def config_read(self, offset: int, size: int, /) -> int | None:
+        """``None`` leaves it to the stored bytes."""
+
+
+class ConfigWatcher(Protocol):
+    """Acts on what is in configuration space: PAM registers, SMRAM."""
+
+    def config_written(self, offset: int, size: int, /) -> None:
+        """The guest wrote these bytes, already stored through the write masks."""
+
+
+class BarWatcher(Protocol):
+    """Acts on where its BARs answer."""
+
+    def bars_moved(self) -> None:
+        """BARs were decoded, moved or switched off: ``function.mappings[index].address`` says where they are now."""
+
+
+OPTIONAL: tuple[Any, ...] = (PciPluggable, ConfigReader, ConfigWatcher, BarWatcher)
+"""Protocols that are looked for in a device on the bus."""
 
 
 def _power(instance: Any, attribute: Any, value: int) -> None:
@@ -50,7 +87,7 @@ class Bar:
     """A base address register (PCI 3.0, 6.2.5).
 
     Attributes:
-        index: 0 to 5; a ``memory64`` one takes the next index too.
+        index: 0 to 5; a ``memory64`` BAR takes the next index too.
         size: bytes, a power of two; memory at least 16, I/O 4 to 256.
         kind: ``"memory"``, ``"memory64"`` or ``"io"``.
         prefetch: reads have no side effects.
@@ -123,7 +160,7 @@ class FunctionSpec:
             if used & taken or max(used) > 5:
                 raise ValueError(f"BAR {index} does not fit or is taken")
             if (kind == "io" and size > 256) or (kind != "io" and size < 16):
-                raise ValueError(f"BAR {index}: {size} bytes is no size for {kind}")
+                raise ValueError(f"BAR {index}: {size} bytes is not a valid size for {kind}")
             if kind == "memory" and size > 1 << 31:
                 raise ValueError(f"BAR {index}: {size} bytes need memory64")
             taken |= used

@@ -1,7 +1,7 @@
 """virtio 1.2: queues, transports (PCI, MMIO), devices, and vhost-user front ends.
 
 Another card offers a virtio device of its own with :func:`offer`; what it writes is told in
-:mod:`cardcage_virtio.virtio`.
+:mod:`cardcage_virtio.device`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["offer"]
 
 DEVICES = (
-    ("blk", "blk:Blk", "disk: multi-queue, flush, discard, write zeroes"),
-    ("net", "net:Net", "network card: multi-queue, mergeable buffers, offloads"),
-    ("console", "console:Console", "consoles and named serial ports"),
-    ("balloon", "balloon:Balloon", "memory balloon: statistics, free page reporting"),
-    ("vsock", "vsock:Vsock", "sockets between guest and host, AF_UNIX on the host"),
-    ("fs", "fs:Fs", "host directory, confined to its root; mounted as virtiofs"),
-    ("9p", "p9:P9", "host directory, confined to its root; mounted as 9p"),
-    ("rng", "rng:Rng", "entropy source"),
+    ("blk", "devices.blk:Blk", "disk: multi-queue, flush, discard, write zeroes"),
+    ("net", "devices.net:Net", "network card: multi-queue, mergeable buffers, offloads"),
+    ("console", "devices.console:Console", "consoles and named serial ports"),
+    ("balloon", "devices.balloon:Balloon", "memory balloon: statistics, free page reporting"),
+    ("vsock", "vsock.device:Vsock", "sockets between guest and host, AF_UNIX on the host"),
+    ("fs", "share.fs:Fs", "host directory, confined to its root; mounted as virtiofs"),
+    ("9p", "share.p9:P9", "host directory, confined to its root; mounted as 9p"),
+    ("rng", "devices.rng:Rng", "entropy source"),
 )
 
 VHOST_USER = (
@@ -46,17 +46,26 @@ class Behind:
     def __call__(self, *options: Any) -> Any:
         return resolve(self.transport)(resolve(self.factory)(*options))
 
+    def near_misses(self) -> list[str]:
+        """For ``cardcage cards -v``; of a function, which may make anything, none are known."""
+        from cardcage.abilities import near_misses
+
+        from cardcage_virtio.device import OPTIONAL, VirtioDevice
+
+        made = resolve(self.factory)
+        return near_misses(made, (VirtioDevice, *OPTIONAL)) if isinstance(made, type) else []
+
 
 def offer(registry: Registry, name: str, factory: Any, *, options: Any = None, help: str = "", **more: Any) -> None:
     """Offer a virtio device twice: *name* on the ``pci`` bus, and *name*\\ ``-mmio`` with keys ``address`` and ``irq``.
 
     Args:
-        factory: ``"module:Class"`` of the author's object (:mod:`cardcage_virtio.virtio`), called with its options.
-        options: attrs class of its options, or a reference to one. more: ``needs``, ``shorthand`` of a device's offer.
+        factory: ``"module:Class"`` of the author's object (:mod:`cardcage_virtio.device`), called with its options.
+        options: attrs class of its options, or a reference to it. more: ``needs``, ``shorthand`` of a device's offer.
     """
     pci, mmio = (
-        Behind(factory, "cardcage_virtio.pci:PciTransport"),
-        Behind(factory, "cardcage_virtio.mmio:MmioTransport"),
+        Behind(factory, "cardcage_virtio.transport.pci:PciTransport"),
+        Behind(factory, "cardcage_virtio.transport.mmio:MmioTransport"),
     )
     registry.device(name, pci, options=options, bus="pci", help=help, **more)
     regions = (Mmio(0x200, name="virtio-mmio"),)
@@ -70,13 +79,13 @@ def cardcage_register(registry: Registry) -> None:
         factory = f"cardcage_virtio.{place}"
         offer(registry, f"virtio-{name}", factory, options=f"{factory}Options", help=help)
     for name, options, help in VHOST_USER:
-        factory = f"cardcage_virtio.vhost_kinds:vhost_user_{name}"
-        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost_kinds:{options}", help=help)
+        factory = f"cardcage_virtio.vhost.kinds:vhost_user_{name}"
+        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost.kinds:{options}", help=help)
     share, vsock = "cardcage_virtio.flags:parse_share", "cardcage_virtio.flags:parse_vsock"
     registry.flag(
         "--device", "cardcage_virtio.flags:parse_device", help="add a device: TYPE,key=value,...", metavar="SPEC"
     )
     registry.flag(
-        "--share", share, help="a host directory: DIR[,tag=share][,readonly=on][,type=virtiofs|9p]", metavar="DIR"
+        "--share", share, help="share a host directory: DIR[,tag=share][,readonly=on][,type=virtiofs|9p]", metavar="DIR"
     )
-    registry.flag("--vsock", vsock, help="sockets to the guest: CID[,uds=PATH]", metavar="CID")
+    registry.flag("--vsock", vsock, help="add sockets between host and guest: CID[,uds=PATH]", metavar="CID")

@@ -33,9 +33,9 @@ def parse_device(text: str) -> dict[str, Any]:
         for one in tables:
             table = table.setdefault(one, {})
             if not isinstance(table, dict):
-                raise ValueError(f'"{path}": "{one}" is given as text already')
+                raise ValueError(f'"{path}": "{one}" is already given as text')
         if isinstance(table.get(key), dict):
-            raise ValueError(f'"{path}" is given as a table already')
+            raise ValueError(f'"{path}" is already given as a table')
         table[key] = value if key == "type" else _value(value)
     return {"device": [device]}
 

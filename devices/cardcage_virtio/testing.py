@@ -15,10 +15,12 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from cardcage.abilities import near_misses
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage.ram import Memfd
+from cardcage_testing import TestSlot
 
-from cardcage_virtio.benchslot import BenchSlot
+from cardcage_virtio.device import OPTIONAL, VirtioDevice
 from cardcage_virtio.virtio import COMMON, F_EVENT_IDX, F_PACKED, Virtio
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from cardcage.memory import GuestMemory
 
-__all__ = ["Bench", "BenchSlot", "Driver", "ram"]
+__all__ = ["Bench", "Driver", "ram"]
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
@@ -167,7 +169,7 @@ class Driver:
         return id
 
     def wants_kick(self) -> bool:
-        """Whether the device asked to be notified of what was added since the last call."""
+        """True if the device asked to be notified of the requests added since the last call."""
         if self.packed:
             return self._device16[1] != 1
         before, self._kicked = self._kicked, self._made
@@ -234,6 +236,8 @@ class Driver:
 class Bench:
     """A virtio device with a driver in front of it, past DRIVER_OK.
 
+    Raises AssertionError for a method that is nearly called as one that is looked for (``drian`` for ``drain``).
+
     Args:
         device: the author's object. features: bits that the driver accepts of those on offer (those of the ring are
             added). size: of each queue, at most. shared: make memory a memfd. start: go on to DRIVER_OK.
@@ -255,9 +259,12 @@ class Bench:
         start: bool = True,
         vm: Any = None,
     ) -> None:
+        misses = near_misses(device, (VirtioDevice, *OPTIONAL))
+        assert not misses, f"{type(device).__name__}: {'; '.join(misses)}"
         self.device, self.memory = device, ram(memory, shared=shared)
-        self.slot = BenchSlot(self.memory, backends=backends or {})
-        self.slot.vm = vm or self.slot.vm
+        self.slot = TestSlot(memory=self.memory)
+        self.slot.host.opened = backends if backends is not None else {}
+        self.slot.interrupts.vm = vm or self.slot.interrupts.vm
         self.interrupts: list[int] = []
         self.config_interrupts = 0
         self.virtio = Virtio(device, self)
@@ -308,13 +315,13 @@ class Bench:
             os.eventfd_read(call)
             self.interrupts.append(index)
 
-        self.slot.add_reader(call, called)
+        self.slot.loop.add_reader(call, called)
         self._called = {**getattr(self, "_called", {}), index: call}
 
     def disconnect(self, index: int) -> None:
         """Undo :meth:`connect`."""
         self._outside.pop(index)
-        self.slot.remove_reader(self._called.pop(index))
+        self.slot.loop.remove_reader(self._called.pop(index))
 
     def driver(self, index: int = 0) -> Driver:
         return self.drivers[index]
@@ -322,7 +329,7 @@ class Bench:
     def kick(self, index: int = 0) -> None:
         """Notify the device of queue *index*, as the transport would."""
         outside: dict[int, int] = getattr(self, "_outside", {})
-        with self.slot.lock:
+        with self.slot.loop.lock:
             if index in outside:
                 os.eventfd_write(outside[index], 1)
             else:
@@ -350,13 +357,12 @@ class Bench:
         for _ in range(turns):
             if true():
                 return
-            self.slot.poll(0.001)
-        raise TimeoutError(f"the device did not answer; logged: {self.slot.logged}")
+            self.slot.loop.poll(0.001)
+        raise TimeoutError(f"the device did not answer; logged: {self.slot.log.entries}")
 
     def close(self) -> None:
         """Reset the device and give everything back."""
         self.virtio.reset()
-        if hasattr(self.device, "unplug"):
-            self.device.unplug()
+        self.virtio.unplug()
         self.slot.close()
         self.memory.close()

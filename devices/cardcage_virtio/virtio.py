@@ -1,23 +1,6 @@
-"""What all virtio devices share (virtio 1.2, chapters 2 and 3): status, features, queues, configuration space.
+"""The common part of virtio devices (virtio 1.2, chapters 2 and 3): status, features, queues, configuration space.
 
-What a device's author writes is any object with
-
-- ``device_id``: its number (virtio 1.2, chapter 5); ``queue_sizes``: the largest size of each queue;
-- ``handle(request)``: serve one :class:`~cardcage_virtio.request.Request` and call ``request.done(written)``, now or
-  later, on any thread. A :class:`~cardcage_virtio.request.RingError` raised here puts the device in NEEDS_RESET.
-
-and, where it has more to say (each is looked for by name):
-
-- ``features``: bits it offers; those of the ring and VERSION_1 are added here, unless it says itself which
-  (``ring_features``). ``class_code``: for PCI;
-- ``config() -> bytes``: configuration space as it is now. ``config_written(offset, data)``: the driver wrote there;
-- ``plug(slot)``: the machine's slot. ``plug_virtio(io)``: the :class:`Virtio` of this device;
-- ``start()``: the driver is ready (DRIVER_OK); ``io.features`` is what was agreed, ``io.rings`` are the queues;
-- ``notified(index)``: takes requests from ``io.rings[index]`` itself; then ``handle`` is not called;
-- ``segments = True``: requests of many parts may have them as :class:`~cardcage.segments.Segments`, not lists;
-- ``drain()``: return when no request is in flight, and take no more before the next ``start`` or notification;
-- ``pause()``, ``resume()``: the machine pauses; rings are left alone without these too;
-- ``stop()``: reset, whether or not ``start`` came before. ``unplug()``, ``save()``, ``load(state)`` as for any device.
+A device's author writes the methods of :mod:`cardcage_virtio.device`.
 """
 
 from __future__ import annotations
@@ -25,36 +8,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from attrs import define, field
+from cardcage.abilities import calls, require, tell_near_misses
 from cardcage.errors import CardError, ConfigError
 from cardcage.memory import GuestMemoryError
 
-from cardcage_virtio.packed import PackedRing
-from cardcage_virtio.request import RingError
-from cardcage_virtio.split import SplitRing
+from cardcage_virtio.device import OPTIONAL, VirtioDevice
+from cardcage_virtio.queue.packed import PackedRing
+from cardcage_virtio.queue.request import RingError
+from cardcage_virtio.queue.split import SplitRing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage.device import Slot
 
-    from cardcage_virtio.request import Ring
+    from cardcage_virtio.queue.request import Ring
 
-__all__ = ["Queue", "Transport", "Virtio", "VirtioDevice", "VirtioState"]
+__all__ = ["Queue", "Transport", "Virtio", "VirtioState"]
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_PACKED, F_RING_RESET = 1 << 28, 1 << 29, 1 << 32, 1 << 34, 1 << 40
 COMMON = F_INDIRECT | F_EVENT_IDX | F_VERSION_1 | F_RING_RESET
 BURST = 4096
 """Requests served in one notification before others get their turn."""
-
-
-class VirtioDevice(Protocol):
-    """The least a virtio device is; see the module for what it may have besides."""
-
-    device_id: int
-    queue_sizes: tuple[int, ...]
-
-    def handle(self, request: Any, /) -> None: ...
 
 
 class Transport(Protocol):
@@ -66,7 +42,6 @@ class Transport(Protocol):
 
     def connect(self, index: int, kick: int, call: int, /) -> None:
         """A back end outside this process takes the queue: eventfds for notifications and interrupts."""
-        ...
 
     def disconnect(self, index: int, /) -> None: ...
 
@@ -91,7 +66,7 @@ class Queue:
 
 @define
 class VirtioState:
-    """What a snapshot keeps of any virtio device; ``device`` is the device's own state."""
+    """Saved state of any virtio device; ``device`` is the device's own state."""
 
     version: ClassVar[int] = 1
     status: int = 0
@@ -113,6 +88,7 @@ class Virtio:
 
     def __init__(self, device: Any, transport: Transport) -> None:
         self.device, self.transport = device, transport
+        self._calls = calls(require(device, VirtioDevice), OPTIONAL)
         self.offered: int = getattr(device, "ring_features", COMMON) | getattr(device, "features", 0)
         self.features = self.driver_features = self.status = self.generation = 0
         self.queues = [Queue(size, size) for size in device.queue_sizes]
@@ -120,27 +96,30 @@ class Virtio:
         self.slot: Slot
         self.paused = False
         self._warned = (0, 0)
-        self._handle = getattr(device, "handle", None)
-        self._notified = getattr(device, "notified", None)
+        self._handle, self._notified = self._calls.get("handle"), self._calls.get("notified")
         if self._handle is None and self._notified is None:
             raise CardError(f"{type(device).__name__}: a virtio device has a method handle(request) or notified(index)")
-        self._config = getattr(device, "config", None)
-        self._config_written = getattr(device, "config_written", None)
+        self._config, self._config_written = self._calls.get("config"), self._calls.get("config_written")
 
     def _tell(self, method: str, *arguments: Any) -> Any:
-        found = getattr(self.device, method, None)
+        found = self._calls.get(method)
         return None if found is None else found(*arguments)
 
     def plug(self, slot: Slot) -> None:
         """Give the device its slot and this object."""
         self.slot, self.log = slot, slot.log
+        tell_near_misses(self.device, (VirtioDevice, *OPTIONAL), f'virtio device "{slot.id}"', slot.log)
         self._tell("plug", slot)
         self._tell("plug_virtio", self)
         common = getattr(self.device, "ring_features", COMMON)
         self.offered = common | getattr(self.device, "features", 0)  # a back end may have decided some
 
+    def unplug(self) -> None:
+        """Let the device give back what it holds, after :meth:`reset`."""
+        self._tell("unplug")
+
     def has(self, bit: int) -> bool:
-        """Whether feature *bit* was agreed."""
+        """True if feature *bit* was negotiated."""
         return bool(self.features >> bit & 1)
 
     @property
@@ -304,7 +283,7 @@ class Virtio:
             ring.batching = False
             ring.signal()
         if not left:
-            self.slot.call_soon(lambda: self.kick(ring.index))
+            self.slot.loop.call_soon(lambda: self.kick(ring.index))
 
     # configuration space
 
@@ -347,13 +326,14 @@ class Virtio:
     def load(self, state: VirtioState) -> None:
         """Take a saved state over, with guest memory already in place. Raises ConfigError when it does not fit."""
         if len(state.queues) != len(self.queues) or state.features & ~self.offered:
-            raise ConfigError(f"{self.slot.id}: the saved device has other queues or features than this one")
+            raise ConfigError(f"{self.slot.id}: the saved device has different queues or features from this device")
         self.reset()
         self.features = self.driver_features = state.features
         self.generation = state.generation
         self.queues = [Queue(q.maximum, q.size, q.table, q.driver, q.device, q.enabled, q.vector) for q in state.queues]
         if state.device is not None:
-            self._tell("load", self._device_state(state.device))
+            own = _structured(state.device, type(self._tell("save")), self.slot.id)
+            self._tell("load", own)
         self.status = state.status
         if self.status & DRIVER_OK:
             for index, kept in enumerate(state.rings):
@@ -366,15 +346,16 @@ class Virtio:
             for index in range(len(self.queues)):
                 self.kick(index)
 
-    def _device_state(self, saved: Any) -> Any:
-        """The device's own state, as its class again where it was plain values in between."""
-        if not isinstance(saved, dict):
-            return saved
-        from cattrs import transform_error
-        from cattrs.preconf.json import make_converter
 
-        try:
-            return make_converter(forbid_extra_keys=True).structure(saved, type(self._tell("save")))
-        except Exception as error:  # cattrs raises groups of whatever did not fit
-            why = "; ".join(transform_error(error))
-            raise ConfigError(f"{self.slot.id}: the saved device's state does not fit: {why}") from error
+def _structured(saved: Any, cls: type, who: str) -> Any:
+    """A device's own state, as its class again where it was plain values in between. Raises ConfigError."""
+    if not isinstance(saved, dict):
+        return saved
+    from cattrs import transform_error
+    from cattrs.preconf.json import make_converter
+
+    try:
+        return make_converter(forbid_extra_keys=True).structure(saved, cls)
+    except Exception as error:  # cattrs raises groups of whatever did not fit
+        why = "; ".join(transform_error(error))
+        raise ConfigError(f"{who}: the saved device's state does not fit: {why}") from error

@@ -6,7 +6,6 @@ removed by the next who looks. Times are CLOCK_MONOTONIC, which is the whole hos
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, evolve, frozen
+from cardcage_fleet.held import hold, is_held
 
 from cardcage_balloon.plan import Seen
 
@@ -43,8 +43,7 @@ class Board:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.name = folder, f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._lock = os.open(folder / f"{self.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = hold(folder / f"{self.name}.lock")  # the name is nobody else's
 
     def write(self, group: str, entries: Sequence[Entry]) -> None:
         """Say what the machines of this process, which is limited by *group*, hold now."""
@@ -54,7 +53,7 @@ class Board:
         path.rename(self._folder / f"{self.name}.json")
 
     def others(self, group: str) -> list[Entry]:
-        """What the others in *group* hold."""
+        """Return the holdings of the others in *group*."""
         found: list[Entry] = []
         for path in sorted(self._folder.glob("*.json")):
             if path.stem != self.name and self._lives(path.stem):
@@ -62,21 +61,13 @@ class Board:
         return found
 
     def _lives(self, name: str) -> bool:
-        """Whether the writer lives; else its files go."""
+        """True if the writer lives; else its files go."""
         path = self._folder / f"{name}.lock"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # it has just gone
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if is_held(path):
             return True
-        else:
+        if path.exists():
             self._remove(name)
-            return False
-        finally:
-            os.close(fd)
+        return False
 
     def _remove(self, name: str) -> None:
         for end in ("json", "new", "lock"):
@@ -97,7 +88,7 @@ class Board:
 
     def close(self) -> None:
         """Take the files away. Idempotent."""
-        if self._lock >= 0:
+        if self._lock is not None:
             self._remove(self.name)
-            os.close(self._lock)
-            self._lock = -1
+            self._lock.close()
+            self._lock = None

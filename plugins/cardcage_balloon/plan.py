@@ -52,7 +52,7 @@ class Seen:
     Attributes:
         size: RAM. floor: what it shall always keep. kept: what it has not given. target: what it was asked to keep.
         used: what its programs and kernel use; it cannot give that.
-        steered: whether it follows; what one that does not keeps is simply gone.
+        steered: whether it follows; memory kept by a guest that does not is simply gone.
         priority: who has the lowest gives first when there is too little for all.
     """
 
@@ -65,7 +65,7 @@ class Seen:
     priority: int = 0
 
     def holding(self, free: int) -> int:
-        """What it uses and *free* bytes, not below its floor nor above its size."""
+        """Return its used memory plus *free* bytes, not below its floor nor above its size."""
         return max(min(self.size, max(self.floor, self.used + free)), min(self.floor, self.size))
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 from attrs.validators import ge, gt, le
 from cardcage.errors import Denied, HostError
-from cardcage.policy import read_host_memory
-from cardcage.rundir import run_directory
 from cardcage.units import Duration, Size
+from cardcage_fleet.hostmemory import read_host_memory
+from cardcage_fleet.rundir import run_directory
 
 from cardcage_balloon.board import Board, Entry
 from cardcage_balloon.plan import MIB, Rules, Seen, plan
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from cardcage.policy import HostMemory, MachineMemory
+    from cardcage_fleet.hostmemory import HostMemory
+    from cardcage_memory_policies.memory import MachineMemory
 
 __all__ = ["BalloonOptions", "BalloonPolicy"]
 
@@ -70,7 +71,7 @@ class Watched:
 
     @property
     def kept(self) -> int:
-        """What the guest has not given, by what it says."""
+        """Memory that the guest has not given, by its own account."""
         balloon = self.memory.balloon
         return max(0, self.memory.size - (balloon.size if balloon is not None else 0))
 
@@ -204,7 +205,7 @@ class BalloonPolicy:
         return Seen(memory.size, one.floor, max(kept, resident), one.target, used, priority=memory.priority)
 
     def _problem(self, one: Watched, resident: int, now: float) -> tuple[str, float]:
-        """What the guest does not do, and how long it may; empty when it does."""
+        """Return the guest's failure to cooperate and how long it may last; empty when it cooperates."""
         balloon, options = one.memory.balloon, self.options
         if balloon is None or not balloon.live:
             return "it has no balloon driver", 10 * options.patience

@@ -15,7 +15,7 @@ def cardcage_register(registry: Registry) -> None:
     """Offer the back ends ``block:drive``, ``block:raw`` and ``block:qcow2``, ``--drive`` and ``image``."""
     drive = "cardcage_block.drive"
     shapes = {
-        "drive": ("open_drive", "an image file or block device whose format is looked up"),
+        "drive": ("open_drive", "an image file or block device; the format is detected"),
         "raw": ("open_raw", "a raw image or a block device"),
         "qcow2": ("open_qcow2", "a qcow2 image, version 2 or 3"),
     }

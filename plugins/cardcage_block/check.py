@@ -30,7 +30,7 @@ _BITMAP = Struct(">QIIBBHI")
 
 @define
 class Report:
-    """What a check found.
+    """The findings of a check.
 
     Attributes:
         leaks, corruptions: how many.
@@ -274,7 +274,7 @@ def check(file: File, header: Header, *, fix: str = "") -> Report:
 
 
 def repair_counts(file: File, header: Header) -> None:
-    """Count anew in an image that was not closed (dirty bit). Raises ConfigError for a damaged one."""
+    """Count anew in an image that was not closed (dirty bit). Raises ConfigError for a damaged image."""
     counting = Counting(file, header)
     counting.run()
     if counting.report.corruptions:

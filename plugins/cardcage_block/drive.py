@@ -71,10 +71,10 @@ def open_qcow2(slot: Slot, options: Drive) -> Image:
 
 
 def allowed(slot: Slot, options: Drive) -> Allow:
-    """What asks whether a device may have an image, before it is opened."""
+    """Return a function that asks for permission to use an image, before it is opened."""
 
     def ask(path: str, acts: tuple[str, ...]) -> None:
-        slot.ask("image", path, acts, readonly="write" not in acts, shared=options.shared)
+        slot.host.ask("image", path, acts, readonly="write" not in acts, shared=options.shared)
 
     return ask
 
@@ -98,10 +98,10 @@ def open_image(
         warn: called with a sentence for a person.
         allow: asked with its path and what is to be done before each file is opened; raises Denied.
         repair: put the reference counts of an image right that was not closed (its dirty bit is set) before writing it.
-        above: the files that stand on this one, to find a loop.
+        above: the files that this file backs, to find a loop.
 
     Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind and
-    :exc:`~cardcage.errors.HostError` for one that is in use.
+    :exc:`~cardcage.errors.HostError` for an image in use.
     """
     allow(drive.file, ("open", "read") if drive.readonly else ("open", "read", "write"))
     file = HostFile(
@@ -111,7 +111,7 @@ def open_image(
         status = os.fstat(file.fd)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            raise ConfigError("the backing chain loops: this image stands on itself", file=drive.file)
+            raise ConfigError("the backing chain loops: this image is its own backing file", file=drive.file)
         if len(above) >= MAX_CHAIN:
             raise ConfigError(f"the backing chain is longer than {MAX_CHAIN} images", file=drive.file)
         required = drive.locking == "on"
@@ -120,7 +120,7 @@ def open_image(
             and not drive.shared
             and not lock_image(file.fd, drive.file, write=not drive.readonly, required=required)
         ):
-            warn(f"{drive.file}: its file system has no locks: nothing keeps another machine from writing it")
+            warn(f"{drive.file}: its file system has no locks: nothing prevents another machine from writing to it")
         form = drive.format
         if form == "auto":
             form = "qcow2" if read_bytes(file, 0, 4) == MAGIC else "raw"
@@ -128,15 +128,15 @@ def open_image(
             guessed = drive.format == "auto" and not drive.readonly
             if guessed:
                 warn(
-                    f"{drive.file}: no format given, taken for raw: the guest may not write another format's mark "
-                    "at its beginning. Say format=raw to allow all writes"
+                    f"{drive.file}: no format given, assuming raw: the guest may not write another format's magic "
+                    "number at its beginning. Use format=raw to allow all writes"
                 )
             return RawImage(file, readonly=drive.readonly, discard=drive.discard == "unmap", guessed=guessed)
         header = Header.parse(lambda at, size: read_bytes(file, at, size), drive.file)
         if header.incompatible & INCOMPAT_DIRTY and not drive.readonly and repair:
             from cardcage_block.check import repair_counts
 
-            warn(f"{drive.file}: was not closed: its reference counts are being made anew")
+            warn(f"{drive.file}: was not closed: its reference counts are being rebuilt")
             repair_counts(file, header)
         backing = _open_backing(drive, header, warn, allow, (*above, identity))
         try:
@@ -174,7 +174,7 @@ def _open_backing(
     below = backing_path(drive.file, header.backing_file)
     form = header.backing_format
     if form is None:
-        warn(f"{drive.file}: does not say the format of its backing file {below}; it is looked at to find out")
+        warn(f"{drive.file}: does not state the format of its backing file {below}, which is detected instead")
     elif form not in ("raw", "qcow2"):
         raise ConfigError(f'backing file {below} is of format "{form}": expected raw or qcow2', file=drive.file)
     try:
@@ -215,7 +215,7 @@ def parse_drive_flag(text: str) -> dict[str, Any]:
             device[key] = int(value)
         elif key == "if":
             if value not in ("virtio", "none"):
-                raise ValueError(f"if={value}: only virtio disks exist here")
+                raise ValueError(f"if={value}: only virtio disks are supported")
         elif key == "readonly":
             if value not in _BOOL:
                 raise ValueError(f"readonly={value}: expected on or off")

@@ -67,7 +67,7 @@ class Snapshot:
 
 @define
 class Header:
-    """What the first cluster says. Sizes and offsets are bytes, ``l1_size`` is entries."""
+    """The contents of the first cluster. Sizes and offsets are bytes, ``l1_size`` is entries."""
 
     version: int
     cluster_bits: int
@@ -228,7 +228,7 @@ class Header:
         if unknown:
             bits = [bit for bit in range(64) if unknown >> bit & 1]
             names = ", ".join(self.features.get((0, bit), f"bit {bit}") for bit in bits)
-            raise bad(f"qcow2 image needs features that are not known here: {names}")
+            raise bad(f"qcow2 image needs unknown features: {names}")
         if bool(self.incompatible & INCOMPAT_COMPRESSION) != bool(self.compression) or self.compression > 1:
             raise bad(f"qcow2 compression type {self.compression}: expected 0 (zlib) or 1 (zstd)")
         if self.refcount_order > 6:

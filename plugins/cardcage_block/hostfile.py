@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cardcage.backends import BlockInfo
 
-__all__ = ["File", "HostFile", "Image", "clear", "scatter", "take", "zeros"]
+__all__ = ["File", "HostFile", "Image", "TryFile", "clear", "scatter", "take", "zeros"]
 
 SECTOR = 512
 IOV_MAX = 1024
@@ -79,19 +79,17 @@ def clear(buffers: Sequence[memoryview]) -> None:
 
 
 class File(Protocol):
-    """What an image format needs of the file below it. All offsets and lengths are bytes; errors are :exc:`OSError`."""
+    """The file below an image format. All offsets and lengths are bytes; errors are :exc:`OSError`."""
 
     path: str
 
     def read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None:
         """Fill *buffers*, *length* bytes in all; what lies past the end reads as zeros."""
-        ...
 
     def write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> None: ...
 
     def sync(self) -> None:
         """Return once all that was written is on stable storage."""
-        ...
 
     def size(self) -> int: ...
 
@@ -99,13 +97,19 @@ class File(Protocol):
 
     def punch(self, offset: int, length: int, /) -> bool:
         """Give the range back to the host, to read as zeros; False when the host cannot."""
-        ...
 
     def zero(self, offset: int, length: int, /) -> None:
         """Make the range zeros and keep it allocated where the host can."""
-        ...
 
     def close(self) -> None: ...
+
+
+class TryFile(Protocol):
+    """A file that can tell whether an act takes waiting; False when it does, and then nothing counts."""
+
+    def try_read(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> bool: ...
+
+    def try_write(self, offset: int, buffers: Sequence[memoryview], length: int, /) -> bool: ...
 
 
 class Image(Protocol):
@@ -127,8 +131,7 @@ class Image(Protocol):
     def close(self) -> None: ...
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
-        """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
-        ...
+        """Tell if there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
 
 
 @cache
@@ -353,7 +356,7 @@ class HostFile:
             offset, length = offset + size, length - size
 
     def data(self, offset: int, end: int) -> tuple[bool, int]:
-        """Whether *offset* lies in data (else in a hole), and where that stretch ends, at most *end*."""
+        """Tell if *offset* lies in data (else in a hole), and where that stretch ends, at most *end*."""
         try:
             start = os.lseek(self.fd, offset, os.SEEK_DATA)
         except OSError as error:

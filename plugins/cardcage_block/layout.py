@@ -81,7 +81,7 @@ class Tables:
         return table + (key & ((1 << self._table_slices) - 1)) * self.l2.count * 8
 
     def own_table(self, cluster: int) -> int:
-        """Make the L2 table of guest *cluster* one that only the active disk uses; the table given up, 0 for none."""
+        """Give guest *cluster* an L2 table that only the active disk uses; returns the table given up, 0 for none."""
         number = cluster >> self.l2_bits
         entry = self.l1[number]
         if entry & COPIED:

@@ -48,9 +48,9 @@ def _new_file(path: str, *, force: bool) -> HostFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if force else os.O_EXCL)
         os.close(os.open(path, flags, 0o644))
     except FileExistsError as error:
-        raise ConfigError("exists already: use --force to overwrite it", file=path) from error
+        raise ConfigError("already exists: use --force to overwrite it", file=path) from error
     except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", file=path) from error
+        raise ConfigError(f"cannot be created: {error.strerror}", file=path) from error
     file = HostFile(path, writable=True)
     try:
         lock_image(file.fd, path, write=True, required=False)
@@ -68,7 +68,7 @@ def create_raw(path: str, size: int, *, force: bool = False) -> None:
         file.truncate(size)
     except OSError as error:
         os.unlink(path)  # what was there before is lost already, and an image of another size misleads
-        raise ConfigError(f"cannot have {size} bytes: {error.strerror}", file=path) from error
+        raise ConfigError(f"cannot be resized to {size} bytes: {error.strerror}", file=path) from error
     finally:
         file.close()
 
@@ -120,11 +120,11 @@ def _lay_out(path: str, size: int, shape: Qcow2Shape) -> Header:
     if shape.version not in (2, 3) or (shape.version == 2 and shape.lazy_refcounts):
         raise ConfigError("expected version 2 or 3, and 3 for lazy refcounts", file=path)
     if size % 512:
-        raise ConfigError(f"{size} bytes: a disk is made of sectors of 512", file=path)
+        raise ConfigError(f"{size} bytes: expected a multiple of 512", file=path)
     bits = cluster.bit_length() - 1
     l1_size = max(-(-size // (cluster * cluster // 8)), 1)
     if l1_size * 8 > 32 << 20:
-        raise ConfigError(f"{size} bytes are too much for clusters of {cluster}: use larger ones", file=path)
+        raise ConfigError(f"{size} bytes are too much for clusters of {cluster}: use larger clusters", file=path)
     per_block = 1 << (bits + 3 - order)
     wanted = -(-(size * 9 // 8) // cluster // per_block) + 2
     table_clusters = min(max(-(-wanted * 8 >> bits), 1), max(8 << 20 >> bits, 1))
@@ -147,7 +147,7 @@ def resize(drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str
     """Give an image that is not in use a new size in bytes; what is added reads as zeros.
 
     Args:
-        shrink: allow the disk to lose its end.
+        shrink: allow a smaller size, which discards the end of the disk.
 
     Raises :exc:`~cardcage.errors.ConfigError` and :exc:`~cardcage.errors.HostError`, and OSError from the host.
     """
@@ -156,18 +156,16 @@ def resize(drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str
 
     size = int(size)
     if size % 512:
-        raise ConfigError(f"{size} bytes: a disk is made of sectors of 512", file=drive.file)
+        raise ConfigError(f"{size} bytes: expected a multiple of 512", file=drive.file)
     image = open_image(drive, warn=warn)
     old = image.info.size
     try:
         if size < old and not shrink:
             raise ConfigError(
-                f"{size} bytes are less than the {old} it has: --shrink throws the end away", file=drive.file
+                f"{size} bytes are less than its current {old}: use --shrink to discard the end", file=drive.file
             )
         if isinstance(image, Qcow2Image) and image.tables.snapshots:
-            raise ConfigError(
-                "has internal snapshots, which are of the old size: it cannot be resized", file=drive.file
-            )
+            raise ConfigError("has internal snapshots of the old size: it cannot be resized", file=drive.file)
         if size < old:
             image.discard(size, old - size)
     finally:

@@ -1,4 +1,4 @@
-"""What the L2 tables of a qcow2 image say: where guest bytes lie. Looks only; the image itself changes the tables."""
+"""The L2 tables of a qcow2 image: where guest bytes lie. Looks only; the image itself changes the tables."""
 
 from __future__ import annotations
 

@@ -22,13 +22,15 @@ import threading
 from threading import get_ident
 from typing import TYPE_CHECKING
 
+from cardcage.abilities import has
 from cardcage.backends import BlockInfo
 from cardcage.errors import ConfigError
 from cardcage.segments import total
 
 from cardcage_block import compressed
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
-from cardcage_block.hostfile import clear, scatter, take, zeros
+from cardcage_block.health import Health
+from cardcage_block.hostfile import TryFile, clear, scatter, take, zeros
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cardcage_block.header import Header
-    from cardcage_block.hostfile import File, Image
+    from cardcage_block.health import Health
+from cardcage_block.hostfile import File, Image
 
 __all__ = ["Qcow2Image"]
 
@@ -73,17 +76,19 @@ class Qcow2Image:
         self._file, self._header, self._backing, self._warn = file, header, backing, warn
         self._bits, self._size = header.cluster_bits, header.cluster_size
         self._mask = self._size - 1
-        self._try_read, self._try_write = getattr(file, "try_read", None), getattr(file, "try_write", None)
+        quick = file if has(file, TryFile) else None
+        self._try_read = quick.try_read if quick is not None else None
+        self._try_write = quick.try_write if quick is not None else None
         self._readonly, self._punch = readonly, discard
-        self._broken: str | None = None
+        self._health = Health(file, header, readonly, warn)
         if header.incompatible & INCOMPAT_CORRUPT:
             if not readonly:
                 raise ConfigError("qcow2 image marked as corrupt: repair it with qemu-img check -r all", file=file.path)
             warn(f"{file.path}: qcow2 image marked as corrupt; opened readonly")
-        self.tables = Tables(file, header, self._corrupt)
+        self.tables = Tables(file, header, self._health.corrupt)
         self._metadata = self.tables.metadata
         self._l2 = self.tables.l2
-        self._map = Mapping(header, self.tables, self._corrupt)
+        self._map = Mapping(header, self.tables, self._health.corrupt)
         self._inflater = compressed.Inflater(file, self._bits, header.compression)
         self.info = BlockInfo(header.size & ~511, 512, readonly, discard and not readonly, not readonly)
         self._alloc, self._committing = threading.Lock(), threading.Lock()
@@ -95,18 +100,6 @@ class Qcow2Image:
         if header.autoclear and not readonly:
             header.autoclear = 0  # what they vouch for (dirty bitmaps) is no longer kept up to date
             self.tables.write_header()
-
-    def _corrupt(self, problem: str) -> OSError:
-        """Mark the image as corrupt and stop writing; gives the error to raise."""
-        if self._broken is None:
-            self._broken = f"qcow2 image is corrupt: {problem}"
-            self._warn(f"{self._file.path}: {self._broken}")
-            if not self._readonly and self._header.version >= 3:
-                self._header.incompatible |= INCOMPAT_CORRUPT
-                packed = self._header.pack()
-                self._file.write(0, [memoryview(packed)], len(packed))
-                self._file.sync()
-        return OSError(errno.EIO, f"{self._file.path}: qcow2 image is corrupt: {problem}")
 
     # reading
 
@@ -155,7 +148,7 @@ class Qcow2Image:
             done += run
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
-        """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
+        """Tell if there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
         kind, _, length = self._map.extent(offset, min(end - offset, 1 << 30))
         if kind == UNALLOCATED and self._backing is not None:
             below = self._backing.info.size
@@ -198,18 +191,17 @@ class Qcow2Image:
 
     def _own_place(self, offset: int, length: int) -> int:
         """Where in the file a range may be written over, 0 when that takes more."""
-        return 0 if self._readonly or self._broken is not None else self._map.overwritable(offset, length)
+        return 0 if self._readonly or self._health.broken is not None else self._map.overwritable(offset, length)
 
     def _prepare(self) -> None:
         """Before any change of the mapping."""
         if self._readonly:
             raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
-        if self._broken is not None:
-            raise OSError(errno.EIO, f"{self._file.path}: {self._broken}")
+        self._health.check()
         if self._lazy and not self._header.incompatible & INCOMPAT_DIRTY:
             self._header.incompatible |= INCOMPAT_DIRTY
             self.tables.write_header()
-            self._sync()
+            self._health.sync()
 
     def _write_run(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:
         """Write a first part of *buffers* that needs one kind of treatment; its length."""
@@ -263,7 +255,7 @@ class Qcow2Image:
         elif old & self._map.offset and old & self._map.offset != entry & self._map.offset:
             gone = [(old & self._map.offset) >> self._bits]
         if not self._metadata.isdisjoint(gone):
-            raise self._corrupt(f"L2 entry {old:#x}: names metadata")
+            raise self._health.corrupt(f"L2 entry {old:#x}: names metadata")
         self._l2.set(cluster, entry)
         self._limbo.given_up += gone
 
@@ -369,19 +361,10 @@ class Qcow2Image:
             self._commit()
             self._completed = self._started
 
-    def _sync(self) -> None:
-        try:
-            self._file.sync()
-        except OSError as error:
-            # The host has dropped what it could not write: from now on nothing here can be promised.
-            self._broken = f"the host could not make data stable: {error.strerror}"
-            raise
-
     def _commit(self) -> None:
         tables, header, refcounts = self.tables, self._header, self.tables.refcounts
         with self._alloc:
-            if self._broken is not None:
-                raise OSError(errno.EIO, f"{self._file.path}: {self._broken}")
+            self._health.check()
             blocks, entries, moved = ([], [], False) if self._lazy else refcounts.begin()
             place = (refcounts.table_offset, len(refcounts.table) * 8 >> self._bits)
             changed_l1, tables.dirty_l1 = tables.dirty_l1, set()
@@ -396,7 +379,7 @@ class Qcow2Image:
             if moved:
                 header.reftable_offset, header.reftable_clusters = place
                 tables.write_header()
-                self._sync()
+                self._health.sync()
             if mapping:
                 self._write_all(mapping)
         except OSError:
@@ -415,7 +398,7 @@ class Qcow2Image:
     def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
         for offset, data in writes:
             self._file.write(offset, [memoryview(data)], len(data))
-        self._sync()
+        self._health.sync()
 
     def _let_go(self) -> None:
         """Lower the counts of clusters that nothing on disk names and no request under way can have looked up."""
@@ -440,10 +423,10 @@ class Qcow2Image:
                 return
             self._closed = True
             try:
-                if not self._readonly and self._broken is None:
+                if not self._readonly and self._health.broken is None:
                     self._settle()
             except OSError as error:
-                self._warn(f"{self._file.path}: what was not flushed is lost: {error}")
+                self._warn(f"{self._file.path}: unflushed writes are lost: {error}")
             finally:
                 self._file.close()
                 if self._backing is not None:
@@ -457,4 +440,4 @@ class Qcow2Image:
         if self._header.incompatible & INCOMPAT_DIRTY:
             self._header.incompatible &= ~INCOMPAT_DIRTY
             self.tables.write_header()
-            self._sync()
+            self._health.sync()

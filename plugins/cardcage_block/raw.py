@@ -28,7 +28,7 @@ MAGICS = (
     b"WithouFreSpacExt",
     b"LUKS\xba\xbe",
 )
-"""What other image formats begin with."""
+"""The first bytes of other image formats."""
 
 
 class RawImage:
@@ -75,7 +75,7 @@ class RawImage:
 
     def _guard(self, head: bytes) -> None:
         if head.startswith(MAGICS):
-            problem = "refused to turn a disk of guessed raw format into another: say format=raw"
+            problem = "refused to turn a disk that is assumed to be raw into another format: use format=raw"
             raise OSError(errno.EPERM, f"{self._file.path}: {problem}")
 
     def flush(self) -> None:
@@ -96,7 +96,7 @@ class RawImage:
             self._file.zero(offset, length)
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
-        """Whether there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
+        """Tell if there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
         return self._file.data(offset, end)
 
     def close(self) -> None:

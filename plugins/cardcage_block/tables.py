@@ -23,7 +23,7 @@ __all__ = ["Refcounts", "SliceCache", "Writes", "read_array", "read_bytes", "sec
 SLICE = 4096
 
 Writes = list[tuple[int, bytes]]
-"""What to write where: (offset, data)."""
+"""Writes: (offset, data)."""
 
 
 def read_bytes(file: File, offset: int, length: int) -> bytes:
@@ -113,12 +113,12 @@ class SliceCache:
         return writes
 
     def done(self) -> None:
-        """What :meth:`begin` gave is in the file."""
+        """The writes that :meth:`begin` gave are in the file."""
         with self.lock:
             self._writing = set()
 
     def undo(self) -> None:
-        """What :meth:`begin` gave may not have been written."""
+        """The writes that :meth:`begin` gave may not be in the file."""
         with self.lock:
             self.dirty |= self._writing
             self._writing = set()
@@ -327,7 +327,7 @@ class Refcounts:
             return (cluster | self.cache.mask) + 1
 
     def begin(self) -> tuple[Writes, Writes, bool]:
-        """What to write first; what second, once that is stable; whether that is a moved table, for the header.
+        """Return the first writes; the second, once those are stable; True if the table moved, for the header.
 
         One of :meth:`done` and :meth:`undo` has to follow before the next.
         """
@@ -341,12 +341,12 @@ class Refcounts:
         return blocks, sectors(self.table, self.table_offset, self._writing_table), False
 
     def done(self) -> None:
-        """What :meth:`begin` gave is in the file."""
+        """The writes that :meth:`begin` gave are in the file."""
         self.cache.done()
         self._writing_table, self._writing_moved = set(), False
 
     def undo(self) -> None:
-        """What :meth:`begin` gave may not have been written."""
+        """The writes that :meth:`begin` gave may not be in the file."""
         self.cache.undo()
         self.dirty_table |= self._writing_table
         self.moved |= self._writing_moved
@@ -358,7 +358,7 @@ class Refcounts:
         return taken
 
     def is_dirty(self) -> bool:
-        """Whether :meth:`begin` would give anything."""
+        """True if :meth:`begin` would give anything."""
         return bool(self.cache.dirty or self.dirty_table or self.moved)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import asdict, evolve
 from cardcage.errors import ConfigError, near
 from cardcage.pairs import parse_pairs
-from cardcage.security import HOST, OPERATOR
+from cardcage.security import HOST, OPERATOR, Act
 from cardcage.units import Size
 
 from cardcage_block.check import check
@@ -36,48 +36,50 @@ __all__ = ["configure", "convert", "run"]
 CHUNK = 2 << 20
 GRAIN = 65536
 FORMATS = ("raw", "qcow2")
-NAMED = "by default raw for a name that ends in .raw or .img, else qcow2"
+NAMED = "by default raw for names ending in .raw or .img, otherwise qcow2"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``cardcage image``."""
     acts = parser.add_subparsers(dest="act", required=True, metavar="create|info|check|resize|convert")
-    create = acts.add_parser("create", help="make an empty image")
-    create.add_argument("file")
-    create.add_argument("size", nargs="?", help="such as 20G; by default that of the backing file")
+    create = acts.add_parser("create", help="create an empty image")
+    create.add_argument("file", help="new image")
+    create.add_argument("size", nargs="?", help="such as 20G; by default the size of the backing file")
     create.add_argument("-f", "--format", choices=FORMATS, help=NAMED)
-    create.add_argument("-b", "--backing", help="what shows where nothing is written; relative to the new image")
-    create.add_argument("-F", "--backing-format", choices=FORMATS)
-    info = acts.add_parser("info", help="say what an image is")
-    info.add_argument("file")
-    info.add_argument("--backing-chain", action="store_true", help="and all that it stands on")
-    checker = acts.add_parser("check", help="look for leaks and damage; status 0 sound, 2 damaged, 3 leaks")
-    checker.add_argument("file")
-    checker.add_argument("--repair", choices=("leaks", "all"), default="")
+    create.add_argument(
+        "-b", "--backing", help="backing file, read where nothing is written; relative to the new image"
+    )
+    create.add_argument("-F", "--backing-format", choices=FORMATS, help="format of the backing file")
+    info = acts.add_parser("info", help="show the format, size and backing file of an image")
+    info.add_argument("file", help="image")
+    info.add_argument("--backing-chain", action="store_true", help="include the whole backing chain")
+    checker = acts.add_parser("check", help="look for damage and leaks (status 0 if sound, 2 if damaged, 3 if leaking)")
+    checker.add_argument("file", help="image")
+    checker.add_argument("--repair", choices=("leaks", "all"), default="", help="what to repair")
     sizer = acts.add_parser("resize", help="change the size of the disk")
-    sizer.add_argument("file")
-    sizer.add_argument("size", help="such as 20G, or +5G")
-    sizer.add_argument("--shrink", action="store_true", help="allow the disk to lose its end")
-    converter = acts.add_parser("convert", help="copy a disk into a new image")
-    converter.add_argument("file")
-    converter.add_argument("target")
+    sizer.add_argument("file", help="image")
+    sizer.add_argument("size", help="new size such as 20G, or an increase such as +5G")
+    sizer.add_argument("--shrink", action="store_true", help="allow a smaller size, which discards the end of the disk")
+    converter = acts.add_parser("convert", help="copy a disk to a new image")
+    converter.add_argument("file", help="image to copy")
+    converter.add_argument("target", help="new image")
     converter.add_argument("-O", "--output-format", choices=FORMATS, help=NAMED)
     for one in (create, converter):
         one.add_argument(
-            "-o", "--options", default="", help="cluster_size=64k,compat=1.1,refcount_bits=16,lazy_refcounts=on"
+            "-o", "--options", default="", help="such as cluster_size=64k,compat=1.1,refcount_bits=16,lazy_refcounts=on"
         )
-        one.add_argument("--force", action="store_true", help="overwrite a file that exists")
+        one.add_argument("--force", action="store_true", help="overwrite an existing file")
     for one in (sizer, converter):
-        one.add_argument("-f", "--format", choices=("auto", *FORMATS), default="auto")
+        one.add_argument("-f", "--format", choices=("auto", *FORMATS), default="auto", help="by default detected")
     for one in (info, checker):
-        one.add_argument("--json", action="store_true")
+        one.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(host: Host, arguments: argparse.Namespace) -> int:
     """Carry out ``cardcage image``; the process's status. Raises ConfigError, HostError and Denied."""
 
     def allow(path: str, permissions: tuple[str, ...]) -> None:
-        host.mediator.ask(OPERATOR, HOST, "image", path, permissions)
+        host.mediator.ask(Act(OPERATOR, HOST, "image", permissions), path)
 
     acts = {"create": _create, "info": _info, "check": _check, "resize": _resize, "convert": _convert}
     try:
@@ -111,7 +113,7 @@ def _shape(text: str, file: str) -> Qcow2Shape:
             elif key == "refcount_bits" and value.isdecimal():
                 shape = evolve(shape, refcount_bits=int(value))
             elif key in known:
-                raise ValueError(f"{key}={value}: no such value")
+                raise ValueError(f"{key}={value}: not a valid value")
             else:
                 raise ValueError(f'no option "{key}".{near(key, known) or " Known: " + ", ".join(known)}')
     except ValueError as error:
@@ -123,7 +125,7 @@ def _new_format(asked: Literal["raw", "qcow2"] | None, path: str, options: str) 
     """The format of a new image. Raises ConfigError for options that it does not take."""
     form: Literal["raw", "qcow2"] = asked or ("raw" if path.lower().endswith((".raw", ".img")) else "qcow2")
     if form == "raw" and options:
-        raise ConfigError("a raw image takes no -o options; ask for the format qcow2", file=path)
+        raise ConfigError("a raw image takes no -o options; use the format qcow2", file=path)
     return form
 
 
@@ -161,7 +163,7 @@ def _format(path: str) -> str:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What ``cardcage image info`` says of one file. Raises ConfigError."""
+    """Return the fields of ``cardcage image info`` for a file. Raises ConfigError."""
     file = HostFile(path, writable=False)
     try:
         status = os.fstat(file.fd)
@@ -193,7 +195,7 @@ def _info(arguments: argparse.Namespace, allow: Allow) -> int:
     while arguments.backing_chain and chain[-1].get("backing-file"):
         below = backing_path(chain[-1]["file"], chain[-1]["backing-file"])
         if os.path.realpath(below) in seen:
-            raise ConfigError("the backing chain loops: this image stands on itself", file=below)
+            raise ConfigError("the backing chain loops: this image is its own backing file", file=below)
         seen.add(os.path.realpath(below))
         allow(below, ("open", "read"))
         chain.append(describe(below))
@@ -234,7 +236,7 @@ def _check(arguments: argparse.Namespace, allow: Allow) -> int:
         if more > 0:
             print(f"... and {more} more")
         if report.leaks_fixed or report.corruptions_fixed:
-            print(f"put right: {report.leaks_fixed} leaks, {report.corruptions_fixed} corruptions")
+            print(f"repaired: {report.leaks_fixed} leaks, {report.corruptions_fixed} corruptions")
         print(f"{corruptions} corruptions, {leaks} leaks; {report.allocated} of {report.total} clusters allocated")
     return 2 if corruptions else 3 if leaks else 0
 

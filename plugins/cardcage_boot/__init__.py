@@ -19,7 +19,7 @@ def cardcage_register(registry: Registry) -> None:
         ("multiboot", "Multiboot", "Multiboot 1 kernel, ELF or flat"),
         ("raw", "Raw", "flat binary at a given address, in 16-, 32- or 64-bit mode"),
         ("firmware", "Firmware", "ROM below 4 GiB, entered at the reset vector (SeaBIOS)"),
-        ("auto", "Auto", "decides by the kernel file's magic"),
+        ("auto", "Auto", "detects the protocol by the kernel file's magic number"),
     ):
         registry.boot(
             name, f"cardcage_boot.{name}:{stem}Loader", options=f"cardcage_boot.options:{stem}Options", help=text
@@ -29,19 +29,19 @@ def cardcage_register(registry: Registry) -> None:
         "linux-console",
         "cardcage_boot.channel:open_console",
         options="cardcage_boot.channel:ConsoleOptions",
-        help="passes a Linux console on, and reports its kernel panic to the machine",
+        help="forwards a Linux console, and reports kernel panics to the machine",
     )
     registry.backend(
         "char",
         "exec-output",
         "cardcage_boot.channel:open_exec",
         options="cardcage_boot.channel:ExecOptions",
-        help="the output and status of a command that init runs (cardcage boot --exec)",
+        help="output and status of the command that init runs (cardcage boot --exec)",
     )
     registry.command(
         "boot",
         "cardcage_boot.command:run",
         configure="cardcage_boot.command:configure",
-        help="boot a Linux kernel to a shell, or run one command in it",
+        help="boot a Linux kernel to a shell, or to run a single command",
     )
-    registry.check("kernel to boot", "cardcage_boot.check:check", help="what cardcage boot would start with")
+    registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")

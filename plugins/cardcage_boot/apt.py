@@ -107,7 +107,7 @@ class Apt:
         if free < ROOM:
             raise HostError(
                 f"{self.root}: {free >> 20} MiB are free, and fetching needs {ROOM >> 20} MiB: "
-                "make room, or set XDG_CACHE_HOME to a folder that has it"
+                "free some space, or set XDG_CACHE_HOME to a directory that has it"
             )
         self._fetch("package lists", "update")
 

@@ -10,7 +10,7 @@ from cardcage.errors import ConfigError
 from cardcage_boot.files import open_file, unpacked
 
 if TYPE_CHECKING:
-    from cardcage.device import BootImage
+    from cardcage.boot import BootImage
 
     from cardcage_boot.options import AutoOptions
 
@@ -49,6 +49,6 @@ class AutoLoader:
         if find_header(file) is not None:
             return open_multiboot(file, [*options.modules, *options.initrds()], options.append)
         raise file.error(
-            "no kernel that any boot protocol here knows: expected a Linux bzImage, an ELF file with a PVH note, or a "
+            "no boot protocol recognises this kernel: expected a Linux bzImage, an ELF file with a PVH note, or a "
             "Multiboot 1 header (a flat binary needs protocol raw)"
         )

@@ -28,7 +28,9 @@ def cache_root() -> Path:
         root = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "cardcage"
         root.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise HostError(f"the cache folder cannot be made: {error}; set XDG_CACHE_HOME to a writable one") from error
+        raise HostError(
+            f"the cache directory cannot be created: {error}; set XDG_CACHE_HOME to a writable directory"
+        ) from error
     return root
 
 

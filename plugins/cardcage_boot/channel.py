@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 from attrs.validators import in_
-from cardcage.outcome import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +35,7 @@ __all__ = [
 BATCH = 4096
 LINE_MAX = 1024
 BROKEN_PIPE = 141
-"""What a shell reports for a program that SIGPIPE ended."""
+"""The status a shell reports for a program that SIGPIPE ended."""
 
 
 @frozen
@@ -70,7 +69,7 @@ class ExecOptions:
 class FdSink:
     """Writes to a file descriptor in batches, in order, losing nothing while somebody reads.
 
-    A reader that is slow makes the guest wait; one that has gone ends the machine (``gone`` is then true).
+    A slow reader makes the guest wait; a reader that has gone ends the machine (``gone`` is then true).
     """
 
     def __init__(self, slot: Slot, fd: int) -> None:
@@ -81,7 +80,7 @@ class FdSink:
     def write(self, data: bytes) -> None:
         """Keep *data* and see that it is written soon."""
         if not self._kept:
-            self._slot.call_soon(self.flush)
+            self._slot.loop.call_soon(self.flush)
         self._kept += data
         if len(self._kept) >= BATCH:
             self.flush()
@@ -92,10 +91,10 @@ class FdSink:
             while self._kept and not self.gone:
                 if select.select([], [self._fd], [], 0.1)[1]:
                     del self._kept[: os.write(self._fd, self._kept[: select.PIPE_BUF])]
-                elif isinstance(self._slot.machine.outcome, Stopped):
+                elif self._slot.loop.ending:
                     break
         except BlockingIOError:
-            self._slot.call_soon(self.flush)
+            self._slot.loop.call_soon(self.flush)
             return
         except OSError:  # closed by its reader, or the disk is full: the guest cannot help it
             self.gone = True
@@ -135,7 +134,7 @@ class Marked:
     mark: bytes
     _kept: bytearray = field(factory=bytearray)
     after: bytearray | None = None
-    """What came after the mark, ``None`` until it came."""
+    """The text after the mark, ``None`` until it came."""
 
     def feed(self, data: bytes) -> bytes:
         """The next bytes; returns those that are surely before the mark."""
@@ -159,12 +158,12 @@ class LinuxConsole:
     """Back end ``linux-console``: passes the console on and reports a kernel panic to the machine."""
 
     def __init__(self, slot: Slot, options: ConsoleOptions) -> None:
-        self._watch = PanicWatch(slot.control.request_panic)
+        self._watch = PanicWatch(slot.power.panic)
         self._marked = bool(options.token)
         self._begin = Marked(f"\0cardcage-begin {options.token}\n".encode())
         self._end = Marked(f"\0cardcage-end {options.token}\n".encode())
         self._sink = FdSink(slot, options.fd)
-        self._inner: CharBackend | None = None if self._marked else slot.open("char", options.char)
+        self._inner: CharBackend | None = None if self._marked else slot.host.open("char", options.char)
 
     def start(self, received: Callable[[bytes], None], /) -> None:
         """Begin; see CharBackend."""
@@ -208,7 +207,7 @@ class ExecOutput:
             self._output.write(out)
         if self._output.gone:
             self._report(BROKEN_PIPE)
-            self._slot.machine.end(Stopped("nobody reads the command's output"))
+            self._slot.power.stop("nobody reads the command's output")
         after = self._mark.after
         if after is not None and after.endswith(b"\n"):
             digits = bytes(after).strip()

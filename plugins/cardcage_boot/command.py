@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
-from cardcage.cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
 from cardcage.errors import ConfigError, GuestError
 from cardcage.machine import Machine
 from cardcage.units import Size
+from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
 
 from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
@@ -42,20 +42,27 @@ SHARES = {"virtio-fs": "virtiofs", "vhost-user-fs": "virtiofs", "virtio-9p": "9p
 
 def configure(parser: ArgumentParser) -> None:
     """Add the arguments."""
-    group = parser.add_argument_group("what to boot")
+    group = parser.add_argument_group("boot")
     group.add_argument(
-        "--kernel", "-k", metavar="FILE", help="Linux bzImage, PVH or Multiboot kernel; by default the distribution's"
+        "--kernel",
+        "-k",
+        metavar="FILE",
+        help="Linux bzImage, PVH or Multiboot kernel; by default the distribution's kernel",
     )
     group.add_argument("--initrd", "-i", metavar="FILE", help='initramfs; by default busybox with drivers; "" for none')
-    group.add_argument("--append", "-a", metavar="TEXT", default="", help="added to the kernel's command line")
-    group.add_argument("--exec", "-e", metavar="COMMAND", help="run it in the guest, and exit with its status")
-    group.add_argument("--firmware", metavar="FILE", help="boot a ROM image such as SeaBIOS in place of a kernel")
-    group.add_argument("--refresh", action="store_true", help="fetch the distribution's newest kernel again")
+    group.add_argument("--append", "-a", metavar="TEXT", default="", help="text to append to the kernel's command line")
+    group.add_argument(
+        "--exec", "-e", metavar="COMMAND", help="command to run in the guest; cardcage exits with its status"
+    )
+    group.add_argument("--firmware", metavar="FILE", help="ROM image such as SeaBIOS, to boot instead of a kernel")
+    group.add_argument(
+        "--refresh", action="store_true", help="fetch the distribution's newest kernel even if another is cached"
+    )
     add_machine_arguments(parser)
 
 
 class Report:
-    """What a person sees before the guest starts: on standard error, with a progress bar on a terminal."""
+    """Progress before the guest starts: on standard error, with a progress bar on a terminal."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -102,7 +109,7 @@ class Report:
 
 @define
 class Plan:
-    """What this run boots: the ``[boot]`` table, a name for the machine, and lines about the kernel."""
+    """The plan of this run: the ``[boot]`` table, a name for the machine, and lines about the kernel."""
 
     boot: dict[str, Any]
     name: str
@@ -158,10 +165,10 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
     """Find or fetch what to boot. Raises ConfigError or HostError."""
     if arguments.firmware is not None:
         if arguments.kernel is not None or arguments.exec is not None:
-            raise ConfigError("boots disks: leave --kernel and --exec out", file="--firmware")
+            raise ConfigError("boots from disks: omit --kernel and --exec", file="--firmware")
         return Plan({"firmware": arguments.firmware}, "firmware", f"{arguments.firmware} (firmware)")
     if arguments.exec is not None and arguments.initrd is not None:
-        raise ConfigError("needs the init of cardcage's own initramfs: leave --initrd out", file="--exec")
+        raise ConfigError("needs the init of cardcage's own initramfs: omit --initrd", file="--exec")
     shelf = Shelf(cache_root(), report.progress, report.say)
     kernel = (
         _given_kernel(arguments.kernel) if arguments.kernel is not None else shelf.kernel(refresh=arguments.refresh)

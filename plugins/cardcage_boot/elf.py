@@ -42,7 +42,7 @@ class Elf:
     interpreter: bool = False
 
     def physical_entry(self) -> int:
-        """The entry point as a physical address: a kernel that is linked high names it by its virtual one."""
+        """The entry point as a physical address: a kernel that is linked high gives its virtual address."""
         for one in self.segments:
             if one.virtual <= self.entry < one.virtual + one.size:
                 return self.entry - one.virtual + one.address
@@ -50,7 +50,7 @@ class Elf:
 
 
 def is_elf(data: bytes) -> bool:
-    """Whether the magic number is there."""
+    """True if the magic number is there."""
     return data[:4] == b"\x7fELF"
 
 
@@ -62,7 +62,7 @@ def _bits(file: BootFile) -> int:
 
 
 def read_elf(file: BootFile) -> Elf:
-    """Parse an x86 ELF executable's program headers. Raises ConfigError for another machine's, or a damaged one."""
+    """Parse an x86 ELF executable's program headers. Raises ConfigError if damaged or for another machine."""
     bits = _bits(file)
     kind, machine = file.unpack("HH", 16, "the ELF header")
     if machine not in (EM_386, EM_X86_64) or kind not in (2, 3):
@@ -105,7 +105,7 @@ def _notes(data: bytes, align: int) -> Iterator[tuple[bytes, int, bytes]]:
 
 
 def section(file: BootFile, name: str) -> bytes | None:
-    """The contents of the first section called *name*, ``None`` without one."""
+    """The contents of the first section called *name*, ``None`` if there is none."""
     bits = _bits(file)
     (table,) = file.unpack("Q" if bits == 64 else "I", 40 if bits == 64 else 32, "the ELF header")
     size, count, names = file.unpack("HHH", 58 if bits == 64 else 46, "the ELF header")

@@ -40,7 +40,7 @@ class Kernel:
 
 
 def is_static_busybox(path: Path) -> bool:
-    """Whether *path* is an x86-64 program that needs no dynamic loader."""
+    """True if *path* is an x86-64 program that needs no dynamic loader."""
     try:
         file = BootFile(str(path), path.read_bytes(), "busybox")
         return file.u16(18, "the ELF machine") == EM_X86_64 and not read_elf(file).interpreter
@@ -50,7 +50,7 @@ def is_static_busybox(path: Path) -> bool:
 
 @define
 class Shelf:
-    """What can be booted with, kept in the cache.
+    """Kernels and busybox to boot with, kept in the cache.
 
     Args:
         root: the cache folder.
@@ -65,7 +65,7 @@ class Shelf:
     packages: tuple[str, ...] = ()
 
     def kernel(self, *, refresh: bool = False) -> Kernel:
-        """The distribution's kernel, fetched once. *refresh* looks for a newer one.
+        """The distribution's kernel, fetched once. *refresh* looks for a newer kernel.
 
         Raises HostError with what to give instead, where this host's distribution is not known or the archive fails.
         """
@@ -73,7 +73,7 @@ class Shelf:
         known = next((one for one in (name, *likes) if one in KERNELS), None)
         if known is None:
             raise HostError(
-                f"no kernel given, and fetching one is only known for Debian and Ubuntu (this host: {name}): "
+                f"no kernel given, and fetching a kernel is only supported on Debian and Ubuntu (this host: {name}): "
                 "give --kernel and --initrd"
             )
         home = self.root / f"{name}-{version}"
@@ -88,7 +88,7 @@ class Shelf:
         raise HostError(f"the kernel package had no /boot/vmlinuz-*: look into {home}")
 
     def _wait(self) -> None:
-        self.say("waiting for another cardcage that is fetching")
+        self.say("waiting for another cardcage process that is fetching")
 
     def kept_kernel(self) -> Kernel | None:
         """The kernel that an earlier run fetched for this distribution."""
@@ -129,7 +129,7 @@ class Shelf:
         return Path(on_path) if on_path is not None and is_static_busybox(Path(on_path)) else None
 
     def kept_busybox(self) -> Path | None:
-        """The host's own static busybox, or the one that an earlier run fetched."""
+        """The host's own static busybox, or the busybox that an earlier run fetched."""
         kept = self.root / "busybox"
         return self.host_busybox() or (kept if kept.exists() else None)
 

@@ -1,4 +1,4 @@
-"""Reading boot files: whatever is wrong with one ends as a ConfigError that names it and what was expected."""
+"""Reading boot files: any problem with a file is a ConfigError that names it and what was expected."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def open_file(path: str, kind: str) -> BootFile:
 
 
 def unpacked(file: BootFile) -> BootFile:
-    """What a gzip file holds (Debian's Xen and GNU Mach), any other as it is.
+    """Return the contents of a gzip file (Debian's Xen and GNU Mach), and any other file as it is.
 
-    Raises ConfigError for a damaged one, and for more than :data:`MAX_FILE` bytes.
+    Raises ConfigError for a damaged file, and for more than :data:`MAX_FILE` bytes.
     """
     if file.data[:3] != b"\x1f\x8b\x08":
         return file

@@ -12,7 +12,7 @@ from cardcage.x86 import reset_state
 from cardcage_boot.files import BootFile, open_file
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, BootImage
+    from cardcage.boot import BootContext, BootImage
     from cardcage.x86 import VCpuState
 
     from cardcage_boot.options import FirmwareOptions

@@ -21,7 +21,7 @@ from cardcage.x86 import (
 )
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, E820Entry
+    from cardcage.boot import BootContext, E820Entry
 
     from cardcage_boot.elf import Elf
     from cardcage_boot.files import BootFile
@@ -72,15 +72,15 @@ class Room:
         self._free = left
 
     def holds(self, address: int, size: int) -> bool:
-        """Whether the whole range is free."""
+        """True if the whole range is free."""
         return any(low <= address and address + size <= high for low, high in self._free)
 
     def take(self, address: int, size: int, what: str, file: str | None = None) -> None:
         """Take exactly this range. Raises ConfigError when it is not all free RAM."""
         if not self.holds(address, size):
             raise ConfigError(
-                f"{what} needs guest RAM at {address:#x}-{address + size - 1:#x}, which the machine's memory map "
-                "does not have free (more memory may help)",
+                f"{what} needs guest RAM at {address:#x}-{address + size - 1:#x}, which is not free in the "
+                "machine's memory map (more memory may help)",
                 file=file,
             )
         self.remove(address, size)
@@ -186,7 +186,7 @@ def long64(entry: int) -> VCpuState:
 def load_elf(context: BootContext, room: Room, elf: Elf, file: BootFile) -> int:
     """Write an ELF file's segments at their physical addresses; returns the first address past the last.
 
-    Raises ConfigError when one does not lie in free RAM below 4 GiB, or two overlap.
+    Raises ConfigError when a segment does not lie in free RAM below 4 GiB, or two overlap.
     """
     for one in elf.segments:
         if one.address + one.size > 1 << 32:

@@ -12,7 +12,7 @@ from cardcage_boot.files import BootFile, open_file
 from cardcage_boot.layout import PAGE, Room, long64, write_long_mode_tables
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, BootImage, E820Entry
+    from cardcage.boot import BootContext, BootImage, E820Entry
     from cardcage.x86 import VCpuState
 
     from cardcage_boot.options import LinuxOptions
@@ -30,13 +30,13 @@ LOADED_HIGH, KEEP_SEGMENTS = 1, 0x40
 
 
 def is_bzimage(data: bytes) -> bool:
-    """Whether the setup header's magic numbers are there."""
+    """True if the setup header's magic numbers are there."""
     return data[0x1FE:0x200] == b"\x55\xaa" and data[0x202:0x206] == b"HdrS"
 
 
 @frozen
 class Header:
-    """What matters of a bzImage's setup header; addresses and sizes in bytes.
+    """The relevant fields of a bzImage's setup header; addresses and sizes in bytes.
 
     Attributes:
         raw: the header from file offset 0x1F1 on, to be copied to the zero page.
@@ -61,7 +61,7 @@ class Header:
 
 
 def read_header(file: BootFile) -> Header:
-    """Parse and check the setup header. Raises ConfigError for what is no 64-bit bzImage, or a truncated one."""
+    """Parse and check the setup header. Raises ConfigError if it is not a 64-bit bzImage, or truncated."""
     if not is_bzimage(file.data):
         short = len(file.data) < 0x206
         raise file.error(

@@ -42,7 +42,7 @@ class Module:
 
 
 def module_index(root: Path) -> dict[str, Path]:
-    """Module files below *root* (``lib/modules/RELEASE``) by name; ``.ko`` and compressed ones."""
+    """Module files below *root* (``lib/modules/RELEASE``) by name; ``.ko``, plain or compressed."""
     found: dict[str, Path] = {}
     for folder, _, names in os.walk(root):
         for name in names:

@@ -12,7 +12,7 @@ from cardcage_boot.files import BootFile, open_file, unpacked
 from cardcage_boot.layout import PAGE, Room, flat32, load_elf
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, BootImage
+    from cardcage.boot import BootContext, BootImage
     from cardcage.x86 import VCpuState
 
     from cardcage_boot.options import MultibootOptions
@@ -37,7 +37,7 @@ class Header:
 
 
 def find_header(file: BootFile) -> Header | None:
-    """The header in the first 8 KiB, ``None`` without one. Raises ConfigError for one that cannot be honoured."""
+    """The header in the first 8 KiB, or ``None``. Raises ConfigError for a header that cannot be honoured."""
     data = file.data[:SEARCH]
     for offset in range(0, len(data) - 11, 4):
         magic, flags, checksum = struct.unpack_from("<III", data, offset)

@@ -85,7 +85,7 @@ class FirmwareOptions:
 
 @frozen
 class AutoOptions:
-    """Protocol ``auto``, the default: decides by the kernel file's magic; options as the protocol chosen has them.
+    """Protocol ``auto``, the default: detects the protocol by the kernel file's magic number, and takes its options.
 
     Attributes:
         kernel: bzImage, ELF with a PVH note, or Multiboot 1 kernel.

@@ -12,7 +12,7 @@ from cardcage_boot.files import BootFile, open_file
 from cardcage_boot.layout import Room, flat32, load_elf
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, BootImage
+    from cardcage.boot import BootContext, BootImage
     from cardcage.x86 import VCpuState
 
     from cardcage_boot.options import PvhOptions
@@ -27,7 +27,7 @@ LOW_SIZE = 0x8000
 
 
 def pvh_entry(elf: Elf) -> int | None:
-    """The 32-bit physical entry point from the note, ``None`` without one (or with a damaged one)."""
+    """The 32-bit physical entry point from the note, ``None`` if the note is missing or damaged."""
     for name, kind, data in elf.notes:
         if name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY and len(data) in (4, 8):
             entry = int.from_bytes(data, "little")

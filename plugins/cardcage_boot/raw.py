@@ -13,7 +13,7 @@ from cardcage_boot.files import BootFile, open_file
 from cardcage_boot.layout import GDT, TABLES_END, flat32, long64, write_long_mode_tables
 
 if TYPE_CHECKING:
-    from cardcage.device import BootContext, BootImage
+    from cardcage.boot import BootContext, BootImage
     from cardcage.x86 import VCpuState
 
     from cardcage_boot.options import RawOptions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cardcage.hookspecs import hookimpl
+from cardcage_memory_policies import PolicyOffer
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
@@ -13,16 +14,19 @@ if TYPE_CHECKING:
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer the policy ``ksm``, the command ``ksm``, and a line for ``doctor``."""
-    registry.policy(
-        "ksm",
-        "cardcage_ksm.policy:KsmPolicy",
-        options="cardcage_ksm.policy:KsmOptions",
-        help="ksmd merges equal pages of guests; it is started and tuned where that is permitted, and put back",
+    registry.add(
+        PolicyOffer(
+            "ksm",
+            "cardcage_ksm.policy:KsmPolicy",
+            options="cardcage_ksm.policy:KsmOptions",
+            help="merges equal pages of guests through ksmd, started and tuned where permitted, and restored",
+        )
     )
     registry.command(
         "ksm",
         "cardcage_ksm.tool:run",
         configure="cardcage_ksm.tool:configure",
-        help="what ksmd does, who has a lease on it, and put its settings back",
+        help="show the state of ksmd and its lease, or restore its settings",
     )
-    registry.check("KSM lease", "cardcage_ksm.tool:check", help="whether ksmd has settings of a machine that is gone")
+    registry.doctor("KSM", "cardcage_ksm.tool:check_kernel", help="the kernel merges pages")
+    registry.doctor("KSM lease", "cardcage_ksm.tool:check", help="settings of ksmd that a machine left behind")

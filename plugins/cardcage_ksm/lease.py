@@ -1,4 +1,4 @@
-"""The lease on ksmd, which is one for the whole host: who uses it, and the settings that were found.
+"""The lease on ksmd, which the whole host shares: who uses it, and the settings that were found.
 
 Three files in a directory of the account: ``users``, locked shared by each machine that merges (flock(2): such a lock
 ends with its holder, however that ends); ``guard``, locked while the record or ksmd's settings are changed; and the
@@ -33,7 +33,7 @@ SETTINGS = (
     *("run", "advisor_mode", "advisor_target_scan_time", "advisor_max_cpu", "pages_to_scan", "sleep_millisecs"),
     *("smart_scan", "use_zero_pages", "max_page_sharing"),
 )
-"""What may be changed, in the order of putting back: ksmd stops first, and its advisor lets go of pages_to_scan."""
+"""Settings that may be changed, in the order of restoring: ksmd stops first, its advisor releases pages_to_scan."""
 
 
 class HeldError(Exception):
@@ -74,7 +74,7 @@ class Lease:
             fcntl.flock(self._guard, fcntl.LOCK_UN)
 
     def _lock(self, how: int) -> bool:
-        """Whether the lock on ``users`` could be had at once."""
+        """True if the lock on ``users`` could be had at once."""
         try:
             fcntl.flock(self._users, how | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,7 +82,7 @@ class Lease:
         return True
 
     def record(self) -> dict[str, Any]:
-        """The record: ``found`` and ``set`` (settings), ``group``, ``who``; empty without one, or when it is broken."""
+        """The record: ``found`` and ``set`` (settings), ``group``, ``who``; empty if missing or broken."""
         try:
             table = json.loads(self._record.read_text())
             if {"found", "set", "group", "who"} <= set(table):
@@ -97,7 +97,7 @@ class Lease:
         new.rename(self._record)
 
     def left_over(self) -> bool:
-        """Whether there is a record that nobody uses, and no watcher has dealt with."""
+        """True if there is a record that nobody uses, and no watcher has dealt with."""
         with self._guarded():
             if not self.record() or not self._lock(fcntl.LOCK_EX):
                 return False
@@ -105,7 +105,7 @@ class Lease:
             return True
 
     def join(self, group: str | None, who: str, settings: dict[str, str]) -> list[str]:
-        """Become a user, and the first one sets *settings*; returns what the kernel refused.
+        """Become a user; the first user sets *settings*; returns what the kernel refused.
 
         Args:
             group: who merges with whom; all users at a time are of one group. who: this user, for others to read.
@@ -127,7 +127,7 @@ class Lease:
                     fcntl.flock(self._users, fcntl.LOCK_UN)
                     held, mine = record.get("group") or "no label", group or "a machine without a label"
                     raise HeldError(
-                        f"ksmd is one for the whole host, and {record.get('who')} ({held}) merges now: {mine} may not"
+                        f"the whole host shares ksmd, and {record.get('who')} ({held}) is using it: {mine} may not"
                     )
             time.sleep(0.005)  # a watcher has the lock and waits for the guard: let it
 
@@ -146,7 +146,7 @@ class Lease:
         return refused
 
     def leave(self) -> None:
-        """Be no user any more; the last one puts the settings back. Idempotent."""
+        """Cease to be a user; the last user restores the settings. Idempotent."""
         if self._users < 0:
             return
         with self._guarded():
@@ -165,7 +165,7 @@ class Lease:
         self._users = self._guard = -1
 
     def restore(self) -> bool:
-        """Put the settings of a record that nobody uses back; whether there was one."""
+        """Restore the settings of a record that nobody uses; True if there was such a record."""
         with self._guarded():
             record = self.record()
             if not record or not self._lock(fcntl.LOCK_EX):
@@ -175,7 +175,7 @@ class Lease:
             return True
 
     def _put_back(self, record: dict[str, Any]) -> None:
-        """What somebody else has changed since is theirs; what the advisor chose is not."""
+        """Restore the settings, except those that somebody else has changed since (the advisor is nobody else)."""
         now, mine = read_settings(self._ksm), dict(record.get("set", {}))
         if "advisor_mode" in mine:
             mine["pages_to_scan"] = now.get("pages_to_scan")
@@ -185,7 +185,7 @@ class Lease:
                 try:
                     (self._ksm / name).write_text(found)
                 except OSError as error:
-                    print(f"KSM: {name} could not be put back to {found}: {error.strerror}", file=sys.stderr)
+                    print(f"KSM: {name} could not be restored to {found}: {error.strerror}", file=sys.stderr)
         self._record.unlink(missing_ok=True)
 
     # the watcher

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import and_, ge, le, optional
 from cardcage.errors import HostError
-from cardcage.rundir import run_directory
 from cardcage.units import Duration
+from cardcage_fleet.rundir import run_directory
 
 from cardcage_ksm.lease import KSM, HeldError, Lease, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage.policy import MachineMemory
+    from cardcage_memory_policies.memory import MachineMemory
 
 __all__ = ["START", "KsmOptions", "KsmPolicy"]
 
@@ -47,7 +47,7 @@ class KsmOptions:
     max_page_sharing: int | None = field(default=None, validator=optional(ge(2)))
 
     def settings(self, there: dict[str, str]) -> dict[str, str]:
-        """What to set of the settings that are *there*, in this order; ksmd starts last."""
+        """Return the values for the settings that are *there*, in this order; ksmd starts last."""
         found = {"sleep_millisecs": str(round(self.sleep * 1000))}
         if "advisor_mode" in there:
             found |= {"advisor_mode": "scan-time", "advisor_target_scan_time": str(round(self.scan_time))}
@@ -100,9 +100,7 @@ class KsmPolicy:
             lease = Lease(self._folder(), self._ksm)
         except (HostError, OSError) as error:
             if group is not None:  # who merges with whom cannot be known: better not at all
-                raise HostError(
-                    f"a lease on ksmd cannot be had, and {group} is not to merge without one: {error}"
-                ) from error
+                raise HostError(f"no lease on ksmd, without which {group} may not merge: {error}") from error
             memory.log.info("KSM: no lease, so its settings stay as they are", reason=str(error))
             return
         try:
@@ -115,7 +113,7 @@ class KsmPolicy:
             memory.log.info("KSM: a setting was refused", setting=one)
 
     def detach(self, memory: MachineMemory) -> None:
-        """Pages are the machine's own again, unless they are about to be freed; the last one puts ksmd back."""
+        """Pages are the machine's own again, unless they are about to be freed; the last machine restores ksmd."""
         try:
             if not memory.ending:
                 memory.merge(False)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cardcage.errors import HostError
-from cardcage.rundir import run_directory
+from cardcage_fleet.rundir import run_directory
 
 from cardcage_ksm.lease import KSM, Lease, read_settings
 
@@ -20,7 +20,9 @@ __all__ = ["check", "configure", "run"]
 
 def configure(parser: ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("--restore", action="store_true", help="put back the settings that a machine left when it died")
+    parser.add_argument(
+        "--restore", action="store_true", help="restore the settings of ksmd after a machine was killed"
+    )
 
 
 def run(host: Host, arguments: Namespace) -> int:
@@ -31,7 +33,7 @@ def run(host: Host, arguments: Namespace) -> int:
     lease = Lease(run_directory("ksm"))
     try:
         if arguments.restore:
-            print("ksmd's settings are as they were" if lease.restore() else "there was nothing to put back")
+            print("the settings of ksmd are restored" if lease.restore() else "there was nothing to restore")
             return 0
         record = lease.record()
         print(f"ksmd      {'runs' if settings['run'] == '1' else 'does not run'}")
@@ -56,15 +58,28 @@ def _number(name: str) -> int:
         return 0
 
 
+def check_kernel() -> tuple[bool, str, str]:
+    """For ``doctor``: ksmd's state. The policy starts it where that is permitted."""
+    try:
+        run = (KSM / "run").read_text().strip()
+    except OSError:
+        return False, "this kernel has no KSM", "a kernel with CONFIG_KSM=y"
+    return (
+        run == "1",
+        f"run is {run}, {_number('pages_sharing')} pages shared",
+        "echo 1 | sudo tee /sys/kernel/mm/ksm/run",
+    )
+
+
 def check() -> tuple[bool, str, str]:
     """For ``doctor``: settings that nobody uses any more."""
     try:
         lease = Lease(run_directory("ksm"))
     except (HostError, OSError) as error:
-        return True, f"none can be had by this account ({error}): ksmd's settings are left alone", ""
+        return True, f"not available to this account ({error}): the settings of ksmd stay unchanged", ""
     try:
         if lease.left_over():
-            return False, "ksmd has settings of a machine that is gone", "cardcage ksm --restore"
+            return False, "ksmd still has the settings of a machine that is gone", "cardcage ksm --restore"
         return True, "in use" if lease.record() else "free", ""
     finally:
         lease.close()

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer the memory back ends, their flag and lines of ``cardcage doctor``."""
-    registry.memory("anonymous", "cardcage.ram:Anonymous", help="private memory; KSM can merge it (the default)")
+    registry.memory("anonymous", "cardcage.ram:Anonymous", help="private memory that KSM can merge (the default)")
     registry.memory("memfd", "cardcage.ram:Memfd", help="sealed memory that other processes can map (vhost-user)")
     registry.memory(
         "hugetlb",
         "cardcage_memory.hugetlb:Hugetlb",
         options="cardcage_memory.hugetlb:HugetlbOptions",
-        help="pages of 2 MiB or 1 GiB out of the host's pool",
+        help="huge pages of 2 MiB or 1 GiB from the host's pool",
     )
     registry.memory(
         "file",
@@ -30,7 +30,14 @@ def cardcage_register(registry: Registry) -> None:
     registry.flag(
         "--memory-backend",
         "cardcage_memory.parse:parse_memory_flag",
-        help="where RAM comes from: memfd, hugetlb,page=1G, file,path=ram.img,preallocate=on",
+        help="source of guest RAM: memfd or hugetlb,page=1G or file,path=ram.img,preallocate=on, ...",
     )
-    for name in ("preallocation", "memfd", "huge pages of 2 MiB", "huge pages of 1 GiB", "NUMA"):
-        registry.check(f"memory: {name}", f"cardcage_memory.checks:check_{'_'.join(name.split()).lower()}")
+    for name in (
+        "preallocation",
+        "memfd",
+        "transparent huge pages",
+        "huge pages of 2 MiB",
+        "huge pages of 1 GiB",
+        "NUMA",
+    ):
+        registry.doctor(f"memory: {name}", f"cardcage_memory.checks:check_{'_'.join(name.split()).lower()}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from pathlib import Path
 
-from cardcage.hostmemory import say_size
 from cardcage.ram import MADV_POPULATE_WRITE, numa_nodes, sealed_memfd
+from cardcage.units import say_size
 
 from cardcage_memory.hugetlb import pool, pool_command
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_memfd",
     "check_numa",
     "check_preallocation",
+    "check_transparent_huge_pages",
 ]
 
 Finding = tuple[bool, str, str]
@@ -32,13 +34,27 @@ def check_preallocation() -> Finding:
     return True, "by madvise (MADV_POPULATE_WRITE)", ""
 
 
+def check_transparent_huge_pages() -> Finding:
+    """The kernel's setting for advice about transparent huge pages."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip()
+    except OSError:
+        return (
+            False,
+            "this kernel has no transparent huge pages",
+            "a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
+        )
+    enable = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+    return "[never]" not in text, text, enable
+
+
 def check_memfd() -> Finding:
     """A sealed memfd, made and closed."""
     try:
         os.close(sealed_memfd(mmap.PAGESIZE, "check", 0))
     except OSError as error:
         return False, f"memfd: {error.strerror}", "a kernel with CONFIG_MEMFD_CREATE=y"
-    return True, "memory for other processes, sealed", ""
+    return True, "sealed memory for other processes", ""
 
 
 def check_huge_pages_of_2_mib() -> Finding:

@@ -2,7 +2,7 @@
 
 The file is locked (flock) for as long as the machine lives, so that no second machine uses it. A plain file cannot be
 sealed: when somebody cuts it short, or its file system runs full, the machine that uses it stops with an error that
-says so, and the process lives (``cardcage.sigbus``).
+says so, and the process lives (the guard of :mod:`cardcage.ram`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from attrs import frozen
 from cardcage.errors import ConfigError
-from cardcage.hostmemory import say_size
 from cardcage.ram import PAGE, Backing
+from cardcage.units import say_size
 
 __all__ = ["File", "FileOptions"]
 
@@ -47,7 +47,7 @@ class File:
 
     @property
     def takes_ram(self) -> bool:
-        """A file on a disk can be written out when the host runs short; one on tmpfs, or a private copy, cannot."""
+        """A file on a disk can be written out when the host runs short; a file on tmpfs, or a private copy, cannot."""
         where = self.options.path if self.options.path.exists() else self.options.path.absolute().parent
         return not self.options.shared or _file_system(where) == TMPFS
 

@@ -62,7 +62,7 @@ class Hugetlb:
             text = ", ".join(map(str, known)) or "none"
             raise ConfigError(f"the host has no pages of {page} (it has: {text})", key="page")
         if size % page:
-            raise ConfigError(f"expected a multiple of {page}, the page that [memory] names, got {Size(size)}")
+            raise ConfigError(f"expected a multiple of {page}, the page size in [memory], got {Size(size)}")
         try:
             return self._map(size, name)
         except OSError as error:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def cardcage_register(registry: Registry) -> None:
     """Offer the back ends of kind ``net``, ``--net``, and a line of ``cardcage doctor``."""
     offers = {
-        "null": ("null", "Null", "nowhere: frames are dropped"),
-        "tap": ("tap", "Tap", "a tap interface of the host, on a bridge if wanted"),
-        "user": ("user", "User", "the host's own connections, without root (passt), with forwarded ports"),
-        "switch": ("switch", "SwitchPort", "a switch between machines of this process, and of others by a socket"),
-        "stream": ("sockets", "Stream", "a TCP or unix stream socket, as QEMU's -netdev stream"),
-        "dgram": ("sockets", "Dgram", "UDP, multicast or unix datagrams, as QEMU's -netdev dgram"),
+        "null": ("null", "Null", "no network: frames are dropped"),
+        "tap": ("tap", "Tap", "a tap interface of the host, optionally on a bridge"),
+        "user": ("user", "User", "user-mode networking without root (passt), with port forwarding"),
+        "switch": ("switch", "SwitchPort", "a switch between machines of this process, and of others through a socket"),
+        "stream": ("sockets", "Stream", "a TCP or Unix stream socket, compatible with QEMU's -netdev stream"),
+        "dgram": ("sockets", "Dgram", "UDP, multicast or Unix datagrams, compatible with QEMU's -netdev dgram"),
     }
     for name, (module, options, help) in offers.items():
         registry.backend(
@@ -35,4 +35,5 @@ def cardcage_register(registry: Registry) -> None:
         "cardcage_net.parse:parse_net_flag",
         help="add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0 or switch,name=lan, ...",
     )
-    registry.check("user networking", "cardcage_net.user:check_passt", help="networks without root need passt")
+    registry.doctor("user networking", "cardcage_net.user:check_passt", help="passt, for networking without root")
+    registry.doctor("tap", "cardcage_net.check:tap", help="/dev/net/tun, for tap interfaces")

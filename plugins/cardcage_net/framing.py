@@ -41,7 +41,7 @@ def enlarge(connection: socket.socket) -> None:
 
 
 class Events(Protocol):
-    """What a stream needs of a slot, or of the switch's own thread."""
+    """The part of a slot, or of the switch's own thread, that a stream uses."""
 
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Frames on their way to the guest, which may have no buffer for one just now."""
+"""Frames on their way to the guest, which may have no buffer for them just now."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Inbox:
 
     @property
     def full(self) -> bool:
-        """Whether the guest has to give buffers first."""
+        """True if the guest has to give buffers first."""
         return bool(self._waiting)
 
     def put(self, frame: bytes | memoryview) -> bool:

@@ -19,7 +19,7 @@ __all__ = ["Link"]
 
 
 class Link:
-    """What back ends over one stream share. Used under the machine's lock.
+    """The common part of back ends over a stream. Used under the machine's lock.
 
     Args:
         events: who watches descriptors.
@@ -34,7 +34,7 @@ class Link:
 
     @property
     def up(self) -> bool:
-        """Whether there is a stream."""
+        """True if there is a stream."""
         return self._stream is not None
 
     def attach(self, connection: socket.socket) -> None:

@@ -46,7 +46,7 @@ _TYPES: dict[str, tuple[str, dict[str, Callable[[str], Any]]]] = {
     "stream": ("connect", {"connect": str, "listen": str, "reconnect": str}),
     "dgram": ("remote", {"remote": str, "local": str}),
 }
-"""By type: the key that a first word without one stands for, and what turns each key's text into a value."""
+"""By type: the key that a first word without a key stands for, and what turns each key's text into a value."""
 _DEVICE: dict[str, Callable[[str], Any]] = {"id": str, "mac": str, "queues": _int}
 
 

@@ -1,4 +1,4 @@
-"""What goes over a network, in a file that tshark and wireshark read (pcap with nanoseconds, Ethernet)."""
+"""Dumps of a network in a file that tshark and wireshark read (pcap with nanoseconds, Ethernet)."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ class Dumped:
 
 
 def dumped(slot: Slot, path: str | None, make: Callable[[], NetBackend]) -> NetBackend:
-    """What *make* gives, dumped to *path* unless that is None. Closes it when the file cannot be made."""
+    """Return the result of *make*, dumped to *path* unless that is None. Closes it when the file cannot be made."""
     if path is None:
         return make()
-    slot.ask("image", path, ("create", "write"))
+    slot.host.ask("image", path, ("create", "write"))
     backend = make()
     try:
         return Dumped(backend, path)

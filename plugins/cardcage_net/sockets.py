@@ -69,7 +69,7 @@ class Dgram:
 
 
 def address(text: str) -> tuple[socket.AddressFamily, Any]:
-    """What ``unix:PATH``, ``HOST:PORT`` or ``[V6]:PORT`` says. Raises ConfigError."""
+    """Parse ``unix:PATH``, ``HOST:PORT`` or ``[V6]:PORT``. Raises ConfigError."""
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         if not path or len(os.fsencode(path)) > 107:
@@ -98,13 +98,13 @@ class StreamNet:
 
     def __init__(self, slot: Slot, options: Stream) -> None:
         if (options.connect is None) == (options.listen is None):
-            raise ConfigError("net stream: expected one of connect and listen")
+            raise ConfigError("net stream: expected either connect or listen")
         self._slot, where = slot, options.connect or options.listen or ""
         self._family, self._where = address(where)
-        slot.ask("socket", where, ("listen" if options.connect is None else "connect",))
+        slot.host.ask("socket", where, ("listen" if options.connect is None else "connect",))
         self._wait = int(options.reconnect * 1e9)
         self._timer = slot.clock.timer(self._dial)
-        self._link = Link(slot, self._lost)
+        self._link = Link(slot.loop, self._lost)
         self._listener: socket.socket | None = None
         self._calling: Any = None
         self._closed = False
@@ -151,13 +151,13 @@ class StreamNet:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        self._slot.remove_reader(self._listener.fileno())  # one peer at a time
+        self._slot.loop.remove_reader(self._listener.fileno())  # one peer at a time
         self._attach(connection)
 
     def _lost(self, reason: str) -> None:
         self._slot.log.info("network peer is gone", reason=reason)
         if self._listener is not None:
-            self._slot.add_reader(self._listener.fileno(), self._accept)
+            self._slot.loop.add_reader(self._listener.fileno(), self._accept)
         elif self._wait:
             self._timer.arm(self._slot.clock.now() + self._wait)
 
@@ -175,7 +175,7 @@ class StreamNet:
             poll = select.epoll()  # readable once the socket is writable, which is when it is connected
             poll.register(connection.fileno(), select.EPOLLOUT)
             self._calling = connection, poll
-            self._slot.add_reader(poll.fileno(), self._answered)
+            self._slot.loop.add_reader(poll.fileno(), self._answered)
         elif code:
             connection.close()
             self._again(os.strerror(code))
@@ -185,7 +185,7 @@ class StreamNet:
     def _hang_up(self) -> Any:
         connection, poll = self._calling
         self._calling = None
-        self._slot.remove_reader(poll.fileno())
+        self._slot.loop.remove_reader(poll.fileno())
         poll.close()
         return connection
 
@@ -202,7 +202,7 @@ class StreamNet:
         """Begin."""
         self._link.start(received)
         if self._listener is not None and not self._link.up:
-            self._slot.add_reader(self._listener.fileno(), self._accept)
+            self._slot.loop.add_reader(self._listener.fileno(), self._accept)
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
         """One frame from the guest; dropped while nobody is there."""
@@ -224,7 +224,7 @@ class StreamNet:
             self._hang_up().close()
         self._link.close()
         if self._listener is not None:
-            self._slot.remove_reader(self._listener.fileno())
+            self._slot.loop.remove_reader(self._listener.fileno())
             self._listener.close()
             if self._family == socket.AF_UNIX:
                 _remove(self._where)
@@ -245,9 +245,9 @@ class DgramNet:
     def __init__(self, slot: Slot, options: Dgram) -> None:
         self._slot = slot
         self._family, self._remote = address(options.remote)
-        slot.ask("socket", options.remote, ("connect",))
+        slot.host.ask("socket", options.remote, ("connect",))
         if options.local is not None:
-            slot.ask("socket", options.local, ("listen",))
+            slot.host.ask("socket", options.local, ("listen",))
         self._socket = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sender = self._socket
@@ -295,10 +295,10 @@ class DgramNet:
         self._port = self._sender.getsockname()[1]
 
     def _pause(self) -> None:
-        self._slot.remove_reader(self._socket.fileno())
+        self._slot.loop.remove_reader(self._socket.fileno())
 
     def _watch(self) -> None:
-        self._slot.add_reader(self._socket.fileno(), self._readable)
+        self._slot.loop.add_reader(self._socket.fileno(), self._readable)
 
     def _readable(self) -> None:
         for _ in range(ROUND):
@@ -310,7 +310,7 @@ class DgramNet:
                 return
 
     def _is_ours(self, source: Any) -> bool:
-        """Whether a datagram from *source* belongs to this network."""
+        """True if a datagram from *source* belongs to this network."""
         if self._family == socket.AF_UNIX:
             return True
         if self._group:
@@ -332,7 +332,7 @@ class DgramNet:
             self._backlog.append(b"".join(parts))
             self._poll = select.epoll()  # a descriptor that is readable when the socket is writable
             self._poll.register(self._sender.fileno(), select.EPOLLOUT)
-            self._slot.add_reader(self._poll.fileno(), self._writable)
+            self._slot.loop.add_reader(self._poll.fileno(), self._writable)
 
     def _emit(self, parts: Sequence[Buffer]) -> bool:
         """Send, or drop; False when there will be room later."""
@@ -357,7 +357,7 @@ class DgramNet:
 
     def _end_poll(self) -> None:
         if self._poll is not None:
-            self._slot.remove_reader(self._poll.fileno())
+            self._slot.loop.remove_reader(self._poll.fileno())
             self._poll.close()
             self._poll = None
 
@@ -372,7 +372,7 @@ class DgramNet:
         if self._socket.fileno() < 0:
             return
         self._end_poll()
-        self._slot.remove_reader(self._socket.fileno())
+        self._slot.loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self._sender.close()
         if self._path is not None:

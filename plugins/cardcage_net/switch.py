@@ -42,9 +42,9 @@ class SwitchPort:
     """Options of ``net:switch``.
 
     Attributes:
-        name: of the switch. Machines of one :class:`~cardcage.host.Host` that name the same one are joined.
+        name: of the switch. Machines of one :class:`~cardcage.host.Host` that name the same switch are joined.
         listen: unix socket at which other processes can join it (as ``net:stream`` with ``connect``, or QEMU's
-            ``-netdev stream``); the first port that gives one decides.
+            ``-netdev stream``); the first port that gives a path decides.
         dump: pcap file of what passes this port.
     """
 
@@ -179,7 +179,7 @@ class Uplink:
         self._thread.start()
 
     def owns(self, port: Port) -> bool:
-        """Whether *port* is a connection of this socket."""
+        """True if *port* is a connection of this socket."""
         return any(one is port for one in list(self._peers.values()))
 
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
@@ -267,7 +267,7 @@ def clear_socket(path: str, kind: int) -> None:
 def listen_unix(path: str) -> socket.socket:
     """A unix stream socket that listens at *path*, for this user only. Raises HostError.
 
-    A socket that a dead process left behind is replaced, one that answers is not.
+    A socket that a dead process left behind is replaced, a socket that answers is not.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
@@ -292,7 +292,7 @@ class SwitchNet:
     def __init__(self, slot: Slot, switch: Switch) -> None:
         self._switch = switch
         self._inbox = Inbox(0, lambda: None, self._go_on)
-        self._port = Port(slot.call_soon, self._inbox.put)
+        self._port = Port(slot.loop.call_soon, self._inbox.put)
 
     def _go_on(self) -> None:
         self._port.go_on()
@@ -319,9 +319,9 @@ class SwitchNet:
 
 def open_switch(slot: Slot, options: SwitchPort) -> NetBackend:
     """Back end ``net:switch``."""
-    switch: Switch = slot.share(f"net:switch:{options.name}", Switch)
+    switch: Switch = slot.host.share(f"net:switch:{options.name}", Switch)
     if options.listen is not None:
-        slot.ask("socket", f"unix:{options.listen}", ("listen",))
+        slot.host.ask("socket", f"unix:{options.listen}", ("listen",))
     port = dumped(slot, options.dump, lambda: SwitchNet(slot, switch))
     if options.listen is not None:
         try:

@@ -73,7 +73,7 @@ class TapNet:
     def __init__(self, slot: Slot, options: Tap) -> None:
         if len(options.ifname.encode()) > 15 or "/" in options.ifname or "%" in options.ifname:
             raise ConfigError(f'interface name "{options.ifname}": expected at most 15 bytes without / and %')
-        slot.ask("tap", options.ifname or "tap%d", ("open",), bridge=options.bridge or "")
+        slot.host.ask("tap", options.ifname or "tap%d", ("open",), bridge=options.bridge or "")
         self._slot = slot
         self._vnet = HEADER if options.vnet_header else 0
         self._fds: list[int] = []
@@ -90,7 +90,7 @@ class TapNet:
         self.features = NetFeatures(self._vnet, options.queues, offloads)
         self._inboxes = [
             # default arguments bind this turn's values; mypy cannot infer such lambdas
-            Inbox(at, lambda fd=fd: slot.remove_reader(fd), lambda at=at: self._watch(at))  # type: ignore[misc]
+            Inbox(at, lambda fd=fd: slot.loop.remove_reader(fd), lambda at=at: self._watch(at))  # type: ignore[misc]
             for at, fd in enumerate(self._fds)
         ]
 
@@ -112,15 +112,17 @@ class TapNet:
     def _why(self, error: OSError) -> str:
         name = self.name or "tap0"
         if error.errno == errno.EPERM:
-            return f"tap {name}: not allowed; make it once as root: ip tuntap add dev {name} mode tap user $USER"
+            return (
+                f"tap {name}: permission denied; create it once as root: ip tuntap add dev {name} mode tap user $USER"
+            )
         if error.errno == errno.EBUSY:
             return f"tap {name}: in use by another process"
         if error.errno == errno.EINVAL:
-            return f"tap {name}: exists, and is no tap interface with as many queues: see ip -d link show {name}"
+            return f"tap {name}: exists, but is not a tap interface with that many queues: see ip -d link show {name}"
         return f"tap {name}: {error.strerror}"
 
     def _probe_offloads(self) -> frozenset[str]:
-        """What this kernel takes (newer ones have no UFO); leaves all off."""
+        """Return the offloads that this kernel takes (newer kernels have no UFO); leaves all off."""
         found = {"csum"} if self._try_offloads({"csum"}) else set()
         for name in OFFLOADS if found else ():
             with_base = found | {name} | ({"tso4"} if name == "ecn" else set())
@@ -177,7 +179,7 @@ class TapNet:
 
     def _watch(self, at: int) -> None:
         if self._fds:
-            self._slot.add_reader(self._fds[at], lambda: self._readable(at))
+            self._slot.loop.add_reader(self._fds[at], lambda: self._readable(at))
 
     def _readable(self, at: int) -> None:
         fd, put, room = self._fds[at], self._inboxes[at].put, self._room
@@ -189,7 +191,7 @@ class TapNet:
             return
         except OSError as error:  # EIO while the interface is down, EBADFD once it was deleted
             if error.errno != errno.EIO:
-                self._slot.remove_reader(fd)
+                self._slot.loop.remove_reader(fd)
                 self._slot.log.warning("tap is gone", interface=self.name, reason=error.strerror)
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
@@ -208,7 +210,7 @@ class TapNet:
             self._inboxes[queue].resume()
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
-        """What the guest takes; *vnet_header* is the size that :attr:`features` says."""
+        """Set the offloads that the guest takes; *vnet_header* is the size in :attr:`features`."""
         if self._vnet:
             wanted = set(offloads & self.features.offloads)
             if "csum" not in wanted:
@@ -222,7 +224,7 @@ class TapNet:
         """Idempotent. An interface that was made here is gone with it."""
         fds, self._fds = self._fds, []
         for fd in fds:
-            self._slot.remove_reader(fd)
+            self._slot.loop.remove_reader(fd)
             os.close(fd)
 
 

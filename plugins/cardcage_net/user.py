@@ -48,8 +48,8 @@ class User:
             address all of the host's are meant.
         address: the guest's, with the length of its prefix. gateway: what the guest sees the host at.
         dns: name server that DHCP tells, by default those of the host.
-        interface: of the host, whose routes are used; by default the one of the default route.
-        mtu: that DHCP tells; large ones are what makes it fast.
+        interface: of the host, whose routes are used; by default that of the default route.
+        mtu: announced by DHCP; a large MTU makes it fast.
         ipv6: offer IPv6 too where the host has it.
         engine: the program.
         dump: pcap file of what passes.
@@ -67,10 +67,10 @@ class User:
 
 
 def forward(text: str) -> tuple[str, str]:
-    """What passt is told for a *hostfwd*: its option (``-t`` or ``-u``) and the value. Raises ConfigError."""
+    """Return passt's option for a *hostfwd* (``-t`` or ``-u``) and its value. Raises ConfigError."""
     found = _FORWARD.fullmatch(text)
     if found is None or not (0 < int(found[3]) < 65536 and 0 < int(found[5]) < 65536):
-        raise ConfigError(f'hostfwd "{text}": expected such as tcp:127.0.0.1:2222-:22')
+        raise ConfigError(f'hostfwd "{text}": expected the form tcp:127.0.0.1:2222-:22')
     address = found[2].strip("[]")
     try:
         if address:
@@ -126,15 +126,15 @@ class UserNet:
 
     def __init__(self, slot: Slot, options: User) -> None:
         self._slot, self._options = slot, options
-        self._link = Link(slot, self._lost)
+        self._link = Link(slot.loop, self._lost)
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = -1
         self._retry = FIRST_RETRY
         self._timer = slot.clock.timer(self._restart)
         self._closed = False
-        slot.ask("program", options.engine, ("start",))
+        slot.host.ask("program", options.engine, ("start",))
         for one in options.hostfwd:
-            slot.ask("socket", one, ("listen",))
+            slot.host.ask("socket", one, ("listen",))
         connection = self._spawn()
         try:
             self._await(connection)
@@ -217,7 +217,7 @@ class UserNet:
             self._process, self._errors = None, -1
 
     def _lost(self, reason: str) -> None:
-        self._slot.log.warning("user networking ended, starting it again", reason=self._reason())
+        self._slot.log.warning("user networking ended, restarting it", reason=self._reason())
         self._end()
         self._timer.arm(self._slot.clock.now() + self._retry)
 
@@ -228,7 +228,7 @@ class UserNet:
         try:
             self._link.attach(self._spawn())
         except HostError as error:
-            self._slot.log.warning("user networking cannot be started again", reason=str(error))
+            self._slot.log.warning("user networking cannot be restarted", reason=str(error))
             self._timer.arm(self._slot.clock.now() + self._retry)
 
     def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
@@ -277,6 +277,6 @@ def check_passt() -> tuple[bool, str, str]:
     with open("/proc/sys/net/core/wmem_max") as file:
         most = int(file.read())
     if most < BACKLOG and os.geteuid() != 0:
-        why = f"passt at {found}, slow towards the guest: sockets hold {most >> 10} KiB, and passt drops what is beyond"
+        why = f"passt at {found}, slow towards the guest: sockets hold {most >> 10} KiB, and passt drops the rest"
         return False, why, f"sysctl -w net.core.wmem_max={BACKLOG}"
     return True, f"passt at {found}", ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cardcage.hookspecs import hookimpl
+from cardcage_fleet import AdmissionOffer
+from cardcage_memory_policies import PolicyOffer
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
@@ -14,23 +16,31 @@ if TYPE_CHECKING:
 def cardcage_register(registry: Registry) -> None:
     """Offer the admission policies and the policy of the edge."""
     where = "cardcage_overcommit.admission"
-    registry.admission(
-        "strict",
-        f"{where}:Strict",
-        options=f"{where}:StrictOptions",
-        help="all machines fit into what the host, and each cgroup around them, has",
+    registry.add(
+        AdmissionOffer(
+            "strict",
+            f"{where}:Strict",
+            options=f"{where}:StrictOptions",
+            help="all machines fit into the memory of the host and of each enclosing cgroup",
+        )
     )
-    registry.admission(
-        "ratio",
-        f"{where}:Ratio",
-        options=f"{where}:RatioOptions",
-        help="machines may be promised more than there is, by a ratio, while enough is free now",
+    registry.add(
+        AdmissionOffer(
+            "ratio",
+            f"{where}:Ratio",
+            options=f"{where}:RatioOptions",
+            help="like strict, times a ratio, while enough memory is free",
+        )
     )
-    registry.admission("none", f"{where}:Open", help="each machine may start; what is promised is only counted")
-    registry.policy(
-        "edge",
-        "cardcage_overcommit.edge:Edge",
-        options="cardcage_overcommit.edge:EdgeOptions",
-        shared=True,
-        help="when memory runs short: who gives first, who is ended first, and a soft limit for the process",
+    registry.add(
+        AdmissionOffer("none", f"{where}:Open", help="every machine may start; promised memory is only counted")
+    )
+    registry.add(
+        PolicyOffer(
+            "edge",
+            "cardcage_overcommit.edge:Edge",
+            options="cardcage_overcommit.edge:EdgeOptions",
+            shared=True,
+            help="when memory runs short: the order in which machines give and are ended; a soft limit",
+        )
     )

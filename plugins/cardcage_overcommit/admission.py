@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import ge
 from cardcage.errors import ConfigError
-from cardcage.hostmemory import say_size
-from cardcage.units import Size
+from cardcage.units import Size, say_size
 
 if TYPE_CHECKING:
-    from cardcage.admission import Request, Room
+    from cardcage_fleet.admission import Room, Starter
 
 __all__ = ["Open", "Ratio", "RatioOptions", "Strict", "StrictOptions"]
 
@@ -51,7 +50,7 @@ class Strict:
     def __init__(self, options: StrictOptions) -> None:
         self.options = options
 
-    def admit(self, request: Request, rooms: tuple[Room, ...], /) -> None:
+    def admit(self, request: Starter, rooms: tuple[Room, ...], /) -> None:
         for room in rooms:
             within(request, room, 1.0, self.options.reserve, self.options.overhead)
 
@@ -62,7 +61,7 @@ class Ratio:
     def __init__(self, options: RatioOptions) -> None:
         self.options = options
 
-    def admit(self, request: Request, rooms: tuple[Room, ...], /) -> None:
+    def admit(self, request: Starter, rooms: tuple[Room, ...], /) -> None:
         options = self.options
         for room in rooms:
             within(request, room, options.ratio, options.reserve, options.overhead)
@@ -77,11 +76,11 @@ class Ratio:
 class Open:
     """Each machine may start. Its size is counted for those that ask more."""
 
-    def admit(self, request: Request, rooms: tuple[Room, ...], /) -> None:
+    def admit(self, request: Starter, rooms: tuple[Room, ...], /) -> None:
         return
 
 
-def within(request: Request, room: Room, ratio: float, reserve: int, overhead: int) -> None:
+def within(request: Starter, room: Room, ratio: float, reserve: int, overhead: int) -> None:
     """Refuse what makes the promises in *room* more than *ratio* times what it has beyond *reserve*, with numbers."""
     promised = room.promised + room.machines * overhead
     most = int(max(0, room.limit.size - reserve) * ratio)

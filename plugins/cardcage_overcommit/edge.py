@@ -1,9 +1,9 @@
-"""What happens when memory runs short: a policy for all machines of a process that name it.
+"""The policy ``edge`` for when memory runs short, shared by all machines of a process that name it.
 
 In this order, before the kernel's OOM killer has reason to act:
 
 1. When the host or the nearest cgroup has less than ``low`` left, RAM is moved out (to swap, or to its file): from
-   the machine with the lowest ``machine.priority`` first, then from the one with most in memory.
+   the machine with the lowest ``machine.priority`` first, then from the machine with most in memory.
 2. The process has a soft limit of its own (``cgroup``): what its machines were promised and their VMMs. What it takes
    beyond that, it pays for itself.
 3. If the kernel must end somebody, ``oom_score_adj`` makes it the process with the lowest priority, and its machines
@@ -16,15 +16,15 @@ import time
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from cardcage.hostmemory import read_host_memory, say_size
-from cardcage.oom import score, set_score
-from cardcage.units import Duration, Size
+from cardcage.units import Duration, Size, say_size
+from cardcage_fleet.hostmemory import read_host_memory
+from cardcage_fleet.oom import score, set_score
 
 from cardcage_overcommit.group import enter
 
 if TYPE_CHECKING:
-    from cardcage.hostmemory import HostMemory
-    from cardcage.policy import MachineMemory
+    from cardcage_fleet.hostmemory import HostMemory
+    from cardcage_memory_policies.memory import MachineMemory
 
     from cardcage_overcommit.group import OwnGroup
 
@@ -52,7 +52,7 @@ class EdgeOptions:
 
 
 class Edge:
-    """The policy; one for all machines of a host that name it with equal options."""
+    """The policy, shared by all machines of a host that name it with equal options."""
 
     def __init__(self, options: EdgeOptions | None = None) -> None:
         self.options = options or EdgeOptions()
@@ -98,7 +98,7 @@ class Edge:
             try:
                 set_score(wanted)
             except PermissionError:
-                memory.log.warning("oom_score_adj stays as it was: to lower it takes CAP_SYS_RESOURCE", wanted=wanted)
+                memory.log.warning("oom_score_adj stays unchanged: lowering it needs CAP_SYS_RESOURCE", wanted=wanted)
         if self._group is not None:
             # More than the machines may come to have by what shall be left, or the limit itself would be the edge.
             self._group.limit(self.options.low + sum(one.size + self.options.overhead for one in self.machines))

@@ -1,4 +1,4 @@
-"""A memory cgroup of the process's own, below the one it is in: its soft limit presses before the host is short.
+"""A memory cgroup of the process's own, below its present cgroup: its soft limit presses before the host is short.
 
 Under v1 that is ``memory.soft_limit_in_bytes``, under v2 ``memory.high``, which needs the memory controller to be
 delegated to the group that the process is in, and no other process in that (Documentation/admin-guide/cgroup-v2.rst,
@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from cardcage.hostmemory import memory_group, own_group
+from cardcage_fleet.hostmemory import memory_group, own_group
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cardcage.hostmemory import MemoryGroup
+    from cardcage_fleet.hostmemory import MemoryGroup
 
 __all__ = ["OwnGroup", "enter"]
 
@@ -38,7 +38,7 @@ class OwnGroup:
 
 
 def enter(parent: MemoryGroup | None = None) -> OwnGroup:
-    """Make a group below *parent* (by default the present one) and move this process there.
+    """Make a group below *parent* (by default the present group) and move this process there.
 
     Raises OSError, with nothing left, when there is none, or it may not be done.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cardcage.hookspecs import hookimpl
+from cardcage_fleet import ControlOffer
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
@@ -17,18 +18,20 @@ def cardcage_register(registry: Registry) -> None:
         "selinux",
         "cardcage_selinux.card:Selinux",
         options="cardcage_selinux.card:SelinuxOptions",
-        help='mandatory access control by a policy in CIL; security = "default" is this one with its own policy',
+        help='mandatory access control by a policy in CIL; security = "default" is this card with the policy it ships',
     )
-    registry.check("SELinux of the host", "cardcage_selinux.hostlabels:check", help="real labels on processes")
+    registry.doctor(
+        "SELinux of the host", "cardcage_selinux.svirt.hostlabels:check", help="SELinux labels on host processes"
+    )
     for name, help in (
-        ("policy-reload", "read the security policy's files anew"),
-        ("policy-set", "give booleans values, or change the mode: {booleans: {NAME: true}, enforcing: false}"),
-        ("policy-show", "the mode and the booleans"),
+        ("policy-reload", "reload the security policy from its files"),
+        ("policy-set", "set booleans or the mode: {booleans: {NAME: true}, enforcing: false}"),
+        ("policy-show", "show the mode and the booleans"),
     ):
-        registry.control(name, f"cardcage_selinux.running:{name.replace('-', '_')}", help=help)
+        registry.add(ControlOffer(name, f"cardcage_selinux.tool.running:{name.replace('-', '_')}", help=help))
     registry.command(
         "policy",
-        "cardcage_selinux.tool:run",
-        configure="cardcage_selinux.tool:configure",
-        help="check, explain, diff or query a security policy, write rules from a log, change that of running machines",
+        "cardcage_selinux.tool.commands:run",
+        configure="cardcage_selinux.tool.commands:configure",
+        help="check, explain, diff or query a security policy, derive rules from a log, change the policy of a machine",
     )

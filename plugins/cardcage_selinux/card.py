@@ -8,20 +8,20 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from cardcage.errors import ConfigError
-from cardcage.security import CLASSES, HOST, OPERATOR
+from cardcage.security import CLASSES, HOST, OPERATOR, Act
 
-from cardcage_selinux.avc import Avc
 from cardcage_selinux.errors import ContextError
-from cardcage_selinux.hostlabels import enter, running
-from cardcage_selinux.kept import kept
-from cardcage_selinux.svirt import Svirt
+from cardcage_selinux.server.avc import Avc
+from cardcage_selinux.server.kept import kept
+from cardcage_selinux.svirt.hostlabels import enter, running
+from cardcage_selinux.svirt.labels import Svirt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from cardcage_selinux.policy import Policy
+    from cardcage_selinux.server.policy import Policy
 
 __all__ = ["DEFAULT", "Selinux", "SelinuxOptions"]
 
@@ -37,7 +37,7 @@ class SelinuxOptions:
     """Options of ``{ type = "selinux" }``.
 
     Attributes:
-        policy: CIL files that make one policy; ``default`` is the one that ships.
+        policy: CIL files that make one policy; ``default`` is the policy that ships.
         enforcing: refuse what is denied; else (permissive) log it and let it pass.
         booleans: values that differ from the policy's own.
         audit: where denials are written: ``stderr``, ``none``, or a file, which is appended to.
@@ -60,7 +60,7 @@ class SelinuxOptions:
 class Selinux:
     """A checker (:class:`cardcage.security.Checker`) that labels and can change.
 
-    Raises :exc:`~cardcage.errors.ConfigError` (the policy's errors with file, line and column are ones).
+    Raises :exc:`~cardcage.errors.ConfigError` (such as the policy's errors, with file, line and column).
     """
 
     def __init__(self, options: SelinuxOptions) -> None:
@@ -76,7 +76,6 @@ class Selinux:
                 raise ConfigError(f"the audit log cannot be written: {error.strerror}", file=options.audit) from error
         self.avc = Avc(policy, enforcing=options.enforcing, audit=self._write)
         self.avc.on_change(self._changed)
-        self._contexts: dict[str, str] = {}
         self.svirt = Svirt(self, options.labels, options.state)
 
     def _load(self) -> Policy:
@@ -95,52 +94,29 @@ class Selinux:
 
     # what the core asks
 
-    def check(
-        self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Mapping[str, object], /
-    ) -> None:
+    def check(self, act: Act, /) -> None:
         """See :class:`cardcage.security.Checker`."""
-        known = self._contexts
-        self.avc.check(
-            known.get(source) or self.context(source),
-            known.get(target) or self.context(target),
-            tclass,
-            permissions,
-            facts,
-        )
+        self.avc.check(act)
 
     def context(self, label: str) -> str:
         """The context of *label*: itself, or that of the policy's sid of this name. Raises ContextError."""
-        policy = self.avc.policy
-        found = policy.tables.sids.get(label) or policy.canonical(label)
-        if len(self._contexts) > 1024:
-            self._contexts.clear()
-        self._contexts[label] = found
-        return found
+        return self.avc.context(label)
 
     def sid(self, name: str) -> str | None:
         """The context of the policy's sid *name*, ``None`` when it has none."""
         found: str | None = self.avc.policy.tables.sids.get(name)
         return found
 
-    def label(
-        self,
-        source: str,
-        target: str,
-        tclass: str,
-        name: str,
-        permissions: tuple[str, ...],
-        facts: Mapping[str, object],
-        /,
-    ) -> str:
+    def label(self, act: Act, name: str, /) -> str:
         """See :class:`cardcage.security.Labeller`."""
-        source, target = self.context(source), self.context(target)
+        source, target, tclass = self.context(act.source), self.context(act.target), act.tclass
         if tclass == "machine":
             made = self.svirt.machine(self.create(source, target, tclass, name))
             if self.options.confine and running() is not None:
                 enter(made)
             return made
         if tclass in ("image", "socket"):
-            return self.svirt.file(source, target, tclass, name, permissions, facts)
+            return self.svirt.file(evolve(act, source=source, target=target), name)
         if tclass == "backend":  # "char:stdio": a rule for this one, else the rule for its kind
             kind, bare = name.partition(":")[0], self.create(source, target, tclass)
             exact = self.create(source, target, tclass, name)
@@ -151,14 +127,14 @@ class Selinux:
         """The policy's context of a new object."""
         return self.avc.policy.compute_create(source, target, tclass, name)
 
-    def may(self, source: str, target: str, tclass: str, permissions: tuple[str, ...]) -> bool:
-        """Whether policy (or its permissive mode) lets it pass; nothing is logged."""
+    def may(self, act: Act) -> bool:
+        """True if the policy (or its permissive mode) lets it pass; nothing is logged."""
         policy = self.avc.policy
         try:
-            vector = policy.compute_av(source, target, tclass)
+            vector = policy.compute_av(act.source, act.target, act.tclass)
         except ContextError:
             return False
-        mask = policy.mask(tclass, permissions)
+        mask = policy.mask(act.tclass, act.permissions)
         return vector.allowed & mask == mask or vector.permissive or not self.avc.enforcing
 
     def release(self, label: str, tclass: str, /) -> None:
@@ -177,7 +153,6 @@ class Selinux:
         return end
 
     def _changed(self) -> None:
-        self._contexts = {}
         with self._lock:
             subscribers = list(self._subscribers)
         for changed in subscribers:
@@ -208,4 +183,4 @@ class Selinux:
         self.avc.enforcing = on
 
     def _allow(self, permission: str) -> None:
-        self.check(OPERATOR, "policy", "policy", (permission,), {})
+        self.check(Act(OPERATOR, "policy", "policy", (permission,)))

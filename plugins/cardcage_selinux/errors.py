@@ -1,4 +1,4 @@
-"""What goes wrong with policies and contexts, in the project's error tree."""
+"""Errors in policies and contexts, in the project's error tree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cardcage.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cardcage_selinux.sexpr import Node
+    from cardcage_selinux.cil.sexpr import Node
 
 __all__ = ["ContextError", "PolicyError", "Unresolved"]
 
@@ -35,4 +35,4 @@ class Unresolved(PolicyError):
 
 
 class ContextError(UsageError):
-    """Text that is no valid security context under this policy."""
+    """Text that is not a valid security context under this policy."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import define, field
-from cardcage_tcg.vectors import GATHERS
+from cardcage_tcg.cpu.vectors import GATHERS
 from iced_x86 import (
     Decoder,
     Instruction,

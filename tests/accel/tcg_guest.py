@@ -124,7 +124,7 @@ class Guest:
         raw = cpu.raw
         raw[L.SEG : L.LAPIC] = {64: self._long, 32: self._compat, 16: self._small}[bits]
         struct.pack_into("<16Q", raw, L.GPR, *start.general)
-        cpu.rip = start.rip
+        cpu.registers.rip = start.rip
         struct.pack_into("<I", raw, L.HALTED, 0)
         if bits == 64:
             for segment, value in ((4, start.fs), (5, start.gs)):
@@ -135,8 +135,8 @@ class Guest:
         native.update_mode(cpu.pointer)
         ended = cpu.run(self._ops)
         assert ended.reason is Exit.HALTED, f"{ended}"
-        vector, inside = divmod(cpu.rip - HANDLERS, 16)
-        assert (inside, vector) in [(1, one) for one in range(32)], f"ended at {cpu.rip:#x}: {cpu.describe()}"
+        vector, inside = divmod(cpu.registers.rip - HANDLERS, 16)
+        assert (inside, vector) in [(1, one) for one in range(32)], f"ended at {cpu.registers.rip:#x}: {cpu.describe()}"
         has_error = vector in (8, 10, 11, 12, 13, 14, 17)
         frame = struct.unpack("<6Q", self.memory.read(STACK - 48, 48))
         _, rip, _, flags, rsp, _ = frame if has_error else (0, *frame[1:])
@@ -151,7 +151,7 @@ class Guest:
         if name == "SIGILL" and 0 <= offset < CODE_SIZE and self.memory.read(CODE_AT + offset, 2) == b"\x0f\x0b":
             name = ""
         return State(general, rip, flags, bytes(image), ended=name, memory=self.memory.read(DATA_AT, DATA_SIZE),
-                     address=cpu.field(L.CR2) if vector == 14 else None)  # fmt: skip
+                     address=cpu.registers.field(L.CR2) if vector == 14 else None)  # fmt: skip
 
     def close(self) -> None:
         """Give everything back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cardcage.testing import check_busy_eventfds
+from cardcage_conformance import check_busy_eventfds
 
 
 @pytest.mark.parametrize("accel", ["tcg", "kvm"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cardcage.testing.accelerator import check_program, programs
-from cardcage.testing.conformance import Program
+from cardcage_conformance.accelerator import check_program, programs
+from cardcage_conformance.conformance import Program
 from cardcage_kvm.accel import Kvm
 
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from cardcage.errors import ConfigError
-from cardcage.testing import assemble
-from cardcage.testing.accelerator import check_accelerator, check_program, programs
-from cardcage.testing.lab import assembled
+from cardcage_conformance import assemble
+from cardcage_conformance.accelerator import check_accelerator, check_program, programs
+from cardcage_conformance.lab import assembled
 from cardcage_kvm.accel import Kvm
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cardcage.testing import RemoteGuest
-from cardcage.testing.accelerator import find
+from cardcage_conformance import RemoteGuest
+from cardcage_conformance.accelerator import find
 
 
 def skip_unless_usable(accel: str) -> None:

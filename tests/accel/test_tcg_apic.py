@@ -9,12 +9,6 @@ import pytest
 from cardcage_tcg import layout as L
 from tcg_cpu import GP, RAX, RBX, RCX, RDX, RSI, RSP, Cpu, load
 
-
-@pytest.fixture
-def cpu() -> Cpu:
-    return Cpu(load())
-
-
 TPR, EOI, LDR, DFR, SVR, ESR, ICR, ICR2, LVTT, TICR, TCCR, DCR = (
     0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x280, 0x300, 0x310, 0x320, 0x380, 0x390, 0x3E0,
 )  # fmt: skip

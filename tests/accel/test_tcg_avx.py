@@ -7,8 +7,8 @@ import struct
 import pytest
 from attrs import evolve
 from cardcage.accelerator import Probe, VmSpec
-from cardcage.testing.accelerator import check_program, programs
-from cardcage.testing.conformance import Program
+from cardcage_conformance.accelerator import check_program, programs
+from cardcage_conformance.conformance import Program
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.vm import TcgVm
 from tcg_guest import Guest

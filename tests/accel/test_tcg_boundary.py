@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "boundary"
-CARDCAGE = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+CARDCAGE = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
 CRASHED, TIMED_OUT = 12, 124
 CONFIG = """
 [machine]

@@ -11,8 +11,8 @@ from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage.vcpu import Exit
 from cardcage.x86 import DescriptorTable, Events, Segment
 from cardcage_tcg.accel import Tcg
-from cardcage_tcg.allowed import MASKED_MOVES, MASKED_STORES, NOTHING, XSAVES
-from cardcage_tcg.vectors import GATHERS
+from cardcage_tcg.cpu.vectors import GATHERS
+from cardcage_tcg.translate.allowed import MASKED_MOVES, MASKED_STORES, NOTHING, XSAVES
 from iced_x86 import (
     Code,
     Decoder,

@@ -6,8 +6,8 @@ import random
 
 import pytest
 from cardcage_tcg import layout as L
-from cardcage_tcg.allowed import decoder_of
-from cardcage_tcg.templates import Templates
+from cardcage_tcg.translate.allowed import decoder_of
+from cardcage_tcg.translate.templates import Templates
 from tcg_fuzz import Case, Fuzzer
 from tcg_host import CODE, DATA_SIZE, Host, State
 

@@ -9,12 +9,12 @@ from cardcage.accelerator import VmSpec
 from cardcage.errors import UsageError
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
-from cardcage_tcg.msrlist import MSRS
+from cardcage_tcg.cpu.msrlist import MSRS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cardcage_tcg.vcpu import TcgVCpu
+    from cardcage_tcg.cpu.vcpu import TcgVCpu
 
 ALL = (1 << 64) - 1
 ODD = 0xAAAA_AAAA_AAAA_AAAA  # not canonical
@@ -54,9 +54,9 @@ def cpu() -> Iterator[TcgVCpu]:
 )  # fmt: skip
 def test_writes(cpu: TcgVCpu, index: int, value: int, reads: int | None) -> None:
     """An MSR holds the bits that it has, and refuses (None) reserved ones, invalid types, and what is read-only."""
-    before = cpu.read_msr(index)
-    assert cpu.write_msr(index, value) == (reads is not None)
-    assert cpu.read_msr(index) == (before if reads is None else reads)
+    before = cpu.msrs.read(index)
+    assert cpu.msrs.write(index, value) == (reads is not None)
+    assert cpu.msrs.read(index) == (before if reads is None else reads)
 
 
 def test_reset_values(cpu: TcgVCpu) -> None:
@@ -65,32 +65,32 @@ def test_reset_values(cpu: TcgVCpu) -> None:
         0xFE: 0x508, 0x2FF: 0, 0x200: 0, 0x201: 0, 0x250: 0, 0x277: 0x0007040600070406, 0x179: 0x10A, 0x17B: ALL,
         0x400: ALL, 0x401: 0, 0x402: 0, 0x424: ALL, 0xC0010000: 0, 0xC0010007: 0, 0x1D9: 0, 0xC0010015: 0, 0x8B: 0,
     }  # fmt: skip
-    assert {index: cpu.read_msr(index) for index in expected} == expected
+    assert {index: cpu.msrs.read(index) for index in expected} == expected
 
 
 def test_status_can_be_written_when_hwcr_says_so(cpu: TcgVCpu) -> None:
     """HWCR.McStatusWrEn lets any value into MCi_STATUS."""
-    assert not cpu.write_msr(0x405, 1 << 63)
-    assert cpu.write_msr(0xC0010015, 1 << 18)
-    assert (cpu.write_msr(0x405, 1 << 63), cpu.read_msr(0x405)) == (True, 1 << 63)
+    assert not cpu.msrs.write(0x405, 1 << 63)
+    assert cpu.msrs.write(0xC0010015, 1 << 18)
+    assert (cpu.msrs.write(0x405, 1 << 63), cpu.msrs.read(0x405)) == (True, 1 << 63)
 
 
 def test_init_keeps_them_and_reset_does_not(cpu: TcgVCpu) -> None:
     """INIT leaves MTRRs and PAT; the local APIC's registers are those of power-up after it, and a SIPI waits."""
     for index, value in ((0x2FF, 0xC06), (0x277, 6), (0x200, 6)):
-        assert cpu.write_msr(index, value)
+        assert cpu.msrs.write(index, value)
     native = cpu.vm.native
     native.apic_write(cpu.pointer, 0xF0, 0x1FF)
     native.apic_write(cpu.pointer, 0x320, 0x300EC)
     cpu._init()
-    assert [cpu.read_msr(index) for index in (0x2FF, 0x277, 0x200)] == [0xC06, 6, 6]
+    assert [cpu.msrs.read(index) for index in (0x2FF, 0x277, 0x200)] == [0xC06, 6, 6]
     page = cpu.get_state().lapic
     assert page is not None
     assert [int.from_bytes(page[at : at + 4], "little") for at in (0x20, 0xF0, 0x320)] == [1 << 24, 0xFF, 0x10000]
     state = cpu.get_state()
     state.msrs = {}
     cpu.set_state(state)
-    assert [cpu.read_msr(index) for index in (0x2FF, 0x200)] == [0, 0]
+    assert [cpu.msrs.read(index) for index in (0x2FF, 0x200)] == [0, 0]
 
 
 def test_state_holds_them(cpu: TcgVCpu) -> None:
@@ -98,7 +98,7 @@ def test_state_holds_them(cpu: TcgVCpu) -> None:
     state = cpu.get_state()
     state.msrs[0x2FF], state.msrs[0xC0010015] = 0xC00, 1 << 18
     cpu.set_state(state)
-    assert (cpu.read_msr(0x2FF), cpu.get_state().msrs[0xC0010015]) == (0xC00, 1 << 18)
+    assert (cpu.msrs.read(0x2FF), cpu.get_state().msrs[0xC0010015]) == (0xC00, 1 << 18)
     state.msrs[0x12345678] = 0
     with pytest.raises(UsageError, match="0x12345678"):
         cpu.set_state(state)
@@ -107,9 +107,9 @@ def test_state_holds_them(cpu: TcgVCpu) -> None:
 def test_all_can_be_read(cpu: TcgVCpu) -> None:
     """Whatever the table names can be read, and takes its own value unless it is read-only."""
     for index, msr in MSRS.items():
-        value = cpu.read_msr(index)
+        value = cpu.msrs.read(index)
         assert value == msr.reset
-        assert cpu.write_msr(index, value) != msr.readonly
+        assert cpu.msrs.write(index, value) != msr.readonly
 
 
 def test_apic_bit_follows_its_base(cpu: TcgVCpu) -> None:
@@ -130,16 +130,16 @@ def test_mtrrs_are_announced(cpu: TcgVCpu) -> None:
 
 def test_tsc_adjust(cpu: TcgVCpu) -> None:
     """TSC_ADJUST moves the TSC by what it changes, and a write of the TSC moves TSC_ADJUST."""
-    before = cpu.field(L.TSC_OFFSET)
-    assert cpu.read_msr(0x3B) == 0
-    assert cpu.write_msr(0x3B, 1 << 50)
-    assert (cpu.field(L.TSC_OFFSET) - before & ALL, cpu.read_msr(0x3B)) == (1 << 50, 1 << 50)
-    assert cpu.write_msr(0x3B, ALL)
-    assert cpu.field(L.TSC_OFFSET) == before - 1 & ALL
+    before = cpu.registers.field(L.TSC_OFFSET)
+    assert cpu.msrs.read(0x3B) == 0
+    assert cpu.msrs.write(0x3B, 1 << 50)
+    assert (cpu.registers.field(L.TSC_OFFSET) - before & ALL, cpu.msrs.read(0x3B)) == (1 << 50, 1 << 50)
+    assert cpu.msrs.write(0x3B, ALL)
+    assert cpu.registers.field(L.TSC_OFFSET) == before - 1 & ALL
     state = cpu.get_state()
     assert state.msrs[0x3B] == ALL
     cpu.set_state(state)
-    assert cpu.read_msr(0x3B) == ALL
+    assert cpu.msrs.read(0x3B) == ALL
 
 
 def test_what_is_not_announced_faults() -> None:
@@ -147,6 +147,6 @@ def test_what_is_not_announced_faults() -> None:
     vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu="x86-64-v2"))
     try:
         cpu = vm.create_vcpu(0)
-        assert (cpu.read_msr(0x3B), cpu.write_msr(0x3B, 0)) == (None, False)
+        assert (cpu.msrs.read(0x3B), cpu.msrs.write(0x3B, 0)) == (None, False)
     finally:
         vm.close()

@@ -33,13 +33,7 @@ from tcg_cpu import (
     TSS2SEL,
     TSSSEL,
     Cpu,
-    load,
 )
-
-
-@pytest.fixture
-def cpu() -> Cpu:
-    return Cpu(load())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import Segment
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
-from cardcage_tcg.store import STORE_SIZE
+from cardcage_tcg.translate.store import STORE_SIZE
 from cardcage_tcg.vm import TcgOptions, TcgVm
 
 
@@ -26,7 +26,7 @@ def run(code: bytes, templates: Path, *, room: int = 0, **options: int) -> tuple
     """Run 32-bit flat *code* at 0x1000 until HLT, with *room* bytes left in the store; the closed VM and EAX."""
     vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates=str(templates), **options)))
     if room:
-        pack_into("<I", vm._store.area.view, L.STORE_USED, STORE_SIZE - room)
+        pack_into("<I", vm.blocks.store.area.view, L.STORE_USED, STORE_SIZE - room)
     ram = RamBlock(1 << 20)
     vm.map_memory(MemorySlot(0, ram.size, ram.host_address))
     ram.view[0x1000 : 0x1000 + len(code)] = code
@@ -59,11 +59,11 @@ def test_store_is_kept_and_taken(tmp_path: Path) -> None:
     """A second VM begins with the templates that the first one made."""
     first, eax = run(many(), tmp_path)
     assert eax == 2
-    assert first._translator.made > 100
+    assert first.blocks.translator.made > 100
     (kept,) = tmp_path.iterdir()
     assert kept.stat().st_mode & 0o77 == 0
     second, eax = run(many(), tmp_path)
-    assert (eax, second._translator.made) == (2, 0)
+    assert (eax, second.blocks.translator.made) == (2, 0)
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "writable by others"])
@@ -80,14 +80,14 @@ def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> N
         kept.chmod(0o666)
     again, eax = run(many(), tmp_path)
     assert eax == 2
-    assert again._translator.made > 100
+    assert again.blocks.translator.made > 100
 
 
 def test_full_store_begins_anew(tmp_path: Path) -> None:
     """A guest that fills the template store goes on with an empty one."""
     vm, eax = run(many(), tmp_path / "none", room=2000)
     assert eax == 2
-    assert vm._translator.made > 100
+    assert vm.blocks.translator.made > 100
 
 
 def test_store_of_no_use_is_no_error(tmp_path: Path) -> None:

@@ -35,13 +35,7 @@ from tcg_cpu import (
     UD,
     VM,
     Cpu,
-    load,
 )
-
-
-@pytest.fixture
-def cpu() -> Cpu:
-    return Cpu(load())
 
 
 def test_real_interrupt_and_return(cpu: Cpu) -> None:

@@ -20,7 +20,7 @@ from tcg_guest import NoDevices
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cardcage_tcg.vcpu import TcgVCpu
+    from cardcage_tcg.cpu.vcpu import TcgVCpu
 
 PML4, PDPT, PD, GDT, CODE, OTHER, DATA = 0x1000, 0x2000, 0x3000, 0x6000, 0x8000, 0x20000, 0x100000
 DEVICE = 0x800000
@@ -161,7 +161,7 @@ def test_operand_among_code_stays_atomic(machine: Machine) -> None:
     cpu = machine.run(0, CODE, call + b"\x89\xc2\xf0\x83\x43\x01\x08" + b"\xff\xd3", rbx=DATA)
     registers = cpu.get_state().registers
     assert (registers.rdx, registers.rax) == (1, 9)
-    assert cpu.field(L.SINGLE_SIZE) == 0
+    assert cpu.registers.field(L.SINGLE_SIZE) == 0
 
 
 def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
@@ -175,8 +175,8 @@ def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
         machine.put(0x500000 + 8 * entry, DATA | 3)
     loop = b"\xff\xd3\x48\x81\xc3\0\x10\0\0\xff\xc9\x75\xf3"  # call rbx; add rbx, 4096; dec ecx; jnz
     machine.run(0, CODE, loop, rbx=4 << 30, rcx=20000)
-    slot = machine.vm._slots[0]
-    count = struct.unpack_from("<QQQ", machine.vm._pages[slot].view, (DATA >> 12) * L.SIZEOF_PAGE)[2]
+    slot = machine.vm.memory._slots[0]
+    count = struct.unpack_from("<QQQ", machine.vm.memory._pages[slot].view, (DATA >> 12) * L.SIZEOF_PAGE)[2]
     assert 0 < count <= 8192
 
 
@@ -256,13 +256,13 @@ def test_operand_of_an_instruction_that_was_replaced(machine: Machine, monkeypat
     """An instruction that another vCPU replaces while Python prepares its write has an operand of its own size."""
     last = (8 << 20) - 1
     machine.memory.write(last, b"\xc3")  # code, so that Python does the write
-    prepare = machine.vm.prepare_single
+    prepare = machine.vm.blocks.prepare_single
 
     def replaced(cpu: TcgVCpu) -> tuple[int, bool, bool] | None:
         machine.memory.write(CODE + 2, b"\x0f\x11\x03")  # movups [rbx], xmm0: 16 bytes
         return prepare(cpu)
 
-    monkeypatch.setattr(machine.vm, "prepare_single", replaced)
+    monkeypatch.setattr(machine.vm.blocks, "prepare_single", replaced)
     cpu = machine.run(0, CODE, b"\xff\xd3\x00\x03\x90", rbx=last, rax=0x90)  # call rbx; add [rbx], al; nop
     assert machine.memory.read(last, 1) == b"\0"
     assert sum(size for kind, address, size, _ in machine.accesses if kind == "write" and address >= DEVICE) == 15
@@ -399,6 +399,6 @@ def test_encodings_of_other_processors(machine: Machine, codes: str) -> None:
 
 def test_an_instruction_that_is_never_found_ends(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An instruction for which no template can be kept raises #UD after a bounded number of tries."""
-    monkeypatch.setattr(machine.vm, "_add_template", lambda *_: True)
+    monkeypatch.setattr(machine.vm.blocks, "_add_template", lambda *_: True)
     with pytest.raises(AssertionError, match="first vector 6"):
         machine.run(0, CODE, b"\x62\xf1\x7c\x48\x10\xc7\x90")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import pytest
 from attrs import field, frozen
 from attrs.validators import ge
+from cardcage._config.structure import structure, unstructure
 from cardcage.config import Draft
 from cardcage.errors import ConfigError
-from cardcage.structure import structure, unstructure
 from cardcage.units import Duration, Size
 from hypothesis import given, settings
 from hypothesis import strategies as st

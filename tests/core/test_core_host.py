@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from attrs import frozen
-from cardcage.discovery import announced
+from cardcage._host.discovery import announced
 from cardcage.errors import CardError, ConfigError, Denied, MissingExtra, UsageError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
-from cardcage.registry import Registry
-from cardcage.security import Mediator
+from cardcage.machine import Machine
+from cardcage.outcome import DebugExit
+from cardcage.registry import DeviceOffer, Registry
+from cardcage.security import Act, Mediator
 
 
 def card(register: Any, name: str = "mine", **more: Any) -> types.ModuleType:
@@ -36,7 +38,7 @@ def test_a_card_fills_the_registry() -> None:
         registry.device("thing", object, help="a thing")
 
     host = Host([card(cardcage_register)], installed=False)
-    assert host.registry.get("device", "thing").card == "mine"
+    assert host.registry.get(DeviceOffer, "thing").card == "mine"
     assert [one.name for one in host.cards] == ["mine"]
 
 
@@ -91,7 +93,7 @@ def test_a_misspelt_hook_is_an_error_of_its_card() -> None:
     host = Host([module, card(lambda registry: registry.device("x", object), "next")], installed=False)
     assert [one.name for one in host.broken] == ["typo"]
     assert "cardcage_regster" in host.broken[0].reason
-    assert host.registry.names("device") == ["x"]
+    assert host.registry.names(DeviceOffer) == ["x"]
 
 
 def test_installed_cards_are_found_by_entry_point() -> None:
@@ -155,9 +157,9 @@ def test_an_unknown_name_says_what_is_near() -> None:
     """An unknown card is refused with near matches, or with what there is."""
     host = Host([card(lambda registry: registry.device("virtio-blk", object))], installed=False)
     with pytest.raises(ConfigError, match=re.escape('no card offers device "virtio-blok". Did you mean "virtio-blk"?')):
-        host.registry.get("device", "virtio-blok")
+        host.registry.get(DeviceOffer, "virtio-blok")
     with pytest.raises(ConfigError, match=re.escape('"zzz". Known: virtio-blk')):
-        host.registry.get("device", "zzz")
+        host.registry.get(DeviceOffer, "zzz")
 
 
 def test_a_missing_extra_says_how_to_get_it() -> None:
@@ -170,10 +172,10 @@ def test_a_missing_extra_says_how_to_get_it() -> None:
 
     host = Host([card(cardcage_register)], installed=False)
     with pytest.raises(MissingExtra, match=r"pip install 'cardcage\[net\]'"):
-        host.registry.get("device", "heavy").load()
+        host.registry.get(DeviceOffer, "heavy").load()
     for name in ("wrong", "nothing"):
         with pytest.raises(CardError, match="card mine, given to Host"):
-            host.registry.get("device", name).load()
+            host.registry.get(DeviceOffer, name).load()
 
 
 @frozen
@@ -190,7 +192,7 @@ def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
         registry.device("bare", object)
 
     host = Host([card(cardcage_register)], installed=False)
-    typed, plain, bare = (host.registry.get("device", name) for name in ("typed", "plain", "bare"))
+    typed, plain, bare = (host.registry.get(DeviceOffer, name) for name in ("typed", "plain", "bare"))
     assert host.options(typed, {"speed": 3}) == host.options(typed, "3") == Options(3)
     assert host.options(bare, {}) is None
     for offer, value, error in (
@@ -207,8 +209,8 @@ def test_loading_a_card_is_mediated() -> None:
     """A checker may refuse a card, which is then left out and named."""
 
     class Checker:
-        def check(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any, /) -> None:
-            if (tclass, permissions, facts["card"]) == ("card", ("load",), "evil"):
+        def check(self, act: Act, /) -> None:
+            if (act.tclass, act.permissions, act.facts["card"]) == ("card", ("load",), "evil"):
                 raise Denied("evil is not allowed")
 
     loaded = []
@@ -238,3 +240,38 @@ def test_signal_handlers_have_one_owner() -> None:
     assert signal.getsignal(signal.SIGUSR2) == before
     with pytest.raises(UsageError, match="was not claimed"):
         signals.release(signal.SIGUSR2)
+
+
+def test_one_machines_fault_does_not_keep_the_others_open() -> None:
+    """Closing a host closes each of its machines, and raises the first error once all are closed."""
+
+    class Stuck:
+        def __init__(self, host: Host, error: Exception | None) -> None:
+            self.host, self.error, self.closed = host, error, False
+            host.machines.append(self)
+
+        def dismantle(self) -> None:
+            self.closed = True
+            if self.error is not None:
+                raise self.error
+
+    host = Host(installed=False)
+    made = [Stuck(host, error) for error in (None, RuntimeError("first"), None, RuntimeError("second"))]
+    with pytest.raises(RuntimeError, match="first"):
+        host.close()
+    assert all(one.closed for one in made)
+
+
+def test_a_machine_needs_no_roster_policies_or_snapshots(tmp_path: Path) -> None:
+    """A real guest runs on a host whose only cards are an accelerator, a boot protocol and a device."""
+    import cardcage_boot
+    import cardcage_pc
+    import cardcage_tcg
+
+    (tmp_path / "guest").write_bytes(bytes.fromhex("b003e6f4f4"))  # mov al, 3; out 0xf4, al; hlt
+    host = Host([cardcage_tcg, cardcage_boot, cardcage_pc], installed=False)
+    keys = {"platform": "none", "memory": "1M"}
+    boot = {"protocol": "raw", "image": str(tmp_path / "guest"), "address": 0x1000}
+    devices = [{"type": "isa-debug-exit", "iobase": 0xF4}]
+    with Machine(host=host, machine=keys, boot=boot, devices=devices) as vm:
+        assert vm.start().wait(60) == DebugExit(3)

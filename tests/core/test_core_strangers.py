@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from attrs import field, frozen
+from cardcage._machine.bus import Bus, Claim
+from cardcage._machine.eventloop import EventLoop, MachineClock
 from cardcage.backends import BlockInfo, NetFeatures
-from cardcage.bus import Bus, Claim
-from cardcage.cli.running import describe, threads_watched
 from cardcage.errors import CardcageError, CardError, ConfigError, Denied
-from cardcage.eventloop import EventLoop, MachineClock
 from cardcage.hookspecs import hookimpl
 from cardcage.host import CardInfo, Host
 from cardcage.machine import Machine
 from cardcage.pairs import parse_pairs
+from cardcage_cli.running import describe, threads_watched
 from scripted import Scripted
 
 if TYPE_CHECKING:
@@ -101,13 +101,13 @@ class User:
     def plug(self, slot: Slot, /) -> None:
         self.slot = slot
         if self.options.console:
-            slot.open("char", "console").start(lambda data: None)
+            slot.host.open("char", "console").start(lambda data: None)
         self.opened = [
-            slot.open(kind, spec)
+            slot.host.open(kind, spec)
             for kind, spec in (("block", self.options.drive), ("net", self.options.net))
             if spec is not None
         ]
-        self.opened += [slot.open("block", spec) for spec in self.options.ports]
+        self.opened += [slot.host.open("block", spec) for spec in self.options.ports]
         if self.options.mistake == "plug":
             raise RuntimeError("bad plug")
 
@@ -170,7 +170,7 @@ WHO = 'block back end "disk" of device "user" (card Cards, given to Host)'
         ({"drive": {"type": "disk", "mistake": "info"}}, CardError, f"{WHO}: info: expected a cardcage.backends.Bl"),
         ({"drive": {"type": "disk", "mistake": "keyword"}}, CardError, f"{WHO}: write_zeroes(first: 'int', second: "),
         ({"drive": {"type": "disk", "mistake": "try"}}, CardError, f"{WHO}: try_readv() -> 'None' does not take 2"),
-        ({"drive": "disk:raises"}, CardError, "block disk (card Cards, given to Host): its shorthand: LookupError: "),
+        ({"drive": "disk:raises"}, CardError, 'block "disk" (card Cards, given to Host): its shorthand: LookupError: '),
         ({"drive": "disk:nothing"}, CardError, "its shorthand gave None, expected a table"),
         ({"drive": "disk:list"}, CardError, "its shorthand gave [], expected a table"),
         ({"drive": {"type": "disk", "size": "x"}}, ConfigError, 'drive.size: expected a whole number, got "x"'),
@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_used_comes_after_the_key_that_names_it(tmp_path: 
     with pytest.raises(ConfigError) as caught:
         Machine.from_toml(tmp_path / "vm.toml")
     assert str(caught.value) == (
-        f"{tmp_path}/vm.toml: device[0]: gone.raw: cannot be opened: No such file or directory"
+        f"{tmp_path}/vm.toml: device[0].drive: gone.raw: cannot be opened: No such file or directory"
     )
 
 
@@ -287,7 +287,7 @@ def test_a_cards_own_thread_ends_the_machine() -> None:
         thread = threading.Thread(target=broken)
         thread.start()
         thread.join()
-        vm._ended.wait()
+        vm._life.await_end()
         with pytest.raises(RuntimeError, match="bad thread"):
             vm.wait()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from installed import cardcage, install
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "debugcon-card"
@@ -49,40 +48,21 @@ MISTAKES = {
 }
 
 
-def install(site: Path, source: str) -> None:
-    """Build a wheel of a card with this source, and unpack it as pip does."""
-    from hatchling.builders.wheel import WheelBuilder
-
+def install_mistake(site: Path, source: str) -> None:
+    """A card with this source, as pip would install it."""
     project = site.parent / "project"
     (project / "mistake").mkdir(parents=True)
     (project / "pyproject.toml").write_text(PYPROJECT)
     (project / "mistake" / "__init__.py").write_text("from cardcage.hookspecs import hookimpl\n\n\n" + source)
-    (made,) = WheelBuilder(str(project)).build(directory=str(site.parent / "dist"), versions=["standard"])
-    with zipfile.ZipFile(made) as archive:
-        archive.extractall(site)
-
-
-def cardcage(*words: str, site: Path | None = None, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(site)} if site is not None else dict(os.environ)
-    code = "import sys; from cardcage.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
+    install(project, site)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_card_with_a_mistake_is_named_and_left_out(mistake: str, tmp_path: Path) -> None:
     """A broken card is listed with its distribution and the reason, and every other card still works."""
     source, reason = MISTAKES[mistake]
-    install(tmp_path / "site", source)
-    listed = cardcage("cards", site=tmp_path / "site")
+    install_mistake(tmp_path / "site", source)
+    listed = cardcage("cards", sites=(tmp_path / "site",))
     assert listed.returncode == 0
     (line,) = (one for one in listed.stdout.splitlines() if one.startswith("mistake "))
     assert "mistake 1.5" in line
@@ -96,9 +76,9 @@ def test_a_card_with_a_mistake_is_named_and_left_out(mistake: str, tmp_path: Pat
 
 def test_a_missing_name_mentions_the_broken_card(tmp_path: Path) -> None:
     """When nobody offers a device and a card is broken, the error says so: it may have been that card's."""
-    install(tmp_path / "site", MISTAKES["raises at register"][0])
+    install_mistake(tmp_path / "site", MISTAKES["raises at register"][0])
     (tmp_path / "vm.toml").write_text('[machine]\nplatform = "none"\n[[device]]\ntype = "half"\n')
-    done = cardcage("run", "vm.toml", site=tmp_path / "site", folder=tmp_path)
+    done = cardcage("run", "vm.toml", sites=(tmp_path / "site",), folder=tmp_path)
     assert done.returncode == 2
     assert 'no card offers device "half"' in done.stderr
     assert 'card "mistake" (mistake 1.5) is broken and was left out: OSError: boom' in done.stderr
@@ -144,15 +124,15 @@ iobase = 0xf4
 def test_the_example_keeps_the_contract() -> None:
     """The example's device passes the public device contract."""
     from cardcage.device import Pio
-    from cardcage.testing import check_device
+    from cardcage_testing import check_device
     from debugcon_card.device import DebugConsole, Options
 
     check_device(lambda: DebugConsole(Options()), Pio(1, base=0xE9))
 
 
 def test_a_strangers_tests_get_the_fixtures(tmp_path: Path) -> None:
-    """``pytest_plugins = "cardcage.testing.pytest"`` brings a slot, and machines that are closed."""
-    (tmp_path / "conftest.py").write_text('pytest_plugins = "cardcage.testing.pytest"\n')
+    """``pytest_plugins = "cardcage_testing.pytest"`` brings a slot, and machines that are closed."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = "cardcage_testing.pytest"\n')
     (tmp_path / "test_stranger.py").write_text(
         """
 def test_slot(slot):

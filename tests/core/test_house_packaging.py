@@ -16,6 +16,7 @@ import pytest
 from cardcage_tcg.native import build
 
 ROOT = Path(__file__).parents[2]
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance"}
 SHELVES = ("core", "accel", "devices", "plugins")
 
 
@@ -30,12 +31,12 @@ def project() -> dict[str, Any]:
 
 
 def test_the_listing_is_exact() -> None:
-    """Every package on a shelf is built into the wheel, typed, and (core aside) announced as a card."""
+    """Every package on a shelf is built into the wheel, typed, and announced where it is a card."""
     names = [str(one.relative_to(ROOT)) for one in packages()]
     assert sorted(project()["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == names
     assert all((one / "py.typed").exists() for one in packages())
     announced = sorted(project()["project"]["entry-points"]["cardcage"].values())
-    assert announced == sorted(one.name for one in packages() if one.name != "cardcage")
+    assert announced == sorted({one.name for one in packages()} - NO_CARDS)
 
 
 def test_mypy_and_tox_know_every_package() -> None:
@@ -248,7 +249,7 @@ def test_every_error_is_in_the_drawn_tree() -> None:
             bases[name] = above[max(above)] if above else "Exception"
             above[depth] = name
     classes = [getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)]
-    assert bases == {one.__name__: one.__base__.__name__ for one in classes}
+    assert bases == {one.__name__: one.__bases__[0].__name__ for one in classes}
 
 
 def test_ci_runs_the_readmes_commands() -> None:

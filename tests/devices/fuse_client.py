@@ -9,9 +9,9 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cardcage_virtio import fuse
-from cardcage_virtio.fs import Fs, FsOptions
-from cardcage_virtio.fuse import Op
+from cardcage_virtio.share import fuse
+from cardcage_virtio.share.fs import Fs, FsOptions
+from cardcage_virtio.share.fuse import Op
 from cardcage_virtio.testing import Bench
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.device import Mmio, Pio, Resource
-from cardcage_pc import acpi, aml
-from cardcage_pc.fw_cfg import FwCfg, FwCfgOptions
+from cardcage_pc.acpi import aml
+from cardcage_pc.acpi import tables as acpi
+from cardcage_pc.chips.fw_cfg import FwCfg, FwCfgOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import Kit, KitMapping
@@ -34,10 +35,10 @@ class Bridge:
 def machine(*, irqchip: str = "split", pci: bool = True, resources: tuple[Resource, ...] = ()) -> Any:
     """A machine with a UART, an HPET, a wide region, and what else is asked for."""
     kit = Kit()
-    kit.irqchip = irqchip
+    kit.interrupts.irqchip = irqchip
 
     def plug(type: str, device: Any, mappings: list[Any], announced: tuple[Resource, ...]) -> None:
-        slot = SimpleNamespace(mappings=mappings, resources=list(announced))
+        slot = SimpleNamespace(ranges=SimpleNamespace(mappings=mappings, resources=list(announced)))
         kit.devices[type] = SimpleNamespace(device=device, slot=slot, type=type)
 
     if pci:
@@ -61,10 +62,15 @@ def tables(blob: bytes) -> dict[str, bytes]:
     return found
 
 
+def rendered(kit: Kit, cpus: int) -> tuple[acpi.Blob, int, int]:
+    """The tables of a machine."""
+    return acpi.render(kit.board, cpus, kit.interrupts.irqchip)
+
+
 def test_each_table_sums_to_zero_and_points_right() -> None:
     """RSDP, XSDT and RSDT lead to every table, each of which sums to zero."""
     base = 0xE0040
-    blob, rsdt, xsdt = acpi.render(machine(), 2)
+    blob, rsdt, xsdt = rendered(machine(), 2)
     data = blob.relocated(base)
     found = tables(data)
     assert list(found) == ["DSDT", "FACP", "APIC", "HPET", "MCFG", "RSDT", "XSDT"]
@@ -81,7 +87,7 @@ def test_each_table_sums_to_zero_and_points_right() -> None:
 
 def test_madt_names_processors_and_overrides() -> None:
     """One local APIC a processor, one IOAPIC, interrupt 0 at input 2, level-triggered SCI and PCI lines."""
-    blob, _, _ = acpi.render(machine(), 3)
+    blob, _, _ = rendered(machine(), 3)
     data, at, entries = tables(blob.relocated(0))["APIC"], 44, []
     while at < len(data):
         entries.append(data[at : at + data[at + 1]])
@@ -97,7 +103,7 @@ def test_madt_names_processors_and_overrides() -> None:
 
 def test_what_a_machine_lacks_is_not_described() -> None:
     """Without local APICs there is no MADT, without a PCI host no MCFG and no PCI root; the reset port follows."""
-    blob, _, _ = acpi.render(machine(irqchip="none", pci=False), 1)
+    blob, _, _ = rendered(machine(irqchip="none", pci=False), 1)
     found = tables(blob.relocated(0))
     assert list(found) == ["DSDT", "FACP", "HPET", "RSDT", "XSDT"]
     assert b"PCI0" not in found["DSDT"]
@@ -108,7 +114,7 @@ def test_what_a_machine_lacks_is_not_described() -> None:
 @pytest.mark.parametrize("pci", [True, False])
 def test_iasl_takes_the_tables_apart_and_compiles_the_dsdt_again(tmp_path: Path, pci: bool) -> None:
     """Every table disassembles without a complaint, and the DSDT's source compiles without error or warning."""
-    blob, _, _ = acpi.render(machine(pci=pci), 2)
+    blob, _, _ = rendered(machine(pci=pci), 2)
     for signature, data in tables(blob.relocated(0xE0040)).items():
         (tmp_path / f"{signature}.aml").write_bytes(data)
         run = subprocess.run(["iasl", "-d", f"{signature}.aml"], cwd=tmp_path, capture_output=True, text=True)
@@ -154,7 +160,7 @@ def test_linker_script_gives_what_relocation_gives() -> None:
         else:
             offset, start, length = struct.unpack_from("<III", entry, 60)
             loaded[name][offset] = -sum(loaded[name][start : start + length]) & 0xFF
-    blob, rsdt, xsdt = acpi.render(kit, 2)
+    blob, rsdt, xsdt = rendered(kit, 2)
     base = where["etc/acpi/tables"]
     assert bytes(loaded["etc/acpi/tables"]) == blob.relocated(base)
     assert bytes(loaded["etc/acpi/rsdp"]) == acpi.rsdp(base + rsdt, base + xsdt)
@@ -181,7 +187,7 @@ def test_any_announcement_gives_a_sound_dsdt(
     tmp_path_factory: pytest.TempPathFactory, resources: list[Resource]
 ) -> None:
     """Whatever devices announce, names stay unique and iasl finds no fault in the encoding."""
-    blob, _, _ = acpi.render(machine(resources=tuple(resources)), 1)
+    blob, _, _ = rendered(machine(resources=tuple(resources)), 1)
     folder = tmp_path_factory.mktemp("aml")
     (folder / "DSDT.aml").write_bytes(tables(blob.relocated(0))["DSDT"])
     run = subprocess.run(["iasl", "-d", "DSDT.aml"], cwd=folder, capture_output=True, text=True)
@@ -196,5 +202,26 @@ def test_encodings_of_the_specification() -> None:
     assert aml.path("\\_SB.PCI0.ISA") == b"\\\x2f\x03_SB_PCI0ISA_"
     assert aml.buffer(bytes(100))[:4] == b"\x11\x48\x06\x0a"
     assert aml.scope("\\", aml.name("X", aml.integer(1))) == b"\x10\x09\\\x00\x08X___\x01"
-    with pytest.raises(ValueError, match="no ACPI name"):
+    with pytest.raises(ValueError, match="is not an ACPI name"):
         aml.path("bad-name")
+
+
+def test_tables_are_rendered_when_what_they_say_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A boot renders tables anew only after a device was announced, a range moved or the processors changed."""
+    kit = machine(pci=False)
+    kit.plugged(acpi.Acpi(), "acpi")
+    calls: list[int] = []
+    render = acpi.render
+    monkeypatch.setattr(acpi, "render", lambda *given: (calls.append(given[1]), render(*given))[1])
+
+    def boot(cpus: int = 2) -> int:
+        context: Any = SimpleNamespace(cpus=cpus, memory=kit.memory, rsdp=None, reserve=lambda *one: None)
+        kit.devices["acpi"].device.contribute(context)
+        return len(calls)
+
+    assert [boot(), boot(), boot()] == [1, 1, 1]
+    kit.devices["isa-serial"].slot.ranges.mappings[0].move(0x2F8)
+    assert [boot(), boot()] == [2, 2]
+    kit.devices["big"].slot.ranges.resources.append(Resource("TEST0002", "more"))
+    assert [boot(), boot()] == [3, 3]
+    assert [boot(cpus=3), boot(cpus=3)] == [4, 4]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from cardcage.device import Pio, Resource
-from cardcage_pc import mptable
-from cardcage_pc.bios import BiosData, data_area, interrupt_vectors
-from cardcage_pc.pic import Pic, PicOptions
-from cardcage_pc.pit import Pit
+from cardcage_pc.chips.pic import Pic, PicOptions
+from cardcage_pc.chips.pit import Pit
+from cardcage_pc.firmware import mptable
+from cardcage_pc.firmware.bios import BiosData, data_area, interrupt_vectors
 from pc_kit import SECOND, Kit, KitMapping
 
 
@@ -27,10 +27,10 @@ class Bridge:
 def machine(*ports: int, irqchip: str = "split", pci: bool = True) -> Any:
     """A machine with serial ports at *ports*, a mouse and a PCI host."""
     kit = Kit()
-    kit.irqchip = irqchip
+    kit.interrupts.irqchip = irqchip
 
     def plug(name: str, device: Any, mappings: list[Any], *announced: Resource) -> None:
-        slot = SimpleNamespace(mappings=mappings, resources=list(announced))
+        slot = SimpleNamespace(ranges=SimpleNamespace(mappings=mappings, resources=list(announced)))
         kit.devices[name] = SimpleNamespace(device=device, slot=slot, type=name)
 
     if pci:
@@ -59,7 +59,7 @@ class Context:
 def booted(kit: Any, context: Context) -> bytearray:
     card = BiosData()
     card.plug(kit)
-    card.contribute(context)  # type: ignore[arg-type]
+    card.contribute(context)  # type: ignore[arg-type]  # a stand-in
     return context.bytes
 
 
@@ -145,7 +145,7 @@ def test_no_local_apics_no_mp_tables() -> None:
     """A machine with irqchip none has an extended area without tables."""
     memory = booted(machine(0x3F8, irqchip="none"), Context())
     assert b"_MP_" not in memory
-    assert (memory[0x9FC00], mptable.size(machine(irqchip="none"), 4)) == (1, 0)
+    assert (memory[0x9FC00], mptable.size(machine(irqchip="none").board, 4, "none")) == (1, 0)
 
 
 def test_every_real_mode_vector_has_a_handler() -> None:
@@ -165,8 +165,8 @@ def test_with_firmware_nothing_is_written(kit: Kit) -> None:
     context = Context(firmware=True)
     memory = booted(machine(0x3F8), context)
     pic, pit = kit.plugged(Pic(PicOptions())), kit.plugged(Pit())
-    pic.contribute(context)  # type: ignore[arg-type]
-    pit.contribute(context)  # type: ignore[arg-type]
+    pic.contribute(context)  # type: ignore[arg-type]  # a stand-in
+    pit.contribute(context)  # type: ignore[arg-type]  # a stand-in
     assert not any(memory)
     assert (len(context.reserved), context.msrs) == (1, {})
     assert (pic.master.base, pic.master.imr, pit.state.channels[0].loaded) == (0, 0, False)
@@ -181,8 +181,8 @@ def test_the_timer_ticks_at_vector_8(kit: Kit) -> None:
     """Without a word to either chip, the timer interrupts 18.2 times a second at vector 8, also after a reset."""
     pic, pit = kit.plugged(Pic(PicOptions())), kit.plugged(Pit())
     for _ in range(2):
-        pic.contribute(Context())  # type: ignore[arg-type]
-        pit.contribute(Context())  # type: ignore[arg-type]
+        pic.contribute(Context())  # type: ignore[arg-type]  # a stand-in
+        pit.contribute(Context())  # type: ignore[arg-type]  # a stand-in
         assert (kit.extint, pic.read_master(1, 1), pic.read_slave(1, 1)) == (False, 0xF8, 0xEE)
         before = kit.edges[0]
         kit.clock.advance(SECOND)
@@ -195,8 +195,8 @@ def test_the_timer_ticks_at_vector_8(kit: Kit) -> None:
 def test_lines_that_a_bios_does_not_serve_are_masked(kit: Kit) -> None:
     """Of the others, the clock's interrupt comes at vector 0x70 and a serial port's does not come."""
     pic = kit.plugged(Pic(PicOptions()))
-    pic.contribute(Context())  # type: ignore[arg-type]
-    kit.irq(4).set(True)
+    pic.contribute(Context())  # type: ignore[arg-type]  # a stand-in
+    kit.interrupts.line(4).set(True)
     assert pic.acknowledge() is None
-    kit.irq(8).set(True)
+    kit.interrupts.line(8).set(True)
     assert pic.acknowledge() == 0x70

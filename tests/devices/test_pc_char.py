@@ -10,58 +10,44 @@ import stat
 import subprocess
 import sys
 import termios
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError
-from cardcage.testing import TestSlot
-from cardcage.testing.slot import TestClock
-from cardcage_pc.char_fd import FileOptions, Null, Sink, open_file, open_null
-from cardcage_pc.char_pty import Pty, PtyOptions
-from cardcage_pc.char_socket import Socket, SocketOptions
-from cardcage_pc.char_stdio import Stdio, StdioOptions
+from cardcage_pc.char.fd import FileOptions, Null, Sink, open_file, open_null
+from cardcage_pc.char.pty import Pty, PtyOptions
+from cardcage_pc.char.socket import Socket, SocketOptions
+from cardcage_pc.char.stdio import Stdio, StdioOptions
+from cardcage_testing import TestSlot
 from pc_kit import SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 
-class Loop:
-    """The slot's loop side: readers are called when the test asks for it."""
+class Loop(TestSlot):
+    """A slot whose readers are called when the test asks for it."""
 
-    def __init__(self) -> None:
-        self.clock, self.log = TestClock(), TestSlot().log
-        self.readers: dict[int, Callable[[], None]] = {}
-        self.soon: list[Callable[[], None]] = []
-        self.stopped: list[str] = []
-        self.machine = SimpleNamespace(stop=self.stopped.append)
-        self.ask = TestSlot().ask
-
-    def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
-        self.readers[fd] = callback
-
-    def remove_reader(self, fd: int, /) -> None:
-        self.readers.pop(fd, None)
-
-    def call_soon(self, callback: Callable[[], None], /) -> None:
-        self.soon.append(callback)
+    @property
+    def stopped(self) -> list[str]:
+        """Reasons of requests to stop."""
+        return [one[1] for one in self.power.requests if one[0] == "stop"]
 
     def run(self) -> None:
         """Serve what is ready until nothing is."""
         while True:
-            while self.soon:
-                self.soon.pop(0)()
+            while self.loop.soon:
+                self.loop.soon.popleft()()
             poll = select.poll()
-            for fd in self.readers:
+            for fd in self.loop.readers:
                 poll.register(fd, select.POLLIN)
             ready = poll.poll(0)
             if not ready:
                 return
             for fd, _ in ready:
-                if fd in self.readers:
-                    self.readers[fd]()
+                if fd in self.loop.readers:
+                    self.loop.readers[fd]()
 
 
 @pytest.fixture
@@ -92,7 +78,7 @@ def test_stdio_makes_the_terminal_raw_and_puts_it_back(loop: Any, terminal: tupl
     assert (b"".join(got), os.read(person, 100)) == (b"\x03\rx", b"out")
     stdio.close()
     assert termios.tcgetattr(process) == before
-    assert loop.readers == {}
+    assert loop.loop.readers == {}
 
 
 def test_the_escape_key_stops_the_machine(loop: Any, terminal: tuple[int, int]) -> None:
@@ -118,7 +104,7 @@ def test_stdio_reads_a_pipe_to_its_end(loop: Any) -> None:
     os.write(write, b"x\x1dy")
     os.close(write)
     loop.run()
-    assert (b"".join(got), loop.readers, loop.stopped) == (b"x\x1dy", {}, [])
+    assert (b"".join(got), loop.loop.readers, loop.stopped) == (b"x\x1dy", {}, [])
     stdio.close()
     os.close(read)
 
@@ -189,7 +175,7 @@ def test_pty_is_a_raw_terminal_that_people_come_and_go_on(loop: Any, tmp_path: P
         assert os.read(person, 100) == b"out\n"
         os.close(person)
         loop.run()
-        assert loop.readers == {}
+        assert loop.loop.readers == {}
     assert b"".join(got) == b"in0\rin1\r"
     back.close()
     assert not link.is_symlink()
@@ -213,7 +199,7 @@ def test_socket_serves_one_peer_after_another(loop: Any, tmp_path: Path) -> None
         loop.run()
     assert b"".join(got) == b"in0in1"
     back.close()
-    assert (loop.readers, os.path.exists(path)) == ({}, False)
+    assert (loop.loop.readers, os.path.exists(path)) == ({}, False)
 
 
 def test_socket_as_client(loop: Any, tmp_path: Path) -> None:
@@ -278,7 +264,7 @@ def test_the_terminal_comes_back_however_the_process_ends(terminal: tuple[int, i
 import sys, termios
 sys.path[:0] = {sys.path!r}
 from types import SimpleNamespace
-from cardcage_pc.char_stdio import Stdio, StdioOptions
+from cardcage_pc.char.stdio import Stdio, StdioOptions
 stdio = Stdio(SimpleNamespace(log=None), StdioOptions())
 assert not termios.tcgetattr(0)[3] & termios.ICANON
 {end}
@@ -297,7 +283,7 @@ def test_a_background_job_is_not_stopped_by_its_terminal(terminal: tuple[int, in
 import fcntl, os, sys, termios
 sys.path[:0] = {sys.path!r}
 from types import SimpleNamespace
-from cardcage_pc.char_stdio import Stdio, StdioOptions
+from cardcage_pc.char.stdio import Stdio, StdioOptions
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 child = os.fork()
 if not child:

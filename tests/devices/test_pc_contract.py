@@ -1,4 +1,4 @@
-"""Every device of the platform is held to the contract of ``cardcage.testing.check_device``."""
+"""Every device of the platform is held to the contract of ``cardcage_testing.check_device``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.registry import Registry
-from cardcage.testing import check_device
 from cardcage_pc import cardcage_register
+from cardcage_testing import check_device
 from cattrs.preconf.json import make_converter
 from pc_kit import Kit
 

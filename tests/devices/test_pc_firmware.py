@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cardcage.errors import ConfigError, Denied
 from cardcage.memory import RamBlock, RamRange
-from cardcage.testing import TestSlot
-from cardcage_pc.debug import (
+from cardcage_pc.chips.debug import (
     DebugCon,
     DebugConOptions,
     IsaDebugExit,
@@ -18,8 +17,9 @@ from cardcage_pc.debug import (
     Port80,
     PvPanic,
 )
-from cardcage_pc.fw_cfg import FwCfg, FwCfgOptions
-from cardcage_pc.i440fx import HostBridge
+from cardcage_pc.chips.fw_cfg import FwCfg, FwCfgOptions
+from cardcage_pc.chips.i440fx import HostBridge
+from cardcage_testing import TestSlot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import Kit
@@ -94,7 +94,7 @@ def test_files_from_the_host(tmp_path: Path) -> None:
     card = FwCfg(FwCfgOptions(paths={"opt/blob": str(tmp_path / "blob")}))
     card.plug(slot := TestSlot())
     assert card.files["opt/blob"] == b"\0\1"
-    assert slot.asked == [("image", str(tmp_path / "blob"), ("open", "read"))]
+    assert slot.host.asked == [("image", str(tmp_path / "blob"), ("open", "read"))]
     with pytest.raises(ConfigError, match="gone"):
         FwCfg(FwCfgOptions(paths={"opt/blob": str(tmp_path / "gone")})).plug(slot)
 
@@ -192,7 +192,7 @@ def test_a_denied_change_of_pam_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         raise Denied("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pam.bridge._machine, "change_memory", refuse)
+        patch.setattr(pam.bridge._board, "change_memory", refuse)
         with pytest.raises(Denied):
             pam.set(0x59, 0x10)
         pam.bridge.reset()
@@ -232,10 +232,13 @@ def test_debug_exit_ends_with_its_value() -> None:
     kit = Kit(0xF4)
     device = kit.plugged(IsaDebugExit(IsaDebugExitOptions()))
     device.write(0, 4, 0x110)
-    assert (kit.requests, kit.mappings[0].address) == ([("debug-exit", 0x10)], 0xF4)
+    assert (kit.requests, kit.ranges.mappings[0].address) == ([("exit", 0x10)], 0xF4)
     moved = Kit(0xF4)
     moved.plugged(IsaDebugExit(IsaDebugExitOptions(iobase=0x501, iosize=2)))
-    assert [(one.address, getattr(one.region, "size", None)) for one in moved.mappings] == [(None, None), (0x501, 2)]
+    assert [(one.address, getattr(one.region, "size", None)) for one in moved.ranges.mappings] == [
+        (None, None),
+        (0x501, 2),
+    ]
 
 
 def test_debugcon_and_port_80(kit: Kit) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cardcage_pc.i8042 import I8042
+from cardcage_pc.chips.i8042 import I8042
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import Kit

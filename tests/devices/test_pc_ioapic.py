@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cardcage_pc.ioapic import IoApic
+from cardcage_pc.chips.ioapic import IoApic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import Kit
@@ -82,9 +82,9 @@ def test_level_triggered_service(kit: Kit, apic: IoApic) -> None:
     kit.lines[10].source().set(True)
     assert len(kit.messages) == 1
     assert get(apic, 0x10 + 20) & REMOTE_IRR
-    kit.eoi_listeners[0](0x3B)
+    kit.board.listeners[0](0x3B)
     assert len(kit.messages) == 1, "the EOI of another vector"
-    kit.eoi_listeners[0](0x3A)
+    kit.board.listeners[0](0x3A)
     assert (len(kit.messages), heard) == (2, [10])
 
 
@@ -105,7 +105,7 @@ def test_a_resampler_that_lowers_the_line_ends_it(kit: Kit, apic: IoApic) -> Non
     kit.lines[9].resamplers.append(lambda: source.set(False))
     route(apic, 9, 0x39 | LEVEL)
     source.set(True)
-    kit.eoi_listeners[0](0x39)
+    kit.board.listeners[0](0x39)
     assert len(kit.messages) == 1
 
 
@@ -141,6 +141,6 @@ def test_no_sequence_of_accesses_breaks_it(steps: list[tuple[str, int, int]]) ->
                 apic.write(at, 1 << at % 4, value & (1 << (8 << at % 4)) - 1)
                 assert apic.read(at, 1) >= 0
             case _:
-                kit.eoi_listeners[0](value & 0xFF)
+                kit.board.listeners[0](value & 0xFF)
         assert all(entry & LEVEL for entry in apic.state.entries if entry & REMOTE_IRR)
     assert all(address >> 20 == 0xFEE for address, _ in kit.messages)

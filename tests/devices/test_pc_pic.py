@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from cardcage_pc.pic import Pic, PicOptions
+from cardcage_pc.chips.pic import Pic, PicOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import Kit

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cardcage.errors import ConfigError
-from cardcage_pc.rtc import Rtc, RtcOptions
+from cardcage_pc.chips.rtc import Rtc, RtcOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import SECOND, Kit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cardcage_pc.serial import Serial, SerialOptions
+from cardcage_pc.chips.serial import Serial, SerialOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import SECOND, Kit

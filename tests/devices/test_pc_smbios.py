@@ -12,8 +12,8 @@ from uuid import UUID
 import pytest
 from cardcage.errors import ConfigError
 from cardcage.memory import RamBlock, RamRange
-from cardcage_pc.fw_cfg import FwCfg, FwCfgOptions
-from cardcage_pc.smbios import AREA, Smbios, SmbiosOptions
+from cardcage_pc.chips.fw_cfg import FwCfg, FwCfgOptions
+from cardcage_pc.firmware.smbios import AREA, Smbios, SmbiosOptions
 from pc_kit import Kit
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def test_firmware_gets_the_same_by_fw_cfg_and_its_rom_is_left_alone() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     """A UUID that is none, and text that SMBIOS cannot hold, are configuration errors."""
-    with pytest.raises(ConfigError, match="no UUID"):
+    with pytest.raises(ConfigError, match="is not a UUID"):
         Smbios(SmbiosOptions(uuid="abc"))
     with pytest.raises(ValueError, match="match"):
         SmbiosOptions(serial="a\0b")

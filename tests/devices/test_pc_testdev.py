@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cardcage_pc.testdev import MEMORY, PcTestdev, PcTestdevState
+from cardcage_pc.chips.testdev import MEMORY, PcTestdev, PcTestdevState
 from pc_kit import Kit
 
 

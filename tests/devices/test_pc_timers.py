@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from cardcage_pc.acpi_pm import AcpiPm
-from cardcage_pc.hpet import Hpet
-from cardcage_pc.pit import FREQUENCY, Pit
-from cardcage_pc.rtc import Rtc, RtcOptions
+from cardcage_pc.acpi.pm import AcpiPm
+from cardcage_pc.chips.hpet import Hpet
+from cardcage_pc.chips.pit import FREQUENCY, Pit
+from cardcage_pc.chips.rtc import Rtc, RtcOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pc_kit import SECOND, Kit
@@ -207,7 +207,7 @@ def test_the_power_button_raises_sci_and_s5_powers_off(kit: Kit) -> None:
     pm.write(4, 2, 0x2400)
     assert kit.requests == []
     pm.write(4, 2, 0x2000)
-    assert (kit.requests, pm.read(4, 2)) == ([("poweroff",)], 1)
+    assert (kit.requests, pm.read(4, 2)) == ([("off",)], 1)
 
 
 # HPET

@@ -8,96 +8,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from attrs import define, field
-from cardcage.bus import Bus, Claim
+from cardcage._machine.bus import Claim
 from cardcage.errors import AcceleratorError, CardError, ConfigError
-from cardcage.interrupts import Line
 from cardcage_pci.host import PciHost, PciHostOptions
+from cardcage_testing import TestSlot
 from hypothesis import given
 from hypothesis import strategies as st
-
-
-class Moving:
-    """A mapping on a real bus."""
-
-    def __init__(self, bus: Bus, region: Any, device: Any) -> None:
-        self.bus, self.region, self.device, self.claim = bus, region, device, None
-        self.address: int | None = None
-
-    def move(self, address: int | None) -> None:
-        if self.claim is not None:
-            self.bus.remove(self.claim)
-            self.claim = self.address = None
-        if address is not None:
-            read, write = getattr(self.device, self.region.read), getattr(self.device, self.region.write)
-            claim = Claim(address, self.region.size, read, write, self.region.name)
-            self.bus.add(claim)
-            self.claim, self.address = claim, address
-
-
-@define(eq=False)
-class PciSlot:
-    """The least of a slot that a PCI device sees, on two real buses."""
-
-    id: str
-    pio: Bus
-    mmio: Bus
-    lines: dict[int, Line]
-    sent: list[tuple[int, int]]
-    vm: Any = field(factory=lambda: SimpleNamespace(capabilities=frozenset()))
-    logged: list[Any] = field(factory=list)
-    readers: dict[int, Any] = field(factory=dict)
-    resets: list[str] = field(factory=list)
-
-    @property
-    def log(self) -> Any:
-        return SimpleNamespace(warning=lambda *what, **more: self.logged.append((what, more)))
-
-    @property
-    def control(self) -> Any:
-        return SimpleNamespace(request_reset=self.resets.append)
-
-    def irq(self, gsi: int | None = None) -> Any:
-        assert gsi is not None
-        return self.lines.setdefault(gsi, Line(lambda level: None)).source()
-
-    def msi(self, address: int, data: int) -> None:
-        self.sent.append((address, data))
-
-    def map_pio(self, region: Any, base: int | None, device: Any) -> Moving:
-        return self._map(self.pio, region, base, device)
-
-    def map_mmio(self, region: Any, base: int | None, device: Any) -> Moving:
-        return self._map(self.mmio, region, base, device)
-
-    def _map(self, bus: Bus, region: Any, base: int | None, device: Any) -> Moving:
-        mapping = Moving(bus, region, device)
-        mapping.move(base)
-        return mapping
-
-    def add_reader(self, fd: int, callback: Any) -> None:
-        self.readers[fd] = callback
-
-    def remove_reader(self, fd: int) -> None:
-        del self.readers[fd]
 
 
 class Cage:
     """A host bridge on buses, with guest-side helpers."""
 
     def __init__(self) -> None:
-        self.pio, self.mmio, self.lines = Bus("io", 16), Bus("memory", 52), {}
-        self.sent: list[tuple[int, int]] = []
         self.host = PciHost(PciHostOptions())
-        self.slot = self.new_slot("pci0")
+        self.slot = TestSlot(id="pci0")
+        self.pio, self.mmio, self.lines = self.slot.ranges.ports, self.slot.ranges.space, self.slot.interrupts.lines
+        self.sent = self.slot.interrupts.messages
         self.host.plug(self.slot)
         self.pio.add(Claim(0xCF8, 4, self.host.read_address, self.host.write_address))
         self.pio.add(Claim(0xCFC, 4, self.host.read_data, self.host.write_data))
 
-    def new_slot(self, id: str) -> PciSlot:
-        return PciSlot(id, self.pio, self.mmio, self.lines, self.sent)
+    def new_slot(self, id: str) -> TestSlot:
+        return TestSlot(id=id, beside=self.slot)
 
-    def add(self, device: Any, address: str | None = None) -> PciSlot:
+    def add(self, device: Any, address: str | None = None) -> TestSlot:
         slot = self.new_slot(f"dev{len(self.host.functions)}")
         self.host.attach(device, slot, address)
         return slot
@@ -228,7 +162,7 @@ def test_an_overlapping_bar_waits_until_there_is_room(cage: Cage) -> None:
         cage.put(slot, 4, 2, 2)
     cage.put(3, 0x10, 0xE8000000)
     cage.put(4, 0x10, 0xE8000000)
-    assert other.logged
+    assert other.log.entries
     assert cage.host.functions[4 << 3].mappings[0].address is None
     cage.put(3, 0x10, 0xE9000000)
     assert cage.host.functions[4 << 3].mappings[0].address == 0xE8000000
@@ -309,7 +243,7 @@ def test_an_eventfd_is_routed_while_its_vector_is_open(cage: Cage) -> None:
     """With irqfds the accelerator gets the route of an unmasked vector, and loses it when masked."""
     routes: dict[int, tuple[int, int, int]] = {}
     slot = cage.new_slot("fast")
-    slot.vm = SimpleNamespace(
+    slot.interrupts.vm = SimpleNamespace(
         capabilities=frozenset({"irqfds"}),
         add_irqfd=lambda fd, address, data: routes.__setitem__(7, (fd, address, data)) or 7,
         remove_irqfd=lambda fd, route: routes.pop(route),
@@ -317,18 +251,18 @@ def test_an_eventfd_is_routed_while_its_vector_is_open(cage: Cage) -> None:
     device = Plain()
     cage.host.attach(device, slot, "03.0")
     device.function.msix.bind(1, 99)
-    assert slot.readers.keys() == {99}
+    assert slot.loop.readers.keys() == {99}
     cage.put(3, 4, 6, 2)
     table = cage.get(3, 0x14) & ~15
     cage.put(3, capability(cage, 3, 0x11) + 2, 0x8000, 2)
     cage.mmio.write(table + 16, 8, 0xFEE02000)
     cage.mmio.write(table + 24, 8, 0x33)
     assert routes == {7: (99, 0xFEE02000, 0x33)}
-    assert not slot.readers
+    assert not slot.loop.readers
     cage.mmio.write(table + 28, 4, 1)
     assert not routes
     assert device.function.msix.unbind(99)
-    assert not slot.readers
+    assert not slot.loop.readers
     assert not device.function.msix.unbind(99)
 
 
@@ -337,7 +271,7 @@ def test_port_cf9_resets_on_a_rising_bit(cage: Cage) -> None:
     cage.pio.write(0xCF9, 1, 2)
     cage.pio.write(0xCF9, 1, 6)
     cage.pio.write(0xCF9, 1, 6)
-    assert len(cage.slot.resets) == 1
+    assert len(cage.slot.power.requests) == 1
 
 
 def test_devices_may_own_bytes_of_configuration_space(cage: Cage) -> None:
@@ -428,7 +362,7 @@ def test_an_accelerator_without_room_for_a_route_leaves_it_to_the_loop(cage: Cag
         raise AcceleratorError("no more routes")
 
     slot = cage.new_slot("many")
-    slot.vm = SimpleNamespace(capabilities=frozenset({"irqfds"}), add_irqfd=refuse)
+    slot.interrupts.vm = SimpleNamespace(capabilities=frozenset({"irqfds"}), add_irqfd=refuse)
     device = Plain()
     cage.host.attach(device, slot, "03.0")
     cage.put(3, 4, 6, 2)
@@ -438,8 +372,8 @@ def test_an_accelerator_without_room_for_a_route_leaves_it_to_the_loop(cage: Cag
     cage.mmio.write(table + 8, 8, 0x33)
     fd = os.eventfd(1, os.EFD_NONBLOCK)
     device.function.msix.bind(0, fd)
-    slot.readers[fd]()
-    slot.readers[fd]()
+    slot.loop.readers[fd]()
+    slot.loop.readers[fd]()
     assert cage.sent == [(0xFEE02000, 0x33)]
     device.function.msix.unbind(fd)
     os.close(fd)

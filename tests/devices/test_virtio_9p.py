@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from cardcage.errors import ConfigError
-from cardcage_virtio.p9 import P9, P9Options
-from cardcage_virtio.p9_wire import text
+from cardcage_virtio.share.p9 import P9, P9Options
+from cardcage_virtio.share.p9_wire import text
 from cardcage_virtio.testing import Bench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,19 +78,6 @@ class Client:
 
     def close(self) -> None:
         self.bench.close()
-
-
-@pytest.fixture
-def share(tmp_path: Path) -> Path:
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "secret").write_text("secret")
-    root = tmp_path / "share"
-    (root / "sub").mkdir(parents=True)
-    (root / "file").write_text("hello")
-    (root / "sub" / "deep").write_text("deep")
-    (root / "link").symlink_to(tmp_path / "outside")
-    (root / "up").symlink_to("../outside/secret")
-    return root
 
 
 @pytest.fixture
@@ -245,7 +232,7 @@ def test_state_reopens_files(client: Client, share: Path) -> None:
     other = Client(share)
     other.bench.device.load(state)
     assert other.read(1) == b"hello"
-    assert other.bench.slot.logged[0][0] == "9p: a file is gone"
+    assert other.bench.slot.log.entries[0][1] == "9p: a file is gone"
     other.close()
 
 
@@ -293,7 +280,7 @@ def test_a_revoked_share_refuses_and_comes_back(client: Client, share: Path) -> 
     client.open(1, os.O_RDWR)
     client.walk(0, 2, b"sub")
     slot = client.bench.slot
-    slot.change("image", "read", allowed=False)
+    slot.host.change("image", "read", allowed=False)
     for act in (
         lambda: client.read(1),
         lambda: client.write(1, 0, b"x"),
@@ -308,7 +295,7 @@ def test_a_revoked_share_refuses_and_comes_back(client: Client, share: Path) -> 
     assert (share / "file").read_text() == "hello"
     assert (share / "sub").exists()
     assert set(client.bench.device.fids) == {0}
-    slot.change("image", "read", allowed=True)
+    slot.host.change("image", "read", allowed=True)
     client.walk(0, 1, b"file")
     client.open(1)
     assert client.read(1) == b"hello"

@@ -8,15 +8,15 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from cardcage._host.log import Log, LogSink
+from cardcage._machine.granted import BackendGate, MemoryGate
 from cardcage.backends import BlockInfo
-from cardcage.granted import GrantedBackend, GrantedMemory
-from cardcage.log import Log, LogSink
 from cardcage.memory import GuestMemoryError
 from cardcage_block.drive import Drive, open_image
-from cardcage_virtio.blk import Blk, BlkOptions
-from cardcage_virtio.request import Window
+from cardcage_virtio.devices.blk import Blk, BlkOptions
+from cardcage_virtio.queue.request import Window
+from cardcage_virtio.queue.workers import SLOW
 from cardcage_virtio.testing import WRITE, Bench, ram
-from cardcage_virtio.workers import SLOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,7 +148,7 @@ def test_back_end_errors_become_io_errors(made: Any) -> None:
     bench, disk = made
     disk.fail = OSError(5, "broken")
     assert bench.call([head(0)], [512, 1])[-1] == 1
-    assert bench.slot.logged[0][0] == "block request failed"
+    assert bench.slot.log.entries[0][1] == "block request failed"
 
 
 def test_without_flush_writes_go_through() -> None:
@@ -235,7 +235,7 @@ def test_a_read_at_hand_is_served_at_once() -> None:
             MemoryDisk.readv(disk, offset, buffers)
         return ready
 
-    disk.try_readv = try_readv  # type: ignore[attr-defined]
+    disk.try_readv = try_readv  # type: ignore[attr-defined]  # what a disk may have
     disk.data[512:1024] = b"n" * 512
     bench, _ = make(disk)
     bench.driver().add([head(0, 1)], [512, 1])
@@ -313,7 +313,7 @@ def test_long_requests_reach_the_file(packed: bool, tmp_path: Path) -> None:
 
 def test_workers_share_a_queue_whose_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """After requests that had to wait for the host, as many as there are workers are under way together."""
-    monkeypatch.setattr("cardcage_virtio.workers.LINGER", 0)  # each request counts as one that had to wait
+    monkeypatch.setattr("cardcage_virtio.queue.workers.LINGER", 0)  # each request counts as one that had to wait
     disk = MemoryDisk()
     together = Barrier(4)
     bench, _ = make(disk, threads=4)
@@ -369,7 +369,7 @@ def test_a_revoked_disk_fails_requests_and_comes_back() -> None:
 
         def close(self) -> None: ...
 
-    gate = GrantedBackend("block")
+    gate = BackendGate("block")
     bench = Bench(Blk(BlkOptions(drive="")), backends={"block": gate.before(Memory())})
     read = [struct.pack("<IIQ", 0, 0, 0)], [512, 1]
     assert bench.call(*read) == b"x" * 512 + b"\0"
@@ -383,14 +383,14 @@ def test_a_revoked_disk_fails_requests_and_comes_back() -> None:
 def test_a_window_of_revoked_memory_is_shut() -> None:
     """The long view of RAM that buffers are cut from is given up when DMA is revoked, and asked for again."""
     physical = ram(1 << 20)
-    memory = GrantedMemory(physical, Log(LogSink(level="error")))
-    window = Window(memory)
+    gate = MemoryGate(physical, Log(LogSink(level="error")))
+    window = Window(gate.memory)
     window.renew()
     assert window.piece(0, 16) == bytes(16)
-    memory.switch("writes", False)()
+    gate.switch("writes", False)()
     window.renew()
     with pytest.raises(GuestMemoryError):
         window.piece(0, 16)
-    memory.switch("writes", True)()
+    gate.switch("writes", True)()
     window.renew()
     assert window.piece(0, 16) == bytes(16)

@@ -18,17 +18,17 @@ import fuse_client
 import pytest
 import test_virtio_9p as nine
 from cardcage.backends import NetFeatures
-from cardcage_virtio.balloon import LIST_MAX, Balloon
-from cardcage_virtio.console import MESSAGES_MAX, Console, ConsoleOptions
-from cardcage_virtio.fuse import Op
-from cardcage_virtio.net import Net, NetOptions
-from cardcage_virtio.p9_tree import DEPTH_MAX, Listings
-from cardcage_virtio.p9_wire import text
+from cardcage_virtio.devices.balloon import LIST_MAX, Balloon
+from cardcage_virtio.devices.console import MESSAGES_MAX, Console, ConsoleOptions
+from cardcage_virtio.devices.net import Net, NetOptions
+from cardcage_virtio.share.fuse import Op
+from cardcage_virtio.share.p9_tree import DEPTH_MAX, Listings
+from cardcage_virtio.share.p9_wire import text
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vhost_channel import Channel, MemoryRegion
-from cardcage_virtio.vhost_kinds import VhostUserFsOptions, vhost_user_fs
-from cardcage_virtio.vhost_log import WriteLog
-from cardcage_virtio.vsock_stream import BUFFER
+from cardcage_virtio.vhost.channel import Channel, MemoryRegion
+from cardcage_virtio.vhost.kinds import VhostUserFsOptions, vhost_user_fs
+from cardcage_virtio.vhost.log import WriteLog
+from cardcage_virtio.vsock.stream import BUFFER
 from test_virtio_vsock import Guest
 
 DEEP = 1500
@@ -131,7 +131,7 @@ def test_bytes_that_wait_cost_what_they_are(tmp_path: Path) -> None:
     """A guest that sends byte by byte to a program that does not read has no more kept for it than its credit."""
     guest = Guest(tmp_path / "v")
     program, port = guest.call(9)
-    driver, stream = guest.bench.driver(1), next(iter(guest.bench.device.streams.values()))
+    driver, stream = guest.bench.driver(1), next(iter(guest.bench.device.streams))
     while not stream.pending:
         guest.send(5, 9, port, b"x" * 4096)
     for _ in range(3000):
@@ -143,7 +143,7 @@ def test_bytes_that_wait_cost_what_they_are(tmp_path: Path) -> None:
     got = 0
     while got < 1 or stream.pending:
         got += len(program.recv(1 << 20))
-        guest.bench.slot.poll(0.001)
+        guest.bench.slot.loop.poll(0.001)
         guest.take()
     assert got >= waiting
     assert driver.free
@@ -206,6 +206,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
 def test_callers_are_turned_away_without_descriptors(tmp_path: Path) -> None:
     """A host program that calls while the process has no descriptor left is hung up on, and the next one is heard."""
     guest = Guest(tmp_path / "v")
+    guest.bench.slot.loop.poll()  # makes the loop's own descriptor
     callers = [socket.socket(socket.AF_UNIX) for _ in range(2)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
@@ -215,7 +216,7 @@ def test_callers_are_turned_away_without_descriptors(tmp_path: Path) -> None:
             taken.extend(iter(lambda: os.dup(0), -1))
         callers[0].settimeout(10)
         callers[0].connect(str(tmp_path / "v"))
-        guest.bench.slot.poll(10)
+        guest.bench.slot.loop.poll(10)
         assert callers[0].recv(1) == b""
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from cardcage_virtio.console import MESSAGE, Console, ConsoleOptions, PortOptions
+from cardcage_virtio.devices.console import MESSAGE, Console, ConsoleOptions, PortOptions
 from cardcage_virtio.testing import Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +104,7 @@ def test_input_that_nobody_takes_is_bounded() -> None:
     for _ in range(100):
         line.received(bytes(4096))
     assert len(bench.device.ports[0].held) == 1 << 16
-    assert bench.slot.logged
+    assert bench.slot.log.entries
     bench.close()
 
 
@@ -115,7 +115,7 @@ def test_unread_control_messages_are_bounded() -> None:
         tell(bench, 0, 3, 1)
         bench.driver(3).used()
     assert len(bench.device._messages) == 1024
-    assert len(bench.slot.logged) == 1
+    assert len(bench.slot.log.entries) == 1
     bench.close()
 
 

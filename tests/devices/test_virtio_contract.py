@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from cardcage.device import Mmio, Pio
-from cardcage.testing import check_device
 from cardcage_pci.host import PciHost
-from cardcage_virtio.balloon import Balloon
-from cardcage_virtio.console import Console, ConsoleOptions
-from cardcage_virtio.mmio import MmioTransport
-from cardcage_virtio.rng import Rng
+from cardcage_testing import check_device
+from cardcage_virtio.devices.balloon import Balloon
+from cardcage_virtio.devices.console import Console, ConsoleOptions
+from cardcage_virtio.devices.rng import Rng
+from cardcage_virtio.transport.mmio import MmioTransport
 
 
 def test_the_host_bridge_keeps_the_contract() -> None:

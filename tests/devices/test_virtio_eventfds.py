@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
-from cardcage.testing import RemoteGuest
-from cardcage.testing.accelerator import find
-from cardcage_virtio.pci import PciTransport
+from cardcage_conformance import RemoteGuest
+from cardcage_conformance.accelerator import find
+from cardcage_virtio.transport.pci import PciTransport
 
 QUEUES, RINGS, BAR, TABLE = 2, 0x100000, 0xE2000000, 0xE2010000
 NOTIFY, MSI = 0x3000, 0xFEE00000

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("virtio_card", reason="pip install ./examples/virtio-card")
 
-from cardcage.registry import Registry
+from cardcage.registry import DeviceOffer, Registry
 from cardcage_virtio.testing import Bench
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "virtio-card"
@@ -23,8 +23,10 @@ def test_the_virtio_example_is_short_and_found() -> None:
     (point,) = entry_points(group="cardcage", name="number-disk")
     registry = Registry()
     point.load().cardcage_register(registry)
-    assert registry.names("device") == ["number-disk", "number-disk-mmio"]
-    transport = registry.get("device", "number-disk").load()(registry.get("device", "number-disk").load_options()())
+    assert registry.names(DeviceOffer) == ["number-disk", "number-disk-mmio"]
+    transport = registry.get(DeviceOffer, "number-disk").load()(
+        registry.get(DeviceOffer, "number-disk").load_options()()
+    )
     assert transport.pci.device == 0x1042
 
 

@@ -53,5 +53,5 @@ def test_a_dot_leads_into_a_table() -> None:
         "device": [{"type": "disk", "drive": drive}]
     }
     for text in ("disk,drive=raw,drive.size=1", "disk,drive.size=1,drive=raw"):
-        with pytest.raises(ValueError, match="is given as"):
+        with pytest.raises(ValueError, match="is already given as"):
             parse_device(text)

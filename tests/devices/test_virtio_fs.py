@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError
-from cardcage_virtio.fs import Fs, FsOptions
-from cardcage_virtio.fuse import Op, Set
-from cardcage_virtio.fuse_tree import Tree
-from cardcage_virtio.p9_tree import Node
+from cardcage_virtio.share.fs import Fs, FsOptions
+from cardcage_virtio.share.fuse import Op, Set
+from cardcage_virtio.share.fuse_tree import Tree
+from cardcage_virtio.share.p9_tree import Node
 from cardcage_virtio.testing import Bench
 from fuse_client import Client, FuseError, fails
 from hypothesis import HealthCheck, given, settings
@@ -21,19 +21,6 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-
-@pytest.fixture
-def share(tmp_path: Path) -> Path:
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "secret").write_text("secret")
-    root = tmp_path / "share"
-    (root / "sub").mkdir(parents=True)
-    (root / "file").write_text("hello")
-    (root / "sub" / "deep").write_text("deep")
-    (root / "link").symlink_to(tmp_path / "outside")
-    (root / "up").symlink_to("../outside/secret")
-    return root
 
 
 @pytest.fixture
@@ -242,7 +229,7 @@ def test_state_reopens_files(client: Client, share: Path) -> None:
     assert other.read(other.open(node)) == b"deep"
     with fails(errno.ESTALE):
         other.call(Op.READLINK, gone)
-    assert [event for event, _ in other.bench.slot.logged] == ["virtio-fs: a file is gone"]
+    assert [event for _, event, _ in other.bench.slot.log.entries] == ["virtio-fs: a file is gone"]
     other.close()
 
 
@@ -304,7 +291,7 @@ def test_a_revoked_share_refuses_and_comes_back(share: Path) -> None:
     client = Client(share)
     node = client.lookup(b"file")
     handle, other = client.open(node, os.O_RDWR), client.open(node)
-    client.bench.slot.change("image", "write", allowed=False)
+    client.bench.slot.host.change("image", "write", allowed=False)
     for act in (
         lambda: client.read(handle),
         lambda: client.write(handle, 0, b"x"),
@@ -320,7 +307,7 @@ def test_a_revoked_share_refuses_and_comes_back(share: Path) -> None:
     assert sorted(client.bench.device.handles) == [handle]
     assert (share / "file").read_text() == "hello"
     assert not (share / "new").exists()
-    client.bench.slot.change("image", "write", allowed=True)
+    client.bench.slot.host.change("image", "write", allowed=True)
     assert client.read(handle) == b"hello"
     client.create(b"new")
     client.close()
@@ -370,7 +357,7 @@ def test_what_would_wait_goes_to_the_thread(client: Client, monkeypatch: Any, co
     def refuse(fd: int, name: bytes, flags: int) -> int:
         raise OSError(code, "")
 
-    monkeypatch.setattr("cardcage_virtio.fuse_tree.open_cached", refuse)
+    monkeypatch.setattr("cardcage_virtio.share.fuse_tree.open_cached", refuse)
     counts = served(client)
     assert client.read(client.open(client.lookup(b"file")), size=5) == b"hello"
     with fails(errno.ENOENT):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cardcage_virtio import fuse
-from cardcage_virtio.fuse import Op, Set
+from cardcage_virtio.share import fuse
+from cardcage_virtio.share.fuse import Op, Set
 from fuse_client import Client, FuseError, fails
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from cardcage.backends import BlockInfo, NetFeatures
 from cardcage.errors import ConfigError
-from cardcage_virtio.balloon import Balloon, BalloonOptions
-from cardcage_virtio.blk import Blk, BlkOptions
-from cardcage_virtio.console import Console, ConsoleOptions, PortOptions
-from cardcage_virtio.fs import Fs, FsOptions
-from cardcage_virtio.net import Net, NetOptions
-from cardcage_virtio.p9 import P9, P9Options
-from cardcage_virtio.rng import Rng, RngOptions
+from cardcage_virtio.devices.balloon import Balloon, BalloonOptions
+from cardcage_virtio.devices.blk import Blk, BlkOptions
+from cardcage_virtio.devices.console import Console, ConsoleOptions, PortOptions
+from cardcage_virtio.devices.net import Net, NetOptions
+from cardcage_virtio.devices.rng import Rng, RngOptions
+from cardcage_virtio.share.fs import Fs, FsOptions
+from cardcage_virtio.share.p9 import P9, P9Options
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vhost_kinds import VhostUserBlkOptions, vhost_user_blk
-from cardcage_virtio.vsock import Vsock, VsockOptions
+from cardcage_virtio.vhost.kinds import VhostUserBlkOptions, vhost_user_blk
+from cardcage_virtio.vsock.device import Vsock, VsockOptions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ def act(bench: Bench, backend: AnyBackend, kind: str, at: int, what: Any) -> Non
         bench.slot.clock.advance(what * 10**9)
     elif kind == "frame" and hasattr(backend, "received"):
         backend.received(*((0, what.rjust(26)) if hasattr(bench.device, "backend") else (what,)))
-    bench.slot.poll()
+    bench.slot.loop.poll()
 
 
 @pytest.mark.parametrize("name", ["blk", "net", "console", "rng", "balloon", "vsock", "9p", "fs"])
@@ -272,7 +272,7 @@ def test_neither_driver_nor_back_end_hurts_a_vhost_user_front_end(
                 bench.slot.clock.advance(10**9)
                 bench.start()
                 bench.virtio.save()  # which asks the back end where each ring is
-                return device.channel is not None and bench.virtio.status == 15
+                return device.link.channel is not None and bench.virtio.status == 15
 
             bench.until(works)
         finally:

@@ -29,7 +29,7 @@ def test_a_disk_in_a_machine(disk: Path) -> None:
         (driver,) = function.start(1)
         data = function.call(driver, 0, [struct.pack("<IIQ", 0, 0, 77)], [512, 1])
         assert data == struct.pack("<Q", 77) * 64 + b"\0"
-        assert vm.devices["virtio-blk"].slot.irqs[0] in (10, 11)
+        assert vm.devices["virtio-blk"].slot.interrupts.gsis[0] in (10, 11)
 
 
 def test_every_device_fits_one_machine(tmp_path: Path, disk: Path) -> None:
@@ -54,7 +54,7 @@ def test_every_device_fits_one_machine(tmp_path: Path, disk: Path) -> None:
 
 def test_state_goes_through_text_into_another_machine(tmp_path: Path, disk: Path) -> None:
     """A machine's state, as JSON and back, continues each device in a second machine over the same memory."""
-    from cardcage.state import capture, dumps, loads, restore
+    from cardcage_snapshot.state import capture, dumps, loads, restore
 
     (tmp_path / "share").mkdir()
     devices: list[dict[str, Any]] = [

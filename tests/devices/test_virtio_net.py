@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cardcage.backends import NetFeatures
-from cardcage_virtio.net import Net, NetOptions
+from cardcage_virtio.devices.net import Net, NetOptions
 from cardcage_virtio.testing import Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +56,7 @@ def test_frames_go_out_without_their_header(cut: int) -> None:
     blob = HEADER + FRAME
     bench.driver(1).add([part for part in (blob[:cut], blob[cut:]) if part])
     bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert wire.sent == [(0, FRAME)]
     assert len(bench.driver(1).used()) == 1
     bench.close()
@@ -70,7 +70,7 @@ def test_a_back_end_with_vnet_header_gets_it() -> None:
     header = struct.pack("<BBHHHHH", 1, 1, 54, 1448, 34, 16, 0)
     bench.driver(1).add([header, FRAME * 100])
     bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert wire.sent == [(0, header + FRAME * 100)]
     bench.driver(0).add([], [70000])
     assert wire.received(0, header + FRAME * 1000)
@@ -137,7 +137,7 @@ def test_runts_and_giants_are_dropped() -> None:
     for size in (0, 5, 12, 13, 25, 66000):
         bench.driver(1).add([bytes(size)] if size else [b""])
     bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert wire.sent == []
     assert len(bench.driver(1).used()) == 6
     bench.close()
@@ -149,7 +149,7 @@ def test_a_stream_of_frames_is_gathered() -> None:
     for _ in range(20):
         bench.driver(1).add([HEADER, FRAME])
         bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert len(wire.sent) == 20
     assert bench.interrupts.count(1) <= 2
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_a_stream_of_frames_is_gathered() -> None:
     for _ in range(2):
         bench.driver(1).add([HEADER, FRAME])
         bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert len(wire.sent) == 2
     bench.close()
 
@@ -208,7 +208,7 @@ def test_link_status() -> None:
     bench.driver(1).add([HEADER + FRAME])
     bench.driver(0).add([], [100])
     bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert wire.sent == []
     assert wire.received(0, FRAME)
     bench.device.set_link(True)
@@ -248,7 +248,7 @@ def test_random_traffic_never_hurts(operations: list[tuple[str, bytes, int]], pa
     wire.sent.clear()
     bench.driver(1).add([HEADER, FRAME])
     bench.kick(1)
-    bench.slot.poll()
+    bench.slot.loop.poll()
     assert wire.sent[0][1].endswith(FRAME)
     bench.close()
 

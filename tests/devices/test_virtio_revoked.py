@@ -16,8 +16,8 @@ from cardcage import Machine
 from cardcage.config import Draft
 from cardcage.host import Host
 from cardcage_selinux.card import DEFAULT
-from cardcage_virtio import fuse
-from cardcage_virtio.vsock_stream import Header
+from cardcage_virtio.share import fuse
+from cardcage_virtio.vsock.stream import Header
 from virtio_function import WINDOW, Function
 
 DAEMON = shutil.which("qemu-storage-daemon")

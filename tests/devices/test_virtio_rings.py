@@ -158,7 +158,7 @@ def test_state_continues_in_another_device(form: dict[str, bool]) -> None:
 
 
 def broken(bench: Bench) -> bool:
-    return bool(bench.virtio.status & NEEDS_RESET) and len(bench.slot.logged) == 1
+    return bool(bench.virtio.status & NEEDS_RESET) and len(bench.slot.log.entries) == 1
 
 
 def raw(bench: Bench, index: int, *fields: int) -> None:
@@ -275,7 +275,7 @@ def test_random_rings_never_hurt(fill: list[tuple[int, bytes]], packed: bool, in
         bench.driver()._driver16[1] = index
     for _ in range(3):
         bench.kick()
-        bench.slot.poll()
+        bench.slot.loop.poll()
     bench.start()
     assert bench.call([b"fine"], [4]) == b"FINE"
     bench.close()

@@ -6,8 +6,8 @@ import struct
 from typing import Any
 
 import pytest
-from cardcage_virtio.balloon import Balloon, BalloonOptions
-from cardcage_virtio.rng import Rng, RngOptions
+from cardcage_virtio.devices.balloon import Balloon, BalloonOptions
+from cardcage_virtio.devices.rng import Rng, RngOptions
 from cardcage_virtio.testing import Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,7 +91,7 @@ def test_pages_that_are_not_ram_are_refused() -> None:
     bench = Bench(Balloon())
     bench.driver(0).add([struct.pack("<II", 0xFFFFFFFF, 1 << 20)])
     bench.kick(0)
-    assert [what for what, _ in bench.slot.logged] == ["balloon: not RAM"] * 2
+    assert [what for _, what, _ in bench.slot.log.entries] == ["balloon: not RAM"] * 2
     assert len(bench.driver(0).used()) == 1
     bench.driver(0).add([b"abc"])
     bench.kick(0)

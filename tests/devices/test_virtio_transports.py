@@ -6,14 +6,20 @@ import struct
 from typing import Any
 
 import pytest
-from cardcage.registry import Registry
+from cardcage.registry import DeviceOffer, Registry
 from cardcage_pci.host import PciHost
+from cardcage_testing import TestSlot
 from cardcage_virtio import cardcage_register
-from cardcage_virtio.mmio import MmioTransport
-from cardcage_virtio.pci import PciTransport
-from cardcage_virtio.testing import BenchSlot, Driver, ram
+from cardcage_virtio.testing import Driver, ram
+from cardcage_virtio.transport.mmio import MmioTransport
+from cardcage_virtio.transport.pci import PciTransport
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+
+def level(slot: TestSlot) -> bool:
+    """True while the device drives any of its lines."""
+    return any(one.level for one in slot.interrupts.lines)
 
 
 class Echo:
@@ -40,7 +46,7 @@ class Pci:
 
     def __init__(self) -> None:
         self.memory = ram(4 << 20)
-        self.slot = BenchSlot(self.memory)
+        self.slot = TestSlot(memory=self.memory)
         self.device = Echo()
         self.transport = PciTransport(self.device)
         self.host = PciHost()
@@ -124,11 +130,11 @@ def test_pci_round_trip_with_intx(pci: Pci) -> None:
     driver = pci.start()
     driver.add([b"hello"], [5])
     pci.write(0x3000, 2, 0)
-    pci.slot.poll()
+    pci.slot.loop.poll()
     assert [data for _, data in driver.used()] == [b"hello"]
-    assert pci.slot.line.level
+    assert level(pci.slot)
     assert pci.read(0x1000, 1) == 1
-    assert not pci.slot.line.level
+    assert not level(pci.slot)
     assert pci.read(0x1000, 1) == 0
 
 
@@ -138,12 +144,12 @@ def test_pci_round_trip_with_msix(pci: Pci) -> None:
     pci.msix(1)
     driver.add([b"hello"], [5])
     pci.write(0x3004, 2, 1)
-    assert pci.slot.messages == [(0xFEE00000, 0x42)]
+    assert pci.slot.interrupts.messages == [(0xFEE00000, 0x42)]
     generation = pci.read(0x15, 1)
     pci.transport.virtio.config_changed()
-    assert pci.slot.messages[1:] == [(0xFEE00000, 0x40)]
+    assert pci.slot.interrupts.messages[1:] == [(0xFEE00000, 0x40)]
     assert pci.read(0x15, 1) != generation
-    assert not pci.slot.line.level
+    assert not level(pci.slot)
 
 
 def test_pci_refuses_vectors_it_has_not(pci: Pci) -> None:
@@ -196,7 +202,7 @@ def test_pci_state(pci: Pci) -> None:
     driver.add([b"moved"], [5])
     other.write(0x3000, 2, 0)
     assert [data for _, data in driver.used()] == [b"moved"]
-    assert other.slot.messages == [(0xFEE00000, 0x41)]
+    assert other.slot.interrupts.messages == [(0xFEE00000, 0x41)]
 
 
 class Mmio:
@@ -204,7 +210,7 @@ class Mmio:
 
     def __init__(self) -> None:
         self.memory = ram(4 << 20)
-        self.slot = BenchSlot(self.memory)
+        self.slot = TestSlot(memory=self.memory)
         self.transport = MmioTransport(Echo())
         self.transport.plug(self.slot)
 
@@ -241,11 +247,11 @@ def test_mmio_round_trip() -> None:
     driver = guest.start()
     driver.add([b"hello"], [5])
     guest.write(0x50, 0)
-    guest.slot.poll()
+    guest.slot.loop.poll()
     assert [data for _, data in driver.used()] == [b"hello"]
-    assert (guest.slot.line.level, guest.read(0x60)) == (True, 1)
+    assert (level(guest.slot), guest.read(0x60)) == (True, 1)
     guest.write(0x64, 1)
-    assert (guest.slot.line.level, guest.read(0x60)) == (False, 0)
+    assert (level(guest.slot), guest.read(0x60)) == (False, 0)
     assert guest.read(0x100) == int.from_bytes(b"abcd", "little")
     guest.write(0x101, 0x5A, 1)
     assert guest.read(0x100, 2) == 0x5A61
@@ -284,8 +290,8 @@ def test_each_device_is_offered_on_both_transports() -> None:
     """Each virtio device has a name on the pci bus and one for machines without."""
     registry = Registry()
     cardcage_register(registry)
-    names = set(registry.names("device"))
+    names = set(registry.names(DeviceOffer))
     for name in names:
-        offer = registry.get("device", name)
+        offer = registry.get(DeviceOffer, name)
         assert (offer.bus == "pci") is not name.endswith("-mmio")
         assert name.endswith("-mmio") or f"{name}-mmio" in names

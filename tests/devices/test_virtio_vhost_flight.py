@@ -11,7 +11,7 @@ from cardcage.accelerator import VmSpec
 from cardcage.errors import HostError
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage_tcg.vm import TcgVm
-from cardcage_virtio.vhost_flight import Flight, RingCount
+from cardcage_virtio.vhost.flight import Flight, RingCount
 from cardcage_virtio.virtio import Queue
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,7 +82,7 @@ def test_the_next_back_end_is_told_what_is_in_flight(native: bool, start: int, a
     if native:
         world.memory.attach(vm)
         number = vm.add_foreign_ring(SIZE, TABLE, AVAIL, USED)
-    slot: Any = SimpleNamespace(memory=world.memory, vm=vm, id="test")
+    slot: Any = SimpleNamespace(memory=world.memory, interrupts=SimpleNamespace(vm=vm), id="test")
     flight = Flight(slot)
     count = RingCount(world.memory, world.queue)
     flight._rings[0] = world.queue, number if native else count
@@ -114,7 +114,7 @@ def test_the_next_back_end_is_told_what_is_in_flight(native: bool, start: int, a
 def test_what_is_not_known_is_not_guessed() -> None:
     """A driver that used more than a ring without an interrupt, and one whose rings make no sense, are not followed."""
     world = World(0)
-    flight = Flight(SimpleNamespace(memory=world.memory, vm=None, id="test"))  # type: ignore[arg-type]  # all it asks for
+    flight = Flight(SimpleNamespace(memory=world.memory, interrupts=SimpleNamespace(vm=None), id="test"))  # type: ignore[arg-type]  # all it asks for
     flight._rings[0] = world.queue, RingCount(world.memory, world.queue)
     for _ in range(SIZE + 1):
         world.make(0)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cardcage.testing import RemoteGuest
+from cardcage_conformance import RemoteGuest
+from cardcage_fleet import stats_of
 from cardcage_virtio.testing import Bench, Driver
-from cardcage_virtio.vhost_kinds import VhostUserOptions, vhost_user_device
+from cardcage_virtio.vhost.kinds import VhostUserOptions, vhost_user_device
 
 GET_FEATURES, SET_MEM_TABLE, SET_VRING_KICK, GET_VRING_BASE, GET_CONFIG = 1, 5, 12, 11, 24
 GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_CONFIG, GET_INFLIGHT_FD, SET_INFLIGHT_FD = 15, 17, 25, 31, 32
@@ -119,9 +120,10 @@ def back_end(tmp_path: Path) -> Iterator[BackEnd]:
 @pytest.fixture
 def patient(monkeypatch: Any) -> None:
     """Who waits for the back end where it must not waits for minutes, and the test with it."""
-    monkeypatch.setattr("cardcage_virtio.vhost_channel.TIMEOUT", 600.0)
-    monkeypatch.setattr("cardcage_virtio.vhost_user.PATIENCE", 0.2)
-    monkeypatch.setattr("cardcage_virtio.vhost_user.ENDING", 0.2)
+    monkeypatch.setattr("cardcage_virtio.vhost.channel.TIMEOUT", 600.0)
+    for module in ("user", "link"):
+        monkeypatch.setattr(f"cardcage_virtio.vhost.{module}.PATIENCE", 0.2)
+    monkeypatch.setattr("cardcage_virtio.vhost.user.ENDING", 0.2)
 
 
 def bench(tmp_path: Path, **keys: Any) -> Bench:
@@ -135,16 +137,16 @@ def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient:
     made = bench(tmp_path)
     back_end.hears(SET_MEM_TABLE)
     assert made.virtio.status == 15
-    assert made.device.channel is not None
+    assert made.device.link.channel is not None
     made.virtio.reset()
-    assert made.device.channel is None
+    assert made.device.link.channel is None
     getattr(back_end, how).clear()
     made.slot.clock.advance(200_000_000)
-    made.until(lambda: made.device.channel is not None)
+    made.until(lambda: made.device.link.channel is not None)
     made.start()
     back_end.hears(SET_VRING_KICK)
-    made.until(lambda: made.device._talk is None)
-    assert made.device.channel is not None
+    made.until(lambda: made.device.link._talk is None)
+    assert made.device.link.channel is not None
     made.close()
 
 
@@ -157,16 +159,16 @@ def test_a_stop_that_is_not_answered_ends_the_connection(
     back_end.hears(SET_VRING_KICK)
     getattr(back_end, how).add(GET_VRING_BASE)
     made.virtio.pause()
-    assert made.device.channel is None
+    assert made.device.link.channel is None
     made.virtio.resume()
     getattr(back_end, how).clear()
     made.slot.clock.advance(200_000_000)
-    made.until(lambda: made.device.channel is not None)
+    made.until(lambda: made.device.link.channel is not None)
     back_end.hears(SET_VRING_KICK, 2)
-    for name in ("PATIENCE", "ENDING"):
-        monkeypatch.setattr(f"cardcage_virtio.vhost_user.{name}", 60.0)
+    for name in ("user.PATIENCE", "link.PATIENCE", "user.ENDING"):
+        monkeypatch.setattr(f"cardcage_virtio.vhost.{name}", 60.0)
     made.virtio.pause()
-    assert made.device.channel is not None
+    assert made.device.link.channel is not None
     made.virtio.resume()
     made.close()
 
@@ -177,17 +179,17 @@ def test_the_next_back_end_keeps_a_note_where_the_last_did_not(tmp_path: Path, b
     back_end.notes = notes
     made = bench(tmp_path)
     back_end.hears(SET_VRING_KICK)
-    made.until(lambda: made.device._talk is None)
+    made.until(lambda: made.device.link._talk is None)
     assert (made.device._inflight is not None) == notes
     back_end.notes = not notes
     back_end.peers[0].shutdown(socket.SHUT_RDWR)
-    made.until(lambda: made.device.channel is None)
+    made.until(lambda: made.device.link.channel is None)
     made.slot.clock.advance(200_000_000)
     if notes:
         made.until(lambda: bool(made.virtio.status & 64))
         made.virtio.reset()
     else:
-        made.until(lambda: made.device.channel is not None and made.device._talk is None)
+        made.until(lambda: made.device.link.channel is not None and made.device.link._talk is None)
         assert SET_INFLIGHT_FD in back_end.heard
         assert made.virtio.status == 15
     made.close()
@@ -202,7 +204,7 @@ def test_a_write_to_the_configuration_that_is_not_answered(
     back_end.hears(SET_VRING_KICK)
     getattr(back_end, how).add(SET_CONFIG)
     made.virtio.config_write(0, 4, 7)
-    assert made.device.channel is None
+    assert made.device.link.channel is None
     assert made.virtio.config_read(0, 4) == int.from_bytes(b"cccc", "little")
     made.close()
 
@@ -215,13 +217,13 @@ def test_a_return_that_says_nothing(tmp_path: Path, back_end: BackEnd, patient: 
     getattr(back_end, how).add(GET_FEATURES)
     for peer in back_end.peers:
         peer.shutdown(socket.SHUT_RDWR)
-    made.until(lambda: made.device.channel is None)
+    made.until(lambda: made.device.link.channel is None)
     made.slot.clock.advance(200_000_000)
     back_end.hears(GET_FEATURES, 2)
     made.start()
     made.virtio.pause()
     made.virtio.resume()
-    assert made.device.channel is None
+    assert made.device.link.channel is None
     made.close()
 
 
@@ -267,12 +269,12 @@ def test_a_machine_goes_on_beside_it(tmp_path: Path, back_end: BackEnd, patient:
             token = busy.add([], [32])
             guest.store(BAR + 0x13000, 2, 0)
             guest.until(lambda busy=busy: busy.wants_kick() and busy._next_used() is not None, f"no entropy {token}")
-            assert guest.machine.stats().name == guest.machine.name
+            assert stats_of(guest.machine).name == guest.machine.name
             guest.machine.pause()
             guest.machine.resume()
             back_end.mute -= {GET_FEATURES}
             guest.until(
-                lambda: guest.machine.devices["vhost-user-device"].device.device.channel is not None, "no return"
+                lambda: guest.machine.devices["vhost-user-device"].device.device.link.channel is not None, "no return"
             )
         back_end.mute.add(GET_FEATURES)
         for peer in list(back_end.peers):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cardcage.errors import ConfigError
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vhost_kinds import (
+from cardcage_virtio.vhost.kinds import (
     VhostUserBlkOptions,
     VhostUserFsOptions,
     VhostUserOptions,
@@ -108,9 +108,9 @@ def test_a_device_reset_and_a_second_start(daemon: Daemon) -> None:
 def test_an_answer_already_read_is_no_hang_up(daemon: Daemon) -> None:
     """The loop's late word that the socket was readable does not cost a living back end its connection."""
     bench = blk(daemon)
-    channel = bench.device.channel
-    bench.device._spoke()
-    assert bench.device.channel is channel
+    channel = bench.device.link.channel
+    bench.device.link._spoke()
+    assert bench.device.link.channel is channel
     assert bench.call([read(1)], [512, 1])[-1] == 0
     bench.close()
 
@@ -172,17 +172,17 @@ def test_no_request_is_lost_when_the_back_end_is_killed(tmp_path: Path) -> None:
         for _ in range(3):
             fill()
             target = done + 40
-            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]  # binds this turn's
             daemon.kill()
             fill()
-            bench.until(lambda: bench.device.channel is None)
+            bench.until(lambda: bench.device.link.channel is None)
             daemon.start()
             bench.slot.clock.advance(200_000_000)
-            bench.until(lambda: bench.device.channel is not None)
+            bench.until(lambda: bench.device.link.channel is not None)
         while at < 900 or wanted:
             fill()
             target = done + min(20, len(wanted))
-            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]
+            bench.until(lambda target=target: some_done(target))  # type: ignore[misc]  # binds this turn's
         bench.call([struct.pack("<IIQ", 4, 0, 0)], [1])
         disk = daemon.disk.read_bytes()
         assert all(disk[512 * sector : 512 * sector + 512] == data for sector, data in written.items())
@@ -215,7 +215,7 @@ def test_virtiofsd_answers(tmp_path: Path) -> None:
         assert (error, unique) == (0, 1)
         assert length == len(answer) == 80
         assert struct.unpack_from("<I", answer, 16) == (7,)
-        bench.slot.change("socket", "connect", allowed=False)
+        bench.slot.host.change("socket", "connect", allowed=False)
         forget = struct.pack("<IIQQIIII", 48, 2, 2, 1, 0, 0, 0, 0) + bytes(8)
         assert bench.call([forget], queue=1) == b""
         answer = bench.call([head, init], [16, 64], queue=1)
@@ -259,7 +259,7 @@ def test_a_back_end_that_talks_nonsense_is_an_error(tmp_path: Path, answer: byte
 
 def test_calls_become_interrupts_on_a_thread() -> None:
     """Each write to an eventfd delivers its number; the thread ends with the last eventfd."""
-    from cardcage_virtio.calls import CallThread
+    from cardcage_virtio.vhost.calls import CallThread
 
     got: list[int] = []
     told = threading.Semaphore(0)
@@ -296,7 +296,7 @@ def test_an_accelerator_that_asks_is_told_of_the_rings(daemon: Daemon) -> None:
         rings[len(rings) + 5] = ring
         return len(rings) + 4
 
-    bench.slot.vm = SimpleNamespace(
+    bench.slot.interrupts.vm = SimpleNamespace(
         capabilities=frozenset({"foreign-rings"}), add_foreign_ring=add, remove_foreign_ring=rings.pop
     )
     bench.start()
@@ -313,7 +313,7 @@ def test_a_dirty_log_hears_what_the_back_end_writes(daemon: Daemon, logs: bool, 
     """While the log is on, a read's buffer and the used ring are named, by the page; a back end that cannot say so has
     written all memory; requests go on when the log comes and goes, and so does the back end."""
     if not logs:
-        monkeypatch.setattr("cardcage_virtio.vhost_channel.WANTED", 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12)
+        monkeypatch.setattr("cardcage_virtio.vhost.channel.WANTED", 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12)
     writers: list[Any] = []
     vm = SimpleNamespace(
         capabilities={"dirty-log"},
@@ -334,7 +334,7 @@ def test_a_dirty_log_hears_what_the_back_end_writes(daemon: Daemon, logs: bool, 
         bench.wait(0)
         if turn == 1:
             daemon.kill()
-            bench.slot.poll(10)
+            bench.slot.loop.poll(10)
         pages = {address + at for address, size in bench.device.collect_writes() for at in range(0, size, 4096)}
         touched = {at & ~4095 for at in (areas[0][0], areas[1][0], driver.device)}
         assert touched <= pages
@@ -355,16 +355,16 @@ def test_a_revoked_disk_fails_requests_and_comes_back(daemon: Daemon, act: tuple
     bench = blk(daemon, queues=2)
     for at in range(3):
         assert bench.call([read(at)], [512, 1])[-1] == 0
-    bench.slot.change(*act, allowed=False)
-    assert bench.device.channel is None
+    bench.slot.host.change(*act, allowed=False)
+    assert bench.device.link.channel is None
     for queue in (0, 1, 0):
         assert bench.call([read(1)], [512, 1], queue=queue)[-1] == 1
     assert bench.call([struct.pack("<IIQ", 1, 0, 9), b"w" * 512], [1]) == b"\1"
     state = bench.virtio.save()
     assert state.device.bases == {0: 6, 1: 1}
     bench.slot.clock.advance(10**9)
-    assert bench.device.channel is None
-    bench.slot.change(*act, allowed=True)
+    assert bench.device.link.channel is None
+    bench.slot.host.change(*act, allowed=True)
     for queue in (0, 1, 0):
         data = bench.call([read(5 + queue)], [512, 1], queue=queue)
         assert data == struct.pack("<Q", 5 + queue) * 64 + b"\0"
@@ -375,20 +375,20 @@ def test_a_revoked_disk_fails_requests_and_comes_back(daemon: Daemon, act: tuple
 def test_a_reset_while_a_disk_is_revoked(daemon: Daemon) -> None:
     """A driver that starts the device meanwhile gets errors too, and the disk once it may be used again."""
     bench = blk(daemon)
-    bench.slot.change("socket", "connect", allowed=False)
+    bench.slot.host.change("socket", "connect", allowed=False)
     for _ in range(2):
         bench.start()
         assert bench.call([read(1)], [512, 1])[-1] == 1
     daemon.kill()
-    bench.slot.change("socket", "connect", allowed=True)
+    bench.slot.host.change("socket", "connect", allowed=True)
     for sector in (3, 4):
         bench.driver().add([read(sector)], [512, 1])
         bench.kick()
-        bench.slot.poll()
+        bench.slot.loop.poll()
         assert bench.driver().used() == []  # allowed, with no back end: it waits, as when one dies
-    bench.slot.change("socket", "connect", allowed=False)
+    bench.slot.host.change("socket", "connect", allowed=False)
     assert [data[-1] for data in bench.wait(0, 2).values()] == [1, 1]
     daemon.start()
-    bench.slot.change("socket", "connect", allowed=True)
+    bench.slot.host.change("socket", "connect", allowed=True)
     assert bench.call([read(5)], [512, 1]) == struct.pack("<Q", 5) * 64 + b"\0"
     bench.close()

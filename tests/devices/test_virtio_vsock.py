@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from cardcage.errors import ConfigError
 from cardcage_virtio.testing import Bench
-from cardcage_virtio.vsock import Vsock, VsockOptions
-from cardcage_virtio.vsock_stream import BUFFER, Header
+from cardcage_virtio.vsock.device import Vsock, VsockOptions
+from cardcage_virtio.vsock.stream import BUFFER, Header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -169,7 +169,7 @@ def test_a_slow_host_program_holds_a_bounded_amount(guest: Guest) -> None:
     while not guest.got or guest.got[-1][0].op != 3:
         guest.send(5, 9, port, struct.pack("<Q", sent) * 500)
         sent += 1
-        guest.bench.slot.poll()
+        guest.bench.slot.loop.poll()
         guest.take()
         guest.got = [one for one in guest.got if one[0].op == 3]
         assert sent * 4000 < 16 * BUFFER
@@ -184,12 +184,12 @@ def test_megabytes_arrive_in_order(guest: Guest) -> None:
     source = b"".join(struct.pack("<I", at) for at in range(1 << 18))
     arrived, at, forwarded = bytearray(), 0, 0
     device = guest.bench.device
-    stream = next(iter(device.streams.values()))
+    stream = next(iter(device.streams))
     while len(arrived) < len(source):
         if at < len(source) and at - stream._taken < BUFFER - 8192:
             guest.send(5, 9, port, source[at : at + 8192])
             at += 8192
-        guest.bench.slot.poll()
+        guest.bench.slot.loop.poll()
         guest.take()
         try:
             arrived += program.recv(1 << 16)
@@ -205,7 +205,7 @@ def test_megabytes_arrive_in_order(guest: Guest) -> None:
     while len(back) < len(source):
         if at < len(source):
             at += program.send(source[at : at + 65536])
-        guest.bench.slot.poll()
+        guest.bench.slot.loop.poll()
         guest.take()
         for _, data in guest.got:
             back += data
@@ -284,7 +284,7 @@ def test_random_packets_never_hurt(packets: list[Any], packed: bool, tmp_path_fa
             else:
                 op, port, peer, data, flags, credit = one
                 guest.send(op, port, peer, data, flags=flags, credit=credit & 0xFFFFFFFF, forwarded=flags)
-            guest.bench.slot.poll()
+            guest.bench.slot.loop.poll()
             guest.take()
         guest.got.clear()
         program, _ = guest.call(1)
@@ -299,20 +299,20 @@ def test_listening_is_revoked_and_comes_back(guest: Guest) -> None:
     greeting = socket.socket(socket.AF_UNIX)
     greeting.settimeout(10)
     greeting.connect(str(guest.path))
-    guest.bench.until(lambda: bool(guest.bench.device._callers))
-    slot.change("socket", "listen", allowed=False)
+    guest.bench.until(lambda: bool(guest.bench.device._callers.waiting))
+    slot.host.change("socket", "listen", allowed=False)
     header, _ = guest.expect(3)
     assert (header.source_port, header.destination_port) == (port, 1234)
     late = socket.socket(socket.AF_UNIX)
     late.settimeout(10)
     late.connect(str(guest.path))
-    slot.poll(0.1)
+    slot.loop.poll(0.1)
     for one in (program, greeting, late):
         assert one.recv(10) == b""
         one.close()
     guest.send(5, 1234, port, b"lost")
     guest.expect(3)
-    slot.change("socket", "listen", allowed=True)
+    slot.host.change("socket", "listen", allowed=True)
     program, _ = guest.call(1234)
     program.close()
 
@@ -328,21 +328,21 @@ def test_connecting_is_revoked_and_comes_back(guest: Guest) -> None:
         guest.expect(2)
         program, _ = listener.accept()
         program.settimeout(10)
-        slot.change("socket", "connect", allowed=False)
+        slot.host.change("socket", "connect", allowed=False)
         header, _ = guest.expect(3)
         assert (header.source_port, header.destination_port) == (80, 5000)
         assert program.recv(10) == b""
-        slot.denied.add(f"unix:{guest.path}_80")
+        slot.host.denied.add(f"unix:{guest.path}_80")
         guest.send(1, 5001, 80)
         guest.expect(3)
-        slot.denied.clear()
+        slot.host.denied.clear()
         guest.send(5, 1234, port, b"still here")
         assert inward.recv(100) == b"still here"
-        granted = len(slot._granted)
+        granted = len(slot.host._granted)
         guest.send(1, 5002, 80)
         guest.expect(2)
-        assert len(slot._granted) == granted + 1
+        assert len(slot.host._granted) == granted + 1
         guest.send(3, 5002, 80)
-        guest.bench.until(lambda: len(slot._granted) == granted)
+        guest.bench.until(lambda: len(slot.host._granted) == granted)
         inward.close()
         program.close()

@@ -69,5 +69,5 @@ class Function:
             found = driver.used()
             if found:
                 return found[0][1]
-            self.vm.events.call_soon(lambda: None)
+            self.vm.loop.call_soon(lambda: None)
         raise TimeoutError

@@ -6,11 +6,11 @@ import ctypes
 import os
 import subprocess
 import threading
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cardcage.eventloop import EventLoop, MachineClock
+from cardcage._machine.eventloop import EventLoop, MachineClock
 from cardcage.host import Host
+from cardcage_testing import TestSlot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,28 +69,24 @@ class Namespace:
         self._holder.communicate()
 
 
-class Slot:
-    """What a back end needs of a machine: loop, lock, clock, log, host."""
+class Slot(TestSlot):
+    """A slot with a real loop and clock, and the shares of *host*."""
 
     def __init__(self, host: Host | None = None) -> None:
+        super().__init__()
+        self.loop.close()
         self.lock = threading.RLock()
-        self.said: list[tuple[str, dict[str, Any]]] = []
         self.failures: list[BaseException] = []
         self.events = EventLoop("net-test", self._locked)
-        self.clock = MachineClock(self.events)
+        self.loop, self.clock = cast(Any, self.events), cast(Any, MachineClock(self.events))
         with self.lock:
-            self.clock.resume()
-        self.add_reader, self.remove_reader = self.events.add_reader, self.events.remove_reader
-        self.call_soon = self.events.call_soon
-        self.log = SimpleNamespace(info=self._say, warning=self._say, debug=self._say)
-        self.machine = SimpleNamespace(host=host or Host(installed=False))
-        self.share = self.machine.host.share
+            cast(Any, self.clock).resume()
+        self.host.share = (host or Host(installed=False)).share  # type: ignore[method-assign]  # as in one process
 
-    def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, **facts: Any) -> Any:
-        """Always allowed."""
-
-    def _say(self, text: str, **values: Any) -> None:
-        self.said.append((text, values))
+    @property
+    def said(self) -> list[tuple[str, dict[str, Any]]]:
+        """Entries of the log."""
+        return [(event, values) for _, event, values in self.log.entries]
 
     def _locked(self, callback: Callable[[], None]) -> None:
         with self.lock:
@@ -100,8 +96,8 @@ class Slot:
                 self.failures.append(error)
 
     def close(self) -> None:
-        self.events.close()
-        self.clock.close()
+        super().close()
+        cast(Any, self.clock).close()
         assert not self.failures, self.failures
 
 

@@ -17,11 +17,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from attrs import define, field
+from cardcage_selinux.cil.sexpr import Node, parse
+from cardcage_selinux.cil.syntax import EXTENDED, LABELS
 from cardcage_selinux.errors import ContextError
-from cardcage_selinux.kept import frozen, thawed
-from cardcage_selinux.policy import Policy, load
-from cardcage_selinux.sexpr import Node, parse
-from cardcage_selinux.syntax import EXTENDED, LABELS
+from cardcage_selinux.server.kept import frozen, thawed
+from cardcage_selinux.server.policy import Policy, load
 from selinux_random import RandomPolicy, random_policy
 from selinux_sepol import Sepol, bounds_work, secilc
 

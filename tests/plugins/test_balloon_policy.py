@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 from attrs import define, field
+from cardcage._config.structure import structure
 from cardcage.errors import ConfigError, HostError
 from cardcage.host import Host
-from cardcage.hostmemory import HostMemory
-from cardcage.policy import MachineMemory
-from cardcage.structure import structure
-from cardcage.testing import TestBalloon, TestMachine, check_policy
 from cardcage_balloon.board import Board, Entry
 from cardcage_balloon.plan import MIB, Seen
 from cardcage_balloon.policy import BalloonOptions, BalloonPolicy
+from cardcage_fleet.hostmemory import HostMemory
+from cardcage_memory_policies import MachineMemory, PolicyOffer
+from cardcage_memory_policies.testing import TestBalloon, TestMachine, check_policy
 
 SIZE = 1024 * MIB
 
@@ -252,8 +252,8 @@ def test_who_no_longer_steers_counts_as_it_is(tmp_path: Path, monkeypatch: pytes
 def test_the_policy_is_found_by_name() -> None:
     """``balloon`` is one policy for all machines of a host, with its options checked."""
     with Host() as host:
-        offer = host.registry.get("policy", "balloon")
-        assert offer.extra == {"shared": True}
+        offer = host.registry.get(PolicyOffer, "balloon")
+        assert offer.shared
         with pytest.raises(ConfigError, match="margin"):
             host.options(offer, {"margin": 2.0})
         assert host.options(offer, {"floor": "1M"}).floor == MIB

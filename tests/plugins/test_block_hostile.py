@@ -104,7 +104,7 @@ FIELDS = {
     "refcount table none": (56, ">I", 0, "refcount table"),
     "refcount table huge": (56, ">I", 1 << 20, "refcount table"),
     "snapshots": (60, ">I", 1 << 20, "snapshots"),
-    "incompatible": (72, ">Q", 1 << 40, "not known here: bit 40"),
+    "incompatible": (72, ">Q", 1 << 40, "unknown features: bit 40"),
     "data file": (72, ">Q", 4, "external data file"),
     "extended l2": (72, ">Q", 16, "extended L2"),
     "corrupt": (72, ">Q", 2, "marked as corrupt"),

@@ -8,10 +8,10 @@ import pytest
 from cardcage import Machine
 from cardcage.backends import BlockInfo
 from cardcage.errors import CardcageError, ConfigError, HostError
-from cardcage.testing import check_block_backend
 from cardcage_block.drive import Drive, open_image
 from cardcage_block.make import create_qcow2, create_raw
 from cardcage_block.raw import RawImage
+from cardcage_testing import check_block_backend
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,7 @@ def machine(*devices: dict[str, Any]) -> Machine:
 
 def opened(vm: Machine) -> Any:
     """The image behind the machine's disk."""
-    return vm.devices["virtio-blk"].slot._opened[0]
+    return vm.devices["virtio-blk"].slot.host._opened[0]
 
 
 @pytest.mark.parametrize("spec", ["{}", "qcow2:{}", "drive:{}", {"file": "{}"}, {"type": "qcow2", "file": "{}"}])
@@ -80,7 +80,7 @@ def test_wrong_networks() -> None:
     for net, words in (
         ("usr", 'Did you mean "net:user"'),
         ({"type": "tap", "ifname": "x" * 20}, "15 bytes"),
-        ({"type": "stream"}, "one of connect and listen"),
+        ({"type": "stream"}, "either connect or listen"),
         ("stream:nowhere", "unix:PATH or HOST:PORT"),
         ("user:hostfwd=nonsense", "tcp:127.0.0.1:2222-:22"),
     ):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import cardcage_block
 import pytest
+from cardcage._config.structure import structure
 from cardcage.errors import ConfigError, HostError
 from cardcage.host import Host
 from cardcage.pairs import parse_pairs
 from cardcage.registry import Registry
-from cardcage.structure import structure
 from cardcage_block import tool
 from cardcage_block.drive import Drive, open_image, parse_drive_flag, parse_file
 from cardcage_block.make import Qcow2Shape, create_qcow2
@@ -189,7 +189,7 @@ def test_registered_offers_load() -> None:
     offers = {offer.name: offer for offer in registry}
     for offer in offers.values():
         assert callable(offer.load())
-    assert offers["block:drive"].extra["default"]
+    assert offers["block:drive"].default
     assert structure(parse_file("a:b.img"), Drive) == Drive("a:b.img")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import struct
 import subprocess
 import sys
 import threading
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define, field
+from boot_kit import bzimage
 from cardcage.host import Host
-from cardcage.outcome import Stopped
+from cardcage.registry import AcceleratorOffer
 from cardcage_boot.channel import ExecOptions, FdSink, Marked, PanicWatch, open_exec
 from cardcage_boot.fetch import Shelf
+from cardcage_testing import TestSlot
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,39 +45,24 @@ OFF = bytes.fromhex("ba0406000066b8002066eff4")  # powers off by ACPI
 HALT = bytes.fromhex("faf4")
 
 
-def bzimage(code: bytes) -> bytes:
-    """A bzImage of one setup sector whose 64-bit entry point is *code*."""
-    head = bytearray(1024)
-    payload = bytes(0x200) + code
-    payload += bytes(-len(payload) % 16)
-    head[0x1F1] = 1
-    struct.pack_into("<I", head, 0x1F4, len(payload) // 16)
-    head[0x1FE:0x206] = b"\x55\xaa\xeb\x6aHdrS"
-    struct.pack_into("<HII", head, 0x206, 0x20F, 0, 0x100 << 16)
-    head[0x300:0x30C] = b"6.1.0-t (x)\0"
-    struct.pack_into("<IIBBHI", head, 0x22C, 0x7FFFFFFF, 0x1000, 1, 12, 3, 2047)
-    struct.pack_into("<QI", head, 0x258, 1 << 20, 0x10000)
-    return bytes(head) + payload
-
-
 Boot = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
 def accelerators() -> list[str]:
-    return Host().registry.names("accelerator")
+    return Host().registry.names(AcceleratorOffer)
 
 
 @pytest.fixture(params=accelerators())
 def boot(request: pytest.FixtureRequest, tmp_path: Path) -> Boot:
     """Runs ``cardcage boot`` with a guest's code as the kernel, on each accelerator, without a terminal."""
-    probe = Host().registry.get("accelerator", request.param).load()().probe()
+    probe = Host().registry.get(AcceleratorOffer, request.param).load()().probe()
     if not probe.usable:
         pytest.skip(f"{request.param}: {probe.reason}")
 
     def go(code: bytes, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         kernel = tmp_path / "vmlinuz"
-        kernel.write_bytes(bzimage(code))
-        program = "import sys; from cardcage.cli import main; sys.exit(main())"
+        kernel.write_bytes(bzimage(code, line_max=2047))
+        program = "import sys; from cardcage_cli import main; sys.exit(main())"
         command = [sys.executable, "-c", program, "boot", "--kernel", kernel, "--accel", request.param, "-m", "32M"]
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         return subprocess.run([*command, *arguments], input=stdin, capture_output=True, env=environment, check=False)
@@ -138,7 +123,7 @@ def test_timeout_and_header(boot: Boot) -> None:
     ("arguments", "expected"),
     [
         (["--exec", "x", "--initrd", "y"], "--exec: needs the init"),
-        (["--firmware", "f"], "--firmware: boots disks"),
+        (["--firmware", "f"], "--firmware: boots from disks"),
         (["--timeout", "soon"], "--timeout: expected a time"),
         (["--kernel", "/nonexistent"], "/nonexistent: kernel cannot be read: No such file or directory"),
     ],
@@ -188,29 +173,17 @@ def test_panic_is_seen_in_pieces(cuts: list[int]) -> None:
     assert found == ["VFS: no root"]
 
 
-@define
-class Recorder:
-    """The part of a slot and machine that the back ends use; deferred calls run when the test says so."""
-
-    outcome: Any = None
-    calls: list[Callable[[], None]] = field(factory=list)
-    ended: list[Any] = field(factory=list)
-
-    @property
-    def machine(self) -> Any:
-        return self
-
-    def call_soon(self, call: Callable[[], None], /) -> None:
-        self.calls.append(call)
-
-    def end(self, outcome: Any) -> None:
-        self.ended.append(outcome)
+def stopped() -> TestSlot:
+    """The slot of a machine that has ended."""
+    slot = TestSlot()
+    slot.loop.ending = True
+    return slot
 
 
 def test_sink_writes_everything_to_a_slow_reader() -> None:
     """More than a pipe holds arrives whole and in order at a reader that comes late."""
     read, write = os.pipe()
-    slot: Any = Recorder()
+    slot: Any = TestSlot()
     sink = FdSink(slot, write)
     data = os.urandom(300_000)
 
@@ -230,7 +203,7 @@ def test_sink_writes_everything_to_a_slow_reader() -> None:
 def test_sink_gives_up_on_a_stopped_machine() -> None:
     """When the host has stopped the machine and nobody reads, writing ends instead of waiting for ever."""
     read, write = os.pipe()
-    slot: Any = Recorder(Stopped())
+    slot: Any = stopped()
     FdSink(slot, write).write(bytes(1 << 20))
     os.close(read)
     os.close(write)
@@ -242,7 +215,7 @@ def test_exec_output_ends_the_machine_when_nobody_reads() -> None:
     kept = os.dup(1)
     gone, closed = os.pipe()
     os.close(gone)
-    slot: Any = Recorder()
+    slot: Any = TestSlot()
     back_end = open_exec(slot, ExecOptions("t", write))
     os.dup2(closed, 1)
     try:
@@ -250,6 +223,6 @@ def test_exec_output_ends_the_machine_when_nobody_reads() -> None:
     finally:
         os.dup2(kept, 1)
     assert os.read(read, 16) == b"141\n"
-    assert len(slot.ended) == 1
+    assert len(slot.power.requests) == 1
     for fd in (read, write, kept, closed):
         os.close(fd)

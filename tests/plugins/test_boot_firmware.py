@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from boot_kit import bzimage, elf32, elf64, multiboot_header, pvh_note
 from cardcage import Machine
-from cardcage.host import Host
-from test_boot_protocols import bzimage, elf32, elf64, multiboot_header, pvh_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,15 +25,6 @@ KERNELS = {
     "raw 32": (SPIN, {"protocol": "raw", "mode": 32}),
     "raw 64": (SPIN, {"protocol": "raw", "mode": 64, "address": MIB}),
 }
-
-
-@pytest.fixture(params=Host().registry.names("accelerator"))
-def accel(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    probe = Host().registry.get("accelerator", name).load()().probe()
-    if not probe.usable:
-        pytest.skip(f"{name}: {probe.reason}")
-    return name
 
 
 @pytest.fixture(params=KERNELS)

@@ -13,7 +13,8 @@ from cardcage.errors import CardError, ConfigError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.registry import Registry
-from cardcage.testing import check_policy
+from cardcage_memory_policies import PolicyOffer, policies_of
+from cardcage_memory_policies.testing import check_policy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "coldmem-policy"
 MIB = 1 << 20
@@ -42,7 +43,7 @@ def test_it_keeps_the_contract() -> None:
 def test_cold_memory_goes_out_and_hot_stays(tmp_path: Path) -> None:
     """Memory that nobody touches leaves the host's memory, and all of it reads as before."""
     with machine(tmp_path, {"type": "coldmem", "interval": 1000, "part": 1.0}) as vm:
-        policy, memory = vm.policies[0].policy, vm.policies[0].memory
+        policy, memory = policies_of(vm)[0].policy, policies_of(vm)[0].memory
         cold = os.urandom(MIB) * 40
         vm.memory.write(MIB, cold)
         vm.memory.write(48 * MIB, b"hot" * MIB)
@@ -71,7 +72,7 @@ def test_a_mistake_in_it_is_named(tmp_path: Path) -> None:
     class Card:
         @hookimpl
         def cardcage_register(self, registry: Registry) -> None:
-            registry.policy("mistaken", mistaken, shared=True)
+            registry.add(PolicyOffer("mistaken", mistaken, shared=True))
 
     with (
         Host([Card()]) as host,

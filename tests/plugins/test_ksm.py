@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cardcage._config.structure import structure
 from cardcage.errors import Denied, HostError
-from cardcage.policy import MachineMemory
-from cardcage.structure import structure
-from cardcage.testing import TestMachine, check_policy
+from cardcage.security import Act
 from cardcage_ksm.lease import KSM, HeldError, Lease, read_settings
 from cardcage_ksm.policy import KsmOptions, KsmPolicy
+from cardcage_memory_policies import MachineMemory
+from cardcage_memory_policies.testing import TestMachine, check_policy
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
 FOUND = {"run": "0", "advisor_mode": "[none] scan-time", "pages_to_scan": "100", "sleep_millisecs": "20"}
 WANTED = {"sleep_millisecs": "5", "advisor_mode": "scan-time", "run": "1"}
 
@@ -146,7 +147,7 @@ def test_another_group_waits_its_turn(tmp_path: Path, ksm: Path) -> None:
     """While machines of one group merge, others are refused with the reason; afterwards they may."""
     first, other = Lease(tmp_path, ksm), Lease(tmp_path, ksm)
     first.join("s0:c1,c2", "web of process 7", WANTED)
-    reason = r"ksmd is one .*, and web of process 7 \(s0:c1,c2\) merges now: a machine without a label may not"
+    reason = r"shares ksmd, and web of process 7 \(s0:c1,c2\) is using it: a machine without a label may not"
     with pytest.raises(HeldError, match=reason):
         other.join(None, "other", WANTED)
     first.leave()
@@ -207,8 +208,8 @@ def machines() -> Iterator[Callable[..., MachineMemory]]:
 
 
 class Allow:
-    def check(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any, /) -> None:
-        if source == "untrusted":
+    def check(self, act: Act, /) -> None:
+        if act.source == "untrusted":
             raise Denied("untrusted may not merge")
 
 
@@ -222,7 +223,7 @@ def test_labels_hold_the_lease(tmp_path: Path, ksm: Path, machines: Make) -> Non
     first, second = (machines(label="s0:c1", checkers=(Allow(),), name=name) for name in "ab")
     one.attach(first)
     same.attach(second)
-    with pytest.raises(HostError, match=r"^ksmd is one .* a of process \d+ \(s0:c1\) merges now: s0:c2 may not$"):
+    with pytest.raises(HostError, match=r"^the whole host .* a of process \d+ \(s0:c1\) is using it: s0:c2 may not$"):
         other.attach(machines(label="s0:c2", checkers=(Allow(),)))
     one.detach(first)
     same.detach(second)
@@ -237,7 +238,7 @@ def test_a_group_holds_the_lease(tmp_path: Path, ksm: Path, machines: Make) -> N
     web = policy(tmp_path, ksm, group="web")
     memory = machines()
     web.attach(memory)
-    with pytest.raises(HostError, match=r"\(web\) merges now: db may not"):
+    with pytest.raises(HostError, match=r"\(web\) is using it: db may not"):
         policy(tmp_path, ksm, group="db").attach(machines())
     web.detach(memory)
 
@@ -249,9 +250,7 @@ def test_labels_without_a_lease_do_not_merge(ksm: Path, machines: Make) -> None:
         raise HostError("no such place")
 
     labelled = KsmPolicy(folder=nowhere, ksm=ksm)
-    with pytest.raises(
-        HostError, match="a lease on ksmd cannot be had, and s0:c1 is not to merge without one: no such"
-    ):
+    with pytest.raises(HostError, match="no lease on ksmd, without which s0:c1 may not merge: no such"):
         labelled.attach(machines(label="s0:c1", checkers=(Allow(),)))
     plain_machine = TestMachine()
     KsmPolicy(folder=nowhere, ksm=ksm).attach(MachineMemory(plain_machine))  # type: ignore[arg-type]  # a stand-in
@@ -349,4 +348,4 @@ def test_ksmd_is_as_found_after_a_killed_machine() -> None:
         kill(process)
     until(lambda: read_settings(KSM) == before)
     done = subprocess.run([*PROGRAM, "ksm", "--restore"], capture_output=True, text=True, check=True)
-    assert done.stdout == "there was nothing to put back\n"
+    assert done.stdout == "there was nothing to restore\n"

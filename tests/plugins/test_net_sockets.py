@@ -175,7 +175,7 @@ def test_stream_without_anybody(slot: Slot, tmp_path: Path) -> None:
     """A client that is not to try again says that nobody is there; wrong options are named."""
     with pytest.raises(HostError, match="No such file"):
         open_stream(slot, Stream(connect=f"unix:{tmp_path}/s", reconnect=Duration(0)))
-    with pytest.raises(ConfigError, match="one of connect and listen"):
+    with pytest.raises(ConfigError, match="either connect or listen"):
         open_stream(slot, Stream())
     with pytest.raises(ConfigError, match="unix:PATH or HOST:PORT"):
         address("nothing")

@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 from attrs import define, field, frozen
-from cardcage import host as hosts
-from cardcage.cli import main
+from cardcage._host import cards as hosts
+from cardcage._host.discovery import Announcement, announced
 from cardcage.config import Draft
-from cardcage.discovery import Announcement, announced
 from cardcage.errors import Denied
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.memory import GuestMemoryError
-from cardcage.policy import MachineMemory
-from cardcage.registry import Registry
-from cardcage.roster import Roster, ask
-from cardcage.security import CLASSES
-from cardcage.state import capture, restore
+from cardcage.registry import DeviceOffer, Registry
+from cardcage.security import CLASSES, Act
+from cardcage_cli import main
+from cardcage_fleet.roster import Roster, ask
+from cardcage_memory_policies import MachineMemory
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
+from cardcage_snapshot.state import capture, restore
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -40,11 +40,11 @@ class Recorder:
     refused: tuple[str, str] | None = None
     asked: set[tuple[str, str]] = field(factory=set)
 
-    def check(self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Any, /) -> None:
-        for permission in permissions:
-            self.asked.add((tclass, permission))
-            if (tclass, permission) == self.refused:
-                raise Denied(f"not {permission} {tclass}")
+    def check(self, act: Act, /) -> None:
+        for permission in act.permissions:
+            self.asked.add((act.tclass, permission))
+            if (act.tclass, permission) == self.refused:
+                raise Denied(f"not {permission} {act.tclass}")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def shared(act: Callable[[MachineMemory], Any]) -> Callable[[Machine], Any]:
 
 def moved(vm: Machine) -> None:
     with vm.lock:
-        vm.change_memory(remove=tuple(vm.memory.ranges[:1]))
+        vm._board.change_memory(remove=tuple(vm.memory.ranges[:1]))
 
 
 def slot(vm: Machine) -> Any:
@@ -146,7 +146,7 @@ ACTS: dict[str, tuple[Callable[[Machine], Any], Callable[[Machine], Any]]] = {
     "memory dma_read": (lambda vm: vm, lambda vm: slot(vm).memory.read(0, 1)),
     "memory dma_write": (lambda vm: vm, lambda vm: slot(vm).memory.write(0, b"x")),
     "interrupt raise": (lambda vm: vm, Machine.inject_nmi),
-    "bus move": (lambda vm: vm, lambda vm: slot(vm).mappings[0].move(0x80)),
+    "bus move": (lambda vm: vm, lambda vm: slot(vm).ranges.mappings[0].move(0x80)),
 }
 """Acts on a machine that exists: how it comes to where the act is possible, and the act."""
 
@@ -164,7 +164,7 @@ ELSEWHERE = {
 def documented() -> set[str]:
     """The acts in the table of the page."""
     found = set()
-    for row in PAGE.read_text().split("## What is asked")[1].split("\n\n")[1].splitlines()[2:]:
+    for row in PAGE.read_text().split("## Mediated operations")[1].split("\n\n")[1].splitlines()[2:]:
         tclass, permissions = re.findall(r"`(\w+)`", row.split("|")[1])[0], re.findall(r"`(\w+)`", row.split("|")[2])
         found |= {f"{tclass} {permission}" for permission in permissions}
     return found
@@ -269,7 +269,7 @@ def test_loading_a_card(recorder: Recorder) -> None:
     with Host(security=Draft.of({"security": "recorder"}).config().security) as host:
         assert [card.name for card in host.cards] == ["recorder"]
         assert {one.name for one in host.broken} >= {"pc", "tcg"}
-        assert host.registry.names("device") == []
+        assert host.registry.names(DeviceOffer) == []
 
 
 def test_commands(recorder: Recorder, tmp_path: Path, capfd: Any) -> None:
@@ -290,9 +290,9 @@ def test_messages(recorder: Recorder) -> None:
         sent: list[int] = []
         vm.vm = SimpleNamespace(signal_msi=lambda address, data: sent.append(data), close=vm.vm.close)
         recorder.refused = ("interrupt", "route")
-        slot(vm).msi(0xFEE00000, 1)
+        slot(vm).interrupts.msi(0xFEE00000, 1)
         recorder.asked.clear()
-        slot(vm).msi(0xFEE00000, 2)
+        slot(vm).interrupts.msi(0xFEE00000, 2)
         assert sent == []
         assert not recorder.asked
 

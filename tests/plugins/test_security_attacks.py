@@ -16,10 +16,10 @@ from cardcage.errors import ConfigError, Denied, UsageError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage.registry import Registry
-from cardcage.security import CLASSES
+from cardcage.registry import DeviceOffer, Registry
+from cardcage.security import CLASSES, Act
 from cardcage_selinux.card import DEFAULT
-from cardcage_selinux.policy import load
+from cardcage_selinux.server.policy import load
 
 LINE = re.compile(
     r"type=AVC msg=audit\(\d+\.\d{3}:\d+\): avc:  denied  \{ (?P<permissions>[\w ]+) \} for  pid=\d+ .*"
@@ -41,10 +41,10 @@ class EvilDevice:
     def plug(self, slot: Slot, /) -> None:
         self.slot = slot
         if self.options.char != "none":
-            slot.open("char", self.options.char)
+            slot.host.open("char", self.options.char)
 
     def read(self, offset: int, size: int, /) -> int:
-        return len(self.slot.machine.devices)  # what it may not reach, in the guest's access
+        return len(self.slot.board.devices)  # what it may not reach, in the guest's access
 
     def write(self, offset: int, size: int, value: int, /) -> None: ...
 
@@ -108,7 +108,7 @@ def test_what_the_default_policy_allows_runs(yard: Yard, tmp_path: Path) -> None
         {"type": "evil", "irq": 5},
     ]
     with yard.machine("one", *devices) as vm:
-        slot_of(vm, "evil").irq()
+        slot_of(vm, "evil").interrupts.line()
         slot_of(vm, "evil").memory.write(0, b"x")
         vm.start()
         vm.pause()
@@ -131,32 +131,32 @@ def test_machines_have_categories_of_their_own(yard: Yard) -> None:
 @pytest.mark.parametrize(
     ("act", "denial"),
     [
-        (lambda slot, path: slot.machine.stop(), ("reach", "stranger_t", "svirt_t", "management")),
-        (lambda slot, path: slot.irq(4), ("raise", "stranger_t", "line_t", "interrupt")),
-        (lambda slot, path: slot.open("block", path), ("open", "stranger_t", "block_backend_t", "backend")),
-        (lambda slot, path: slot.open("net", "user"), ("open", "stranger_t", "net_backend_t", "backend")),
+        (lambda slot, path: slot.board.stop(), ("reach", "stranger_t", "svirt_t", "management")),
+        (lambda slot, path: slot.interrupts.line(4), ("raise", "stranger_t", "line_t", "interrupt")),
+        (lambda slot, path: slot.host.open("block", path), ("open", "stranger_t", "block_backend_t", "backend")),
+        (lambda slot, path: slot.host.open("net", "user"), ("open", "stranger_t", "net_backend_t", "backend")),
         (
-            lambda slot, path: slot.open("char", f"file:{path}"),
+            lambda slot, path: slot.host.open("char", f"file:{path}"),
             ("create write", "stranger_t", "file_t", "image"),
         ),
         (
-            lambda slot, path: slot.ask("image", path, ("open", "read")),
+            lambda slot, path: slot.host.ask("image", path, ("open", "read")),
             ("open read", "stranger_t", "file_t", "image"),
         ),
         (
-            lambda slot, path: slot.ask("socket", "unix:/x", ("connect",)),
+            lambda slot, path: slot.host.ask("socket", "unix:/x", ("connect",)),
             ("connect", "stranger_t", "port_t", "socket"),
         ),
         (
-            lambda slot, path: slot.ask("program", "sh", ("start",)),
+            lambda slot, path: slot.host.ask("program", "sh", ("start",)),
             ("start", "stranger_t", "program_t", "program"),
         ),
         (
-            lambda slot, path: slot.shared_memory(lambda: None, lambda: None),
+            lambda slot, path: slot.host.shared_memory(lambda: None, lambda: None),
             ("share", "stranger_t", "svirt_t", "memory"),
         ),
         (
-            lambda slot, path: slot.mappings[0].move(0x3F8),
+            lambda slot, path: slot.ranges.mappings[0].move(0x3F8),
             ("move", "stranger_t", "serial_t", "bus"),
         ),
     ],
@@ -180,7 +180,7 @@ def test_a_denial_in_a_guests_access_is_harmless(yard: Yard) -> None:
     """A stranger's device that grabs at the machine when the guest reads it is denied; the machine runs on."""
     with yard.machine("one", {"type": "evil"}) as vm:
         vm.start()
-        assert vm.ops.pio_read(0x200, 1) == 0xFF
+        assert vm._board.ops.pio_read(0x200, 1) == 0xFF
         vm.pause()
         assert vm.state == "paused"
     assert yard.denials() == [("reach", "stranger_t", "svirt_t", "management")]
@@ -199,9 +199,9 @@ def test_a_network_card_cannot_reach_a_disk(yard: Yard, tmp_path: Path) -> None:
     with Machine(host=yard.host, machine=wanted, devices=[disk, {"type": "evil", "label": nic}]) as vm:
         slot = slot_of(vm, "evil")
         for act in (
-            lambda: slot.open("block", str(path)),
-            lambda: slot.ask("image", str(path), ("open", "read")),
-            lambda: slot.open("net", {"type": "null", "dump": str(path)}),
+            lambda: slot.host.open("block", str(path)),
+            lambda: slot.host.ask("image", str(path), ("open", "read")),
+            lambda: slot.host.open("net", {"type": "null", "dump": str(path)}),
         ):
             with pytest.raises(Denied):
                 act()
@@ -229,7 +229,7 @@ def test_a_machine_cannot_reach_another(yard: Yard, tmp_path: Path) -> None:
             label = three.devices["evil"].slot.label
             for permission in ("dma_read", "dma_write"):
                 with pytest.raises(Denied):
-                    three.mediator.check(label, one.label, "memory", (permission,))
+                    three.mediator.check(Act(label, one.label, "memory", (permission,)))
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(there)  # it was there all the time
     assert yard.denials() == [
@@ -259,7 +259,7 @@ def test_policy_changes_while_a_machine_runs(tmp_path: Path) -> None:
         slot: Any = slot_of(vm, "evil")
         vm.start()
         card.set_enforcing(False)
-        line = slot.irq(4)  # permissive: logged, and let pass
+        line = slot.interrupts.line(4)  # permissive: logged, and let pass
         line.set(True)
         assert vm.lines[4].level
         card.set_enforcing(True)
@@ -310,4 +310,4 @@ def test_the_default_policy_names_our_devices() -> None:
     """Each device that it names is one that a card of ours offers."""
     named = set(re.findall(r'device "([\w-]+)"', DEFAULT.read_text()))
     with Host() as host:
-        assert named <= set(host.registry.names("device"))
+        assert named <= set(host.registry.names(DeviceOffer))

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 from cardcage.errors import Denied, HostError
-from cardcage_selinux import leases
+from cardcage.security import Act
 from cardcage_selinux.card import Selinux, SelinuxOptions
 from cardcage_selinux.errors import ContextError
-from cardcage_selinux.leases import alive, draw, lease
-from cardcage_selinux.svirt import ATTRIBUTE, real_label
+from cardcage_selinux.svirt import leases
+from cardcage_selinux.svirt.labels import ATTRIBUTE, real_label
+from cardcage_selinux.svirt.leases import alive, draw, lease
 
 IMAGE, LOG, CONTENT = (f"system_u:object_r:{name}" for name in ("svirt_image_t", "svirt_log_t", "virt_content_t"))
 
@@ -50,16 +52,16 @@ class Machine:
 
     def __init__(self, card: Selinux, label: str | None = None) -> None:
         self.card = card
-        self.label = label or card.label("operator", "host", "machine", "vm", ("create",), {})
+        self.label = label or card.label(Act("operator", "host", "machine", ("create",)), "vm")
         self.disk = self.label.replace("svirt_t", "disk_t")
         self.range = self.label.split(":", 3)[3]
 
     def image(self, path: Path, *permissions: str, **facts: Any) -> str:
         """Label and check, as the core does."""
-        told = {"machine": "vm", **facts}
         asked = permissions or ("open", "read", "write")
-        found = self.card.label(self.disk, self.label, "image", str(path), asked, told)
-        self.card.check(self.disk, found, "image", asked, told)
+        act = Act(self.disk, self.label, "image", asked, {"machine": "vm", **facts})
+        found = self.card.label(act, str(path))
+        self.card.check(evolve(act, target=found))
         return found
 
 
@@ -225,7 +227,7 @@ def test_pairs_do_not_collide(tmp_path: Path) -> None:
 DRAW = """
 import sys
 from pathlib import Path
-from cardcage_selinux.leases import draw
+from cardcage_selinux.svirt.leases import draw
 held = [draw(Path(sys.argv[1]), 32) for _ in range(40)]
 print(*(one.name for one in held), flush=True)
 sys.stdin.read()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from cardcage.errors import Denied, UsageError
-from cardcage_selinux.audit import avc_line
-from cardcage_selinux.avc import Avc
-from cardcage_selinux.policy import load
+from cardcage.security import Act
+from cardcage_selinux.server.audit import avc_line
+from cardcage_selinux.server.avc import Avc
+from cardcage_selinux.server.policy import load
 from selinux_sepol import HAVE, MISSING, secilc
 
 POLICY = """
@@ -33,12 +34,12 @@ class Asked:
 
     def __init__(self, text: str = POLICY, **options: object) -> None:
         self.lines: list[str] = []
-        self.avc = Avc(load(text), audit=self.lines.append, **options)  # type: ignore[arg-type]
+        self.avc = Avc(load(text), audit=self.lines.append, **options)  # type: ignore[arg-type]  # options of any type
 
-    def denied(self, *question: object) -> bool:
-        """Whether it refuses."""
+    def denied(self, source: str, target: str, tclass: str, permissions: str, **facts: object) -> bool:
+        """Whether it refuses *permissions*, words with spaces between them."""
         try:
-            self.avc.check(*question)  # type: ignore[arg-type]
+            self.avc.check(Act(source, target, tclass, tuple(permissions.split()), facts))
         except Denied:
             return True
         return False
@@ -49,8 +50,8 @@ def test_grants_and_denials() -> None:
     asked = Asked()
     assert not asked.denied(A, B, "file", "read")
     assert asked.lines == []
-    assert asked.denied(A, B, "file", ("read", "write"), {"pid": 7, "comm": "vm one", "path": "/a b"})
-    assert asked.denied(A, B, "file", ("read", "write"))
+    assert asked.denied(A, B, "file", "read write", pid=7, comm="vm one", path="/a b")
+    assert asked.denied(A, B, "file", "read write")
     (line,) = asked.lines
     assert re.fullmatch(
         r"type=AVC msg=audit\(\d+\.\d{3}:1\): avc:  denied  \{ write \} for  pid=7 comm=766D206F6E65 "
@@ -62,7 +63,7 @@ def test_grants_and_denials() -> None:
 def test_message_says_who_may_not_what() -> None:
     """The error names both contexts, the class and what was refused."""
     with pytest.raises(Denied, match=r"^u:r:a may not write file u:r:b$"):
-        Asked().avc.check(A, B, "file", ("read", "write"))
+        Asked().avc.check(Act(A, B, "file", ("read", "write")))
 
 
 def test_dontaudit_is_silent() -> None:
@@ -115,7 +116,7 @@ def test_invalid_contexts_are_denied() -> None:
     asked = Asked(enforcing=False)
     for _ in range(2):
         with pytest.raises(Denied, match='no type is called "x"'):
-            asked.avc.check("u:r:x", B, "file", "read")
+            asked.avc.check(Act("u:r:x", B, "file", ("read",)))
     assert len(asked.lines) == 1
 
 
@@ -124,7 +125,7 @@ def test_unknown_permissions(word: str, denied: bool) -> None:
     """Classes and permissions that the policy lacks follow handleunknown."""
     asked = Asked(POLICY + f"(handleunknown {word})")
     assert asked.denied(A, B, "file", "lick") is denied
-    assert asked.denied(A, B, "tap", ("open", "read")) is denied
+    assert asked.denied(A, B, "tap", "open read") is denied
     assert len(asked.lines) == (2 if denied else 0)
     assert asked.denied(A, B, "file", "lick") is denied
     assert len(asked.lines) == (2 if denied else 0)
@@ -167,17 +168,9 @@ def test_revocation_reaches_every_thread() -> None:
 
 def test_lines_cannot_be_forged() -> None:
     """Values that would end a field or a line are written in hexadecimal; keys that are no names are left out."""
-    line = avc_line(
-        denied=True,
-        permissions=("read",),
-        scontext=A,
-        tcontext=B,
-        tclass="file",
-        permissive=False,
-        fields={"comm": 'x" s=1\n', "tclass": "forged", "a b": 1, "name": "ok"},
-        time=1363289005.532,
-        serial=184,
-    )
+    facts = {"comm": 'x" s=1\n', "tclass": "forged", "a b": 1, "name": "ok"}
+    act = Act(A, B, "file", ("read",), facts)
+    line = avc_line(act, denied=True, permissive=False, time=1363289005.532, serial=184)
     head = "type=AVC msg=audit(1363289005.532:184): avc:  denied  { read } for  comm=782220733D310A"
     assert line == f'{head} name="ok" scontext=u:r:a tcontext=u:r:b tclass=file permissive=0'
 
@@ -186,7 +179,7 @@ def test_lines_cannot_be_forged() -> None:
 def test_ausearch_reads_the_lines(tmp_path: Path) -> None:
     """Audit's own tool finds the records and interprets their fields."""
     asked = Asked()
-    asked.denied(A, B, "file", "write", {"comm": "a vm", "path": "/img x"})
+    asked.denied(A, B, "file", "write", comm="a vm", path="/img x")
     asked.denied(A, B, "file", "lock")
     log = f"{tmp_path}/audit.log"
     with open(log, "w") as file:
@@ -205,7 +198,7 @@ def test_ausearch_reads_the_lines(tmp_path: Path) -> None:
 def test_audit2allow_reads_the_lines(tmp_path: Path) -> None:
     """SELinux's own tool makes from the records the rules that would grant what was denied."""
     asked = Asked()
-    asked.denied(A, B, "file", ("write", "read"))
+    asked.denied(A, B, "file", "write read")
     asked.denied(B, A, "file", "lock")
     status, binary, said = secilc(POLICY + FOR_SECILC, tmp_path)
     assert status == 0, said

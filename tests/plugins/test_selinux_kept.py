@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cardcage_selinux.kept as room
+import cardcage_selinux.server.kept as room
 import pytest
 from cardcage.errors import UsageError
 from cardcage_selinux.card import DEFAULT
 from cardcage_selinux.errors import PolicyError
-from cardcage_selinux.kept import FILES, frozen, kept, store
-from cardcage_selinux.policy import load
+from cardcage_selinux.server.kept import FILES, frozen, kept, store
+from cardcage_selinux.server.policy import load
 from selinux_sink import SINK
 
 TEXT = """
@@ -50,7 +50,7 @@ def test_a_kept_policy_is_the_compiled_one(source: str | Path, compiled: list[in
     assert len(compiled) == 1
     assert frozen(first.tables) == frozen(second.tables) == frozen(load([source]).tables)
     assert second.booleans == first.booleans
-    with pytest.raises(UsageError, match="kept compiled"):
+    with pytest.raises(UsageError, match="cache of compiled policies"):
         _ = second.origins
 
 
@@ -58,7 +58,7 @@ def test_a_kept_policy_needs_no_compiler(tmp_path: Path) -> None:
     """A start that finds its policy kept does not import the compiler."""
     code = (
         "import sys; from cardcage_selinux.card import *; Selinux(SelinuxOptions(labels='none'));"
-        "print(sorted(one.partition('.')[2] for one in sys.modules if one.startswith('cardcage_selinux.')))"
+        "print(sorted(one.rpartition('.')[2] for one in sys.modules if one.startswith('cardcage_selinux.')))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     runs = [

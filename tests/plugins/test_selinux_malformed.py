@@ -6,9 +6,9 @@ import os
 import re
 from random import Random
 
+from cardcage_selinux.cil.syntax import SYNTAX
 from cardcage_selinux.errors import PolicyError
-from cardcage_selinux.policy import load
-from cardcage_selinux.syntax import SYNTAX
+from cardcage_selinux.server.policy import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from selinux_sink import SINK

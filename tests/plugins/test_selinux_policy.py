@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from cardcage.errors import ConfigError, UsageError
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
+from cardcage_selinux.cil.syntax import SYNTAX
 from cardcage_selinux.errors import ContextError, PolicyError
-from cardcage_selinux.policy import Policy, load
-from cardcage_selinux.syntax import SYNTAX
+from cardcage_selinux.server.policy import Policy, load
 
 BASE = """
 (class process (transition dyntransition signal))
@@ -190,15 +190,15 @@ def test_validatetrans() -> None:
         ('(filecon "/x" any ())', "1:1: filecon labels objects of a kernel"),
         ("(block k\n (genfscon proc / (u r a)))", "2:2: genfscon labels"),
         ("(macro m () (nosuch))", '1:13: no statement "nosuch"'),
-        ("(type a)", r'1:1: type "a" is declared already at <text 1>:4:28'),
-        ("(type 9)", '1:7: "9" is no name'),
+        ("(type a)", r'1:1: type "a" is already declared at <text 1>:4:28'),
+        ("(type 9)", '1:7: "9" is not a name'),
         ("(type all)", '1:7: "all" has a meaning'),
         ("(type d", "1:1: this bracket is never closed"),
         ("(type d))", "1:9: this bracket closes nothing"),
         ("type (type d)", "1:1: expected a statement in brackets, found type"),
-        ('(typetransition a b file "x\n" c)', "1:26: this string does not end on its line"),
-        ("(type d) \x00", r"1:10: character '\\x00' has no place"),
-        ("(type d)\n;é\n(type é)", "3:7: character 'é' has no place"),
+        ('(typetransition a b file "x\n" c)', "1:26: this string is not closed on its line"),
+        ("(type d) \x00", r"1:10: character '\\x00' is not allowed"),
+        ("(type d)\n;é\n(type é)", "3:7: character 'é' is not allowed"),
         ("(" * 200, "1:101: lists nest deeper than 100"),
         ("()", "1:1: expected a statement"),
         ("((type d))", "1:1: expected a statement"),
@@ -213,8 +213,8 @@ def test_validatetrans() -> None:
         ("(constrain (file (read)) (dom t1 t2))", "1:31: types are compared by eq and neq"),
         ("(constrain (file (read)) (eq t1 r2))", '1:33: "t1" cannot be compared with "r2"'),
         ("(boolean o true) (booleanif o (true (type d)))", "1:37: type cannot stand in a booleanif"),
-        ("(mls false)\n(mls false)", "2:1: mls is said already"),
-        ("(handleunknown deny) (handleunknown deny)", "1:22: handleunknown is said already"),
+        ("(mls false)\n(mls false)", "2:1: mls is already given"),
+        ("(handleunknown deny) (handleunknown deny)", "1:22: handleunknown is already given"),
         ("(boolean o maybe)", "1:12: expected true or false"),
         ("(sensitivity s0) (sensitivity s1) (sensitivityorder (s0)) ", '1:18: sensitivity "s1" is in no sens'),
         ("(category x) (category y) (categoryorder (x)) (categoryorder (y))", "no categoryorder says which of"),
@@ -268,12 +268,12 @@ def test_bounds_with_equal_conditions() -> None:
     ("lines", "problem"),
     [
         ([f"(type x{n}) (typebounds x{n - 1} x{n})" for n in range(1, 60)], "is bounded through more than 50 types"),
-        ([f"(typeattribute x{n}) (typeattributeset x{n} (x{n - 1} a))" for n in range(1, 150)], "made of sets deeper"),
+        ([f"(typeattribute x{n}) (typeattributeset x{n} (x{n - 1} a))" for n in range(1, 150)], "nest deeper"),
         (
             [f"(typeattribute x{n}) (typeattributeset x{n} {'(not ' * 60}x{n - 1}{')' * 60})" for n in range(1, 60)],
             "nest too deep",
         ),
-        ([f"(classpermission x{n}) (classpermissionset x{n} (x{n - 1}))" for n in range(1, 60)], "made of sets deeper"),
+        ([f"(classpermission x{n}) (classpermissionset x{n} (x{n - 1}))" for n in range(1, 60)], "nest deeper"),
         ([f"(block x{n} (blockinherit x{n - 1}))" for n in range(1, 130)], "nest deeper than 100"),
     ],
 )

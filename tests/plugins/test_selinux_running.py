@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cardcage.cli import main
-from cardcage.control import command, find
 from cardcage.errors import Denied, UsageError
+from cardcage_cli import main
+from cardcage_fleet.control import command, find
 from cardcage_selinux.card import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
 CONFIG = """
 {security}
 [machine]
@@ -114,7 +114,7 @@ def test_the_policy_of_a_running_machine(lab: Lab, capsys: Any) -> None:
 
 def test_all_machines_are_reloaded(lab: Lab, capsys: Any) -> None:
     """Without a name, reload reaches each machine with a policy; one that has none is no error, unless it is named."""
-    assert said(capsys, "reload") == (2, "outcome: wrong use: no machine with a policy of selinux runs\n")
+    assert said(capsys, "reload") == (2, "outcome: wrong use: no running machine has a policy of the card selinux\n")
     one, two = lab.run("one"), lab.run("two")
     lab.run("three", security="")
     (lab.folder / "site.cil").write_text("(boolean second true)")
@@ -124,9 +124,9 @@ def test_all_machines_are_reloaded(lab: Lab, capsys: Any) -> None:
         [f"one (pid {one.pid}): reloaded", f"two (pid {two.pid}): reloaded"],
     )
     status, text = said(capsys, "reload", "two", "three")
-    assert (status, "three (pid " in text, "asks no security card selinux" in text) == (1, True, True)
+    assert (status, "three (pid " in text, "does not use the security card selinux" in text) == (1, True, True)
     status, text = said(capsys, "show", "three")
-    assert (status, 'machine "three" asks no security card selinux' in text) == (2, True)
+    assert (status, 'machine "three" does not use the security card selinux' in text) == (2, True)
     assert said(capsys, "show", "four")[0] == 2
 
 

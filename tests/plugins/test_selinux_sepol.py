@@ -12,7 +12,7 @@ from pathlib import Path
 import cardcage_selinux
 import pytest
 from cardcage_selinux.errors import PolicyError
-from cardcage_selinux.policy import load
+from cardcage_selinux.server.policy import load
 from selinux_compare import compare, compare_text
 from selinux_random import checked_policy
 from selinux_sepol import HAVE, MISSING, Sepol, bounds_work, secilc

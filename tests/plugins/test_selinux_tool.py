@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cardcage.cli import main
+from cardcage_cli import main
 
 POLICY = """(class file (read write open)) (class process (transition))
 (user u) (role r) (role s) (type a) (type b) (type c) (type d)
@@ -123,7 +123,7 @@ def test_explain_bounds(policy: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("explain u:r:a u:r:b file reed", 'class file has no permission "reed". Did you mean "read"?'),
         ("explain u:r:a u:r:b fil read", 'the policy has no class "fil". Did you mean "file"?'),
-        ("explain u:r:a u:x:b file read", '"u:x:b" is no security context: no role is called "x"'),
+        ("explain u:r:a u:x:b file read", '"u:x:b" is not a security context: no role is called "x"'),
         ("explain u:r:a u:r:b file read --set more=maybe", "expected BOOLEAN=true or BOOLEAN=false, got more=maybe"),
         ("query aa b", 'the policy has no type "aa". Did you mean "a"?'),
         ("query a b --without cc", 'the policy has no type "cc". Did you mean "c"?'),
@@ -209,10 +209,10 @@ def test_allow_from_log(policy: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         "(allow a b (file (open read)))",
         "(allow a c (file (open)))",
         "(allow a self (file (write)))",
-        "P:6: a field is missing, or is no name",
+        "P:6: a field is missing, or is not a name",
         "P:7: not an AVC record",
     ]
     status, lines = said(capsys, "allow-from-log", str(log), "-p", policy)
     assert status == 0
     assert "; read: a rule does not help: constraint P:8:1: (constrain (file (read)) (neq t2 b)) does not hold" in lines
-    assert any(line.startswith('; open: "u:r:c:s0:c1" is no security context') for line in lines)
+    assert any(line.startswith('; open: "u:r:c:s0:c1" is not a security context') for line in lines)

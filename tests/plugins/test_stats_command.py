@@ -1,4 +1,4 @@
-"""``machine.stats()`` and ``cardcage stats``: real memory, other processes, recordings and plots."""
+"""``stats_of(machine)`` and ``cardcage stats``: real memory, other processes, recordings and plots."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cardcage.accounting import MachineStats, Sampler, measure
-from cardcage.cli import main
 from cardcage.errors import StateError
 from cardcage.machine import Machine
-from cardcage.roster import Entry, Roster
-from cardcage_stats.command import look, table
-from cardcage_stats.plot import KINDS, kinds_of
-from cardcage_stats.record import Sample
+from cardcage_cli import main
+from cardcage_fleet import stats_of
+from cardcage_fleet.accounting import MachineStats, Sampler, measure
+from cardcage_fleet.command import look, table
+from cardcage_fleet.plot import KINDS, kinds_of
+from cardcage_fleet.record import Sample
+from cardcage_fleet.roster import Roster, RosterEntry
 
 MIB = 1 << 20
 SWAPPED = b"""7f0000000000-7f0000400000 rw-p 00000000 00:00 0
@@ -43,11 +44,7 @@ Pss:                 250 kB
 """
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A roster of the test's own."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path / "cardcage"
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 def machine(name: str = "lab", size: str = "32M", devices: Any = (), **memory: Any) -> Machine:
@@ -61,27 +58,27 @@ def machine(name: str = "lab", size: str = "32M", devices: Any = (), **memory: A
 def test_resident_follows_what_is_touched_and_given_back() -> None:
     """Resident memory grows with what is written and shrinks with what is discarded; the size stays."""
     with machine() as vm:
-        before = vm.stats()
+        before = stats_of(vm)
         vm.memory.write(MIB, b"x" * 8 * MIB)
-        after = vm.stats()
+        after = stats_of(vm)
         assert after.resident - before.resident == 8 * MIB
         assert after.proportional - before.proportional == 8 * MIB
         assert (after.size, after.swapped, after.ballooned, after.age) == (32 * MIB, 0, None, 0)
         assert vm.memory.discard(MIB, 4 * MIB)
-        assert vm.stats().resident == after.resident - 4 * MIB
+        assert stats_of(vm).resident == after.resident - 4 * MIB
         assert 0 < after.overhead < 1 << 30
     with pytest.raises(StateError):
-        vm.stats()
+        stats_of(vm)
 
 
 def test_what_others_map_is_shared() -> None:
     """Memory of a memfd that is mapped twice is shared, and its proportional share is half."""
     with machine(type="memfd") as vm:
         vm.memory.write(MIB, b"x" * 4 * MIB)
-        before = vm.stats()
+        before = stats_of(vm)
         with mmap.mmap(vm.memory.ranges[0].block.fd, 32 * MIB) as other:
             assert sum(other[at] != 0 for at in range(MIB, 5 * MIB, 4096)) == 1024
-            after = vm.stats()
+            after = stats_of(vm)
         assert before.shared == 0
         assert after.shared >= 4 * MIB
         assert before.proportional - after.proportional >= 2 * MIB - 4096
@@ -95,13 +92,13 @@ def test_merged_pages_are_counted() -> None:
     before = {one: one.read_text() for one in (run, fast)}
     with machine() as vm:
         vm.memory.write(MIB, b"same" * (2 * MIB))
-        first, block = vm.stats(), vm.memory.ranges[0].block
+        first, block = stats_of(vm), vm.memory.ranges[0].block
         block.map.madvise(mmap.MADV_MERGEABLE, block.offset, block.size)
         try:
             fast.write_text("0")
             run.write_text("1")
             end = time.monotonic() + 60
-            while (stats := vm.stats()).merged < 6 * MIB and time.monotonic() < end:
+            while (stats := stats_of(vm)).merged < 6 * MIB and time.monotonic() < end:
                 os.sched_yield()
         finally:
             block.map.madvise(mmap.MADV_UNMERGEABLE, block.offset, block.size)
@@ -116,8 +113,8 @@ def test_merged_pages_are_counted() -> None:
 def test_swap_code_and_overhead_are_told_apart() -> None:
     """From smaps (made up: this host has no swap): RAM in two mappings, swap, code, and overhead per machine."""
     entries = [
-        Entry("a", 1 << 22, 8 * MIB, start=0x7F0000000000, file="a"),
-        Entry("b", 1 << 22, 8 * MIB, start=0x7F5000000000, file="b"),
+        RosterEntry("a", 1 << 22, 8 * MIB, start=0x7F0000000000, code="cardcage-code", file="a"),
+        RosterEntry("b", 1 << 22, 8 * MIB, start=0x7F5000000000, file="b"),
     ]
     a, b = measure(1 << 22, entries, SWAPPED)
     assert (a.resident, a.proportional, a.shared) == (1124 << 10, 612 << 10, 1024 << 10)
@@ -131,7 +128,7 @@ def test_the_balloon_tells_what_the_guest_gave() -> None:
         balloon = vm.devices["virtio-balloon"].device
         holder = balloon if hasattr(balloon, "actual") else balloon.device
         holder.actual = 512
-        stats = vm.stats()
+        stats = stats_of(vm)
         assert stats.ballooned == 2 * MIB
         assert stats.available is None
 
@@ -139,10 +136,10 @@ def test_the_balloon_tells_what_the_guest_gave() -> None:
 def test_machines_of_a_process_share_its_overhead() -> None:
     """The VMM's own memory is divided by the machines of a process, in whichever host object they are."""
     with machine("one") as one:
-        alone = one.stats().overhead
+        alone = stats_of(one).overhead
         with machine("two") as two:
-            assert one.stats().overhead < 0.8 * alone
-            assert abs(one.stats().overhead - two.stats().overhead) < alone / 4
+            assert stats_of(one).overhead < 0.8 * alone
+            assert abs(stats_of(one).overhead - stats_of(two).overhead) < alone / 4
 
 
 # the command
@@ -193,7 +190,7 @@ def test_neighbours_are_told_apart() -> None:
     vms = [machine(f"m{at}") for at in range(3)]
     for at, vm in enumerate(vms):
         vm.memory.write(MIB, b"x" * (at + 1) * MIB)
-    assert [vm.stats().resident for vm in vms] == [MIB, 2 * MIB, 3 * MIB]
+    assert [stats_of(vm).resident for vm in vms] == [MIB, 2 * MIB, 3 * MIB]
     sampler = Sampler()
     assert [one.resident for one in sampler.sample(Roster().read()[0])] == [MIB, 2 * MIB, 3 * MIB]
     for vm in vms:
@@ -326,7 +323,7 @@ def test_kinds_add_up_to_the_size() -> None:
 
 def test_a_terminal_sees_no_control_characters() -> None:
     """A machine's name with escapes in it reaches the table as plain characters."""
-    place = Roster().add(Entry("x\x1b[2J", os.getpid(), 1, start=1))
+    place = Roster().add(RosterEntry("x\x1b[2J", os.getpid(), 1, start=1))
     (entry,) = Roster().read()[0]
     assert entry.name == "x?[2J"
     sample = look(Sampler())

@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from cardcage import Machine
-from cardcage.host import Host
 from cardcage.outcome import DebugExit
+from installed import PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
 EXIT = [{"type": "isa-debug-exit"}]
 
 # Waits for a tick at 0x46C with the vectors, the 8259s and the 8254 as they are, then asks services that are not there.
@@ -208,15 +206,6 @@ info: resd 1
     resb 4096
 stack:
 """
-
-
-@pytest.fixture(params=Host().registry.names("accelerator"))
-def accel(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    probe = Host().registry.get("accelerator", name).load()().probe()
-    if not probe.usable:
-        pytest.skip(f"{name}: {probe.reason}")
-    return name
 
 
 @pytest.fixture

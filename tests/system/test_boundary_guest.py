@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from cardcage.errors import HostError
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
+from guest_boot import BOOT
 
 HERE = Path(__file__).parent / "boundary"
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
 
-pytestmark = pytest.mark.once
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> Path:
-    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
-    try:
-        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
-    except HostError as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("kernel")]
 
 
 def run(source: str, tmp_path: Path, *, cpus: int = 1) -> list[str]:
@@ -38,7 +25,7 @@ def run(source: str, tmp_path: Path, *, cpus: int = 1) -> list[str]:
         "cp /mnt/share/program /tmp/ && chmod 755 /tmp/program && /tmp/program; "
         "echo status $?; dmesg | grep -E 'WARNING|BUG:|Oops'"
     )
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--cpus", str(cpus), "--share", str(tmp_path)]
+    command = [*BOOT, "--cpus", str(cpus), "--share", str(tmp_path)]
     done = subprocess.run([*command, "--exec", script], capture_output=True, text=True, check=False)
     return done.stdout.splitlines()
 

@@ -14,22 +14,11 @@ from pathlib import Path
 
 import pytest
 from cardcage import Machine
-from cardcage.errors import HostError
 from cardcage.outcome import PoweredOff
 from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
-
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Path:
-    """The distribution's kernel, from the cache or fetched; the test is skipped where it cannot be had."""
-    try:
-        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
-    except HostError as error:
-        pytest.skip(str(error))
+from installed import PROGRAM
 
 
 def boot(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

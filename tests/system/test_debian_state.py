@@ -6,10 +6,10 @@ import pytest
 from cardcage import Machine
 from cardcage.errors import HostError
 from cardcage.outcome import PoweredOff
-from cardcage.state import capture, dumps, loads, restore
 from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
+from cardcage_snapshot.state import capture, dumps, loads, restore
 
 PIECE = 1 << 20
 
@@ -42,7 +42,7 @@ def test_a_running_linux_goes_on_elsewhere() -> None:
                     if any(piece := data[at : at + PIECE]):  # what is zero there is zero here
                         second.memory.write(address + at, piece)
             restore(second, loads(text))
-            second.start()
+            second.start(boot=False)
             second.console.send("nproc; echo got $((kept + 1)); poweroff -f\r")
             assert "2\r\ngot 42" in second.console.expect("got 42", timeout=60)
             assert second.wait(60) == PoweredOff()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cardcage.errors import HostError
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf
+from installed import PROGRAM
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
 SOURCE = Path(__file__).with_name("debug_guest.c")
 
 

@@ -12,28 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from cardcage.errors import HostError
 from cardcage_block.check import check
 from cardcage_block.drive import Drive, open_image
 from cardcage_block.header import Header
 from cardcage_block.hostfile import HostFile
 from cardcage_block.make import create_qcow2
 from cardcage_block.tables import read_bytes
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
+from guest_boot import BOOT
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
-BOOT = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200"]
 BLOCK = 65536
 
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> Path:
-    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
-    try:
-        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
-    except HostError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def pattern(number: int) -> bytes:

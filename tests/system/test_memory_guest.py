@@ -1,4 +1,4 @@
-"""Memory as a real Linux guest uses it: what machine.stats() says of it, on each kind of memory."""
+"""Memory as a real Linux guest uses it: what stats_of(machine) says of it, on each kind of memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from cardcage import Machine
-from cardcage.accounting import MachineStats
 from cardcage.errors import HostError
 from cardcage.outcome import PoweredOff
 from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
+from cardcage_fleet import stats_of
+from cardcage_fleet.accounting import MachineStats
 
 MIB = 1 << 20
 MARKS = itertools.count()
@@ -51,7 +52,7 @@ def run(vm: Machine, command: str) -> None:
 def until(vm: Machine, holds: Callable[[MachineStats], bool], what: str) -> MachineStats:
     """Look again until it holds, for two minutes at most."""
     end = time.monotonic() + 120
-    while not holds(stats := vm.stats()):
+    while not holds(stats := stats_of(vm)):
         assert time.monotonic() < end, f"{what}: {stats}"
         time.sleep(0.2)
     return stats
@@ -67,18 +68,18 @@ def test_figures_follow_the_guest(type: str, tmp_path: Path, monkeypatch: pytest
     with linux(memory) as vm:
         vm.start()
         vm.console.expect("~ # ", timeout=120)
-        first = vm.stats()
+        first = stats_of(vm)
         assert 20 * MIB < first.resident < 200 * MIB
         assert first.code > MIB
         assert first.overhead > first.code
         run(vm, "dd if=/dev/urandom of=/tmp/fill bs=1M count=128 2>/dev/null")
-        full = vm.stats()
+        full = stats_of(vm)
         assert full.resident - first.resident > 64 * MIB
         run(vm, "rm /tmp/fill")
         until(vm, lambda now: now.resident < full.resident - 96 * MIB, "freed memory went back to the host")
-        assert vm.balloon is not None
+        assert "balloon" in vm.services
         with vm.lock:
-            vm.balloon.resize(96 * MIB)
+            vm.services["balloon"].resize(96 * MIB)
         given = until(vm, lambda now: now.ballooned == 96 * MIB, "the guest gave what it was asked for")
         assert given.resident < 256 * MIB - 96 * MIB
         vm.console.send("poweroff -f\r")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from cardcage import AcceleratorError, DebugExit, Host, Machine, Outcome, Panicked, PoweredOff, Reset
-from cardcage.state import capture, dumps, loads, restore
+from cardcage.registry import AcceleratorOffer
+from cardcage_snapshot.state import capture, dumps, loads, restore
 
 HALT = b"\xf4\xeb\xfd"
 
@@ -17,7 +18,11 @@ HALT = b"\xf4\xeb\xfd"
 def usable() -> list[str]:
     """Accelerators that say they work here."""
     registry = Host().registry
-    return [name for name in registry.names("accelerator") if registry.get("accelerator", name).load()().probe().usable]
+    return [
+        name
+        for name in registry.names(AcceleratorOffer)
+        if registry.get(AcceleratorOffer, name).load()().probe().usable
+    ]
 
 
 accelerators = pytest.mark.parametrize("accel", usable())
@@ -95,7 +100,7 @@ def test_the_platform_goes_on_from_a_saved_state(tmp_path: Path, accel: str) -> 
             for address, data in ram:
                 vm.memory.write(address, data)
             restore(vm, loads(state))
-            vm.start()
+            vm.start(boot=False)
             vm.console.expect("TTTTTTTTTT", timeout=60)
 
 

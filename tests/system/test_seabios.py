@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from cardcage import Machine
 from cardcage.host import Host
+from cardcage.registry import AcceleratorOffer
 
 ROM = Path("/usr/share/seabios/bios-256k.bin")
 
 
 @pytest.mark.skipif(not ROM.exists(), reason="needs Debian's package seabios")
-@pytest.mark.parametrize("accel", Host().registry.names("accelerator"))
+@pytest.mark.parametrize("accel", Host().registry.names(AcceleratorOffer))
 def test_seabios_reaches_its_boot_menu_and_again_after_reset(accel: str) -> None:
     """The firmware offers its boot menu on the serial port, takes a key there, and does so again after a reset."""
-    probe = Host().registry.get("accelerator", accel).load()().probe()
+    probe = Host().registry.get(AcceleratorOffer, accel).load()().probe()
     if not probe.usable:
         pytest.skip(f"{accel}: {probe.reason}")
     with Machine(memory="64M", accel=accel, boot={"firmware": str(ROM)}) as machine:

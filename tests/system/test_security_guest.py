@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
 from cardcage_selinux.card import DEFAULT
-
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+from installed import PROGRAM
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_a_disk_is_revoked_and_restored_under_a_guest(tmp_path: Path, shelf: She
     with Host(security=security) as host:
         card: Any = host.mediator.checkers[0]
         start = {"kernel": str(kernel.path), "initrd": str(initrd), "append": COMMAND_LINE}
-        with Machine(host=host, memory="256M", accel="tcg", devices=devices, **start) as vm:  # type: ignore[arg-type]
+        with Machine(host=host, memory="256M", accel="tcg", devices=devices, **start) as vm:  # type: ignore[arg-type]  # keys of the boot table
             vm.start()
             vm.console.expect("disk-reads", timeout=200)
             policy.write_text(DEFAULT.read_text().replace("(allow disk_t svirt_image_t", "; (allow"))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cardcage.errors import HostError
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
+from guest_boot import BOOT, boot
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+pytestmark = pytest.mark.usefixtures("kernel")
 
 SCRIPT = """
 set -e
@@ -31,23 +28,6 @@ ln -s /outside/secret out; cat out 2>&1 || echo stays
 echo more >> file; tail -c 5 file; sync; df . | wc -l
 (cat file & exec 3< big; rm big; dd bs=64k count=64 <&3 2> /dev/null | wc -c; wait)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> Path:
-    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
-    try:
-        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
-    except HostError as error:
-        pytest.skip(str(error))
-
-
-def boot(*arguments: str, script: str) -> list[str]:
-    """Run *script* in a guest; its lines."""
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", *arguments, "--exec", script]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr).decode()
-    return done.stdout.decode().splitlines()
 
 
 def test_linux_works_in_a_shared_directory(tmp_path: Path) -> None:
@@ -78,7 +58,7 @@ def test_what_the_host_changes_is_seen(tmp_path: Path) -> None:
     """The guest sees within moments what the host writes, renames and removes."""
     (tmp_path / "ask").mkdir()
     script = "while [ ! -e /mnt/share/go ]; do :; done; cat /mnt/share/go; rm /mnt/share/go"
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--share", str(tmp_path), "--exec"]
+    command = [*BOOT, "--share", str(tmp_path), "--exec"]
     with subprocess.Popen([*command, f"touch /mnt/share/ask/up; {script}"], stdout=subprocess.PIPE) as run:
         while not (tmp_path / "ask" / "up").exists():
             assert run.poll() is None

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 from cardcage import Crashed, DebugExit, Machine, Panicked, PoweredOff
-from cardcage.assembly import probe_of
+from cardcage._machine.building import probe_of
 from cardcage.host import Host
-from cardcage.state import capture, dumps, loads, restore
+from cardcage.registry import AcceleratorOffer
+from cardcage_snapshot.state import capture, dumps, loads, restore
 
 ACCELERATORS = [
     name
     for host in [Host()]
-    for name in host.registry.names("accelerator")
-    if probe_of(host.registry.get("accelerator", name))[1].usable
+    for name in host.registry.names(AcceleratorOffer)
+    if probe_of(host.registry.get(AcceleratorOffer, name))[1].usable
 ]
 """Those usable on this host; the translator always is."""
 
@@ -44,7 +45,7 @@ def pc(accel: str, guest: Path, code: str, mode: int = 16, **more: object) -> Ma
     guest.write_bytes(bytes.fromhex(code))
     devices = [{"type": "isa-debug-exit", "iobase": 0xF4}, {"type": "pvpanic"}]
     boot = {"protocol": "raw", "image": str(guest), "address": 0x7C00, "mode": mode}
-    return Machine(accel=accel, memory="16M", boot=boot, devices=devices, **more)  # type: ignore[arg-type]
+    return Machine(accel=accel, memory="16M", boot=boot, devices=devices, **more)  # type: ignore[arg-type]  # keys of any type
 
 
 def test_the_translator_is_always_usable() -> None:
@@ -120,7 +121,7 @@ def test_the_command_line_end_to_end(accel: str, guest: Path, tmp_path: Path) ->
     (tmp_path / "vm.toml").write_text(
         '[machine]\nmemory = "16M"\n[boot]\nprotocol = "raw"\nimage = "guest.bin"\nmode = 32\n'
     )
-    code = "import sys; from cardcage.cli import main; sys.exit(main())"
+    code = "import sys; from cardcage_cli import main; sys.exit(main())"
     words = [sys.executable, "-c", code, "run", "vm.toml", "--accel", accel, "--timeout", "60"]
     done = subprocess.run(words, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert done.returncode == 12, done.stderr
@@ -143,7 +144,7 @@ def test_ctrl_c_ends_it_in_order(accel: str, guest: Path, tmp_path: Path) -> Non
     (tmp_path / "vm.toml").write_text('[machine]\nmemory = "16M"\n[boot]\nprotocol = "raw"\nimage = "guest.bin"\n')
     # A shell starts background jobs with SIGINT ignored, which is inherited, and which we then respect.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from cardcage.cli import main; sys.exit(main())"
+    code += "from cardcage_cli import main; sys.exit(main())"
     with subprocess.Popen(
         [sys.executable, "-c", code, "run", "vm.toml", "--accel", accel],
         cwd=tmp_path,
@@ -178,7 +179,7 @@ def test_a_saved_machine_goes_on_elsewhere(accel: str, guest: Path) -> None:
             restore(second, loads(text))
             assert second.vcpus[0].get_state().registers == stood
             second.memory.write(0x510, bytes([exit_code]))
-            second.start()
+            second.start(boot=False)
             assert second.wait(60) == DebugExit(exit_code)
             counted, before = second.memory.read(0x500, 4), ram[0][0x500:0x504]
             assert int.from_bytes(counted, "little") >= int.from_bytes(before, "little")

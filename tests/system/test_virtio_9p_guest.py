@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cardcage.errors import HostError
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf, distribution
+from installed import PROGRAM
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
 SCRIPT = r"""
 mount -t 9p -o trans=virtio,version=9p2000.L share /mnt && cd /mnt || exit 1
 cat file; head -c 3000000 big | md5sum; dd if=/dev/urandom of=random bs=64k count=20 2>/dev/null; md5sum < random
@@ -62,9 +61,9 @@ def test_linux_uses_a_directory_by_9p(cache: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "300", "--share", f"{share},type=9p", "--net", "null"]
     command += ["--vsock", f"5,uds={tmp_path}/v", "--drive", f"{disk},format=raw"]
     command += [word for one in DEVICES for word in ("--device", one)]
-    words = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    with subprocess.Popen([*command, "--exec", SCRIPT], env=environment, **words) as guest:  # type: ignore[call-overload]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, "--exec", SCRIPT], env=environment, stdout=pipe, stderr=pipe, text=True) as guest:
         lines = []
         for line in guest.stdout:
             lines.append(line.rstrip("\n"))

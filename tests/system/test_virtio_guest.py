@@ -6,16 +6,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from cardcage.errors import HostError
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
+from guest_boot import BOOT, boot
 
-PROGRAM = [sys.executable, "-c", "import sys; from cardcage.cli import main; sys.exit(main())"]
+pytestmark = pytest.mark.usefixtures("kernel")
 WARNINGS = "dmesg -r | grep -E '^<[0-4]>'"
 VIRTIOFSD = next((path for path in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd") if os.path.exists(path)), None)
 MIB = 1 << 20
@@ -73,23 +70,6 @@ int main(void)
     return 0;
 }
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> Path:
-    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
-    try:
-        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
-    except HostError as error:
-        pytest.skip(str(error))
-
-
-def boot(*arguments: str, script: str) -> list[str]:
-    """Run *script* in a guest; its lines."""
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", *arguments, "--exec", script]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr).decode()
-    return done.stdout.decode().splitlines()
 
 
 def disk(path: Path, size: int = 32 * MIB) -> str:
@@ -185,7 +165,7 @@ def test_streams_between_guest_and_host(tmp_path: Path) -> None:
     listener.bind(f"{path}_80")
     listener.listen()
     script = "cp /dev/vda /tmp/e; chmod +x /tmp/e; /tmp/e c 80 && /tmp/e l 99; /tmp/e c 81 2>&1"
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--vsock", f"5,uds={path}"]
+    command = [*BOOT, "--vsock", f"5,uds={path}"]
     command += ["--device", f"virtio-blk,drive=raw:{tmp_path / 'echo'}", "--exec", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as guest:
         listener.settimeout(200)
@@ -231,7 +211,7 @@ def test_a_disk_of_another_process_survives_its_death(tmp_path: Path) -> None:
         dd if=/tmp/r of=/dev/vda bs=256k conv=fsync 2>/dev/null; echo written
         echo 3 > /proc/sys/vm/drop_caches; md5sum < /tmp/r; head -c 25165824 /dev/vda | md5sum
     """
-    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "200", "--set", "memory.type=memfd"]
+    command = [*BOOT, "--set", "memory.type=memfd"]
     command += ["--device", f"vhost-user-blk,socket={path}", "--exec", script]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as guest:

@@ -25,7 +25,6 @@ from pathlib import Path
 __all__ = ["BuildError", "build", "build_in_place", "digest", "main", "system_compiler", "zig"]
 
 HERE = Path(__file__).parent
-SOURCES = ("entry.S", "world.c", "mmu.c", "blocks.c")
 # Guest code runs with its own vector and x87 registers while C code of ours does: no compiler may touch them. Each kind
 # is named, since zig's clang takes -mgeneral-regs-only and does not obey; cpu.h refuses to be compiled with one left.
 FLAGS = (
@@ -113,7 +112,7 @@ def can(cc: str) -> bool:
 
 
 def system_compiler() -> str:
-    """The command of this system's C compiler: ``$CC`` where that is set, else gcc, clang or cc; empty without one.
+    """The command of this system's C compiler: ``$CC`` where that is set, else gcc, clang or cc; empty if none is.
 
     One that cannot make such a library (no linker, another processor) is passed over, after what it wrote to standard
     error; an unusable ``$CC`` raises BuildError.
@@ -136,9 +135,9 @@ def zig() -> str:
 def digest() -> str:
     """SHA-256 over the sources, in hexadecimal: ``layout.py`` has that of what it was made from."""
     found = hashlib.sha256()
-    for one in sorted(HERE.iterdir()):
+    for one in sorted(HERE.rglob("*")):
         if one.suffix in (".c", ".h", ".S") or one.name == "build.py":
-            found.update(f"{one.name} {one.stat().st_size}\n".encode())
+            found.update(f"{one.relative_to(HERE)} {one.stat().st_size}\n".encode())
             found.update(one.read_bytes())
     return found.hexdigest()
 
@@ -205,8 +204,8 @@ def build(target: Path, layout: Path, cc: str = "", *, check: bool = False, more
     found = constants(cc)
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "offsets.h").write_text("".join(f"#define {name} {value}\n" for name, value in found.items()))
-        names = {*SOURCES, *(one.name for one in HERE.glob("*.c") if check or one.name not in CHECKS)}
-        sources = [str(HERE / name) for name in sorted(names)]
+        left = () if check else CHECKS
+        sources = [str(one) for one in sorted(HERE.rglob("*.[cS]")) if one.name not in left]
         flags = (*FLAGS, *CHECK_FLAGS, *LINK[:-2]) if check else (*FLAGS, *LINK)
         made = Path(scratch, "_native.so")
         run(cc, *flags, *more, "-I", scratch, "-I", str(HERE), "-o", str(made), *sources)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-import cardcage_tcg.store
-import cardcage_tcg.vcpu
+import cardcage_tcg.cpu.vcpu
+import cardcage_tcg.memory
+import cardcage_tcg.translate.store
 import cardcage_tcg.vm
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
@@ -38,7 +39,7 @@ class FencedArea(Area):
         self._whole = memoryview(self.map)
         self.view = self._whole[PAGE : PAGE + size]
         self._poisoned = 0, 0
-        for used in (L.SIZEOF_VM, cardcage_tcg.vcpu.STACK + L.SIZEOF_CPU):
+        for used in (L.SIZEOF_VM, cardcage_tcg.cpu.vcpu.STACK + L.SIZEOF_CPU):
             if size == used + 4096:
                 self._poison(used, size)
 
@@ -60,5 +61,5 @@ class FencedArea(Area):
 
 def fence() -> None:
     """From now on each Area that the translator makes has fences."""
-    for module in (cardcage_tcg.vm, cardcage_tcg.vcpu, cardcage_tcg.store):
-        module.Area = FencedArea  # type: ignore[attr-defined]
+    for module in (cardcage_tcg.vm, cardcage_tcg.memory, cardcage_tcg.cpu.vcpu, cardcage_tcg.translate.store):
+        module.Area = FencedArea  # type: ignore[attr-defined]  # imported there, not exported

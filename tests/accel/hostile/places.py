@@ -6,7 +6,7 @@ import random
 import struct
 from typing import TYPE_CHECKING
 
-from cardcage.testing.startmodes import descriptor
+from cardcage_conformance.startmodes import descriptor
 
 from hostile.encode import Asm
 

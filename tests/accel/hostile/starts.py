@@ -60,7 +60,7 @@ class _Nowhere:
     ram = 4 << 20
 
 
-_NONE: Maps = _Nowhere()  # type: ignore[assignment]
+_NONE: Maps = _Nowhere()  # type: ignore[assignment]  # only its RAM is asked for
 
 
 def start(

@@ -42,7 +42,7 @@ from hostile.starts import BITS, start
 
 if TYPE_CHECKING:
     from cardcage.vcpu import Ops, VCpuExit
-    from cardcage_tcg.vcpu import TcgVCpu
+    from cardcage_tcg.cpu.vcpu import TcgVCpu
 
     from hostile.case import Case
 
@@ -52,7 +52,7 @@ SLOT = 0x100
 RANDOM_THEMES = ("roam", "tags")
 DEAF_CPU, DEAF_WALL = 1.5, 60.0
 """A kicked vCPU comes back within so many seconds of its own processor time; or else of idle waiting."""
-LIVELOCK = 150  # below TRIES of cardcage_tcg.vm, whose #UD would hide what is translated for ever
+LIVELOCK = 150  # below TRIES of cardcage_tcg.translate.blocks, whose #UD would hide what is translated for ever
 """Translations of one place by one vCPU with nothing between them."""
 
 
@@ -263,28 +263,36 @@ class World:
 
     def _watch_translations(self) -> None:
         """Count translations that lead nowhere: the seam's exits show none of them."""
-        make, last = self.vm.translate, {}
+        make, last = self.vm.blocks.translate, {}
 
         def translate(cpu: TcgVCpu, *where: int) -> None:
-            key = cpu.rip, cpu.mode, cpu.field(L.CR3), cpu.field(L.CR2), cpu.field(L.GPR + 32)
+            key = (
+                cpu.registers.rip,
+                cpu.registers.mode,
+                cpu.registers.field(L.CR3),
+                cpu.registers.field(L.CR2),
+                cpu.registers.field(L.GPR + 32),
+            )
             before, count = last.get(cpu.index, (None, 0))
             last[cpu.index] = key, count + 1 if before == key else 0
             if count > LIVELOCK:  # a block of 64 instructions may need one for each
                 last[cpu.index] = None, 0
-                raise Finding("livelock", f"{count} translations at {cpu.rip:#x}: {cpu.describe()}")
+                raise Finding("livelock", f"{count} translations at {cpu.registers.rip:#x}: {cpu.describe()}")
             make(cpu, *where)
-            if cpu.rip != key[0]:  # an exception was delivered, as always for code outside RAM: that is going on
+            if (
+                cpu.registers.rip != key[0]
+            ):  # an exception was delivered, as always for code outside RAM: that is going on
                 last[cpu.index] = None, 0
 
-        self.vm.translate = translate  # type: ignore[method-assign]
+        self.vm.blocks.translate = translate  # type: ignore[method-assign]  # counts tries before it translates
 
     def oracle(self, cpu: TcgVCpu, value: int) -> None:
         """An OUT that no processor gets to; unless the code before it was changed."""
         found = self.oracles.get(value)
-        if found is None or not cpu.mode & L.MODE_64:
+        if found is None or not cpu.registers.mode & L.MODE_64:
             return
         at, code = found
-        if not self.roles and cpu.gpr(3) >> 47 in (0, 0x1FFFF):
+        if not self.roles and cpu.registers.gpr(3) >> 47 in (0, 0x1FFFF):
             return  # it came from elsewhere: RBX is canonical
         if self.memory.read(at, len(code)) == code:
             what = f"role {self.case.theme}" if self.roles else "must fault"

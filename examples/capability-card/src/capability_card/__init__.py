@@ -1,12 +1,12 @@
 """A security card: each device may do what its list of capabilities says."""
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from attrs import field, frozen
 from cardcage.errors import Denied
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
+from cardcage.security import Act
 
 
 @frozen
@@ -23,14 +23,12 @@ class Capabilities:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def check(
-        self, source: str, target: str, tclass: str, permissions: tuple[str, ...], facts: Mapping[str, object], /
-    ) -> None:
-        patterns = self.options.devices.get(str(facts.get("device")), self.options.others)
-        for permission in permissions:
-            act = f"{tclass}.{permission} {facts.get('name', '')}".strip()
-            if not any(fnmatchcase(act, pattern) for pattern in patterns):
-                raise Denied(f"{facts.get('device', source)} has no capability for {act}")
+    def check(self, act: Act, /) -> None:
+        patterns = self.options.devices.get(str(act.facts.get("device")), self.options.others)
+        for permission in act.permissions:
+            wanted = f"{act.tclass}.{permission} {act.facts.get('name', '')}".strip()
+            if not any(fnmatchcase(wanted, pattern) for pattern in patterns):
+                raise Denied(f"{act.facts.get('device', act.source)} has no capability for {wanted}")
 
 
 @hookimpl

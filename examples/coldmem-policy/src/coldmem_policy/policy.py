@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from attrs import frozen
-from cardcage.policy import MachineMemory, mappings
 from cardcage.units import Duration
+from cardcage_memory_policies import MachineMemory, mappings
 
 
 @frozen

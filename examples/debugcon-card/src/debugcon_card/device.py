@@ -13,7 +13,7 @@ class DebugConsole:
         self.options = options
 
     def plug(self, slot):
-        self.char = slot.open("char", self.options.char)
+        self.char = slot.host.open("char", self.options.char)
         self.char.start(lambda data: None)
 
     def read(self, offset, size):

@@ -2,9 +2,10 @@
 
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
+from cardcage_fleet import AdmissionOffer
 
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     registry.memory("locked", "memory_card.locked:Locked", help="anonymous memory that is never swapped out (mlock)")
-    registry.admission("count", "memory_card.count:Count", options="memory_card.count:CountOptions")
+    registry.add(AdmissionOffer("count", "memory_card.count:Count", options="memory_card.count:CountOptions"))

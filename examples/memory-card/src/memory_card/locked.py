@@ -1,4 +1,4 @@
-"""A memory back end: the core places, preallocates and discards; the back end only maps."""
+"""A memory back end: the kernel places, preallocates and discards; the back end only maps."""
 
 import ctypes
 import os

@@ -4,7 +4,7 @@ from struct import pack, unpack
 
 from attrs import frozen
 from cardcage.units import Size
-from cardcage_virtio.request import RingError
+from cardcage_virtio.queue.request import RingError
 
 READ, OK, IO_ERROR, UNSUPPORTED = 0, 0, 1, 2
 

@@ -1,0 +1,132 @@
+"""Model-specific registers that native code leaves to Python (:mod:`cardcage_tcg.cpu.msrlist`), and kvmclock."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from struct import pack
+from typing import TYPE_CHECKING
+
+from cardcage.errors import UsageError
+
+from cardcage_tcg import layout as L
+from cardcage_tcg.cpu.msrlist import HWCR, MC_STATUS, MC_STATUS_WRITABLE, MSRS, SYSTEM_TIME, WALL_CLOCK
+
+if TYPE_CHECKING:
+    from cardcage_tcg.cpu.registers import RegisterFile
+    from cardcage_tcg.vm import TcgVm
+
+__all__ = ["TSC_DEADLINE", "Msrs"]
+
+FIELDS = {
+    0x1B: L.APIC_BASE, 0x174: L.SYSENTER_CS, 0x175: L.SYSENTER_ESP, 0x176: L.SYSENTER_EIP, 0xC0000080: L.EFER,
+    0xC0000081: L.STAR, 0xC0000082: L.LSTAR, 0xC0000083: L.CSTAR, 0xC0000084: L.SFMASK, 0xC0000102: L.KERNEL_GS_BASE,
+    0xC0000103: L.TSC_AUX, 0x3B: L.TSC_ADJUST,
+}  # fmt: skip
+"""MSRs kept in ``struct cpu``: part of the state, handled natively for the guest."""
+TSC_ADJUST, TSC_DEADLINE = 0x3B, 0x6E0
+OLD = {0x11: WALL_CLOCK, 0x12: SYSTEM_TIME}
+RESET = {index: msr.reset for index, msr in MSRS.items()}
+HELD = frozenset(index for index, msr in MSRS.items() if msr.kept and not msr.readonly)
+"""Those that are part of the state."""
+
+
+class Msrs:
+    """One vCPU's MSRs."""
+
+    def __init__(self, vm: TcgVm, registers: RegisterFile) -> None:
+        self._vm, self._registers = vm, registers
+        self._values = dict(RESET)
+        self._adjusts = "tsc-adjust" in vm.model.features
+        self._version = 0  # of the structure that kvmclock shows; a new number at each change
+
+    def read(self, index: int) -> int | None:
+        index = OLD.get(index, index)
+        if index in FIELDS and (index != TSC_ADJUST or self._adjusts):
+            return self._registers.field(FIELDS[index])
+        return self._values.get(index)
+
+    def write(self, index: int, value: int) -> bool:
+        index = OLD.get(index, index)
+        if index == TSC_ADJUST and self._adjusts:
+            moved = value - self._registers.field(L.TSC_ADJUST) + self._registers.field(L.TSC_OFFSET)
+            self._registers.set_field(L.TSC_OFFSET, moved & (1 << 64) - 1)
+            self._registers.set_field(L.TSC_ADJUST, value)
+            return True
+        msr = MSRS.get(index)
+        if msr is None or msr.readonly or value & msr.refused or (msr.valid is not None and not msr.valid(value)):
+            return False
+        if index in MC_STATUS and value and not self._values[HWCR] & MC_STATUS_WRITABLE:
+            return False
+        self._values[index] = self._values[index] & ~msr.kept | value & msr.kept
+        if index == SYSTEM_TIME and value & 1:
+            self._system_time(value & ~1)
+        elif index == WALL_CLOCK:
+            self._wall_clock(value)
+        return True
+
+    def all(self) -> dict[int, int]:
+        """All of them, for a snapshot."""
+        deadline = {TSC_DEADLINE: self.tsc_deadline()} if self._vm.lapic else {}
+        return (
+            {index: self._values[index] for index in HELD}
+            | deadline
+            | {index: self._registers.field(at) for index, at in FIELDS.items() if index not in (0x1B, 0xC0000080)}
+        )
+
+    def set_all(self, values: dict[int, int]) -> None:
+        """Set those given; the others take their reset value. Raises UsageError for an unknown MSR."""
+        for index in values:
+            if index not in FIELDS and index not in MSRS and index != TSC_DEADLINE:
+                raise UsageError(f"the translator has no MSR {index:#x}")
+        self._values = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
+        for index, at in FIELDS.items():
+            if index not in (0x1B, 0xC0000080):
+                self._registers.set_field(at, values.get(index, 0))
+        if self._values[SYSTEM_TIME] & 1:
+            self._system_time(self._values[SYSTEM_TIME] & ~1)
+
+    def tsc_deadline(self, value: int | None = None) -> int:
+        """The APIC timer's deadline, 0 when it is not armed; set to *value* first, once the TSC is right."""
+        word = ctypes.c_uint64(value or 0)
+        self._vm.native.apic_msr(self._registers.pointer, TSC_DEADLINE, value is not None, ctypes.byref(word))
+        return word.value
+
+    # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst) ----
+
+    def _system_time(self, address: int) -> None:
+        vm = self._vm
+        tsc, nanoseconds = vm.clock.pair()
+        guest_tsc = tsc + self._registers.field(L.TSC_OFFSET) & 0xFFFFFFFFFFFFFFFF
+        multiplier, shift = vm.clock.scale
+        self._version = self._version + 2 & 0xFFFFFFFF
+        body = pack("<IIQQIbB2x", self._version, 0, guest_tsc, nanoseconds - vm.clock.zero, multiplier, shift, 1)
+        vm.memory.poke_physical(address, body)
+
+    def _wall_clock(self, address: int) -> None:
+        now = time.time_ns() - (time.monotonic_ns() - self._vm.clock.zero)
+        self._vm.memory.poke_physical(address, pack("<III", 2, now // 1_000_000_000, now % 1_000_000_000))
+
+    # ---- the local APIC's registers as KVM shows them (KVM_GET_LAPIC) ----
+
+    def apic_page(self, phys: int) -> int | None:
+        """The offset in the APIC's page, None where *phys* is not the xAPIC of this vCPU."""
+        base = self._registers.field(L.APIC_BASE)
+        if self._vm.lapic and base & 0xC00 == 0x800 and phys >> 12 == base >> 12:
+            return phys & 0xFFF
+        return None
+
+    def lapic_image(self) -> bytes:
+        """1024 bytes, a register every 16."""
+        page = (ctypes.c_uint32 * 256)()
+        self._vm.native.apic_save(self._registers.pointer, page)
+        return bytes(page)
+
+    def set_lapic(self, image: bytes | None, *, fresh: bool) -> None:
+        """Set them from *image*; without it, *fresh* puts the reset state and else nothing changes."""
+        if image is not None:
+            if len(image) != 1024:
+                raise UsageError(f"local APIC state has {len(image)} bytes: expected 1024")
+            self._vm.native.apic_load(self._registers.pointer, (ctypes.c_uint32 * 256).from_buffer_copy(image))
+        elif fresh:
+            self._vm.native.apic_reset(self._registers.pointer)

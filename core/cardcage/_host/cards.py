@@ -1,0 +1,128 @@
+"""Cards found and loaded, each staged on its own: taken whole, or left out and named."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import pluggy
+from attrs import frozen
+
+from cardcage import __version__
+from cardcage._host.discovery import announced
+from cardcage.errors import CardError
+from cardcage.hookspecs import Hooks
+from cardcage.registry import Registry
+from cardcage.security import HOST, Act
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage._host.discovery import Announcement
+    from cardcage.security import Mediator
+
+GROUP = "cardcage"
+DEFAULTS = "cardcage.defaults"
+"""Entry point group that says which card is meant by ``default``: ``security = "module of the card"``."""
+MISMATCH = (pluggy.PluginValidationError, AttributeError, ImportError, TypeError)
+"""What is raised when a card was written for another version of the interface."""
+
+
+@frozen
+class CardInfo:
+    """A card that was loaded: its name, its distribution (``name version``) and its module."""
+
+    name: str
+    distribution: str
+    module: Any
+
+    @property
+    def ours(self) -> bool:
+        """True for a card that comes with cardcage itself."""
+        return self.distribution.partition(" ")[0] == GROUP
+
+
+@frozen
+class BrokenCard:
+    """A card that could not be loaded, and left nothing behind."""
+
+    name: str
+    distribution: str
+    reason: str
+    error: BaseException
+
+    def __str__(self) -> str:
+        return f'card "{self.name}" ({self.distribution}) is broken and was left out: {self.reason}'
+
+
+def default_name(kind: str) -> str | None:
+    """The name of the card that is the default of *kind* (``security``), as its distribution says; None without one."""
+    wanted = next((one.value for one in announced(DEFAULTS) if one.name == kind), None)
+    return next((one.name for one in announced(GROUP) if one.value == wanted), None)
+
+
+def _nothing() -> None:
+    return None
+
+
+class Cards:
+    """The plugin manager, and the cards that it took.
+
+    Args:
+        registry: where offers go. mediator: asked about each card before it is imported.
+    """
+
+    def __init__(self, registry: Registry, mediator: Mediator) -> None:
+        self.manager = new_manager()
+        self.own: dict[str, pluggy.PluginManager] = {}
+        self.loaded: list[CardInfo] = []
+        self.broken: list[BrokenCard] = []
+        self._registry, self._mediator = registry, mediator
+
+    def announced(self) -> list[Announcement]:
+        """The installed cards, our own first: of two that offer the same name, the stranger's is the one left out."""
+        return sorted(announced(GROUP), key=lambda one: (one.project != GROUP, one.name))
+
+    def load_announced(self, one: Announcement) -> None:
+        """Load an installed card."""
+        distribution = f"{one.project} {one.version}".strip()
+        self._load(one.name, one.project, distribution, one.load, partial(one.requires, GROUP))
+
+    def load(self, card: Any) -> None:
+        """Load a module, or any object with hooks."""
+        name = getattr(card, "__name__", type(card).__name__)
+        self._load(name, "given to Host", "given to Host", lambda: card, _nothing)
+
+    def _load(
+        self, name: str, project: str, distribution: str, load: Callable[[], Any], asks_for: Callable[[], str | None]
+    ) -> None:
+        try:
+            facts = {"card": name, "distribution": distribution}
+            label = self._mediator.ask(Act(HOST, HOST, "card", ("load",), facts), project)
+            staged = Registry(name, distribution, label)
+            if self.manager.has_plugin(name):
+                raise CardError("another card has this name already")
+            module = load()
+            # A manager of its own: one card's mistakes must not reach the next one, nor half of its hooks stay.
+            trial = new_manager()
+            trial.register(module, name)
+            trial.check_pending()
+            cast(Hooks, trial.hook).cardcage_register(registry=staged)
+            self._registry.merge(staged)
+        except Exception as error:  # anything that a stranger's import or hook may raise
+            reason = str(error) if isinstance(error, CardError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, MISMATCH):
+                wanted = asks_for() or "no particular cardcage"
+                reason += f" (this is cardcage {__version__}; the card asks for {wanted})"
+            self.broken.append(BrokenCard(name, distribution, " ".join(reason.split()), error))
+            return
+        self.manager.register(module, name)
+        self.own[name] = trial
+        self.loaded.append(CardInfo(name, distribution, module))
+
+
+def new_manager() -> pluggy.PluginManager:
+    """A manager that knows our hooks."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Hooks)
+    return manager

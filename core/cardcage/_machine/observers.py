@@ -1,0 +1,67 @@
+"""Observers: a table from an event to the callables really present; free when empty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import UsageError, near
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage._host.log import Log
+
+EVENTS = ("state", "outcome", "reset", "pio", "mmio", "exit", "debug")
+
+
+class Observers:
+    """The observers of one machine. One that raises is logged and removed.
+
+    Events, and what observers are called with:
+
+    ``state``       the new state (a string): built, running, paused, stopped
+    ``outcome``     the :data:`~cardcage.outcome.Outcome`
+    ``reset``       why; after the machine was reset
+    ``pio``         (port, size, value, written): each port access, after it was served
+    ``mmio``        (address, size, value, written): each memory-mapped access, after it was served
+    ``exit``        (vCPU index, :class:`~cardcage.vcpu.VCpuExit`): each end of a vCPU's run
+    ``debug``       (vCPU index): a breakpoint or single step; the machine is about to pause
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._table: dict[str, tuple[Callable[..., None], ...]] = {}
+        self._log = log
+        self._listener: Callable[[], None] = lambda: None
+
+    def follow(self, changed: Callable[[], None]) -> None:
+        """Call *changed* whenever an observer came or went."""
+        self._listener = changed
+
+    def add(self, event: str, observer: Callable[..., None]) -> None:
+        """Call *observer* at each *event*, on the thread where it happens. Raises UsageError for an unknown event."""
+        if event not in EVENTS:
+            raise UsageError(f'no event "{event}".{near(event, EVENTS) or f" Known: {EVENTS}"}')
+        self._table[event] = (*self._table.get(event, ()), observer)
+        self._listener()
+
+    def remove(self, event: str, observer: Callable[..., None]) -> None:
+        """Take *observer* away; nothing happens when it is not there."""
+        left = tuple(one for one in self._table.get(event, ()) if one is not observer)
+        self._table[event] = left
+        if not left:
+            del self._table[event]
+        self._listener()
+
+    def has(self, *events: str) -> bool:
+        """Whether anyone observes one of *events*."""
+        return any(event in self._table for event in events)
+
+    def emit(self, event: str, *values: Any) -> None:
+        for observer in self._table.get(event, ()):
+            try:
+                observer(*values)
+            except Exception as error:  # an observer is no part of the machine: its fault must not become the guest's
+                self._log.error(
+                    "observer removed: it raised", event_name=event, observer=repr(observer), error=repr(error)
+                )
+                self.remove(event, observer)

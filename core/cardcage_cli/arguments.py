@@ -1,0 +1,135 @@
+"""Arguments that describe a machine, the same for each command that makes a machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cardcage.config import Draft
+from cardcage.errors import CardcageError, ConfigError
+from cardcage.registry import FlagOffer
+from cardcage.units import Duration
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+__all__ = ["add_boot_arguments", "add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
+
+
+def add_common_arguments(parser: ArgumentParser) -> None:
+    """``--log-level --log-json --traceback --security``."""
+    import argparse
+
+    group = parser.add_argument_group("diagnosis")
+    levels = ("debug", "info", "warning", "error")
+    group.add_argument("--log-level", choices=levels, default=argparse.SUPPRESS, help="lowest level to write to stderr")
+    group.add_argument("--log-json", action="store_true", default=argparse.SUPPRESS, help="write logs as JSON lines")
+    group.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    group.add_argument(
+        "--security",
+        metavar="CARD",
+        default=argparse.SUPPRESS,
+        help="security card to ask for permission, such as default; short for --set policy.security=CARD",
+    )
+
+
+def add_boot_arguments(parser: ArgumentParser) -> None:
+    """``--kernel --initrd --append``: keys of ``[boot]``, for a machine that needs no file of its own."""
+    group = parser.add_argument_group("boot")
+    group.add_argument("--kernel", metavar="FILE", dest="boot_kernel", help="bzImage, PVH or Multiboot kernel")
+    group.add_argument(
+        "--initrd",
+        metavar="FILE",
+        dest="boot_initrd",
+        action="append",
+        help="initrd, or Multiboot module with its arguments; may be repeated",
+    )
+    group.add_argument("--append", metavar="TEXT", dest="boot_append", help="the kernel's command line")
+
+
+def add_machine_arguments(parser: ArgumentParser) -> None:
+    """``--set --accel --memory --cpus --timeout``, and the flags that cards registered.
+
+    The parser of a registered command has its host as the default ``host``.
+    """
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="assignments",
+        help="set a configuration key: machine.cpus=4, device.root.readonly=true",
+    )
+    group.add_argument("--accel", metavar="NAME[,NAME]", help="accelerators to try, in this order")
+    group.add_argument("--memory", "-m", metavar="SIZE", help="RAM, such as 512M or 2G")
+    group.add_argument("--cpus", metavar="N", help="number of virtual processors")
+    group.add_argument(
+        "--timeout", metavar="TIME", help="stop after this time, such as 60, 90s or 5m (exit status 124)"
+    )
+    host = parser.get_default("host")
+    if host is None:
+        return
+    shorthands = parser.add_argument_group("shorthands")
+    for name in host.registry.names(FlagOffer):
+        offer = host.registry.get(FlagOffer, name)
+        shorthands.add_argument(
+            name,
+            metavar=offer.metavar,
+            action="append",
+            default=[],
+            dest=f"flag:{name}",
+            help=offer.help,
+        )
+
+
+def draft_of(arguments: Namespace, *files: Any) -> Draft:
+    """A draft: *files* first, then the registered flags, the named arguments and ``--set``. Raises ConfigError."""
+    draft = Draft()
+    for path in files:
+        draft.add_file(path)
+    for name, texts in vars(arguments).items():
+        if not name.startswith("flag:") or not texts:
+            continue
+        flag = name.removeprefix("flag:")
+        parse = arguments.host.registry.get(FlagOffer, flag).load()
+        for text in texts:
+            try:
+                draft.add(parse(text), origin=f"{flag} {text}")
+            except ConfigError as error:
+                raise ConfigError(error.problem, file=error.file or f"{flag} {text}", key=error.key) from error
+            except CardcageError:
+                raise
+            except ValueError as error:
+                raise ConfigError(str(error), file=f"{flag} {text}") from error
+    if arguments.accel is not None:
+        draft.add({"machine": {"accel": [one for one in arguments.accel.split(",") if one]}}, origin="--accel")
+    if arguments.memory is not None:
+        draft.add({"machine": {"memory": arguments.memory}}, origin="--memory")
+    if arguments.cpus is not None:
+        cpus = arguments.cpus
+        draft.add({"machine": {"cpus": int(cpus) if cpus.isascii() and cpus.isdigit() else cpus}}, origin="--cpus")
+    for key in ("kernel", "initrd", "append"):
+        if (value := getattr(arguments, f"boot_{key}", None)) is not None:
+            draft.add({"boot": {key: value}}, origin=f"--{key}")
+    if (security := getattr(arguments, "security", None)) is not None:
+        draft.add({"policy": {"security": security}}, origin="--security")
+    for text in arguments.assignments:
+        draft.set(text)
+    for spec in draft.security() if arguments.host is not None else ():
+        if spec not in arguments.host.security:
+            raise spec.place.error(
+                "a security card is loaded before all others: name it in a file that ends in .toml, or by --security"
+            )
+    return draft
+
+
+def timeout_of(arguments: Namespace) -> float | None:
+    """``--timeout`` in seconds. Raises ConfigError."""
+    if arguments.timeout is None:
+        return None
+    try:
+        return Duration(arguments.timeout)
+    except ValueError as error:
+        raise ConfigError(str(error), file="--timeout") from error

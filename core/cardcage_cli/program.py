@@ -1,0 +1,158 @@
+"""``cardcage``: parse, do, and turn errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cardcage.registry import CommandOffer
+
+from cardcage_cli.arguments import (
+    add_boot_arguments,
+    add_common_arguments,
+    add_machine_arguments,
+    draft_of,
+    timeout_of,
+)
+from cardcage_cli.early import VARIABLE, early_security
+from cardcage_cli.running import SWITCH_INTERVAL, report, run_machine
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterable, Sequence
+
+    from cardcage.host import CardInfo, Host
+
+__all__ = ["make_parser", "run_program"]
+
+
+def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
+    """Parse the words *argv*, do what they say, and return the exit status."""
+    _open_standard_streams()
+    words = list(argv)
+    if os.environ.get(VARIABLE):
+        words = ["--security", os.environ[VARIABLE], *words]  # one that was given comes later, and counts
+    traceback = "--traceback" in words
+    cards_found: list[CardInfo] = []
+    try:
+        from cardcage.host import Host
+        from cardcage.security import HOST, OPERATOR, Act
+
+        with Host(cards, security=early_security(words)) as host:
+            cards_found = host.cards
+            arguments = make_parser(host).parse_args(words)
+            host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
+            host.log_sink.json = getattr(arguments, "log_json", False)
+            host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
+            status = arguments.command(host, arguments)
+            sys.stdout.flush()
+            return int(status)
+    except BrokenPipeError:  # "cardcage cards | head": nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:  # the one place where errors become words
+        return report(error, traceback=traceback, cards=cards_found)
+    except SystemExit as error:  # argparse: help (0) or a wrong argument (2, already said)
+        if error.code not in (0, None):
+            print("outcome: bad configuration: see the line above", file=sys.stderr)
+        return error.code if isinstance(error.code, int) else 0
+    except BaseException as error:
+        return report(error, traceback=traceback)
+
+
+def _open_standard_streams() -> None:
+    """A service manager may start us with closed streams: no file of ours may take their numbers by chance."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
+
+
+def make_parser(host: Host) -> ArgumentParser:
+    """The parser with the built-in and the registered commands."""
+    import argparse
+
+    from cardcage import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="cardcage",
+        description="A virtual machine monitor in which everything that does something is a card.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cardcage {__version__}")
+    add_common_arguments(parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, help: str, run: Any) -> ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made.set_defaults(command=run, command_name=name, host=host)
+        add_common_arguments(made)
+        return made
+
+    run = command("run", "run a machine described in TOML, by arguments, or both", run_command)
+    run.add_argument(
+        "file", metavar="VM.toml", nargs="*", help="configuration file; later files are merged into earlier files"
+    )
+    add_boot_arguments(run)
+    add_machine_arguments(run)
+    cards = command(
+        "cards", "list the installed cards, their distributions, and whether each is usable here", cards_command
+    )
+    cards.add_argument("-v", "--verbose", action="store_true", help="show everything that each card offers")
+    command("doctor", "check what this host supports, and suggest commands that enable the rest", doctor_command)
+    for name in host.registry.names(CommandOffer):
+        offer = host.registry.get(CommandOffer, name)
+        _registered(command, offer)
+    return parser
+
+
+def _registered(command: Any, offer: CommandOffer) -> None:
+    """A card's command; its modules are imported only when its own arguments are parsed."""
+
+    def run(host: Host, arguments: Namespace) -> int:
+        status: int = offer.load()(host, arguments)
+        return status
+
+    parser = command(offer.name, offer.help, run)
+    if offer.configure is None:
+        return
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        offer.imported(offer.configure)(parser)
+        parser.parse_known_args = parse
+        return parse(args, namespace, **more)
+
+    parser.parse_known_args = parse_known_args
+
+
+def run_command(host: Host, arguments: Namespace) -> int:
+    """``cardcage run VM.toml``, or ``cardcage run --kernel FILE``."""
+    from cardcage.errors import ConfigError
+    from cardcage.machine import Machine
+
+    if not arguments.file and arguments.boot_kernel is None:
+        raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    timeout = timeout_of(arguments)
+    machine = Machine.from_config(draft_of(arguments, *arguments.file).config(), host=host)
+    print(f"accelerator: {machine.accelerator.why}", file=sys.stderr, flush=True)
+    return run_machine(machine, timeout=timeout)
+
+
+def cards_command(host: Host, arguments: Namespace) -> int:
+    """``cardcage cards``."""
+    from cardcage_cli.listing import list_cards
+
+    return list_cards(host, verbose=arguments.verbose)
+
+
+def doctor_command(host: Host, _: Namespace) -> int:
+    """``cardcage doctor``."""
+    from cardcage_cli.doctor import examine
+
+    return examine(host)

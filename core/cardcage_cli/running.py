@@ -1,0 +1,184 @@
+"""Running a machine to its outcome, and what the outcome means to the shell."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cardcage._host.phases import card_of
+from cardcage.errors import (
+    CardcageError,
+    CardError,
+    ConfigError,
+    Denied,
+    GuestError,
+    HostError,
+    StateError,
+    UsageError,
+    in_words,
+)
+from cardcage.outcome import Crashed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from cardcage.host import CardInfo
+    from cardcage.machine import Machine
+    from cardcage.outcome import Outcome
+
+__all__ = ["EXIT", "SWITCH_INTERVAL", "Terminated", "blamed_for", "report", "run_machine"]
+
+EXIT = {
+    "done": 0,
+    "bad configuration": 2,
+    "guest panic": 10,
+    "guest triple fault": 12,
+    "failure": 70,
+    "timeout": 124,
+    "interrupted": 130,
+}
+"""Exit statuses by name; a debug exit is ``code << 1 | 1``, a signal 128 plus its number."""
+
+
+SWITCH_INTERVAL = 1e-4
+"""Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
+
+
+class Terminated(BaseException):
+    """A signal that asks the process to end."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+def _terminate(signum: int, _: Any) -> None:
+    raise Terminated(signum)
+
+
+@contextmanager
+def ending_signals(machine: Machine) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the machine in an orderly way while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    for signum in signals:
+        machine.host.signals.claim(signum, _terminate)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            machine.host.signals.release(signum)
+
+
+@contextmanager
+def threads_watched(machine: Machine) -> Iterator[None]:
+    """While the block runs, an exception in a card's own thread ends *machine*, as its callbacks' do."""
+
+    def ended(what: threading.ExceptHookArgs) -> None:
+        if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
+            machine.fail(what.exc_value)
+
+    before, threading.excepthook = threading.excepthook, ended
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No second signal while the terminal, files and the machine's threads are put back: timeout(1) sends two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(one, signal.signal(one, signal.SIG_IGN)) for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for signum, handler in before:
+            signal.signal(signum, handler)
+
+
+def run_machine(machine: Machine, *, timeout: float | None = None, console: str | None = "stdio") -> int:
+    """Start *machine* (unless it runs), wait for its outcome, close it, print ``outcome: ...``, return the exit status.
+
+    Args:
+        timeout: seconds, None for ever.
+        console: char back end that the console is connected to, unless the configuration names one; None for none.
+
+    Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
+    """
+    with ending_signals(machine), threads_watched(machine):
+        try:
+            if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
+                machine.open_console(console)
+            if machine.state == "built":
+                machine.start()
+            outcome = machine.wait(timeout)
+        finally:
+            with undisturbed():
+                machine.close()
+    return tell(outcome)
+
+
+def tell(outcome: Outcome) -> int:
+    """Print the outcome, with the registers of a crash, and return its status."""
+    if isinstance(outcome, Crashed) and outcome.detail:
+        print(outcome.detail, file=sys.stderr)
+    print(f"outcome: {outcome}", file=sys.stderr, flush=True)
+    return outcome.status
+
+
+def report(error: BaseException, *, traceback: bool = False, cards: Iterable[CardInfo] = ()) -> int:
+    """Print an error as one ``outcome:`` line (after its traceback, when asked for) and return the exit status.
+
+    Args:
+        cards: one of which an exception that is not ours may come from; that one is then named.
+    """
+    if traceback:
+        from traceback import print_exception
+
+        print_exception(error)
+    words, status = blamed_for(error)
+    text = str(error) if isinstance(error, CardcageError) else describe(error, cards)
+    text, *more = text.splitlines() or [""]
+    for line in more:  # registers and the like come first, so that the outcome is the last line
+        print(line, file=sys.stderr)
+    print(f"outcome: {words}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
+    return status
+
+
+def blamed_for(error: BaseException) -> tuple[str, int]:
+    """Who is to blame, in words, and the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT["interrupted"]
+    if isinstance(error, Terminated):
+        return "ended by", 128 + error.signum
+    for kind, words, name in (
+        (ConfigError, "bad configuration", "bad configuration"),
+        (StateError, "wrong use", "bad configuration"),
+        (UsageError, "wrong use", "bad configuration"),
+        (Denied, "denied", "bad configuration"),
+        (CardError, "card failure", "failure"),
+        (HostError, "host or accelerator failure", "failure"),
+        (GuestError, "guest failure", "failure"),
+    ):
+        if isinstance(error, kind):
+            return words, EXIT[name]
+    return "card failure", EXIT["failure"]
+
+
+def describe(error: BaseException, cards: Iterable[CardInfo] = ()) -> str:
+    """One line about an exception that is not ours: its type, text, the card and the place it came from."""
+    if isinstance(error, KeyboardInterrupt):
+        return ""
+    if isinstance(error, Terminated):
+        return str(error)
+    text = f"{in_words(error)[:-1]}; --traceback shows more)" if error.__traceback__ else in_words(error)
+    named = card_of(error, cards)
+    return text if named is None else f"card {named.name} ({named.distribution}): {text}"

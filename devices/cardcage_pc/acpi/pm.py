@@ -1,0 +1,107 @@
+"""ACPI fixed hardware (ACPI 6.4, 4.8): PM1 event and control blocks, PM timer, SCI, power button, S5.
+
+Ports as QEMU's ``pc``: 0x600 PM1a event, 0x604 PM1a control, 0x608 timer (24 bits). There is no SMI command port: the
+machine is in ACPI mode from power-on, SCI_EN always reads 1.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, ClassVar
+
+from attrs import define
+
+if TYPE_CHECKING:
+    from cardcage.device import Slot
+
+__all__ = ["BASE", "FREQUENCY", "SCI", "SLP_TYP_S5", "AcpiPm", "AcpiPmState"]
+
+BASE, FREQUENCY, SCI = 0x600, 3_579_545, 9
+SECOND = 1_000_000_000
+TIMER_STS, GLOBAL_STS, POWER_STS, RTC_STS, WAKE_STS = 1 << 0, 1 << 5, 1 << 8, 1 << 10, 1 << 15
+EVENTS = TIMER_STS | GLOBAL_STS | POWER_STS | RTC_STS
+SCI_EN, SLP_EN = 1, 1 << 13
+SLP_TYP_S5 = 0
+HALF = 1 << 23
+"""TMR_STS is set each time bit 23 of the timer changes."""
+
+
+@define
+class AcpiPmState:
+    """Status, enable and control registers."""
+
+    version: ClassVar[int] = 1
+    status: int = 0
+    enable: int = 0
+    control: int = SCI_EN
+    half: int = 0
+    """How often bit 23 of the timer had changed when the status was last worked out."""
+
+
+class AcpiPm:
+    """Sixteen ports from 0x600; SCI is level-triggered GSI 9."""
+
+    def __init__(self) -> None:
+        self.state = AcpiPmState()
+
+    def plug(self, slot: Slot, /) -> None:
+        self._clock, self._power, self._log = slot.clock, slot.power, slot.log
+        self._irq, self._timer = slot.interrupts.line(SCI), slot.clock.timer(self._update)
+
+    def reset(self) -> None:
+        self.state = AcpiPmState(half=self.ticks() // HALF)
+        self._update()
+
+    def save(self) -> AcpiPmState:
+        return deepcopy(self.state)
+
+    def load(self, state: AcpiPmState, /) -> None:
+        self.state = deepcopy(state)
+        self._update()
+
+    def power_button(self) -> None:
+        """Press the power button: the guest is told by SCI and shuts down if it wants to."""
+        self.state.status |= POWER_STS
+        self._update()
+
+    def ticks(self) -> int:
+        """PM timer ticks since the machine was built, not cut to 24 bits."""
+        return self._clock.now() * FREQUENCY // SECOND
+
+    def _update(self) -> None:
+        state, half = self.state, self.ticks() // HALF
+        if half != state.half:
+            state.half, state.status = half, state.status | TIMER_STS
+        self._irq.set(bool(state.status & state.enable & EVENTS))
+        if state.enable & TIMER_STS and not state.status & TIMER_STS:
+            self._timer.arm(-(-(half + 1) * HALF * SECOND // FREQUENCY))
+        else:
+            self._timer.cancel()
+
+    def read(self, offset: int, size: int, /) -> int:
+        if offset == 8 and size == 4:
+            return self.ticks() & 0xFFFFFF
+        self._update()
+        state = self.state
+        block = state.status | state.enable << 16 | state.control << 32 | (self.ticks() & 0xFFFFFF) << 64
+        return block >> 8 * offset & (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int, /) -> None:
+        self._update()
+        state, shift = self.state, 8 * offset
+        mask, value = (1 << 8 * size) - 1 << shift, value << shift
+        state.status &= ~value & 0xFFFF  # write one to clear
+        if mask & 0xFFFF0000:
+            state.enable = (state.enable & ~(mask >> 16) | value >> 16) & EVENTS
+        if mask & 0xFFFF_00000000:
+            control = (state.control & ~(mask >> 32) | value >> 32) & 0xFFFF
+            state.control = control & ~SLP_EN & 0x1C06 | SCI_EN
+            if control & SLP_EN:
+                self._sleep(control >> 10 & 7)
+        self._update()
+
+    def _sleep(self, kind: int) -> None:
+        if kind == SLP_TYP_S5:
+            self._power.off()
+        else:
+            self._log.warning("sleep state not offered by this machine", slp_typ=kind)

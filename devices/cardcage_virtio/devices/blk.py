@@ -1,0 +1,241 @@
+"""Block device (virtio 1.2, section 5.2) on any back end that satisfies :class:`cardcage.backends.BlockBackend`.
+
+Requests are taken and served on worker threads: see :mod:`cardcage_virtio.queue.workers`. A back end that has
+``try_readv`` or ``try_writev`` gets plain reads and writes there first, on the thread that notifies.
+"""
+
+from __future__ import annotations
+
+from struct import Struct, pack
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+from attrs.validators import ge, in_, le, max_len
+from cardcage.abilities import has
+from cardcage.backends import TryReads, TryWrites
+from cardcage.errors import ConfigError
+from cardcage.segments import total
+
+from cardcage_virtio.queue.request import RingError
+from cardcage_virtio.queue.workers import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cardcage.device import Slot
+
+    from cardcage_virtio.queue.request import Request
+    from cardcage_virtio.virtio import Virtio
+
+__all__ = ["Blk", "BlkOptions"]
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_MQ, F_DISCARD, F_ZEROES = 2, 5, 6, 9, 10, 12, 13, 14
+SECTOR, SEGMENTS, SECTORS_MAX = 512, 16, 1 << 21
+header = Struct("<I4xQ").unpack_from
+segment = Struct("<QII").iter_unpack
+
+
+@frozen
+class BlkOptions:
+    """Options of ``virtio-blk``.
+
+    Attributes:
+        drive: back end of kind ``block``: a file name, or a table.
+        serial: up to 20 bytes that the guest can ask for.
+        readonly: refuse writes even where the back end allows them.
+        queues: 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
+        threads: worker threads, 1 to 64.
+        physical_block: bytes of a physical block, for the guest's alignment.
+        optimal_io: bytes of the best request size, 0 for none to say.
+    """
+
+    drive: str | dict[str, Any]
+    serial: str = field(default="", validator=max_len(20))
+    readonly: bool = False
+    queues: int = field(default=1, validator=[ge(1), le(64)])
+    queue_size: int = field(default=256, validator=in_([1 << at for at in range(2, 11)]))
+    packed: bool = False
+    threads: int = field(default=2, validator=[ge(1), le(64)])
+    physical_block: int = field(default=4096, validator=in_([512 << at for at in range(8)]))
+    optimal_io: int = field(default=0, validator=ge(0))
+
+
+class Blk:
+    """A disk."""
+
+    device_id, segments = 2, True
+
+    def __init__(self, options: BlkOptions) -> None:
+        self.options = options
+        self.queue_sizes = (options.queue_size,) * options.queues
+        self.features = 0
+        self.backend: Any  # a BlockBackend, whose calls are looked up each time: they can be revoked
+        self._io: Virtio
+        self._workers: Workers
+
+    def plug(self, slot: Slot) -> None:
+        self._slot, options = slot, self.options
+        self.backend = slot.host.open("block", options.drive)
+        info = self.info = self.backend.info
+        if info.size % SECTOR:
+            raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {SECTOR}")
+        self.readonly = options.readonly or info.readonly
+        self._try_read = has(self.backend, TryReads)
+        self._try_write = has(self.backend, TryWrites) and not self.readonly
+        bits = [F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY]
+        bits += [F_RO] * self.readonly + [F_MQ] * (options.queues > 1)
+        if not self.readonly:
+            bits += [F_DISCARD] * info.discard + [F_ZEROES] * info.write_zeroes
+        self.features = sum(1 << bit for bit in bits) | options.packed << 34
+
+    def plug_virtio(self, io: Virtio) -> None:
+        self._io = io
+        quick = self._quick if self._try_read or self._try_write else None
+        self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick)
+
+    def unplug(self) -> None:
+        self._workers.close()
+
+    def config(self) -> bytes:
+        info, options = self.info, self.options
+        physical = max(options.physical_block, info.block_size)
+        return pack(
+            "<QII4xIBBHIBxHIIIIIB3x",
+            info.size // SECTOR,
+            0,
+            options.queue_size - 2,
+            info.block_size,
+            (physical // info.block_size).bit_length() - 1,
+            0,
+            max(physical // info.block_size, 1),
+            options.optimal_io // info.block_size,
+            1,
+            options.queues,
+            SECTORS_MAX,
+            SEGMENTS,
+            info.block_size // SECTOR,
+            SECTORS_MAX,
+            SEGMENTS,
+            1,
+        )
+
+    def notified(self, index: int) -> None:
+        self._workers.notify(index)
+
+    def drain(self) -> None:
+        self._workers.drain()
+
+    # requests
+
+    def _quick(self, request: Request) -> int | None:
+        """Serve a plain read whose bytes the host has at hand, or a plain write that it takes at once."""
+        readable, writable = request.readable, request.writable
+        if not readable or len(readable[0]) != 16 or not writable or len(writable[-1]) != 1:
+            return None
+        kind, sector = header(readable[0])
+        written = 1
+        try:
+            if kind == IN and len(readable) == 1 and self._try_read:
+                target = writable[:-1]
+                size = total(target)
+                if size % SECTOR or sector * SECTOR + size > self.info.size:
+                    return None
+                if not self.backend.try_readv(sector * SECTOR, target):
+                    return None
+                written += size
+            elif kind == OUT and len(writable) == 1 and self._try_write and self._io.has(F_FLUSH):
+                source = readable[1:]
+                size = total(source)
+                if size % SECTOR or sector * SECTOR + size > self.info.size:
+                    return None
+                if not self.backend.try_writev(sector * SECTOR, source):
+                    return None
+            else:
+                return None
+        except OSError:  # the worker meets it again, and reports it
+            return None
+        writable[-1][0] = OK
+        return written
+
+    def _process(self, request: Request) -> int:
+        """Serve one; returns the bytes written to the guest, its status byte included."""
+        readable, writable = request.readable, request.writable
+        if not writable or not readable:
+            raise RingError("a block request without header or status")
+        if len(readable[0]) == 16:
+            kind, sector = header(readable[0])
+            source = readable[1:]
+        else:
+            kind, sector, source = self._loose_header(readable)
+        if len(writable[-1]) == 1:
+            status, target = writable[-1], writable[:-1]
+        else:
+            status, target = writable[-1][-1:], [*writable[:-1], writable[-1][:-1]]
+        size = 0
+        try:
+            if kind == IN:
+                size = total(target)
+                code = self._check(sector, size)
+                if code == OK:
+                    self.backend.readv(sector * SECTOR, target)
+            elif kind == OUT:
+                length = total(source)
+                code = IOERR if self.readonly else self._check(sector, length)
+                if code == OK:
+                    self.backend.writev(sector * SECTOR, source)
+                    if not self._io.has(F_FLUSH):
+                        self.backend.flush()
+            elif kind == FLUSH:
+                self.backend.flush()
+                code = OK
+            elif kind == GET_ID:
+                size = total(target)
+                code = OK if size >= 20 else IOERR
+                request.write(self.options.serial.encode()[:20].ljust(20, b"\0")[:size])
+            elif kind in (DISCARD, WRITE_ZEROES):
+                code = self._ranges(kind, b"".join(source))
+            else:
+                code = UNSUPP
+        except OSError as error:
+            self._io.warn("block request failed", type=kind, sector=sector, error=str(error))
+            code, size = IOERR, total(target)
+        status[0] = code
+        return size + 1
+
+    @staticmethod
+    def _loose_header(readable: Sequence[memoryview]) -> tuple[int, int, list[memoryview]]:
+        """Header and data of a request whose header is not a descriptor of its own."""
+        start = b"".join(bytes(part[:16]) for part in readable[:16])[:16]
+        if len(start) < 16:
+            raise RingError(f"a block request with a header of {len(start)} bytes")
+        left, source = 16, []
+        for part in readable:
+            if left < len(part):
+                source.append(part[left:])
+            left = max(left - len(part), 0)
+        kind, sector = header(start)
+        return kind, sector, source
+
+    def _check(self, sector: int, size: int) -> int:
+        return IOERR if size % SECTOR or sector * SECTOR + size > self.info.size else OK
+
+    def _ranges(self, kind: int, data: bytes) -> int:
+        offered = self._io.has(F_DISCARD if kind == DISCARD else F_ZEROES)
+        if not offered:
+            return UNSUPP
+        if not data or len(data) % 16 or len(data) > 16 * SEGMENTS:
+            return IOERR
+        rows = list(segment(data))
+        for sector, count, flags in rows:
+            if flags & (~1 if kind == WRITE_ZEROES else ~0):
+                return UNSUPP
+            if count > SECTORS_MAX or self._check(sector, count * SECTOR) != OK:
+                return IOERR
+        for sector, count, flags in rows:
+            if kind == DISCARD:
+                self.backend.discard(sector * SECTOR, count * SECTOR)
+            else:
+                self.backend.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags & 1))
+        return OK

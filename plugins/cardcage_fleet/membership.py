@@ -1,0 +1,131 @@
+"""A machine's membership: admitted, put on the roster, answering there, and taken off it at its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from cardcage.errors import HostError
+from cardcage.security import OPERATOR, Act
+from cardcage.units import say_size
+
+from cardcage_fleet import ControlOffer
+from cardcage_fleet.admission import Starter, admissions, rooms_of
+from cardcage_fleet.hostmemory import memory_group, memory_limits
+from cardcage_fleet.roster import Roster, RosterEntry, pid_namespace
+
+if TYPE_CHECKING:
+    from cardcage.host import Host
+    from cardcage.machine import Machine
+
+    from cardcage_fleet.roster import Record
+
+__all__ = ["admit", "publish", "record_of"]
+
+
+def _records(host: Host) -> WeakKeyDictionary[Machine, Record]:
+    found: WeakKeyDictionary[Machine, Record] = host.share("fleet:records", WeakKeyDictionary)
+    return found
+
+
+def record_of(machine: Machine) -> Record | None:
+    """The machine's record on the roster; None where no roster can be kept."""
+    return _records(machine.host).get(machine)
+
+
+def admit(machine: Machine) -> None:
+    """Let the machine in: it is on the roster then, until it has given its RAM back.
+
+    Raises ConfigError when a policy refuses or all of RAM is wanted at once and is not there, HostError when a policy
+    is to be asked and there is no roster.
+    """
+    check_preallocation(machine)
+    policies = admissions(machine)
+    with ExitStack() as held:
+        try:
+            roster = Roster()
+            held.enter_context(roster.locked())
+            alive, ended, _ = roster.read()
+        except (HostError, OSError) as error:
+            if policies:
+                raise HostError(f"admission needs to know the other machines: {error}") from error
+            machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
+            return
+        roster.tidy(ended)
+        entry = entry_of(machine)
+        rooms = rooms_of(memory_limits(), alive) if policies else ()
+        for ask in policies:
+            ask(Starter(entry.name, entry.promised, entry.priority), rooms)
+        record = roster.add(entry)
+        _records(machine.host)[machine] = record
+        machine.defer(record.close)
+
+
+def check_preallocation(machine: Machine) -> None:
+    """Refuse RAM that is to be taken at once (``memory.preallocate``) and is not there: the host would kill for it."""
+    wanted = machine.config.machine.memory
+    if not machine.config.memory.preallocate or not machine.memory_backend.takes_ram:
+        return
+    room = min(memory_limits(), key=lambda one: one.available)
+    if wanted > room.available:
+        raise machine.config.place("memory.preallocate").error(
+            f"{say_size(wanted)} cannot be allocated at once: {room.name} has {say_size(room.available)} left of "
+            f"{say_size(room.size)}"
+        )
+
+
+def publish(machine: Machine) -> None:
+    """Say on the roster where its RAM is and what becomes of the machine, and answer for it there."""
+    record = record_of(machine)
+    if record is None:
+        return
+    group = group_facts()  # again: a policy may have moved the process
+    block = machine.memory.ranges[0].block
+    chosen = machine.accelerator
+    record.update(start=block.host_address, accelerator=chosen.name, code=chosen.probe.code_memory, **group)
+    machine.observers.add("state", lambda state: record.update(state=str(state)))
+    if machine.host.registry.names(ControlOffer):
+        from cardcage_fleet.control import Door  # most machines have no command to hear
+
+        machine.defer(Door(machine, record.entry).close)
+    balloon = machine.services.get("balloon")
+    if balloon is not None:
+
+        def told() -> dict[str, int]:
+            facts = {"machine": machine.name, "name": "stats"}
+            machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
+            report = balloon.report
+            available = report.values.get("available_memory") if report is not None else None
+            return {"ballooned": balloon.size, **({"available": available} if available is not None else {})}
+
+        machine.loop.add_reader(record.listen().fileno(), lambda: record.answer(told))
+
+
+def entry_of(machine: Machine) -> RosterEntry:
+    """The roster's entry of a machine of this process."""
+    config = machine.config.machine
+    return RosterEntry(
+        machine.name,
+        os.getpid(),
+        config.memory,
+        label=machine.label,
+        backend=machine.config.memory.type,
+        promised=config.memory if machine.memory_backend.takes_ram else 0,
+        priority=config.priority,
+        since=time.time(),
+        namespace=pid_namespace(),
+        **group_facts(),
+    )
+
+
+def group_facts() -> dict[str, Any]:
+    """An entry's facts about this process's memory cgroup."""
+    group = memory_group()
+    if group is None:
+        return {}
+    kills = group.oom_kills()
+    facts = {"group": group.path, "group_folder": str(group.folder), "group_version": group.version}
+    return {**facts, "oom_kills": -1 if kills is None else kills}

@@ -1,0 +1,326 @@
+"""The machines that run on this host, of this user, in whichever process: a private directory with a file for each.
+
+The file of a machine is locked (flock) by its process for as long as it lives, so that one left behind by a process
+that was killed is known for what it is, whatever became of its pid. It says what /proc cannot: which memory of which
+process is whose. A machine with a balloon also has a socket, which answers with what the guest gave when it is asked.
+
+The directory is the run directory (:mod:`cardcage_fleet.rundir`): another user can neither see nor add to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import struct
+import time
+import weakref
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import asdict, evolve, field, fields, frozen
+
+from cardcage_fleet.held import is_locked
+from cardcage_fleet.rundir import run_directory
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Record", "Roster", "RosterEntry", "ask", "connected", "is_ours", "listening"]
+
+MOST = 16384
+"""Bytes of an entry or an answer: what is longer is not ours."""
+KEPT = 24 * 3600
+"""Seconds that an entry of a machine that was killed waits for somebody to read of it."""
+
+
+@frozen
+class RosterEntry:
+    """A machine on the roster.
+
+    Attributes:
+        name, pid, state, accelerator, label: the machine's. backend: where its memory comes from (``memory.type``).
+        size: bytes of RAM. promised: bytes of it that admission counts (not those out of a pool of huge pages).
+        start: address of RAM in the process, 0 before there is any. balloon: whether its socket can be asked.
+        priority: ``machine.priority``. group: path of its memory cgroup, empty for none.
+        group_folder: where that is mounted. group_version: 1 or 2.
+        oom_kills: how many processes of the group the OOM killer had ended when the machine was made; -1 for unknown.
+        since: seconds since 1970. namespace: of the process ids.
+        code: name of the memfd with the accelerator's generated code, empty without any.
+        file: the entry's file; set when it is read.
+    """
+
+    name: str
+    pid: int
+    size: int
+    state: str = "built"
+    accelerator: str = ""
+    label: str = ""
+    backend: str = ""
+    promised: int = 0
+    start: int = 0
+    balloon: bool = False
+    priority: int = 0
+    group: str = ""
+    group_folder: str = ""
+    group_version: int = 0
+    oom_kills: int = -1
+    since: float = 0.0
+    namespace: str = ""
+    code: str = ""
+    file: str = field(default="", eq=False)
+
+    @property
+    def here(self) -> bool:
+        """True when :attr:`pid` means the same process to us."""
+        return self.namespace == pid_namespace()
+
+
+def pid_namespace() -> str:
+    """The mark of this process's namespace of process ids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+class Roster:
+    """The directory. Raises HostError when there is none that is private to this user."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory if directory is not None else run_directory()
+        self._known: dict[Path, tuple[bytes, RosterEntry]] = {}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else adds a machine while the block runs: admission decides in it. Waits for others."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def add(self, entry: RosterEntry) -> Record:
+        """Put a machine of this process on the roster, until the record is closed."""
+        number = 0
+        while True:
+            path = self.directory / f"{os.getpid()}-{number}.json"
+            with suppress(FileExistsError):
+                return Record(path, entry)
+            number += 1
+
+    def read(self) -> tuple[list[RosterEntry], list[RosterEntry], list[str]]:
+        """The machines that live, those that ended without a word, and what is wrong with files there."""
+        alive: list[RosterEntry] = []
+        ended: list[RosterEntry] = []
+        problems: list[str] = []
+        paths = sorted(self.directory.glob("*.json"))
+        self._known = {path: self._known[path] for path in paths if path in self._known}
+        for path in paths:
+            try:
+                text, lives = read_entry(path)
+                entry = self._parsed(path, text)
+            except FileNotFoundError:
+                continue  # closed while we looked
+            except (OSError, ValueError) as error:
+                problems.append(f"{path}: no entry of a machine: {error}")
+                continue
+            (alive if lives else ended).append(entry)
+        return alive, ended, problems
+
+    def _parsed(self, path: Path, text: bytes) -> RosterEntry:
+        """The entry in *text*; a file that did not change is not parsed again."""
+        known = self._known.get(path)
+        if known is None or known[0] != text:
+            known = self._known[path] = text, parse_entry(text, str(path))
+        return known[1]
+
+    def forget(self, entry: RosterEntry) -> None:
+        """Take the entry of a machine that ended without a word off the roster."""
+        leave(Path(entry.file), os.getpid())
+
+    def tidy(self, ended: list[RosterEntry]) -> None:
+        """Forget those that ended a day ago, and that nobody asked about."""
+        for entry in ended:
+            if time.time() - entry.since > KEPT:
+                with suppress(OSError):
+                    if time.time() - os.stat(entry.file).st_mtime > KEPT:
+                        self.forget(entry)
+
+
+def read_entry(path: Path) -> tuple[bytes, bool]:
+    """Return an entry's text, and True when its machine lives. Raises OSError or ValueError for what is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+            raise ValueError("not a file of this user's")
+        text = os.pread(fd, MOST + 1, 0)
+        lives = is_locked(fd)
+    finally:
+        os.close(fd)
+    return text, lives
+
+
+def parse_entry(text: bytes, file: str = "") -> RosterEntry:
+    """An entry out of what a file holds, which may be anything. Raises ValueError."""
+    if len(text) > MOST:
+        raise ValueError(f"longer than {MOST} bytes")
+    table = load(text)
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
+    values: dict[str, Any] = {}
+    for one in fields(RosterEntry):
+        if one.name == "file" or one.name not in table:
+            continue
+        value = table[one.name]
+        kind = str(one.type)
+        if type(value) not in kinds[kind]:
+            raise ValueError(f"{one.name}: expected {kind}")
+        if isinstance(value, int) and not -(1 << 62) < value < 1 << 62:
+            raise ValueError(f"{one.name}: out of range")
+        values[one.name] = "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else value
+    missing = [name for name in ("name", "pid", "size") if name not in values]
+    if missing or values["pid"] <= 0 or values["size"] < 0 or values.get("start", 0) < 0:
+        raise ValueError(f"{', '.join(missing) or 'pid, size or start'}: expected, or out of range")
+    return RosterEntry(**values, file=file)
+
+
+def load(text: bytes) -> dict[str, Any]:
+    """A table out of JSON. Raises ValueError for anything else, however deep."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("no table")
+    return found
+
+
+class Record:
+    """A machine on the roster: its locked file, and its socket."""
+
+    def __init__(self, path: Path, entry: RosterEntry) -> None:
+        self.entry, self._path = evolve(entry, file=str(path)), path
+        self._socket: socket.socket | None = None
+        hidden = path.with_name(f".{path.name}")
+        self._fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write()
+            os.link(hidden, path)  # seen only now that it is locked, so that nobody takes it for one left behind
+        except BaseException:
+            os.close(self._fd)
+            raise
+        finally:
+            os.unlink(hidden)
+        self._leave = weakref.finalize(self, leave, path, os.getpid())  # also for a program that ends without close()
+
+    def _write(self) -> None:
+        text = json.dumps(asdict(self.entry)).encode()
+        os.ftruncate(self._fd, max(len(text), os.fstat(self._fd).st_size))
+        os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
+
+    def update(self, **changes: Any) -> None:
+        """Say something new about the machine. Nothing once closed."""
+        if self._fd >= 0:
+            self.entry = evolve(self.entry, **changes)
+            self._write()
+
+    def listen(self) -> socket.socket:
+        """Open the socket that :func:`ask` finds. The caller answers with :meth:`answer` whenever it is readable."""
+        self._socket = listening(self._path.with_suffix(".sock"))
+        self.update(balloon=True)
+        return self._socket
+
+    def answer(self, tell: Callable[[], dict[str, int]]) -> None:
+        """Take one caller, and tell it. A caller of another user's is sent away; none is waited for."""
+        if self._socket is None:
+            return
+        with suppress(OSError):  # the caller went away, or does not read: its own loss
+            caller, _ = self._socket.accept()
+            with caller:
+                if is_ours(caller):
+                    caller.setblocking(False)
+                    caller.send(json.dumps(tell()).encode())
+
+    def close(self) -> None:
+        """Off the roster. Idempotent."""
+        if self._fd < 0:
+            return
+        if self._socket is not None:
+            self._socket.close()
+        self._leave()
+        os.close(self._fd)
+        self._fd = -1
+
+
+def leave(path: Path, pid: int) -> None:
+    """Take a machine of process *pid* off the roster; its forked children leave it there."""
+    if os.getpid() == pid:
+        for suffix in (".sock", ".control"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def listening(path: Path) -> socket.socket:
+    """A socket that listens at *path*, in place of one left behind there. Raises OSError."""
+    import socket
+
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")  # however long the directory's path is
+        os.chmod(path.name, 0o600, dir_fd=folder)
+        made.listen(8)
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(folder)
+    return made
+
+
+def connected(path: Path, timeout: float) -> socket.socket:
+    """A socket that is connected to who listens at *path*; each of its acts takes up to *timeout*. Raises OSError."""
+    import socket
+
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        peer.settimeout(timeout)
+        peer.connect(f"/proc/self/fd/{folder}/{path.name}")
+    except BaseException:
+        peer.close()
+        raise
+    finally:
+        os.close(folder)
+    return peer
+
+
+def is_ours(peer: socket.socket) -> bool:
+    """True when the other end is a process of this user's, or root's."""
+    import socket
+
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] in (os.geteuid(), 0)
+
+
+def ask(entry: RosterEntry, timeout: float = 0.2) -> dict[str, int] | None:
+    """The figures of the machine's balloon, bytes by name; ``None`` when it has none, or does not answer in time."""
+    if not entry.balloon:
+        return None
+    try:
+        with connected(Path(entry.file).with_suffix(".sock"), timeout) as peer:
+            text = b""
+            while len(text) <= MOST and (part := peer.recv(4096)):
+                text += part
+        found = load(text)
+    except (OSError, ValueError):
+        return None
+    return {str(name): value for name, value in found.items() if type(value) is int and 0 <= value < 1 << 62}

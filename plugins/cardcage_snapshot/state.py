@@ -1,0 +1,154 @@
+"""State that outlives a process: vCPUs and devices of a machine, as versioned attrs classes and as JSON.
+
+A card's state class may carry ``version: ClassVar[int]`` (1 without one) and follows one rule: fields are only added,
+with a default. So an older state loads into a newer card; a state with a field or version that this card does not know
+is refused, rather than loaded in part. RAM is not in here: how it is kept is a card's business (a file, a stream, a
+clone).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import Factory, define
+from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.security import OPERATOR, Act
+from cardcage.x86 import VCpuState
+
+if TYPE_CHECKING:
+    from cardcage.machine import Machine
+    from cattrs import Converter
+
+__all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore"]
+
+VERSION = 1
+
+
+@define
+class DeviceState:
+    """One device's state: the card it belongs to, the version of its class, and its fields as plain values."""
+
+    type: str
+    version: int
+    fields: Any
+
+
+@define
+class MachineState:
+    """All of a machine but its RAM.
+
+    Attributes:
+        cpu, features, irqchip, memory: the machine must be made with the same; memory in bytes.
+        clock: guest time, nanoseconds.
+        vcpus: in the order of their numbers. devices: by id, those that have state.
+    """
+
+    cpu: str
+    irqchip: str
+    memory: int
+    clock: int
+    vcpus: list[VCpuState]
+    devices: dict[str, DeviceState]
+    features: dict[str, bool] = Factory(dict)
+    version: int = VERSION
+
+
+@cache
+def _converter() -> Converter:
+    from cattrs.preconf.json import make_converter
+
+    return make_converter(forbid_extra_keys=True)
+
+
+def capture(machine: Machine) -> MachineState:
+    """The state of a machine that is built, paused or stopped.
+
+    Raises StateError while it runs, CardError for a device.
+    """
+    if machine.state == "running":
+        raise StateError("pause the machine before its state is saved")
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
+    devices = {}
+    with machine.lock:
+        for plugged in machine.devices.values():
+            if "state" not in plugged.abilities:
+                continue
+            state = plugged.device.save()
+            if not attrs.has(type(state)):
+                raise CardError(f"{plugged.who}: save() returned {type(state).__name__}, expected an attrs instance")
+            version = getattr(type(state), "version", 1)
+            devices[plugged.id] = DeviceState(plugged.type, version, _converter().unstructure(state))
+        clock = machine.clock.now()
+    wanted = machine.config.machine
+    vcpus = [vcpu.get_state() for vcpu in machine.vcpus]
+    return MachineState(wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, dict(wanted.features))
+
+
+def restore(machine: Machine, state: MachineState) -> None:
+    """Give *machine* (built or paused, its RAM already in place) the *state*.
+
+    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change.
+    Raises StateError while it runs, ConfigError when the machines differ or a device refuses its state.
+    """
+    if machine.state not in ("built", "paused"):
+        raise StateError(f"cannot load a state: the machine is {machine.state}")
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
+    wanted = machine.config.machine
+    for what, theirs, ours in (
+        ("version", state.version, VERSION),
+        ("CPU model", state.cpu, wanted.cpu),
+        ("CPU features", state.features, wanted.features),
+        ("irqchip", state.irqchip, machine.irqchip),
+        ("memory", state.memory, int(wanted.memory)),
+        ("number of vCPUs", len(state.vcpus), len(machine.vcpus)),
+        ("devices with state", sorted(state.devices), sorted(_stateful(machine))),
+    ):
+        if theirs != ours:
+            raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
+    with machine.lock:
+        ready = [(_stateful(machine)[id], _device_state(machine, id, saved)) for id, saved in state.devices.items()]
+        machine.clock.set(state.clock)  # first: devices find their next alarms by it
+        for device, loaded in ready:
+            device.load(loaded)
+    for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
+        vcpu.set_state(registers)
+
+
+def _stateful(machine: Machine) -> dict[str, Any]:
+    return {one.id: one.device for one in machine.devices.values() if "state" in one.abilities}
+
+
+def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
+    plugged = machine.devices[id]
+    cls = type(plugged.device.save())
+    known = getattr(cls, "version", 1)
+    if saved.type != plugged.type or saved.version > known:
+        raise ConfigError(
+            f'the state of device "{id}" is of {saved.type} version {saved.version}; '
+            f"this machine has {plugged.type} version {known}"
+        )
+    try:
+        return _converter().structure(saved.fields, cls)
+    except Exception as error:  # cattrs raises groups of whatever did not fit
+        from cattrs import transform_error
+
+        raise ConfigError(f'the state of device "{id}" does not fit: {"; ".join(transform_error(error))}') from error
+
+
+def dumps(state: MachineState) -> str:
+    """As JSON text."""
+    return json.dumps(_converter().unstructure(state))
+
+
+def loads(text: str) -> MachineState:
+    """From JSON text. Raises ConfigError for what is no state, or has fields that this version does not know."""
+    try:
+        return _converter().structure(json.loads(text), MachineState)
+    except Exception as error:  # a damaged file can be wrong in every way that json and cattrs know
+        from cattrs import transform_error
+
+        what = str(error) if isinstance(error, json.JSONDecodeError) else "; ".join(transform_error(error))
+        raise ConfigError(f"not a machine state: {what}") from error

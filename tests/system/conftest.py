@@ -1,0 +1,19 @@
+"""What the tests of whole guests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cardcage.errors import HostError
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Path:
+    """The distribution's kernel, from the cache or fetched; the tests are skipped where it cannot be had."""
+    try:
+        return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
+    except HostError as error:
+        pytest.skip(str(error))
