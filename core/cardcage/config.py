@@ -171,6 +171,8 @@ class Config:
     devices: tuple[DeviceConfig, ...] = ()
     accel: dict[str, dict[str, Any]] = field(factory=dict)
     policy: dict[str, Any] = field(factory=dict)
+    guards: dict[str, Any] = field(factory=dict)
+    """``[security]``, but for ``checkers``."""
     security: tuple[Spec, ...] = ()
     origins: dict[str, str | None] = field(factory=dict)
 
@@ -308,7 +310,8 @@ class Draft:
             boot=tables.get("boot"),
             devices=tuple(devices),
             accel=tables.get("accel", {}),
-            policy={kind: value for kind, value in tables.get("policy", {}).items() if kind != "security"},
+            policy={key: value for key, value in tables.get("policy", {}).items() if key != "security"},
+            guards={key: value for key, value in tables.get("security", {}).items() if key != "checkers"},
             security=self.security(),
             origins=self._origins,
         )
@@ -317,9 +320,9 @@ class Draft:
         """The cards that ``[security] checkers`` and ``policy.security`` name. Raises ConfigError."""
         table = self._tables.get("security", {})
         for name in table:
-            if name != "checkers":
+            if name != "checkers" and (hint := near(name, ["checkers"])):
                 key = f"security.{name}"
-                raise ConfigError(f"no such key.{near(name, ['checkers'])}", file=self._origins.get(key), key=key)
+                raise ConfigError(f"no such key.{hint}", file=self._origins.get(key), key=key)
         found: list[Spec] = []
         for key, value in (
             ("security.checkers", table.get("checkers")),

@@ -1,4 +1,4 @@
-"""The hooks of cardcage, in the order of a host's and a machine's life. All return None.
+"""The hooks of cardcage, in the order of a host's and a machine's life. All but ``cardcage_needs`` return None.
 
 Hooks assemble, protocols operate: none of these is called while a guest runs. They go through pluggy's own caller, in
 the order that it knows: cards loaded later are called earlier, unless one asks for ``tryfirst`` or ``trylast``, and
@@ -16,6 +16,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
+    from cardcage.security import Needs
 
 __all__ = ["Hooks", "hookimpl", "hookspec"]
 
@@ -51,6 +52,13 @@ class Hooks:
         """The first instruction is next; all files that the machine needs are open. Raise to keep it from starting.
 
         Called on the thread that starts the machine; again when it was kept from starting and is started again.
+        """
+
+    @hookspec
+    def cardcage_needs(self, machine: Any) -> Needs | None:
+        """Say what the card itself, not a device or back end of its, still needs of the host once *machine* runs.
+
+        Asked by who is about to take the rest away, before the first instruction.
         """
 
     @hookspec

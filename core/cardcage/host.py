@@ -44,6 +44,8 @@ class Host:
             entry point, which bears its name; they are asked about everything that follows. ``default`` is the card
             that an entry point ``security`` of the group ``cardcage.defaults`` names.
         mediator: checkers that the program brings itself.
+        owns_process: the process exists for its machines, as the command line's does: a card may change what holds for
+            all of it, such as what it may ask of the kernel.
 
     Each card registers into a staging area of its own, which is taken whole or thrown away: a broken card is in
     ``broken``, by name and distribution, and nothing of it is left. A broken security card raises CardError instead.
@@ -56,6 +58,7 @@ class Host:
         installed: bool = True,
         security: tuple[Spec, ...] = (),
         mediator: Mediator | None = None,
+        owns_process: bool = False,
     ) -> None:
         self.registry = Registry()
         self.machines: list[Dismantled] = []
@@ -63,7 +66,7 @@ class Host:
         self.log_sink = LogSink()
         self.log = Log(self.log_sink)
         self.mediator = mediator or Mediator()
-        self.security = security
+        self.security, self.owns_process = security, owns_process
         self._shared: dict[str, Any] = {}
         self._shared_lock = threading.Lock()
         loader = Cards(self.registry, self.mediator)

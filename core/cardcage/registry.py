@@ -183,7 +183,10 @@ class SecurityOffer(Offer):
 
 
 class PolicyKeyOffer(Offer):
-    """A key of ``[policy]`` that its card reads. A machine is refused for a key that no card reads."""
+    """A key that its card reads: ``memory`` of ``[policy]``, ``security.jail`` of ``[security]``.
+
+    A machine is refused for a key that no card reads.
+    """
 
     kind: ClassVar[str] = "policy key"
 

@@ -34,9 +34,11 @@ __all__ = [
     "Checker",
     "Closable",
     "Grant",
+    "HasNeeds",
     "LabelKeeper",
     "Labeller",
     "Mediator",
+    "Needs",
     "PolicySource",
     "check_checker",
 ]
@@ -87,6 +89,34 @@ class Act:
         return f"{self.source} may not {' '.join(self.permissions)} {self.tclass} {self.target}"
 
 
+@frozen
+class Needs:
+    """The host's things that a card, device or back end still asks for once the guest runs; a jail leaves it these.
+
+    Open files go on working, and a socket that listens goes on accepting: they need nothing.
+
+    Attributes:
+        read, write: paths that are opened later: files, or directories with all that is below them.
+        remove: directories in which it removes a file of its own at the end.
+        sockets: families, ``unix`` and ``inet``, of sockets that it makes later.
+        capabilities: names out of capabilities(7) in lower case, such as ``chown``; they are kept where the process has
+            them.
+    """
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    sockets: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+
+
+class HasNeeds(Protocol):
+    """A device, back end, memory back end or checker that needs something of the host once the guest runs."""
+
+    def needs(self) -> Needs:
+        """Asked once, before the first instruction."""
+
+
 class Checker(Protocol):
     """A security card's factory product."""
 
@@ -126,7 +156,7 @@ class Closable(Protocol):
         """The host or machine that it serves has ended."""
 
 
-CHECKER: tuple[Any, ...] = (Checker, Labeller, LabelKeeper, PolicySource, Closable)
+CHECKER: tuple[Any, ...] = (Checker, Labeller, LabelKeeper, PolicySource, Closable, HasNeeds)
 """Protocols that are looked for in a security card's product; the first it must have."""
 
 

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["make_parser", "run_program"]
 
 
-def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
-    """Parse the words *argv*, do what they say, and return the exit status."""
+def run_program(argv: Sequence[str], cards: Iterable[Any] = (), *, owns_process: bool = False) -> int:
+    """Parse the words *argv*, do what they say, and return the exit status.
+
+    Args:
+        owns_process: see :class:`~cardcage.host.Host`.
+    """
     _open_standard_streams()
     words = list(argv)
     if os.environ.get(VARIABLE):
@@ -39,7 +43,7 @@ def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
         from cardcage.host import Host
         from cardcage.security import HOST, OPERATOR, Act
 
-        with Host(cards, security=early_security(words)) as host:
+        with Host(cards, security=early_security(words), owns_process=owns_process) as host:
             cards_found = host.cards
             arguments = make_parser(host).parse_args(words)
             host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)

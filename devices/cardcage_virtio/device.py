@@ -3,7 +3,7 @@
 It has :class:`VirtioDevice`, and :class:`Serves` or :class:`Notified`; the other protocols are opt-in. Each is looked
 for once, by name and signature (:mod:`cardcage.abilities`), when the device is put behind a transport. So are
 ``plug(slot)``, ``unplug()``, ``pause()`` and ``resume()`` (rings are left alone without these two as well), ``save()``
-and ``load(state)`` of :mod:`cardcage.device`.
+and ``load(state)`` of :mod:`cardcage.device`, and ``needs()`` of :class:`cardcage.security.HasNeeds`.
 
 Attributes that it may have:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.device import HasState, Pausable, Pluggable, Unpluggable
+from cardcage.security import HasNeeds
 
 if TYPE_CHECKING:
     from cardcage_virtio.virtio import Virtio
@@ -122,5 +123,6 @@ OPTIONAL: tuple[Any, ...] = (
     Unpluggable,
     Pausable,
     HasState,
+    HasNeeds,
 )
 """Protocols that are looked for in a virtio device."""

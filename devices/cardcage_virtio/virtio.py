@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from attrs import define, field
-from cardcage.abilities import calls, require, tell_near_misses
+from cardcage.abilities import calls, has, require, tell_near_misses
 from cardcage.errors import CardError, ConfigError
 from cardcage.memory import GuestMemoryError
+from cardcage.security import HasNeeds, Needs
 
 from cardcage_virtio.device import OPTIONAL, VirtioDevice
 from cardcage_virtio.queue.packed import PackedRing
@@ -75,6 +76,11 @@ class VirtioState:
     queues: list[Queue] = field(factory=list)
     rings: list[tuple[int, int, int, int] | None] = field(factory=list)
     device: Any = None
+
+
+def needs_of(device: Any) -> Needs:
+    """The needs of an author's object, none where it states none."""
+    return device.needs() if has(device, HasNeeds) else Needs()
 
 
 class Virtio:

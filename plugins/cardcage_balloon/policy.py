@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 from attrs.validators import ge, gt, le
 from cardcage.errors import Denied, HostError
+from cardcage.security import Needs
 from cardcage.units import Duration, Size
 from cardcage_fleet.hostmemory import read_host_memory
 from cardcage_fleet.rundir import run_directory
@@ -112,6 +113,10 @@ class BalloonPolicy:
             except (HostError, OSError) as error:
                 memory.log.info("balloon: plans without the machines of other processes", reason=str(error))
         self._watched.append(Watched(memory, min(self.options.floor, memory.size), memory.size, self._clock()))
+
+    def needs(self) -> Needs:
+        """The board, on which each process writes."""
+        return Needs(write=(str(self._folder()),)) if self._board is not None else Needs()
 
     def detach(self, memory: MachineMemory) -> None:
         """Let the guest have all its memory again."""

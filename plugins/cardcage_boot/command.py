@@ -126,13 +126,15 @@ def run(host: Host, arguments: Namespace) -> int:
     report = Report()
     with ExitStack() as cleanup:
         cleanup.callback(report.close)
-        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
-        plan = _plan(arguments, scratch, report, _shares(draft))
+        scratch = tempfile.TemporaryDirectory(prefix="cardcage-")
+        cleanup.enter_context(scratch)
+        plan = _plan(arguments, Path(scratch.name), report, _shares(draft))
         reader, writer = os.pipe()  # the status of --exec
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
         machine = Machine.from_config(draft.config(), host=host)
         cleanup.callback(machine.close)
+        scratch.cleanup()  # all of it was read; in its jail, the process could not remove it any more
         _header(machine, plan, arguments, report)
         if plan.own_init and arguments.exec is None and not _has_terminal():
             threading.Thread(target=_feed, args=(machine, plan.token), name="stdin", daemon=True).start()

@@ -15,6 +15,7 @@ from cardcage.registry import Offer
 if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.registry import Registry
+    from cardcage.security import Needs
 
     from cardcage_fleet.accounting import MachineStats, stats_of
     from cardcage_fleet.admission import Admission, Room, Starter
@@ -82,6 +83,14 @@ def cardcage_built(machine: Machine) -> None:
     from cardcage_fleet.membership import publish
 
     publish(machine)
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs:
+    """The run directory, from which the machine's files are removed at its end."""
+    from cardcage_fleet.membership import needs
+
+    return needs(machine)
 
 
 _names: Any = lazy_names(

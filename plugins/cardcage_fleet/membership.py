@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from cardcage.errors import HostError
-from cardcage.security import OPERATOR, Act
+from cardcage.security import OPERATOR, Act, Needs
 from cardcage.units import say_size
 
 from cardcage_fleet import ControlOffer
@@ -102,6 +102,12 @@ def publish(machine: Machine) -> None:
             return {"ballooned": balloon.size, **({"available": available} if available is not None else {})}
 
         machine.loop.add_reader(record.listen().fileno(), lambda: record.answer(told))
+
+
+def needs(machine: Machine) -> Needs:
+    """See :func:`cardcage_fleet.cardcage_needs`."""
+    record = record_of(machine)
+    return Needs() if record is None else Needs(write=(os.path.dirname(record.entry.file),))
 
 
 def entry_of(machine: Machine) -> RosterEntry:

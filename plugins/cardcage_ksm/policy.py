@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import and_, ge, le, optional
 from cardcage.errors import HostError
+from cardcage.security import Needs
 from cardcage.units import Duration
 from cardcage_fleet.rundir import run_directory
 
@@ -111,6 +112,10 @@ class KsmPolicy:
         self._leases[id(memory)] = lease
         for one in refused:
             memory.log.info("KSM: a setting was refused", setting=one)
+
+    def needs(self) -> Needs:
+        """ksmd's settings are put back at the end."""
+        return Needs(write=(str(self._ksm), *([str(self._folder())] if self._leases else [])))
 
     def detach(self, memory: MachineMemory) -> None:
         """Pages are the machine's own again, unless they are about to be freed; the last machine restores ksmd."""

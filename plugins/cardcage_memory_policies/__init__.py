@@ -15,6 +15,7 @@ from cardcage.registry import Offer
 if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.registry import Registry
+    from cardcage.security import Needs
 
     from cardcage_memory_policies.memory import MachineMemory
     from cardcage_memory_policies.policy import Policy
@@ -65,6 +66,16 @@ def cardcage_built(machine: Machine) -> None:
         from cardcage_memory_policies.run import attach_policies
 
         attach_policies(machine)
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs | None:
+    """The needs of the machine's policies, and the host's figures, at which they look."""
+    if not machine.config.policy.get("memory"):
+        return None
+    from cardcage_memory_policies.run import needs
+
+    return needs(machine)
 
 
 @hookimpl

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cardcage.security import HasNeeds
+
 if TYPE_CHECKING:
     from cardcage_memory_policies.memory import MachineMemory
 
@@ -42,5 +44,5 @@ class Stepping(Protocol):
         """Called on a thread of the policy's own, while it has a machine."""
 
 
-POLICY: tuple[Any, ...] = (Policy, Detachable, Stepping)
+POLICY: tuple[Any, ...] = (Policy, Detachable, Stepping, HasNeeds)
 """Protocols that are looked for in a policy; the first it must have."""

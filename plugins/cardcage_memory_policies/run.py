@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from attrs import frozen
 from cardcage.abilities import has, require, tell_near_misses
 from cardcage.config import specs_of
+from cardcage.security import HasNeeds, Needs
 
 from cardcage_memory_policies import PolicyOffer
 from cardcage_memory_policies.memory import MachineMemory
@@ -132,6 +133,18 @@ def _run(host: Host, spec: Spec) -> tuple[PolicyRun, str]:
         f"policy:{spec.name}:{options!r}", lambda: PolicyRun(host.make(PolicyOffer, spec), spec.name, who)
     )
     return run, who
+
+
+def needs(machine: Machine) -> Needs:
+    """See :func:`cardcage_memory_policies.cardcage_needs`."""
+    read = ["/sys/fs/cgroup", "/sys/kernel/mm"]
+    write: list[str] = []
+    for one in policies_of(machine):
+        if has(one.policy, HasNeeds):
+            asked = one.policy.needs()
+            read += asked.read
+            write += asked.write
+    return Needs(tuple(read), tuple(write))
 
 
 def detach_policies(machine: Machine) -> None:

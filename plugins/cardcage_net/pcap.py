@@ -7,7 +7,9 @@ import time
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from cardcage.abilities import has
 from cardcage.errors import ConfigError
+from cardcage.security import HasNeeds, Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +75,10 @@ class Dumped:
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         self._inner.set_offloads(offloads, vnet_header)
+
+    def needs(self) -> Needs:
+        """The back end's own."""
+        return self._inner.needs() if has(self._inner, HasNeeds) else Needs()
 
     def close(self) -> None:
         """Idempotent."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
 from cardcage.units import Duration
 
 from cardcage_net.inbox import FRAME_MAX, FRAME_MIN, Inbox
@@ -214,6 +215,13 @@ class StreamNet:
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """The peer takes nothing over."""
 
+    def needs(self) -> Needs:
+        """A peer that went away is called again; a socket's name is removed at the end."""
+        unix = self._family == socket.AF_UNIX
+        if self._listener is None:
+            return Needs(sockets=("unix" if unix else "inet",) if self._wait else ())
+        return Needs(remove=(os.path.dirname(os.path.abspath(self._where)),) if unix else ())
+
     def close(self) -> None:
         """Idempotent."""
         if self._closed:
@@ -366,6 +374,12 @@ class DgramNet:
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """The peer takes nothing over."""
+
+    def needs(self) -> Needs:
+        """A Unix peer that went away is joined again; the socket's name is removed at the end."""
+        if self._path is None:
+            return Needs()
+        return Needs(remove=(os.path.dirname(os.path.abspath(self._path)),), sockets=("unix",))
 
     def close(self) -> None:
         """Idempotent."""

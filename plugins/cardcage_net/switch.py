@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
 
 from cardcage_net.framing import FrameStream
 from cardcage_net.inbox import FRAME_MIN, Inbox
@@ -311,6 +312,11 @@ class SwitchNet:
 
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """A switch takes nothing over: its ports need not agree."""
+
+    def needs(self) -> Needs:
+        """The switch's socket loses its name with the last port."""
+        uplink = self._switch.uplink
+        return Needs(remove=(os.path.dirname(os.path.abspath(uplink.path)),) if uplink is not None else ())
 
     def close(self) -> None:
         """Idempotent."""

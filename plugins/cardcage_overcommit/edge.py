@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
+from cardcage.security import Needs
 from cardcage.units import Duration, Size, say_size
 from cardcage_fleet.hostmemory import read_host_memory
 from cardcage_fleet.oom import score, set_score
@@ -67,6 +68,11 @@ class Edge:
         if len(self.machines) == 1:
             self._begin(memory)
         self._apply(memory)
+
+    def needs(self) -> Needs:
+        """The process's cgroup, which it leaves at the end, and its score."""
+        groups = (self._group.folder, self._group.parent.folder) if self._group is not None else ()
+        return Needs(write=("/proc/self/oom_score_adj", *map(str, groups)))
 
     def detach(self, memory: MachineMemory, /) -> None:
         self.machines = [one for one in self.machines if one is not memory]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import evolve, field, frozen
 from cardcage.errors import ConfigError
-from cardcage.security import CLASSES, HOST, OPERATOR, Act
+from cardcage.security import CLASSES, HOST, OPERATOR, Act, Needs
 
 from cardcage_selinux.errors import ContextError
 from cardcage_selinux.server.avc import Avc
@@ -97,6 +97,11 @@ class Selinux:
     def check(self, act: Act, /) -> None:
         """See :class:`cardcage.security.Checker`."""
         self.avc.check(act)
+
+    def needs(self) -> Needs:
+        """The policy's files, which can be loaded again, and the records of labels."""
+        files = [str(DEFAULT) if one == "default" else os.path.abspath(one) for one in self.options.policy]
+        return evolve(self.svirt.needs(), read=tuple(files))
 
     def context(self, label: str) -> str:
         """The context of *label*: itself, or that of the policy's sid of this name. Raises ContextError."""

@@ -14,6 +14,7 @@ from cardcage.hookspecs import Hooks, hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.registry import Registry
+from cardcage.security import Needs
 from scripted import Scripted
 
 PHASES = ("cardcage_admit", "cardcage_built", "cardcage_starting", "cardcage_closing")
@@ -68,7 +69,32 @@ def test_every_phase_is_called_once_and_in_order(make_machine: Any) -> None:
     calls: list[str] = []
     ran(make_machine(cards=(Card("one", calls),)))
     assert calls == [f"{name} one" for name in ("register", "admit", "built", "starting", "closing")]
-    assert [name for name in vars(Hooks) if name.startswith("cardcage_")] == ["cardcage_register", *PHASES]
+    known = [name for name in vars(Hooks) if name.startswith("cardcage_")]
+    assert known == ["cardcage_register", *PHASES[:3], "cardcage_needs", PHASES[3]]
+
+
+def test_needs_are_asked_of_all_cards(make_machine: Any) -> None:
+    """cardcage_needs gives what the cards say, without those that need nothing; a card that fails at it is named."""
+
+    class Needy:
+        def __init__(self, name: str, found: Needs | None) -> None:
+            self.__name__, self.found = name, found
+
+        @hookimpl
+        def cardcage_needs(self, machine: Machine) -> Needs | None:
+            return self.found
+
+    class Failing:
+        @hookimpl
+        def cardcage_needs(self, machine: Machine) -> Needs | None:
+            raise ZeroDivisionError("no luck")
+
+    wanted = Needs(read=("/a",))
+    with make_machine(cards=(Needy("one", wanted), Needy("two", None))) as machine:
+        assert machine.host.phases.call("needs", machine) == [wanted]
+    failing = Failing()
+    with make_machine(cards=(failing,)) as machine, pytest.raises(CardError, match="cardcage_needs: ZeroDivisionError"):
+        machine.host.phases.call("needs", machine)
 
 
 @pytest.mark.parametrize("phase", PHASES)

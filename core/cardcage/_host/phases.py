@@ -27,10 +27,14 @@ class Phases:
     ) -> None:
         self._manager, self._own, self._cards = manager, own, cards
 
-    def call(self, phase: str, machine: Any) -> None:
-        """Call ``cardcage_`` *phase*. Raises the first refusal, or CardError for any other exception of a card."""
+    def call(self, phase: str, machine: Any) -> list[Any]:
+        """Call ``cardcage_`` *phase*; return the results that are not None.
+
+        Raises the first refusal, or CardError for any other exception of a card.
+        """
         try:
-            getattr(self._manager.hook, f"cardcage_{phase}")(machine=machine)
+            found: list[Any] = getattr(self._manager.hook, f"cardcage_{phase}")(machine=machine)
+            return found
         except CardcageError:
             raise
         except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so

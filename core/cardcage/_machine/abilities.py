@@ -21,7 +21,7 @@ from cardcage.device import (
 from cardcage.errors import CardError
 from cardcage.ram import MemoryBackend
 from cardcage.registry import AcceleratorOffer, BackendOffer, DeviceOffer, MemoryOffer, SecurityOffer
-from cardcage.security import CHECKER
+from cardcage.security import CHECKER, HasNeeds
 
 if TYPE_CHECKING:
     from cardcage.registry import Offer
@@ -36,13 +36,14 @@ ABILITIES: dict[str, Any] = {
     "detach": DetachingBus,
     "power-button": PowerButton,
     "pause": Pausable,
+    "needs": HasNeeds,
 }
 """A word for each ability of a device, to its protocol."""
 
 BACKENDS: dict[str, tuple[Any, ...]] = {
-    "char": (CharBackend,),
-    "block": (BlockBackend, TryReads, TryWrites),
-    "net": (NetBackend,),
+    "char": (CharBackend, HasNeeds),
+    "block": (BlockBackend, TryReads, TryWrites, HasNeeds),
+    "net": (NetBackend, HasNeeds),
 }
 """Kind of back end to the protocol that it must have, then those that it may have."""
 
@@ -51,7 +52,7 @@ STATED: dict[str, tuple[str, type]] = {"block": ("info", BlockInfo), "net": ("fe
 KINDS: dict[Any, tuple[Any, ...]] = {
     DeviceOffer: tuple(ABILITIES.values()),
     AcceleratorOffer: (Accelerator,),
-    MemoryOffer: (MemoryBackend,),
+    MemoryOffer: (MemoryBackend, HasNeeds),
     SecurityOffer: CHECKER,
 }
 """Kind of offer to the protocols of its product, beside back ends."""

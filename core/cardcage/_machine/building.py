@@ -160,9 +160,9 @@ def allow_files(mediator: Mediator, name: str, label: str, table: Mapping[str, A
 
 
 def check_policy_keys(host: Host, config: Config) -> None:
-    """Refuse a key of ``[policy]`` that no card reads, with a ConfigError: it would be ignored in silence."""
-    for key in config.policy:
-        place = config.place(f"policy.{key}")
+    """Refuse a key of ``[policy]`` or ``[security]`` that no card reads, with a ConfigError: nobody would heed it."""
+    for key in (*config.policy, *(f"security.{one}" for one in config.guards)):
+        place = config.place(key if key.startswith("security.") else f"policy.{key}")
         host.registry.get(PolicyKeyOffer, key, file=place.file, key=place.key)
 
 

@@ -46,7 +46,7 @@ class DeviceHost:
         self._place, self._slot = place, slot
         self.ask = asking.ask
         self.has_console = False
-        self._opened: list[Any] = []
+        self.opened: list[Any] = []
         self._provided: list[str] = []
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:
@@ -86,7 +86,7 @@ class DeviceHost:
                 opened = asking.gate.before(opened)
         finally:
             asking.gate = outer
-        self._opened.append(opened)
+        self.opened.append(opened)
         return opened
 
     def _make(self, kind: str, name: str, rest: dict[str, Any] | str, place: Place) -> Any:
@@ -130,5 +130,5 @@ class DeviceHost:
             self._services.pop(self._provided.pop(), None)
         with ExitStack() as end:
             end.callback(self._asking.close)
-            while self._opened:
-                end.callback(self._opened.pop().close)
+            while self.opened:
+                end.callback(self.opened.pop().close)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from cardcage.security import Needs
 
 from cardcage_pc.char.fd import Sink
 
@@ -94,6 +95,10 @@ class Pty:
             self._sink.write(data)
             if self._sink.dead:  # hung up between two looks; the reader notices too
                 self._sink = Sink(self._master, self._slot.log)
+
+    def needs(self) -> Needs:
+        """The link is removed at the end."""
+        return Needs(remove=(str(self._link.absolute().parent),) if self._link is not None else ())
 
     def close(self) -> None:
         """Take the terminal away."""

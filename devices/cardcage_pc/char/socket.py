@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from cardcage.errors import ConfigError
+from cardcage.security import Needs
 
 from cardcage_pc.char.fd import Sink
 
@@ -104,6 +105,10 @@ class Socket:
     def write(self, data: bytes, /) -> None:
         if self._sink is not None:
             self._sink.write(data)
+
+    def needs(self) -> Needs:
+        """The socket's name is removed at the end."""
+        return Needs(remove=(os.path.dirname(os.path.abspath(self._options.path)),) if self._options.server else ())
 
     def close(self) -> None:
         """Hang up, and take the socket's name away."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
+from cardcage.security import Needs
 
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
@@ -27,7 +28,7 @@ from cardcage_virtio.share.fs_names import Names
 from cardcage_virtio.share.fuse import IN_HEADER, IO, OUT_HEADER, Args, Op, part
 from cardcage_virtio.share.fuse_tree import ROOT, Handle, Inode, Tree, WaitsError
 from cardcage_virtio.share.hostcalls import is_local
-from cardcage_virtio.share.p9_tree import Listings, Node
+from cardcage_virtio.share.p9_tree import Listings, Node, share_needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,6 +121,10 @@ class Fs:
     def plug_virtio(self, io: Virtio) -> None:
         quick = self._quick if is_local(self.tree.node(self.tree.root).fd) else None
         self._workers = Workers(io, self._process, 1, self._slot.id, quick)
+
+    def needs(self) -> Needs:
+        """The directory, and root's rights over the owners and modes of what is in it."""
+        return share_needs(self.options.path, readonly=self.options.readonly)
 
     def unplug(self) -> None:
         self._workers.close()

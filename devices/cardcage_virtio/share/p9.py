@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
 from cardcage.errors import ConfigError
+from cardcage.security import Needs
 
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 from cardcage_virtio.share.p9_files import HEAD, READ, Fid, Files
 from cardcage_virtio.share.p9_names import Names
-from cardcage_virtio.share.p9_tree import Listings, Node
+from cardcage_virtio.share.p9_tree import Listings, Node, share_needs
 from cardcage_virtio.share.p9_wire import Message, text
 
 if TYPE_CHECKING:
@@ -121,6 +122,10 @@ class P9:
 
     def plug_virtio(self, io: Virtio) -> None:
         self._workers = Workers(io, self._process, 1, self._slot.id)
+
+    def needs(self) -> Needs:
+        """The directory, and root's rights over the owners and modes of what is in it."""
+        return share_needs(self.options.path, readonly=self.options.readonly)
 
     def unplug(self) -> None:
         self._workers.close()

@@ -14,6 +14,8 @@ from struct import pack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from cardcage.security import Needs
+
 from cardcage_virtio.share import hostcalls
 
 if TYPE_CHECKING:
@@ -45,6 +47,18 @@ class Tally:
 
     def __init__(self, most: int) -> None:
         self.held, self.most = 0, most
+
+
+OWNERSHIP = ("chown", "dac_override", "fowner", "fsetid", "setfcap", "setgid", "setuid")
+"""Capabilities that a file server uses: virtiofsd's, but for device files."""
+
+
+def share_needs(path: str, *, readonly: bool) -> Needs:
+    """The needs of a device that shows the guest the directory *path*."""
+    whole = os.path.abspath(path)
+    if readonly:
+        return Needs(read=(whole,), capabilities=("dac_override",))
+    return Needs(write=(whole,), capabilities=OWNERSHIP)
 
 
 class Node:

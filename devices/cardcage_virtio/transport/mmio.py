@@ -10,11 +10,12 @@ from attrs import define
 from cardcage.device import Resource
 
 from cardcage_virtio.vhost.calls import CallThread
-from cardcage_virtio.virtio import Virtio, VirtioState
+from cardcage_virtio.virtio import Virtio, VirtioState, needs_of
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
     from cardcage.interrupts import IrqLine
+    from cardcage.security import Needs
 
 __all__ = ["MmioTransport", "VirtioMmioState"]
 
@@ -56,6 +57,10 @@ class MmioTransport:
         number = slot.interrupts.number
         irqs = () if number is None else (number,)
         slot.ranges.announce(Resource(hid="LNRO0005", irqs=irqs, level=True))
+
+    def needs(self) -> Needs:
+        """The device's needs."""
+        return needs_of(self.device)
 
     def unplug(self) -> None:
         self.reset()

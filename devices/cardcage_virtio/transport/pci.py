@@ -16,10 +16,11 @@ from cardcage_pci.spec import Bar, Capability, FunctionSpec
 
 from cardcage_virtio.transport.common import NO_VECTOR, CommonConfig
 from cardcage_virtio.transport.events import NOTIFY, BackEndEvents
-from cardcage_virtio.virtio import Virtio, VirtioState
+from cardcage_virtio.virtio import Virtio, VirtioState, needs_of
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
+    from cardcage.security import Needs
     from cardcage_pci.function import Function
 
 __all__ = ["PciTransport", "VirtioPciState"]
@@ -88,6 +89,10 @@ class PciTransport:
         self.function = function
         self._events.plug_pci(function)
         self._window = function.capabilities[4]
+
+    def needs(self) -> Needs:
+        """The device's needs."""
+        return needs_of(self.device)
 
     def unplug(self) -> None:
         self.reset()

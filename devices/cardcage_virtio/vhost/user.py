@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
 
 from cardcage_virtio.vhost.channel import (
     F_LOG_ALL,
@@ -115,6 +116,10 @@ class VhostUser:
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io, self._stand_in = io, StandIn(io, self._refuse)
+
+    def needs(self) -> Needs:
+        """A back end that went away is called again."""
+        return Needs(sockets=("unix",))
 
     def unplug(self) -> None:
         if "dirty-log" in getattr(self._slot.interrupts.vm, "capabilities", ()):

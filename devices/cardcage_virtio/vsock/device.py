@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field, frozen
 from attrs.validators import ge, le, min_len
 from cardcage.errors import ConfigError, Denied
+from cardcage.security import Needs
 
 from cardcage_virtio.vsock.callers import Callers
 from cardcage_virtio.vsock.stream import RST, Header, Stream
@@ -74,7 +75,11 @@ class Vsock:
         self._slot, path = slot, self.options.uds
         slot.host.ask("socket", f"unix:{path}", ("listen",), self._bar(True), self._bar(False))
         self._epoll = select.epoll()
-        self._callers = Callers(self._epoll, self._room, self._called)
+
+        def room(waiting: int) -> bool:
+            return not self._barred and len(self.streams) + waiting < STREAMS_MAX
+
+        self._callers = Callers(self._epoll, room, self._called)
         try:
             self._callers.listen(path)
         except OSError as error:
@@ -101,6 +106,10 @@ class Vsock:
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
         self._towards = TowardsGuest(io, self._slot, self.options.cid, self.streams.by_fd, self._epoll)
+
+    def needs(self) -> Needs:
+        """The guest calls the host by Unix sockets."""
+        return Needs(remove=(os.path.dirname(os.path.abspath(self.options.uds)),), sockets=("unix",))
 
     def unplug(self) -> None:
         self._drop_all()
@@ -151,9 +160,6 @@ class Vsock:
                 if stream.fd in self.streams.by_fd:
                     stream.watch(self._epoll)
         self._io.guarded(self._towards.feed)
-
-    def _room(self, waiting: int) -> bool:
-        return not self._barred and len(self.streams) + waiting < STREAMS_MAX
 
     def _called(self, caller: socket.socket, port: int) -> None:
         """A host program wants the guest's *port*."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import asdict, define, evolve, field
 from cardcage.errors import HostError
-from cardcage.security import Act
+from cardcage.security import Act, Needs
 
 from cardcage_selinux.svirt.leases import Lease, alive, draw, lease
 
@@ -100,6 +100,12 @@ class Svirt:
             except OSError as error:
                 raise HostError(f"svirt: {self.folder}: {error.strerror}") from error
             self.sweep()
+
+    def needs(self) -> Needs:
+        """The records, and the right to put real labels back."""
+        if self._labels == "none":
+            return Needs()
+        return Needs(write=(str(self.folder),), capabilities=("fowner", "mac_admin", "sys_admin"))
 
     # machines
 

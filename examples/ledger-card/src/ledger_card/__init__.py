@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Offer, Registry
+from cardcage.security import Needs
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine
@@ -36,3 +37,11 @@ def cardcage_admit(machine: Machine) -> None:
     from ledger_card.limits import admit
 
     admit(machine)
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs:
+    """The ledger is written when the machine's state changes."""
+    from ledger_card.ledger import Ledger
+
+    return Needs(write=(str(Ledger().folder),))

@@ -1,0 +1,31 @@
+"""Card ``jail``: before a guest's first instruction, the process gives up what its machine does not need.
+
+``[security] jail`` is ``"on"``, ``"off"`` or ``"require"``. It is on where the process exists for its machines, as the
+command line's does. docs/security.md says what is given up, and :class:`cardcage.security.Needs` how a card states what
+it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cardcage.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from cardcage.machine import Machine
+    from cardcage.registry import Registry
+
+
+@hookimpl
+def cardcage_register(registry: Registry) -> None:
+    """Read ``security.jail``, and offer a line of ``cardcage doctor``."""
+    registry.policy_key("security.jail", help='"on", "off" or "require": give up what the machine does not need')
+    registry.doctor("jail", "cardcage_jail.check:jail", help="Landlock and seccomp, for the jail around the process")
+
+
+@hookimpl(trylast=True)  # the other cards' files are open by then
+def cardcage_starting(machine: Machine) -> None:
+    """Put the process into its jail."""
+    from cardcage_jail.jail import enter
+
+    enter(machine)
