@@ -9,7 +9,9 @@ from cardcage.hookspecs import hookimpl
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from cardcage.machine import Machine
     from cardcage.registry import Registry
+    from cardcage.security import Needs
 
 __all__ = ["NOT_BUILT", "cardcage_register"]
 
@@ -27,6 +29,17 @@ def cardcage_register(registry: Registry) -> None:
         options="cardcage_tcg.vm:TcgOptions",
         help="binary translation; does not need /dev/kvm",
     )
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs | None:
+    """The directory in which the translator leaves word of what it had no templates for."""
+    from cardcage.security import Needs
+
+    if machine.accelerator.name != "tcg":
+        return None
+    folder = machine.vm.blocks.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
+    return None if folder is None else Needs(write=(str(folder),))
 
 
 def __getattr__(name: str) -> ModuleType:

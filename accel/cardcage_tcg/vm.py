@@ -18,6 +18,7 @@ from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.memory import GuestMemory
 from cardcage_tcg.translate.blocks import Blocks
+from cardcage_tcg.translate.recipes import mark_process
 from cardcage_tcg.translate.store import TemplateStore, store_path
 from cardcage_tcg.translate.translator import MAX_INSTRUCTIONS
 
@@ -114,6 +115,7 @@ class TcgVm:
         self.events = EventFds(self)
         self.capabilities = frozenset({"doorbells", "foreign-rings", *(["irqfds"] if self.lapic else [])})
         self._closed = False
+        self.blocks.prepare()
 
     @staticmethod
     def _hash_key() -> memoryview:
@@ -142,6 +144,7 @@ class TcgVm:
     # ---- the accelerator's seam ----
 
     def create_vcpu(self, index: int, /) -> TcgVCpu:
+        mark_process()
         cpu = TcgVCpu(self, index)
         cpu.registers.set_field(L.TSC_OFFSET, -self.clock.tsc_zero & 0xFFFFFFFFFFFFFFFF)
         self._cpus.append(cpu)

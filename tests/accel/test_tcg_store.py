@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
-from struct import pack_into
+from struct import pack, pack_into
 
 import pytest
 from cardcage.accelerator import MemorySlot, VmSpec
@@ -14,8 +17,11 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import Segment
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
-from cardcage_tcg.translate.store import STORE_SIZE
+from cardcage_tcg.translate.recipes import Recipes, entries_of
+from cardcage_tcg.translate.store import STORE_SIZE, latest
 from cardcage_tcg.vm import TcgOptions, TcgVm
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 class NoOps:
@@ -55,22 +61,65 @@ def many() -> bytes:
     return bytes.fromhex("31db 31f6 31ff") + shapes * 1 + bytes.fromhex("b802000000 f4")
 
 
-def test_store_is_kept_and_taken(tmp_path: Path) -> None:
-    """A second VM begins with the templates that the first one made."""
+RUN = """
+import json, sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_tcg_store import many, run
+vm, eax = run(many(), Path({folder!r}))
+print(json.dumps([eax, vm.blocks.translator.made]))
+"""
+
+
+def run_alone(folder: Path) -> tuple[int, int]:
+    """Run :func:`many` in a process of its own; its EAX, and the templates that were made while it ran."""
+    code = RUN.format(here=str(Path(__file__).parent), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    eax, made = json.loads(done.stdout)
+    return eax, made
+
+
+def test_a_process_begins_with_what_its_last_machine_made(tmp_path: Path) -> None:
+    """A second VM of a process begins with the templates that the first one made."""
     first, eax = run(many(), tmp_path)
     assert eax == 2
     assert first.blocks.translator.made > 100
-    (kept,) = tmp_path.iterdir()
-    assert kept.stat().st_mode & 0o77 == 0
     second, eax = run(many(), tmp_path)
     assert (eax, second.blocks.translator.made) == (2, 0)
+
+
+def test_code_is_kept_by_a_process_that_ran_no_guest(tmp_path: Path) -> None:
+    """A run leaves the instructions that it had no templates for; the next makes them before its guest runs, and keeps
+    the code; the third begins with it."""
+    assert run_alone(tmp_path)[0] == 2
+    (left,) = (tmp_path / "wanted").iterdir()
+    assert [one.name for one in tmp_path.iterdir()] == ["wanted"], "no code was written"
+    assert left.stat().st_mode & 0o77 == 0
+    run_alone(tmp_path)
+    assert list((tmp_path / "wanted").iterdir()) == []
+    (kept,) = (one for one in tmp_path.iterdir() if one.name != "wanted")
+    assert kept.stat().st_mode & 0o77 == 0
+    assert run_alone(tmp_path) == (2, 0)
+
+
+def test_what_the_next_process_makes_is_the_same(tmp_path: Path) -> None:
+    """Templates that are made from the instructions alone are byte for byte those of the run."""
+    vm, _ = run(many(), tmp_path)
+    recipes = Recipes(tmp_path / "wanted", vm.blocks.store.recipes.name)
+    entries = [one for name in os.listdir(tmp_path / "wanted") for one in entries_of(recipes.read(name))]
+    again = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates="none")))
+    again.blocks.follow(entries)
+    theirs = bytes(again.blocks.store.area.view[: again.blocks.store.used])
+    again.close()
+    assert theirs == latest()[1]
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "writable by others"])
 def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> None:
     """A store that is cut short, changed, or writable by somebody else is made anew instead of run."""
-    run(many(), tmp_path)
-    (kept,) = tmp_path.iterdir()
+    run_alone(tmp_path)
+    run_alone(tmp_path)
+    (kept,) = (one for one in tmp_path.iterdir() if one.name != "wanted")
     data = kept.read_bytes()
     if harm == "cut":
         kept.write_bytes(data[:-100])
@@ -78,9 +127,28 @@ def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> N
         kept.write_bytes(data[:-5000] + b"\xcc" * 10 + data[-4990:])
     else:
         kept.chmod(0o666)
-    again, eax = run(many(), tmp_path)
+    eax, made = run_alone(tmp_path)
     assert eax == 2
-    assert again.blocks.translator.made > 100
+    assert made > 100
+
+
+@given(data=st.binary(max_size=400))
+def test_a_recipe_may_be_anything(data: bytes) -> None:
+    """Bytes that another process left give instructions of 1 to 15 bytes with keys that there are, and no error."""
+    for key, raw in entries_of(data):
+        assert 1 <= len(raw) <= 15
+        assert key < L.KEY_SINGLE << 1
+
+
+@given(
+    entries=st.lists(st.tuples(st.integers(0, (L.KEY_SINGLE << 1) - 1), st.binary(min_size=1, max_size=15)), max_size=6)
+)
+def test_a_hostile_recipe_is_followed_without_harm(entries: list[tuple[int, bytes]]) -> None:
+    """Any instruction in any mode makes templates or none; nothing is raised, and the VM still runs guests."""
+    vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates="none")))
+    packed = b"".join(pack("<IB", key, len(raw)) + raw for key, raw in entries)
+    vm.blocks.follow(entries_of(packed))
+    vm.close()
 
 
 def test_full_store_begins_anew(tmp_path: Path) -> None:

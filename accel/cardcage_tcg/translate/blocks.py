@@ -18,11 +18,15 @@ from cardcage_tcg.translate.store import TemplateStore
 from cardcage_tcg.translate.translator import Translator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cardcage_tcg.cpu.vcpu import TcgVCpu
     from cardcage_tcg.vm import TcgVm
 
 __all__ = ["Blocks"]
 
+ANYWHERE = 0x1000
+"""An address for code that has none: templates do not depend on it."""
 UD = 6
 TRIES = 200
 """How often one instruction is translated in a row: a few times suffice, unless others keep patching it."""
@@ -37,8 +41,24 @@ class Blocks:
 
     def __init__(self, vm: TcgVm, store: TemplateStore) -> None:
         self._vm, self._native, self.store = vm, vm.native, store
-        self.translator = Translator(store, vm.native.head_length, hidden=vm.model.hidden)
+        hidden, note = vm.model.hidden, store.recipes.note
+        self.translator = Translator(store, vm.native.head_length, hidden=hidden, note=note)
         self._singles: dict[tuple[int, int, int, bytes], int] = {}
+
+    def prepare(self) -> None:
+        """Make the templates that earlier runs needed, and keep them, before this process runs a guest."""
+        self.follow(self.store.recipes.take())
+        if self.translator.made:
+            self.store.save()
+            self.translator.made = 0
+
+    def follow(self, entries: Iterable[tuple[int, bytes]]) -> None:
+        """Make the templates of instructions, ``(key, bytes)``, until the store is full."""
+        for key, raw in entries:
+            single = bool(key & L.KEY_SINGLE)
+            mode = key & ~L.KEY_SINGLE
+            if not self.translator.make(mode, ANYWHERE, raw, self._add_template, self._has_template, single=single):
+                return
 
     def flush(self) -> None:
         """Forget all blocks; the world is stopped."""

@@ -1,4 +1,7 @@
-"""Where templates are kept: native memory that ``assemble.c`` looks them up in, and a file between runs."""
+"""Where templates are kept: native memory that ``assemble.c`` looks them up in, and a file between runs.
+
+The file is written by processes that have run no guest (:mod:`cardcage_tcg.translate.recipes`).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,26 @@ import iced_x86
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
 from cardcage_tcg.translate.emit import flags_load, flags_save
+from cardcage_tcg.translate.recipes import Recipes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["STORE_SIZE", "TemplateStore", "store_path"]
+__all__ = ["STORE_SIZE", "TemplateStore", "latest", "store_path"]
 
 STORE_SIZE = 96 << 20
+COUNT = 12
+"""Offset of ``struct store``'s count."""
 KEPT_STORES = 4
+
+
+_latest: tuple[Path | None, bytes] = (None, b"")
+"""The store of this process's last VM that made much, by its file: no other process runs it."""
+
+
+def latest() -> tuple[Path | None, bytes]:
+    """The store that a further VM of this process begins with, and the name of its file."""
+    return _latest
 
 
 class TemplateStore:
@@ -35,9 +50,10 @@ class TemplateStore:
     def __init__(self, keep: Path | None = None) -> None:
         self.area = Area(STORE_SIZE)
         self._keep = keep
-        if keep is None or not self._load(keep):
+        if keep is None or not (self._take(keep) or self._load(keep)):
             self._fresh()
-        self._loaded = self.used
+        self._count: int = unpack_from("<I", self.area.view, COUNT)[0]
+        self.recipes = Recipes(None if keep is None else keep.parent / "wanted", "" if keep is None else keep.name)
 
     @property
     def used(self) -> int:
@@ -54,6 +70,14 @@ class TemplateStore:
         ):
             view[at : at + len(code)] = code
             pack_into("<I", view, length, len(code))
+
+    def _take(self, path: Path) -> bool:
+        """Begin with what an earlier VM of this process had."""
+        name, data = _latest
+        if name != path:
+            return False
+        self.area.view[: len(data)] = data
+        return True
 
     def _load(self, path: Path) -> bool:
         """Take a kept store. It is code that will run: only a file of ours that nobody else can write will do."""
@@ -75,10 +99,14 @@ class TemplateStore:
         return True
 
     def save(self) -> None:
-        """Keep the store for the next run, when it has grown by a tenth; a failure to write costs only time later."""
-        used = self.used
-        if self._keep is None or used - self._loaded < max(16384, (self._loaded - L.SIZEOF_STORE) // 10):
+        """Keep the store for the next run; a failure to write costs only time later.
+
+        For a process that has run no guest: what is kept is code that other machines run.
+        """
+        self.recipes.forget()
+        if self._keep is None:
             return
+        used = self.used
         data = bytes(self.area.view[:used])
         try:
             self._keep.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -93,7 +121,6 @@ class TemplateStore:
             self._prune(self._keep.parent)
         except OSError:
             return
-        self._loaded = used
 
     @staticmethod
     def _prune(directory: Path) -> None:
@@ -108,8 +135,12 @@ class TemplateStore:
         self._fresh()
 
     def close(self) -> None:
-        """Keep the store, and give its memory back."""
-        self.save()
+        """Leave word of what it had not, when that is more than a tenth of it, and give its memory back."""
+        least = max(100, self._count // 10)
+        if self._keep is not None and self.recipes.count >= least:
+            global _latest
+            _latest = self._keep, bytes(self.area.view[: self.used])
+        self.recipes.leave(least)
         self.area.close()
 
 

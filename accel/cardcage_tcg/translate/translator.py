@@ -109,12 +109,18 @@ class Translator:
         store: where they are kept.
         head_length: ``tcg_head_length``: bytes, room and mode to the length of an instruction's head.
         hidden: ``iced_x86.CpuidFeature`` of instructions that guests must not have.
+        note: told of each instruction that gets a template, by its key and bytes.
     """
 
     def __init__(
-        self, store: TemplateStore, head_length: Callable[[bytes, int, int], int], *, hidden: frozenset[int]
+        self,
+        store: TemplateStore,
+        head_length: Callable[[bytes, int, int], int],
+        *,
+        hidden: frozenset[int],
+        note: Callable[[int, bytes], None] = lambda key, raw: None,
     ) -> None:
-        self._hidden, self._head_length, self._store = hidden, head_length, store
+        self._hidden, self._head_length, self._store, self._note = hidden, head_length, store, note
         self._templates: dict[tuple[int, bool], Templates] = {}
         self._six: dict[int, int] = {}
         self.made = 0
@@ -168,6 +174,7 @@ class Translator:
             if known == 1:
                 continue
             self.made += 1
+            self._note(key, raw)
             if raw[0] == 0xE8 and ins.mnemonic == M.CALL and ins.op0_kind in _DIRECT[1:]:
                 # one template serves all direct calls
                 made = [self._serialize(maker, key | L.KEY_CALL, ins, raw[:1])]
