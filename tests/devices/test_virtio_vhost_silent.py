@@ -130,14 +130,16 @@ def bench(tmp_path: Path, **keys: Any) -> Bench:
     return Bench(vhost_user_device(VhostUserOptions(str(tmp_path / "s"), 42, **keys)), shared=True, size=16)
 
 
+@pytest.mark.parametrize("status", [15, 3])
 @pytest.mark.parametrize("how", ["mute", "slow"])
-def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient: None, how: str) -> None:
-    """The driver goes on at once; a reset, then, hangs up soon, and the next connection begins anew."""
+def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient: None, how: str, status: int) -> None:
+    """The driver goes on at once; a reset, then, hangs up soon, whatever the status was made, and all begins anew."""
     getattr(back_end, how).add(SET_MEM_TABLE)
     made = bench(tmp_path)
     back_end.hears(SET_MEM_TABLE)
     assert made.virtio.status == 15
     assert made.device.link.channel is not None
+    made.virtio.set_status(status)
     made.virtio.reset()
     assert made.device.link.channel is None
     getattr(back_end, how).clear()
