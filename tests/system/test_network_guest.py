@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins"))
-from net_lab import Namespace
+from net_lab import Namespace, outside_world
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
@@ -28,15 +28,8 @@ COOKIE = b"\x63\x82\x53\x63"
 
 @pytest.fixture
 def outside() -> Iterator[Namespace]:
-    """A namespace with an interface that has addresses and default routes, which lead to nothing."""
-    with closing(Namespace()) as made:
-        made.shell(
-            "ip link add out0 type veth peer name nowhere",
-            "ip addr add 192.0.2.2/24 dev out0",
-            "ip link set out0 up",
-            "ip link set nowhere up",
-            "ip route add default via 192.0.2.1",
-        )
+    """What user mode leads to."""
+    with closing(outside_world()) as made:
         yield made
 
 
