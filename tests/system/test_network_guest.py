@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from contextlib import closing
+import threading
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,3 +71,27 @@ def test_guest_takes_what_dhcp_tells(outside: Namespace, tmp_path: Path) -> None
     assert [one.split() for one in told[5:7]] == [["eth0", "inet", "10.0.2.15/24"], ["eth1", "inet", "10.3.0.9/24"]]
     assert "via 10.0.2.2 dev eth0" in told[7]
     assert {1, 3, 6, 26, 119} <= wanted(dump.read_bytes())
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("more", "mtu"), [("", "65520"), (",mergeable=false", "1500"), (",mergeable=false,mtu=4000", "4000")]
+)
+def test_large_packets_have_room(outside: Namespace, tmp_path: Path, more: str, mtu: str) -> None:
+    """A guest without buffers for large packets keeps to small ones, whatever DHCP says, and gets all of a megabyte."""
+    blob = os.urandom(1 << 20)
+    with closing(outside.run(lambda: socket.create_server(("127.0.0.1", 8080)))) as server:
+
+        def serve() -> None:
+            with suppress(OSError), server.accept()[0] as connection:
+                connection.sendall(blob)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            script = "cat /sys/class/net/eth0/mtu; mkfifo p; exec 3<>p; nc 10.0.2.2 8080 <&3 | md5sum"
+            told = boot(outside, Path("/etc/resolv.conf"), "--device", f"virtio-net,net=user{more}", script=script)
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert told == [mtu, f"{hashlib.md5(blob, usedforsecurity=False).hexdigest()}  -"]
