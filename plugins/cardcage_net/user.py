@@ -289,12 +289,13 @@ def check_passt() -> tuple[bool, str, str]:
         return False, "no passt", INSTALL
     with open("/proc/sys/net/core/wmem_max") as file:
         most = int(file.read())
+    faults = []
     if most < BACKLOG and os.geteuid() != 0:
-        why = f"passt at {found}, slow towards the guest: sockets hold {most >> 10} KiB, and passt drops the rest"
-        return False, why, f"sysctl -w net.core.wmem_max={BACKLOG}"
+        slow = f"slow towards the guest: sockets hold {most >> 10} KiB, and passt drops the rest"
+        faults.append((slow, f"sysctl -w net.core.wmem_max={BACKLOG}"))
     if damages(found):
-        why = (
-            f"passt at {found}, an old one: what comes after the guest has closed its half of a connection is cut short"
-        )
-        return False, why, f"passt {WHOLE} or later (Debian 13 has it)"
+        old = "an old one: what comes after the guest has closed its half of a connection is cut short"
+        faults.append((old, f"passt {WHOLE} or later (Debian 13 has it)"))
+    if faults:
+        return False, f"passt at {found}, {'; '.join(why for why, _ in faults)}", "; ".join(how for _, how in faults)
     return True, f"passt at {found}", ""
