@@ -136,11 +136,15 @@ class Virtio:
     # status
 
     def set_status(self, value: int) -> None:
-        """The driver wrote the status field; 0 resets."""
+        """The driver wrote the status field; 0 resets.
+
+        Only a reset clears a bit (virtio 1.2, section 2.1.1): a device that runs without DRIVER_OK would be started
+        twice, and neither paused nor reset with its requests ended.
+        """
         if value == 0:
             self.reset()
             return
-        value &= 0xFF & ~NEEDS_RESET
+        value = value & 0xFF & ~NEEDS_RESET | self.status
         if value & FEATURES_OK and not self.status & FEATURES_OK:
             agreed = self.driver_features
             if agreed & ~self.offered or not agreed & F_VERSION_1 or self._tell("accept", agreed) is False:
@@ -149,7 +153,7 @@ class Virtio:
             else:
                 self.features = agreed
         started = value & DRIVER_OK and not self.status & DRIVER_OK
-        self.status = value | self.status & NEEDS_RESET
+        self.status = value
         if started:
             if not value & FEATURES_OK:
                 self.break_down("DRIVER_OK without FEATURES_OK")

@@ -36,7 +36,8 @@ for nic in /sys/class/net/*; do  # an address for each network card, from whoeve
     nic=${nic##*/}
     [ "$nic" = lo ] && continue
     ip link set "$nic" up
-    udhcpc -i "$nic" -q -n -t 3 -T 1 -s /cardcage/dhcp > /dev/null 2>&1 &
+    # 26 is the MTU, 119 the search domains; busybox may be built without the latter's name
+    udhcpc -i "$nic" -q -n -t 3 -T 1 -O 26 -O 119 -s /cardcage/dhcp > /dev/null 2>&1 &
 done
 
 interactive=1 rows=0 cols=0 shares=

@@ -98,7 +98,8 @@ class TapNet:
         try:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise HostError(f"tap: /dev/net/tun: {error.strerror}: load the module tun, or use net user") from error
+            advice = "sudo chmod 666 /dev/net/tun" if error.errno == errno.EACCES else "load the module tun"
+            raise HostError(f"tap: /dev/net/tun: {error.strerror}: {advice}, or use net user") from error
         self._fds.append(fd)
         flags = IFF_TAP | IFF_NO_PI | (IFF_VNET_HDR if self._vnet else 0) | (IFF_MULTI_QUEUE if multiple else 0)
         try:

@@ -21,6 +21,7 @@ from cardcage.backends import NetFeatures
 from cardcage.errors import ConfigError, HostError
 
 from cardcage_net.framing import BACKLOG, enlarge
+from cardcage_net.halfclosed import WHOLE, HalfClosed, damages
 from cardcage_net.link import Link
 from cardcage_net.pcap import dumped
 
@@ -142,7 +143,14 @@ class UserNet:
             connection.close()
             self._end()
             raise
+        self._halves = HalfClosed(self._tell_old) if damages(options.engine) else None
         self._link.attach(connection)
+
+    def _tell_old(self) -> None:
+        self._slot.log.warning(
+            "the guest closed its half of a connection first: what comes then is cut short by this old passt",
+            needed=f"passt {WHOLE} or later",
+        )
 
     def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -227,17 +235,22 @@ class UserNet:
         self._retry = min(self._retry * 2, LAST_RETRY)
         try:
             self._link.attach(self._spawn())
+            if self._halves is not None:
+                self._halves.forget()
         except HostError as error:
             self._slot.log.warning("user networking cannot be restarted", reason=str(error))
             self._timer.arm(self._slot.clock.now() + self._retry)
 
     def start(self, received: Callable[[int, bytes | memoryview], bool], /) -> None:
         """Begin."""
-        self._link.start(received)
+        self._link.start(received if self._halves is None else self._halves.watch(received))
 
     def send(self, queue: int, parts: Sequence[Buffer], /) -> None:
         """One frame from the guest."""
-        self._link.send(parts)
+        if self._halves is not None:
+            parts = self._halves.outgoing(parts)
+        if parts:
+            self._link.send(parts)
 
     def resume(self, queue: int, /) -> None:
         self._link.resume()
@@ -276,7 +289,13 @@ def check_passt() -> tuple[bool, str, str]:
         return False, "no passt", INSTALL
     with open("/proc/sys/net/core/wmem_max") as file:
         most = int(file.read())
+    faults = []
     if most < BACKLOG and os.geteuid() != 0:
-        why = f"passt at {found}, slow towards the guest: sockets hold {most >> 10} KiB, and passt drops the rest"
-        return False, why, f"sysctl -w net.core.wmem_max={BACKLOG}"
+        slow = f"slow towards the guest: sockets hold {most >> 10} KiB, and passt drops the rest"
+        faults.append((slow, f"sysctl -w net.core.wmem_max={BACKLOG}"))
+    if damages(found):
+        old = "an old one: what comes after the guest has closed its half of a connection is cut short"
+        faults.append((old, f"passt {WHOLE} or later (Debian 13 has it)"))
+    if faults:
+        return False, f"passt at {found}, {'; '.join(why for why, _ in faults)}", "; ".join(how for _, how in faults)
     return True, f"passt at {found}", ""

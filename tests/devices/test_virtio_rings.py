@@ -235,6 +235,42 @@ def test_a_ring_outside_memory_needs_reset() -> None:
         bench.close()
 
 
+def test_only_a_reset_clears_a_status_bit() -> None:
+    """A driver that takes DRIVER_OK back starts nothing twice, and its requests end before pause and reset."""
+
+    class Told(Later):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[str] = []
+
+        def start(self) -> None:
+            self.told.append("start")
+
+        def drain(self) -> None:
+            super().drain()
+            self.told.append("drain")
+
+        def stop(self) -> None:
+            self.told.append("stop")
+
+    device = Told()
+    bench = Bench(device)
+    del device.told[:-1]  # the driver kit resets first
+    for value in (3, 15, 1):
+        bench.virtio.set_status(value)
+        assert bench.virtio.status == 15
+    features = bench.virtio.features
+    bench.virtio.driver_features = 1 << 32
+    bench.virtio.set_status(11)
+    assert bench.virtio.features == features
+    bench.virtio.pause()
+    bench.virtio.resume()
+    bench.virtio.set_status(0)
+    assert device.told == ["start", "drain", "drain", "stop"]
+    assert bench.virtio.status == 0
+    bench.close()
+
+
 def test_features_not_on_offer_are_refused() -> None:
     """FEATURES_OK does not stick for unknown features or without VERSION_1."""
     bench = Bench(Echo(), start=False)

@@ -30,7 +30,7 @@ class BackEnd:
 
     Attributes:
         mute: never answered. slow: answered byte by byte, for ever. last: the connection ends at this one.
-        notes: it offers to keep a note of requests in flight.
+        notes: it offers to keep a note of requests in flight. features: what it offers besides.
         heard: requests in their order.
     """
 
@@ -38,7 +38,7 @@ class BackEnd:
         self.mute: set[int] = set()
         self.slow: set[int] = set()
         self.last: set[int] = set()
-        self.notes = False
+        self.notes, self.features = False, FEATURES
         self.heard: list[int] = []
         self.told = threading.Condition()
         self._ended = threading.Event()
@@ -84,7 +84,7 @@ class BackEnd:
 
     def _answer(self, request: int, flags: int, body: bytes) -> bytes | None:
         protocol = PROTOCOL | self.notes << 12
-        numbers = {GET_FEATURES: FEATURES, GET_PROTOCOL_FEATURES: protocol, GET_QUEUE_NUM: 2}
+        numbers = {GET_FEATURES: self.features, GET_PROTOCOL_FEATURES: protocol, GET_QUEUE_NUM: 2}
         if request in numbers:
             return struct.pack("<Q", numbers[request])
         if request == GET_VRING_BASE:
@@ -130,14 +130,16 @@ def bench(tmp_path: Path, **keys: Any) -> Bench:
     return Bench(vhost_user_device(VhostUserOptions(str(tmp_path / "s"), 42, **keys)), shared=True, size=16)
 
 
+@pytest.mark.parametrize("status", [15, 3])
 @pytest.mark.parametrize("how", ["mute", "slow"])
-def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient: None, how: str) -> None:
-    """The driver goes on at once; a reset, then, hangs up soon, and the next connection begins anew."""
+def test_a_start_waits_for_no_answer(tmp_path: Path, back_end: BackEnd, patient: None, how: str, status: int) -> None:
+    """The driver goes on at once; a reset, then, hangs up soon, whatever the status was made, and all begins anew."""
     getattr(back_end, how).add(SET_MEM_TABLE)
     made = bench(tmp_path)
     back_end.hears(SET_MEM_TABLE)
     assert made.virtio.status == 15
     assert made.device.link.channel is not None
+    made.virtio.set_status(status)
     made.virtio.reset()
     assert made.device.link.channel is None
     getattr(back_end, how).clear()
@@ -191,6 +193,28 @@ def test_the_next_back_end_keeps_a_note_where_the_last_did_not(tmp_path: Path, b
     else:
         made.until(lambda: made.device.link.channel is not None and made.device.link._talk is None)
         assert SET_INFLIGHT_FD in back_end.heard
+        assert made.virtio.status == 15
+    made.close()
+
+
+def test_the_next_back_end_has_other_features(tmp_path: Path, back_end: BackEnd) -> None:
+    """One that lacks what the driver took needs a reset, after which the driver is offered what there is."""
+    back_end.features |= 1 << 5 | 1 << 60
+    made = bench(tmp_path)
+    assert made.virtio.features >> 60 & 1
+    for features in (FEATURES | 1 << 5, FEATURES | 1 << 61):
+        back_end.hears(SET_VRING_KICK)
+        made.until(lambda: made.device.link._talk is None)
+        back_end.features = features
+        back_end.heard.clear()
+        back_end.peers[-1].shutdown(socket.SHUT_RDWR)
+        made.until(lambda: made.device.link.channel is None)
+        made.slot.clock.advance(200_000_000)
+        made.until(lambda: bool(made.virtio.status & 64))
+        made.start()
+        assert made.virtio.features == features & ~(1 << 30)
+        made.slot.clock.advance(200_000_000)
+        made.until(lambda: made.device.link.channel is not None and made.device.link._talk is None)
         assert made.virtio.status == 15
     made.close()
 

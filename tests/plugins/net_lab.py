@@ -69,6 +69,19 @@ class Namespace:
         self._holder.communicate()
 
 
+def outside_world() -> Namespace:
+    """A namespace with an interface that has an address, 192.0.2.2, and a default route, which lead to nothing."""
+    made = Namespace()
+    made.shell(
+        "ip link add out0 type veth peer name nowhere",
+        "ip addr add 192.0.2.2/24 dev out0",
+        "ip link set out0 up",
+        "ip link set nowhere up",
+        "ip route add default via 192.0.2.1",
+    )
+    return made
+
+
 class Slot(TestSlot):
     """A slot with a real loop and clock, and the shares of *host*."""
 

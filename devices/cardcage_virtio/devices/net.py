@@ -26,6 +26,7 @@ HEADER = 12
 ONE = b"\1\0"
 PLAIN = bytes(HEADER - 2) + ONE
 FRAME_MAX = 65550 + HEADER
+PLAIN_MTU = 1500
 F_CSUM, F_GUEST_CSUM, F_GUEST_OFFLOADS, F_MTU, F_MAC = 0, 1, 2, 3, 5
 F_MRG, F_STATUS, F_CTRL, F_ANNOUNCE, F_MQ, F_CTRL_MAC = 15, 16, 17, 21, 22, 23
 TO_GUEST = {"csum": 1, "tso4": 7, "tso6": 8, "ecn": 9, "ufo": 10}
@@ -45,7 +46,7 @@ class NetOptions:
             machine's and the device's name.
         queues: pairs of queues, 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
         mergeable: offer mergeable receive buffers. offloads: offer what the back end can take over.
-        mtu: announced to the guest, 0 for not.
+        mtu: announced to the guest, 0 for not: the network's own protocols tell it.
     """
 
     net: str | dict[str, Any]
@@ -95,9 +96,12 @@ class Net:
         self._own_mac = self.mac
         offered = self.backend.features
         self._vnet = bool(offered.vnet_header)
+        large = options.mergeable or (self._vnet and options.offloads and {"tso4", "tso6"} & offered.offloads)
+        # Else drivers have buffers for plain frames only, and must not take a larger MTU from DHCP.
+        self._mtu = options.mtu or (0 if large else PLAIN_MTU)
         bits = {F_MAC, F_STATUS, F_CTRL, F_ANNOUNCE, F_CTRL_MAC}
         bits |= {F_MRG} if options.mergeable else set()
-        bits |= {F_MTU} if options.mtu else set()
+        bits |= {F_MTU} if self._mtu else set()
         bits |= {F_MQ} if options.queues > 1 else set()
         if self._vnet and options.offloads:
             bits |= {F_GUEST_OFFLOADS}
@@ -110,7 +114,7 @@ class Net:
         self.backend.start(self.received)
 
     def config(self) -> bytes:
-        return self.mac + pack("<HHHIB", self._status, self.options.queues, self.options.mtu, 0xFFFFFFFF, 0xFF)
+        return self.mac + pack("<HHHIB", self._status, self.options.queues, self._mtu, 0xFFFFFFFF, 0xFF)
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or out (under the machine's lock)."""

@@ -340,7 +340,9 @@ class VhostUser:
             os.eventfd_write(self._events[index][0], 1)  # what came since the last answer here
 
     def _returned(self, channel: Channel, config: bytes) -> None:
-        missing = self._io.features & ~(channel.features | F_VERSION_1)
+        self.features = channel.features & ~NOT_FOR_GUESTS
+        self._io.offered = self.ring_features | self.features  # which a driver reads after its next reset
+        missing = self._io.features & ~self._io.offered
         forgets = self._inflight is not None and not channel.protocol & P_INFLIGHT
         if missing or forgets:
             channel.close()
@@ -348,7 +350,7 @@ class VhostUser:
                 f"lacks features {missing:#x}" if missing else "keeps no note of requests in flight, as the last did"
             )
             self._io.break_down(f"the new vhost-user back end {lacks}")
-            self.link.later()  # once the driver has reset the device it may do
+            self.link.later()  # once the driver has reset the device it will do
             return
         self.link.adopt(channel, config)
         self._slot.log.info("vhost-user back end is back", socket=self.options.socket)
