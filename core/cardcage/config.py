@@ -66,7 +66,7 @@ class MachineConfig:
     """``[machine]``.
 
     Attributes:
-        name: for listings and logs.
+        name: for listings, logs and MAC addresses; a number is added while another machine of the account has it.
         accel: accelerators to try: the first that is usable and fast, else the first usable; by default all that are
             installed.
         memory: RAM, at least 1M.
