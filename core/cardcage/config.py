@@ -7,6 +7,7 @@ value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[me
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, field, fields, frozen
 from attrs.validators import and_, ge, le
 
-from cardcage._config.places import Place, Spec
+from cardcage._config.places import HostPath, Place, PlacedText, Spec, beside, placed
 from cardcage._config.structure import structure
 from cardcage.errors import ConfigError, near
 from cardcage.ram import Placement
@@ -28,10 +29,12 @@ __all__ = [
     "Config",
     "DeviceConfig",
     "Draft",
+    "HostPath",
     "MachineConfig",
     "MemoryConfig",
     "Place",
     "Spec",
+    "beside",
     "spec_table",
     "specs_of",
 ]
@@ -46,6 +49,8 @@ def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) ->
     """
     if isinstance(spec, str):
         name, colon, rest = spec.partition(":")
+        if isinstance(spec, PlacedText):
+            rest = PlacedText(rest, spec.place)
         return (name, rest) if colon else (name, {})
     if isinstance(spec, dict) and isinstance(spec.get("type"), str):
         return spec["type"], {name: value for name, value in spec.items() if name != "type"}
@@ -190,7 +195,7 @@ class Draft:
         self._origins: dict[str, str | None] = {}
 
     def add_file(self, path: str | Path) -> None:
-        """Add a TOML file. Raises ConfigError with file, line and column when it cannot be read."""
+        """Add a TOML file; paths in it are relative to its folder. Raises ConfigError with file, line and column."""
         try:
             text = Path(path).read_bytes().decode()
             table = tomllib.loads(text)
@@ -199,7 +204,8 @@ class Draft:
             raise ConfigError(f"cannot be read: {reason}", file=str(path)) from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"not TOML: {error}", file=str(path)) from error
-        self.add(table, origin=str(path))
+        folder = os.path.dirname(os.path.abspath(path))
+        self.add(placed(table, Place(str(path), folder=folder)), origin=str(path))
 
     def add(self, table: Mapping[str, Any], *, origin: str | None = None) -> None:
         """Add a fragment. *origin* is named in errors: a file, ``command line``, or None for Python."""

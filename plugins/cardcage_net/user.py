@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
 
 from cardcage_net.framing import BACKLOG, enlarge
@@ -63,7 +64,7 @@ class User:
     mtu: int = field(default=65520, validator=[ge(68), le(65520)])
     ipv6: bool = True
     engine: str = "passt"
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 def forward(text: str) -> tuple[str, str]:

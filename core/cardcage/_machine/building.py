@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from cardcage._config.places import Place
+from cardcage._config.places import Place, beside
 from cardcage._memory.limits import check_ram
 from cardcage.abilities import has, require, tell_near_misses
 from cardcage.accelerator import VM, Accelerator, Probe, VmSpec, check_vm
@@ -154,7 +154,10 @@ def allow_files(mediator: Mediator, name: str, label: str, table: Mapping[str, A
     for key, value in table.items():
         for text in value if isinstance(value, list) else [value]:
             # A module of multiboot is a path, then its own command line.
-            for path in {text, text.partition(" ")[0]} if isinstance(text, str) else ():
+            if not isinstance(text, str):
+                continue
+            whole = beside(text)
+            for path in {whole, whole.removesuffix(text[len(text.partition(" ")[0]) :])}:
                 if path and (key == "path" or os.path.lexists(path)):
                     mediator.ask(Act(label, label, "image", permissions, facts), path)
 

@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 
 from cardcage_pc.char.fd import Sink
@@ -29,7 +30,7 @@ class SocketOptions:
         server: listen there, else connect.
     """
 
-    path: str
+    path: HostPath
     server: bool = True
 
 
