@@ -77,7 +77,8 @@ def tell_apart(machine: Machine, taken: set[str]) -> None:
     while f"{name}-{number}" in taken:
         number += 1
     rename(machine, f"{name}-{number}")
-    machine.log.warning("another machine of this account has the name: a number is added", name=name)
+    say = machine.log.warning if "machine.name" in machine.config.origins else machine.log.info  # nobody asked for it
+    say("another machine of this account has the name: a number is added", name=name)
 
 
 def check_preallocation(machine: Machine) -> None:

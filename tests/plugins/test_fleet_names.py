@@ -50,6 +50,15 @@ def test_a_number_is_added_to_a_name_that_is_taken(capsys: pytest.CaptureFixture
         assert again.name == "lab"
 
 
+def test_a_machine_without_a_name_is_told_apart_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of machines that nobody named each has a name of its own, and there is nothing to say."""
+    fragment = {"machine": {"memory": "2M", "platform": "none", "accel": ["scripted"]}}
+    with Host([Scripted(), cardcage_fleet], installed=False) as host:
+        made = [Machine(host=host, fragments=[fragment]) for _ in range(3)]
+        assert [one.name for one in made] == ["machine", "machine-2", "machine-3"]
+    assert capsys.readouterr().err == ""
+
+
 def test_names_are_told_apart_between_processes() -> None:
     """A machine of another process of the account keeps its name from ours."""
     words = [sys.executable, "-c", OTHER]
