@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def accel(request: pytest.FixtureRequest) -> str:
     if not probe.usable:
         pytest.skip(f"{name}: {probe.reason}")
     return name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A roster of the session's own: the account's other machines must not change the names of a test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
 
 
 @pytest.fixture

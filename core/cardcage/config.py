@@ -7,31 +7,36 @@ value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[me
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from attrs import evolve, field, fields, frozen
 from attrs.validators import and_, ge, le
 
-from cardcage._config.places import Place, Spec
+from cardcage._config.places import HostPath, Place, PlacedText, Spec, beside, placed
 from cardcage._config.structure import structure
 from cardcage.errors import ConfigError, near
 from cardcage.ram import Placement
 from cardcage.units import Size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
+    "Assignment",
     "Config",
     "DeviceConfig",
     "Draft",
+    "HostPath",
     "MachineConfig",
     "MemoryConfig",
     "Place",
     "Spec",
+    "assign",
+    "beside",
     "spec_table",
     "specs_of",
 ]
@@ -46,10 +51,22 @@ def spec_table(spec: Any, *, file: str | None = None, key: str | None = None) ->
     """
     if isinstance(spec, str):
         name, colon, rest = spec.partition(":")
+        if isinstance(spec, PlacedText):
+            rest = PlacedText(rest, spec.place)
         return (name, rest) if colon else (name, {})
     if isinstance(spec, dict) and isinstance(spec.get("type"), str):
         return spec["type"], {name: value for name, value in spec.items() if name != "type"}
     raise ConfigError(f'expected text such as "stdio" or a table with "type", got {spec!r}', file=file, key=key)
+
+
+def assign(table: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
+    """Set the value at *path* in *table*, making tables on the way. Raises ConfigError about ``--set`` *key*."""
+    for part in path[:-1]:
+        inner = table[part] = table.get(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{part} is a value, not a table", file="--set", key=key)
+        table = inner
+    table[path[-1]] = value
 
 
 def specs_of(value: Any, place: Place) -> tuple[Spec, ...]:
@@ -66,7 +83,7 @@ class MachineConfig:
     """``[machine]``.
 
     Attributes:
-        name: for listings and logs.
+        name: for listings, logs and MAC addresses; a number is added while another machine of the account has it.
         accel: accelerators to try: the first that is usable and fast, else the first usable; by default all that are
             installed.
         memory: RAM, at least 1M.
@@ -161,6 +178,15 @@ class MemoryConfig(Placement):
         return evolve(structure(keys, cls, file=file, key="memory"), options=own)
 
 
+class Assignment(NamedTuple):
+    """A ``--set`` for a device that is not configured: it may be one of the platform's own, by id or type."""
+
+    device: str
+    path: Sequence[str]
+    value: Any
+    key: str
+
+
 @frozen
 class Config:
     """A checked configuration. Options of cards are plain tables until the card that takes them is known."""
@@ -175,6 +201,7 @@ class Config:
     """``[security]``, but for ``checkers``."""
     security: tuple[Spec, ...] = ()
     origins: dict[str, str | None] = field(factory=dict)
+    defaults: tuple[Assignment, ...] = ()
 
     def place(self, key: str) -> Place:
         """Where *key* was set: the origin of the longest known part of its path."""
@@ -190,9 +217,10 @@ class Draft:
     def __init__(self) -> None:
         self._tables: dict[str, Any] = {}
         self._origins: dict[str, str | None] = {}
+        self._defaults: list[Assignment] = []
 
     def add_file(self, path: str | Path) -> None:
-        """Add a TOML file. Raises ConfigError with file, line and column when it cannot be read."""
+        """Add a TOML file; paths in it are relative to its folder. Raises ConfigError with file, line and column."""
         try:
             text = Path(path).read_bytes().decode()
             table = tomllib.loads(text)
@@ -201,7 +229,8 @@ class Draft:
             raise ConfigError(f"cannot be read: {reason}", file=str(path)) from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"not TOML: {error}", file=str(path)) from error
-        self.add(table, origin=str(path))
+        folder = os.path.dirname(os.path.abspath(path))
+        self.add(placed(table, Place(str(path), folder=folder)), origin=str(path))
 
     def add(self, table: Mapping[str, Any], *, origin: str | None = None) -> None:
         """Add a fragment. *origin* is named in errors: a file, ``command line``, or None for Python."""
@@ -239,7 +268,8 @@ class Draft:
     def set(self, text: str) -> None:
         """Add one ``key=value`` of the command line.
 
-        ``machine.cpus=4``, ``device.root.readonly=true``, ``device[0].irq=5``: devices are named by id, type or number.
+        ``machine.cpus=4``, ``device.root.readonly=true``, ``device[0].irq=5``: devices are named by id, type or number;
+        one that is not configured is looked for among the platform's when the machine is built.
         The value is TOML where it parses (numbers, true, lists, tables), else text. Raises ConfigError.
         """
         key, equals, raw = text.partition("=")
@@ -255,8 +285,11 @@ class Draft:
             name = head[7:-1] if head.startswith("device[") else rest.pop(0) if rest else ""
             if not rest:
                 raise ConfigError("expected a key of a device, such as device.net0.mac=...", file="--set", key=key)
-            table, at = self._device(name, key)
-            self._set(table, rest, value, f"device[{at}]", key)
+            found = self._device(name, key)
+            if found is None:
+                self._defaults.append(Assignment(name, rest, value, key))
+            else:
+                self._set(found[0], rest, value, f"device[{found[1]}]", key)
             return
         if head not in TABLES:
             raise ConfigError(f"no such table.{near(head, TABLES)}", file="--set", key=key)
@@ -264,26 +297,21 @@ class Draft:
             raise ConfigError(f"expected a key inside the table, such as {head}.name=value", file="--set", key=key)
         self._set(self._tables.setdefault(head, {}), rest, value, head, key)
 
-    def _device(self, name: str, key: str) -> tuple[dict[str, Any], int]:
+    def _device(self, name: str, key: str) -> tuple[dict[str, Any], int] | None:
         devices = [one for _, one in self._tables.get("device", [])]
-        if name.isascii() and name.isdigit() and int(name) < len(devices):
+        if name.isascii() and name.isdigit():
+            if int(name) >= len(devices):
+                raise ConfigError(f'no device "{name}" is configured.', file="--set", key=key)
             return devices[int(name)], int(name)
         for wanted in ("id", "type"):
             for at, one in enumerate(devices):
                 if one.get(wanted) == name:
                     return one, at
-        names = [str(one.get("id", one.get("type"))) for one in devices]
-        raise ConfigError(f'no device "{name}" is configured.{near(name, names)}', file="--set", key=key)
+        return None
 
     def _set(self, table: dict[str, Any], path: list[str], value: Any, at: str, key: str) -> None:
-        for part in path[:-1]:
-            at = f"{at}.{part}"
-            inner = table.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{part} is a value, not a table", file="--set", key=key)
-            table = inner
-        table[path[-1]] = value
-        self._origins[f"{at}.{path[-1]}"] = "--set"
+        assign(table, path, value, key)
+        self._origins[".".join((at, *path))] = "--set"
 
     def config(self) -> Config:
         """Check and type what was added. Raises ConfigError."""
@@ -314,6 +342,7 @@ class Draft:
             guards={key: value for key, value in tables.get("security", {}).items() if key != "checkers"},
             security=self.security(),
             origins=self._origins,
+            defaults=tuple(self._defaults),
         )
 
     def security(self) -> tuple[Spec, ...]:

@@ -37,7 +37,7 @@ class Hooks:
 
     @hookspec
     def cardcage_admit(self, machine: Any) -> None:
-        """Refuse a machine, before anything is taken for it: raise ConfigError, HostError or Denied.
+        """Refuse a machine, before anything is taken for it: raise ConfigError, HostError or Denied. Or rename it.
 
         The machine has its ``config name label mediator log observers memory_backend``, and no accelerator, RAM or
         device yet.

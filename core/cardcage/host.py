@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from cardcage._config.places import Place, placed
+from cardcage._config.places import Place, place_of, placed
 from cardcage._config.structure import structure
 from cardcage._host.cards import BrokenCard, CardInfo, Cards, default_name
 from cardcage._host.log import Log, LogSink
@@ -132,7 +132,7 @@ class Host:
 
         Raises ConfigError for what does not fit, CardError or MissingExtra when the card cannot be imported.
         """
-        place = Place(file, key)
+        place = place_of(table, Place(file, key)) if isinstance(table, str) else Place(file, key)
         shorthand = offer.load_shorthand()
         if isinstance(table, str):
             if shorthand is None:

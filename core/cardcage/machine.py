@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve
+
 from cardcage import outcome as outcomes
 from cardcage._config.places import Place, placed
 from cardcage._machine import building
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import VCpu
 
-__all__ = ["Machine", "Observers", "PluggedDevice", "State"]
+__all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
 
 
 class Machine:
@@ -127,6 +129,7 @@ class Machine:
         self.memory_backend = building.make_memory_backend(host, config, self.mediator, self.label, self.log)
         self.accelerator = building.choose_accelerator(host, config)
         host.phases.call("admit", self)
+        config = self.config  # renamed, perhaps
         end.callback(self.memory.close)
         self.vm, self.irqchip = building.create_vm(host, config, self.mediator, self.label, self.accelerator, self.log)
         end.callback(self.vm.close)
@@ -326,3 +329,17 @@ class Machine:
 
     def __repr__(self) -> str:
         return f"<Machine {self.name!r} {self.state}>"
+
+
+def rename(machine: Machine, name: str) -> None:
+    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit``.
+
+    Its label is the new name where nobody gave it one. Raises StateError once something was made in its name.
+    """
+    if hasattr(machine, "vm"):
+        raise StateError(f"{machine.name}: a machine is renamed while it is admitted, not later")
+    if machine.config.machine.label is None and not machine.mediator.checkers:
+        machine.label = name
+    machine.name = name
+    machine.config = evolve(machine.config, machine=evolve(machine.config.machine, name=name))
+    machine.log.add(machine=name)

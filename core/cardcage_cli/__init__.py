@@ -2,7 +2,8 @@
 
 What a card's command uses (``run(host, arguments) -> int``, ``configure(parser)``):
 
-- :func:`add_machine_arguments` ``(parser)``: ``--set --accel --memory --cpus --timeout``, and the registered flags;
+- :func:`add_machine_arguments` ``(parser)``: ``--name --set --accel --memory --cpus --timeout``, and the registered
+  flags;
 - :func:`draft_of` ``(arguments)``: a :class:`~cardcage.config.Draft` with what they said; :func:`timeout_of` likewise;
 - :func:`run_machine` ``(machine, timeout=...) -> int``: start, attach the terminal, wait, close, print the ``outcome:``
   line, give the exit status.

@@ -49,11 +49,12 @@ def add_boot_arguments(parser: ArgumentParser) -> None:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """``--set --accel --memory --cpus --timeout``, and the flags that cards registered.
+    """``--name --set --accel --memory --cpus --timeout``, and the flags that cards registered.
 
     The parser of a registered command has its host as the default ``host``.
     """
     group = parser.add_argument_group("machine")
+    group.add_argument("--name", metavar="NAME", help="name of the machine, for listings, logs and its MAC addresses")
     group.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -103,6 +104,8 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
                 raise
             except ValueError as error:
                 raise ConfigError(str(error), file=f"{flag} {text}") from error
+    if arguments.name is not None:
+        draft.add({"machine": {"name": arguments.name}}, origin="--name")
     if arguments.accel is not None:
         draft.add({"machine": {"accel": [one for one in arguments.accel.split(",") if one]}}, origin="--accel")
     if arguments.memory is not None:

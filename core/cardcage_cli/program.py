@@ -143,7 +143,10 @@ def run_command(host: Host, arguments: Namespace) -> int:
         raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
-    machine = Machine.from_config(draft_of(arguments, *arguments.file).config(), host=host)
+    config = draft_of(arguments, *arguments.file).config()
+    machine = Machine.from_config(config, host=host)
+    if machine.name != config.machine.name:
+        print(f"name: {machine.name} (another machine is {config.machine.name})", file=sys.stderr, flush=True)
     print(f"accelerator: {machine.accelerator.why}", file=sys.stderr, flush=True)
     return run_machine(machine, timeout=timeout)
 

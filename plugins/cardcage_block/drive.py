@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, frozen
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, near
 from cardcage.pairs import parse_pairs
 
@@ -46,7 +47,7 @@ class Drive:
         locking: ``auto`` locks where the file system can, ``on`` insists, ``off`` does not.
     """
 
-    file: str
+    file: HostPath
     format: Literal["auto", "raw", "qcow2"] = "auto"
     readonly: bool = False
     cache: Literal["writeback", "none", "unsafe"] = "writeback"

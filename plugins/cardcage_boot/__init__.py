@@ -33,10 +33,10 @@ def cardcage_register(registry: Registry) -> None:
     )
     registry.backend(
         "char",
-        "exec-output",
-        "cardcage_boot.channel:open_exec",
-        options="cardcage_boot.channel:ExecOptions",
-        help="output and status of the command that init runs (cardcage boot --exec)",
+        "exec-stream",
+        "cardcage_boot.streams:open_stream",
+        options="cardcage_boot.streams:ExecOptions",
+        help="a stream of the command that init runs: output, errors or input, and its status (cardcage boot --exec)",
     )
     registry.command(
         "boot",

@@ -1,8 +1,7 @@
-"""Char back ends of ``cardcage boot``: the console that notices a kernel panic, and the channel of ``--exec``.
+"""The console of ``cardcage boot``, a char back end that notices a kernel panic.
 
-init (``init.sh``) frames what belongs to the command with marks that hold a token made for this one boot: on the
-console ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN LF``, and on the second serial port, after the
-command's last byte, ``NUL cardcage-end TOKEN STATUS LF``.
+Where a command's error output comes over the console, init (``init.sh``) frames it with marks that hold a token made
+for this one boot: ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN LF``.
 """
 
 from __future__ import annotations
@@ -23,19 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConsoleOptions",
-    "ExecOptions",
     "FdSink",
     "LinuxConsole",
     "Marked",
     "PanicWatch",
     "open_console",
-    "open_exec",
 ]
 
 BATCH = 4096
 LINE_MAX = 1024
-BROKEN_PIPE = 141
-"""The status a shell reports for a program that SIGPIPE ended."""
 
 
 @frozen
@@ -51,19 +46,6 @@ class ConsoleOptions:
     char: str | dict[str, object] = "stdio"
     token: str = ""
     fd: int = field(default=1, validator=in_((1, 2)))
-
-
-@frozen
-class ExecOptions:
-    """Options of the back end ``exec-output``.
-
-    Attributes:
-        token: what the mark after the output holds.
-        status: number of an open file descriptor, to which the decimal status is written.
-    """
-
-    token: str
-    status: int
 
 
 class FdSink:
@@ -179,6 +161,8 @@ class LinuxConsole:
             if self._begin.after:
                 out = self._end.feed(bytes(self._begin.after))
                 self._begin.after.clear()
+                if self._end.after:
+                    self._end.after.clear()  # nobody wants what follows, and a guest may go on for ever
                 if out:
                     self._sink.write(out)
         self._watch.feed(data)
@@ -188,48 +172,6 @@ class LinuxConsole:
         self._sink.flush()
 
 
-class ExecOutput:
-    """Back end ``exec-output``: a command's output goes to standard output, its status to a file descriptor."""
-
-    def __init__(self, slot: Slot, options: ExecOptions) -> None:
-        self._slot, self._status_fd = slot, options.status
-        self._mark = Marked(f"\0cardcage-end {options.token} ".encode())
-        self._output = FdSink(slot, 1)
-        self._reported = False
-
-    def start(self, received: Callable[[bytes], None], /) -> None:
-        """Begin; nothing is ever sent to the guest."""
-
-    def write(self, data: bytes, /) -> None:
-        """Bytes from the guest."""
-        out = self._mark.feed(data)
-        if out:
-            self._output.write(out)
-        if self._output.gone:
-            self._report(BROKEN_PIPE)
-            self._slot.power.stop("nobody reads the command's output")
-        after = self._mark.after
-        if after is not None and after.endswith(b"\n"):
-            digits = bytes(after).strip()
-            if digits.isdigit() and len(digits) <= 3:
-                self._output.flush()
-                self._report(int(digits) & 0xFF)
-
-    def _report(self, status: int) -> None:
-        if not self._reported:
-            self._reported = True
-            os.write(self._status_fd, b"%d\n" % status)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._output.flush()
-
-
 def open_console(slot: Slot, options: ConsoleOptions) -> LinuxConsole:
     """Open the back end ``linux-console``."""
     return LinuxConsole(slot, options)
-
-
-def open_exec(slot: Slot, options: ExecOptions) -> ExecOutput:
-    """Open the back end ``exec-output``."""
-    return ExecOutput(slot, options)

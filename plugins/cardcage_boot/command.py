@@ -8,14 +8,14 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
-from cardcage.errors import ConfigError, GuestError
+from cardcage.errors import ConfigError
 from cardcage.machine import Machine
+from cardcage.registry import DeviceOffer
 from cardcage.units import Size
 from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
 
@@ -24,6 +24,7 @@ from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file
 from cardcage_boot.linux import is_bzimage, read_header
+from cardcage_boot.streams import port_options
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -52,7 +53,7 @@ def configure(parser: ArgumentParser) -> None:
     group.add_argument("--initrd", "-i", metavar="FILE", help='initramfs; by default busybox with drivers; "" for none')
     group.add_argument("--append", "-a", metavar="TEXT", default="", help="text to append to the kernel's command line")
     group.add_argument(
-        "--exec", "-e", metavar="COMMAND", help="command to run in the guest; cardcage exits with its status"
+        "--exec", "-e", metavar="COMMAND", help="command to run in the guest, with its input, output and exit status"
     )
     group.add_argument("--firmware", metavar="FILE", help="ROM image such as SeaBIOS, to boot instead of a kernel")
     group.add_argument(
@@ -109,13 +110,18 @@ class Report:
 
 @define
 class Plan:
-    """The plan of this run: the ``[boot]`` table, a name for the machine, and lines about the kernel."""
+    """The plan of this run: the ``[boot]`` table, a name for the machine, and lines about the kernel.
+
+    Attributes:
+        command: what our init runs in place of a shell on the console; None for that shell, or another's init.
+        token: what marks in the command's streams hold.
+    """
 
     boot: dict[str, Any]
     name: str
     kernel: str
+    command: str | None = None
     token: str = field(factory=lambda: os.urandom(8).hex())
-    own_init: bool = False
 
 
 def run(host: Host, arguments: Namespace) -> int:
@@ -128,38 +134,48 @@ def run(host: Host, arguments: Namespace) -> int:
         cleanup.callback(report.close)
         scratch = tempfile.TemporaryDirectory(prefix="cardcage-")
         cleanup.enter_context(scratch)
-        plan = _plan(arguments, Path(scratch.name), report, _shares(draft))
-        reader, writer = os.pipe()  # the status of --exec
+        plan = _plan(arguments, Path(scratch.name), report, _shares(draft, report))
+        reader, writer = os.pipe()  # the status of the command
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
         machine = Machine.from_config(draft.config(), host=host)
         cleanup.callback(machine.close)
         scratch.cleanup()  # all of it was read; in its jail, the process could not remove it any more
+        if plan.command is not None:
+            _add_ports(machine, plan, writer)
         _header(machine, plan, arguments, report)
-        if plan.own_init and arguments.exec is None and not _has_terminal():
-            threading.Thread(target=_feed, args=(machine, plan.token), name="stdin", daemon=True).start()
         status = run_machine(machine, timeout=timeout)
         tells.close()
-        if arguments.exec is None:
-            return status
-        word = told.read()
-        if word and not status:
-            return int(word)
-        _show_tail(machine)
-        if status:
-            return status
-        print("cardcage: the guest ended before the command did", file=sys.stderr)
+        return status if plan.command is None else _status(machine, status, told.readline())
+
+
+def _status(machine: Machine, status: int, word: str) -> int:
+    """The exit status after a command's run: its own where *word* tells it, else the machine's or a failure's."""
+    kind, _, text = word.strip().partition(" ")
+    if kind == "status":
+        return int(text)
+    if kind == "fail":  # a guest's text: nothing in it reaches a terminal but letters
+        print(f"cardcage: {''.join(one if one.isprintable() else '?' for one in text)}", file=sys.stderr)
         return EXIT["failure"]
+    _show_tail(machine)
+    if status:
+        return status
+    print("cardcage: the guest ended before the command did", file=sys.stderr)
+    return EXIT["failure"]
 
 
-def _shares(draft: Draft) -> str:
+def _shares(draft: Draft, report: Report) -> str:
     """The shared directories that init mounts: ``TYPE:TAG``, in a line of words."""
     found = []
     for device in draft.config().devices:
         form = SHARES.get(device.type.removesuffix("-mmio"))
         tag = device.options.get("tag", "share")
-        if form is not None and re.fullmatch(r"[\w.-]+", str(tag)):  # others are for who made them up to mount
+        if form is None:
+            continue
+        if re.fullmatch(r"[\w.-]+", str(tag)):
             found.append(f"{form}:{tag}")
+        else:
+            report.line("share", f'"{tag}" is not mounted: a tag of letters, digits, "_", "." and "-" would be')
     return " ".join(found)
 
 
@@ -184,13 +200,14 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
             raise ConfigError("not a Linux bzImage, which --exec needs", file=str(kernel.path))
         plan.boot |= {"append": arguments.append, "initrd": arguments.initrd or ""}
         return plan
+    if arguments.initrd is None:
+        plan.command = arguments.exec if arguments.exec is not None or _has_terminal() else "exec sh"
     plan.boot["append"] = " ".join(
-        part for part in (COMMAND_LINE, "quiet" if arguments.exec is not None else "", arguments.append) if part
+        part for part in (COMMAND_LINE, "quiet" if plan.command is not None else "", arguments.append) if part
     )
     if arguments.initrd is not None:
         plan.boot["initrd"] = arguments.initrd
         return plan
-    plan.own_init = True
     more = scratch / "settings.cpio"
     more.write_bytes(cpio.pack(_settings(arguments, plan, shares)))
     plan.boot["initrd"] = [str(shelf.initramfs(kernel)), str(more)]
@@ -215,13 +232,12 @@ def _settings(arguments: Namespace, plan: Plan, shares: str) -> list[cpio.Entry]
         "TERM": os.environ.get("TERM", "dumb"),
         "rows": str(size.lines),
         "cols": str(size.columns),
-        "interactive": "1" if _has_terminal() else "0",
         "shares": shares,
     }
     text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
     entries = [cpio.file("cardcage/settings", text.encode())]
-    if arguments.exec is not None:
-        entries.append(cpio.file("cardcage/exec", arguments.exec.encode("utf-8", "surrogateescape") + b"\n"))
+    if plan.command is not None:
+        entries.append(cpio.file("cardcage/exec", plan.command.encode("utf-8", "surrogateescape") + b"\n"))
     return entries
 
 
@@ -238,19 +254,27 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
     boot = {key: value for key, value in plan.boot.items() if f"boot.{key}" not in said}
     machine: dict[str, Any] = {} if "machine.name" in said else {"name": plan.name}
     console: dict[str, Any] = {"type": "linux-console"}
-    if arguments.exec is not None:
+    if plan.command is not None:
         console |= {"token": plan.token, "fd": 2}
-        channel = {"type": "exec-output", "token": plan.token, "status": status}
+        channel = {"type": "exec-stream", "token": plan.token, "status": status}
         draft.add(
             {"device": [{"type": "isa-serial", "port": SECOND_PORT, "irq": SECOND_IRQ, "id": "exec", "char": channel}]}
         )
-    elif plan.own_init and not _has_terminal():
-        console |= {"token": plan.token, "fd": 1}
     if "machine.console" not in said:
         machine["console"] = console
     if "machine.on_reset" not in said and (arguments.exec is not None or not _has_terminal()):
         machine["on_reset"] = "stop"  # a kernel that panics early must not boot again and again with nobody there
     draft.add({"machine": machine, "boot": boot})
+
+
+def _add_ports(machine: Machine, plan: Plan, status: int) -> None:
+    """Give the command ports of a virtio console, which carry megabytes where a UART carries kilobytes.
+
+    init uses them where its kernel has the driver. A machine without PCI or the card has the serial port alone.
+    """
+    buses = {getattr(one.device, "bus_type", None) for one in machine.devices.values()}
+    if "pci" in buses and "virtio-console" in machine.host.registry.names(DeviceOffer):
+        machine.add("virtio-console", id="exec-ports", char="null", ports=port_options(plan.token, status))
 
 
 def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) -> None:
@@ -267,28 +291,18 @@ def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) 
     reason = choice.why.removeprefix(f"{choice.name}: ")
     report.line("accelerator", f"{choice.name:<10} {reason}")
     report.line("kernel", plan.kernel)
-    if arguments.exec is not None:
-        report.line("command", arguments.exec)
+    if plan.command is not None:
+        report.line("command", arguments.exec if arguments.exec is not None else "sh, which reads standard input")
     else:
         report.line("console", "ttyS0 here, Ctrl-] to leave" if os.isatty(0) else "ttyS0 here; no terminal")
 
 
-def _feed(machine: Machine, token: str) -> None:
-    """Type standard input, which is no terminal, on the console once init reads it, then the end-of-file character."""
-    try:
-        machine.console.expect(f"cardcage-begin {token}", timeout=None)
-    except GuestError:
-        return  # the machine ended before
-    try:
-        while data := os.read(0, 4096):
-            machine.console.send(data)
-    except OSError:
-        pass  # closed: the same as its end
-    machine.console.send(b"\x04")
-
-
 def _show_tail(machine: Machine) -> None:
-    """The console's last lines, which a command's run does not show."""
-    lines = machine.console.output.replace("\r", "").splitlines()[-12:]
+    """The console's last lines, which a command's run does not show: the kernel's, not what passes between us and init.
+
+    What follows the mark where a command's errors begin was shown already.
+    """
+    text = machine.console.output.partition("\0cardcage-")[0].replace("\r", "")
+    lines = [line for line in text.splitlines() if line != "cardcage: init"][-12:]
     if lines:
         print("the console's last lines:", *lines, sep="\n  ", file=sys.stderr)

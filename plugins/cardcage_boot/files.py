@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from attrs import frozen
+from cardcage.config import beside
 from cardcage.errors import ConfigError
 
 __all__ = ["MAX_FILE", "BootFile", "open_file", "unpacked"]
@@ -18,7 +19,7 @@ class BootFile:
     """A file's bytes with checked little-endian access.
 
     Attributes:
-        path: for error messages.
+        path: for error messages. name: as the configuration has it, which guests are told.
         data: the whole file.
         kind: what the reader takes it for (``"bzImage"``), for error messages.
     """
@@ -26,6 +27,7 @@ class BootFile:
     path: str
     data: bytes
     kind: str = "file"
+    name: str = ""
 
     def error(self, problem: str) -> ConfigError:
         """A ConfigError about this file, to raise."""
@@ -56,6 +58,7 @@ class BootFile:
 
 def open_file(path: str, kind: str) -> BootFile:
     """Read a whole file. Raises ConfigError when it cannot be read, is empty, or is above :data:`MAX_FILE`."""
+    name, path = str(path), beside(path)
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_FILE + 1)
@@ -67,7 +70,7 @@ def open_file(path: str, kind: str) -> BootFile:
         raise ConfigError(f"the file is empty: expected a {kind}", file=path)
     if len(data) > MAX_FILE:
         raise ConfigError(f"larger than {MAX_FILE >> 30} GiB: expected a {kind}", file=path)
-    return BootFile(path, data, kind)
+    return BootFile(path, data, kind, name)
 
 
 def unpacked(file: BootFile) -> BootFile:
@@ -88,4 +91,4 @@ def unpacked(file: BootFile) -> BootFile:
         raise file.error(f"unpacks to more than {MAX_FILE >> 30} GiB: expected a {file.kind}")
     if not made.eof:
         raise file.error(f"truncated gzip file: expected a {file.kind}")
-    return BootFile(file.path, data, file.kind)
+    return BootFile(file.path, data, file.kind, file.name)

@@ -12,6 +12,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 ln -s /proc/self/fd /dev/fd
+for name in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${name#*:}" "/dev/${name%:*}"; done
 hostname cardcage
 ip link set lo up
 cd /root
@@ -40,37 +41,115 @@ for nic in /sys/class/net/*; do  # an address for each network card, from whoeve
     udhcpc -i "$nic" -q -n -t 3 -T 1 -O 26 -O 119 -s /cardcage/dhcp > /dev/null 2>&1 &
 done
 
-interactive=1 rows=0 cols=0 shares=
+rows=0 cols=0 shares= token=
 if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
 
+# The command's streams: descriptor 7 for its input, 8 for its output and its status. They are open from here to the
+# end: a serial port that is being closed by processes which the command left behind cannot be opened again.
+port() {  # the device of the virtio port called $1, once it is there
+    for name in /sys/class/virtio-ports/*/name; do
+        if read -r is < "$name" && [ "$is" = "$1" ]; then
+            name=${name%/name}
+            echo "/dev/${name##*/}"
+            return
+        fi
+    done 2> /dev/null
+    return 1
+}
+has_ports() {  # the driver adds ports some time after it was loaded
+    for device in /sys/bus/virtio/devices/*; do
+        read -r id < "$device/device" && [ "$id" = 0x0003 ] && [ -e "$device/driver" ] && break
+        false
+    done 2> /dev/null || return
+    tries=500
+    until port cardcage.in > /dev/null && port cardcage.err > /dev/null && port cardcage.out > /dev/null; do
+        [ $((tries -= 1)) -gt 0 ] && usleep 10000 || return
+    done
+}
+mark() { printf '\0cardcage-%s %s%s\n' "$1" "$token" "$2"; }
+pump() {  # a process that carries what comes from descriptor $1 to $2; its number is in $pid
+    dd bs=32k <&"$1" >&"$2" 2> /dev/null &
+    pid=$!
+}
+settle() {  # wait until the host has all up to the last mark on descriptor $1, which fifo $2 comes to by process $3
+    pid=$3
+    until read -r -t 2 answer <&"$1" && [ "$answer" = "cardcage-ok $token" ]; do
+        [ -z "$2" ] || [ -e "/proc/$pid/exe" ] || pump "$2" "$1"  # the command may have ended it
+        mark again >&"$1"
+    done
+}
+ports=0
+if [ -f /cardcage/exec ]; then
+    dmesg -n 1  # from here on only a panic comes from the kernel
+    if has_ports; then
+        ports=1
+        exec 7<> "$(port cardcage.in)" 8<> "$(port cardcage.out)" 9<> "$(port cardcage.err)"
+    else
+        stty -F /dev/ttyS1 raw -echo
+        exec 8<> /dev/ttyS1
+        exec 7<&8
+    fi
+fi
+
 for share in $shares; do
-    mkdir -p "/mnt/${share#*:}"
-    case $share in 9p:*) options=trans=virtio,version=9p2000.L,msize=524288 ;; *) options=rw ;; esac
-    grep -qw "${share%%:*}" /proc/filesystems && mount -t "${share%%:*}" -o "$options" "${share#*:}" "/mnt/${share#*:}" ||
-        echo "cardcage: /mnt/${share#*:} is not mounted: this kernel has no driver for ${share%%:*}, or it failed" > /dev/console
+    folder=/mnt/${share#*:} form=${share%%:*}
+    mkdir -p "$folder"
+    case $form in 9p) options=trans=virtio,version=9p2000.L,msize=524288 ;; *) options=rw ;; esac
+    if ! grep -qw "$form" /proc/filesystems; then
+        problem="this kernel has no driver for $form"
+    elif problem=$(mount -t "$form" -o "$options" "${share#*:}" "$folder" 2>&1); then
+        continue
+    fi
+    if [ -f /cardcage/exec ]; then  # a command must not take an empty directory for what was shared
+        mark fail " $folder is not mounted: $(echo $problem)" >&8
+        settle 8
+        poweroff -f
+    fi
+    echo "cardcage: $folder is not mounted: $problem" > /dev/console
 done
 
 if [ -f /cardcage/exec ]; then
     wait
-    dmesg -n 1  # from here on the console carries the command's error output; only a panic may mix with it
-    stty -F /dev/ttyS1 raw -echo
-    stty -F /dev/console raw -echo
-    printf '\0cardcage-begin %s\n' "$token" > /dev/console
-    setsid sh /cardcage/exec < /dev/null > /dev/ttyS1 2> /dev/console
+    # Pipes stand between the command and its streams: /dev/stdout can be opened again, and the status goes the same
+    # way as the last byte of output.
+    mkfifo -m 600 /cardcage/in /cardcage/out
+    exec 5<> /cardcage/out
+    pump 5 8
+    out=$pid err= errors=/dev/console
+    if [ $ports = 1 ]; then
+        errors=/cardcage/err
+        mkfifo -m 600 $errors
+        exec 6<> $errors
+        pump 6 9
+        err=$pid
+    else
+        stty -F /dev/console raw -echo
+        mark begin > /dev/console
+    fi
+    while mark more >&7 && read -r size <&7 && [ "$size" -gt 0 ] && head -c "$size" <&7; do
+        :
+    done > /cardcage/in 2> /dev/null &
+    setsid sh /cardcage/exec < /cardcage/in > /cardcage/out 2> $errors 5>&- 6>&- 7>&- 8>&- 9>&-
     status=$?
-    kill -9 -1  # what it left in the background must not write after the end marks
-    printf '\0cardcage-end %s\n' "$token" > /dev/console
-    printf '\0cardcage-end %s %d\n' "$token" "$status" > /dev/ttyS1
-elif [ "$interactive" = 1 ]; then
+    # End what it left behind, but not what carries its output: stopped first, so that nothing escapes by forking.
+    kill -STOP -1
+    for process in /proc/[0-9]*; do
+        process=${process#/proc/}
+        case " 1 $out $err " in *" $process "*) ;; *) kill -9 "$process" ;; esac
+    done 2> /dev/null
+    kill -CONT $out $err 2> /dev/null
+    if [ $ports = 1 ]; then
+        mark end >&6
+        settle 9 6 "$err"
+    else
+        mark end > /dev/console
+        stty -F /dev/console raw  # returns once all is written
+    fi
+    mark end " $status" >&5
+    settle 8 5 "$out"
+else
     [ "$rows" = 0 ] || stty -F /dev/console rows "$rows" cols "$cols"
     setsid cttyhack sh -l
-else
-    # Commands come through the console from what is no terminal, and end with its end-of-file character.
-    dmesg -n 1
-    stty -F /dev/console -echo -onlcr
-    printf '\0cardcage-begin %s\n' "$token" > /dev/console
-    cat /dev/console | setsid sh > /dev/console 2>&1
-    printf '\0cardcage-end %s\n' "$token" > /dev/console
 fi
 sync
 poweroff -f

@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
+from cardcage.config import beside
 
 from cardcage_boot.elf import Elf, Segment, is_elf, read_elf
 from cardcage_boot.files import BootFile, open_file, unpacked
@@ -133,9 +134,10 @@ def open_multiboot(file: BootFile, modules: list[str], append: str) -> Multiboot
         raise file.error("a Multiboot kernel with nothing to load, or an entry point above 4 GiB")
     read = []
     for one in modules:
-        path, _, _ = one.partition(" ")
+        path = beside(one).removesuffix(one[len(one.partition(" ")[0]) :])  # the guest is told what was written
         read.append((open_file(path, "Multiboot module"), one.encode("utf-8", "surrogateescape")))
-    line = (f"{file.path} {append}" if append else file.path).encode("utf-8", "surrogateescape")
+    name = file.name or file.path
+    line = (f"{name} {append}" if append else name).encode("utf-8", "surrogateescape")
     if len(line) > 1 << 16 or b"\0" in line + b"".join(text for _, text in read):
         raise file.error("command line: expected at most 64 KiB, without NUL")
     return MultibootImage(file, header, elf, read, line)

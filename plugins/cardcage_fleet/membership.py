@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from cardcage.errors import HostError
+from cardcage.machine import rename
 from cardcage.security import OPERATOR, Act, Needs
 from cardcage.units import say_size
 
@@ -55,6 +56,7 @@ def admit(machine: Machine) -> None:
             machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
             return
         roster.tidy(ended)
+        tell_apart(machine, {one.name for one in alive})
         entry = entry_of(machine)
         rooms = rooms_of(memory_limits(), alive) if policies else ()
         for ask in policies:
@@ -62,6 +64,21 @@ def admit(machine: Machine) -> None:
         record = roster.add(entry)
         _records(machine.host)[machine] = record
         machine.defer(record.close)
+
+
+def tell_apart(machine: Machine, taken: set[str]) -> None:
+    """Give the machine a name that no other of this account has: a number is added, and said.
+
+    Commands find machines by their names, and network cards have MAC addresses made from them.
+    """
+    name, number = machine.name, 2
+    if name not in taken:
+        return
+    while f"{name}-{number}" in taken:
+        number += 1
+    rename(machine, f"{name}-{number}")
+    say = machine.log.warning if "machine.name" in machine.config.origins else machine.log.info  # nobody asked for it
+    say("another machine of this account has the name: a number is added", name=name)
 
 
 def check_preallocation(machine: Machine) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath
 
 from cardcage_net.pcap import dumped
 
@@ -23,7 +24,7 @@ __all__ = ["Null", "NullNet", "open_null"]
 class Null:
     """Options of ``net:null``. dump: pcap file of what the guest sends."""
 
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 class NullNet:

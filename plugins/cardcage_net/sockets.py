@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath, beside
 from cardcage.errors import ConfigError, HostError
 from cardcage.security import Needs
 from cardcage.units import Duration
@@ -51,7 +52,7 @@ class Stream:
     connect: str | None = None
     listen: str | None = None
     reconnect: Duration = field(factory=lambda: Duration(1))
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 @frozen
@@ -66,7 +67,7 @@ class Dgram:
 
     remote: str
     local: str | None = None
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 def address(text: str) -> tuple[socket.AddressFamily, Any]:
@@ -100,7 +101,7 @@ class StreamNet:
     def __init__(self, slot: Slot, options: Stream) -> None:
         if (options.connect is None) == (options.listen is None):
             raise ConfigError("net stream: expected either connect or listen")
-        self._slot, where = slot, options.connect or options.listen or ""
+        self._slot, where = slot, beside(options.connect or options.listen or "", "unix:")
         self._family, self._where = address(where)
         slot.host.ask("socket", where, ("listen" if options.connect is None else "connect",))
         self._wait = int(options.reconnect * 1e9)
@@ -112,7 +113,7 @@ class StreamNet:
         if options.listen is not None:
             self._listener = self._listen()
         else:
-            self._connect_first(options.connect or "")
+            self._connect_first(where)
 
     def _listen(self) -> socket.socket:
         if self._family == socket.AF_UNIX:
@@ -251,11 +252,12 @@ class DgramNet:
     features = NetFeatures()
 
     def __init__(self, slot: Slot, options: Dgram) -> None:
-        self._slot = slot
-        self._family, self._remote = address(options.remote)
-        slot.host.ask("socket", options.remote, ("connect",))
-        if options.local is not None:
-            slot.host.ask("socket", options.local, ("listen",))
+        self._slot, remote = slot, beside(options.remote, "unix:")
+        local = None if options.local is None else beside(options.local, "unix:")
+        self._family, self._remote = address(remote)
+        slot.host.ask("socket", remote, ("connect",))
+        if local is not None:
+            slot.host.ask("socket", local, ("listen",))
         self._socket = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sender = self._socket
@@ -263,12 +265,12 @@ class DgramNet:
         self._group = self._family == socket.AF_INET and ipaddress.IPv4Address(self._remote[0]).is_multicast
         try:
             if self._group:
-                self._join(options.local)
+                self._join(local)
             else:
-                self._bind(options.local)
+                self._bind(local)
         except OSError as error:
             self._socket.close()
-            raise HostError(f"net dgram: {options.local or options.remote}: {error.strerror or error}") from error
+            raise HostError(f"net dgram: {local or remote}: {error.strerror or error}") from error
         except BaseException:
             self._socket.close()
             raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
 from cardcage.security import Needs
 
@@ -50,8 +51,8 @@ class SwitchPort:
     """
 
     name: str = "switch"
-    listen: str | None = None
-    dump: str | None = None
+    listen: HostPath | None = None
+    dump: HostPath | None = None
 
 
 class Port:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
 
 from cardcage_net.inbox import FRAME_MAX, Inbox
@@ -56,7 +57,7 @@ class Tap:
     vnet_header: bool = True
     up: bool = True
     mtu: int = field(default=0, validator=[ge(0), le(65521)])
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 def _request(name: str, rest: bytes) -> bytes:

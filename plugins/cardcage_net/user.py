@@ -12,12 +12,15 @@ import re
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
+from errno import EACCES, EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT
 from struct import pack
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
 
 from cardcage_net.framing import BACKLOG, enlarge
@@ -37,6 +40,11 @@ __all__ = ["User", "UserNet", "check_passt", "forward", "open_user"]
 START_TIMEOUT = 10.0
 FIRST_RETRY, LAST_RETRY = 1_000_000_000, 30_000_000_000
 INSTALL = "apt install passt (or your distribution's package of that name)"
+NO_ROUTE = ("--interface", "lo", "--mac-addr", "52:55:0a:00:02:02", "--ipv4-only")
+"""For a host without a default route: passt takes no interface by itself then, and the loopback's MAC address is none.
+
+Connections still go where the host's routes lead at the time; the MAC address is that of QEMU's gateway.
+"""
 _FORWARD = re.compile(r"(?:(tcp|udp):)?(\[[0-9a-fA-F:]+\]|[0-9.]*):(\d+)-([0-9.]*):(\d+)", re.ASCII)
 
 
@@ -49,7 +57,7 @@ class User:
             address all of the host's are meant.
         address: the guest's, with the length of its prefix. gateway: what the guest sees the host at.
         dns: name server that DHCP tells, by default those of the host.
-        interface: of the host, whose routes are used; by default that of the default route.
+        interface: of the host, whose routes are used; by default that of the default route, where there is one.
         mtu: announced by DHCP; a large MTU makes it fast.
         ipv6: offer IPv6 too where the host has it.
         engine: the program.
@@ -64,7 +72,7 @@ class User:
     mtu: int = field(default=65520, validator=[ge(68), le(65520)])
     ipv6: bool = True
     engine: str = "passt"
-    dump: str | None = None
+    dump: HostPath | None = None
 
 
 def forward(text: str) -> tuple[str, str]:
@@ -99,13 +107,64 @@ def _arguments(options: User, fd: int) -> list[str]:
     words += ["--address", str(interface.ip), "--netmask", str(interface.netmask), "--gateway", str(gateway)]
     words += ["--mtu", str(options.mtu)]
     words += ["--dns", options.dns] if options.dns is not None else []
-    words += ["--interface", options.interface] if options.interface is not None else []
-    words += [] if options.ipv6 else ["--ipv4-only"]
+    if options.interface is not None:
+        words += ["--interface", options.interface]
+    elif not _has_default_route():
+        words += NO_ROUTE
+    words += ["--ipv4-only"] if not options.ipv6 and "--ipv4-only" not in words else []
     for one in options.hostfwd:
         if interface.ip != ipaddress.IPv4Address(_guest(one) or interface.ip):
             raise ConfigError(f'hostfwd "{one}": the guest has the address {interface.ip}')
         words += forward(one)
     return words
+
+
+def _has_default_route() -> bool:
+    """True when a route of this thread's network namespace leads everywhere, as passt looks for it."""
+    with suppress(OSError), open("/proc/thread-self/net/route") as table:
+        if any(one[1:8:6] == ["00000000", "00000000"] for one in map(str.split, table)):  # destination and mask
+            return True
+    with suppress(OSError), open("/proc/thread-self/net/ipv6_route") as table:
+        return any(one[:2] == ["0" * 32, "00"] and one[9] != "lo" for one in map(str.split, table))
+    return False
+
+
+def check_ports(hostfwd: list[str]) -> None:
+    """Raise ConfigError or HostError, in our words, for a port of *hostfwd* that cannot be had on this host."""
+    seen: set[tuple[bool, int]] = set()
+    for text in hostfwd:
+        found = _FORWARD.fullmatch(text)
+        if found is None:
+            continue  # said with the other options
+        udp, address, port = found[1] == "udp", found[2].strip("[]"), int(found[3])
+        if (udp, port) in seen:  # passt knows a port once, whatever the addresses
+            raise ConfigError(f'net user: hostfwd "{text}": port {port} of the host is led elsewhere already')
+        seen.add((udp, port))
+        what = f"{'UDP' if udp else 'TCP'} port {port} of {address or 'the host'}"
+        for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+            if address and (":" in address) != (family == socket.AF_INET6):
+                continue
+            try:
+                _try_port(family, udp, address or everywhere, port)
+            except OSError as error:
+                if not address and error.errno in (EAFNOSUPPORT, EADDRNOTAVAIL):
+                    continue  # a host without IPv6
+                why = {
+                    EADDRINUSE: f"{what} is taken: another program or machine has it",
+                    EACCES: f"{what} is not for this user: those below net.ipv4.ip_unprivileged_port_start are root's",
+                    EADDRNOTAVAIL: f"{address} is no address of this host",
+                }.get(error.errno or 0, f"{what}: {error.strerror}")
+                raise HostError(f'net user: hostfwd "{text}": {why}') from error
+
+
+def _try_port(family: socket.AddressFamily, udp: bool, address: str, port: int) -> None:
+    """Take the port and give it back. Raises OSError."""
+    with socket.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM) as probe:
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if not udp:  # as passt does: what is left of closed connections is in nobody's way
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
 
 
 def _guest(text: str) -> str:
@@ -136,6 +195,7 @@ class UserNet:
         slot.host.ask("program", options.engine, ("start",))
         for one in options.hostfwd:
             slot.host.ask("socket", one, ("listen",))
+        check_ports(options.hostfwd)
         connection = self._spawn()
         try:
             self._await(connection)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from attrs import evolve, field, frozen
+from cardcage.config import HostPath, beside
 from cardcage.errors import ConfigError
 from cardcage.security import CLASSES, HOST, OPERATOR, Act, Needs
 
@@ -54,7 +55,7 @@ class SelinuxOptions:
     audit: str = "stderr"
     labels: Literal["dynamic", "static", "none"] = "dynamic"
     confine: bool = False
-    state: str | None = None
+    state: HostPath | None = None
 
 
 class Selinux:
@@ -70,16 +71,17 @@ class Selinux:
         self._fd = -1
         policy = self._load()
         if options.audit not in ("stderr", "none"):
+            audit = beside(options.audit)
             try:
-                self._fd = os.open(options.audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self._fd = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                raise ConfigError(f"the audit log cannot be written: {error.strerror}", file=options.audit) from error
+                raise ConfigError(f"the audit log cannot be written: {error.strerror}", file=audit) from error
         self.avc = Avc(policy, enforcing=options.enforcing, audit=self._write)
         self.avc.on_change(self._changed)
         self.svirt = Svirt(self, options.labels, options.state)
 
     def _load(self) -> Policy:
-        policy = kept([DEFAULT if one == "default" else one for one in self.options.policy])
+        policy = kept([DEFAULT if one == "default" else beside(one) for one in self.options.policy])
         policy.require(CLASSES)
         for name in NAMED:
             if name not in policy.tables.sids:

@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_used_comes_after_the_key_that_names_it(tmp_path: 
     with pytest.raises(ConfigError) as caught:
         Machine.from_toml(tmp_path / "vm.toml")
     assert str(caught.value) == (
-        f"{tmp_path}/vm.toml: device[0].drive: gone.raw: cannot be opened: No such file or directory"
+        f"{tmp_path}/vm.toml: device[0].drive: {tmp_path}/gone.raw: cannot be opened: No such file or directory"
     )
 
 

@@ -114,10 +114,10 @@ def test_an_old_ended_entry_is_tidied_away(runtime: Path) -> None:
         assert [one.pid for one in Roster().read()[1]] == [2]
 
 
-def test_two_machines_of_one_name_are_two_entries() -> None:
-    """Names need not be unique: each machine has a file of its own."""
-    with machine("same"), machine("same"):
-        assert [one.name for one in Roster().read()[0]] == ["same", "same"]
+def test_two_machines_of_one_process_are_two_entries() -> None:
+    """Each machine has a file of its own."""
+    with machine("one"), machine("two"):
+        assert [one.name for one in Roster().read()[0]] == ["one", "two"]
 
 
 def test_where_the_roster_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+import os
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from attrs import field, frozen
 
@@ -13,19 +14,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+HostPath = Annotated[str, "path"]
+"""Text in a card's options that is a path of the host's: in a file, it is relative to that file's folder."""
+
 
 @frozen
 class Place:
-    """Where a value stands: the file (or ``command line``, ``None`` for Python) and the key path."""
+    """Where a value stands: the file (or ``command line``, ``None`` for Python) and the key path.
+
+    Attributes:
+        folder: absolute path of the folder that relative paths here begin at; empty for the current directory.
+    """
 
     file: str | None = None
     key: str | None = None
+    folder: str = field(default="", eq=False)
 
     def below(self, key: str) -> Place:
         """The place of *key* in the table here; ``[2]`` is the third of a list."""
-        if not self.key:
-            return Place(self.file, key)
-        return Place(self.file, self.key + key if key.startswith("[") else f"{self.key}.{key}")
+        full = key if not self.key else self.key + key if key.startswith("[") else f"{self.key}.{key}"
+        return Place(self.file, full, self.folder)
 
     def error(self, problem: str) -> ConfigError:
         """A ConfigError about this place."""
@@ -87,9 +95,9 @@ class PlacedTable(dict[str, Any]):
 
 
 def placed(value: Any, place: Place) -> Any:
-    """A copy of *value*, read from *place*, in which each text and table knows its own place."""
+    """A copy of *value*, read from *place*, in which each text and table knows its own place; a file's text does."""
     if isinstance(value, str):
-        return PlacedText(value, place)
+        return value if isinstance(value, PlacedText) and value.place.folder else PlacedText(value, place)
     if isinstance(value, dict):
         return PlacedTable(((key, placed(one, place.below(str(key)))) for key, one in value.items()), place)
     if isinstance(value, list | tuple):
@@ -100,3 +108,15 @@ def placed(value: Any, place: Place) -> Any:
 def place_of(value: Any, default: Place) -> Place:
     """Where *value* stands, if it still knows; else *default*."""
     return value.place if isinstance(value, PlacedText | PlacedTable) else default
+
+
+def beside(text: str, prefix: str = "") -> str:
+    """The path *text* from its file's folder on, where it is relative and stands in one; else as it is.
+
+    Args:
+        prefix: what such a path has in front, ``unix:``; text without it is no path.
+    """
+    folder, path = place_of(text, Place()).folder, text.removeprefix(prefix)
+    if not (folder and path and text.startswith(prefix)):
+        return str(text)
+    return prefix + os.path.join(folder, path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 import attrs
 
-from cardcage._config.places import PlacedTable, PlacedText
+from cardcage._config.places import HostPath, PlacedTable, PlacedText, beside
 from cardcage.errors import ConfigError, near
 from cardcage.units import Duration, Size
 
@@ -66,7 +66,7 @@ def unstructure(value: Any) -> Any:
 
 def _shape(kind: Any) -> Any:
     """The generic's origin (``list`` of ``list[int]``), or the type itself."""
-    return get_origin(kind) or kind
+    return str if kind == HostPath else get_origin(kind) or kind
 
 
 def _is_enum(kind: Any) -> Any:
@@ -127,6 +127,8 @@ def _converter() -> Converter:
     def plain(value: Any, kind: Any) -> Any:
         if not _fits(kind, value):
             raise _mismatch(kind, value)
+        if kind is Path or kind == HostPath:
+            return _shape(kind)(beside(value) if isinstance(value, str) else value)
         return value if kind is str else kind(value)  # text keeps its place
 
     def union(value: Any, kind: Any) -> Any:
@@ -182,6 +184,7 @@ def _converter() -> Converter:
     converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: value)
     converter.register_structure_hook_func(lambda kind: _shape(kind) in shapes, sequence)
     converter.register_structure_hook_func(lambda kind: _shape(kind) is dict, mapping)
+    converter.register_structure_hook_func(lambda kind: kind == HostPath, plain)
     return converter
 
 

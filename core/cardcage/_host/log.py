@@ -72,6 +72,10 @@ class Log:
         """A log that adds *values* to each entry."""
         return Log(self._sink, **self._values, **values)
 
+    def add(self, **values: Any) -> None:
+        """Add *values* to each entry from now on, for all who hold this log."""
+        self._values.update(values)
+
     def debug(self, event: str, **values: Any) -> None:
         self._write("debug", event, values)
 

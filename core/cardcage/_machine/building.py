@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from cardcage._config.places import Place
+from cardcage._config.places import Place, beside
 from cardcage._memory.limits import check_ram
 from cardcage.abilities import has, require, tell_near_misses
 from cardcage.accelerator import VM, Accelerator, Probe, VmSpec, check_vm
 from cardcage.boot import BootImage, BootLoader
-from cardcage.config import DeviceConfig
+from cardcage.config import DeviceConfig, assign
 from cardcage.device import RamSpan
-from cardcage.errors import CardcageError, CardError, ConfigError, HostError
+from cardcage.errors import CardcageError, CardError, ConfigError, HostError, near
 from cardcage.memory import RamRange
 from cardcage.ram import Anonymous, MemoryBackend, RamBlock
 from cardcage.registry import AcceleratorOffer, BootOffer, MemoryOffer, PlatformOffer, PolicyKeyOffer
@@ -154,7 +155,10 @@ def allow_files(mediator: Mediator, name: str, label: str, table: Mapping[str, A
     for key, value in table.items():
         for text in value if isinstance(value, list) else [value]:
             # A module of multiboot is a path, then its own command line.
-            for path in {text, text.partition(" ")[0]} if isinstance(text, str) else ():
+            if not isinstance(text, str):
+                continue
+            whole = beside(text)
+            for path in {whole, whole.removesuffix(text[len(text.partition(" ")[0]) :])}:
                 if path and (key == "path" or os.path.lexists(path)):
                     mediator.ask(Act(label, label, "image", permissions, facts), path)
 
@@ -180,11 +184,17 @@ def make_platform(host: Host, config: Config) -> Platform:
 
 
 def platform_devices(platform: Platform, config: Config) -> list[DeviceConfig]:
-    """The device tables that the platform adds, as configurations."""
-    return [
-        DeviceConfig.from_table(table, Place(f"platform {config.machine.platform}", f"device[{at}]"))
-        for at, table in enumerate(platform.devices(config))
-    ]
+    """The device tables that the platform adds, as configurations, with what ``--set`` says of them."""
+    where = f"platform {config.machine.platform}"
+    tables = [(deepcopy(one), Place(where, f"device[{at}]")) for at, one in enumerate(platform.devices(config))]
+    for name, path, value, key in config.defaults:
+        found = (at for wanted in ("id", "type") for at, one in enumerate(tables) if one[0].get(wanted) == name)
+        if (index := next(found, None)) is None:
+            names = [*(one.id or one.type for one in config.devices), *(str(one["type"]) for one, _ in tables)]
+            raise ConfigError(f'this machine has no device "{name}".{near(name, names)}', file="--set", key=key)
+        assign(tables[index][0], path, value, key)
+        tables[index] = tables[index][0], Place("--set", f"device.{name}")
+    return [DeviceConfig.from_table(table, place) for table, place in tables]
 
 
 def make_memory_backend(host: Host, config: Config, mediator: Mediator, label: str, log: Log) -> MemoryBackend:

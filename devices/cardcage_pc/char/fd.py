@@ -7,6 +7,7 @@ import select
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
+from cardcage.config import HostPath
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,7 @@ class FileOptions:
         append: keep what is in it.
     """
 
-    path: str
+    path: HostPath
     append: bool = False
 
 

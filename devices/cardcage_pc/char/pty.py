@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from cardcage.config import HostPath
 from cardcage.security import Needs
 
 from cardcage_pc.char.fd import Sink
@@ -32,7 +33,7 @@ class PtyOptions:
         link: a symbolic link to make to the terminal, replacing an existing link; empty for none.
     """
 
-    link: str = ""
+    link: HostPath = ""
 
 
 class Pty:

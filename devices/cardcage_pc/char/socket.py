@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
@@ -30,7 +31,7 @@ class SocketOptions:
         server: listen there, else connect.
     """
 
-    path: str
+    path: HostPath
     server: bool = True
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import deep_mapping, ge, instance_of, le, max_len, optional
+from cardcage.config import HostPath
 from cardcage.device import Resource
 from cardcage.errors import ConfigError
 from cardcage.memory import GuestMemoryError
@@ -42,7 +43,7 @@ class FwCfgOptions:
     boot_menu_wait: int | None = field(default=None, validator=optional([ge(0), le(0xFFFF)]))
     serial_console: int = field(default=0x3F8, validator=[ge(0), le(0xFFFF)])
     files: dict[str, str] = field(factory=dict, validator=deep_mapping(max_len(55), instance_of(str)))
-    paths: dict[str, str] = field(factory=dict, validator=deep_mapping(max_len(55), instance_of(str)))
+    paths: dict[str, HostPath] = field(factory=dict, validator=deep_mapping(max_len(55), instance_of(str)))
 
 
 @define

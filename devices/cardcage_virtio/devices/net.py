@@ -43,7 +43,7 @@ class NetOptions:
     Attributes:
         net: back end of kind ``net``: text or a table.
         mac: hardware address of one station (its first byte is even); by default in QEMU's range, made from the
-            machine's and the device's name.
+            machine's and the device's name; machines of one account have different names.
         queues: pairs of queues, 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
         mergeable: offer mergeable receive buffers. offloads: offer what the back end can take over.
         mtu: announced to the guest, 0 for not: the network's own protocols tell it.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
@@ -64,7 +65,7 @@ class FsOptions:
             ``always``, for a directory that only the guest changes.
     """
 
-    path: str = field(validator=min_len(1))
+    path: HostPath = field(validator=min_len(1))
     tag: str = field(default="share", validator=[min_len(1), max_len(36)])
     readonly: bool = False
     cache: Literal["never", "auto", "always"] = "auto"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
@@ -49,7 +50,7 @@ class P9Options:
         readonly: the guest may change nothing.
     """
 
-    path: str = field(validator=min_len(1))
+    path: HostPath = field(validator=min_len(1))
     tag: str = field(default="share", validator=[min_len(1), max_len(31)])
     readonly: bool = False
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs.validators import ge, in_, le, max_len, min_len
+from cardcage.config import HostPath
 
 from cardcage_virtio.share import fuse
 from cardcage_virtio.vhost.user import VhostUser
@@ -39,7 +40,7 @@ class VhostUserOptions:
         config_size: bytes of configuration space that the back end has, 0 for none.
     """
 
-    socket: str = field(validator=min_len(1))
+    socket: HostPath = field(validator=min_len(1))
     device_id: int = field(validator=[ge(1), le(63)])
     queues: int = field(default=1, validator=[ge(1), le(256)])
     queue_size: int = field(default=128, validator=in_(SIZES))
@@ -50,7 +51,7 @@ class VhostUserOptions:
 class VhostUserBlkOptions:
     """Options of ``vhost-user-blk``: ``socket``, ``queues`` (1 to 64), ``queue_size`` as for ``vhost-user-device``."""
 
-    socket: str = field(validator=min_len(1))
+    socket: HostPath = field(validator=min_len(1))
     queues: int = field(default=1, validator=[ge(1), le(64)])
     queue_size: int = field(default=128, validator=in_(SIZES))
 
@@ -65,7 +66,7 @@ class VhostUserFsOptions:
         queues: request queues, 1 to 16. queue_size: entries of each.
     """
 
-    socket: str = field(validator=min_len(1))
+    socket: HostPath = field(validator=min_len(1))
     tag: str = field(default="share", validator=[min_len(1), max_len(36)])
     queues: int = field(default=1, validator=[ge(1), le(16)])
     queue_size: int = field(default=128, validator=in_(SIZES))

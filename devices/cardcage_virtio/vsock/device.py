@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
 from attrs.validators import ge, le, min_len
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError, Denied
 from cardcage.security import Needs
 
@@ -47,7 +48,7 @@ class VsockOptions:
     """
 
     cid: int = field(validator=[ge(3), le(0xFFFFFFFE)])
-    uds: str = field(validator=min_len(1))
+    uds: HostPath = field(validator=min_len(1))
 
 
 @define
