@@ -20,6 +20,32 @@ CLOCK_MONOTONIC = 1
 TFD_NONBLOCK, TFD_CLOEXEC, TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 
 
+class Owned:
+    """A callback, and the device that it is of: ``None`` for the kernel's own, which run others."""
+
+    __slots__ = ("callback", "device")
+
+    def __init__(self, callback: Callable[[], None], device: str | None) -> None:
+        self.callback, self.device = callback, device
+
+    def __call__(self) -> None:
+        self.callback()
+
+
+class Reader(Owned):
+    """A reader while it is in the table, from its turn of the loop on."""
+
+    __slots__ = ("live", "turn")
+
+    def __init__(self, callback: Callable[[], None], device: str | None, turn: int) -> None:
+        super().__init__(callback, device)
+        self.live, self.turn = True, turn
+
+    def __call__(self) -> None:
+        if self.live:
+            self.callback()
+
+
 class EventLoop:
     """A thread that waits for descriptors and runs callbacks.
 
@@ -28,15 +54,15 @@ class EventLoop:
 
     Args:
         name: of the thread, for debuggers.
-        locked: runs a callback under the machine's lock, and sees to what it raises.
+        locked: runs a callback under the machine's lock, and sees to what it raises; :class:`Owned` says of which
+            device it is.
     """
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
-        self._locked = locked
+        self.locked = locked
         self._epoll = select.epoll()
-        self._readers: dict[int, tuple[Callable[[], None], int]] = {}
+        self._readers: dict[int, Reader] = {}
         self._turn = 0
-        self._fd = -1
         self._posts: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._woken = self._ending = False
@@ -47,23 +73,17 @@ class EventLoop:
 
     def _main(self) -> None:
         self._ident = threading.get_ident()
-        wait, locked, wake, posts = self._epoll.poll, self._locked, self._wake, self._posts
+        wait, locked, wake, posts = self._epoll.poll, self.locked, self._wake, self._posts
         while not self._ending:
             self._turn += 1
             for fd, _ in wait(0 if posts else None):
                 if fd == wake:
                     os.eventfd_read(wake)
                     self._woken = False  # before the posts are looked at: a later one writes again
-                else:
-                    self._fd = fd
-                    locked(self._readable)
+                elif (reader := self._readers.get(fd)) is not None and reader.turn != self._turn:
+                    locked(reader)  # of this turn it is not: the event may be of another file with its number
             for _ in range(len(posts)):
                 posts.popleft()()
-
-    def _readable(self) -> None:
-        callback, turn = self._readers.get(self._fd, (None, 0))
-        if callback is not None and turn != self._turn:  # else it may be another file's number by now
-            callback()
 
     @property
     def here(self) -> bool:
@@ -84,22 +104,29 @@ class EventLoop:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
-        self.post(lambda: self._locked(callback))
+        self.post(lambda: self.locked(callback))
 
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call *callback* under the machine's lock whenever *fd* is readable, replacing an earlier one. Any thread.
+    def add_reader(self, fd: int, callback: Callable[[], None], device: str | None = "") -> None:
+        """Call *callback* of *device* under the machine's lock whenever *fd* is readable, replacing an earlier one.
 
-        Raises OSError for what cannot be waited for (a regular file).
+        Any thread. Raises OSError for what cannot be waited for (a regular file).
         """
         with suppress(FileExistsError):  # the earlier one's
             self._epoll.register(fd, select.EPOLLIN)
-        self._readers[fd] = callback, self._turn
+        self._drop(fd)
+        self._readers[fd] = Reader(callback, device, self._turn)
 
     def remove_reader(self, fd: int) -> None:
         """No more calls for *fd*, which may be closed at once. Under the machine's lock, on any thread."""
-        if self._readers.pop(fd, None) is not None and not self._ending:
+        if self._drop(fd) and not self._ending:
             with suppress(OSError):  # closed already: epoll has forgotten it
                 self._epoll.unregister(fd)
+
+    def _drop(self, fd: int) -> bool:
+        reader = self._readers.pop(fd, None)
+        if reader is not None:
+            reader.live = False
+        return reader is not None
 
     def close(self) -> None:
         """Stop the thread and wait for it. Idempotent; not on the loop thread."""
@@ -114,13 +141,14 @@ class EventLoop:
             self._ending = True
 
 
-class MachineTimer:
-    """A one-shot alarm on a :class:`MachineClock`; see :class:`~cardcage.clock.Timer`."""
+class MachineTimer(Owned):
+    """A one-shot alarm on a :class:`MachineClock`; see :class:`~cardcage.clock.Timer`. Called, it fires."""
 
-    __slots__ = ("_callback", "_clock", "when")
+    __slots__ = ("_clock", "when")
 
-    def __init__(self, clock: MachineClock, callback: Callable[[], None]) -> None:
-        self._clock, self._callback = clock, callback
+    def __init__(self, clock: MachineClock, callback: Callable[[], None], device: str) -> None:
+        super().__init__(callback, device)
+        self._clock = clock
         self.when: int | None = None
 
     def arm(self, when: int, /) -> None:
@@ -132,9 +160,9 @@ class MachineTimer:
         """Do not fire."""
         self.when = None
 
-    def _fire(self) -> None:
+    def __call__(self) -> None:
         self.when = None
-        self._callback()
+        self.callback()
 
 
 class _TimerSpec(ctypes.Structure):
@@ -162,7 +190,7 @@ class MachineClock:
         self._stood = 0
         self._base: int | None = None
         self._alarm: int | None = None
-        events.add_reader(self._fd, self._expired)
+        events.add_reader(self._fd, self._expired, None)
 
     def now(self) -> int:
         """Nanoseconds of guest time."""
@@ -173,9 +201,9 @@ class MachineClock:
         """Continue from *now* (a snapshot's time). The machine is paused."""
         self._stood = now
 
-    def timer(self, callback: Callable[[], None], /) -> MachineTimer:
-        """A timer; *callback* runs on the loop thread under the machine's lock."""
-        return MachineTimer(self, callback)
+    def timer(self, callback: Callable[[], None], /, device: str = "") -> MachineTimer:
+        """A timer of *device*; *callback* runs on the loop thread under the machine's lock."""
+        return MachineTimer(self, callback, device)
 
     def resume(self) -> None:
         """Let time run."""
@@ -218,13 +246,18 @@ class MachineClock:
         except BlockingIOError:  # set anew between the wake-up and now
             return
         self._alarm = None
-        heap = self._heap
-        try:
-            while self._base is not None and heap and heap[0][0] <= self.now():
-                when, _, timer = heapq.heappop(heap)
+        heap, now, due = self._heap, self.now(), []
+        while heap and heap[0][0] <= now:
+            due.append(heapq.heappop(heap))
+        try:  # those that are due now: one that a callback arms for the past has its turn, and others in between
+            for entry in due:
+                when, _, timer = entry
                 if timer.when == when:
-                    timer._fire()
-        finally:  # a callback that was denied something must not keep the other timers from firing
+                    if self._base is None:  # a callback paused the machine
+                        heapq.heappush(self._heap, entry)
+                    else:
+                        self._events.locked(timer)
+        finally:
             self._set_alarm()
 
     def close(self) -> None:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import threading
 from enum import StrEnum
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from cardcage import outcome as outcomes
 from cardcage._machine.console import Console
 from cardcage._machine.eventloop import EventLoop, MachineClock
+from cardcage._machine.faults import HELD
 from cardcage._machine.gate import Gate
 from cardcage.errors import Denied, StateError
+from cardcage.memory import GuestMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage._host.log import Log
+    from cardcage._machine.faults import Faults
     from cardcage._machine.observers import Observers
     from cardcage.config import MachineConfig
     from cardcage.ram import RamBlock
@@ -74,7 +77,7 @@ class Life:
     def __init__(
         self,
         config: MachineConfig,
-        log: Log,
+        faults: Faults,
         observers: Observers,
         vcpus: list[VCpu],
         fault: Callable[[], BaseException | None],
@@ -85,7 +88,7 @@ class Life:
         self.told = False  # wait() has raised the failure
         self._closed = False
         self.lock = threading.RLock()
-        self._config, self._log, self._observers, self._vcpus, self._fault = config, log, observers, vcpus, fault
+        self._config, self.faults, self._observers, self._vcpus, self._fault = config, faults, observers, vcpus, fault
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._threads: list[threading.Thread] = []
         self._steps: Steps | None = None
@@ -114,9 +117,12 @@ class Life:
         """Run a callback of a card under the lock: of its timers and readers, or because a policy changed."""
         try:
             with self.lock:
+                began = monotonic()
                 callback()
-        except Denied as error:  # the act was refused before it was done: the guest goes on without
-            self._log.warning("denied", why=str(error))
+                if (held := monotonic() - began) > HELD:
+                    self.faults.held(callback, held)
+        except (Denied, GuestMemoryError) as error:  # the act was refused before it was done: the guest goes on without
+            self.faults.spare(error, getattr(callback, "device", ""))
         except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
             self.fail(error)
 
