@@ -20,7 +20,7 @@ from cardcage import outcome as outcomes
 from cardcage._config.places import Place, placed
 from cardcage._machine import building
 from cardcage._machine.board import Board
-from cardcage._machine.faults import Faults
+from cardcage._machine.faults import MISTAKES, Faults
 from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
@@ -28,7 +28,7 @@ from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
 from cardcage.errors import ConfigError, StateError
 from cardcage.host import Host
-from cardcage.memory import GuestMemoryError, PhysicalMemory
+from cardcage.memory import PhysicalMemory
 from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Machine:
 
         A :exc:`~cardcage.memory.GuestMemoryError` is a guest's doing: it is logged, and the machine goes on.
         """
-        if isinstance(error, GuestMemoryError):
+        if isinstance(error, MISTAKES):
             self._life.faults.spare(error)
         else:
             self._life.fail(error)

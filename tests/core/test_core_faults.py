@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cardcage._machine import life
+from cardcage._machine import faults, life
 from cardcage.device import Mmio, Pio
 from cardcage.hookspecs import hookimpl
 from cardcage.machine import Machine
@@ -93,6 +93,11 @@ class Fetcher:
                 thread = threading.Thread(target=self.fetch)
                 thread.start()
                 thread.join()
+            case 5:
+                self.fetch()
+            case 6:
+                self.fetched.set()
+                self.slot.ranges.mappings[0].move(0x50)
             case 9:
                 self.slot.power.exit(7)
 
@@ -176,6 +181,22 @@ def test_an_access_that_lets_a_wild_address_out_finds_the_bus_open(
     for line, text in zip(lines, (FETCH, WRITE), strict=True):
         for word in ("GuestMemoryError", "device=fetcher", "Cards", f"at={line_of(text)}", f"{WILD:#x}"):
             assert word in line
+
+
+def test_a_region_that_a_guest_moves_onto_another_stays(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    """What `move` raises is the guest's doing too: the device answers where it did, and the log says so once."""
+    seen: list[Any] = []
+    machine = build(("out", PORT, 1, 6), ("out", PORT, 1, 6), ("in", 0x52, 1), seen=seen)
+    assert str(machine.start().wait(20)) == "debug exit with code 7"
+    assert seen == [None, None, 1]
+    (line,) = said(capfd)
+    for word in (
+        "ConfigError",
+        "device=fetcher",
+        "overlaps odd",
+        f"at={line_of('self.slot.ranges.mappings[0].move(0x50)')}",
+    ):
+        assert word in line
 
 
 @pytest.mark.parametrize("value", [1, 2, 3], ids=["timer", "reader", "call_soon"])
@@ -287,10 +308,32 @@ def test_who_holds_the_lock_long_is_told_once(
     assert str(machine.start().wait(20)) == "debug exit with code 7"
     lines = [line for line in said(capfd) if "device=fetcher" in line]
     assert len(lines) == 3
-    assert all("held the machine's lock" in line and "seconds=0.0" in line for line in lines)
+    assert all("holds the machine's lock" in line and "seconds=0.0" in line for line in lines)
     assert {f"at={line_of(text)}" for text in ("def fetch(self) -> bytes:", "def readable(self) -> None:")} <= {
         word for line in lines for word in line.split()
     }
+
+
+@pytest.mark.parametrize("value", [3, 5], ids=["on the loop thread", "on a vCPU's"])
+def test_who_never_gives_the_lock_back_is_told_of(
+    build: Build, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: int
+) -> None:
+    """While a callback or an access does not return, who waits for the machine hears of card, thread, file and line."""
+    monkeypatch.setattr(life, "LOOK", 0.001)
+    monkeypatch.setattr(faults, "HELD", 0.01)
+    machine, released = build(("out", PORT, 1, value)), threading.Event()
+    device = fetcher(machine)
+    device.fetch = lambda: (device.fetched.set(), released.wait(20))  # type: ignore[assignment, method-assign, return-value]
+    machine.start()
+    lines: list[str] = []
+    while not lines:
+        machine.wait(0.1)
+        lines = said(capfd)
+    released.set()
+    assert str(machine.wait(20)) == "debug exit with code 7"
+    assert len(lines) == 1
+    for word in ("holds the machine's lock", "Cards", f"at={__file__}:", f"thread={machine.name}-"):
+        assert word in lines[0]
 
 
 def test_a_timer_that_is_always_due_keeps_nobody_out(build: Build) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage._machine.booting import MachineBoot
 from cardcage._machine.bus import Bus
+from cardcage._machine.faults import MISTAKES
 from cardcage._machine.ops import MachineOps, ObservedOps
 from cardcage._machine.plugged import able
 from cardcage._machine.runner import run_vcpu
 from cardcage._machine.services import Services
 from cardcage._machine.wiring import Wiring
-from cardcage.memory import GuestMemoryError
 from cardcage.security import Act
 from cardcage.x86 import reset_state
 
@@ -157,7 +157,7 @@ class Board:
             if ability in plugged.abilities:
                 try:
                     act(plugged.device)
-                except GuestMemoryError as error:  # a guest can ask for a reset, with any address in a register
+                except MISTAKES as error:  # a guest can ask for a reset, with any address in a register
                     self.life.faults.spare(error, plugged.id)
 
     def unplug_all(self) -> None:

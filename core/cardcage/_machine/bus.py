@@ -21,6 +21,10 @@ BITS = tuple(range(0, 72, 8))
 MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
 
 
+class TakenError(ConfigError):
+    """A range overlaps another, or leaves the bus: the configuration's fault, or that of the guest, who moves it."""
+
+
 @frozen(order=False)
 class Claim:
     """A range of a bus.
@@ -50,9 +54,7 @@ class Bus:
         misread: told ``(claim, offset, size, value)`` of a value that does not fit, of which the lowest bytes count.
     """
 
-    def __init__(
-        self, name: str, width: int, misread: Callable[[Claim, int, int, int], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, name: str, width: int, misread: Callable[..., None] = lambda *_: None) -> None:
         self.name, self.limit, self._misread = name, 1 << width, misread
         self._claims: list[Claim] = []
         self._bases: list[int] = []
@@ -62,13 +64,13 @@ class Bus:
         return iter(self._claims)
 
     def add(self, claim: Claim) -> None:
-        """Add a range. Raises :exc:`~cardcage.errors.ConfigError` when it overlaps one or leaves the bus."""
+        """Add a range. Raises :exc:`TakenError` when it overlaps one or leaves the bus."""
         if claim.size < 1 or claim.base < 0 or claim.end > self.limit:
-            raise ConfigError(f"{claim.name}: {self._span(claim)} is outside the {self.name} bus")
+            raise TakenError(f"{claim.name}: {self._span(claim)} is outside the {self.name} bus")
         at = bisect_right(self._bases, claim.base)
         for other in self._claims[max(at - 1, 0) : at + 1]:
             if claim.base < other.end and other.base < claim.end:
-                raise ConfigError(
+                raise TakenError(
                     f"{claim.name}: {self.name} {self._span(claim)} overlaps {other.name} at {self._span(other)}"
                 )
         claims = self._claims.copy()
@@ -98,8 +100,7 @@ class Bus:
 
     def owner(self, address: int) -> str:
         """The name of the range that holds *address*, or nothing."""
-        claim = self.find(address)
-        return claim.name if claim is not None else ""
+        return claim.name if (claim := self.find(address)) is not None else ""
 
     def read(self, address: int, size: int) -> int:
         """Read *size* bytes, little-endian."""

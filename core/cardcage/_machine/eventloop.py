@@ -21,29 +21,15 @@ TFD_NONBLOCK, TFD_CLOEXEC, TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 
 
 class Owned:
-    """A callback, and the device that it is of: ``None`` for the kernel's own, which run others."""
+    """A callback of a device (``None``: of the kernel, and runs others); a reader since a *turn* of the loop."""
 
-    __slots__ = ("callback", "device")
+    __slots__ = ("callback", "device", "turn")
 
-    def __init__(self, callback: Callable[[], None], device: str | None) -> None:
-        self.callback, self.device = callback, device
+    def __init__(self, callback: Callable[[], None], device: str | None, turn: int = 0) -> None:
+        self.callback, self.device, self.turn = callback, device, turn
 
     def __call__(self) -> None:
         self.callback()
-
-
-class Reader(Owned):
-    """A reader while it is in the table, from its turn of the loop on."""
-
-    __slots__ = ("live", "turn")
-
-    def __init__(self, callback: Callable[[], None], device: str | None, turn: int) -> None:
-        super().__init__(callback, device)
-        self.live, self.turn = True, turn
-
-    def __call__(self) -> None:
-        if self.live:
-            self.callback()
 
 
 class EventLoop:
@@ -54,14 +40,13 @@ class EventLoop:
 
     Args:
         name: of the thread, for debuggers.
-        locked: runs a callback under the machine's lock, and sees to what it raises; :class:`Owned` says of which
-            device it is.
+        locked: runs a callback, which may be an :class:`Owned`, under the machine's lock, and sees to what it raises.
     """
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
         self.locked = locked
         self._epoll = select.epoll()
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, Owned] = {}
         self._turn = 0
         self._posts: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -114,7 +99,7 @@ class EventLoop:
         with suppress(FileExistsError):  # the earlier one's
             self._epoll.register(fd, select.EPOLLIN)
         self._drop(fd)
-        self._readers[fd] = Reader(callback, device, self._turn)
+        self._readers[fd] = Owned(callback, device, self._turn)
 
     def remove_reader(self, fd: int) -> None:
         """No more calls for *fd*, which may be closed at once. Under the machine's lock, on any thread."""
@@ -123,10 +108,10 @@ class EventLoop:
                 self._epoll.unregister(fd)
 
     def _drop(self, fd: int) -> bool:
-        reader = self._readers.pop(fd, None)
-        if reader is not None:
-            reader.live = False
-        return reader is not None
+        if (reader := self._readers.pop(fd, None)) is None:
+            return False
+        reader.callback = lambda: None  # it may be about to run
+        return True
 
     def close(self) -> None:
         """Stop the thread and wait for it. Idempotent; not on the loop thread."""

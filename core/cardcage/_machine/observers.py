@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cardcage._machine.faults import MISTAKES
 from cardcage.errors import UsageError, near
-from cardcage.memory import GuestMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ class Observers:
         for observer in self._table.get(event, ()):
             try:
                 observer(*values)
-            except GuestMemoryError as error:
+            except MISTAKES as error:
                 self._faults.spare(error)
             except Exception as error:  # an observer is no part of the machine: its fault must not become the guest's
                 self._log.error(

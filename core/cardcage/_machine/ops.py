@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cardcage._machine.bus import MASKS
-from cardcage.errors import Denied
-from cardcage.memory import GuestMemoryError
+from cardcage._machine.faults import SPARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from cardcage._machine.bus import Bus
     from cardcage._machine.faults import Faults
     from cardcage._machine.wiring import Wiring
-
-SPARED = (Denied, GuestMemoryError)
-"""What the guest goes on without."""
 
 
 class MachineOps:
@@ -58,8 +54,7 @@ class MachineOps:
 def reader(
     acquire: Callable[[], bool], release: Callable[[], None], bus: Bus, faults: Faults
 ) -> Callable[[int, int], int]:
-    """Reads of *bus* under a lock. What a device was denied meanwhile, or a guest's wild address that it lets out, is
-    no reason to stop: the bus is open."""
+    """Reads of *bus* under a lock. What a device was denied, or made to raise, is no reason to stop: open bus."""
     read = bus.read
 
     def locked(address: int, size: int, /) -> int:
