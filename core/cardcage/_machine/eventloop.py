@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CLOCK_MONOTONIC = 1
 TFD_NONBLOCK, TFD_CLOEXEC, TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
+BURST = 256  # timers that fire before others may have the lock: one that is armed for the past is always due
 
 
 class Owned:
@@ -231,18 +232,15 @@ class MachineClock:
         except BlockingIOError:  # set anew between the wake-up and now
             return
         self._alarm = None
-        heap, now, due = self._heap, self.now(), []
-        while heap and heap[0][0] <= now:
-            due.append(heapq.heappop(heap))
-        try:  # those that are due now: one that a callback arms for the past has its turn, and others in between
-            for entry in due:
-                when, _, timer = entry
+        try:
+            for _ in range(BURST):
+                heap = self._heap
+                if self._base is None or not heap or heap[0][0] > self.now():
+                    break
+                when, _, timer = heapq.heappop(heap)
                 if timer.when == when:
-                    if self._base is None:  # a callback paused the machine
-                        heapq.heappush(self._heap, entry)
-                    else:
-                        self._events.locked(timer)
-        finally:
+                    self._events.locked(timer)
+        finally:  # a callback that was denied something must not keep the other timers from firing
             self._set_alarm()
 
     def close(self) -> None:
