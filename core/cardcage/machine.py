@@ -22,6 +22,7 @@ from cardcage import outcome as outcomes
 from cardcage._config.places import Place, placed
 from cardcage._machine import building
 from cardcage._machine.board import Board
+from cardcage._machine.faults import MISTAKES, Faults
 from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
@@ -104,13 +105,14 @@ class Machine:
         self.config, self.name = config, config.machine.name
         self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
-        self.observers = Observers(self.log)
+        faults = Faults(self.log, self.host.cards)
+        self.observers = Observers(self.log, faults)
         self.memory = PhysicalMemory()
         self.vcpus: list[VCpu] = []
         self.mediator, self.label = Mediator(), self.name  # until the security cards were asked
         self._closed = False
         self._end = ExitStack()
-        self._life = Life(config.machine, self.log, self.observers, self.vcpus, self.memory.fault)
+        self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
         self.loop, self.console = self._life.loop, self._life.console
         try:
@@ -222,8 +224,14 @@ class Machine:
         self._life.gate.wake()
 
     def fail(self, error: BaseException) -> None:
-        """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread."""
-        self._life.fail(error)
+        """Stop with *error*, which :meth:`wait` and leaving the ``with`` raise. The first end counts. Any thread.
+
+        A :exc:`~cardcage.memory.GuestMemoryError` is a guest's doing: it is logged, and the machine goes on.
+        """
+        if isinstance(error, MISTAKES):
+            self._life.faults.spare(error)
+        else:
+            self._life.fail(error)
 
     def start(self, *, boot: bool = True) -> Machine:
         """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit.

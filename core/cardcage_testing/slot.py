@@ -43,6 +43,17 @@ class TestClock:
     def timer(self, callback: Callable[[], None], /) -> TestTimer:
         return TestTimer(self, callback)
 
+    @property
+    def next(self) -> int | None:
+        """When the next timer fires, ``None`` when none is armed."""
+        while self._heap and self._heap[0][2].when != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def skip(self, now: int) -> None:
+        """Let it be *now*, unless it is later already; what fires until then does so at the next :meth:`advance`."""
+        self._now = max(self._now, now)
+
     def advance(self, nanoseconds: int) -> None:
         """Let time pass; timers fire in their order, each at its own moment."""
         end = self._now + nanoseconds

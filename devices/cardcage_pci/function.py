@@ -53,7 +53,7 @@ class Function:
         self.spec, self.device, self.slot, self.address = spec, device, slot, address
         self.name = f"{slot.id} at {address >> 3:02x}.{address & 7}"
         self.config, self.mask, self.clear = bytearray(256), bytearray(256), bytearray(256)
-        self._line, self._gsi, self._level = line, gsi, False
+        self._line, self._gsi, self._level, self._told = line, gsi, False, False
         found = calls(device, OPTIONAL, slot.id)
         self._read, self._written, self._moved = map(found.get, ("config_read", "config_written", "bars_moved"))
         self.mappings: dict[int, RegionMapping] = {}
@@ -182,8 +182,19 @@ class Function:
         if self._read is not None:
             answer: int | None = self._read(offset, size)
             if answer is not None:
-                return answer
+                return answer if not answer >> 8 * size else self._misread(answer, offset, size)
         return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def _misread(self, answer: int, offset: int, size: int) -> int:
+        """The lowest bytes of what does not fit, which would else be read as its neighbours; said once."""
+        most = (1 << 8 * size) - 1
+        if not self._told:
+            self._told = True
+            code = getattr(self._read, "__code__", None)
+            at = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else type(self.device).__qualname__
+            why = f"config_read({offset:#x}, {size}) gave more or less than 0 to {most:#x}"
+            self.slot.log.warning("card's read gave what does not fit", at=at, why=why)
+        return answer & most
 
     def write(self, offset: int, size: int, value: int) -> bool:
         """Write 1, 2 or 4 bytes inside one doubleword; returns whether BARs may have moved."""

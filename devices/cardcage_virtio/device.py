@@ -44,7 +44,7 @@ class VirtioDevice(Protocol):
     device_id: int
     """Its number (virtio 1.2, chapter 5)."""
     queue_sizes: tuple[int, ...]
-    """The largest size of each queue."""
+    """The largest size of each queue, a power of two from 1 to 32768."""
 
 
 class Serves(Protocol):

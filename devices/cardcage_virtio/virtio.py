@@ -19,7 +19,7 @@ from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.split import SplitRing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cardcage.device import Slot
 
@@ -83,6 +83,16 @@ def needs_of(device: Any) -> Needs:
     return device.needs() if has(device, HasNeeds) else Needs()
 
 
+def _checked_sizes(device: Any) -> Iterator[int]:
+    """Its queue sizes. Raises CardError for one that drivers cannot use: they set up split rings, at the most as long
+    as that says, whose sizes are powers of two (virtio 1.2, 2.7 and 4.1.4.3.1)."""
+    for at, size in enumerate(device.queue_sizes):
+        if type(size) is not int or not 0 < size <= 32768 or size & (size - 1):
+            what = f"queue_sizes[{at}] is {size!r}, expected a power of two from 1 to 32768"
+            raise CardError(f"{type(device).__name__}: {what}")
+        yield size
+
+
 class Virtio:
     """One virtio device between its transport and its author's object.
 
@@ -97,7 +107,7 @@ class Virtio:
         self._calls = calls(require(device, VirtioDevice), OPTIONAL)
         self.offered: int = getattr(device, "ring_features", COMMON) | getattr(device, "features", 0)
         self.features = self.driver_features = self.status = self.generation = 0
-        self.queues = [Queue(size, size) for size in device.queue_sizes]
+        self.queues = [Queue(size, size) for size in _checked_sizes(device)]
         self.rings: list[Ring | None] = [None] * len(self.queues)
         self.slot: Slot
         self.paused = False

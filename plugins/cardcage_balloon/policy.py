@@ -107,6 +107,7 @@ class BalloonPolicy:
         if memory.balloon is None:
             memory.add("virtio-balloon")
         memory.set_target(memory.size)  # a security policy that forbids it says so now
+        memory.tell("set_target", memory.cannot_balloon)
         if self._board is None:
             try:
                 self._board = Board(self._folder())

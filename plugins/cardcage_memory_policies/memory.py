@@ -12,7 +12,7 @@ from cardcage.errors import HostError, StateError, UsageError
 from cardcage.memory import PAGE
 from cardcage.security import Act
 
-from cardcage_memory_policies.smaps import cannot_merge
+from cardcage_memory_policies.smaps import cannot_merge, cannot_move_out, no_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,10 +48,15 @@ class MachineMemory:
     """One machine's memory as a policy sees and steers it. Thread-safe; holds the machine's lock nowhere.
 
     Attributes: ``name``, ``label``, ``size`` (bytes of RAM), ``priority`` (who has the lowest gives first), ``log``.
+
+    What a verb can do nothing about on this host, such as moving memory out without swap, the log says once.
+
+    Args:
+        policy: whose, for the log. told: what was said for it already, also of other machines.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, policy: str = "", told: set[str] | None = None) -> None:
+        self._machine, self._policy, self._told = machine, policy, set() if told is None else told
         self.name, self.label, self.log = machine.name, machine.label, machine.log
         self._blocks = list({id(one.block): one.block for one in machine.memory.ranges}.values())
         self.size: int = machine.config.machine.memory
@@ -60,6 +65,7 @@ class MachineMemory:
         self._gone = False
         self._hand = 0
         self._merging: Grant | None = None
+        self._stays: str | None = None
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     # what it sees
@@ -112,6 +118,31 @@ class MachineMemory:
         """Why KSM cannot merge this RAM (shared, huge pages, a file behind it); empty when it can."""
         return next((reason for start, _ in self.areas if (reason := cannot_merge(start))), "")
 
+    @property
+    def cannot_reclaim(self) -> str:
+        """Why nothing of this RAM can be moved out (no swap, huge pages, locked); empty when it can."""
+        if self._stays is None:  # looking takes 10 ms for a GiB
+            self._stays = next((reason for start, _ in self.areas if (reason := cannot_move_out(start))), "")
+        return self._stays
+
+    @property
+    def cannot_balloon(self) -> str:
+        """Why the host does not get back what a guest gives to a balloon, 4 KiB at a time; empty when it does."""
+        page = max((block.page for block in self._blocks), default=PAGE)
+        if page > PAGE:
+            return f"RAM is made of pages of {page >> 10} KiB, and a balloon takes {PAGE >> 10} KiB at a time"
+        with self._lock:
+            if self._gone or all(block.discard(0, 0) for block in self._blocks):
+                return ""
+        return "the memory back end gives no pages back"
+
+    def tell(self, verb: str, reason: str) -> None:
+        """Say that *verb* can do nothing here, and why: once for all machines of the policy, never without *reason*."""
+        if reason and (said := f"{verb}: {reason}") not in self._told:
+            self._told.add(said)
+            policy = {"policy": self._policy} if self._policy else {}
+            self.log.warning("memory policy: this host does not let it act", **policy, verb=verb, reason=reason)
+
     # what it does
 
     def advise(self, advice: int, areas: Iterable[tuple[int, int]] | None = None) -> int:
@@ -122,17 +153,19 @@ class MachineMemory:
         """
         if advice not in HARMLESS:
             raise UsageError(f"advice {advice} is not for a policy: it changes or merges the guest's memory")
-        return sum(self._advise(advice, start, size) for start, size in self._checked(areas))
-
-    def _checked(self, areas: Iterable[tuple[int, int]] | None) -> list[tuple[int, int]]:
-        if areas is None:
-            return self.areas
-        wanted = list(areas)
-        for start, size in wanted:
+        checked = self.areas if areas is None else list(areas)
+        for start, size in checked:
             inside = any(base <= start and start + size <= base + length for base, length in self.areas)
             if start % PAGE or size < 0 or not inside:
                 raise UsageError(f"{start:#x}+{size:#x} is not RAM of {self.name} in whole pages")
-        return wanted
+        done = sum(self._advise(advice, start, size) for start, size in checked)
+        if not done and any(size for _, size in checked) and not self._gone:
+            self.tell(f"madvise({advice})", os.strerror(ctypes.get_errno()))
+        elif advice == MADV_PAGEOUT and not self._gone:
+            self.tell("reclaim", self.cannot_reclaim)
+        elif advice == mmap.MADV_HUGEPAGE:
+            self.tell(f"madvise({advice})", no_huge_pages())
+        return done
 
     def _advise(self, advice: int, start: int, size: int, errors: tuple[int, ...] = ()) -> int:
         """Bytes taken. Raises HostError for an error number in *errors*."""
@@ -188,7 +221,7 @@ class MachineMemory:
         self._allow_reclaim()
         areas = self.areas
         places = [(start + at, min(CHUNK, length - at)) for start, length in areas for at in range(0, length, CHUNK)]
-        gone = 0
+        gone, looked = 0, False
         for _ in range(len(places)):
             if gone >= size:
                 break
@@ -197,7 +230,10 @@ class MachineMemory:
             if before := self._resident(start, length):
                 self._write_back(start, length)
                 self._advise(MADV_PAGEOUT, start, length)
+                looked = True
                 gone += max(0, before - self._resident(start, length))
+        if looked and not gone and not self._gone:
+            self.tell("reclaim", self.cannot_reclaim)
         return gone
 
     def _write_back(self, start: int, size: int) -> None:
@@ -216,19 +252,16 @@ class MachineMemory:
         """
         if not 0 <= size <= self.size:
             raise UsageError(f"{self.name}: a target of {size} bytes: expected 0 to {self.size}")
-        balloon = self._need_balloon()
+        balloon = _found(self.balloon, self.name)
         self._allow_reclaim()
+        if size < self.size:
+            self.tell("set_target", self.cannot_balloon)
         self._machine.loop.call_soon(lambda: balloon.resize(self.size - size))
 
     def ask_statistics(self) -> None:
         """Ask the guest for statistics: ``balloon.report`` is new soon after, unless it does not answer."""
-        balloon = self._need_balloon()
+        balloon = _found(self.balloon, self.name)
         self._machine.loop.call_soon(balloon.ask_statistics)
-
-    def _need_balloon(self) -> MemoryBalloon:
-        if (balloon := self.balloon) is None:
-            raise StateError(f"{self.name}: has no balloon device")
-        return balloon
 
     def add(self, type: str, /, **keys: Any) -> Plugged:
         """Add a device that the policy needs, from ``attach``: ``memory.add("virtio-balloon")``."""
@@ -242,3 +275,9 @@ class MachineMemory:
         """The machine's memory is about to go: no verb touches it any more."""
         with self._lock:
             self._gone = True
+
+
+def _found(balloon: MemoryBalloon | None, name: str) -> MemoryBalloon:
+    if balloon is None:
+        raise StateError(f"{name}: has no balloon device")
+    return balloon

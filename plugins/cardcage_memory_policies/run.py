@@ -36,6 +36,7 @@ class PolicyRun:
 
     Attributes:
         stepping: set it to False before the first machine, and call ``step`` yourself.
+        told: what it can do nothing about on this host, as far as that was said.
     """
 
     def __init__(self, policy: Any, name: str, who: str) -> None:
@@ -43,6 +44,7 @@ class PolicyRun:
         self._detach = policy.detach if has(policy, Detachable, who) else None
         self._step = policy.step if has(policy, Stepping, who) else None
         self.stepping = self._step is not None
+        self.told: set[str] = set()
         self._machines: list[MachineMemory] = []
         self._lock = threading.Lock()  # one attach or detach at a time
         self._calling = threading.Lock()  # the policy hears one call at a time
@@ -116,7 +118,7 @@ def attach_policies(machine: Machine) -> None:
     for spec in specs_of(machine.config.policy.get("memory", []), machine.config.place("policy.memory")):
         run, who = _run(machine.host, spec)
         tell_near_misses(run.policy, POLICY, who, machine.log)
-        memory = MachineMemory(machine)
+        memory = MachineMemory(machine, run.name, run.told)
         spec.place.blamed(who, partial(run.attach, memory))
         attached.append(AttachedPolicy(run, memory))
 

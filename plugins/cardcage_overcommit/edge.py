@@ -64,6 +64,7 @@ class Edge:
         self._warned = -QUIET
 
     def attach(self, memory: MachineMemory, /) -> None:
+        memory.tell("reclaim", memory.cannot_reclaim)  # now: when memory runs short it is too late to add swap
         self.machines.append(memory)
         if len(self.machines) == 1:
             self._begin(memory)

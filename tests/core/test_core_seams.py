@@ -306,7 +306,7 @@ def test_the_contract_is_kept_and_its_breach_found() -> None:
     ):
         with pytest.raises(AssertionError, match=error):
             check_device(broken, Pio(1, 0x10))
-    with pytest.raises(IndexError):
+    with pytest.raises(AssertionError, match=r"write\(0x0, 1, .*\) raised IndexError"):
         check_device(Raises, Pio(1, 0x10))
     with pytest.raises(CardError):
         check_device(Counter, Region(1, 0x10, write="wirte"))

@@ -253,7 +253,7 @@ def test_a_failed_pci_device_gives_its_address_back() -> None:
 
 def test_a_denied_timer_does_not_stop_the_others() -> None:
     """A timer's callback that is denied something is logged; timers after it still fire."""
-    lock, fired, seen = threading.Lock(), threading.Event(), []
+    lock, fired, seen = threading.RLock(), threading.Event(), []
 
     def locked(callback: Any) -> None:
         with lock:

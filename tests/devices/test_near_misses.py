@@ -68,12 +68,17 @@ def test_a_virtio_device_tells_near_misses() -> None:
 
 
 def test_a_virtio_device_is_looked_at_by_signature() -> None:
-    """A method with other arguments, a state that is only saved, or no number is refused when the device is made."""
+    """A method with other arguments, a state that is only saved, no number, or a queue size that no driver could use is
+    refused when the device is made."""
     for members, error in (
         ({"config": lambda self, offset: b""}, "config.* does not take 0 positional arguments"),
         ({"save": lambda self: None}, "has 'save' but no 'load'"),
         ({"queue_sizes": None}, "has no attribute 'queue_sizes'"),
         ({"handle": None}, "has a method handle"),
+        *(
+            ({"queue_sizes": (8, size)}, rf"queue_sizes\[1\] is {size!r}, expected a power of two from 1 to 32768")
+            for size in (7, 0, -8, 65536, 8.0, True, "8", None)
+        ),
     ):
         wrong = type("Wrong", (Toy,), members)
         with pytest.raises(CardError, match=f"Wrong: .*{error}"):

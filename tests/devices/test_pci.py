@@ -285,6 +285,24 @@ def test_devices_may_own_bytes_of_configuration_space(cage: Cage) -> None:
     assert cage.get(0, 0x0E, 1) == 0x80
 
 
+def test_a_configuration_read_that_does_not_fit_is_told_once(cage: Cage) -> None:
+    """The guest reads the lowest bytes, and no neighbour of theirs is another for it; one line names file and line."""
+
+    class Wide(Plain):
+        def config_read(self, offset: int, size: int) -> int | None:
+            return {0x40: -1, 0x41: 0x1234}.get(offset)
+
+    slot = cage.add(Wide(msix=0), "03.0")
+    where = 3 << 3
+    for _ in range(2):
+        assert cage.host.config_read(where, 0x3F, 4) == 0x0034FF00
+        assert cage.get(3, 0x41, 1) == 0x34
+    ((_, event, values),) = slot.log.entries
+    assert event == "card's read gave what does not fit"
+    assert f"{__file__}:" in values["at"]
+    assert "config_read(0x40, 1) gave more or less than 0 to 0xff" in values["why"]
+
+
 @pytest.mark.parametrize("address", ["40", "1.8", "x", "-1", "03.0"])
 def test_a_bad_or_taken_address_is_a_configuration_error(cage: Cage, address: str) -> None:
     """Addresses are checked, and say what was expected or who is there."""

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from cardcage import Crashed, DebugExit, Machine, Panicked, PoweredOff
 from cardcage._machine.building import probe_of
+from cardcage.device import Pio, Slot
+from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
-from cardcage.registry import AcceleratorOffer
+from cardcage.registry import AcceleratorOffer, Registry
 from cardcage_snapshot.state import capture, dumps, loads, restore
 
 ACCELERATORS = [
@@ -57,6 +59,35 @@ def test_debug_exit(accel: str, guest: Path) -> None:
     """A guest's write to the debug exit port ends the machine with its code."""
     with pc(accel, guest, "b02ae6f4f4") as vm:  # mov al,0x2a; out 0xf4,al; hlt
         assert vm.start().wait(60) == DebugExit(0x2A)
+
+
+class Fetcher:
+    """Reads and writes guest memory at 16 MiB times what the guest wrote, as anyone would write it."""
+
+    def plug(self, slot: Slot, /) -> None:
+        self.memory, self.address = slot.memory, 0
+
+    def read(self, offset: int, size: int, /) -> int:
+        return self.memory.read(self.address, size)[0]
+
+    def write(self, offset: int, size: int, value: int, /) -> None:
+        self.address = value << 24
+        self.memory.write(self.address, b"x")
+
+
+class FetcherCard:
+    @hookimpl
+    def cardcage_register(self, registry: Registry) -> None:
+        registry.device("fetcher", Fetcher, regions=(Pio(1, 0x2A0),))
+
+
+def test_a_wild_address_is_open_bus(accel: str, guest: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A guest that gives a device an address without RAM reads all ones and goes on; the log names the card."""
+    # mov dx,0x2a0; mov al,0xde; out dx,al; xor ax,ax; in al,dx; out 0xf4,al; hlt
+    with Host([FetcherCard()]) as host, pc(accel, guest, "baa002b0deee31c0ece6f4f4", host=host) as vm:
+        vm.add("fetcher")
+        assert vm.start().wait(60) == DebugExit(0xFF)
+    assert capfd.readouterr().err.count("card let a GuestMemoryError out") == 2
 
 
 def test_panic(accel: str, guest: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage._machine.booting import MachineBoot
 from cardcage._machine.bus import Bus
+from cardcage._machine.faults import MISTAKES
 from cardcage._machine.ops import MachineOps, ObservedOps
 from cardcage._machine.plugged import able
 from cardcage._machine.runner import run_vcpu
@@ -18,7 +19,7 @@ from cardcage.security import Act
 from cardcage.x86 import reset_state
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cardcage._host.log import Log
     from cardcage._machine.life import Life
@@ -62,7 +63,7 @@ class Board:
         self.vm, self.irqchip, self.memory, self.vcpus = vm, irqchip, memory, vcpus
         self.life, self._observers = life, observers
         self._spans, self._reserved = spans, reserved
-        self.pio, self.mmio = Bus("pio", 16), Bus("mmio", 52)
+        self.pio, self.mmio = Bus("pio", 16, life.faults.misread), Bus("mmio", 52, life.faults.misread)
         self.wiring = Wiring(vm, irqchip, life.gate.wake)
         self.lines = self.wiring.lines
         self.devices: dict[str, PluggedDevice] = {}
@@ -73,7 +74,7 @@ class Board:
 
     def choose_ops(self) -> None:
         """vCPUs serve accesses through an object without any hook in it, unless somebody observes."""
-        parts = (self.life.lock, self.pio, self.mmio, self.wiring, self.log)
+        parts = (self.life.lock, self.pio, self.mmio, self.wiring, self.life.faults)
         observed = self._observers.has("pio", "mmio")
         self.ops = ObservedOps(*parts, self._observers.emit) if observed else MachineOps(*parts)
         self.life.kick()  # the next run takes the new one
@@ -141,18 +142,23 @@ class Board:
 
     def freeze(self) -> None:
         """Devices leave guest memory alone. Under the lock."""
-        for device in able(self.devices, "pause"):
-            device.pause()
+        self._each("pause", lambda device: device.pause())
 
     def thaw(self) -> None:
         """Devices go on. Under the lock."""
-        for device in able(self.devices, "pause"):
-            device.resume()
+        self._each("pause", lambda device: device.resume())
 
     def reset(self) -> None:
         """Devices are put back. Under the lock."""
-        for device in able(self.devices, "reset"):
-            device.reset()
+        self._each("reset", lambda device: device.reset())
+
+    def _each(self, ability: str, act: Callable[[Any], None]) -> None:
+        for plugged in self.devices.values():
+            if ability in plugged.abilities:
+                try:
+                    act(plugged.device)
+                except MISTAKES as error:  # a guest can ask for a reset, with any address in a register
+                    self.life.faults.spare(error, plugged.id)
 
     def unplug_all(self) -> None:
         """Take the devices out, the last first; vCPU threads have ended."""

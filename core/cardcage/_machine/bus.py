@@ -17,7 +17,12 @@ from cardcage.errors import CardError, ConfigError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+BITS = tuple(range(0, 72, 8))
 MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
+
+
+class TakenError(ConfigError):
+    """A range overlaps another, or leaves the bus: the configuration's fault, or that of the guest, who moves it."""
 
 
 @frozen(order=False)
@@ -44,10 +49,13 @@ class Bus:
     """Ranges of one address space, ``width`` bits wide (16 for ports, up to 64 for memory).
 
     Lookups are lock-free for readers: the tables are replaced, never changed in place.
+
+    Args:
+        misread: told ``(claim, offset, size, value)`` of a value that does not fit, of which the lowest bytes count.
     """
 
-    def __init__(self, name: str, width: int) -> None:
-        self.name, self.limit = name, 1 << width
+    def __init__(self, name: str, width: int, misread: Callable[..., None] = lambda *_: None) -> None:
+        self.name, self.limit, self._misread = name, 1 << width, misread
         self._claims: list[Claim] = []
         self._bases: list[int] = []
         self._cache: dict[int, Claim] = {}
@@ -56,13 +64,13 @@ class Bus:
         return iter(self._claims)
 
     def add(self, claim: Claim) -> None:
-        """Add a range. Raises :exc:`~cardcage.errors.ConfigError` when it overlaps one or leaves the bus."""
+        """Add a range. Raises :exc:`TakenError` when it overlaps one or leaves the bus."""
         if claim.size < 1 or claim.base < 0 or claim.end > self.limit:
-            raise ConfigError(f"{claim.name}: {self._span(claim)} is outside the {self.name} bus")
+            raise TakenError(f"{claim.name}: {self._span(claim)} is outside the {self.name} bus")
         at = bisect_right(self._bases, claim.base)
         for other in self._claims[max(at - 1, 0) : at + 1]:
             if claim.base < other.end and other.base < claim.end:
-                raise ConfigError(
+                raise TakenError(
                     f"{claim.name}: {self.name} {self._span(claim)} overlaps {other.name} at {self._span(other)}"
                 )
         claims = self._claims.copy()
@@ -90,6 +98,10 @@ class Bus:
             return claims[at]
         return None
 
+    def owner(self, address: int) -> str:
+        """The name of the range that holds *address*, or nothing."""
+        return claim.name if (claim := self.find(address)) is not None else ""
+
     def read(self, address: int, size: int) -> int:
         """Read *size* bytes, little-endian."""
         claim = self._cache.get(address)
@@ -102,10 +114,13 @@ class Bus:
             return self._split_read(address, size)
         value = claim.read(address - claim.base, size)
         try:
-            return value & MASKS[size]
+            if not value >> BITS[size]:
+                return value
         except TypeError as error:
             at = f"{claim.name or claim}: read({address - claim.base:#x}, {size})"
             raise CardError(f"{at} gave {value!r}, expected a whole number") from error
+        self._misread(claim, address - claim.base, size, value)
+        return value & MASKS[size]
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write *size* bytes, little-endian."""

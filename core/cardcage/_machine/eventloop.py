@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 CLOCK_MONOTONIC = 1
 TFD_NONBLOCK, TFD_CLOEXEC, TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
+BURST = 256  # timers that fire before others may have the lock: one that is armed for the past is always due
+
+
+class Owned:
+    """A callback of a device (``None``: of the kernel, and runs others); a reader since a *turn* of the loop."""
+
+    __slots__ = ("callback", "device", "turn")
+
+    def __init__(self, callback: Callable[[], None], device: str | None, turn: int = 0) -> None:
+        self.callback, self.device, self.turn = callback, device, turn
+
+    def __call__(self) -> None:
+        self.callback()
 
 
 class EventLoop:
@@ -28,15 +41,14 @@ class EventLoop:
 
     Args:
         name: of the thread, for debuggers.
-        locked: runs a callback under the machine's lock, and sees to what it raises.
+        locked: runs a callback, which may be an :class:`Owned`, under the machine's lock, and sees to what it raises.
     """
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
-        self._locked = locked
+        self.locked = locked
         self._epoll = select.epoll()
-        self._readers: dict[int, tuple[Callable[[], None], int]] = {}
+        self._readers: dict[int, Owned] = {}
         self._turn = 0
-        self._fd = -1
         self._posts: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._woken = self._ending = False
@@ -47,23 +59,17 @@ class EventLoop:
 
     def _main(self) -> None:
         self._ident = threading.get_ident()
-        wait, locked, wake, posts = self._epoll.poll, self._locked, self._wake, self._posts
+        wait, locked, wake, posts = self._epoll.poll, self.locked, self._wake, self._posts
         while not self._ending:
             self._turn += 1
             for fd, _ in wait(0 if posts else None):
                 if fd == wake:
                     os.eventfd_read(wake)
                     self._woken = False  # before the posts are looked at: a later one writes again
-                else:
-                    self._fd = fd
-                    locked(self._readable)
+                elif (reader := self._readers.get(fd)) is not None and reader.turn != self._turn:
+                    locked(reader)  # of this turn it is not: the event may be of another file with its number
             for _ in range(len(posts)):
                 posts.popleft()()
-
-    def _readable(self) -> None:
-        callback, turn = self._readers.get(self._fd, (None, 0))
-        if callback is not None and turn != self._turn:  # else it may be another file's number by now
-            callback()
 
     @property
     def here(self) -> bool:
@@ -84,22 +90,29 @@ class EventLoop:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
-        self.post(lambda: self._locked(callback))
+        self.post(lambda: self.locked(callback))
 
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call *callback* under the machine's lock whenever *fd* is readable, replacing an earlier one. Any thread.
+    def add_reader(self, fd: int, callback: Callable[[], None], device: str | None = "") -> None:
+        """Call *callback* of *device* under the machine's lock whenever *fd* is readable, replacing an earlier one.
 
-        Raises OSError for what cannot be waited for (a regular file).
+        Any thread. Raises OSError for what cannot be waited for (a regular file).
         """
         with suppress(FileExistsError):  # the earlier one's
             self._epoll.register(fd, select.EPOLLIN)
-        self._readers[fd] = callback, self._turn
+        self._drop(fd)
+        self._readers[fd] = Owned(callback, device, self._turn)
 
     def remove_reader(self, fd: int) -> None:
         """No more calls for *fd*, which may be closed at once. Under the machine's lock, on any thread."""
-        if self._readers.pop(fd, None) is not None and not self._ending:
+        if self._drop(fd) and not self._ending:
             with suppress(OSError):  # closed already: epoll has forgotten it
                 self._epoll.unregister(fd)
+
+    def _drop(self, fd: int) -> bool:
+        if (reader := self._readers.pop(fd, None)) is None:
+            return False
+        reader.callback = lambda: None  # it may be about to run
+        return True
 
     def close(self) -> None:
         """Stop the thread and wait for it. Idempotent; not on the loop thread."""
@@ -114,13 +127,14 @@ class EventLoop:
             self._ending = True
 
 
-class MachineTimer:
-    """A one-shot alarm on a :class:`MachineClock`; see :class:`~cardcage.clock.Timer`."""
+class MachineTimer(Owned):
+    """A one-shot alarm on a :class:`MachineClock`; see :class:`~cardcage.clock.Timer`. Called, it fires."""
 
-    __slots__ = ("_callback", "_clock", "when")
+    __slots__ = ("_clock", "when")
 
-    def __init__(self, clock: MachineClock, callback: Callable[[], None]) -> None:
-        self._clock, self._callback = clock, callback
+    def __init__(self, clock: MachineClock, callback: Callable[[], None], device: str) -> None:
+        super().__init__(callback, device)
+        self._clock = clock
         self.when: int | None = None
 
     def arm(self, when: int, /) -> None:
@@ -132,9 +146,9 @@ class MachineTimer:
         """Do not fire."""
         self.when = None
 
-    def _fire(self) -> None:
+    def __call__(self) -> None:
         self.when = None
-        self._callback()
+        self.callback()
 
 
 class _TimerSpec(ctypes.Structure):
@@ -162,7 +176,7 @@ class MachineClock:
         self._stood = 0
         self._base: int | None = None
         self._alarm: int | None = None
-        events.add_reader(self._fd, self._expired)
+        events.add_reader(self._fd, self._expired, None)
 
     def now(self) -> int:
         """Nanoseconds of guest time."""
@@ -173,9 +187,9 @@ class MachineClock:
         """Continue from *now* (a snapshot's time). The machine is paused."""
         self._stood = now
 
-    def timer(self, callback: Callable[[], None], /) -> MachineTimer:
-        """A timer; *callback* runs on the loop thread under the machine's lock."""
-        return MachineTimer(self, callback)
+    def timer(self, callback: Callable[[], None], /, device: str = "") -> MachineTimer:
+        """A timer of *device*; *callback* runs on the loop thread under the machine's lock."""
+        return MachineTimer(self, callback, device)
 
     def resume(self) -> None:
         """Let time run."""
@@ -218,12 +232,14 @@ class MachineClock:
         except BlockingIOError:  # set anew between the wake-up and now
             return
         self._alarm = None
-        heap = self._heap
         try:
-            while self._base is not None and heap and heap[0][0] <= self.now():
+            for _ in range(BURST):
+                heap = self._heap
+                if self._base is None or not heap or heap[0][0] > self.now():
+                    break
                 when, _, timer = heapq.heappop(heap)
                 if timer.when == when:
-                    timer._fire()
+                    self._events.locked(timer)
         finally:  # a callback that was denied something must not keep the other timers from firing
             self._set_alarm()
 

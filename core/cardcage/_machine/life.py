@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import threading
 from enum import StrEnum
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from cardcage import outcome as outcomes
 from cardcage._machine.console import Console
 from cardcage._machine.eventloop import EventLoop, MachineClock
+from cardcage._machine.faults import HELD, SPARED
 from cardcage._machine.gate import Gate
-from cardcage.errors import Denied, StateError
+from cardcage.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage._host.log import Log
+    from cardcage._machine.faults import Faults
     from cardcage._machine.observers import Observers
     from cardcage.config import MachineConfig
     from cardcage.ram import RamBlock
     from cardcage.vcpu import VCpu
+
+LOOK = 5.0
+"""Seconds after which who waits for the end looks if the lock can be had."""
 
 
 class State(StrEnum):
@@ -74,7 +80,7 @@ class Life:
     def __init__(
         self,
         config: MachineConfig,
-        log: Log,
+        faults: Faults,
         observers: Observers,
         vcpus: list[VCpu],
         fault: Callable[[], BaseException | None],
@@ -85,7 +91,7 @@ class Life:
         self.told = False  # wait() has raised the failure
         self._closed = False
         self.lock = threading.RLock()
-        self._config, self._log, self._observers, self._vcpus, self._fault = config, log, observers, vcpus, fault
+        self._config, self.faults, self._observers, self._vcpus, self._fault = config, faults, observers, vcpus, fault
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._threads: list[threading.Thread] = []
         self._steps: Steps | None = None
@@ -114,9 +120,12 @@ class Life:
         """Run a callback of a card under the lock: of its timers and readers, or because a policy changed."""
         try:
             with self.lock:
+                began = monotonic()
                 callback()
-        except Denied as error:  # the act was refused before it was done: the guest goes on without
-            self._log.warning("denied", why=str(error))
+                if (held := monotonic() - began) > HELD:
+                    self.faults.held(callback, held)
+        except SPARED as error:  # the act was refused before it was done: the guest goes on without
+            self.faults.spare(error, getattr(callback, "device", ""))
         except BaseException as error:  # a card's exception stops the machine, and is raised by wait()
             self.fail(error)
 
@@ -266,8 +275,13 @@ class Life:
         return self.loop.here or threading.current_thread() in self._threads
 
     def await_end(self, timeout: float | None = None) -> bool:
-        """Wait until the machine has stopped; False after *timeout* seconds."""
-        return self._ended.wait(timeout)
+        """Wait until the machine has stopped; False after *timeout* seconds. Who keeps it from all else is told of."""
+        end = inf if timeout is None else monotonic() + timeout
+        while not self._ended.wait(min(LOOK, max(end - monotonic(), 0))):
+            if monotonic() >= end:
+                return False
+            self.faults.stuck(self.lock, (self.loop.thread, *self._threads))
+        return True
 
     def watch(self, block: RamBlock) -> None:
         """Stop the machine, in words, when the host takes memory away under it."""
@@ -290,7 +304,7 @@ class Life:
         """End a machine that has not, and wait for its vCPU threads. Not on the machine's own threads."""
         if self.state is not State.STOPPED:
             self.end(outcomes.Stopped("closed"))
-            self._ended.wait()
+            self.await_end()
         for thread in self._threads:
             thread.join()
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cardcage._machine.faults import MISTAKES
 from cardcage.errors import UsageError, near
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage._host.log import Log
+    from cardcage._machine.faults import Faults
 
 EVENTS = ("state", "outcome", "reset", "pio", "mmio", "exit", "debug")
 
 
 class Observers:
-    """The observers of one machine. One that raises is logged and removed.
+    """The observers of one machine. One that raises is logged and removed, but for what a guest can make it raise.
 
     Events, and what observers are called with:
 
@@ -28,9 +30,9 @@ class Observers:
     ``debug``       (vCPU index): a breakpoint or single step; the machine is about to pause
     """
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, faults: Faults) -> None:
         self._table: dict[str, tuple[Callable[..., None], ...]] = {}
-        self._log = log
+        self._log, self._faults = log, faults
         self._listener: Callable[[], None] = lambda: None
 
     def follow(self, changed: Callable[[], None]) -> None:
@@ -60,6 +62,8 @@ class Observers:
         for observer in self._table.get(event, ()):
             try:
                 observer(*values)
+            except MISTAKES as error:
+                self._faults.spare(error)
             except Exception as error:  # an observer is no part of the machine: its fault must not become the guest's
                 self._log.error(
                     "observer removed: it raised", event_name=event, observer=repr(observer), error=repr(error)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cardcage._machine.bus import MASKS
-from cardcage.errors import Denied
+from cardcage._machine.faults import SPARED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import RLock
 
-    from cardcage._host.log import Log
     from cardcage._machine.bus import Bus
+    from cardcage._machine.faults import Faults
     from cardcage._machine.wiring import Wiring
 
 
@@ -26,34 +26,43 @@ class MachineOps:
     ``pio_read(port, size)``, ``pio_write(port, size, value)``, ``mmio_read``, ``mmio_write``: see the protocol.
     """
 
-    def __init__(self, lock: RLock, pio: Bus, mmio: Bus, wiring: Wiring, log: Log) -> None:
+    def __init__(self, lock: RLock, pio: Bus, mmio: Bus, wiring: Wiring, faults: Faults) -> None:
         self._lock, self._wiring = lock, wiring
         acquire, release = lock.acquire, lock.release
-        self.pio_read = reader(acquire, release, pio.read, log)
-        self.pio_write = writer(acquire, release, pio.write, log)
-        self.mmio_read = reader(acquire, release, mmio.read, log)
-        self.mmio_write = writer(acquire, release, mmio.write, log)
+        self.pio_read = reader(acquire, release, pio, faults)
+        self.pio_write = writer(acquire, release, pio, faults)
+        self.mmio_read = reader(acquire, release, mmio, faults)
+        self.mmio_write = writer(acquire, release, mmio, faults)
+        self._faults = faults
 
     def acknowledge_extint(self) -> int | None:
         with self._lock:
-            return self._wiring.acknowledge()
+            try:
+                return self._wiring.acknowledge()
+            except SPARED as error:
+                self._faults.spare(error)
+                return None
 
     def end_of_interrupt(self, vector: int, /) -> None:
         with self._lock:
-            self._wiring.end_of_interrupt(vector)
+            try:
+                self._wiring.end_of_interrupt(vector)
+            except SPARED as error:
+                self._faults.spare(error)
 
 
 def reader(
-    acquire: Callable[[], bool], release: Callable[[], None], read: Callable[[int, int], int], log: Log
+    acquire: Callable[[], bool], release: Callable[[], None], bus: Bus, faults: Faults
 ) -> Callable[[int, int], int]:
-    """*read* under a lock. What a device was denied meanwhile is no reason to stop: the bus is open."""
+    """Reads of *bus* under a lock. What a device was denied, or made to raise, is no reason to stop: open bus."""
+    read = bus.read
 
     def locked(address: int, size: int, /) -> int:
         acquire()
         try:
             return read(address, size)
-        except Denied as error:
-            log.warning("denied", why=str(error))
+        except SPARED as error:
+            faults.spare(error, bus.owner(address))
             return MASKS[size]
         finally:
             release()
@@ -62,16 +71,17 @@ def reader(
 
 
 def writer(
-    acquire: Callable[[], bool], release: Callable[[], None], write: Callable[[int, int, int], None], log: Log
+    acquire: Callable[[], bool], release: Callable[[], None], bus: Bus, faults: Faults
 ) -> Callable[[int, int, int], None]:
-    """*write* under a lock; see :func:`reader`."""
+    """Writes to *bus* under a lock; see :func:`reader`."""
+    write = bus.write
 
     def locked(address: int, size: int, value: int, /) -> None:
         acquire()
         try:
             write(address, size, value)
-        except Denied as error:
-            log.warning("denied", why=str(error))
+        except SPARED as error:
+            faults.spare(error, bus.owner(address))
         finally:
             release()
 
@@ -81,8 +91,10 @@ def writer(
 class ObservedOps(MachineOps):
     """The same, and tells the observers of ``pio`` and ``mmio`` by *emit*."""
 
-    def __init__(self, lock: RLock, pio: Bus, mmio: Bus, wiring: Wiring, log: Log, emit: Callable[..., None]) -> None:
-        super().__init__(lock, pio, mmio, wiring, log)
+    def __init__(
+        self, lock: RLock, pio: Bus, mmio: Bus, wiring: Wiring, faults: Faults, emit: Callable[..., None]
+    ) -> None:
+        super().__init__(lock, pio, mmio, wiring, faults)
         self.pio_read = observed_reader("pio", self.pio_read, emit)
         self.pio_write = observed_writer("pio", self.pio_write, emit)
         self.mmio_read = observed_reader("mmio", self.mmio_read, emit)

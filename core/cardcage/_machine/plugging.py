@@ -13,7 +13,7 @@ from cardcage._machine.messages import DeviceInterrupts
 from cardcage._machine.opening import DeviceHost
 from cardcage._machine.plugged import PluggedDevice
 from cardcage._machine.ranges import DeviceRanges
-from cardcage._machine.slot import DeviceLoop, DeviceSlot
+from cardcage._machine.slot import DeviceClock, DeviceLoop, DeviceSlot
 from cardcage.abilities import has, tell_near_misses
 from cardcage.config import DeviceConfig
 from cardcage.device import DetachingBus
@@ -119,12 +119,12 @@ class Plugging:
         slot = DeviceSlot(
             asking,
             board.memory,
-            life.clock,
+            DeviceClock(life.clock, id),
             log,
             Power(life),
             DeviceInterrupts(asking, board.lines, board.vm, board.irqchip, number, place, log, ranges.owns),
             ranges,
-            DeviceLoop(life.loop, lambda: life.outcome is not None or life.failure is not None),
+            DeviceLoop(life.loop, id, lambda: life.outcome is not None or life.failure is not None),
             self._reach,
         )
         slot.host = DeviceHost(asking, self._host, board.memory, board.services, life.console, place, slot)

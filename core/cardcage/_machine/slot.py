@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cardcage._machine.eventloop import Owned
 from cardcage._machine.granted import MemoryGate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage._machine.asking import Asking
-    from cardcage._machine.eventloop import EventLoop
+    from cardcage._machine.eventloop import EventLoop, MachineClock, MachineTimer
     from cardcage._machine.messages import DeviceInterrupts
     from cardcage._machine.opening import DeviceHost
     from cardcage._machine.ranges import DeviceRanges
@@ -19,13 +20,24 @@ if TYPE_CHECKING:
     from cardcage.memory import GuestMemory, PhysicalMemory
 
 
+class DeviceClock:
+    """Guest time as one device uses it; satisfies :class:`~cardcage.clock.Clock`."""
+
+    __slots__ = ("_clock", "_device", "now")
+
+    def __init__(self, clock: MachineClock, device: str) -> None:
+        self._clock, self._device, self.now = clock, device, clock.now
+
+    def timer(self, callback: Callable[[], None], /) -> MachineTimer:
+        return self._clock.timer(callback, self._device)
+
+
 class DeviceLoop:
     """The machine's loop thread as one device uses it; satisfies :class:`~cardcage.device.Loop`."""
 
-    def __init__(self, events: EventLoop, ended: Callable[[], bool]) -> None:
-        self._events, self._ended = events, ended
+    def __init__(self, events: EventLoop, device: str, ended: Callable[[], bool]) -> None:
+        self._events, self._device, self._ended = events, device, ended
         self._readers: set[int] = set()
-        self.call_soon = events.call_soon
 
     @property
     def ending(self) -> bool:
@@ -35,12 +47,16 @@ class DeviceLoop:
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
         """Call *callback* on the loop thread, under the machine's lock, whenever *fd* is readable."""
         self._readers.add(fd)
-        self._events.add_reader(fd, callback)
+        self._events.add_reader(fd, callback, self._device)
 
     def remove_reader(self, fd: int, /) -> None:
         """No more calls for *fd*."""
         self._readers.discard(fd)
         self._events.remove_reader(fd)
+
+    def call_soon(self, callback: Callable[[], None], /) -> None:
+        """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
+        self._events.call_soon(Owned(callback, self._device))
 
     def close(self) -> None:
         """No more calls."""
