@@ -152,6 +152,10 @@ def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
+def _fits(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 class HostFile:
     """A regular file or block device. Thread-safe.
 
@@ -171,6 +175,8 @@ class HostFile:
         self.path, self._direct, self._stable = path, direct, stable
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
         try:
+            if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
+                raise ConfigError("neither a regular file nor a block device", file=path)
             self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
@@ -179,7 +185,7 @@ class HostFile:
         except ValueError as error:
             raise ConfigError(f"not a file name: {error}", file=repr(path)) from error
         mode = os.fstat(self.fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        if not _fits(mode):
             os.close(self.fd)
             raise ConfigError("neither a regular file nor a block device", file=path)
         self._device = stat.S_ISBLK(mode)
