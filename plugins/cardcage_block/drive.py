@@ -235,23 +235,27 @@ def parse_file(text: str) -> dict[str, Any]:
 
 _BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
 _DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
-_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "id", "if", "locking", "queues", "readonly", "serial")
+_DEVICE_TEXT = ("id", "rerror", "serial", "werror")
+_DEVICE_NUMBERS = ("logical_block", "physical_block", "queues")
+_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "if", "locking", "readonly")
+_KEYS = sorted((*_DRIVE_KEYS, *_DEVICE_TEXT, *_DEVICE_NUMBERS))
 
 
 def parse_drive_flag(text: str) -> dict[str, Any]:
     """``--drive file=root.qcow2,format=qcow2,readonly=on`` as a ``virtio-blk`` device; a bare path will do.
 
-    Keys: those of :class:`Drive`, and the device's ``id``, ``serial`` and ``queues``. Raises :exc:`ValueError`.
+    Keys: those of :class:`Drive`, and the device's ``id serial queues logical_block physical_block werror rerror``.
+    Raises :exc:`ValueError`.
     """
     pairs = parse_pairs(text, first="file")
     device: dict[str, Any] = {"type": "virtio-blk"}
     drive: dict[str, Any] = {}
     for key, value in pairs.items():
-        if key in ("id", "serial"):
+        if key in _DEVICE_TEXT:
             device[key] = value
-        elif key == "queues":
-            if not value.isascii() or not value.isdigit():
-                raise ValueError(f"queues={value}: expected a number")
+        elif key in _DEVICE_NUMBERS:
+            if not value.isascii() or not value.isdigit() or len(value) > 9:
+                raise ValueError(f"{key}={value}: expected a number")
             device[key] = int(value)
         elif key == "if":
             if value not in ("virtio", "none"):
@@ -267,7 +271,7 @@ def parse_drive_flag(text: str) -> dict[str, Any]:
         elif key in _DRIVE_KEYS:
             drive[key] = value
         else:
-            raise ValueError(f'no key "{key}".{near(key, _DRIVE_KEYS) or " Known: " + ", ".join(_DRIVE_KEYS)}')
+            raise ValueError(f'no key "{key}".{near(key, _KEYS) or " Known: " + ", ".join(_KEYS)}')
     if not drive.get("file"):
         raise ValueError("file=PATH is missing")
     return {"device": [{**device, "drive": drive}]}

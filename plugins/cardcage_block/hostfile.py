@@ -193,6 +193,7 @@ class HostFile:
         self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
         self._closing = threading.Lock()
         self._nowait = self._nowait_writes = True
+        self._lost: str | None = None
         self._doubt, self._doubts = CALM[0], CALM[0]
 
     def _find_alignment(self) -> int:
@@ -331,9 +332,18 @@ class HostFile:
         return offset & ~mask, (offset + length + mask) & ~mask
 
     def sync(self) -> None:
-        """fdatasync(2), unless the file was opened as not stable."""
-        if self._stable:
-            os.fdatasync(self.fd)
+        """fdatasync(2), unless the file was opened as not stable. Raises OSError (EIO), from then on each time."""
+        if not self._stable:
+            return
+        if self._lost is None:
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                # The host has dropped what it could not write, and the next call would say that all is well (QEMU:
+                # page_cache_inconsistent). So it is no want of room either, after which one may try again.
+                self._lost = error.strerror
+        if self._lost is not None:
+            raise OSError(errno.EIO, f"the host could not make data stable: {self._lost}")
 
     def size(self) -> int:
         """Bytes in the file or device."""

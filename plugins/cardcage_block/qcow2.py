@@ -210,8 +210,12 @@ class Qcow2Image:
         self._health.check()
         if self._lazy and not self._header.incompatible & INCOMPAT_DIRTY:
             self._header.incompatible |= INCOMPAT_DIRTY
-            self.tables.write_header()
-            self._health.sync()
+            try:
+                self.tables.write_header()
+                self._health.sync()
+            except OSError:
+                self._header.incompatible &= ~INCOMPAT_DIRTY
+                raise
 
     def _write_run(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:
         """Write a first part of *buffers* that needs one kind of treatment; its length."""
