@@ -191,6 +191,13 @@ class Power(Protocol):
     def stop(self, why: str, /) -> None:
         """The host's side of the device asks for the end (an escape key, a reader that went away): Stopped."""
 
+    def pause(self, why: str, /) -> None:
+        """Pause the machine until :meth:`resume`, or until its operator resumes it: the host cannot do now what the
+        guest asked for. Any thread; the device is paused with the others, soon. Observers hear ``waiting``."""
+
+    def resume(self) -> None:
+        """End the pause that the device asked for; others', and the operator's own, go on. Any thread."""
+
 
 class Interrupts(Protocol):
     """A device's interrupts."""

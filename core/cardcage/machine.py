@@ -55,8 +55,8 @@ class Machine:
 
     Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; nothing is left then.
     Attributes that cards and callers use: ``config name host log mediator label observers memory_backend accelerator
-    vm irqchip memory vcpus pio mmio lines devices services clock loop console lock state outcome``. Nobody but the
-    machine sets them.
+    vm irqchip memory vcpus pio mmio lines devices services clock loop console lock state outcome waiting`` (devices
+    that paused it, by id, and why). Nobody but the machine sets them.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Machine:
         self._end = ExitStack()
         self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
-        self.loop, self.console = self._life.loop, self._life.console
+        self.loop, self.console, self.waiting = self._life.loop, self._life.console, self._life.waits.devices
         try:
             self._build()
         except BaseException as error:
@@ -248,9 +248,10 @@ class Machine:
         return self
 
     def pause(self) -> None:
-        """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running."""
+        """Bring all vCPUs out of guest code and stop guest time. Raises StateError unless running, or waiting."""
         self._allow("pause")
-        self._life.transit("pause", (State.RUNNING,), self._life.do_pause)
+        states = (State.RUNNING, State.PAUSED) if self.waiting else (State.RUNNING,)
+        self._life.transit("pause", states, self._life.waits.take_over)
 
     def resume(self) -> None:
         """Go on after :meth:`pause`. Raises StateError unless paused."""

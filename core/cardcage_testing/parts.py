@@ -89,6 +89,12 @@ class TestPower:
     def stop(self, why: str, /) -> None:
         self.requests.append(("stop", why))
 
+    def pause(self, why: str, /) -> None:
+        self.requests.append(("pause", why))
+
+    def resume(self) -> None:
+        self.requests.append(("resume",))
+
 
 class NoVm:
     """An accelerator's VM without any opt-in ability."""

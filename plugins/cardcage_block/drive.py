@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attrs import evolve, frozen
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError, near
 from cardcage.pairs import parse_pairs
 
-from cardcage_block.header import INCOMPAT_DIRTY, MAGIC, Header
+from cardcage_block.chain import Below, Fence, find_below
+from cardcage_block.formats import detect, refuse_foreign, shown
+from cardcage_block.header import INCOMPAT_DIRTY, Header
 from cardcage_block.hostfile import HostFile
 from cardcage_block.locks import lock_image
 from cardcage_block.qcow2 import Qcow2Image
@@ -19,17 +21,16 @@ from cardcage_block.raw import RawImage
 from cardcage_block.tables import read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cardcage.device import Slot
 
     from cardcage_block.hostfile import Image
 
-    Allow = Callable[[str, tuple[str, ...]], None]
+__all__ = ["Allow", "Drive", "allow_all", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag"]
 
-__all__ = ["Drive", "open_drive", "open_image", "open_qcow2", "open_raw", "parse_drive_flag"]
-
-MAX_CHAIN = 64
+MAX_CHAIN = 1024
+"""Images below one another; qemu-img reads chains of about a thousand."""
 
 
 @frozen
@@ -45,6 +46,8 @@ class Drive:
         discard: ``unmap`` gives what the guest discards back to the host.
         shared: other machines may write it too (a cluster file system): not locked, and not labelled for one machine.
         locking: ``auto`` locks where the file system can, ``on`` insists, ``off`` does not.
+        backing: which files may stand below a qcow2 image, whatever its header names: ``folder`` (those of its own
+            folder), ``none``, ``any``, or paths of more files and folders.
     """
 
     file: HostPath
@@ -54,6 +57,7 @@ class Drive:
     discard: Literal["unmap", "ignore"] = "unmap"
     locking: Literal["auto", "on", "off"] = "auto"
     shared: bool = False
+    backing: str | tuple[str, ...] = "folder"
 
 
 def open_drive(slot: Slot, options: Drive) -> Image:
@@ -71,120 +75,156 @@ def open_qcow2(slot: Slot, options: Drive) -> Image:
     return open_image(evolve(options, format="qcow2"), warn=slot.log.warning, allow=allowed(slot, options))
 
 
-def allowed(slot: Slot, options: Drive) -> Allow:
-    """Return a function that asks for permission to use an image, before it is opened."""
+class Allow(Protocol):
+    """Asks for permission to use an image, before it is opened. Raises Denied."""
 
-    def ask(path: str, acts: tuple[str, ...]) -> None:
-        slot.host.ask("image", path, acts, readonly="write" not in acts, shared=options.shared)
+    def __call__(self, path: str, acts: tuple[str, ...], /, **facts: Any) -> None: ...
+
+
+def allowed(slot: Slot, options: Drive) -> Allow:
+    """Return a function that asks in the name of a device."""
+
+    def ask(path: str, acts: tuple[str, ...], /, **facts: Any) -> None:
+        slot.host.ask("image", path, acts, readonly="write" not in acts, shared=options.shared, **facts)
 
     return ask
 
 
-def _allow_all(path: str, acts: tuple[str, ...]) -> None:
-    pass
+def allow_all(path: str, acts: tuple[str, ...], /, **facts: Any) -> None:
+    """Ask nobody."""
+
+
+@frozen
+class Layer:
+    """One opened file of a chain. ``header`` is None for a raw one, ``path`` as its user or the image above says it."""
+
+    file: HostFile
+    path: str
+    header: Header | None
 
 
 def open_image(
     drive: Drive,
     *,
     warn: Callable[[str], object],
-    allow: Allow = _allow_all,
+    allow: Allow = allow_all,
     repair: bool = True,
-    above: tuple[tuple[int, int], ...] = (),
 ) -> Image:
     """Open an image and its backing chain.
 
     Args:
         drive: which, and how.
         warn: called with a sentence for a person.
-        allow: asked with its path and what is to be done before each file is opened; raises Denied.
+        allow: asked with its path and what is to be done before each file is opened; raises Denied. A backing file is
+            called by its real path, with the fact ``backing``: the image that names it.
         repair: put the reference counts of an image right that was not closed (its dirty bit is set) before writing it.
-        above: the files that this file backs, to find a loop.
 
-    Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind and
-    :exc:`~cardcage.errors.HostError` for an image in use.
+    Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind, and for a
+    backing file that the drive does not allow; :exc:`~cardcage.errors.HostError` for an image in use.
     """
-    allow(drive.file, ("open", "read") if drive.readonly else ("open", "read", "write"))
-    file = HostFile(
-        drive.file, writable=not drive.readonly, direct=drive.cache == "none", stable=drive.cache != "unsafe"
-    )
-    try:
-        status = os.fstat(file.fd)
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            raise ConfigError("the backing chain loops: this image is its own backing file", file=drive.file)
-        if len(above) >= MAX_CHAIN:
+    with ExitStack() as failing:
+        layers = _open_chain(drive, warn, allow, repair, failing)
+        image: Image | None = None
+        while layers:
+            one = layers.pop()
+            readonly, discard = bool(layers) or drive.readonly, drive.discard == "unmap"
+            with _blamed(one.path, drive.file):
+                if one.header is None:
+                    guessed = drive.format == "auto" and not readonly
+                    image = RawImage(one.file, readonly=readonly, discard=discard, guessed=guessed)
+                else:
+                    image = Qcow2Image(
+                        one.file, one.header, backing=image, readonly=readonly, discard=discard, warn=warn
+                    )
+        assert image is not None
+        failing.pop_all()
+        return image
+
+
+def _open_chain(
+    drive: Drive, warn: Callable[[str], object], allow: Allow, repair: bool, failing: ExitStack
+) -> list[Layer]:
+    """The image, and what it stands on, from top to bottom; *failing* closes the files."""
+    fence = Fence(drive.file, drive.backing)
+    layers: list[Layer] = []
+    seen: set[tuple[int, int]] = set()
+    facts: dict[str, Any] = {}
+    below, real = Below(drive.file, drive.format), drive.file
+    while True:
+        if len(layers) > MAX_CHAIN:
             raise ConfigError(f"the backing chain is longer than {MAX_CHAIN} images", file=drive.file)
-        required = drive.locking == "on"
-        if (
-            drive.locking != "off"
-            and not drive.shared
-            and not lock_image(file.fd, drive.file, write=not drive.readonly, required=required)
-        ):
-            warn(f"{drive.file}: its file system has no locks: nothing prevents another machine from writing to it")
-        form = drive.format
-        if form == "auto":
-            form = "qcow2" if read_bytes(file, 0, 4) == MAGIC else "raw"
-        if form == "raw":
-            guessed = drive.format == "auto" and not drive.readonly
-            if guessed:
+        # The whole chain is changed by nobody: the files below are opened and locked for reading.
+        write = not layers and not drive.readonly
+        with _blamed(below.path, drive.file):
+            allow(real, ("open", "read", "write") if write else ("open", "read"), **facts)
+            file = HostFile(real, writable=write, direct=drive.cache == "none", stable=drive.cache != "unsafe")
+            failing.callback(file.close)
+            file.path = shown(below.path)
+            status = os.fstat(file.fd)
+            if (status.st_dev, status.st_ino) in seen:
+                raise ConfigError("the backing chain loops: this image is its own backing file", file=file.path)
+            seen.add((status.st_dev, status.st_ino))
+            _lock(file, drive, write, warn)
+            layers.append(Layer(file, below.path, _read_header(file, below, write and repair, warn)))
+            if write and below.format == "auto" and layers[0].header is None:
                 warn(
                     f"{drive.file}: no format given, assuming raw: the guest may not write another format's magic "
                     "number at its beginning. Use format=raw to allow all writes"
                 )
-            return RawImage(file, readonly=drive.readonly, discard=drive.discard == "unmap", guessed=guessed)
-        header = Header.parse(lambda at, size: read_bytes(file, at, size), drive.file)
-        if header.incompatible & INCOMPAT_DIRTY and not drive.readonly and repair:
-            from cardcage_block.check import repair_counts
-
-            warn(f"{drive.file}: was not closed: its reference counts are being rebuilt")
-            repair_counts(file, header)
-        backing = _open_backing(drive, header, warn, allow, (*above, identity))
-        try:
-            discard = drive.discard == "unmap"
-            return Qcow2Image(file, header, backing=backing, readonly=drive.readonly, discard=discard, warn=warn)
-        except BaseException:
-            if backing is not None:
-                backing.close()
-            raise
-    except BaseException as error:
-        file.close()
-        if isinstance(error, OSError):
-            raise ConfigError(f"cannot be read: {error.strerror or error}", file=drive.file) from error
-        raise
+            header = layers[-1].header
+            if header is None or header.backing_file is None:
+                return layers
+            above, below = below.path, find_below(below.path, header.backing_file, header.backing_format)
+            real, facts = fence.admit(above, below.path), {"backing": above}
+            if below.format is None:
+                warn(f"{above}: does not state the format of its backing file {shown(below.path)}, which is detected")
+                below = evolve(below, format="auto")
+            elif below.format not in ("raw", "qcow2"):
+                raise ConfigError(
+                    f'backing file {shown(below.path)} is of format "{shown(below.format)}": expected raw or qcow2',
+                    file=above,
+                )
 
 
-def backing_path(path: str, name: str) -> str:
-    """The path of a backing file that the image at *path* calls *name*. Raises ConfigError for what is not a file."""
-    if name.startswith("file:"):
-        name = name[5:]
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-        raise ConfigError(f'backing file "{name}": only files can back an image', file=path)
-    return os.path.join(os.path.dirname(path), name)
+def _lock(file: HostFile, drive: Drive, write: bool, warn: Callable[[str], object]) -> None:
+    if drive.locking == "off" or drive.shared:
+        return
+    if not lock_image(file.fd, file.path, write=write, required=drive.locking == "on"):
+        warn(f"{file.path}: its file system has no locks: nothing prevents another machine from writing to it")
 
 
-def _open_backing(
-    drive: Drive,
-    header: Header,
-    warn: Callable[[str], object],
-    allow: Allow,
-    above: tuple[tuple[int, int], ...],
-) -> Image | None:
-    if header.backing_file is None:
+def _read_header(file: HostFile, below: Below, repair: bool, warn: Callable[[str], object]) -> Header | None:
+    """The header of a qcow2 image, None for a raw one. Raises ConfigError for other formats."""
+    form = below.format
+    if form == "auto":
+        form = detect(file)
+        refuse_foreign(form, file.path)
+    if form == "raw":
         return None
-    below = backing_path(drive.file, header.backing_file)
-    form = header.backing_format
-    if form is None:
-        warn(f"{drive.file}: does not state the format of its backing file {below}, which is detected instead")
-    elif form not in ("raw", "qcow2"):
-        raise ConfigError(f'backing file {below} is of format "{form}": expected raw or qcow2', file=drive.file)
+    header = Header.parse(lambda at, size: read_bytes(file, at, size), file.path)
+    if header.incompatible & INCOMPAT_DIRTY and repair:
+        from cardcage_block.check import repair_counts
+
+        warn(f"{file.path}: was not closed: its reference counts are being rebuilt")
+        repair_counts(file, header)
+    return header
+
+
+@contextmanager
+def _blamed(path: str, top: str) -> Iterator[None]:
+    """Errors about the file at *path* name the image *top* that the user named."""
     try:
-        # The whole chain is changed by nobody: the files below are opened and locked for reading.
-        known: Literal["auto", "raw", "qcow2"] = "raw" if form == "raw" else "qcow2" if form == "qcow2" else "auto"
-        below_drive = evolve(drive, file=below, format=known, readonly=True)
-        return open_image(below_drive, warn=warn, allow=allow, above=above)
-    except ConfigError as error:
-        raise ConfigError(f"its backing file: {error}", file=drive.file) from error
+        yield
+    except (ConfigError, OSError) as error:
+        if isinstance(error, ConfigError) and path == top:
+            raise
+        found = str(error)
+        if isinstance(error, OSError):
+            found = f"cannot be read: {error.strerror or error}"
+            if path == top:
+                raise ConfigError(found, file=top) from error
+            found = f"{path}: {found}"
+        raise ConfigError(f"its backing file: {shown(found)}", file=top) from error
 
 
 def parse_file(text: str) -> dict[str, Any]:
@@ -196,23 +236,27 @@ def parse_file(text: str) -> dict[str, Any]:
 
 _BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
 _DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
-_DRIVE_KEYS = ("cache", "discard", "file", "format", "id", "if", "locking", "queues", "readonly", "serial")
+_DEVICE_TEXT = ("id", "rerror", "serial", "werror")
+_DEVICE_NUMBERS = ("logical_block", "physical_block", "queues")
+_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "if", "locking", "readonly")
+_KEYS = sorted((*_DRIVE_KEYS, *_DEVICE_TEXT, *_DEVICE_NUMBERS))
 
 
 def parse_drive_flag(text: str) -> dict[str, Any]:
     """``--drive file=root.qcow2,format=qcow2,readonly=on`` as a ``virtio-blk`` device; a bare path will do.
 
-    Keys: those of :class:`Drive`, and the device's ``id``, ``serial`` and ``queues``. Raises :exc:`ValueError`.
+    Keys: those of :class:`Drive`, and the device's ``id serial queues logical_block physical_block werror rerror``.
+    Raises :exc:`ValueError`.
     """
     pairs = parse_pairs(text, first="file")
     device: dict[str, Any] = {"type": "virtio-blk"}
     drive: dict[str, Any] = {}
     for key, value in pairs.items():
-        if key in ("id", "serial"):
+        if key in _DEVICE_TEXT:
             device[key] = value
-        elif key == "queues":
-            if not value.isascii() or not value.isdigit():
-                raise ValueError(f"queues={value}: expected a number")
+        elif key in _DEVICE_NUMBERS:
+            if not value.isascii() or not value.isdigit() or len(value) > 9:
+                raise ValueError(f"{key}={value}: expected a number")
             device[key] = int(value)
         elif key == "if":
             if value not in ("virtio", "none"):
@@ -228,7 +272,7 @@ def parse_drive_flag(text: str) -> dict[str, Any]:
         elif key in _DRIVE_KEYS:
             drive[key] = value
         else:
-            raise ValueError(f'no key "{key}".{near(key, _DRIVE_KEYS) or " Known: " + ", ".join(_DRIVE_KEYS)}')
+            raise ValueError(f'no key "{key}".{near(key, _KEYS) or " Known: " + ", ".join(_KEYS)}')
     if not drive.get("file"):
         raise ValueError("file=PATH is missing")
     return {"device": [{**device, "drive": drive}]}

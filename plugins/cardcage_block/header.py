@@ -5,11 +5,14 @@ Specification: QEMU docs/interop/qcow2.txt. The limits on table sizes are QEMU's
 
 from __future__ import annotations
 
+import os
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 from cardcage.errors import ConfigError
+
+from cardcage_block.formats import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +40,7 @@ MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_TABLE = 64 << 20
 
 EXT_END, EXT_BACKING_FORMAT, EXT_FEATURES, EXT_BITMAPS = 0, 0xE2792ACA, 0x6803F857, 0x23852875
+EXT_DATA_FILE = 0x44415441
 
 _V2 = Struct(">4sIQIIQIIQQIIQ")
 _V3 = Struct(">QQQII")
@@ -89,12 +93,29 @@ class Header:
     compression: int = 0
     backing_file: str | None = None
     backing_format: str | None = None
+    data_file: str | None = None
     bitmaps: BitmapDirectory | None = None
     features: dict[tuple[int, int], str] = field(factory=dict)
 
     @property
     def cluster_size(self) -> int:
         return 1 << self.cluster_bits
+
+    @property
+    def lacks(self) -> list[str]:
+        """In words, what the image needs and this package has not; empty for an image that can be used."""
+        found = []
+        if self.crypt_method:
+            kinds = {1: "AES", 2: "LUKS"}
+            found.append(f"encryption ({kinds.get(self.crypt_method, self.crypt_method)})")
+        if self.incompatible & INCOMPAT_DATA_FILE:
+            found.append("an external data file" + (f" ({shown(self.data_file)})" if self.data_file else ""))
+        if self.incompatible & INCOMPAT_EXTENDED_L2:
+            found.append("extended L2 entries")
+        for bit in range(5, 64):
+            if self.incompatible >> bit & 1:
+                found.append(f"an unknown feature ({shown(self.features.get((0, bit), f'bit {bit}'))})")
+        return found
 
     def pack(self) -> bytes:
         """The fixed fields: 72 bytes for version 2, 112 for version 3 (104 when the image's header has no more)."""
@@ -130,7 +151,7 @@ class Header:
             table = b"".join(bytes(key) + name.encode().ljust(46, b"\0") for key, name in names.items())
             extensions += _extension(EXT_FEATURES, table)
         extensions += _extension(EXT_END, b"")
-        name = (self.backing_file or "").encode()
+        name = os.fsencode(self.backing_file or "")
         self.backing_size = len(name)
         self.backing_offset = self.header_length + len(extensions) if name else 0
         packed = self.pack().ljust(self.header_length, b"\0") + extensions + name
@@ -139,12 +160,13 @@ class Header:
         return packed
 
     @classmethod
-    def parse(cls, read: Callable[[int, int], bytes], path: str) -> Header:
+    def parse(cls, read: Callable[[int, int], bytes], path: str, *, lenient: bool = False) -> Header:
         """Read and check the header.
 
         Args:
             read: ``read(offset, length)`` gives bytes of the file, zeros past its end.
             path: for errors.
+            lenient: take what is not supported too (:attr:`lacks`), to tell of it.
 
         Raises :exc:`~cardcage.errors.ConfigError` with the field that is wrong.
         """
@@ -182,14 +204,13 @@ class Header:
             if head.header_length > 104:
                 head.compression = read(104, 1)[0]
         head._read_extensions(read, bad)
+        if head.lacks and not lenient:
+            raise bad(f"qcow2 image with {', '.join(head.lacks)}: not supported; convert it with qemu-img convert")
         head._check(bad)
         if backing_offset:
             if backing_size > 1023 or backing_offset + backing_size > head.cluster_size:
                 raise bad(f"qcow2 backing file name of {backing_size} bytes at {backing_offset:#x}: outside the header")
-            try:
-                head.backing_file = read(backing_offset, backing_size).decode() or None
-            except UnicodeDecodeError as error:
-                raise bad("qcow2 backing file name: not UTF-8 text") from error
+            head.backing_file = os.fsdecode(read(backing_offset, backing_size)) or None
             if head.backing_file and "\0" in head.backing_file:
                 raise bad("qcow2 backing file name: holds a NUL byte")
         return head
@@ -207,6 +228,8 @@ class Header:
                 raise bad(f"qcow2 header extension {kind:#x} of {length} bytes: reaches out of the header")
             if kind == EXT_BACKING_FORMAT:
                 self.backing_format = read(at, length).decode("ascii", "replace")
+            elif kind == EXT_DATA_FILE:
+                self.data_file = os.fsdecode(read(at, length))
             elif kind == EXT_FEATURES:
                 table = read(at, length)
                 for one in range(0, length - 47, 48):
@@ -218,17 +241,6 @@ class Header:
             at += (length + 7) & ~7
 
     def _check(self, bad: Callable[[str], ConfigError]) -> None:
-        if self.crypt_method:
-            raise bad("encrypted qcow2 image: encryption is not supported; decrypt it with qemu-img convert")
-        if self.incompatible & INCOMPAT_DATA_FILE:
-            raise bad("qcow2 image with an external data file: not supported; convert it with qemu-img convert")
-        if self.incompatible & INCOMPAT_EXTENDED_L2:
-            raise bad("qcow2 image with extended L2 entries: not supported; convert it with qemu-img convert")
-        unknown = self.incompatible & ~(INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_COMPRESSION)
-        if unknown:
-            bits = [bit for bit in range(64) if unknown >> bit & 1]
-            names = ", ".join(self.features.get((0, bit), f"bit {bit}") for bit in bits)
-            raise bad(f"qcow2 image needs unknown features: {names}")
         if bool(self.incompatible & INCOMPAT_COMPRESSION) != bool(self.compression) or self.compression > 1:
             raise bad(f"qcow2 compression type {self.compression}: expected 0 (zlib) or 1 (zstd)")
         if self.refcount_order > 6:

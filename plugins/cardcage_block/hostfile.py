@@ -152,6 +152,10 @@ def _allocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
+def _fits(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
 class HostFile:
     """A regular file or block device. Thread-safe.
 
@@ -171,6 +175,8 @@ class HostFile:
         self.path, self._direct, self._stable = path, direct, stable
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
         try:
+            if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
+                raise ConfigError("neither a regular file nor a block device", file=path)
             self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
@@ -179,7 +185,7 @@ class HostFile:
         except ValueError as error:
             raise ConfigError(f"not a file name: {error}", file=repr(path)) from error
         mode = os.fstat(self.fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        if not _fits(mode):
             os.close(self.fd)
             raise ConfigError("neither a regular file nor a block device", file=path)
         self._device = stat.S_ISBLK(mode)
@@ -187,6 +193,7 @@ class HostFile:
         self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
         self._closing = threading.Lock()
         self._nowait = self._nowait_writes = True
+        self._lost: str | None = None
         self._doubt, self._doubts = CALM[0], CALM[0]
 
     def _find_alignment(self) -> int:
@@ -325,9 +332,18 @@ class HostFile:
         return offset & ~mask, (offset + length + mask) & ~mask
 
     def sync(self) -> None:
-        """fdatasync(2), unless the file was opened as not stable."""
-        if self._stable:
-            os.fdatasync(self.fd)
+        """fdatasync(2), unless the file was opened as not stable. Raises OSError (EIO), from then on each time."""
+        if not self._stable:
+            return
+        if self._lost is None:
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                # The host has dropped what it could not write, and the next call would say that all is well (QEMU:
+                # page_cache_inconsistent). So it is no want of room either, after which one may try again.
+                self._lost = error.strerror
+        if self._lost is not None:
+            raise OSError(errno.EIO, f"the host could not make data stable: {self._lost}")
 
     def size(self) -> int:
         """Bytes in the file or device."""

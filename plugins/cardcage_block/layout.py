@@ -90,8 +90,12 @@ class Tables:
         first, _ = self.refcounts.allocate(1)
         offset, old = first << self.header.cluster_bits, entry & OFFSET
         # Nothing names the new table yet, so its order against everything else does not matter before step 3.
-        content = memoryview(read_bytes(self.file, old, size)) if old else zeros(size)
-        self.file.write(offset, [content], size)
+        try:
+            content = memoryview(read_bytes(self.file, old, size)) if old else zeros(size)
+            self.file.write(offset, [content], size)
+        except OSError:
+            self.refcounts.drop(first)
+            raise
         self.end = max(self.end, offset + size)
         self.metadata.add(first)
         self.l1[number] = offset | COPIED

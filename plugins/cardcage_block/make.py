@@ -18,7 +18,7 @@ from cardcage_block.tables import read_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cardcage_block.drive import Drive
+    from cardcage_block.drive import Allow, Drive
 
 __all__ = ["Qcow2Shape", "create_qcow2", "create_raw", "resize"]
 
@@ -143,21 +143,25 @@ def _lay_out(path: str, size: int, shape: Qcow2Shape) -> Header:
     )
 
 
-def resize(drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str], object]) -> None:
+def resize(
+    drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str], object], allow: Allow | None = None
+) -> None:
     """Give an image that is not in use a new size in bytes; what is added reads as zeros.
 
     Args:
         shrink: allow a smaller size, which discards the end of the disk.
+        warn, allow: as of :func:`~cardcage_block.drive.open_image`.
 
     Raises :exc:`~cardcage.errors.ConfigError` and :exc:`~cardcage.errors.HostError`, and OSError from the host.
     """
-    from cardcage_block.drive import open_image
+    from cardcage_block.drive import allow_all, open_image
     from cardcage_block.qcow2 import Qcow2Image
 
+    allow = allow or allow_all
     size = int(size)
     if size % 512:
         raise ConfigError(f"{size} bytes: expected a multiple of 512", file=drive.file)
-    image = open_image(drive, warn=warn)
+    image = open_image(drive, warn=warn, allow=allow)
     old = image.info.size
     try:
         if size < old and not shrink:
@@ -181,7 +185,7 @@ def resize(drive: Drive, size: int, *, shrink: bool = False, warn: Callable[[str
     finally:
         file.close()
     if size > old and isinstance(image, Qcow2Image):
-        image = open_image(drive, warn=warn)
+        image = open_image(drive, warn=warn, allow=allow)
         try:  # the rest of the last cluster, and what a larger backing file would show
             image.write_zeroes(old, size - old, unmap=True)
             image.flush()

@@ -86,6 +86,12 @@ class Mapping:
             length += self._size
         return kind, host + inside, min(length, limit)
 
+    def whole(self, offset: int, length: int, size: int) -> tuple[int, int]:
+        """The first guest cluster wholly inside the range and the first behind; one cut by the disk's *size* counts."""
+        end = offset + length
+        last = -(-end >> self._bits) if end >= size else end >> self._bits
+        return -(-offset >> self._bits), last
+
     def in_place(self, entry: int) -> int:
         """Where the cluster of *entry* may be overwritten, 0 when it has to be allocated."""
         if entry & self.flags & ~self.zero != COPIED or not entry & self.offset:

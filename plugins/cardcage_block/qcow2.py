@@ -113,7 +113,7 @@ class Qcow2Image:
             if host:
                 self._file.read(host, buffers, length)
             else:
-                self._read(offset, buffers, length)
+                _read_chain(self, offset, buffers, length)
         finally:
             self._inflight.pop(me, None)
 
@@ -128,7 +128,14 @@ class Qcow2Image:
         finally:
             self._inflight.pop(me, None)
 
-    def _read(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:
+    def _read_own(
+        self,
+        offset: int,
+        buffers: Sequence[memoryview],
+        length: int,
+        left: list[tuple[Image, int, Sequence[memoryview], int]],
+    ) -> None:
+        """Read what this image has, and add to *left* what is to be read from its backing file."""
         done = 0
         while done < length:
             kind, where, run = self._map.extent(offset + done, length - done)
@@ -141,7 +148,7 @@ class Qcow2Image:
             elif kind == UNALLOCATED and self._backing is not None:
                 here = min(max(self._backing.info.size - offset - done, 0), run)
                 if here:
-                    self._backing.readv(offset + done, take(part, 0, here))
+                    left.append((self._backing, offset + done, take(part, 0, here), here))
                 clear(take(part, here, run - here))
             else:
                 clear(part)
@@ -149,12 +156,15 @@ class Qcow2Image:
 
     def data(self, offset: int, end: int, /) -> tuple[bool, int]:
         """Tell if there may be data at *offset* (else zeros), and where that stretch ends, at most *end*."""
-        kind, _, length = self._map.extent(offset, min(end - offset, 1 << 30))
-        if kind == UNALLOCATED and self._backing is not None:
-            below = self._backing.info.size
-            if offset < below:
-                return self._backing.data(offset, min(offset + length, below))
-        return kind in (DATA, PACKED), offset + length
+        image: Image = self
+        while isinstance(image, Qcow2Image):
+            kind, _, length = image._map.extent(offset, min(end - offset, 1 << 30))
+            end = offset + length
+            below = image._backing
+            if kind != UNALLOCATED or below is None or offset >= below.info.size:
+                return kind in (DATA, PACKED), end
+            image, end = below, min(end, below.info.size)
+        return image.data(offset, end)
 
     # writing
 
@@ -200,8 +210,12 @@ class Qcow2Image:
         self._health.check()
         if self._lazy and not self._header.incompatible & INCOMPAT_DIRTY:
             self._header.incompatible |= INCOMPAT_DIRTY
-            self.tables.write_header()
-            self._health.sync()
+            try:
+                self.tables.write_header()
+                self._health.sync()
+            except OSError:
+                self._header.incompatible &= ~INCOMPAT_DIRTY
+                raise
 
     def _write_run(self, offset: int, buffers: Sequence[memoryview], length: int) -> int:
         """Write a first part of *buffers* that needs one kind of treatment; its length."""
@@ -288,7 +302,7 @@ class Qcow2Image:
         if kind == ZEROS or (kind == UNALLOCATED and offset + start >= below):
             return None
         view = memoryview(bytearray(length))
-        self._read(offset + start, [view], length)
+        _read_chain(self, offset + start, [view], length)
         return view
 
     # discarding
@@ -296,26 +310,20 @@ class Qcow2Image:
     def discard(self, offset: int, length: int, /) -> None:
         """Free the clusters that lie wholly inside the range; they read as zeros."""
         if self._punch:
-            first, last = self._whole(offset, length)
+            first, last = self._map.whole(offset, length, self.info.size)
             if first < last and (self._map.zero or self._backing is None):
                 self._release_clusters(first, last, keep=False)
 
     def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets its clusters go."""
         end = offset + length
-        first, last = self._whole(offset, length)
+        first, last = self._map.whole(offset, length, self.info.size)
         if first >= last or not (self._map.zero or (unmap and self._punch and self._backing is None)):
             self._write_zeros(offset, end)
             return
         self._write_zeros(offset, first << self._bits)
         self._release_clusters(first, last, keep=not (unmap and self._punch))
         self._write_zeros(last << self._bits, end)
-
-    def _whole(self, offset: int, length: int) -> tuple[int, int]:
-        """The first guest cluster wholly inside the range and the first behind; one cut by the disk's end counts."""
-        end = offset + length
-        last = -(-end >> self._bits) if end >= self.info.size else end >> self._bits
-        return -(-offset >> self._bits), last
 
     def _write_zeros(self, offset: int, end: int) -> None:
         while offset < end:
@@ -418,6 +426,14 @@ class Qcow2Image:
 
     def close(self) -> None:
         """Commit and close. Idempotent. What cannot be committed is said by a warning: no flush has promised it."""
+        below: Image | None = self
+        while isinstance(below, Qcow2Image):
+            below._close_own()
+            below = below._backing
+        if below is not None:
+            below.close()
+
+    def _close_own(self) -> None:
         with self._committing:
             if self._closed:
                 return
@@ -429,8 +445,6 @@ class Qcow2Image:
                 self._warn(f"{self._file.path}: unflushed writes are lost: {error}")
             finally:
                 self._file.close()
-                if self._backing is not None:
-                    self._backing.close()
 
     def _settle(self) -> None:
         self._commit()
@@ -441,3 +455,14 @@ class Qcow2Image:
             self._header.incompatible &= ~INCOMPAT_DIRTY
             self.tables.write_header()
             self._health.sync()
+
+
+def _read_chain(image: Image, offset: int, buffers: Sequence[memoryview], length: int) -> None:
+    """Read from *image* and what it stands on: a chain may be longer than Python's stack."""
+    left: list[tuple[Image, int, Sequence[memoryview], int]] = [(image, offset, buffers, length)]
+    while left:
+        image, offset, buffers, length = left.pop()
+        if isinstance(image, Qcow2Image):
+            image._read_own(offset, buffers, length, left)
+        else:
+            image.readv(offset, buffers)

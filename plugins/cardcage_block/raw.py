@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 from cardcage.backends import BlockInfo
 from cardcage.segments import total
+
+from cardcage_block.formats import EDGE, probe
+from cardcage_block.hostfile import take
+from cardcage_block.tables import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cardcage_block.hostfile import HostFile
 
-__all__ = ["MAGICS", "RawImage"]
-
-MAGICS = (
-    b"QFI\xfb",  # qcow, qcow2
-    b"QED\0",
-    b"KDMV",  # vmdk
-    b"COWD",
-    b"# Disk DescriptorFile",
-    b"conectix",  # vpc
-    b"vhdxfile",
-    b"<<< ",  # vdi: "<<< QEMU VM Virtual Disk Image >>>" and others
-    b"WithoutFreeSpace",  # parallels
-    b"WithouFreSpacExt",
-    b"LUKS\xba\xbe",
-)
-"""The first bytes of other image formats."""
+__all__ = ["RawImage"]
 
 
 class RawImage:
@@ -38,8 +28,8 @@ class RawImage:
         file: the file or device; closed with the image.
         readonly: refuse to change anything.
         discard: give discarded ranges back to the host.
-        guessed: nobody said that the image is raw. A guest that writes another format's beginning into its first sector
-            would choose what the host opens next time, so such a write fails with EPERM.
+        guessed: nobody said that the image is raw. A guest that writes another format's marks into its first or last
+            sector would choose what the host opens next time, so such a write fails with EPERM.
 
     The last sector of a file whose size is no multiple of 512 reads as padded with zeros.
     """
@@ -47,6 +37,7 @@ class RawImage:
     def __init__(self, file: HostFile, *, readonly: bool = False, discard: bool = True, guessed: bool = False) -> None:
         self._file, self._readonly, self._guessed = file, readonly, guessed
         self._discard = discard and not readonly
+        self._edges = threading.Lock()  # two writes to one edge are looked at one after another
         self.info = BlockInfo(
             -(-file.size() // 512) * 512, max(file.alignment, 512), readonly, self._discard, not readonly
         )
@@ -63,20 +54,45 @@ class RawImage:
         """Write *buffers* one after another."""
         if self._readonly:
             raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
-        if offset == 0 and self._guessed:
-            self._guard(b"".join(bytes(one[:64]) for one in buffers)[:64])
-        self._file.write(offset, buffers, total(buffers))
+        length = total(buffers)
+        if self._guessed and self._touches_edge(offset, length):
+            with self._edges:
+                self._file.write(offset, self._guarded(offset, buffers, length), length)
+            return
+        self._file.write(offset, buffers, length)
 
     def try_writev(self, offset: int, buffers: Sequence[memoryview], /) -> bool:
         """Write *buffers* if that takes no waiting."""
-        if self._readonly or (offset == 0 and self._guessed):
+        length = total(buffers)
+        if self._readonly or (self._guessed and self._touches_edge(offset, length)):
             return False
-        return self._file.try_write(offset, buffers, total(buffers))
+        return self._file.try_write(offset, buffers, length)
 
-    def _guard(self, head: bytes) -> None:
-        if head.startswith(MAGICS):
+    def _touches_edge(self, offset: int, length: int) -> bool:
+        return offset < EDGE or offset + length > self._file.size() - EDGE
+
+    def _guarded(self, offset: int, buffers: Sequence[memoryview], length: int) -> Sequence[memoryview]:
+        """*buffers*, with copies of what goes to the edges: the guest may change its memory after this looked at it.
+
+        Raises OSError when the edges, once this is written, would show another format.
+        """
+        size = max(self._file.size(), offset + length)
+        head = min(max(EDGE - offset, 0), length)
+        tail = min(max(offset + length - (size - EDGE), 0), length - head)
+        first = b"".join(take(buffers, 0, head))
+        last = b"".join(take(buffers, length - tail, tail))
+        edges = []
+        for start in (0, max(size - EDGE, 0)):
+            edge = bytearray(read_bytes(self._file, start, EDGE))
+            for at, piece in ((offset, first), (offset + length - tail, last)):
+                low, high = max(start, at), min(start + EDGE, at + len(piece))
+                if low < high:
+                    edge[low - start : high - start] = piece[low - at : high - at]
+            edges.append(bytes(edge))
+        if probe(*edges) != "raw":
             problem = "refused to turn a disk that is assumed to be raw into another format: use format=raw"
             raise OSError(errno.EPERM, f"{self._file.path}: {problem}")
+        return [memoryview(first), *take(buffers, head, length - head - tail), memoryview(last)]
 
     def flush(self) -> None:
         """Return once all earlier completed writes are on stable storage."""

@@ -14,9 +14,11 @@ from cardcage.pairs import parse_pairs
 from cardcage.security import HOST, OPERATOR, Act
 from cardcage.units import Size
 
+from cardcage_block.chain import Fence, find_below
 from cardcage_block.check import check
-from cardcage_block.drive import Drive, backing_path, open_image
-from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAGIC, Header
+from cardcage_block.drive import Drive, open_image
+from cardcage_block.formats import detect, refuse_foreign, shown
+from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, Header
 from cardcage_block.hostfile import HostFile
 from cardcage_block.layout import Tables
 from cardcage_block.locks import lock_image
@@ -64,6 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("file", help="image to copy")
     converter.add_argument("target", help="new image")
     converter.add_argument("-O", "--output-format", choices=FORMATS, help=NAMED)
+    for one in (create, info, sizer, converter):
+        one.add_argument(
+            "--allow-backing",
+            metavar="PATH",
+            default="folder",
+            help="a file or folder outside the image's own that may back it; also none or any",
+        )
     for one in (create, converter):
         one.add_argument(
             "-o", "--options", default="", help="such as cluster_size=64k,compat=1.1,refcount_bits=16,lazy_refcounts=on"
@@ -78,8 +87,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(host: Host, arguments: argparse.Namespace) -> int:
     """Carry out ``cardcage image``; the process's status. Raises ConfigError, HostError and Denied."""
 
-    def allow(path: str, permissions: tuple[str, ...]) -> None:
-        host.mediator.ask(Act(OPERATOR, HOST, "image", permissions), path)
+    def allow(path: str, permissions: tuple[str, ...], /, **facts: Any) -> None:
+        host.mediator.ask(Act(OPERATOR, HOST, "image", permissions, facts), path)
 
     acts = {"create": _create, "info": _info, "check": _check, "resize": _resize, "convert": _convert}
     try:
@@ -138,9 +147,10 @@ def _create(arguments: argparse.Namespace, allow: Allow) -> int:
         if arguments.backing:
             if form == "raw":
                 raise ConfigError("a raw image has no backing file", file=arguments.file)
-            below = backing_path(arguments.file, arguments.backing)
+            below = find_below(arguments.file, arguments.backing).path
             lower: Literal["auto", "raw", "qcow2"] = arguments.backing_format or "auto"
-            image = open_image(Drive(below, format=lower, readonly=True), warn=_warn, allow=allow)
+            base = Drive(below, format=lower, readonly=True, backing=arguments.allow_backing)
+            image = open_image(base, warn=_warn, allow=allow)
             held.callback(image.close)
             size = image.info.size if size is None else size
             found = arguments.backing_format or _format(below)
@@ -151,13 +161,20 @@ def _create(arguments: argparse.Namespace, allow: Allow) -> int:
             create_raw(arguments.file, size, force=arguments.force)
         else:
             create_qcow2(arguments.file, -(-size // 512) * 512, shape, force=arguments.force)
+    if arguments.backing:
+        try:
+            Fence(arguments.file).admit(arguments.file, below)
+        except ConfigError:
+            _warn(
+                f"{arguments.file}: a drive of it needs backing={os.path.realpath(below)}, which is not in its folder"
+            )
     return 0
 
 
 def _format(path: str) -> str:
     file = HostFile(path, writable=False)
     try:
-        return "qcow2" if read_bytes(file, 0, 4) == MAGIC else "raw"
+        return detect(file)
     finally:
         file.close()
 
@@ -166,14 +183,16 @@ def describe(path: str) -> dict[str, Any]:
     """Return the fields of ``cardcage image info`` for a file. Raises ConfigError."""
     file = HostFile(path, writable=False)
     try:
-        status = os.fstat(file.fd)
-        found: dict[str, Any] = {"file": path, "format": "raw", "virtual-size": file.size()}
+        status, form = os.fstat(file.fd), detect(file)
+        found: dict[str, Any] = {"file": path, "format": form, "virtual-size": file.size()}
         found["actual-size"] = status.st_blocks * 512
-        if read_bytes(file, 0, 4) != MAGIC:
+        if form == "raw":
             return found
-        header = Header.parse(lambda at, size: read_bytes(file, at, size), path)
-        tables = Tables(file, header, OSError)
-        found |= {"format": "qcow2", "virtual-size": header.size, "cluster-size": header.cluster_size}
+        if form != "qcow2":
+            del found["virtual-size"]  # which its own headers would say
+            return found | {"unsupported": [f"the format {form}"]}
+        header = Header.parse(lambda at, size: read_bytes(file, at, size), path, lenient=True)
+        found |= {"virtual-size": header.size, "cluster-size": header.cluster_size}
         found |= {"version": header.version, "refcount-bits": 1 << header.refcount_order}
         found["compression"] = ("zlib", "zstd")[header.compression]
         for key, bit in (("dirty", INCOMPAT_DIRTY), ("corrupt", INCOMPAT_CORRUPT)):
@@ -181,6 +200,11 @@ def describe(path: str) -> dict[str, Any]:
         found["lazy-refcounts"] = bool(header.compatible & COMPAT_LAZY)
         if header.backing_file is not None:
             found |= {"backing-file": header.backing_file, "backing-format": header.backing_format}
+        if header.data_file is not None:
+            found["data-file"] = header.data_file
+        if header.lacks:
+            return found | {"unsupported": header.lacks}
+        tables = Tables(file, header, OSError)
         if tables.snapshots:
             found["snapshots"] = [asdict(one) for one in tables.snapshots]
         return found
@@ -188,17 +212,34 @@ def describe(path: str) -> dict[str, Any]:
         file.close()
 
 
+def _describe_chain(path: str, fence: Fence, allow: Allow, whole: bool) -> list[dict[str, Any]]:
+    """The image at *path*, and with *whole* what it stands on, as far as *fence* admits it; the rest is only named."""
+    allow(path, ("open", "read"))
+    chain = [describe(path)]
+    seen = {os.path.realpath(path)}
+    while (name := chain[-1].get("backing-file")) is not None:
+        above = chain[-1]
+        try:
+            below = find_below(path, name, above["backing-format"]).path
+            above["full-backing-file"] = below
+            real = fence.admit(path, below)
+        except ConfigError as error:
+            above["backing-refused"] = error.problem
+            break
+        if not whole:
+            break
+        if real in seen:
+            raise ConfigError("the backing chain loops: this image is its own backing file", file=shown(below))
+        seen.add(real)
+        allow(real, ("open", "read"), backing=path)
+        path = below
+        chain.append({**describe(real), "file": below})
+    return chain
+
+
 def _info(arguments: argparse.Namespace, allow: Allow) -> int:
-    allow(arguments.file, ("open", "read"))
-    chain = [describe(arguments.file)]
-    seen = {os.path.realpath(arguments.file)}
-    while arguments.backing_chain and chain[-1].get("backing-file"):
-        below = backing_path(chain[-1]["file"], chain[-1]["backing-file"])
-        if os.path.realpath(below) in seen:
-            raise ConfigError("the backing chain loops: this image is its own backing file", file=below)
-        seen.add(os.path.realpath(below))
-        allow(below, ("open", "read"))
-        chain.append(describe(below))
+    fence = Fence(arguments.file, arguments.allow_backing)
+    chain = _describe_chain(arguments.file, fence, allow, arguments.backing_chain)
     if arguments.json:
         print(json.dumps(chain if arguments.backing_chain else chain[0], indent=2))
         return 0
@@ -209,9 +250,11 @@ def _info(arguments: argparse.Namespace, allow: Allow) -> int:
                 value = f"{Size(value)} ({value} bytes)" if value % 1024 == 0 and value else f"{value} bytes"
             elif key == "snapshots":
                 value = ", ".join(f"{shot['id']} {shot['name']}" for shot in value)
+            elif key == "unsupported":
+                value = ", ".join(value)
             elif isinstance(value, bool):
                 value = "yes" if value else "no"
-            print(f"{key + ':':16} {value}")
+            print(f"{key + ':':18} {shown(str(value))}")
     return 0
 
 
@@ -220,7 +263,9 @@ def _check(arguments: argparse.Namespace, allow: Allow) -> int:
     file = HostFile(arguments.file, writable=bool(arguments.repair))
     try:
         lock_image(file.fd, arguments.file, write=bool(arguments.repair), required=False)
-        if read_bytes(file, 0, 4) != MAGIC:
+        form = detect(file)
+        refuse_foreign(form, arguments.file)
+        if form == "raw":
             raise ConfigError("a raw image has nothing to check", file=arguments.file)
         header = Header.parse(lambda at, size: read_bytes(file, at, size), arguments.file)
         report = check(file, header, fix=arguments.repair)
@@ -243,13 +288,13 @@ def _check(arguments: argparse.Namespace, allow: Allow) -> int:
 
 def _resize(arguments: argparse.Namespace, allow: Allow) -> int:
     allow(arguments.file, ("open", "read", "write"))
-    drive = Drive(arguments.file, format=arguments.format)
+    drive = Drive(arguments.file, format=arguments.format, backing=arguments.allow_backing)
     size = _size(arguments.size.removeprefix("+"), arguments.file)
     if arguments.size.startswith("+"):
-        image = open_image(evolve(drive, readonly=True), warn=_warn)
+        image = open_image(evolve(drive, readonly=True), warn=_warn, allow=allow)
         size += image.info.size
         image.close()
-    resize(drive, size, shrink=arguments.shrink, warn=_warn)
+    resize(drive, size, shrink=arguments.shrink, warn=_warn, allow=allow)
     return 0
 
 
@@ -257,7 +302,8 @@ def _convert(arguments: argparse.Namespace, allow: Allow) -> int:
     form = _new_format(arguments.output_format, arguments.target, arguments.options)
     shape = _shape(arguments.options, arguments.target)
     allow(arguments.target, ("create", "write"))
-    source = open_image(Drive(arguments.file, format=arguments.format, readonly=True), warn=_warn, allow=allow)
+    drive = Drive(arguments.file, format=arguments.format, readonly=True, backing=arguments.allow_backing)
+    source = open_image(drive, warn=_warn, allow=allow)
     try:
         if form == "raw":
             create_raw(arguments.target, source.info.size, force=arguments.force)

@@ -37,7 +37,7 @@ def regions(mapped: MappedRegion) -> RegionMapping:
 def machines(
     life: Life, board: MachineBoard, boot: MachineBoot, ops: MachineOps
 ) -> tuple[Power, Steps, Controllers, BootContext, Ops]:
-    return MachinePower(life), board, board.wiring, boot, ops
+    return MachinePower(life, "id"), board, board.wiring, boot, ops
 
 
 def plugged(device: PluggedDevice, wiring: Wiring) -> tuple[Plugged, Controllers]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SIZE = 1 << 20
@@ -208,25 +211,53 @@ def test_clean_close_leaves_nothing(tmp_path: Path) -> None:
         sound(file, leaks=False)
 
 
-def test_full_disk(tmp_path: Path) -> None:
-    """A host without room fails the write that needs it; the image stays sound and goes on once there is room."""
-    file = VolatileFile(blank(tmp_path, SHAPES[1]))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_full_disk(tmp_path: Path, shape: Qcow2Shape) -> None:
+    """A host without room fails what needs it, however often it is tried, and once there is room nothing is lost, not
+    even a cluster."""
+    file = VolatileFile(blank(tmp_path, shape))
     image, model, choose = opened(file), DiskModel(bytes(SIZE)), random.Random(3)
-    file.room = len(file.now) + 100_000
+    file.room = len(file.now) + 100
     failures = 0
+
+    def insist(act: Callable[[], None]) -> None:
+        nonlocal failures
+        assert file.room is not None
+        for _ in range(2000):
+            try:
+                return act()
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                failures += 1
+                file.room += 512 * choose.randint(0, 3)
+        raise AssertionError("never done")
+
     for _ in range(60):
         data, offset = choose.randbytes(8192), choose.randrange(SIZE // 4096 - 2) * 4096 + 512
-        try:
-            image.writev(offset, [memoryview(data)])
-        except OSError:
-            failures += 1
-            file.room += 16384
-            image.writev(offset, [memoryview(data)])
+        insist(partial(image.writev, offset, [memoryview(data)]))
         model.write(offset, data)
+        if choose.random() < 0.3:
+            insist(image.flush)
     assert failures
     assert content(image) == bytes(model.now)
+    file.room = None
     image.close()
     sound(file, leaks=False)
+
+
+def test_the_dirty_bit_is_there_before_anything_changes(tmp_path: Path) -> None:
+    """With lazy refcounts, a host that cannot write the dirty bit fails the write, and the next one tries it again."""
+    file = VolatileFile(blank(tmp_path, SHAPES[3]))
+    image = opened(file)
+    file.room = 0
+    with pytest.raises(OSError, match="No space"):
+        image.writev(0, [memoryview(b"x" * 512)])
+    file.room = None
+    image.writev(0, [memoryview(b"x" * 512)])
+    left = VolatileFile(bytes(file.stable))
+    assert parse(left).incompatible & INCOMPAT_DIRTY
+    image.close()
 
 
 def test_failed_sync_is_final(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -133,3 +134,29 @@ def test_a_readonly_image_is_not_written(tmp_path: Path) -> None:
         assert not image.try_writev(0, page)  # type: ignore[attr-defined]  # as above
         image.close()
     assert path.read_bytes() == bytes(1 << 20)
+
+
+def test_a_failed_flush_stays_failed(tmp_path: Path) -> None:
+    """After the host lost data that it could not write, no later flush of a raw disk says that all is well."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "small", small], capture_output=True).returncode:
+        pytest.skip("needs permission to mount a tmpfs (root)")
+    try:
+        (small / "thin").touch()
+        os.truncate(small / "thin", 8 << 20)
+        loop = subprocess.run(["losetup", "-f", "--show", small / "thin"], capture_output=True, text=True)
+        if loop.returncode:
+            pytest.skip("needs loop devices")
+        try:
+            image = open_image(Drive(loop.stdout.strip(), format="raw"), warn=print)
+            image.writev(0, [memoryview(bytes(4 << 20))])
+            for _ in range(3):
+                with pytest.raises(OSError, match="could not make data stable") as caught:
+                    image.flush()
+                assert caught.value.errno == errno.EIO
+            image.close()
+        finally:
+            subprocess.run(["losetup", "-d", loop.stdout.strip()], check=True)
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

@@ -114,7 +114,7 @@ def test_backing_chain(tmp_path: Path, version: int, below: str) -> None:
     image.close()
     shape = Qcow2Shape(65536, version, backing_file="deep/middle.qcow2", backing_format="qcow2")
     create_qcow2(str(tmp_path / "top.qcow2"), SIZE, shape)
-    image = opened(tmp_path / "top.qcow2")
+    image = opened(tmp_path / "top.qcow2", backing=str(tmp_path / "deep"))
     assert read(image) == now
     before = (tmp_path / "deep" / "middle.qcow2").read_bytes()
     scribble(image, now, choose, 60)

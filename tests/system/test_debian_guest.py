@@ -73,7 +73,7 @@ def test_debian_works_on_disk_and_network(guest: DebianGuest, outside: Namespace
     image = guest.overlay(tmp_path / "disk.qcow2")
     (tmp_path / "word").write_text("from the server")
     devices: list[dict[str, Any]] = [
-        {"type": "virtio-blk", "drive": {"file": str(image)}, "queues": 2},
+        {"type": "virtio-blk", "drive": {"file": str(image), "backing": str(guest.disk)}, "queues": 2},
         {"type": "virtio-net", "net": {"type": "user", "ipv6": False, "hostfwd": ["tcp:127.0.0.1:2222-:22"]}},
     ]
 
@@ -128,7 +128,7 @@ def test_seabios_boots_grub_from_the_disk(guest: DebianGuest, tmp_path: Path) ->
     if not ROM.exists():
         pytest.skip("needs Debian's package seabios")
     image = guest.overlay(tmp_path / "disk.qcow2")
-    devices = [{"type": "virtio-blk", "drive": {"file": str(image)}}]
+    devices = [{"type": "virtio-blk", "drive": {"file": str(image), "backing": str(guest.disk)}}]
     with Machine(memory="512M", accel="tcg", boot={"firmware": str(ROM)}, devices=devices) as machine:
         machine.start()
         machine.console.expect("Booting from Hard Disk", timeout=60)
@@ -149,7 +149,7 @@ def test_systemd_starts_everything(guest: DebianGuest, outside: Namespace, tmp_p
         pytest.skip("needs passt")
     image = guest.overlay(tmp_path / "disk.qcow2")
     devices: list[dict[str, Any]] = [
-        {"type": "virtio-blk", "drive": {"file": str(image)}},
+        {"type": "virtio-blk", "drive": {"file": str(image), "backing": str(guest.disk)}},
         {"type": "virtio-net", "net": {"type": "user", "ipv6": False}},
         {"type": "virtio-rng"},
     ]

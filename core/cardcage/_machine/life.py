@@ -99,6 +99,7 @@ class Life:
         self.loop = EventLoop(config.name, self.deliver)
         self.clock = MachineClock(self.loop)
         self.console = Console(self.loop.call_soon)
+        self.waits = Waits(self, log, observers)
 
     def bind(self, steps: Steps) -> None:
         """The board is complete: from now on the machine can start."""
@@ -153,13 +154,18 @@ class Life:
     def hold(self, act: Callable[[], None]) -> None:
         """No vCPU runs another instruction until *act* was carried out on the loop thread."""
         self.gate.close(wait=False)
-        self.loop.post(lambda: self._guarded(act))
+        self.carry_out(act)
 
-    def _guarded(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except BaseException as error:  # a card's, or the accelerator's: the machine cannot go on
-            self.fail(error)
+    def carry_out(self, act: Callable[[], None]) -> None:
+        """Carry *act* out on the loop thread. Any thread."""
+
+        def guarded() -> None:
+            try:
+                act()
+            except BaseException as error:  # a card's, or the accelerator's: the machine cannot go on
+                self.fail(error)
+
+        self.loop.post(guarded)
 
     # ends
 
@@ -249,6 +255,7 @@ class Life:
 
     def do_resume(self) -> None:
         """Go on after a pause, on the loop thread."""
+        self.waits.devices.clear()
         with self.lock:
             self.clock.resume()
             self.steps.thaw()
@@ -309,13 +316,48 @@ class Life:
             thread.join()
 
 
+class Waits:
+    """Pauses that devices asked for: ``devices`` are those that wait, by id, and why. With the last of them gone the
+    machine goes on. A pause of somebody else's (the operator, a breakpoint) stays; the operator's takes over.
+    """
+
+    def __init__(self, life: Life, log: Log, observers: Observers) -> None:
+        self._life, self._log, self._observers = life, log, observers
+        self.devices: dict[str, str] = {}
+
+    def pause(self, who: str, why: str) -> None:
+        """Pause the machine for device *who*. Any thread."""
+        self._life.hold(lambda: self._pause(who, why))
+
+    def _pause(self, who: str, why: str) -> None:
+        if self._life.state is State.RUNNING or self.devices:
+            self.devices[who] = why
+            self._log.warning("machine paused", device=who, why=why)
+            self._observers.emit("waiting", who, why)
+            self._life.do_pause()
+
+    def resume(self, who: str) -> None:
+        """Device *who* no longer waits. Any thread."""
+        self._life.carry_out(lambda: self._resume(who))
+
+    def _resume(self, who: str) -> None:
+        if self.devices.pop(who, None) is not None and not self.devices and self._life.state is State.PAUSED:
+            self._log.warning("machine goes on", device=who)
+            self._life.do_resume()
+
+    def take_over(self) -> None:
+        """The operator pauses, on the loop thread: what devices wait for does not end it."""
+        self.devices.clear()
+        self._life.do_pause()
+
+
 class Power:
-    """Requests that a device may make of its machine; satisfies :class:`~cardcage.device.Power`."""
+    """Requests that device *id* may make of its machine; satisfies :class:`~cardcage.device.Power`."""
 
-    __slots__ = ("_life",)
+    __slots__ = ("_id", "_life")
 
-    def __init__(self, life: Life) -> None:
-        self._life = life
+    def __init__(self, life: Life, id: str) -> None:
+        self._life, self._id = life, id
 
     def reset(self, why: str = "", /) -> None:
         """The guest asked for a reset."""
@@ -336,3 +378,11 @@ class Power:
     def stop(self, why: str, /) -> None:
         """The host's side of the device asks for the end."""
         self._life.end(outcomes.Stopped(why))
+
+    def pause(self, why: str, /) -> None:
+        """Pause the machine until :meth:`resume`."""
+        self._life.waits.pause(self._id, why)
+
+    def resume(self) -> None:
+        """The device no longer needs the pause that it asked for."""
+        self._life.waits.resume(self._id)

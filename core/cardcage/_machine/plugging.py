@@ -121,7 +121,7 @@ class Plugging:
             board.memory,
             DeviceClock(life.clock, id),
             log,
-            Power(life),
+            Power(life, asking.device),
             DeviceInterrupts(asking, board.lines, board.vm, board.irqchip, number, place, log, ranges.owns),
             ranges,
             DeviceLoop(life.loop, id, lambda: life.outcome is not None or life.failure is not None),

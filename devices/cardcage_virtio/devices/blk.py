@@ -6,21 +6,23 @@ Requests are taken and served on worker threads: see :mod:`cardcage_virtio.queue
 
 from __future__ import annotations
 
+from functools import partial
 from struct import Struct, pack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
 from attrs.validators import ge, in_, le, max_len
 from cardcage.abilities import has
 from cardcage.backends import TryReads, TryWrites
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, HostError
 from cardcage.segments import total
 
+from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cardcage.device import Slot
 
@@ -47,8 +49,13 @@ class BlkOptions:
         readonly: refuse writes even where the back end allows them.
         queues: 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
         threads: worker threads, 1 to 64.
+        logical_block: bytes of a sector, 512 to 4096, that the guest's requests are multiples of; the drive's size has
+            to be one. 0 for the drive's own.
         physical_block: bytes of a physical block, for the guest's alignment.
         optimal_io: bytes of the best request size, 0 for none to say.
+        werror, rerror: when the host fails a write (flushes and discards included) or a read: ``report`` it to the
+            guest, ``ignore`` it, or ``stop``: pause the machine and try again when it goes on. ``enospc`` stops where
+            the host has no room, and goes on once it has, and reports all else.
     """
 
     drive: str | dict[str, Any]
@@ -58,8 +65,11 @@ class BlkOptions:
     queue_size: int = field(default=256, validator=in_([1 << at for at in range(2, 11)]))
     packed: bool = False
     threads: int = field(default=2, validator=[ge(1), le(64)])
+    logical_block: int = field(default=0, validator=in_([0, *(512 << at for at in range(4))]))
     physical_block: int = field(default=4096, validator=in_([512 << at for at in range(8)]))
     optimal_io: int = field(default=0, validator=ge(0))
+    werror: Literal["report", "ignore", "stop", "enospc"] = "enospc"
+    rerror: Literal["report", "ignore", "stop"] = "report"
 
 
 class Blk:
@@ -79,8 +89,11 @@ class Blk:
         self._slot, options = slot, self.options
         self.backend = slot.host.open("block", options.drive)
         info = self.info = self.backend.info
-        if info.size % SECTOR:
-            raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {SECTOR}")
+        own = info.block_size if info.size % info.block_size == 0 else SECTOR
+        self.block = options.logical_block or own
+        if info.size % self.block:
+            raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {self.block}")
+        self._patience = Patience(slot.power, f"{slot.id}-room")
         self.readonly = options.readonly or info.readonly
         self._try_read = has(self.backend, TryReads)
         self._try_write = has(self.backend, TryWrites) and not self.readonly
@@ -96,26 +109,48 @@ class Blk:
         self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick)
 
     def unplug(self) -> None:
+        self._patience.end()
         self._workers.close()
+
+    # life
+
+    def pause(self) -> None:
+        """The rings are left alone by then."""
+
+    def resume(self) -> None:
+        self._patience.end()
+        self._workers.retry()
+
+    def stop(self) -> None:
+        if self._patience.end():  # what it waited for is no longer asked
+            self._slot.power.resume()
+
+    def save(self) -> None:
+        if kept := self._workers.kept:
+            raise HostError(f"{self._slot.id}: {kept} requests wait for the host, and cannot be saved: make room first")
+
+    def load(self, state: Any) -> None:
+        """Nothing is saved."""
 
     def config(self) -> bytes:
         info, options = self.info, self.options
-        physical = max(options.physical_block, info.block_size)
+        block = self.block
+        physical = max(options.physical_block, block)
         return pack(
             "<QII4xIBBHIBxHIIIIIB3x",
             info.size // SECTOR,
             0,
             options.queue_size - 2,
-            info.block_size,
-            (physical // info.block_size).bit_length() - 1,
+            block,
+            (physical // block).bit_length() - 1,
             0,
-            max(physical // info.block_size, 1),
-            options.optimal_io // info.block_size,
+            max(physical // block, 1),
+            options.optimal_io // block,
             1,
             options.queues,
             SECTORS_MAX,
             SEGMENTS,
-            info.block_size // SECTOR,
+            block // SECTOR,
             SECTORS_MAX,
             SEGMENTS,
             1,
@@ -140,7 +175,7 @@ class Blk:
             if kind == IN and len(readable) == 1 and self._try_read:
                 target = writable[:-1]
                 size = total(target)
-                if size % SECTOR or sector * SECTOR + size > self.info.size:
+                if self._check(sector, size) != OK:
                     return None
                 if not self.backend.try_readv(sector * SECTOR, target):
                     return None
@@ -148,7 +183,7 @@ class Blk:
             elif kind == OUT and len(writable) == 1 and self._try_write and self._io.has(F_FLUSH):
                 source = readable[1:]
                 size = total(source)
-                if size % SECTOR or sector * SECTOR + size > self.info.size:
+                if self._check(sector, size) != OK:
                     return None
                 if not self.backend.try_writev(sector * SECTOR, source):
                     return None
@@ -159,8 +194,8 @@ class Blk:
         writable[-1][0] = OK
         return written
 
-    def _process(self, request: Request) -> int:
-        """Serve one; returns the bytes written to the guest, its status byte included."""
+    def _process(self, request: Request) -> int | None:
+        """Serve one; returns the bytes written to the guest, its status byte included; None to try again later."""
         readable, writable = request.readable, request.writable
         if not writable or not readable:
             raise RingError("a block request without header or status")
@@ -199,10 +234,28 @@ class Blk:
             else:
                 code = UNSUPP
         except OSError as error:
+            policy = self.options.rerror if kind == IN else self.options.werror
+            room = error.errno in NO_ROOM
+            if policy == "stop" or (policy == "enospc" and room):
+                again = self._attempt(kind, sector, source) if room else None
+                self._patience.begin(f"the host failed a block request: {error.strerror or error}", again)
+                return None
             self._io.warn("block request failed", type=kind, sector=sector, error=str(error))
-            code, size = IOERR, total(target)
+            code = OK if policy == "ignore" else IOERR
+            size = total(target)
         status[0] = code
         return size + 1
+
+    def _attempt(self, kind: int, sector: int, source: Sequence[memoryview]) -> Callable[[], object]:
+        """Return what tells if a request that found no room finds some now. It writes what the request writes."""
+        if kind == OUT:
+            data = b""
+            for part in source:
+                data += bytes(part[: PROBE - len(data)])
+            return partial(self.backend.writev, sector * SECTOR, [memoryview(data)])
+        if kind == FLUSH:
+            return self.backend.flush  # type: ignore[no-any-return]  # of a back end
+        return partial(self._ranges, kind, b"".join(source))
 
     @staticmethod
     def _loose_header(readable: Sequence[memoryview]) -> tuple[int, int, list[memoryview]]:
@@ -219,7 +272,8 @@ class Blk:
         return kind, sector, source
 
     def _check(self, sector: int, size: int) -> int:
-        return IOERR if size % SECTOR or sector * SECTOR + size > self.info.size else OK
+        at, block = sector * SECTOR, self.block
+        return IOERR if size % block or at % block or at + size > self.info.size else OK
 
     def _ranges(self, kind: int, data: bytes) -> int:
         offered = self._io.has(F_DISCARD if kind == DISCARD else F_ZEROES)

@@ -40,7 +40,8 @@ class Workers:
     """Threads that serve the queues of *io*.
 
     Args:
-        process: serves one request and returns the bytes it wrote; RingError puts the device in NEEDS_RESET.
+        process: serves one request and returns the bytes it wrote, or None when it cannot be served now: it is kept
+            until :meth:`retry`. RingError puts the device in NEEDS_RESET.
         threads: how many. name: of the threads, for debuggers.
         quick: serves a request on the notifying thread if that takes no waiting, else returns None with nothing done.
             Used for the first requests of a notification while all workers are idle: waking a worker costs more than a
@@ -52,7 +53,7 @@ class Workers:
     def __init__(
         self,
         io: Virtio,
-        process: Callable[[Request], int],
+        process: Callable[[Request], int | None],
         threads: int,
         name: str,
         quick: Callable[[Request], int | None] | None = None,
@@ -63,6 +64,8 @@ class Workers:
         self._waited = [0] * len(io.queues)
         self._shared = [0] * len(io.queues)
         self._locks = [Lock() for _ in io.queues]
+        self._kept: list[list[Request]] = [[] for _ in io.queues]
+        self._again: list[list[Request]] = [[] for _ in io.queues]
         self._idle = Condition()
         self.active = 0
         self._draining = False
@@ -73,7 +76,13 @@ class Workers:
     def notify(self, index: int) -> None:
         """The driver, or whoever drained, says that there is work in queue *index*."""
         self._draining = False
-        if self._quick is None or self.active or self._scheduled[index] or not self._serve_quickly(index, self._quick):
+        if (
+            self._quick is None
+            or self.active
+            or self._again[index]
+            or self._scheduled[index]
+            or not self._serve_quickly(index, self._quick)
+        ):
             self._schedule(index)
 
     def _serve_quickly(self, index: int, quick: Callable[[Request], int | None]) -> bool:
@@ -107,6 +116,25 @@ class Workers:
         with self._idle:
             self._draining = True
             self._idle.wait_for(lambda: not self.active)
+
+    @property
+    def kept(self) -> int:
+        """Requests that could not be served yet."""
+        return sum(not one.ring.dead for lists in (self._kept, self._again) for some in lists for one in some)
+
+    def retry(self) -> None:
+        """Serve what was kept, from the next notification on, before anything else. While no worker is active."""
+        for index, kept in enumerate(self._kept):
+            self._again[index] += kept
+            self._kept[index] = []
+
+    def _keep(self, request: Request) -> None:
+        """Keep a request that cannot be served now. Raises RingError for more than a driver can wait for."""
+        with self._locks[request.ring.index]:
+            kept = self._kept[request.ring.index] = [one for one in self._kept[request.ring.index] if not one.ring.dead]
+            if len(kept) >= request.ring.size:
+                raise RingError(f"more than {request.ring.size} requests at once")
+            kept.append(request)
 
     def close(self) -> None:
         """End the threads, after what they are doing. Idempotent."""
@@ -152,18 +180,25 @@ class Workers:
             most = 1 if shared[index] else BATCH
             with lock:
                 ring.silence()
+                if self._again[index]:
+                    batch = [one for one in self._again[index][:most] if one.ring is ring]
+                    del self._again[index][:most]
                 while len(batch) < most and (request := pop()) is not None:
                     batch.append(request)
-                if not batch and not ring.rearm():
+                if not batch and not self._again[index] and not ring.rearm():
                     return
-                more = most == 1 and ring.more()
+                more = most == 1 and (ring.more() or bool(self._again[index]))
             if more:
                 self._schedule(index)
             done: list[tuple[Request, int]] = []
             began = before = now()
             try:
                 for request in batch:
-                    done.append((request, process(request)))
+                    written = process(request)
+                    if written is None:
+                        self._keep(request)
+                        continue
+                    done.append((request, written))
                     after = now()
                     self._judge(index, after - before > LINGER)
                     if after - began > LINGER:

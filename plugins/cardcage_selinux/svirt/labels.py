@@ -242,7 +242,7 @@ class Svirt:
             os.close(fd)
 
     def _by_name(self, path: str) -> Path:
-        return self.folder / f"{sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
+        return self.folder / f"{sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"
 
     def _record(self, path: str) -> Record | None:
         with suppress(OSError):
