@@ -1,4 +1,4 @@
-"""Char back ends of ``cardcage boot``: the console that notices a kernel panic, and the channel of ``--exec``.
+"""Char back ends of ``cardcage boot``: the console with what belongs to a command, and the channel of ``--exec``.
 
 init (``init.sh``) frames what belongs to the command with marks that hold a token made for this one boot: on the
 console ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN LF``, and on the second serial port, after the
@@ -8,7 +8,6 @@ command's last byte, ``NUL cardcage-end TOKEN STATUS LF``.
 from __future__ import annotations
 
 import os
-import re
 import select
 from typing import TYPE_CHECKING
 
@@ -27,13 +26,11 @@ __all__ = [
     "FdSink",
     "LinuxConsole",
     "Marked",
-    "PanicWatch",
     "open_console",
     "open_exec",
 ]
 
 BATCH = 4096
-LINE_MAX = 1024
 BROKEN_PIPE = 141
 """The status a shell reports for a program that SIGPIPE ended."""
 
@@ -102,32 +99,6 @@ class FdSink:
 
 
 @define
-class PanicWatch:
-    """Looks for a Linux kernel's panic message in console output and calls *found* with it, once."""
-
-    found: Callable[[str], None]
-    _line: bytearray = field(factory=bytearray)
-    _done: bool = False
-
-    def feed(self, data: bytes) -> None:
-        """The next bytes of the console."""
-        if self._done:
-            return
-        self._line += data
-        if b"\n" not in data:
-            del self._line[:-LINE_MAX]
-            return
-        *lines, rest = self._line.split(b"\n")
-        self._line = bytearray(rest[-LINE_MAX:])
-        for line in lines:
-            panic = re.search(rb"Kernel panic - not syncing: ?([^\r]*)", line)
-            if panic:
-                self._done = True
-                self.found(panic[1].decode("utf-8", "replace"))
-                return
-
-
-@define
 class Marked:
     """Splits a stream at a mark that may come in pieces; never holds back more than could begin the mark."""
 
@@ -155,10 +126,9 @@ class Marked:
 
 
 class LinuxConsole:
-    """Back end ``linux-console``: passes the console on and reports a kernel panic to the machine."""
+    """Back end ``linux-console``: passes the console on, all of it or what lies between the marks."""
 
     def __init__(self, slot: Slot, options: ConsoleOptions) -> None:
-        self._watch = PanicWatch(slot.power.panic)
         self._marked = bool(options.token)
         self._begin = Marked(f"\0cardcage-begin {options.token}\n".encode())
         self._end = Marked(f"\0cardcage-end {options.token}\n".encode())
@@ -181,7 +151,6 @@ class LinuxConsole:
                 self._begin.after.clear()
                 if out:
                     self._sink.write(out)
-        self._watch.feed(data)
 
     def close(self) -> None:
         """Write what is left. The inner back end is the slot's to close."""
