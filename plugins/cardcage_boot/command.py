@@ -22,8 +22,8 @@ from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of,
 from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
-from cardcage_boot.files import open_file
-from cardcage_boot.linux import is_bzimage, read_header
+from cardcage_boot.files import open_file, unpacked
+from cardcage_boot.linux import linux_release
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -179,7 +179,7 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
     linux = bool(kernel.release) or arguments.kernel is None
     if not linux:
         if arguments.exec is not None:
-            raise ConfigError("not a Linux bzImage, which --exec needs", file=str(kernel.path))
+            raise ConfigError("not a Linux kernel, which --exec needs", file=str(kernel.path))
         plan.boot |= {"append": arguments.append, "initrd": arguments.initrd or ""}
         return plan
     plan.boot["append"] = " ".join(
@@ -196,13 +196,13 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
 
 
 def _given_kernel(path: str) -> Kernel:
-    """The kernel file a person gave; its modules are where this host keeps those of the same release."""
-    file = open_file(path, "kernel")
-    if not is_bzimage(file.data):
+    """The kernel file a person gave; its modules are where its own tree, else this host, keeps those of its release."""
+    release = linux_release(unpacked(open_file(path, "kernel")))
+    if not release:
         return Kernel(Path(path), "", None, "")
-    release = read_header(file).release
-    modules = Path("/lib/modules", release)
-    return Kernel(Path(path), release, modules if release and modules.is_dir() else None, path)
+    tops = (*Path(path).absolute().parents[1:2], Path("/"))
+    modules = [top / lib / "modules" / release for top in tops for lib in ("lib", "usr/lib")]
+    return Kernel(Path(path), release, next((one for one in modules if one.is_dir()), None), path)
 
 
 def _settings(arguments: Namespace, plan: Plan, shares: str) -> list[cpio.Entry]:
