@@ -24,6 +24,7 @@ from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
 from cardcage_boot.linux import linux_release
+from cardcage_boot.report import Report
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -59,52 +60,6 @@ def configure(parser: ArgumentParser) -> None:
         "--refresh", action="store_true", help="fetch the distribution's newest kernel even if another is cached"
     )
     add_machine_arguments(parser)
-
-
-class Report:
-    """Progress before the guest starts: on standard error, with a progress bar on a terminal."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._cleanup = ExitStack()
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def line(self, name: str, text: str) -> None:
-        """One line of the header."""
-        self.close()
-        print(f"  {name:<12} {text}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A line about what takes time."""
-        self.line("", text)
-
-    def progress(self, what: str, percent: float) -> None:
-        """A download's progress."""
-        if not self._terminal:
-            if what not in self._tasks:
-                self._tasks[what] = None
-                self.line("fetching", what)
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("  fetching     {task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-            )
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar, self._tasks = self._cleanup.enter_context(bar), {}
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=100)
-        self._bar.update(self._tasks[what], completed=percent)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._cleanup.close()
-        self._bar = None
 
 
 @define
