@@ -44,6 +44,12 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.command:configure",
         help="boot a Linux kernel to a shell, or to run a single command",
     )
+    registry.command(
+        "kernel",
+        "cardcage_boot.kernel:run",
+        configure="cardcage_boot.kernel:configure",
+        help="write the distribution's kernel, and an initramfs that mounts root=, as files to run machines with",
+    )
     registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")
 
 
