@@ -90,11 +90,11 @@ def _open(device: str) -> int:
 def _why(error: OSError) -> str:
     match error.errno:
         case errno.EACCES | errno.EPERM:
-            return "permission denied; join the group kvm (sudo usermod -aG kvm $USER, then log in again)"
+            return "permission denied"
         case errno.ENOENT:
-            return "does not exist: no hardware virtualization, or its module (kvm_intel, kvm_amd) is not loaded"
+            return "does not exist"
         case errno.ENODEV | errno.ENXIO:
-            return "no such device: the kernel's KVM module is not loaded, or firmware has virtualization off"
+            return "no such device"
         case _:
             return os.strerror(error.errno or 0)
 
@@ -111,7 +111,7 @@ def _probe(device: str) -> Probe:
     return Probe(
         usable=True,
         speed="emulated",
-        reason=f"{device} is instruction-emulated by this host: {mips:.1f} MIPS; --accel kvm to use it anyway",
+        reason=f"{device} is instruction-emulated by this host: {mips:.1f} MIPS",
     )
 
 

@@ -38,7 +38,7 @@ class Probe:
     Attributes:
         usable: a virtual machine can be created.
         speed: ``"native"``, ``"translated"`` or ``"emulated"``, from fast to slow.
-        reason: one line: why not, or what to know (``"/dev/kvm: permission denied; join the group kvm"``).
+        reason: one line: why not, or what to know (``"/dev/kvm: permission denied"``); advice is for a doctor's line.
         executable: it makes memory executable that it wrote itself (a translator): the machine asks for ``execmem``.
         code_memory: name of the memfd that holds generated code, by which its cost is told apart; empty without one.
     """

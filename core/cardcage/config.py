@@ -96,6 +96,7 @@ class MachineConfig:
         priority: -100 to 100: when the host runs short, who has the lowest gives first, and is ended first.
         on_reset: what a reset that the guest asked for does.
         on_triple_fault: what a triple fault of the guest does.
+        on_panic: what a guest's report of its own panic does; ``ignore`` for one that goes on in a crash kernel.
         label: security label of the machine; by default the security card gives one, else its name is its label.
     """
 
@@ -111,6 +112,7 @@ class MachineConfig:
     priority: int = field(default=0, validator=and_(ge(-100), le(100)))
     on_reset: Literal["reset", "stop"] = "reset"
     on_triple_fault: Literal["stop", "reset"] = "stop"
+    on_panic: Literal["stop", "ignore"] = "stop"
     label: str | None = None
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "Resettable",
     "Resource",
     "Slot",
+    "TextOutput",
     "Unpluggable",
 ]
 
@@ -148,6 +149,13 @@ class PowerButton(Protocol):
     def power_button(self) -> None: ...
 
 
+class TextOutput(Protocol):
+    """Carries a guest's text out (a serial port), and lets others read along."""
+
+    def add_output_listener(self, listener: Callable[[bytes], None], /) -> None:
+        """``listener(data)`` is called with all that the guest writes, on any thread, under the machine's lock."""
+
+
 class DeviceBus(Protocol):
     """A device that carries others (``bus = "pci"``). ``bus_type`` is the word that other cards' registrations name."""
 
@@ -182,8 +190,11 @@ class Power(Protocol):
     def off(self) -> None:
         """Power off: the outcome is PoweredOff."""
 
-    def panic(self, message: str, /) -> None:
-        """The guest said that it panicked (pvpanic)."""
+    def panic(self, message: str, /, *, soon: bool = False) -> None:
+        """The guest said that it panicked (pvpanic): Panicked, unless ``[machine] on_panic`` is ``"ignore"``.
+
+        With *soon* it goes on, to print a trace: the end or reset that it comes to next has the outcome Panicked.
+        """
 
     def exit(self, code: int, /) -> None:
         """The guest ended with *code*, 0 to 255 (ISA debug exit); the process's status is ``code << 1 | 1``."""

@@ -80,8 +80,8 @@ class TestPower:
     def off(self) -> None:
         self.requests.append(("off",))
 
-    def panic(self, message: str, /) -> None:
-        self.requests.append(("panic", message))
+    def panic(self, message: str, /, *, soon: bool = False) -> None:
+        self.requests.append(("panic soon" if soon else "panic", message))
 
     def exit(self, code: int, /) -> None:
         self.requests.append(("exit", code))

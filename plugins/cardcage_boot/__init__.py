@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.hookspecs import hookimpl
 
@@ -29,7 +29,7 @@ def cardcage_register(registry: Registry) -> None:
         "linux-console",
         "cardcage_boot.channel:open_console",
         options="cardcage_boot.channel:ConsoleOptions",
-        help="forwards a Linux console, and reports kernel panics to the machine",
+        help="forwards a Linux console (cardcage boot)",
     )
     registry.backend(
         "char",
@@ -44,4 +44,18 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.command:configure",
         help="boot a Linux kernel to a shell, or to run a single command",
     )
+    registry.command(
+        "kernel",
+        "cardcage_boot.kernel:run",
+        configure="cardcage_boot.kernel:configure",
+        help="write the distribution's kernel, and an initramfs that mounts root=, as files to run machines with",
+    )
     registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")
+
+
+@hookimpl
+def cardcage_built(machine: Any) -> None:
+    """Watch for a kernel's panic where it has a serial console."""
+    from cardcage_boot.panic import watch_consoles
+
+    watch_consoles(machine)

@@ -1,4 +1,4 @@
-"""The console of ``cardcage boot``, a char back end that notices a kernel panic.
+"""The console of ``cardcage boot``, with what belongs to a command.
 
 Where a command's error output comes over the console, init (``init.sh``) frames it with marks that hold a token made
 for this one boot: ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN LF``.
@@ -7,7 +7,6 @@ for this one boot: ``NUL cardcage-begin TOKEN LF`` and ``NUL cardcage-end TOKEN 
 from __future__ import annotations
 
 import os
-import re
 import select
 from typing import TYPE_CHECKING
 
@@ -25,12 +24,10 @@ __all__ = [
     "FdSink",
     "LinuxConsole",
     "Marked",
-    "PanicWatch",
     "open_console",
 ]
 
 BATCH = 4096
-LINE_MAX = 1024
 
 
 @frozen
@@ -84,32 +81,6 @@ class FdSink:
 
 
 @define
-class PanicWatch:
-    """Looks for a Linux kernel's panic message in console output and calls *found* with it, once."""
-
-    found: Callable[[str], None]
-    _line: bytearray = field(factory=bytearray)
-    _done: bool = False
-
-    def feed(self, data: bytes) -> None:
-        """The next bytes of the console."""
-        if self._done:
-            return
-        self._line += data
-        if b"\n" not in data:
-            del self._line[:-LINE_MAX]
-            return
-        *lines, rest = self._line.split(b"\n")
-        self._line = bytearray(rest[-LINE_MAX:])
-        for line in lines:
-            panic = re.search(rb"Kernel panic - not syncing: ?([^\r]*)", line)
-            if panic:
-                self._done = True
-                self.found(panic[1].decode("utf-8", "replace"))
-                return
-
-
-@define
 class Marked:
     """Splits a stream at a mark that may come in pieces; never holds back more than could begin the mark."""
 
@@ -137,10 +108,9 @@ class Marked:
 
 
 class LinuxConsole:
-    """Back end ``linux-console``: passes the console on and reports a kernel panic to the machine."""
+    """Back end ``linux-console``: passes the console on, all of it or what lies between the marks."""
 
     def __init__(self, slot: Slot, options: ConsoleOptions) -> None:
-        self._watch = PanicWatch(slot.power.panic)
         self._marked = bool(options.token)
         self._begin = Marked(f"\0cardcage-begin {options.token}\n".encode())
         self._end = Marked(f"\0cardcage-end {options.token}\n".encode())
@@ -165,7 +135,6 @@ class LinuxConsole:
                     self._end.after.clear()  # nobody wants what follows, and a guest may go on for ever
                 if out:
                     self._sink.write(out)
-        self._watch.feed(data)
 
     def close(self) -> None:
         """Write what is left. The inner back end is the slot's to close."""

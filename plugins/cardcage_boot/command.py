@@ -22,8 +22,9 @@ from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of,
 from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
-from cardcage_boot.files import open_file
-from cardcage_boot.linux import is_bzimage, read_header
+from cardcage_boot.files import open_file, unpacked
+from cardcage_boot.linux import linux_release
+from cardcage_boot.report import Report
 from cardcage_boot.streams import port_options
 
 if TYPE_CHECKING:
@@ -60,52 +61,6 @@ def configure(parser: ArgumentParser) -> None:
         "--refresh", action="store_true", help="fetch the distribution's newest kernel even if another is cached"
     )
     add_machine_arguments(parser)
-
-
-class Report:
-    """Progress before the guest starts: on standard error, with a progress bar on a terminal."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._cleanup = ExitStack()
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def line(self, name: str, text: str) -> None:
-        """One line of the header."""
-        self.close()
-        print(f"  {name:<12} {text}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """A line about what takes time."""
-        self.line("", text)
-
-    def progress(self, what: str, percent: float) -> None:
-        """A download's progress."""
-        if not self._terminal:
-            if what not in self._tasks:
-                self._tasks[what] = None
-                self.line("fetching", what)
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("  fetching     {task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-            )
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar, self._tasks = self._cleanup.enter_context(bar), {}
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=100)
-        self._bar.update(self._tasks[what], completed=percent)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._cleanup.close()
-        self._bar = None
 
 
 @define
@@ -197,7 +152,7 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
     linux = bool(kernel.release) or arguments.kernel is None
     if not linux:
         if arguments.exec is not None:
-            raise ConfigError("not a Linux bzImage, which --exec needs", file=str(kernel.path))
+            raise ConfigError("not a Linux kernel, which --exec needs", file=str(kernel.path))
         plan.boot |= {"append": arguments.append, "initrd": arguments.initrd or ""}
         return plan
     if arguments.initrd is None:
@@ -215,13 +170,13 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
 
 
 def _given_kernel(path: str) -> Kernel:
-    """The kernel file a person gave; its modules are where this host keeps those of the same release."""
-    file = open_file(path, "kernel")
-    if not is_bzimage(file.data):
+    """The kernel file a person gave; its modules are where its own tree, else this host, keeps those of its release."""
+    release = linux_release(unpacked(open_file(path, "kernel")))
+    if not release:
         return Kernel(Path(path), "", None, "")
-    release = read_header(file).release
-    modules = Path("/lib/modules", release)
-    return Kernel(Path(path), release, modules if release and modules.is_dir() else None, path)
+    tops = (*Path(path).absolute().parents[1:2], Path("/"))
+    modules = [top / lib / "modules" / release for top in tops for lib in ("lib", "usr/lib")]
+    return Kernel(Path(path), release, next((one for one in modules if one.is_dir()), None), path)
 
 
 def _settings(arguments: Namespace, plan: Plan, shares: str) -> list[cpio.Entry]:

@@ -103,7 +103,9 @@ class Shelf:
         return Kernel(kernels[-1], release, found, f"fetched from {name.capitalize()}")
 
     def _fetch_kernel(self, home: Path, metas: tuple[str, ...]) -> None:
-        apt = Apt(self.root / "apt", self.progress)
+        if self.kept_kernel() is None:
+            self.say("no kernel is in the cache yet: it is fetched from where this host's apt gets its packages, once")
+        apt = Apt(self.root / "apt", self.progress, self.say)
         apt.update()
         for meta in metas:
             image = depends(apt.show(meta) or {}, r"linux-image-\d")
@@ -144,7 +146,8 @@ class Shelf:
         return kept
 
     def _fetch_busybox(self, kept: Path) -> None:
-        apt = Apt(self.root / "apt", self.progress)
+        self.say("this host has no static busybox: the package busybox-static is fetched, once")
+        apt = Apt(self.root / "apt", self.progress, self.say)
         apt.update()
         with tempfile.TemporaryDirectory(dir=self.root, prefix=".new-") as name:
             fresh = Path(name)
@@ -154,12 +157,10 @@ class Shelf:
                 raise HostError("the package busybox-static holds no static busybox: give --initrd")
             os.replace(found, kept)
 
-    def initramfs(self, kernel: Kernel) -> Path:
-        """The initramfs for *kernel*, built once for each set of ingredients."""
+    def initramfs(self, kernel: Kernel, init: str = "init.sh") -> Path:
+        """The initramfs for *kernel* with the script *init*, built once for each set of ingredients."""
         busybox = self.busybox()
-        made_of = [
-            files("cardcage_boot").joinpath(name).read_bytes() for name in ("init.sh", "dhcp.sh", "initramfs.py")
-        ]
+        made_of = [files("cardcage_boot").joinpath(name).read_bytes() for name in (init, "dhcp.sh", "initramfs.py")]
         made_of.append(repr((WANTED, kernel.release, str(kernel.modules), str(busybox))).encode())
         for path in (busybox, kernel.modules):
             if path is not None:
@@ -168,7 +169,7 @@ class Shelf:
         key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
         kept = self.root / "initramfs" / f"{kernel.release}-{key}.cpio"
         if not kept.exists():
-            publish_file(kept, build(busybox, kernel.modules, kernel.release))
+            publish_file(kept, build(busybox, kernel.modules, kernel.release, init))
         return kept
 
 

@@ -8,7 +8,7 @@ from attrs import frozen
 from cardcage.config import beside
 from cardcage.errors import ConfigError
 
-__all__ = ["MAX_FILE", "BootFile", "open_file", "unpacked"]
+__all__ = ["MAX_FILE", "BootFile", "joined", "open_file", "unpacked"]
 
 MAX_FILE = 2 << 30
 """The most that is read of one boot file, in bytes: a device node such as /dev/zero must not eat the host."""
@@ -71,6 +71,11 @@ def open_file(path: str, kind: str) -> BootFile:
     if len(data) > MAX_FILE:
         raise ConfigError(f"larger than {MAX_FILE >> 30} GiB: expected a {kind}", file=path)
     return BootFile(path, data, kind, name)
+
+
+def joined(parts: list[BootFile]) -> bytes:
+    """The contents one after another, each padded to 4 bytes: archives as Linux reads them from one initrd."""
+    return b"".join(part.data + bytes(-len(part.data) % 4) for part in parts)
 
 
 def unpacked(file: BootFile) -> BootFile:

@@ -60,13 +60,14 @@ def driver_script(modules: list[Module]) -> str:
     return "\n".join([*lines, ":", "}", ""])
 
 
-def build(busybox: Path, modules_root: Path | None, release: str) -> bytes:
+def build(busybox: Path, modules_root: Path | None, release: str, init: str = "init.sh") -> bytes:
     """Make the archive.
 
     Args:
         busybox: a static busybox for x86-64.
         modules_root: the kernel's ``lib/modules/RELEASE`` folder, ``None`` for a kernel without modules.
         release: the kernel's ``uname -r``.
+        init: the script that is the first process: ``init.sh`` for a shell or one command, ``root.sh`` to mount root=.
 
     The same input gives the same bytes. Raises ConfigError naming the file that is at fault.
     """
@@ -92,7 +93,7 @@ def build(busybox: Path, modules_root: Path | None, release: str) -> bytes:
         cpio.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"),
         cpio.file("etc/group", b"root:x:0:\n"),
         cpio.file("etc/profile", SHELL_PROFILE.encode()),
-        cpio.file("init", scripts.joinpath("init.sh").read_bytes(), 0o755),
+        cpio.file("init", scripts.joinpath(init).read_bytes(), 0o755),
         cpio.file("cardcage/dhcp", scripts.joinpath("dhcp.sh").read_bytes(), 0o755),
         cpio.file("cardcage/drivers", driver_script(modules).encode()),
         *(cpio.file(f"{folder}/{one.name}.ko", one.data) for one in modules),

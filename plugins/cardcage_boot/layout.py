@@ -31,6 +31,7 @@ __all__ = [
     "TABLES_END",
     "Room",
     "flat32",
+    "linux32",
     "load_elf",
     "long64",
     "write_long_mode_tables",
@@ -40,6 +41,8 @@ __all__ = [
 PAGE = 4096
 GDT = 0x1000
 PML4 = 0x2000
+LOW_MAX = 0xE0000000
+"""The most RAM that a PC has below 4 GiB, bytes."""
 TABLES_END = 0x8000
 """First address past the GDT (0x1000) and the six page-table pages (0x2000 to 0x7FFF) of 64-bit entry."""
 
@@ -56,6 +59,7 @@ class Room:
     def __init__(self, entries: list[E820Entry]) -> None:
         self._free = [(one.address, one.address + one.size) for one in entries if one.type == 1 and one.size > 0]
         self._free.sort()
+        self._end = max((high for _, high in self._free if high <= LOW_MAX), default=0)
         for one in entries:
             if one.type != 1:
                 self.remove(one.address, one.size)
@@ -75,15 +79,20 @@ class Room:
         """True if the whole range is free."""
         return any(low <= address and address + size <= high for low, high in self._free)
 
-    def take(self, address: int, size: int, what: str, file: str | None = None) -> None:
-        """Take exactly this range. Raises ConfigError when it is not all free RAM."""
+    def take(self, address: int, size: int, what: str, file: str | None = None, *, until: int = 0) -> None:
+        """Take exactly this range. Raises ConfigError when it is not all free RAM.
+
+        *until* is the end of all that is to be taken, where that is known: the error says how much memory is needed.
+        """
         if not self.holds(address, size):
-            raise ConfigError(
-                f"{what} needs guest RAM at {address:#x}-{address + size - 1:#x}, which is not free in the "
-                "machine's memory map (more memory may help)",
-                file=file,
-            )
+            short = address + size > self._end
+            why = self._more(max(until, address + size)) if short else ": it is not free in the machine's memory map"
+            raise ConfigError(f"{what} needs guest RAM at {address:#x}-{address + size - 1:#x}{why}", file=file)
         self.remove(address, size)
+
+    def _more(self, end: int) -> str:
+        """The advice for what needs RAM up to *end*."""
+        return f": give more memory, at least {-(-end >> 20)}M" if end <= LOW_MAX else ", above all RAM below 4 GiB"
 
     def find(
         self, size: int, *, low: int = PAGE, high: int = 1 << 52, align: int = PAGE, top: bool = False
@@ -114,10 +123,13 @@ class Room:
         """As :meth:`find`, but raises ConfigError when there is no such range."""
         at = self.find(size, low=low, high=high, align=align, top=top)
         if at is None:
-            limit = "" if high >= 1 << 52 else f" below {high:#x}"
+            # More memory lengthens the last free range.
+            above = next((start for start, stop in self._free if stop == self._end), self._end)
+            end = ((max(above, low) + align - 1) & -align) + size
+            limit = "" if high >= 1 << 32 else f" below {high:#x}"
+            advice = "" if end > high else self._more(end)
             raise ConfigError(
-                f"{what} of {size / 1048576:.1f} MiB does not fit in the guest's free RAM{limit}: give more memory",
-                file=file,
+                f"{what} of {size / 1048576:.1f} MiB does not fit in the guest's free RAM{limit}{advice}", file=file
             )
         return at
 
@@ -142,6 +154,17 @@ def flat32(entry: int) -> VCpuState:
         cr0=CR0_PE | CR0_ET,
     )
     state.registers.rip, state.registers.rdx = entry, 0
+    return state
+
+
+def linux32(context: BootContext, entry: int) -> VCpuState:
+    """Protected mode as :func:`flat32`, over a GDT at 0x1000 with Linux's selectors 0x10 and 0x18, RSI to be set.
+
+    (Linux, Documentation/x86/boot.rst, "32-bit Boot Protocol".)
+    """
+    context.memory.write(GDT, struct.pack("<4Q", 0, 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
+    state = flat32(entry)
+    state.system.gdt = DescriptorTable(GDT, 31)
     return state
 
 
@@ -188,14 +211,15 @@ def load_elf(context: BootContext, room: Room, elf: Elf, file: BootFile) -> int:
 
     Raises ConfigError when a segment does not lie in free RAM below 4 GiB, or two overlap.
     """
+    until = max((one.address + one.size for one in elf.segments), default=0)
     for one in elf.segments:
         if one.address + one.size > 1 << 32:
             raise file.error(f"ELF segment at {one.address:#x}: expected all of it below 4 GiB")
-        room.take(one.address, one.size, "an ELF segment", file.path)
+        room.take(one.address, one.size, "an ELF segment", file.path, until=until)
     for one in elf.segments:
         context.memory.write(one.address, one.data)
         zero_fill(context, one.address + len(one.data), one.size - len(one.data))
-    return max((one.address + one.size for one in elf.segments), default=0)
+    return until
 
 
 def zero_fill(context: BootContext, address: int, size: int) -> None:

@@ -1,15 +1,17 @@
-"""Linux by the 64-bit boot protocol (Linux, Documentation/x86/boot.rst and zero-page.rst)."""
+"""Linux by its 64-bit boot protocol, old kernels by the 32-bit one (Linux, Documentation/x86/{boot,zero-page}.rst)."""
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
-from cardcage_boot.files import BootFile, open_file
-from cardcage_boot.layout import PAGE, Room, long64, write_long_mode_tables
+from cardcage_boot.elf import is_elf
+from cardcage_boot.files import BootFile, joined, open_file
+from cardcage_boot.layout import PAGE, Room, linux32, long64, write_long_mode_tables
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext, BootImage, E820Entry
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from cardcage_boot.options import LinuxOptions
 
-__all__ = ["Header", "LinuxImage", "LinuxLoader", "is_bzimage", "open_linux", "read_header"]
+__all__ = ["Header", "LinuxImage", "LinuxLoader", "is_bzimage", "linux_release", "open_linux", "read_header"]
 
 ZERO_PAGE = 0x8000
 SETUP_DATA = 0x9000
@@ -26,7 +28,11 @@ LOW_END = 0x20000
 ENTRY_64 = 0x200
 XLF_KERNEL_64, XLF_ABOVE_4G = 1, 2
 SETUP_RNG_SEED = 9
+UNPACKS = 4
+"""Of a kernel that does not say how much memory it needs: its unpacked size, in times of the file's."""
 LOADED_HIGH, KEEP_SEGMENTS = 1, 0x40
+HEADER_ENDS = {0x206: 0x23C, 0x207: 0x248, 0x208: 0x250, 0x209: 0x258}
+"""First address past the setup header by protocol version; later ones end at 0x264 or after."""
 
 
 def is_bzimage(data: bytes) -> bool:
@@ -40,9 +46,10 @@ class Header:
 
     Attributes:
         raw: the header from file offset 0x1F1 on, to be copied to the zero page.
-        version: boot protocol, 0x020C or later. release: the kernel's ``uname -r`` text, may be empty.
+        version: boot protocol, 0x0206 or later. release: the kernel's ``uname -r`` text, may be empty.
         payload: file offset of the protected-mode part.
         relocatable, alignment, preferred, init_size: where it may be loaded, and how much memory it needs there.
+        long: it has the 64-bit entry point; else it is entered at its first byte, in 32-bit mode.
         initrd_max: highest address an initrd may reach. above_4g: the initrd may lie above 4 GiB.
         command_line_size: longest command line, without the final NUL.
     """
@@ -55,13 +62,17 @@ class Header:
     alignment: int
     preferred: int
     init_size: int
+    long: bool
     initrd_max: int
     above_4g: bool
     command_line_size: int
 
 
 def read_header(file: BootFile) -> Header:
-    """Parse and check the setup header. Raises ConfigError if it is not a 64-bit bzImage, or truncated."""
+    """Parse and check the setup header. Raises ConfigError if it is no bzImage, known to be 32-bit, or truncated.
+
+    Protocols before 2.12 do not tell whether it is a 64-bit kernel, those before 2.10 not how much memory it needs.
+    """
     if not is_bzimage(file.data):
         short = len(file.data) < 0x206
         raise file.error(
@@ -70,20 +81,23 @@ def read_header(file: BootFile) -> Header:
             else "not a Linux kernel: expected a bzImage (magic 0xaa55 at 0x1fe and HdrS at 0x202)"
         )
     version = file.u16(0x206, "protocol version")
-    if version < 0x20C:
-        raise file.error(f"boot protocol {version >> 8}.{version & 255}: expected 2.12 or later (Linux 3.8)")
-    xloadflags = file.u16(0x236, "xloadflags")
-    if not xloadflags & XLF_KERNEL_64:
+    if version < 0x206:
+        raise file.error(f"boot protocol {version >> 8}.{version & 255:02}: expected 2.06 or later (Linux 2.6.22)")
+    long = version >= 0x20C
+    xloadflags = file.u16(0x236, "xloadflags") if long else 0
+    if long and not xloadflags & XLF_KERNEL_64:
         raise file.error("a 32-bit kernel: expected one with the 64-bit entry point (xloadflags bit 0)")
-    end = 0x202 + file.data[0x201]
-    if not 0x264 <= end <= 0x290:
-        raise file.error(f"setup header ends at {end:#x}: expected 0x264 to 0x290")
+    end, least = 0x202 + file.data[0x201], HEADER_ENDS.get(version, 0x264)
+    if not least <= end <= 0x290:
+        raise file.error(f"setup header ends at {end:#x}: expected {least:#x} to 0x290")
     payload = ((file.data[0x1F1] or 4) + 1) * 512
     size = file.u32(0x1F4, "syssize") * 16
     # syssize is rounded up to 16; a signature may follow the payload.
     file.bytes(payload, max(size - 15, 1), "the protected-mode kernel")
     alignment, relocatable = file.u32(0x230, "kernel_alignment"), file.data[0x234]
-    preferred, init_size = file.unpack("QI", 0x258, "pref_address and init_size")
+    preferred, init_size = 1 << 20, UNPACKS * size
+    if version >= 0x20A:
+        preferred, init_size = file.unpack("QI", 0x258, "pref_address and init_size")
     if relocatable and (alignment & (alignment - 1) or not PAGE <= alignment <= 1 << 30):
         raise file.error(f"kernel_alignment {alignment:#x}: expected a power of two from 4 KiB to 1 GiB")
     if preferred >= 1 << 32 or preferred % PAGE:
@@ -99,10 +113,22 @@ def read_header(file: BootFile) -> Header:
         alignment=alignment,
         preferred=preferred,
         init_size=max(init_size, len(file.data) - payload),
+        long=long,
         initrd_max=file.u32(0x22C, "initrd_addr_max") or 0x37FFFFFF,
         above_4g=bool(xloadflags & XLF_ABOVE_4G),
         command_line_size=file.u32(0x238, "cmdline_size") or 255,
     )
+
+
+def linux_release(file: BootFile) -> str:
+    """The ``uname -r`` text of a Linux kernel, a bzImage or an ELF file; empty for other kernels.
+
+    An ELF kernel has it in its banner. Raises ConfigError for a damaged bzImage.
+    """
+    if is_bzimage(file.data):
+        return read_header(file).release
+    banner = re.search(rb"Linux version (\d[\w.+~-]{0,64}) \(", file.data) if is_elf(file.data) else None
+    return banner[1].decode() if banner else ""
 
 
 @define
@@ -125,12 +151,15 @@ class LinuxImage:
         memory.write(kernel, memoryview(self.file.data)[self.header.payload :])
         if self.initrd:
             memory.write(initrd, self.initrd)
-        write_long_mode_tables(context)
         memory.write(COMMAND_LINE, self.command_line + b"\0")
         seed = os.urandom(32)
         memory.write(SETUP_DATA, struct.pack("<QII", 0, SETUP_RNG_SEED, len(seed)) + seed)
         memory.write(ZERO_PAGE, self._zero_page(context, kernel, initrd))
-        state = long64(kernel + ENTRY_64)
+        if self.header.long:
+            write_long_mode_tables(context)
+            state = long64(kernel + ENTRY_64)
+        else:
+            state = linux32(context, kernel)
         state.registers.rsi, state.registers.rsp = ZERO_PAGE, LOW_END
         return state
 
@@ -139,7 +168,10 @@ class LinuxImage:
         if room.holds(header.preferred, header.init_size) or not header.relocatable:
             room.take(header.preferred, header.init_size, what, self.file.path)
             return header.preferred
-        return room.need(header.init_size, what, file=self.file.path, low=1 << 20, high=1 << 32, align=header.alignment)
+        # Below its preferred address it would unpack itself to that all the same, over whatever is there.
+        return room.need(
+            header.init_size, what, file=self.file.path, low=header.preferred, high=1 << 32, align=header.alignment
+        )
 
     def _place_initrd(self, room: Room) -> int:
         if not self.initrd:
@@ -169,7 +201,8 @@ class LinuxImage:
         put("I", 0x214, kernel)
         put("II", 0x218, initrd & 0xFFFFFFFF, len(self.initrd) & 0xFFFFFFFF)
         put("I", 0x228, COMMAND_LINE)
-        put("Q", 0x250, SETUP_DATA)
+        if self.header.version >= 0x209:
+            put("Q", 0x250, SETUP_DATA)
         entries = [one for one in context.e820 if one.size > 0]
         if len(entries) > 128:
             raise self.file.error(f"the memory map has {len(entries)} entries: the zero page holds 128")
@@ -186,8 +219,7 @@ def _address(entry: E820Entry) -> int:
 def open_linux(file: BootFile, initrds: list[str], append: str) -> LinuxImage:
     """Check a kernel file, read its initrds (joined, each padded to 4 bytes) and check the command line."""
     header = read_header(file)
-    parts = [open_file(path, "initrd") for path in initrds]
-    initrd = b"".join(part.data + bytes(-len(part.data) % 4) for part in parts)
+    initrd = joined([open_file(path, "initrd") for path in initrds])
     line = append.encode("utf-8", "surrogateescape")
     limit = min(header.command_line_size, LOW_END - PAGE - COMMAND_LINE)
     if len(line) > limit or b"\0" in line:

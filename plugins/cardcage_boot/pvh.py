@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 
 from cardcage_boot.elf import Elf, is_elf, read_elf
-from cardcage_boot.files import BootFile, open_file
+from cardcage_boot.files import BootFile, joined, open_file
 from cardcage_boot.layout import Room, flat32, load_elf
+from cardcage_boot.linux import linux_release
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext, BootImage
@@ -74,7 +75,7 @@ class PvhImage:
 
 
 def open_pvh(file: BootFile, initrds: list[str], append: str) -> PvhImage:
-    """Check an ELF file and its note, and read the initrds."""
+    """Check an ELF file and its note, and read the initrds; Linux takes only one, and gets them joined."""
     if not is_elf(file.data):
         raise file.error("not an ELF file: expected a kernel with a PVH entry note (a vmlinux)")
     elf = read_elf(file)
@@ -86,7 +87,10 @@ def open_pvh(file: BootFile, initrds: list[str], append: str) -> PvhImage:
     line = append.encode("utf-8", "surrogateescape")
     if len(line) >= LOW_SIZE - COMMAND_LINE_AT or b"\0" in line:
         raise file.error(f"command line of {len(line)} bytes: at most {LOW_SIZE - COMMAND_LINE_AT - 1}, without NUL")
-    return PvhImage(file, elf, entry, [open_file(path, "initrd") for path in initrds], line)
+    read = [open_file(path, "initrd") for path in initrds]
+    if len(read) > 1 and linux_release(file):
+        read = [BootFile(", ".join(initrds), joined(read), "initrd")]
+    return PvhImage(file, elf, entry, read, line)
 
 
 @define

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -52,15 +54,43 @@ def test_probe_says_in_one_line_why_not(tmp_path: object) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
-def test_probe_names_the_group_when_permission_is_missing() -> None:
-    """An account without access to /dev/kvm is told the group to join."""
-    if not os.path.exists("/dev/kvm"):
-        pytest.skip("no /dev/kvm")
-    script = "from cardcage_kvm.accel import Kvm\nimport os\nos.setuid(65534)\nprint(Kvm().probe().reason)"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    if os.stat("/dev/kvm").st_mode & 0o006 == 6:
-        pytest.skip("everyone may use /dev/kvm here")
-    assert found.stdout.startswith("/dev/kvm: permission denied; join the group kvm")
+@pytest.mark.parametrize(
+    ("group", "mode", "groups", "advice"),
+    [
+        (0, 0o600, [], "sudo setfacl -m u:nobody:rw {}"),
+        (0, 0o660, [], "sudo setfacl -m u:nobody:rw {}"),
+        (1, 0o600, [], "sudo setfacl -m u:nobody:rw {}"),
+        (1, 0o660, [], "sudo usermod -aG daemon nobody, then log in again"),
+        (54321, 0o660, [], "sudo usermod -aG 54321 nobody, then log in again"),
+        (1, 0o660, [1], ""),
+        (0, 0o666, [], ""),
+    ],
+)
+def test_doctor_looks_at_the_node(group: int, mode: int, groups: list[int], advice: str) -> None:
+    """An account without access is told the node's own group, or what helps where no group has it; the boot is not."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        device = f"{folder}/kvm"
+        try:
+            os.mknod(device, stat.S_IFCHR | mode, os.makedev(1, 3))  # /dev/null's number: only permission matters
+        except PermissionError:
+            pytest.skip("needs the right to make device nodes")
+        os.chmod(folder, 0o755)
+        os.chown(device, 0, group)
+        os.chmod(device, mode)
+        script = (
+            "import os, sys; from cardcage_kvm.accel import Kvm; from cardcage_kvm.check import kvm_device\n"
+            f"os.setgroups({groups}); os.setgid(65534); os.setuid(65534)\n"
+            "print(*kvm_device(sys.argv[1]), Kvm(sys.argv[1]).probe().reason, sep='\\n')"
+        )
+        command = [sys.executable, "-c", script, device]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        if "can be opened" not in found[1] and not advice:
+            pytest.skip("needs a file system that lets device nodes be opened")
+        assert found[2] == advice.format(device)
+        assert found[0] == str(not advice)
+        if advice:
+            assert found[1].endswith(f", mode {mode:04o}")
+            assert found[3] == f"{device}: permission denied"
 
 
 def test_probe_is_kept_for_the_process(kvm_bench: MakeBench) -> None:

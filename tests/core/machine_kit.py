@@ -60,6 +60,8 @@ class Panel:
                 self.char.write(bytes([value]))
             case 6:
                 self.calls.append(value)
+            case 7:
+                power.panic("why", soon=True)
 
 
 @frozen

@@ -111,6 +111,47 @@ def test_on_reset_and_on_triple_fault_choose(make_machine: Any) -> None:
     assert machine.start().wait(20) == PoweredOff()
 
 
+def test_a_panic_that_is_not_over_decides_the_end(make_machine: Any) -> None:
+    """After a panic's first words a reset, a power-off, a triple fault and pvpanic end the machine as that panic."""
+
+    def crash(_: ScriptedVCpu) -> Steps:
+        yield ("out", 0x87, 1, 0)
+        yield ("exit", Exit.SHUTDOWN, "")
+
+    def then(offset: int) -> Any:
+        def script(_: ScriptedVCpu) -> Steps:
+            yield ("out", 0x87, 1, 0)
+            yield ("out", 0x80 + offset, 1, 0)
+
+        return script
+
+    for script in (then(0), then(1), then(2), crash):
+        machine = make_machine(script, machine={"on_triple_fault": "reset"}, boot={"protocol": "fill"})
+        assert machine.start().wait(20) == Panicked("why")
+    quiet = make_machine(then(2), machine={"on_panic": "ignore"}, boot={"protocol": "fill"})
+    quiet.start()
+    assert quiet.wait(0.2) == TimedOut(0.2)
+    quiet.reset()
+
+
+def test_the_hosts_own_end_and_reset_are_no_panic(make_machine: Any) -> None:
+    """A machine that the host stops while it panics is Stopped; one that it resets has not panicked."""
+
+    def script(_: ScriptedVCpu) -> Steps:
+        if (yield ("in", 0x80, 1)) < 2:
+            yield ("out", 0x87, 1, 0)
+            yield ("out", 0x85, 1, ord("x"))
+        else:
+            yield ("out", 0x80, 1, 0)
+
+    for act, outcome in ((lambda it: it.stop("enough"), Stopped("enough")), (lambda it: it.reset(), PoweredOff())):
+        machine = make_machine(script, boot={"protocol": "fill"})
+        machine.start()
+        machine.console.expect("x")
+        act(machine)
+        assert machine.wait(20) == outcome
+
+
 def test_the_boot_context_describes_ram(make_machine: Any) -> None:
     """The memory map of a bare machine has all RAM but what contributors carved out."""
     machine = make_machine(out(0), boot={"protocol": "fill"}, memory="2M")
@@ -309,3 +350,22 @@ def test_the_console_expects_and_types(make_machine: Any) -> None:
     waiting.join()
     assert b"early\n" in panel(machine).calls
     assert machine.console.output == text
+
+
+def test_expect_shows_what_led_to_a_panic(make_machine: Any) -> None:
+    """Its error ends with the panic's own line, not with the five after it, and hides its source from pytest."""
+
+    def script(_: ScriptedVCpu) -> Steps:
+        for byte in b"loading\nwhy\n" + b"registers\n" * 9:
+            yield ("out", 0x85, 1, byte)
+        yield ("out", 0x87, 1, 0)
+        yield ("out", 0x80, 1, 0)
+
+    machine = make_machine(script, boot={"protocol": "fill"})
+    machine.start()
+    with pytest.raises(GuestError) as raised:
+        machine.console.expect("login:")
+    assert str(raised.value) == (
+        "the machine ended (the guest panicked: why) before 'login:' came; the console's last lines:\nloading\nwhy"
+    )
+    assert [one.name for one in raised.traceback.filter(raised)][1:] == []

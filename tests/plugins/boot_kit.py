@@ -121,6 +121,12 @@ LINUX_CODE = bytes.fromhex(
 )
 
 
+# 32-bit; loads the data segments anew, prints the command line, the initrd and e820_entries.
+LINUX_32_CODE = bytes.fromhex(
+    "66bae900b8180000008ed88ec08ed089f38bb328020000acee84c075fa8bb3180200008b8b1c020000f36e8a83e8010000eef4"
+)
+
+
 RAW_CODE = {
     16: bytes.fromhex("8cc8bae900ef5258ee0f20c0eef4"),  # prints CS, the low byte of 0xE9 through the stack, CR0
     32: bytes.fromhex("b83031323366bae900ef0f20c0eff4"),  # prints "0123" and CR0
@@ -131,6 +137,7 @@ RAW_CODE = {
 def bzimage(
     code: bytes = LINUX_CODE,
     *,
+    start: bytes = b"",
     preferred: int = MIB,
     relocatable: int = 1,
     init_size: int = 0x10000,
@@ -139,9 +146,9 @@ def bzimage(
     version: int = 0x20F,
     line_max: int = 255,
 ) -> bytes:
-    """A bzImage of one setup sector whose 64-bit entry point is *code*."""
+    """A bzImage of one setup sector whose 64-bit entry point is *code*, and its 32-bit one *start*."""
     head = bytearray(1024)
-    payload = bytes(0x200) + code
+    payload = start.ljust(0x200, b"\0") + code
     payload += bytes(-len(payload) % 16)
     head[0x1F1] = 1
     struct.pack_into("<I", head, 0x1F4, len(payload) // 16)

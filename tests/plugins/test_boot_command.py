@@ -15,7 +15,7 @@ import pytest
 from boot_kit import bzimage
 from cardcage.host import Host
 from cardcage.registry import AcceleratorOffer
-from cardcage_boot.channel import FdSink, Marked, PanicWatch
+from cardcage_boot.channel import FdSink, Marked
 from cardcage_boot.fetch import Shelf
 from cardcage_testing import TestSlot
 from hypothesis import given
@@ -171,19 +171,6 @@ def test_without_a_mark_little_is_held_back(data: bytes) -> None:
         assert data.startswith(out)
         assert mark.startswith(held)
         assert len(held) < len(mark)
-
-
-@given(st.lists(st.integers(1, 30), max_size=8))
-def test_panic_is_seen_in_pieces(cuts: list[int]) -> None:
-    """A panic line is found once, however the output is cut."""
-    found: list[str] = []
-    watch = PanicWatch(found.append)
-    stream = b"noise\r\n[ 1.2] Kernel panic - not syncing: VFS: no root\r\nKernel panic - not syncing: again\n"
-    while stream:
-        size = cuts.pop() if cuts else len(stream)
-        watch.feed(stream[:size])
-        stream = stream[size:]
-    assert found == ["VFS: no root"]
 
 
 def stopped() -> TestSlot:

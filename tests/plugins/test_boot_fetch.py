@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cardcage_boot.apt import depends
 from cardcage_boot.cache import cache_root, locked, publish_file, publish_folder
 from cardcage_boot.check import check
 from cardcage_boot.fetch import Shelf
+from cardcage_boot.report import Report
 
 needs_apt = pytest.mark.skipif(
     not all(map(shutil.which, ("apt-get", "apt-cache", "dpkg-deb"))), reason="needs apt and dpkg"
@@ -87,6 +89,83 @@ def test_kernel_is_fetched_once_and_kept(archive: Archive, shelf: Shelf) -> None
     assert (kernel.modules / "kernel/a.ko").read_bytes() == b"a"
     shutil.rmtree(archive.root)
     assert shelf.kernel() == kernel
+
+
+@needs_apt
+def test_progress_has_names_and_bytes(archive: Archive, tmp_path: Path) -> None:
+    """Who waits reads first that a kernel is fetched, then each file's name, and how many of its bytes have come."""
+    release = "9.9.9-1-cloud-amd64"
+    archive.add(f"linux-image-{release}", {f"boot/vmlinuz-{release}": os.urandom(3_000_000)})
+    archive.add("linux-image-cloud-amd64", {}, needs=f"linux-image-{release}")
+    said: list[str] = []
+    shelf = Shelf(tmp_path / "cache", lambda what, percent: said.append(what), said.append)
+    shelf.kernel()
+    assert said[:2] == [
+        "no kernel is in the cache yet: it is fetched from where this host's apt gets its packages, once",
+        "package lists",
+    ]
+    assert f"linux-image-{release}: 0 of 3.0 MB" in said
+    assert f"linux-image-{release}: 3.0 of 3.0 MB" in said
+    said.clear()
+    shelf.kernel()
+    assert said == []
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    """A download is one line when it begins, however often it moves within five seconds."""
+    report = Report()
+    for percent in range(100):
+        report.progress(f"linux-image: {percent} of 100.0 MB", percent)
+    report.progress("busybox", 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "  fetching     linux-image: 0 of 100.0 MB",
+        "  fetching     busybox",
+    ]
+
+
+NO_NETWORK = "ip link set lo up"
+HOLE = f"""{NO_NETWORK}; ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+ip addr add 10.9.9.2/24 dev v0; ip neigh add 10.9.9.1 lladdr 02:00:00:00:00:01 dev v0"""
+"""A network card whose other end nobody listens at."""
+
+
+@needs_apt
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "ip"))), reason="needs root, unshare and ip"
+)
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [(NO_NETWORK, "10.9.9.1: Cannot initiate the connection"), (HOLE, "10.9.9.1: no answer for")],
+    ids=["no network", "nobody answers"],
+)
+def test_without_a_network_an_early_word_says_so(archive: Archive, tmp_path: Path, network: str, expected: str) -> None:
+    """With an empty cache and no network, or one that swallows everything, the source is named soon; status 70."""
+    (tmp_path / "sources.list").write_text("deb [trusted=yes] http://10.9.9.1/debian ./\n")
+    program = "import sys; from cardcage_cli import main; sys.exit(main(['boot', '--exec', 'true']))"
+    script = f'{network}\nexec {sys.executable} -c "{program}"'
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr)
+        assert "no kernel is in the cache yet" in next(lines)
+        seen = []
+        for line in lines:
+            seen.append(line)
+            if expected in line:
+                break
+        assert expected in seen[-1], seen
+        if network == HOLE:
+            process.terminate()  # it would give up after half a minute
+        else:
+            last = [*seen, *lines][-1]
+            assert "outcome: host or accelerator failure: no package list could be fetched: 10.9.9.1:" in last
+            assert process.wait() == 70
 
 
 @needs_apt

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from cardcage import Machine
-from cardcage.outcome import PoweredOff
+from cardcage.errors import GuestError
+from cardcage.outcome import Panicked, PoweredOff
 from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE
 from cardcage_boot.fetch import Shelf
@@ -51,6 +52,34 @@ def test_guest_panic_is_an_outcome(kernel: Path) -> None:
     done = boot("--exec", "echo c > /proc/sysrq-trigger")
     assert done.returncode == 10, done.stderr.decode()
     assert b"outcome: the guest panicked: sysrq triggered crash" in done.stderr
+
+
+def test_an_early_panic_ends_any_machine(kernel: Path) -> None:
+    """A kernel without a root ends ``cardcage run`` with its own line, after its trace, whatever ``panic=`` says."""
+    command = [*PROGRAM, "run", "--accel", "tcg", "--timeout", "120", "--kernel", str(kernel), "--append"]
+    for more in ("panic=-1", "panic=5", ""):
+        done = subprocess.run([*command, f"console=ttyS0 {more}"], input=b"", capture_output=True, check=False)
+        assert done.returncode == 10, done.stderr.decode()
+        why = b"VFS: Unable to mount root fs on unknown-block(0,0)"
+        assert done.stderr.endswith(b"outcome: the guest panicked: " + why + b"\n")
+        assert b"Call Trace:" in done.stdout.partition(b"Kernel panic - not syncing: " + why)[2]
+
+
+def test_the_awaited_text_does_not_come_after_a_panic(kernel: Path) -> None:
+    """``expect`` raises with the panic's line last, also when it is pvpanic that ends the machine."""
+    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
+    found = shelf.kernel()
+    with Machine(
+        kernel=found.path, initrd=shelf.initramfs(found), append=f"{COMMAND_LINE} quiet", memory="256M", accel="tcg"
+    ) as machine:
+        machine.start()
+        machine.console.expect("~ # ", timeout=120)
+        machine.console.send("ls -d /sys/module/pvpanic*; echo c > /proc/sysrq-trigger\r")
+        with pytest.raises(GuestError, match=r"\(the guest panicked: sysrq triggered crash\) before") as raised:
+            machine.console.expect("never", timeout=120)
+        assert str(raised.value).endswith("Kernel panic - not syncing: sysrq triggered crash")
+        assert "/sys/module/pvpanic" in machine.console.output
+        assert machine.wait(60) == Panicked("sysrq triggered crash")
 
 
 def test_reboot_replays_the_boot(kernel: Path) -> None:

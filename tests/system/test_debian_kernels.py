@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import lzma
 import re
+import struct
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from cardcage import Machine
-from cardcage.errors import HostError
+from cardcage.errors import ConfigError, HostError
 from cardcage.outcome import PoweredOff
 from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf
 from debian_kernels import debian_file
+from installed import PROGRAM
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+QUIET = "console=ttyS0 panic=-1 quiet no_timer_check cryptomgr.notests"
 INIT = b"""#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys
 /bin/busybox mount -t proc proc /proc
@@ -77,6 +82,50 @@ def test_linux_without_acpi_finds_the_mp_tables(initrd: Path) -> None:
         machine.console.expect("MPTABLE: OEM ID: CARDCAGE", timeout=60)
         machine.console.expect("on PC, processors: 2", timeout=120)
         machine.console.expect(re.compile(r"IO-APIC +4-edge +ttyS0"), timeout=30)
+
+
+@pytest.mark.parametrize("version", [0x206, 0x20B])
+def test_linux_of_an_old_protocol_boots(initrd: Path, tmp_path: Path, version: int) -> None:
+    """A kernel that calls itself as old as protocol 2.06 is entered in 32-bit mode and comes to its init."""
+    kernel = bytearray(debian_file("linux-image-amd64", "vmlinuz-*").read_bytes())
+    struct.pack_into("<H", kernel, 0x206, version)
+    struct.pack_into("<H", kernel, 0x236, 0)  # xloadflags, not known then
+    (tmp_path / "vmlinuz").write_bytes(kernel)
+    with Machine(accel="tcg", kernel=tmp_path / "vmlinuz", initrd=initrd, append=QUIET, memory="256M") as machine:
+        machine.start()
+        machine.console.expect("on PC, processors: 1", timeout=120)
+        assert machine.wait(60) == PoweredOff()
+
+
+def test_an_elf_kernel_of_linux_boots_as_its_bzimage_does(tmp_path: Path) -> None:
+    """``cardcage boot --kernel vmlinux --exec`` runs the command; with too little memory it says how much it needs."""
+    bzimage = debian_file("linux-image-amd64", "vmlinuz-*").read_bytes()
+    offset, size = struct.unpack_from("<II", bzimage, 0x248)
+    start = (bzimage[0x1F1] + 1) * 512 + offset
+    if bzimage[start : start + 4] != b"\xfd7zX":
+        pytest.skip("needs a kernel compressed with xz, to have its vmlinux")
+    (tmp_path / "vmlinux").write_bytes(lzma.LZMADecompressor().decompress(bzimage[start : start + size]))
+    command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "120", "--kernel", "vmlinux", "--exec", "uname -r"]
+    release = re.search(rb"Linux version (\S+)", (tmp_path / "vmlinux").read_bytes())
+    assert release is not None
+    done = subprocess.run(command, input=b"", cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, release[1]), done.stderr.decode()
+    done = subprocess.run([*command, "--memory", "32M"], input=b"", cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert re.search(rb"vmlinux: .* needs guest RAM at .*: give more memory, at least \d+M\n$", done.stderr)
+
+
+@pytest.mark.parametrize("memory", ["40M", "60M", "67M"])
+def test_memory_below_the_kernels_place_is_no_triple_fault(memory: str) -> None:
+    """A relocatable kernel is not put below its preferred address: it is told what it needs, and then starts."""
+    kernel = debian_file("linux-image-amd64", "vmlinuz-*")
+    with pytest.raises(ConfigError, match=r"does not fit .*: give more memory, at least \d+M") as raised:
+        Machine(accel="tcg", kernel=kernel, append=QUIET, memory=memory).start()
+    least = str(raised.value).rpartition(" ")[2]
+    assert int(least[:-1]) > int(memory[:-1])
+    with Machine(accel="tcg", kernel=kernel, append="console=ttyS0 earlyprintk=ttyS0", memory=least) as machine:
+        machine.start()
+        machine.console.expect("Linux version", timeout=60)
 
 
 def test_gnu_mach_starts() -> None:

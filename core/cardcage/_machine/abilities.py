@@ -16,6 +16,7 @@ from cardcage.device import (
     Pluggable,
     PowerButton,
     Resettable,
+    TextOutput,
     Unpluggable,
 )
 from cardcage.errors import CardError
@@ -35,6 +36,7 @@ ABILITIES: dict[str, Any] = {
     "bus": DeviceBus,
     "detach": DetachingBus,
     "power-button": PowerButton,
+    "text-output": TextOutput,
     "pause": Pausable,
     "needs": HasNeeds,
 }

@@ -86,7 +86,9 @@ def choose_accelerator(host: Host, config: Config) -> Choice:
                 break
         lines.append(f"{offer.name}: {probe.reason or probe.speed}")
     if not probed:
-        raise HostError(f"no accelerator is usable here ({'; '.join(lines) or 'no card offers one'})")
+        raise HostError(
+            f"no accelerator is usable here ({'; '.join(lines) or 'no card offers one'}); see cardcage doctor"
+        )
     name, accelerator, probe = min(probed, key=lambda one: one[2].speed == "emulated")
     others = [line for line in lines if not line.startswith(f"{name}: ")]
     why = f"{name}: {probe.reason}" if probe.reason else f"{name}: {probe.speed}"

@@ -32,6 +32,7 @@ class Console:
         self._typed = bytearray()
         self._call_soon = call_soon
         self._ended: str | None = None
+        self._last_words = ""
         self._owner: str | None = None
         self.forward: CharBackend | None = None
 
@@ -109,6 +110,7 @@ class Console:
         Returns all text up to and with the match. Raises :exc:`ConsoleTimeout`, or GuestError when the machine ended
         without it; both with the last lines that came. Do not call it on the machine's own threads.
         """
+        __tracebackhide__ = True  # pytest shows the caller's line, not this function
         pattern = (
             re.compile(re.escape(what.encode()))
             if isinstance(what, str)
@@ -136,11 +138,14 @@ class Console:
                 self._changed.wait(left)
 
     def _tail(self) -> str:
-        lines = self._kept.decode(errors="replace").splitlines()[-5:]
+        lines = self._kept.decode(errors="replace").splitlines()
+        words = self._last_words
+        at = next((at for at in range(len(lines), 0, -1) if words and lines[at - 1].endswith(words)), len(lines))
+        lines = lines[max(at - 5, 0) : at]
         return "; the console's last lines:\n" + "\n".join(lines) if lines else "; the console stayed empty"
 
-    def end(self, why: str) -> None:
-        """The machine ended: nobody waits any longer."""
+    def end(self, why: str, last_words: str = "") -> None:
+        """The machine ended: nobody waits any longer. *last_words* end the line that says more than those after it."""
         with self._changed:
-            self._ended = why
+            self._ended, self._last_words = why, last_words
             self._changed.notify_all()

@@ -40,13 +40,13 @@ class Faults:
     """
 
     def __init__(self, log: Log, cards: Sequence[CardInfo]) -> None:
-        self._log, self._cards = log, cards
+        self.log, self._cards = log, cards
         self._told: set[tuple[str, str, str]] = set()  # as many as there are devices and lines of code
 
     def spare(self, error: Denied | GuestMemoryError | TakenError, device: str | None = "") -> None:
         """Say what *device* let out, which the guest goes on without."""
         if isinstance(error, Denied):
-            self._log.warning("denied", why=str(error))
+            self.log.warning("denied", why=str(error))
             return
         card = card_of(error, self._cards)
         at = line_of(error.__traceback__, package_of(card.module) if card else None)
@@ -106,7 +106,7 @@ class Faults:
         if (key := (event, device or "", at)) not in self._told:
             self._told.add(key)
             named = {"device": device or None, "card": card and f"{card.name} ({card.distribution})", "at": at}
-            self._log.warning(event, **{name: one for name, one in named.items() if one}, **values)
+            self.log.warning(event, **{name: one for name, one in named.items() if one}, **values)
 
 
 def line_of(trace: TracebackType | None, package: str | None) -> str:

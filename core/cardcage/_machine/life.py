@@ -23,6 +23,7 @@ from cardcage.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cardcage._host.log import Log
     from cardcage._machine.faults import Faults
     from cardcage._machine.observers import Observers
     from cardcage.config import MachineConfig
@@ -89,6 +90,7 @@ class Life:
         self.outcome: outcomes.Outcome | None = None
         self.failure: BaseException | None = None
         self.told = False  # wait() has raised the failure
+        self._doomed: outcomes.Panicked | None = None
         self._closed = False
         self.lock = threading.RLock()
         self._config, self.faults, self._observers, self._vcpus, self._fault = config, faults, observers, vcpus, fault
@@ -99,7 +101,7 @@ class Life:
         self.loop = EventLoop(config.name, self.deliver)
         self.clock = MachineClock(self.loop)
         self.console = Console(self.loop.call_soon)
-        self.waits = Waits(self, log, observers)
+        self.waits = Waits(self, faults.log, observers)
 
     def bind(self, steps: Steps) -> None:
         """The board is complete: from now on the machine can start."""
@@ -134,14 +136,14 @@ class Life:
 
     def crash(self, cpu: int, detail: str) -> None:
         """A triple fault."""
-        if self._config.on_triple_fault == "reset":
+        if self._config.on_triple_fault == "reset" and self._doomed is None:
             self.hold(lambda: self.do_reset(f"triple fault on cpu {cpu}"))
         else:
             self.end(outcomes.Crashed(cpu, detail))
 
     def request_reset(self, why: str = "") -> None:
         """The guest asked for a reset: carried out after the access."""
-        if self._config.on_reset == "stop":
+        if self._config.on_reset == "stop" or self._doomed is not None:
             self.end(outcomes.Reset(why))
         else:
             self.hold(lambda: self.do_reset(why))
@@ -169,8 +171,20 @@ class Life:
 
     # ends
 
-    def end(self, outcome: outcomes.Outcome) -> None:
-        """The machine has its outcome: the first one counts. Any thread, any lock."""
+    def end(self, outcome: outcomes.Outcome, *, soon: bool = False) -> None:
+        """The machine has its outcome: the first one counts. Any thread, any lock.
+
+        A panic that comes *soon* stands for the next reset, and for whichever end but the host's.
+        """
+        if isinstance(outcome, outcomes.Panicked):
+            if self._config.on_panic == "ignore":
+                self.faults.log.warning("the guest panicked", message=outcome.message)
+                return
+            self._doomed = self._doomed or outcome
+            if soon:
+                return
+        if self._doomed is not None and not isinstance(outcome, outcomes.Stopped):
+            outcome = self._doomed
         # A guest whose memory the host took away sees zeros, and may crash before that is noticed.
         self._end(outcome, self._fault())
 
@@ -191,7 +205,7 @@ class Life:
         with self.lock:
             self.clock.pause()
         self._set_state(State.STOPPED)
-        self.console.end(why)
+        self.console.end(why, self.outcome.message if isinstance(self.outcome, outcomes.Panicked) else "")
         if self.outcome is not None:
             self._observers.emit("outcome", self.outcome)
         self._ended.set()
@@ -267,6 +281,7 @@ class Life:
         if self.state not in (State.RUNNING, State.PAUSED):
             return
         self.gate.close()
+        self._doomed = None
         with self.lock:
             self.steps.reset()
         self.steps.boot()
@@ -367,9 +382,9 @@ class Power:
         """The guest powers itself off."""
         self._life.end(outcomes.PoweredOff())
 
-    def panic(self, message: str, /) -> None:
+    def panic(self, message: str, /, *, soon: bool = False) -> None:
         """The guest said that it panicked."""
-        self._life.end(outcomes.Panicked(message))
+        self._life.end(outcomes.Panicked(message), soon=soon)
 
     def exit(self, code: int, /) -> None:
         """The guest ended with *code*, 0 to 255."""

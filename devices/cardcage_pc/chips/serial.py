@@ -16,6 +16,8 @@ from cardcage.device import Resource
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.device import Slot
 
 __all__ = ["Serial", "SerialOptions", "SerialState"]
@@ -80,6 +82,7 @@ class Serial:
         self.state = SerialState()
         self.waiting: deque[int] = deque()
         self._last: int | None = None
+        self._listeners: tuple[Callable[[bytes], None], ...] = ()
 
     def plug(self, slot: Slot, /) -> None:
         """Take interrupt (4 or 3 at the standard ports, else the ``irq`` key) and back end."""
@@ -113,6 +116,10 @@ class Serial:
 
     def write(self, offset: int, size: int, value: int, /) -> None:
         write_bytes(self._put, offset, size, value)
+
+    def add_output_listener(self, listener: Callable[[bytes], None], /) -> None:
+        """Call *listener* with what the guest writes, after the back end got it."""
+        self._listeners += (listener,)
 
     # the back end's side
 
@@ -243,7 +250,7 @@ class Serial:
         s = self.state
         if not s.ier & IER_TRANSMIT and not s.mcr & MCR_LOOP:  # the console's common case: the line cannot change
             s.thre_pending = True
-            self._back.write(bytes((value,)))
+            self._send(value)
             return
         s.thre_pending = False
         self._update()
@@ -256,9 +263,15 @@ class Serial:
                 s.fifo.append(value)
             self._touched()
         else:
-            self._back.write(bytes((value,)))
+            self._send(value)
         s.thre_pending = True
         self._update()
+
+    def _send(self, value: int) -> None:
+        data = bytes((value,))
+        self._back.write(data)
+        for listener in self._listeners:
+            listener(data)
 
     def _control_fifo(self, value: int) -> None:
         s = self.state
