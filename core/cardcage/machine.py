@@ -116,6 +116,7 @@ class Machine:
         except BaseException as error:
             self.dismantle()
             raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
+        self.host.tell_broken()
 
     def _build(self) -> None:
         """In this order: security, admission, the VM, RAM, processors, devices, the boot image, the other cards."""

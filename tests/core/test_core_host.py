@@ -83,7 +83,8 @@ def test_a_broken_card_leaves_nothing_behind(register: Any, reason: str) -> None
 def test_card_names_are_unique() -> None:
     """A second card of the same name is left out, and named."""
     host = Host([card(lambda registry: None), card(lambda registry: None)], installed=False)
-    assert [one.reason for one in host.broken] == ["another card has this name already"]
+    said = 'another card has the name "mine" already (given to Host): expected one of its own'
+    assert [one.reason for one in host.broken] == [said]
 
 
 def test_a_misspelt_hook_is_an_error_of_its_card() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import UsageError, near
+from cardcage.errors import FAULTS, UsageError, in_words, near
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +60,8 @@ class Observers:
         for observer in self._table.get(event, ()):
             try:
                 observer(*values)
-            except Exception as error:  # an observer is no part of the machine: its fault must not become the guest's
+            except FAULTS as error:  # an observer is no part of the machine: its fault must not become the guest's
                 self._log.error(
-                    "observer removed: it raised", event_name=event, observer=repr(observer), error=repr(error)
+                    "observer removed: it raised", event_name=event, observer=repr(observer), error=in_words(error)
                 )
                 self.remove(event, observer)
