@@ -14,6 +14,7 @@ from cardcage._host.phases import Phases
 from cardcage._host.signals import Signals
 from cardcage.abilities import has
 from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, NotOffered, in_words
+from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.registry import Offer, Registry, SecurityOffer
 from cardcage.security import Closable, Mediator, check_checker
 
@@ -132,17 +133,28 @@ class Host:
         Raises ConfigError for what does not fit, CardError or MissingExtra when the card cannot be imported.
         """
         place = Place(file, key)
-        shorthand = offer.load_shorthand()
         if isinstance(table, str):
-            if shorthand is None:
-                raise place.error(f'"{offer.name.split(":")[-1]}" takes no text; write a table')
-            table = _expanded(offer, shorthand, table, place)
+            table = self.expand(offer, table, file=file, key=key)
         cls = offer.load_options()
         if cls is None:
             if table:
                 raise place.below(min(table)).error(f'no such key. "{offer.name}" takes no options')
             return None
         return structure(placed(table, place), cls, file=file, key=key, who=f"{offer.who}: options")
+
+    def expand(self, offer: Offer, text: str, *, file: str | None = None, key: str | None = None) -> dict[str, Any]:
+        """The table of options that *text* stands for: by the offer's shorthand, else as ``key=value,...`` pairs.
+
+        Raises ConfigError with the place, or CardError for a shorthand that breaks.
+        """
+        shorthand = offer.load_shorthand()
+        if shorthand is None:
+            cls = offer.load_options()
+
+            def shorthand(text: str) -> dict[str, Any]:
+                return typed_pairs(parse_repeated(text), cls) if text else {}
+
+        return _expanded(offer, shorthand, text, Place(file, key))
 
     def blame(self, error: ConfigError) -> ConfigError:
         """Add the broken cards to an error about a name that nobody offers: one of them may have offered it."""

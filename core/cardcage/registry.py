@@ -61,7 +61,8 @@ class Offer:
         name: the word that configurations use.
         factory: a callable or ``"module:attribute"``.
         options: attrs class of its options (or a reference to one), ``None`` when it takes none.
-        shorthand: turns a string into a table of options, where a string may stand for the table.
+        shorthand: turns a string into a table of options, where a string may stand for the table; by default, a string
+            is ``key=value,...`` (:func:`cardcage.pairs.typed_pairs`).
         form: a regular expression for its names.
         ours: names that no card can have, because the command line has them of itself.
         keys: of a table, those that are not the card's, so that no option can have their names.
@@ -144,16 +145,24 @@ class DeviceOffer(Offer):
     Attributes:
         regions: the ranges it answers at.
         bus: the bus type that it sits on: ``"system"``, or what a :class:`~cardcage.device.DeviceBus` carries.
+        mounts: the file system by which a Linux guest mounts what it shares, under its option ``tag``; empty for none.
     """
 
     kind: ClassVar[str] = "device"
     keys: ClassVar[frozenset[str]] = frozenset({"type", "id", "port", "address", "irq", "bus", "label"})
 
     def __init__(
-        self, name: str, factory: Any, *, regions: tuple[Region, ...] = (), bus: str = "system", **common: Any
+        self,
+        name: str,
+        factory: Any,
+        *,
+        regions: tuple[Region, ...] = (),
+        bus: str = "system",
+        mounts: str = "",
+        **common: Any,
     ) -> None:
         super().__init__(name, factory, **common)
-        self.regions, self.bus = regions, bus
+        self.regions, self.bus, self.mounts = regions, bus, mounts
 
 
 class PlatformOffer(Offer):
@@ -214,6 +223,7 @@ class FlagOffer(Offer):
 
     Attributes:
         metavar: the word for its value in ``--help``.
+        asks: it is ``factory(text, host)``, and asks the host what cards offer.
     """
 
     kind: ClassVar[str] = "flag"
@@ -223,9 +233,9 @@ class FlagOffer(Offer):
         "--traceback --version".split()
     )
 
-    def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", help: str = "") -> None:
+    def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", asks: bool = False, help: str = "") -> None:
         super().__init__(name, parse, help=help)
-        self.metavar = metavar
+        self.metavar, self.asks = metavar, asks
 
 
 class CommandOffer(Offer):

@@ -12,6 +12,8 @@ from cardcage.units import Duration
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
+    from cardcage.host import Host
+
 __all__ = ["add_boot_arguments", "add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
 
 
@@ -102,7 +104,7 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
         flag = name.removeprefix("flag:")
         offer = arguments.host.registry.get(FlagOffer, flag)
         for text in texts:
-            draft.add(_fragment(offer, text, Place(f"{flag} {text}")), origin=f"{flag} {text}")
+            draft.add(_fragment(offer, text, Place(f"{flag} {text}"), arguments.host), origin=f"{flag} {text}")
     if arguments.accel is not None:
         draft.add({"machine": {"accel": [one for one in arguments.accel.split(",") if one]}}, origin="--accel")
     if arguments.memory is not None:
@@ -125,11 +127,13 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
     return draft
 
 
-def _fragment(offer: FlagOffer, text: str, place: Place) -> dict[str, Any]:
+def _fragment(offer: FlagOffer, text: str, place: Place, host: Host) -> dict[str, Any]:
     """What a flag's *text* stands for. Raises ConfigError, or CardError for what is wrong with the flag itself."""
     parse = offer.load()
     try:
-        found = place.blamed(offer.who, lambda: parse(text))
+        found = place.blamed(offer.who, lambda: parse(text, host) if offer.asks else parse(text))
+    except ConfigError as error:
+        raise host.blame(error) from error.__cause__
     except CardError as error:
         if isinstance(error.__cause__, ValueError):
             raise place.error(str(error.__cause__)) from error

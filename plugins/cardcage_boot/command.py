@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 from cardcage.errors import ConfigError, GuestError
 from cardcage.machine import Machine
+from cardcage.registry import DeviceOffer
 from cardcage.units import Size
 from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
 
@@ -36,8 +37,6 @@ __all__ = ["COMMAND_LINE", "configure", "run"]
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
 SECOND_PORT, SECOND_IRQ = 0x2F8, 3
-SHARES = {"virtio-fs": "virtiofs", "vhost-user-fs": "virtiofs", "virtio-9p": "9p"}
-"""Devices that share a directory by a key ``tag``, and the file system that mounts it."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -127,7 +126,7 @@ def run(host: Host, arguments: Namespace) -> int:
     with ExitStack() as cleanup:
         cleanup.callback(report.close)
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
-        plan = _plan(arguments, scratch, report, _shares(draft))
+        plan = _plan(arguments, scratch, report, _shares(draft, host))
         reader, writer = os.pipe()  # the status of --exec
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
@@ -150,13 +149,14 @@ def run(host: Host, arguments: Namespace) -> int:
         return EXIT["failure"]
 
 
-def _shares(draft: Draft) -> str:
+def _shares(draft: Draft, host: Host) -> str:
     """The shared directories that init mounts: ``TYPE:TAG``, in a line of words."""
     found = []
+    forms = {one.name: one.mounts for one in host.registry.offers(DeviceOffer)}
     for device in draft.config().devices:
-        form = SHARES.get(device.type.removesuffix("-mmio"))
+        form = forms.get(device.type)
         tag = device.options.get("tag", "share")
-        if form is not None and re.fullmatch(r"[\w.-]+", str(tag)):  # others are for who made them up to mount
+        if form and re.fullmatch(r"[\w.-]+", str(tag)):  # others are for who made them up to mount
             found.append(f"{form}:{tag}")
     return " ".join(found)
 
