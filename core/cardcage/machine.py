@@ -111,11 +111,12 @@ class Machine:
         self._life = Life(config.machine, self.log, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
         self.loop, self.console = self._life.loop, self._life.console
-        try:
-            self._build()
-        except BaseException as error:
-            self.dismantle()
-            raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
+        with self.host.signals.held():
+            try:
+                self._build()
+            except BaseException as error:
+                self.dismantle()
+                raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
         self.host.tell_broken()
 
     def _build(self) -> None:
@@ -308,13 +309,14 @@ class Machine:
             return
         if self._life.here:
             raise StateError("close() joins the machine's threads; call it from another one (stop() works from these)")
-        self._closed = True
-        self._life.finish()
-        try:
-            self._end.close()
-        finally:
-            if self in self.host.machines:
-                self.host.machines.remove(self)
+        with self.host.signals.held():
+            self._closed = True
+            self._life.finish()
+            try:
+                self._end.close()
+            finally:
+                if self in self.host.machines:
+                    self.host.machines.remove(self)
 
     def __enter__(self) -> Machine:
         return self

@@ -47,13 +47,17 @@ def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int
     """The console script. Returns the exit status.
 
     Args:
-        argv: the words after the program's name, by default the process's.
+        argv: the words after the program's name, by default the process's, which is then there for nothing else: a
+            signal may end it on the spot, and does once this has returned.
         cards: loaded besides the installed cards, for programs that bring their own.
     """
     try:
-        from cardcage_cli.program import run_program
+        from cardcage_cli.ending import Ending
 
-        return run_program(sys.argv[1:] if argv is None else argv, cards)
+        with Ending(alone=argv is None) as ending:  # handlers first, imports after
+            from cardcage_cli.program import run_program
+
+            return run_program(sys.argv[1:] if argv is None else argv, cards, ending)
     except KeyboardInterrupt:  # before there was anything that could say more
         print("outcome: interrupted", file=sys.stderr)
         return 130

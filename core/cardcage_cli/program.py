@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     from cardcage.host import CardInfo, Host
 
+    from cardcage_cli.ending import Ending
+
 __all__ = ["make_parser", "run_program"]
 
 
-def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
-    """Parse the words *argv*, do what they say, and return the exit status."""
+def run_program(argv: Sequence[str], cards: Iterable[Any], ending: Ending) -> int:
+    """Parse the words *argv*, do what they say, and return the exit status; *ending* has the signals."""
     _open_standard_streams()
     words = list(argv)
     if os.environ.get(VARIABLE):
@@ -44,15 +46,24 @@ def run_program(argv: Sequence[str], cards: Iterable[Any] = ()) -> int:
         from cardcage.host import Host
         from cardcage.security import HOST, OPERATOR, Act
 
-        with threads_watched(strays), Host(cards, security=early_security(words)) as host:
+        security = early_security(words)
+        ending.taking = bool(security)  # its card may write; all others only register
+        with threads_watched(strays), Host(cards, security=security) as host:
+            ending.taking = True
             cards_found = host.cards
+            host.signals.ending = ending.held
+            for signum in ending.signals:
+                host.signals.claim(signum, ending.arrived)
             host.share(STRAYS, lambda: strays)
-            arguments = parsed(make_parser(host), words, host)
-            host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
-            host.log_sink.json = getattr(arguments, "log_json", False)
-            host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
-            status = int(arguments.command(host, arguments))
-            sys.stdout.flush()
+            try:
+                arguments = parsed(make_parser(host), words, host)
+                host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
+                host.log_sink.json = getattr(arguments, "log_json", False)
+                host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
+                status = int(arguments.command(host, arguments))
+                sys.stdout.flush()
+            finally:
+                ending.over()
             if strays:
                 raise strays[0]
             return status

@@ -22,6 +22,8 @@ from cardcage.errors import (
 )
 from cardcage.outcome import Crashed
 
+from cardcage_cli.ending import Terminated
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -47,14 +49,6 @@ SWITCH_INTERVAL = 1e-4
 """Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
 
 
-class Terminated(BaseException):
-    """A signal that asks the process to end."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
-
-
 def _terminate(signum: int, _: Any) -> None:
     raise Terminated(signum)
 
@@ -62,10 +56,11 @@ def _terminate(signum: int, _: Any) -> None:
 @contextmanager
 def ending_signals(machine: Machine) -> Iterator[None]:
     """SIGTERM and SIGHUP end the machine in an orderly way while the block runs."""
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or machine.host.signals.ending is not None:  # the command line has them from the first moment on
         yield
         return
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    signals = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
     for signum in signals:
         machine.host.signals.claim(signum, _terminate)
     try:

@@ -125,7 +125,8 @@ def run(host: Host, arguments: Namespace) -> int:
     report = Report()
     with ExitStack() as cleanup:
         cleanup.callback(report.close)
-        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
+        with host.signals.held():  # or it is left behind
+            scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cardcage-")))
         plan = _plan(arguments, scratch, report, _shares(draft, host))
         reader, writer = os.pipe()  # the status of --exec
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))

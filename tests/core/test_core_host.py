@@ -185,7 +185,7 @@ class Options:
 
 
 def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
-    """A table becomes the card's class; text only where the card says how; a card without options takes none."""
+    """A table becomes the card's class; text does in the card's own way, else as pairs; a card without options takes none."""
 
     def cardcage_register(registry: Registry) -> None:
         registry.device("typed", object, options=Options, shorthand=lambda text: {"speed": int(text)})
@@ -198,7 +198,7 @@ def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
     assert host.options(bare, {}) is None
     for offer, value, error in (
         (typed, "x", "invalid literal"),
-        (plain, "3", 'k: "plain" takes no text'),
+        (plain, "3", 'k: "3": expected key=value'),
         (plain, {"sped": 1}, 'k.sped: no such key. Did you mean "speed"?'),
         (bare, {"a": 1}, 'k.a: no such key. "bare" takes no options'),
     ):
