@@ -71,7 +71,7 @@ class Host:
         self._shared_lock = threading.Lock()
         loader = Cards(self.registry, self.mediator)
         self.cards, self.broken = loader.loaded, loader.broken
-        self.phases = Phases(loader.manager, loader.own, self.cards)
+        self.phases = Phases(loader.manager, self.cards)
         found = self._load_security(loader, loader.announced() if installed else [])
         for one in found:
             loader.load_announced(one)

@@ -17,6 +17,7 @@ from cardcage.errors import FAULTS, CardError, MissingExtra, NotOffered, in_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import CodeType
 
     from cardcage.device import Region
 
@@ -63,19 +64,18 @@ class Offer:
         options: attrs class of its options (or a reference to one), ``None`` when it takes none.
         shorthand: turns a string into a table of options, where a string may stand for the table; by default, a string
             is ``key=value,...`` (:func:`cardcage.pairs.typed_pairs`).
-        form: a regular expression for its names.
+        form: a regular expression for its names; empty for any.
         ours: names that no card can have, because the command line has them of itself.
         keys: of a table, those that are not the card's, so that no option can have their names.
         needs: extra of this distribution that it imports, for the hint ``pip install 'cardcage[needs]'``.
         help: one line for ``cardcage cards -v`` and ``--help``.
         card, distribution, label: the card that offers it, and that card's security label (set by the registry).
-        where: FILE:LINE of the code that offered it (set by the registry).
     """
 
     kind: ClassVar[str] = ""
     keys: ClassVar[frozenset[str]] = frozenset({"type"})
     ours: ClassVar[frozenset[str]] = frozenset()
-    form: ClassVar[str] = r"(?s).*"
+    form: ClassVar[str] = ""
 
     # Written out, as in the subclasses: attrs would make each class at every start of the program.
     def __init__(
@@ -90,10 +90,20 @@ class Offer:
     ) -> None:
         self.name, self.factory, self.options, self.shorthand = name, factory, options, shorthand
         self.needs, self.help = needs, help
-        self.card = self.distribution = self.label = self.where = ""
+        self.card = self.distribution = self.label = ""
+        self._at: tuple[CodeType, int] | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} of card {self.card!r}>"
+
+    @property
+    def where(self) -> str:
+        """FILE:LINE of the code that offered it; empty before."""
+        if self._at is None:
+            return ""
+        code, at = self._at
+        line = next((line for start, end, line in code.co_lines() if start <= at < end), code.co_firstlineno)
+        return f"{code.co_filename}:{line}"
 
     @property
     def who(self) -> str:
@@ -260,12 +270,12 @@ class DoctorOffer(Offer):
     kind: ClassVar[str] = "doctor"
 
 
-def _caller() -> str:
-    """FILE:LINE of who called into this module."""
+def _caller() -> tuple[CodeType, int]:
+    """Code and instruction of who called into this module: the line is found when it is wanted, which takes time."""
     frame = sys._getframe(1)
     while frame.f_globals is globals() and frame.f_back is not None:
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return frame.f_code, frame.f_lasti
 
 
 O = TypeVar("O", bound=Offer)  # noqa: E741  an offer
@@ -297,8 +307,8 @@ class Registry:
         if not offer.kind:
             raise CardError(f"{offer.name}: {type(offer).__name__} has no kind; a subclass of Offer states one")
         offer.card, offer.distribution = offer.card or self._card, offer.distribution or self._distribution
-        offer.label, offer.where = self._label, _caller()
-        if offer.name in offer.ours or not re.fullmatch(offer.form, offer.name):
+        offer.label, offer._at = self._label, _caller()
+        if offer.name in offer.ours or (offer.form and not re.fullmatch(offer.form, offer.name)):
             wanted = (
                 "another name: the command line has it" if offer.name in offer.ours else f"a name like {offer.form}"
             )

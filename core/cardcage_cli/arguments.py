@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cardcage.config import Draft, Place
+from cardcage._config.places import Place
 from cardcage.errors import CardError, ConfigError
 from cardcage.registry import FlagOffer
-from cardcage.units import Duration
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
+    from cardcage.config import Draft
     from cardcage.host import Host
 
 __all__ = ["add_boot_arguments", "add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
@@ -95,6 +95,8 @@ def plain(text: str) -> str:
 
 def draft_of(arguments: Namespace, *files: Any) -> Draft:
     """A draft: *files* first, then the registered flags, the named arguments and ``--set``. Raises ConfigError."""
+    from cardcage.config import Draft
+
     draft = Draft()
     for path in files:
         draft.add_file(path)
@@ -153,6 +155,8 @@ def timeout_of(arguments: Namespace) -> float | None:
     """``--timeout`` in seconds. Raises ConfigError."""
     if arguments.timeout is None:
         return None
+    from cardcage.units import Duration
+
     try:
         return Duration(arguments.timeout)
     except ValueError as error:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cardcage.config import Place
+from cardcage._config.places import Place
 from cardcage.errors import CardError
 from cardcage.registry import CommandOffer
 

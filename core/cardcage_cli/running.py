@@ -20,7 +20,6 @@ from cardcage.errors import (
     UsageError,
     in_words,
 )
-from cardcage.outcome import Crashed
 
 from cardcage_cli.ending import Terminated
 
@@ -136,8 +135,8 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
 def tell(outcome: Outcome) -> int:
     """Print the outcome, with the registers of a crash, and return its status."""
-    if isinstance(outcome, Crashed) and outcome.detail:
-        print(outcome.detail, file=sys.stderr)
+    if detail := getattr(outcome, "detail", ""):
+        print(detail, file=sys.stderr)
     print(f"outcome: {outcome}", file=sys.stderr, flush=True)
     return outcome.status
 

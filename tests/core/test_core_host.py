@@ -185,7 +185,7 @@ class Options:
 
 
 def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
-    """A table becomes the card's class; text does in the card's own way, else as pairs; a card without options takes none."""
+    """A table becomes the card's class; text does in the card's way, else as pairs; without options there are none."""
 
     def cardcage_register(registry: Registry) -> None:
         registry.device("typed", object, options=Options, shorthand=lambda text: {"speed": int(text)})

@@ -60,7 +60,7 @@ class Cards:
 
     def __init__(self, registry: Registry, mediator: Mediator) -> None:
         self.manager = new_manager()
-        self.own: dict[str, pluggy.PluginManager] = {}
+        self._trial = new_manager()
         self.loaded: list[CardInfo] = []
         self.broken: list[BrokenCard] = []
         self._registry, self._mediator = registry, mediator
@@ -89,14 +89,7 @@ class Cards:
             staged = Registry(name, distribution, label)
             module = load()
             check_marks(module)
-            # A manager of its own: one card's mistakes must not reach the next one, nor half of its hooks stay.
-            trial = new_manager()
-            trial.register(module, name)
-            if not trial.get_hookcallers(module):
-                file = getattr(module, "__file__", None) or type(module).__name__
-                raise CardError(f"no hook in it: expected cardcage_register, marked by @hookimpl ({file})")
-            trial.check_pending()
-            cast(Hooks, trial.hook).cardcage_register(registry=staged)
+            self._try(module, name, staged)
             self._registry.merge(staged)
         except FAULTS as error:  # anything that a stranger's import or hook may raise
             if isinstance(error, Denied) and not isinstance(error.__cause__, Denied | None):
@@ -110,8 +103,22 @@ class Cards:
             self.broken.append(BrokenCard(name, distribution, " ".join(reason.split()), error))
             return
         self.manager.register(module, name)
-        self.own[name] = trial
         self.loaded.append(CardInfo(name, distribution, module))
+
+    def _try(self, module: Any, name: str, staged: Registry) -> None:
+        """Let the card register, alone: its mistakes must not reach the next one, nor half of its hooks stay."""
+        trial = self._trial
+        try:
+            trial.register(module, name)
+            if not trial.get_hookcallers(module):
+                file = getattr(module, "__file__", None) or type(module).__name__
+                raise CardError(f"no hook in it: expected cardcage_register, marked by @hookimpl ({file})")
+            trial.check_pending()
+            cast(Hooks, trial.hook).cardcage_register(registry=staged)
+        except BaseException:
+            self._trial = new_manager()
+            raise
+        trial.unregister(name=name)
 
     def _unasked(self, error: Denied) -> CardError:
         """For a security card that breaks when it is asked: nothing may be loaded then, and nobody else is to blame."""

@@ -17,13 +17,11 @@ class Phases:
     """Calls hooks of the cards that take a machine.
 
     Args:
-        manager: has all cards. own: a manager with one card alone, by its name.
+        manager: has all cards.
     """
 
-    def __init__(
-        self, manager: pluggy.PluginManager, own: dict[str, pluggy.PluginManager], cards: list[CardInfo]
-    ) -> None:
-        self._manager, self._own, self._cards = manager, own, cards
+    def __init__(self, manager: pluggy.PluginManager, cards: list[CardInfo]) -> None:
+        self._manager, self._cards = manager, cards
 
     def call(self, phase: str, machine: Any) -> None:
         """Call ``cardcage_`` *phase*. Raises the first refusal, or CardError for any other exception of a card."""
@@ -40,8 +38,10 @@ class Phases:
         """Call ``cardcage_`` *phase* of each card on its own; what one raises is logged, and the others are called."""
         name = f"cardcage_{phase}"
         impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
-        for card in dict.fromkeys(one.plugin_name for one in impls):
+        having = {one.plugin_name: one.plugin for one in impls}
+        for card, plugin in having.items():
             try:
-                getattr(self._own[card].hook, name)(machine=machine)
+                others = [one for one in having.values() if one is not plugin]
+                self._manager.subset_hook_caller(name, others)(machine=machine)
             except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
                 log.error("a card's hook failed", hook=name, card=card, error=in_words(error))
