@@ -18,13 +18,16 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from types import TracebackType
 
 __all__ = [
+    "FAULTS",
     "AcceleratorError",
     "CardError",
     "CardcageError",
@@ -39,6 +42,7 @@ __all__ = [
     "UsageError",
     "in_words",
     "near",
+    "place_of_error",
 ]
 
 
@@ -100,16 +104,43 @@ class Denied(CardcageError):
     """A security checker refused the act."""
 
 
+FAULTS = (Exception, SystemExit)
+"""All that a card may raise by mistake: ``sys.exit`` in a device is its fault, and ends no process."""
+
+BENEATH = {"cardcage", "cardcage_cli", "attr", "attrs", "cattr", "cattrs", "pluggy"}
+"""Packages that a card's code is called by, or calls: the line to look at is the card's."""
+LIBRARY = os.path.dirname(os.__file__)
+
+
 def in_words(error: BaseException) -> str:
     """One line about an exception that is not ours: its type, text and the place that it came from."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
-        return text
-    code = frame.tb_frame.f_code
-    return f"{text} (in {code.co_name}, {code.co_filename}:{frame.tb_lineno})"
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        what = f"sys.exit({error.code!r}): expected an exception or a return"
+    return f"{' '.join(what.split())}{place_of_error(error)}"
+
+
+def place_of_error(error: BaseException, *, outside: bool = False) -> str:
+    """`` (in FUNCTION, FILE:LINE)`` of the innermost code outside the kernel and Python's library, if there is any.
+
+    Args:
+        outside: nothing else will do; by default, it is then where the error was raised.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    frame, found, last = error.__traceback__, None, None
+    while frame is not None:
+        found, last, frame = (frame if _outside(frame) else found), frame, frame.tb_next
+    if (found := found or (None if outside else last)) is None:
+        return ""
+    code = found.tb_frame.f_code
+    return f" (in {code.co_name}, {code.co_filename}:{found.tb_lineno})"
+
+
+def _outside(frame: TracebackType) -> bool:
+    file, name = frame.tb_frame.f_code.co_filename, str(frame.tb_frame.f_globals.get("__name__"))
+    library = file.startswith(LIBRARY) and "-packages" not in file
+    return not library and not file.startswith("<") and name.partition(".")[0] not in BENEATH
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cardcage._config.places import Place, place_of, placed
 from cardcage._config.structure import structure
-from cardcage._host.cards import BrokenCard, CardInfo, Cards, default_name
+from cardcage._host.cards import BrokenCard, Cards, default_name
 from cardcage._host.log import Log, LogSink
-from cardcage._host.phases import Phases, card_of
+from cardcage._host.owners import CardInfo, card_of
+from cardcage._host.phases import Phases
 from cardcage._host.signals import Signals
 from cardcage.abilities import has
-from cardcage.errors import CardcageError, CardError, ConfigError, NotOffered, in_words
+from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, NotOffered, in_words
+from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.registry import Offer, Registry, SecurityOffer
 from cardcage.security import Closable, Mediator, check_checker
 
@@ -68,10 +70,11 @@ class Host:
         self.mediator = mediator or Mediator()
         self.security, self.owns_process = security, owns_process
         self._shared: dict[str, Any] = {}
+        self._told = 0
         self._shared_lock = threading.Lock()
         loader = Cards(self.registry, self.mediator)
         self.cards, self.broken = loader.loaded, loader.broken
-        self.phases = Phases(loader.manager, loader.own, self.cards)
+        self.phases = Phases(loader.manager, self.cards)
         found = self._load_security(loader, loader.announced() if installed else [])
         for one in found:
             loader.load_announced(one)
@@ -133,17 +136,28 @@ class Host:
         Raises ConfigError for what does not fit, CardError or MissingExtra when the card cannot be imported.
         """
         place = place_of(table, Place(file, key)) if isinstance(table, str) else Place(file, key)
-        shorthand = offer.load_shorthand()
         if isinstance(table, str):
-            if shorthand is None:
-                raise place.error(f'"{offer.name.split(":")[-1]}" takes no text; write a table')
-            table = _expanded(offer, shorthand, table, place)
+            table = self.expand(offer, table, file=place.file, key=place.key)
         cls = offer.load_options()
         if cls is None:
             if table:
                 raise place.below(min(table)).error(f'no such key. "{offer.name}" takes no options')
             return None
-        return structure(placed(table, place), cls, file=file, key=key)
+        return structure(placed(table, place), cls, file=file, key=key, who=f"{offer.who}: options")
+
+    def expand(self, offer: Offer, text: str, *, file: str | None = None, key: str | None = None) -> dict[str, Any]:
+        """The table of options that *text* stands for: by the offer's shorthand, else as ``key=value,...`` pairs.
+
+        Raises ConfigError with the place, or CardError for a shorthand that breaks.
+        """
+        shorthand = offer.load_shorthand()
+        if shorthand is None:
+            cls = offer.load_options()
+
+            def shorthand(text: str) -> dict[str, Any]:
+                return typed_pairs(parse_repeated(text), cls) if text else {}
+
+        return _expanded(offer, shorthand, text, Place(file, key))
 
     def blame(self, error: ConfigError) -> ConfigError:
         """Add the broken cards to an error about a name that nobody offers: one of them may have offered it."""
@@ -152,6 +166,12 @@ class Host:
         return NotOffered(
             f"{error.problem} ({'; '.join(str(one) for one in self.broken)})", file=error.file, key=error.key
         )
+
+    def tell_broken(self) -> None:
+        """Say in the log which cards are broken, each once: who boots a machine may miss what one of them offers."""
+        for one in self.broken[self._told :]:
+            self.log.warning("a card is broken and was left out", card=one.name, of=one.distribution, why=one.reason)
+        self._told = len(self.broken)
 
     def card_of(self, error: BaseException) -> CardInfo | None:
         """The card that an exception came from, by its traceback; None when it came from none."""
@@ -189,7 +209,7 @@ def _expanded(offer: Offer, shorthand: Callable[[str], dict[str, Any]], text: st
         raise place.error(str(error)) from error
     except CardcageError:
         raise
-    except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+    except FAULTS as error:  # a stranger's code: whatever it raises is the card's fault, and named so
         raise CardError(f"{offer.who}: its shorthand: {in_words(error)}") from error
     if not isinstance(table, dict):
         raise CardError(f"{offer.who}: its shorthand gave {table!r}, expected a table")

@@ -115,11 +115,13 @@ class Machine:
         self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
         self.loop, self.console, self.waiting = self._life.loop, self._life.console, self._life.waits.devices
-        try:
-            self._build()
-        except BaseException as error:
-            self.dismantle()
-            raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
+        with self.host.signals.held():
+            try:
+                self._build()
+            except BaseException as error:
+                self.dismantle()
+                raise (self.host.blame(error) if isinstance(error, ConfigError) else error) from error.__cause__
+        self.host.tell_broken()
 
     def _build(self) -> None:
         """In this order: security, admission, the VM, RAM, processors, devices, the boot image, the other cards."""
@@ -319,13 +321,14 @@ class Machine:
             return
         if self._life.here:
             raise StateError("close() joins the machine's threads; call it from another one (stop() works from these)")
-        self._closed = True
-        self._life.finish()
-        try:
-            self._end.close()
-        finally:
-            if self in self.host.machines:
-                self.host.machines.remove(self)
+        with self.host.signals.held():
+            self._closed = True
+            self._life.finish()
+            try:
+                self._end.close()
+            finally:
+                if self in self.host.machines:
+                    self.host.machines.remove(self)
 
     def __enter__(self) -> Machine:
         return self

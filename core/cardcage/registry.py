@@ -7,13 +7,17 @@ imports a card.
 
 from __future__ import annotations
 
+import re
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
-from cardcage.errors import CardError, MissingExtra, NotOffered, near
+from cardcage._config.structure import check_options
+from cardcage.errors import FAULTS, CardError, MissingExtra, NotOffered, in_words, near
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import CodeType
 
     from cardcage.device import Region
 
@@ -35,6 +39,10 @@ __all__ = [
 ]
 
 
+MOST = 16
+"""Names in an error: what comes after more of them is not read."""
+
+
 def resolve(reference: Any) -> Any:
     """Turn ``"module:attribute"`` into the object; return anything else as it is."""
     if not isinstance(reference, str):
@@ -54,13 +62,20 @@ class Offer:
         name: the word that configurations use.
         factory: a callable or ``"module:attribute"``.
         options: attrs class of its options (or a reference to one), ``None`` when it takes none.
-        shorthand: turns a string into a table of options, where a string may stand for the table.
+        shorthand: turns a string into a table of options, where a string may stand for the table; by default, a string
+            is ``key=value,...`` (:func:`cardcage.pairs.typed_pairs`).
+        form: a regular expression for its names; empty for any.
+        ours: names that no card can have, because the command line has them of itself.
+        keys: of a table, those that are not the card's, so that no option can have their names.
         needs: extra of this distribution that it imports, for the hint ``pip install 'cardcage[needs]'``.
         help: one line for ``cardcage cards -v`` and ``--help``.
         card, distribution, label: the card that offers it, and that card's security label (set by the registry).
     """
 
     kind: ClassVar[str] = ""
+    keys: ClassVar[frozenset[str]] = frozenset({"type"})
+    ours: ClassVar[frozenset[str]] = frozenset()
+    form: ClassVar[str] = ""
 
     # Written out, as in the subclasses: attrs would make each class at every start of the program.
     def __init__(
@@ -76,9 +91,19 @@ class Offer:
         self.name, self.factory, self.options, self.shorthand = name, factory, options, shorthand
         self.needs, self.help = needs, help
         self.card = self.distribution = self.label = ""
+        self._at: tuple[CodeType, int] | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} of card {self.card!r}>"
+
+    @property
+    def where(self) -> str:
+        """FILE:LINE of the code that offered it; empty before."""
+        if self._at is None:
+            return ""
+        code, at = self._at
+        line = next((line for start, end, line in code.co_lines() if start <= at < end), code.co_firstlineno)
+        return f"{code.co_filename}:{line}"
 
     @property
     def who(self) -> str:
@@ -91,8 +116,11 @@ class Offer:
         return self.imported(self.factory)
 
     def load_options(self) -> Any:
-        """Import the options class, ``None`` when it takes none."""
-        return self.imported(self.options)
+        """Import the options class, ``None`` when it takes none. Raises CardError also for one that cannot be used."""
+        found = self.imported(self.options)
+        if found is not None:
+            check_options(found, self.keys, self.who)
+        return found
 
     def protocols(self) -> tuple[Any, ...]:
         """The protocols that are looked for in its product, for listings; a kind of a card's own may name some."""
@@ -110,11 +138,9 @@ class Offer:
         except ImportError as error:
             if self.needs:
                 raise MissingExtra(f"{self.name}: needs: pip install 'cardcage[{self.needs}]' ({error})") from error
-            raise CardError(
-                f"{self.name} (card {self.card}, {self.distribution}): cannot be imported: {error}"
-            ) from error
-        except Exception as error:  # a stranger's module may raise anything while it is imported
-            raise CardError(f"{self.name} (card {self.card}, {self.distribution}): {error}") from error
+            raise CardError(f"{self.who}: cannot be imported: {in_words(error)}") from error
+        except FAULTS as error:  # a stranger's module may raise anything while it is imported
+            raise CardError(f"{self.who}: {in_words(error)}") from error
 
 
 class AcceleratorOffer(Offer):
@@ -129,15 +155,24 @@ class DeviceOffer(Offer):
     Attributes:
         regions: the ranges it answers at.
         bus: the bus type that it sits on: ``"system"``, or what a :class:`~cardcage.device.DeviceBus` carries.
+        mounts: the file system by which a Linux guest mounts what it shares, under its option ``tag``; empty for none.
     """
 
     kind: ClassVar[str] = "device"
+    keys: ClassVar[frozenset[str]] = frozenset({"type", "id", "port", "address", "irq", "bus", "label"})
 
     def __init__(
-        self, name: str, factory: Any, *, regions: tuple[Region, ...] = (), bus: str = "system", **common: Any
+        self,
+        name: str,
+        factory: Any,
+        *,
+        regions: tuple[Region, ...] = (),
+        bus: str = "system",
+        mounts: str = "",
+        **common: Any,
     ) -> None:
         super().__init__(name, factory, **common)
-        self.regions, self.bus = regions, bus
+        self.regions, self.bus, self.mounts = regions, bus, mounts
 
 
 class PlatformOffer(Offer):
@@ -150,6 +185,7 @@ class BootOffer(Offer):
     """A boot protocol: ``factory(options)`` gives a :class:`~cardcage.boot.BootLoader`."""
 
     kind: ClassVar[str] = "boot"
+    keys: ClassVar[frozenset[str]] = frozenset({"protocol"})
 
 
 class BackendOffer(Offer):
@@ -171,6 +207,7 @@ class MemoryOffer(Offer):
     """A memory back end: ``factory(options)`` gives a :class:`~cardcage.ram.MemoryBackend`."""
 
     kind: ClassVar[str] = "memory"
+    keys: ClassVar[frozenset[str]] = frozenset({"type", "preallocate", "huge_pages", "nodes", "numa"})
 
 
 class SecurityOffer(Offer):
@@ -199,13 +236,19 @@ class FlagOffer(Offer):
 
     Attributes:
         metavar: the word for its value in ``--help``.
+        asks: it is ``factory(text, host)``, and asks the host what cards offer.
     """
 
     kind: ClassVar[str] = "flag"
+    form: ClassVar[str] = "--[a-z][a-z0-9-]*"
+    ours: ClassVar[frozenset[str]] = frozenset(
+        "--accel --append --cpus --help --initrd --kernel --log-json --log-level --memory --security --set --timeout "
+        "--traceback --version".split()
+    )
 
-    def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", help: str = "") -> None:
+    def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", asks: bool = False, help: str = "") -> None:
         super().__init__(name, parse, help=help)
-        self.metavar = metavar
+        self.metavar, self.asks = metavar, asks
 
 
 class CommandOffer(Offer):
@@ -216,6 +259,8 @@ class CommandOffer(Offer):
     """
 
     kind: ClassVar[str] = "command"
+    form: ClassVar[str] = "[a-z][a-z0-9_-]*"
+    ours: ClassVar[frozenset[str]] = frozenset({"cards", "doctor", "run"})
 
     def __init__(self, name: str, run: Any, *, configure: Any = None, help: str = "") -> None:
         super().__init__(name, run, help=help)
@@ -226,6 +271,14 @@ class DoctorOffer(Offer):
     """A line of ``cardcage doctor``: ``factory() -> (ok, what was found, what would enable it)``."""
 
     kind: ClassVar[str] = "doctor"
+
+
+def _caller() -> tuple[CodeType, int]:
+    """Code and instruction of who called into this module: the line is found when it is wanted, which takes time."""
+    frame = sys._getframe(1)
+    while frame.f_globals is globals() and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti
 
 
 O = TypeVar("O", bound=Offer)  # noqa: E741  an offer
@@ -257,14 +310,20 @@ class Registry:
         if not offer.kind:
             raise CardError(f"{offer.name}: {type(offer).__name__} has no kind; a subclass of Offer states one")
         offer.card, offer.distribution = offer.card or self._card, offer.distribution or self._distribution
-        offer.label = self._label
+        offer.label, offer._at = self._label, _caller()
+        if offer.name in offer.ours or (offer.form and not re.fullmatch(offer.form, offer.name)):
+            wanted = (
+                "another name: the command line has it" if offer.name in offer.ours else f"a name like {offer.form}"
+            )
+            raise CardError(f'{offer.kind} "{offer.name}": expected {wanted}')
         self._refuse_taken(offer)
         self._offers[offer.kind, offer.name] = offer
 
     def _refuse_taken(self, offer: Offer) -> None:
         there = self._offers.get((offer.kind, offer.name))
         if there is not None:
-            raise CardError(f"{offer.kind} {offer.name!r}: already offered by card {there.card} ({there.distribution})")
+            owner = f"already offered by card {there.card} ({there.distribution}), expected a name of its own"
+            raise CardError(f"{offer.kind} {offer.name!r}: {owner} ({offer.where})")
 
     def merge(self, staged: Registry) -> None:
         """Take all offers of *staged*, or none: checks before it changes anything."""
@@ -284,8 +343,14 @@ class Registry:
         """The offer. Raises NotOffered, a ConfigError that names near matches and where they come from."""
         offer = self._offers.get((kind.kind, name))
         if not isinstance(offer, kind):
-            hint = near(name, self.names(kind))
-            known = "" if hint else f" Known: {', '.join(self.names(kind)) or 'none'}."
+            names = self.names(kind)
+            hint = near(name, names)
+            listed = (
+                ", ".join(names) or "none"
+                if len(names) <= MOST
+                else f'{len(names)} names, which "cardcage cards" lists'
+            )
+            known = "" if hint else f" Known: {listed}."
             raise NotOffered(f'no card offers {kind.kind} "{name}".{hint}{known}', file=file, key=key)
         return offer
 

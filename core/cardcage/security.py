@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attrs import evolve, field, frozen
 
 from cardcage.abilities import has, require, tell_near_misses
-from cardcage.errors import CardcageError, Denied, in_words
+from cardcage.errors import FAULTS, CardcageError, Denied, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -230,7 +230,7 @@ class Mediator:
         for checker in self._checkers:
             try:
                 checker.check(act)
-            except Exception as error:  # a checker that breaks must not let anything pass
+            except FAULTS as error:  # a checker that breaks must not let anything pass
                 raise _refusal(error, str(act)) from error
 
     def label(self, act: Act, name: str) -> str:
@@ -238,7 +238,7 @@ class Mediator:
         for checker in self._labellers:
             try:
                 found = checker.label(act, name)
-            except Exception as error:  # an object without its label must not come to be
+            except FAULTS as error:  # an object without its label must not come to be
                 raise _refusal(error, f"{act.tclass} {name} has no label") from error
             if found is not None:
                 return found
@@ -299,7 +299,7 @@ class Mediator:
                     if not callable(end):
                         raise TypeError("subscribe() gave nothing to call at the end")
                     self._ends.append(end)
-                except Exception as error:  # a policy that could change unheard
+                except FAULTS as error:  # a policy that could change unheard
                     raise _refusal(error, "security cannot be followed") from error
 
     def changed(self) -> None:
@@ -335,9 +335,9 @@ class Mediator:
     def _at_end(self, last: Callable[..., None], *values: str) -> None:
         try:
             last(*values)
-        except Exception as error:  # one checker's fault must not keep the others, or the machine, from ending
+        except FAULTS as error:  # one checker's fault must not keep the others, or the machine, from ending
             if self._log is not None:
-                self._log.error("security: a checker failed at the end", error=repr(error))
+                self._log.error("security: a checker failed at the end", error=in_words(error))
 
     def close(self) -> None:
         """Follow no longer, and forget the grants. Idempotent."""
@@ -347,7 +347,7 @@ class Mediator:
             self._grants.clear()
 
 
-def _refusal(error: Exception, what: str) -> Denied:
+def _refusal(error: BaseException, what: str) -> Denied:
     """Turn *error*, raised by a checker, into a refusal; *what* says what is refused."""
     if isinstance(error, Denied):
         return Denied(str(error) or what)

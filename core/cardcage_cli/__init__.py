@@ -48,14 +48,17 @@ def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int
     """The console script. Returns the exit status.
 
     Args:
-        argv: the words after the program's name, by default the process's. Then the process is the command line's own,
-            and a running machine may be put into a jail.
+        argv: the words after the program's name, by default the process's, which is then there for nothing else: a
+            signal may end it on the spot, and does once this has returned, and a running machine is put into a jail.
         cards: loaded besides the installed cards, for programs that bring their own.
     """
     try:
-        from cardcage_cli.program import run_program
+        from cardcage_cli.ending import Ending
 
-        return run_program(sys.argv[1:] if argv is None else argv, cards, owns_process=argv is None)
+        with Ending(alone=argv is None) as ending:  # handlers first, imports after
+            from cardcage_cli.program import run_program
+
+            return run_program(sys.argv[1:] if argv is None else argv, cards, ending)
     except KeyboardInterrupt:  # before there was anything that could say more
         print("outcome: interrupted", file=sys.stderr)
         return 130

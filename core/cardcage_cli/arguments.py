@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cardcage.config import Draft
-from cardcage.errors import CardcageError, ConfigError
+from cardcage._config.places import Place
+from cardcage.errors import CardError, ConfigError
 from cardcage.registry import FlagOffer
-from cardcage.units import Duration
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+
+    from cardcage.config import Draft
+    from cardcage.host import Host
 
 __all__ = ["add_boot_arguments", "add_common_arguments", "add_machine_arguments", "draft_of", "timeout_of"]
 
@@ -73,20 +75,29 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
     if host is None:
         return
     shorthands = parser.add_argument_group("shorthands")
-    for name in host.registry.names(FlagOffer):
-        offer = host.registry.get(FlagOffer, name)
+    for offer in sorted(host.registry.offers(FlagOffer), key=lambda one: one.name):
+        name = offer.name
+        if name in parser._option_string_actions:  # the command's own argument, which counts in that command
+            continue
         shorthands.add_argument(
             name,
             metavar=offer.metavar,
             action="append",
             default=[],
             dest=f"flag:{name}",
-            help=offer.help,
+            help=plain(offer.help),
         )
+
+
+def plain(text: str) -> str:
+    """*text* as argparse shows it: a percent sign is nothing special in a card's help."""
+    return text.replace("%", "%%")
 
 
 def draft_of(arguments: Namespace, *files: Any) -> Draft:
     """A draft: *files* first, then the registered flags, the named arguments and ``--set``. Raises ConfigError."""
+    from cardcage.config import Draft
+
     draft = Draft()
     for path in files:
         draft.add_file(path)
@@ -94,16 +105,9 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
         if not name.startswith("flag:") or not texts:
             continue
         flag = name.removeprefix("flag:")
-        parse = arguments.host.registry.get(FlagOffer, flag).load()
+        offer = arguments.host.registry.get(FlagOffer, flag)
         for text in texts:
-            try:
-                draft.add(parse(text), origin=f"{flag} {text}")
-            except ConfigError as error:
-                raise ConfigError(error.problem, file=error.file or f"{flag} {text}", key=error.key) from error
-            except CardcageError:
-                raise
-            except ValueError as error:
-                raise ConfigError(str(error), file=f"{flag} {text}") from error
+            draft.add(_fragment(offer, text, Place(f"{flag} {text}"), arguments.host), origin=f"{flag} {text}")
     if arguments.name is not None:
         draft.add({"machine": {"name": arguments.name}}, origin="--name")
     if arguments.accel is not None:
@@ -128,10 +132,34 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
     return draft
 
 
+def _fragment(offer: FlagOffer, text: str, place: Place, host: Host) -> dict[str, Any]:
+    """What a flag's *text* stands for. Raises ConfigError, or CardError for what is wrong with the flag itself."""
+    parse = offer.load()
+    try:
+        found = place.blamed(offer.who, lambda: parse(text, host) if offer.asks else parse(text))
+    except ConfigError as error:
+        raise host.blame(error) from error.__cause__
+    except CardError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise place.error(str(error.__cause__)) from error
+        raise
+    if not isinstance(found, dict):
+        raise CardError(f"{offer.who}: gave {found!r} for {text!r}, expected a table{place_of_code(parse)}")
+    return found
+
+
+def place_of_code(function: Any) -> str:
+    """`` (in FUNCTION, FILE:LINE)`` of a function of Python's; empty for anything else."""
+    code = getattr(function, "__code__", None)
+    return f" (in {code.co_name}, {code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+
+
 def timeout_of(arguments: Namespace) -> float | None:
     """``--timeout`` in seconds. Raises ConfigError."""
     if arguments.timeout is None:
         return None
+    from cardcage.units import Duration
+
     try:
         return Duration(arguments.timeout)
     except ValueError as error:

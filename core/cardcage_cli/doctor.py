@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cardcage._machine.building import probe_of
+from cardcage.errors import FAULTS, in_words
 from cardcage.registry import AcceleratorOffer, DoctorOffer
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def findings(host: Host) -> Iterator[tuple[str, Finding]]:
         text = f"{probe.speed}{': ' + probe.reason if probe.reason else ''}" if probe.usable else probe.reason
         yield f"accelerator {name}", (probe.usable, text, "")
     for name in host.registry.names(DoctorOffer):
+        offer = host.registry.get(DoctorOffer, name)
         try:
-            yield name, host.registry.get(DoctorOffer, name).load()()
-        except Exception as error:  # a card's check that breaks is itself a finding
-            yield name, (False, f"the check failed: {type(error).__name__}: {error}", "")
+            yield name, offer.load()()
+        except FAULTS as error:  # a card's check that breaks is itself a finding
+            yield name, (False, f"the check failed: {offer.who}: {in_words(error)}", "")
 
 
 def _platform() -> Finding:

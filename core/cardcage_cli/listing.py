@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cardcage import registry
 from cardcage._machine.abilities import abilities_of, near_misses_of
 from cardcage._machine.building import probe_of
-from cardcage.errors import CardcageError, in_words
+from cardcage.errors import FAULTS, CardcageError, in_words
 from cardcage.registry import AcceleratorOffer, DeviceOffer, Offer
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def details(offer: Offer) -> list[str]:
         return [*lines, f"  not usable here: {error}"]
     try:
         misses = [f"  {line}" for line in near_misses_of(offer, made)]
-    except Exception as error:  # a stranger's factory: whatever it raises is no reason to list nothing else
+    except FAULTS as error:  # a stranger's factory: whatever it raises is no reason to list nothing else
         misses = [f"  not usable here: {in_words(error)}"]
     if isinstance(offer, DeviceOffer) and inspect.isclass(made):
         try:

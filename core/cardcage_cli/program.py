@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cardcage._config.places import Place
+from cardcage.errors import CardError
 from cardcage.registry import CommandOffer
 
 from cardcage_cli.arguments import (
@@ -13,10 +15,12 @@ from cardcage_cli.arguments import (
     add_common_arguments,
     add_machine_arguments,
     draft_of,
+    place_of_code,
+    plain,
     timeout_of,
 )
 from cardcage_cli.early import VARIABLE, early_security
-from cardcage_cli.running import SWITCH_INTERVAL, report, run_machine
+from cardcage_cli.running import STRAYS, SWITCH_INTERVAL, report, run_machine, threads_watched
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -24,45 +28,85 @@ if TYPE_CHECKING:
 
     from cardcage.host import CardInfo, Host
 
+    from cardcage_cli.ending import Ending
+
 __all__ = ["make_parser", "run_program"]
 
 
-def run_program(argv: Sequence[str], cards: Iterable[Any] = (), *, owns_process: bool = False) -> int:
-    """Parse the words *argv*, do what they say, and return the exit status.
-
-    Args:
-        owns_process: see :class:`~cardcage.host.Host`.
-    """
+def run_program(argv: Sequence[str], cards: Iterable[Any], ending: Ending) -> int:
+    """Parse the words *argv*, do what they say, and return the exit status; *ending* has the signals."""
     _open_standard_streams()
     words = list(argv)
     if os.environ.get(VARIABLE):
         words = ["--security", os.environ[VARIABLE], *words]  # one that was given comes later, and counts
     traceback = "--traceback" in words
     cards_found: list[CardInfo] = []
+    strays: list[BaseException] = []
     try:
         from cardcage.host import Host
         from cardcage.security import HOST, OPERATOR, Act
 
-        with Host(cards, security=early_security(words), owns_process=owns_process) as host:
+        security = early_security(words)
+        ending.taking = bool(security)  # its card may write; all others only register
+        with threads_watched(strays), Host(cards, security=security, owns_process=ending.alone) as host:
+            ending.taking = True
             cards_found = host.cards
-            arguments = make_parser(host).parse_args(words)
-            host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
-            host.log_sink.json = getattr(arguments, "log_json", False)
-            host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
-            status = arguments.command(host, arguments)
-            sys.stdout.flush()
-            return int(status)
+            host.signals.ending = ending.held
+            for signum in ending.signals:
+                host.signals.claim(signum, ending.arrived)
+            host.share(STRAYS, lambda: strays)
+            try:
+                arguments = parsed(make_parser(host), words, host)
+                host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
+                host.log_sink.json = getattr(arguments, "log_json", False)
+                host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
+                status = int(arguments.command(host, arguments))
+                sys.stdout.flush()
+            finally:
+                ending.over()
+            if strays:
+                raise strays[0]
+            return status
     except BrokenPipeError:  # "cardcage cards | head": nobody reads on, which is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (Exception, KeyboardInterrupt) as error:  # the one place where errors become words
+    except Told as error:  # argparse: help (0) or a wrong argument (2)
+        if error.status:
+            print("outcome: bad configuration: see the lines above", file=sys.stderr)
+        return error.status
+    except BaseException as error:  # the one place where errors become words
         return report(error, traceback=traceback, cards=cards_found)
-    except SystemExit as error:  # argparse: help (0) or a wrong argument (2, already said)
-        if error.code not in (0, None):
-            print("outcome: bad configuration: see the line above", file=sys.stderr)
-        return error.code if isinstance(error.code, int) else 0
-    except BaseException as error:
-        return report(error, traceback=traceback)
+
+
+class Told(Exception):
+    """The arguments were answered by argparse, which has said what is to be said."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(status)
+
+
+def parsed(parser: ArgumentParser, words: Sequence[str], host: Host) -> Namespace:
+    """Parse *words*. Raises Told where argparse itself ends the program, with what broken cards may have to do with it.
+
+    Also for a card's command, whose argparse has the same ways; what else ends it is the card's own ``sys.exit``.
+    """
+    try:
+        return parser.parse_args(words)
+    except SystemExit as error:
+        if not by_argparse(error):
+            raise
+        for one in host.broken if error.code else ():
+            print(f"cardcage: {one}", file=sys.stderr)
+        raise Told(int(error.code or 0)) from error
+
+
+def by_argparse(error: SystemExit) -> bool:
+    """True when argparse raised it: for help, a version, or a wrong argument."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == "argparse"
 
 
 def _open_standard_streams() -> None:
@@ -118,16 +162,21 @@ def _registered(command: Any, offer: CommandOffer) -> None:
     """A card's command; its modules are imported only when its own arguments are parsed."""
 
     def run(host: Host, arguments: Namespace) -> int:
-        status: int = offer.load()(host, arguments)
+        function = offer.load()
+        status = function(host, arguments)
+        if type(status) is not int or not 0 <= status <= 255:
+            what = f"gave {status!r}, expected its exit status, 0 to 255{place_of_code(function)}"
+            raise CardError(f"{offer.who}: {what}")
         return status
 
-    parser = command(offer.name, offer.help, run)
+    parser = command(offer.name, plain(offer.help), run)
     if offer.configure is None:
         return
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None, **more: Any) -> Any:
-        offer.imported(offer.configure)(parser)
+        configure = offer.imported(offer.configure)
+        Place().blamed(offer.who, lambda: configure(parser))
         parser.parse_known_args = parse
         return parse(args, namespace, **more)
 

@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cardcage._host.phases import card_of
+from cardcage._host.owners import card_of, owners_of
 from cardcage.errors import (
     CardcageError,
     CardError,
@@ -20,7 +20,8 @@ from cardcage.errors import (
     UsageError,
     in_words,
 )
-from cardcage.outcome import Crashed
+
+from cardcage_cli.ending import Terminated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,14 +48,6 @@ SWITCH_INTERVAL = 1e-4
 """Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
 
 
-class Terminated(BaseException):
-    """A signal that asks the process to end."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
-
-
 def _terminate(signum: int, _: Any) -> None:
     raise Terminated(signum)
 
@@ -62,10 +55,11 @@ def _terminate(signum: int, _: Any) -> None:
 @contextmanager
 def ending_signals(machine: Machine) -> Iterator[None]:
     """SIGTERM and SIGHUP end the machine in an orderly way while the block runs."""
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or machine.host.signals.ending is not None:  # the command line has them from the first moment on
         yield
         return
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    signals = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
     for signum in signals:
         machine.host.signals.claim(signum, _terminate)
     try:
@@ -75,13 +69,19 @@ def ending_signals(machine: Machine) -> Iterator[None]:
             machine.host.signals.release(signum)
 
 
+STRAYS = "cardcage_cli:strays"
+"""The key by which a host shares what :func:`threads_watched` found before its machine could hear of it."""
+
+
 @contextmanager
-def threads_watched(machine: Machine) -> Iterator[None]:
-    """While the block runs, an exception in a card's own thread ends *machine*, as its callbacks' do."""
+def threads_watched(strays: list[BaseException], machine: Machine | None = None) -> Iterator[None]:
+    """While the block runs, an exception in a card's own thread goes to *strays*, and ends *machine*."""
 
     def ended(what: threading.ExceptHookArgs) -> None:
         if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
-            machine.fail(what.exc_value)
+            strays.append(what.exc_value)
+            if machine is not None:
+                machine.fail(what.exc_value)
 
     before, threading.excepthook = threading.excepthook, ended
     try:
@@ -113,12 +113,19 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
     Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
     """
-    with ending_signals(machine), threads_watched(machine):
+    strays: list[BaseException] = machine.host.share(STRAYS, list)
+    with ending_signals(machine), threads_watched(strays, machine):
         try:
+            if strays:  # while the machine was built
+                raise strays[0]
             if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
                 machine.open_console(console)
-            if machine.state == "built":
-                machine.start()
+            try:
+                if machine.state == "built":
+                    machine.start()
+            except StateError:
+                if not strays:  # else wait() raises it
+                    raise
             outcome = machine.wait(timeout)
         finally:
             with undisturbed():
@@ -128,8 +135,8 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
 def tell(outcome: Outcome) -> int:
     """Print the outcome, with the registers of a crash, and return its status."""
-    if isinstance(outcome, Crashed) and outcome.detail:
-        print(outcome.detail, file=sys.stderr)
+    if detail := getattr(outcome, "detail", ""):
+        print(detail, file=sys.stderr)
     print(f"outcome: {outcome}", file=sys.stderr, flush=True)
     return outcome.status
 
@@ -138,19 +145,38 @@ def report(error: BaseException, *, traceback: bool = False, cards: Iterable[Car
     """Print an error as one ``outcome:`` line (after its traceback, when asked for) and return the exit status.
 
     Args:
-        cards: one of which an exception that is not ours may come from; that one is then named.
+        cards: one of which an error may come from; that one is then named.
     """
+    cards = tuple(cards)
     if traceback:
         from traceback import print_exception
 
         print_exception(error)
-    words, status = blamed_for(error)
-    text = str(error) if isinstance(error, CardcageError) else describe(error, cards)
+    if isinstance(error, Denied) and not isinstance(error.__cause__, CardcageError | None):
+        error = error.__cause__  # a checker that broke: the act was refused, but by nobody's rule
+    misused = isinstance(error, UsageError) and by_a_card(error, cards)
+    words, status = ("card failure", EXIT["failure"]) if misused else blamed_for(error)
+    text = str(error) if isinstance(error, CardcageError) and not misused else describe(error, cards)
     text, *more = text.splitlines() or [""]
     for line in more:  # registers and the like come first, so that the outcome is the last line
         print(line, file=sys.stderr)
     print(f"outcome: {words}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
     return status
+
+
+def by_a_card(error: UsageError, cards: Iterable[CardInfo]) -> bool:
+    """True when a card broke the rule, and not who typed the command: blame follows the frames.
+
+    A card did where the kernel raised it in what the card called, or where the kernel called the card that raised it. A
+    card's command that raises it itself, or by a card that it called, tells its user.
+    """
+    owners = owners_of(error, cards)
+    if not owners or all(isinstance(one, str) for one in owners):
+        return False
+    if isinstance(owners[-1], str):
+        return True
+    caller = next((one for one in reversed(owners) if isinstance(one, str)), "")
+    return caller == "cardcage"
 
 
 def blamed_for(error: BaseException) -> tuple[str, int]:

@@ -35,6 +35,9 @@ VHOST_USER = (
     ("device", "VhostUserOptions", "any virtio device served by another process"),
 )
 
+MOUNTS = {"fs": "virtiofs", "9p": "9p"}
+"""The file system by which a guest mounts what the device shares."""
+
 
 @frozen
 class Behind:
@@ -61,7 +64,8 @@ def offer(registry: Registry, name: str, factory: Any, *, options: Any = None, h
 
     Args:
         factory: ``"module:Class"`` of the author's object (:mod:`cardcage_virtio.device`), called with its options.
-        options: attrs class of its options, or a reference to it. more: ``needs``, ``shorthand`` of a device's offer.
+        options: attrs class of its options, or a reference to it.
+        more: ``needs``, ``shorthand``, ``mounts`` of a device's offer.
     """
     pci, mmio = (
         Behind(factory, "cardcage_virtio.transport.pci:PciTransport"),
@@ -77,15 +81,17 @@ def cardcage_register(registry: Registry) -> None:
     """Offer what this card has."""
     for name, place, help in DEVICES:
         factory = f"cardcage_virtio.{place}"
-        offer(registry, f"virtio-{name}", factory, options=f"{factory}Options", help=help)
+        more = {"mounts": MOUNTS[name]} if name in MOUNTS else {}
+        offer(registry, f"virtio-{name}", factory, options=f"{factory}Options", help=help, **more)
     for name, options, help in VHOST_USER:
         factory = f"cardcage_virtio.vhost.kinds:vhost_user_{name}"
-        offer(registry, f"vhost-user-{name}", factory, options=f"cardcage_virtio.vhost.kinds:{options}", help=help)
+        more = {"mounts": MOUNTS[name]} if name in MOUNTS else {}
+        kind = f"cardcage_virtio.vhost.kinds:{options}"
+        offer(registry, f"vhost-user-{name}", factory, options=kind, help=help, **more)
     share, vsock = "cardcage_virtio.flags:parse_share", "cardcage_virtio.flags:parse_vsock"
-    registry.flag(
-        "--device", "cardcage_virtio.flags:parse_device", help="add a device: TYPE,key=value,...", metavar="SPEC"
-    )
-    registry.flag(
-        "--share", share, help="share a host directory: DIR[,tag=share][,readonly=on][,type=virtiofs|9p]", metavar="DIR"
-    )
-    registry.flag("--vsock", vsock, help="add sockets between host and guest: CID[,uds=PATH]", metavar="CID")
+    for flag, parse, metavar, help in (
+        ("--device", "cardcage_virtio.flags:parse_device", "SPEC", "add a device: TYPE,key=value,..."),
+        ("--share", share, "DIR", "share a host directory: DIR[,tag=share][,readonly=on][,type=virtiofs|9p]"),
+        ("--vsock", vsock, "CID", "add sockets between host and guest: CID[,uds=PATH]"),
+    ):
+        registry.flag(flag, parse, metavar=metavar, asks=True, help=help)

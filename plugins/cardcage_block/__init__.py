@@ -32,6 +32,7 @@ def cardcage_register(registry: Registry) -> None:
     registry.flag(
         "--drive",
         f"{drive}:parse_drive_flag",
+        asks=True,
         help="add a virtio disk: file=root.qcow2,format=qcow2,readonly=on, or just a path",
     )
     registry.command(

@@ -6,10 +6,11 @@ import os
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from attrs import evolve, frozen
+from attrs import evolve, fields, frozen
 from cardcage.config import HostPath
-from cardcage.errors import ConfigError, near
-from cardcage.pairs import parse_pairs
+from cardcage.errors import ConfigError
+from cardcage.pairs import join_pairs, parse_repeated, split_pairs, typed_pairs
+from cardcage.registry import BackendOffer
 
 from cardcage_block.chain import Below, Fence, find_below
 from cardcage_block.formats import detect, refuse_foreign, shown
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cardcage.device import Slot
+    from cardcage.host import Host
 
     from cardcage_block.hostfile import Image
 
@@ -234,45 +236,63 @@ def parse_file(text: str) -> dict[str, Any]:
     return {"file": text}
 
 
-_BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
 _DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
-_DEVICE_TEXT = ("id", "rerror", "serial", "werror")
-_DEVICE_NUMBERS = ("logical_block", "physical_block", "queues")
-_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "if", "locking", "readonly")
-_KEYS = sorted((*_DRIVE_KEYS, *_DEVICE_TEXT, *_DEVICE_NUMBERS))
 
 
-def parse_drive_flag(text: str) -> dict[str, Any]:
+@frozen
+class _Disk:
+    """The keys of ``--drive`` that are not the back end's."""
+
+    id: str = ""
+    serial: str = ""
+    queues: int = 1
+    logical_block: int = 512
+    physical_block: int = 512
+    werror: str = ""
+    rerror: str = ""
+    type: str = ""
+
+
+def parse_drive_flag(text: str, host: Host) -> dict[str, Any]:
     """``--drive file=root.qcow2,format=qcow2,readonly=on`` as a ``virtio-blk`` device; a bare path will do.
 
-    Keys: those of :class:`Drive`, and the device's ``id serial queues logical_block physical_block werror rerror``.
-    Raises :exc:`ValueError`.
+    ``type=NAME``, or ``NAME:`` before all else, is a back end of whichever card, and what is left are its options. Else
+    the keys are those of :class:`Drive`. The device's are those of :class:`_Disk`. Raises :exc:`ValueError`, or
+    NotOffered.
     """
-    pairs = parse_pairs(text, first="file")
-    device: dict[str, Any] = {"type": "virtio-blk"}
-    drive: dict[str, Any] = {}
-    for key, value in pairs.items():
-        if key in _DEVICE_TEXT:
-            device[key] = value
-        elif key in _DEVICE_NUMBERS:
-            if not value.isascii() or not value.isdigit() or len(value) > 9:
-                raise ValueError(f"{key}={value}: expected a number")
-            device[key] = int(value)
-        elif key == "if":
+    parts = split_pairs(text)
+    disk: dict[str, Any] = {}
+    name, colon, first = parts[0].partition(":")
+    offers = {one.name for one in host.registry.offers(BackendOffer)}
+    named = bool(colon) and "=" not in name and f"block:{name}" in offers
+    own = [first] if named else []
+    for part in parts[named:]:
+        key, equals, value = part.partition("=")
+        if equals and key == "if":
             if value not in ("virtio", "none"):
                 raise ValueError(f"if={value}: only virtio disks are supported")
-        elif key == "readonly":
-            if value not in _BOOL:
-                raise ValueError(f"readonly={value}: expected on or off")
-            drive[key] = _BOOL[value]
-        elif key == "discard":
-            if value not in _DISCARD:
-                raise ValueError(f"discard={value}: expected unmap or ignore")
-            drive[key] = _DISCARD[value]
-        elif key in _DRIVE_KEYS:
-            drive[key] = value
+        elif equals and key in {one.name for one in fields(_Disk)}:
+            if key in disk:
+                raise ValueError(f'"{key}" is given twice')
+            disk |= typed_pairs([(key, value)], _Disk)
         else:
-            raise ValueError(f'no key "{key}".{near(key, _KEYS) or " Known: " + ", ".join(_KEYS)}')
+            own.append(part)
+    kind = name if named else disk.pop("type", "")
+    if not kind:
+        return {"device": [{"type": "virtio-blk", **disk, "drive": _image(own)}]}
+    offer = host.registry.get(BackendOffer, f"block:{kind}")
+    pairs = [] if named or not own else parse_repeated(join_pairs(own))
+    table = host.expand(offer, join_pairs(own)) if named else typed_pairs(pairs, offer.load_options())
+    return {"device": [{"type": "virtio-blk", **disk, "drive": {"type": kind, **table}}]}
+
+
+def _image(parts: list[str]) -> dict[str, Any]:
+    """The table of an image file, with QEMU's words for ``discard``."""
+    drive = typed_pairs(parse_repeated(join_pairs(parts), "file") if parts else [], Drive)
+    if (discard := drive.get("discard", "unmap")) not in _DISCARD:
+        raise ValueError(f"discard={discard}: expected unmap or ignore")
+    if "discard" in drive:
+        drive["discard"] = _DISCARD[discard]
     if not drive.get("file"):
         raise ValueError("file=PATH is missing")
-    return {"device": [{**device, "drive": drive}]}
+    return drive

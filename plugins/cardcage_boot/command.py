@@ -38,8 +38,6 @@ __all__ = ["COMMAND_LINE", "configure", "run"]
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
 SECOND_PORT, SECOND_IRQ = 0x2F8, 3
-SHARES = {"virtio-fs": "virtiofs", "vhost-user-fs": "virtiofs", "virtio-9p": "9p"}
-"""Devices that share a directory by a key ``tag``, and the file system that mounts it."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -87,9 +85,10 @@ def run(host: Host, arguments: Namespace) -> int:
     report = Report()
     with ExitStack() as cleanup:
         cleanup.callback(report.close)
-        scratch = tempfile.TemporaryDirectory(prefix="cardcage-")
-        cleanup.enter_context(scratch)
-        plan = _plan(arguments, Path(scratch.name), report, _shares(draft, report))
+        with host.signals.held():  # or it is left behind
+            scratch = tempfile.TemporaryDirectory(prefix="cardcage-")
+            cleanup.enter_context(scratch)
+        plan = _plan(arguments, Path(scratch.name), report, _shares(draft, host, report))
         reader, writer = os.pipe()  # the status of the command
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
@@ -119,13 +118,14 @@ def _status(machine: Machine, status: int, word: str) -> int:
     return EXIT["failure"]
 
 
-def _shares(draft: Draft, report: Report) -> str:
+def _shares(draft: Draft, host: Host, report: Report) -> str:
     """The shared directories that init mounts: ``TYPE:TAG``, in a line of words."""
     found = []
+    forms = {one.name: one.mounts for one in host.registry.offers(DeviceOffer)}
     for device in draft.config().devices:
-        form = SHARES.get(device.type.removesuffix("-mmio"))
+        form = forms.get(device.type)
         tag = device.options.get("tag", "share")
-        if form is None:
+        if not form:  # for who made it up to mount
             continue
         if re.fullmatch(r"[\w.-]+", str(tag)):
             found.append(f"{form}:{tag}")

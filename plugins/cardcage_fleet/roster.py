@@ -211,13 +211,15 @@ class Record:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write()
+            self._leave = weakref.finalize(self, leave, path, os.getpid())  # for a program that ends without close()
             os.link(hidden, path)  # seen only now that it is locked, so that nobody takes it for one left behind
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, FileExistsError):  # another machine's of this process
+                self._leave.detach()
             os.close(self._fd)
             raise
         finally:
             os.unlink(hidden)
-        self._leave = weakref.finalize(self, leave, path, os.getpid())  # also for a program that ends without close()
 
     def _write(self) -> None:
         text = json.dumps(asdict(self.entry)).encode()

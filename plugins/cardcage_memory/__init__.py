@@ -30,6 +30,7 @@ def cardcage_register(registry: Registry) -> None:
     registry.flag(
         "--memory-backend",
         "cardcage_memory.parse:parse_memory_flag",
+        asks=True,
         help="source of guest RAM: memfd or hugetlb,page=1G or file,path=ram.img,preallocate=on, ...",
     )
     for name in (

@@ -33,6 +33,7 @@ def cardcage_register(registry: Registry) -> None:
     registry.flag(
         "--net",
         "cardcage_net.parse:parse_net_flag",
+        asks=True,
         help="add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0 or switch,name=lan, ...",
     )
     registry.doctor("user networking", "cardcage_net.user:check_passt", help="passt, for networking without root")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import near
-from cardcage.pairs import parse_repeated
+from attrs import fields, frozen
+from cardcage.errors import NotOffered, near
+from cardcage.pairs import join_pairs, parse_repeated, split_pairs, typed_pairs
+from cardcage.registry import BackendOffer, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from cardcage.host import Host
 
 __all__ = [
     "parse_dgram",
@@ -20,103 +22,71 @@ __all__ = [
     "parse_user",
 ]
 
-_BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
+
+@frozen
+class _Card:
+    """Keys of the network card; all others are the back end's."""
+
+    id: str = ""
+    mac: str = ""
+    queues: int = 1
 
 
-def _bool(text: str) -> bool:
-    if text not in _BOOL:
-        raise ValueError(f'expected on or off, got "{text}"')
-    return _BOOL[text]
-
-
-def _int(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise ValueError(f'expected a whole number, got "{text}"')
-    return int(text)
-
-
-_TYPES: dict[str, tuple[str, dict[str, Callable[[str], Any]]]] = {
-    "null": ("", {}),
-    "tap": ("ifname", {"ifname": str, "bridge": str, "queues": _int, "vnet_header": _bool, "up": _bool, "mtu": _int}),
-    "user": (
-        "",
-        {"address": str, "gateway": str, "dns": str, "interface": str, "mtu": _int, "ipv6": _bool, "engine": str},
-    ),
-    "switch": ("name", {"name": str, "listen": str}),
-    "stream": ("connect", {"connect": str, "listen": str, "reconnect": str}),
-    "dgram": ("remote", {"remote": str, "local": str}),
-}
-"""By type: the key that a first word without a key stands for, and what turns each key's text into a value."""
-_DEVICE: dict[str, Callable[[str], Any]] = {"id": str, "mac": str, "queues": _int}
-
-
-def _options(kind: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    known: dict[str, Callable[[str], Any]] = {**_TYPES[kind][1], "dump": str}
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key == "hostfwd" and kind == "user":
-            found.setdefault(key, []).append(value)
-            continue
-        if key not in known:
-            names = [*known, *(["hostfwd"] if kind == "user" else [])]
-            raise ValueError(f'no key "{key}".{near(key, names) or " Known: " + ", ".join(sorted(names))}')
-        if key in found:
-            raise ValueError(f'"{key}" is given twice')
-        try:
-            found[key] = known[key](value)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-    return found
-
-
-def _parse(kind: str, text: str) -> dict[str, Any]:
-    return _options(kind, parse_repeated(text, _TYPES[kind][0])) if text else {}
+def _parse(text: str, options: str, first: str = "") -> dict[str, Any]:
+    return typed_pairs(parse_repeated(text, first), resolve(f"cardcage_net.{options}")) if text else {}
 
 
 def parse_null(text: str) -> dict[str, Any]:
     """Options of ``net:null``. Raises :exc:`ValueError`, as all of these."""
-    return _parse("null", text)
+    return _parse(text, "null:Null")
 
 
 def parse_tap(text: str) -> dict[str, Any]:
     """Options of ``net:tap``: ``tap0,bridge=br0``."""
-    return _parse("tap", text)
+    return _parse(text, "tap:Tap", "ifname")
 
 
 def parse_user(text: str) -> dict[str, Any]:
     """Options of ``net:user``: ``hostfwd=tcp::2222-:22,hostfwd=udp::53-:53``."""
-    return _parse("user", text)
+    return _parse(text, "user:User")
 
 
 def parse_switch(text: str) -> dict[str, Any]:
     """Options of ``net:switch``: ``lan,listen=/run/lan.sock``."""
-    return _parse("switch", text)
+    return _parse(text, "switch:SwitchPort", "name")
 
 
 def parse_stream(text: str) -> dict[str, Any]:
     """Options of ``net:stream``: ``unix:/run/lan.sock`` or ``listen=:4000``."""
-    return _parse("stream", text)
+    return _parse(text, "sockets:Stream", "connect")
 
 
 def parse_dgram(text: str) -> dict[str, Any]:
     """Options of ``net:dgram``: ``127.0.0.1:4000,local=127.0.0.1:4001``."""
-    return _parse("dgram", text)
+    return _parse(text, "sockets:Dgram", "remote")
 
 
-def parse_net_flag(text: str) -> dict[str, Any]:
+def parse_net_flag(text: str, host: Host) -> dict[str, Any]:
     """``--net user,hostfwd=tcp::2222-:22`` as a ``virtio-net`` device.
 
-    The first word is the type; ``id``, ``mac`` and ``queues`` are the device's. Raises :exc:`ValueError`.
+    The first word is a back end of whichever card, which has its own words for the rest (its shorthand, or the keys of
+    its options); ``id``, ``mac`` and ``queues`` are the device's. Raises :exc:`ValueError`, or NotOffered.
     """
-    kind, comma, rest = text.partition(",")
-    if kind in ("none", "nic"):
+    kind, _, rest = text.partition(",")
+    known = [one.name.removeprefix("net:") for one in host.registry.offers(BackendOffer) if one.name.startswith("net:")]
+    if kind in ("none", "nic") and kind not in known:
         raise ValueError(f'"{kind}" is not a network; leave --net out for none')
-    if kind not in _TYPES:
-        raise ValueError(f'no network "{kind}".{near(kind, _TYPES) or " Known: " + ", ".join(sorted(_TYPES))}')
-    pairs = parse_repeated(rest, _TYPES[kind][0]) if comma else []
+    if kind not in known:
+        raise NotOffered(f'no network "{kind}".{near(kind, known) or " Known: " + ", ".join(sorted(known))}')
+    offer = host.registry.get(BackendOffer, f"net:{kind}")
+    takes_queues = any(one.name == "queues" for one in getattr(offer.load_options(), "__attrs_attrs__", ()))
     device: dict[str, Any] = {"type": "virtio-net"}
-    for key, value in pairs:
-        if key in _DEVICE:
-            device[key] = _DEVICE[key](value)
-    own = [(key, value) for key, value in pairs if key not in _DEVICE or (key == "queues" and kind == "tap")]
-    return {"device": [{**device, "net": {"type": kind, **_options(kind, own)}}]}
+    own = []
+    for part in split_pairs(rest) if rest else ():
+        key, equals, value = part.partition("=")
+        mine = bool(equals) and key in {one.name for one in fields(_Card)}
+        if mine:
+            device |= typed_pairs([(key, value)], _Card)
+        if not mine or (key == "queues" and takes_queues):
+            own.append(part)
+    return {"device": [{**device, "net": {"type": kind, **host.expand(offer, join_pairs(own))}}]}

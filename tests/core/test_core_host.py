@@ -83,7 +83,8 @@ def test_a_broken_card_leaves_nothing_behind(register: Any, reason: str) -> None
 def test_card_names_are_unique() -> None:
     """A second card of the same name is left out, and named."""
     host = Host([card(lambda registry: None), card(lambda registry: None)], installed=False)
-    assert [one.reason for one in host.broken] == ["another card has this name already"]
+    said = 'another card has the name "mine" already (given to Host): expected one of its own'
+    assert [one.reason for one in host.broken] == [said]
 
 
 def test_a_misspelt_hook_is_an_error_of_its_card() -> None:
@@ -184,7 +185,7 @@ class Options:
 
 
 def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
-    """A table becomes the card's class; text only where the card says how; a card without options takes none."""
+    """A table becomes the card's class; text does in the card's way, else as pairs; without options there are none."""
 
     def cardcage_register(registry: Registry) -> None:
         registry.device("typed", object, options=Options, shorthand=lambda text: {"speed": int(text)})
@@ -197,7 +198,7 @@ def test_options_are_structured_and_text_goes_through_the_shorthand() -> None:
     assert host.options(bare, {}) is None
     for offer, value, error in (
         (typed, "x", "invalid literal"),
-        (plain, "3", 'k: "plain" takes no text'),
+        (plain, "3", 'k: "3": expected key=value'),
         (plain, {"sped": 1}, 'k.sped: no such key. Did you mean "speed"?'),
         (bare, {"a": 1}, 'k.a: no such key. "bare" takes no options'),
     ):

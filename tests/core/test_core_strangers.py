@@ -279,7 +279,7 @@ def test_a_denied_timer_does_not_stop_the_others() -> None:
 
 def test_a_cards_own_thread_ends_the_machine() -> None:
     """What a card's thread raises under `cardcage run` ends the machine with that error, without a traceback."""
-    with machine() as vm, threads_watched(vm):
+    with machine() as vm, threads_watched([], vm):
 
         def broken() -> None:
             raise RuntimeError("bad thread")

@@ -209,7 +209,7 @@ def test_registered_offers_load() -> None:
 )
 def test_drive_flag(text: str, drive: dict[str, Any], device: dict[str, Any]) -> None:
     """--drive writes a virtio-blk table in QEMU's words."""
-    assert parse_drive_flag(text) == {"device": [{"type": "virtio-blk", **device, "drive": drive}]}
+    assert parse_drive_flag(text, Host()) == {"device": [{"type": "virtio-blk", **device, "drive": drive}]}
     structure(drive, Drive)
 
 
@@ -223,13 +223,13 @@ def test_drive_flag(text: str, drive: dict[str, Any], device: dict[str, Any]) ->
         ("file=a,b", "key=value"),
         ("file=a,file=b", "twice"),
         ("file=a,discard=x", "unmap or ignore"),
-        ("file=a,queues=two", "queues=two: expected a number"),
+        ("file=a,queues=two", 'queues: expected a whole number, got "two"'),
     ],
 )
 def test_bad_drive_flag(text: str, problem: str) -> None:
     """A --drive that does not fit is refused with what was expected."""
     with pytest.raises(ValueError, match=problem):
-        parse_drive_flag(text)
+        parse_drive_flag(text, Host())
 
 
 def test_pairs_keep_double_commas() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError, HostError
+from cardcage.host import Host
 from cardcage_net.parse import parse_net_flag, parse_stream, parse_tap, parse_user
 from cardcage_net.sockets import Stream, open_stream
 from cardcage_net.tap import Tap, TapNet, open_tap
@@ -338,7 +339,7 @@ def test_bad_forwards(text: str) -> None:
 )
 def test_net_flag(text: str, net: dict[str, Any], device: dict[str, Any]) -> None:
     """--net writes a virtio-net table."""
-    assert parse_net_flag(text) == {"device": [{"type": "virtio-net", **device, "net": net}]}
+    assert parse_net_flag(text, Host()) == {"device": [{"type": "virtio-net", **device, "net": net}]}
 
 
 @pytest.mark.parametrize(
@@ -355,8 +356,8 @@ def test_net_flag(text: str, net: dict[str, Any], device: dict[str, Any]) -> Non
 )
 def test_bad_net_flag(text: str, problem: str) -> None:
     """A --net that does not fit is refused with what was expected."""
-    with pytest.raises(ValueError, match=problem):
-        parse_net_flag(text)
+    with pytest.raises((ValueError, ConfigError), match=problem):
+        parse_net_flag(text, Host())
 
 
 def test_specs_as_text() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from attrs import field, frozen
 
-from cardcage.errors import CardcageError, CardError, ConfigError, in_words
+from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, UsageError, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -42,8 +42,8 @@ class Place:
     def blamed(self, who: str, act: Callable[[], T]) -> T:
         """Run *act*, a card's code, and return its result.
 
-        Its own ConfigError gets this place; an exception that is not of this project becomes a CardError that names
-        *who*: what was being made, its card and distribution.
+        Its own ConfigError gets this place; an exception that is not of this project, and a UsageError, becomes a
+        CardError that names *who*: what was being made, its card and distribution.
         """
         try:
             return act()
@@ -56,9 +56,9 @@ class Place:
                 key = f"{self.key}.{error.key}" if self.key and error.key else error.key or self.key
                 raise type(error)(error.problem, file=error.file or self.file, key=key) from error
             raise
-        except CardcageError:
-            raise
-        except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+        except FAULTS as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+            if isinstance(error, CardcageError) and not isinstance(error, UsageError):
+                raise
             raise CardError(f"{who}: {in_words(error)}") from error
 
 

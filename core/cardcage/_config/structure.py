@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import attrs
 
 from cardcage._config.places import HostPath, PlacedTable, PlacedText, beside
-from cardcage.errors import ConfigError, near
+from cardcage.errors import CardcageError, CardError, ConfigError, in_words, near, place_of_error
 from cardcage.units import Duration, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from cattrs import Converter
 
@@ -42,21 +42,76 @@ _WORDS = {
 }
 
 
-def structure(table: Mapping[str, Any], cls: type[T], *, file: str | None = None, key: str | None = None) -> T:
+def structure(
+    table: Mapping[str, Any], cls: type[T], *, file: str | None = None, key: str | None = None, who: str = ""
+) -> T:
     """Make a *cls* (an attrs class) of *table*.
 
     Args:
         file, key: where the table stands, for the error.
+        who: whose class it is, for the error.
 
-    Raises :exc:`~cardcage.errors.ConfigError` with the key path, what was expected and near matches.
+    Raises :exc:`~cardcage.errors.ConfigError` with the key path, what was expected and near matches, and CardError for
+    what is wrong with *cls*.
     """
     try:
         return _converter().structure(dict(table), cls)
     except ConfigError:
         raise
     except Exception as error:  # cattrs raises groups of whatever the hooks and validators raised
-        path, problem = _explain(error)
+        path, problem, cause = _explain(error)
+        if not isinstance(cause, (ValueError, TypeError, CardcageError)):
+            raise CardError(f"{who or cls.__name__}: {_fault(cause, cls)}") from error
         raise ConfigError(problem, file=file, key=(_join(key, path) if key else path) or None) from error
+
+
+def check_options(cls: Any, taken: Iterable[str], who: str) -> None:
+    """Hold a card's options class to what :func:`structure` takes. Raises CardError that names *who*.
+
+    Args:
+        taken: keys beside the options, which never reach the card.
+    """
+    if not _is_class(cls):
+        what = "an attrs class (@attrs.frozen above it)"
+        raise CardError(f"{who}: options: expected {what}, got {getattr(cls, '__name__', cls)}{_written(cls)}")
+    for name in taken:
+        if name in cls.__annotations__ or name in vars(cls):
+            what = "expected another name, because that key is the machine's own"
+            raise CardError(f'{who}: option "{name}" of {cls.__name__}: {what}{_written(cls, name)}')
+
+
+def _is_class(kind: Any) -> bool:
+    """True for what a table is made into: an attrs class, or a dataclass."""
+    return isinstance(kind, type) and (attrs.has(kind) or hasattr(kind, "__dataclass_fields__"))
+
+
+def _fault(error: BaseException, cls: type) -> str:
+    """What is wrong with an options class, from what its use raised."""
+    if isinstance(error, NameError) and error.name and not place_of_error(error, outside=True):
+        what = "does not resolve: expected a name that its module has"
+        return f'{cls.__name__}: the annotation "{error.name}" {what}{_written(cls, error.name)}'
+    kind = getattr(error, "type_", None)
+    if kind is not None:
+        what = f"no value of a configuration becomes a {_word(kind)}: expected bool, int, str, an attrs class, ..."
+        return f"{cls.__name__}: {what}{_written(cls, getattr(kind, '__name__', ''))}"
+    return f"{cls.__name__}: {in_words(error)}"
+
+
+def _written(cls: Any, word: str = "") -> str:
+    """`` (FILE:LINE)`` of a class: of the first annotated name in its file in whose line *word* is, else its own."""
+    import inspect
+
+    try:
+        lines, at = inspect.getsourcelines(cls)
+        whole = inspect.getsource(inspect.getmodule(cls) or cls).splitlines()
+        file = inspect.getsourcefile(cls)
+    except (OSError, TypeError):  # made by a program
+        return ""
+    for text, start in ((lines, at), (whole, 1)):
+        for number, line in enumerate(text, start) if word else ():
+            if re.match(rf"\s+\w+\s*:.*\b{re.escape(word)}\b|\s+{re.escape(word)}\s*:", line):
+                return f" ({file}:{number})"
+    return f" ({file}:{at})"
 
 
 def unstructure(value: Any) -> Any:
@@ -75,7 +130,7 @@ def _is_enum(kind: Any) -> Any:
 
 def _word(kind: Any) -> str:
     origin = _shape(kind)
-    if attrs.has(origin):
+    if _is_class(origin):
         return "a table"
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_word(one) for one in get_args(kind) if one is not NoneType))
@@ -99,7 +154,7 @@ def _fits(kind: Any, value: object) -> bool:
     origin = _shape(kind)
     if origin in (Any, object):
         return True
-    if attrs.has(origin) or origin is dict:
+    if _is_class(origin) or origin is dict:
         return isinstance(value, (dict, origin))
     if origin in (list, tuple, set, frozenset):
         return isinstance(value, (list, tuple))
@@ -177,7 +232,7 @@ def _converter() -> Converter:
     shapes = (list, tuple, set, frozenset)
     for kind in (bool, int, float, str, Path, Size, Duration):
         converter.register_structure_hook(kind, plain)
-    converter.register_structure_hook_factory(attrs.has, table)
+    converter.register_structure_hook_factory(_is_class, table)
     converter.register_structure_hook_func(lambda kind: _shape(kind) in (Union, UnionType), union)
     converter.register_structure_hook_func(lambda kind: _shape(kind) is Literal, choice)
     converter.register_structure_hook_func(_is_enum, choice)
@@ -202,33 +257,35 @@ def _inside(converter: Converter, kind: Any, value: Any, at: str) -> Any:
         raise _Inside(at) from error
 
 
-def _explain(error: BaseException) -> tuple[str, str]:
-    """The key path and the problem of the first error in what cattrs raised."""
+def _explain(error: BaseException) -> tuple[str, str, BaseException]:
+    """The key path and the problem of the first error in what cattrs raised, and that error itself."""
     from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 
     if isinstance(error, _Inside) and error.__cause__ is not None:
-        path, problem = _explain(error.__cause__)
-        return _join(error.at, path), problem
+        path, problem, cause = _explain(error.__cause__)
+        return _join(error.at, path), problem, cause
     if isinstance(error, ClassValidationError):
         named, others = error.group_exceptions()
         # An unknown key is named first: a missing key is often the same word, misspelt.
         for other in others:
             if isinstance(other, ForbiddenExtraKeysError):
-                known = [one.name for one in attrs.fields(other.cl)]
+                known = list(getattr(other.cl, "__dataclass_fields__", ())) or [
+                    one.name for one in attrs.fields(other.cl)
+                ]
                 wrong = min(other.extra_fields)
                 hint = near(wrong, known) or f" Known: {', '.join(sorted(known)) or 'none'}."
-                return wrong, f"no such key.{hint}"
+                return wrong, f"no such key.{hint}", ValueError()
         if named:
             inner, note = named[0]
-            if isinstance(inner, KeyError):
-                return note.name, f"missing: expected {_word(note.type)}"
-            path, problem = _explain(inner)
-            return _join(note.name, path), problem
+            if isinstance(inner, KeyError) and (inner.__traceback__ is None or inner.__traceback__.tb_next is None):
+                return note.name, f"missing: expected {_word(note.type)}", ValueError()  # a deeper one is the card's
+            path, problem, cause = _explain(inner)
+            return _join(note.name, path), problem, cause
         return _explain(others[0])
     # attrs validators say "'cpus' must be >= 1: 0", some with the attribute and the value as further arguments.
     text = str(error.args[0]) if error.args else str(error)
     named_first = re.match(r"'(\w+)' (.+)", text, re.DOTALL) if isinstance(error, (TypeError, ValueError)) else None
-    return (named_first[1], named_first[2]) if named_first else ("", text)
+    return (named_first[1], named_first[2], error) if named_first else ("", text, error)
 
 
 def _join(head: str, tail: str) -> str:

@@ -10,7 +10,8 @@ from attrs import frozen
 
 from cardcage import __version__
 from cardcage._host.discovery import announced
-from cardcage.errors import CardError
+from cardcage._host.owners import GROUP, CardInfo, card_of, module_of
+from cardcage.errors import FAULTS, CardcageError, CardError, Denied, in_words, near, place_of_error
 from cardcage.hookspecs import Hooks
 from cardcage.registry import Registry
 from cardcage.security import HOST, Act
@@ -21,25 +22,10 @@ if TYPE_CHECKING:
     from cardcage._host.discovery import Announcement
     from cardcage.security import Mediator
 
-GROUP = "cardcage"
 DEFAULTS = "cardcage.defaults"
 """Entry point group that says which card is meant by ``default``: ``security = "module of the card"``."""
 MISMATCH = (pluggy.PluginValidationError, AttributeError, ImportError, TypeError)
 """What is raised when a card was written for another version of the interface."""
-
-
-@frozen
-class CardInfo:
-    """A card that was loaded: its name, its distribution (``name version``) and its module."""
-
-    name: str
-    distribution: str
-    module: Any
-
-    @property
-    def ours(self) -> bool:
-        """True for a card that comes with cardcage itself."""
-        return self.distribution.partition(" ")[0] == GROUP
 
 
 @frozen
@@ -74,7 +60,7 @@ class Cards:
 
     def __init__(self, registry: Registry, mediator: Mediator) -> None:
         self.manager = new_manager()
-        self.own: dict[str, pluggy.PluginManager] = {}
+        self._trial = new_manager()
         self.loaded: list[CardInfo] = []
         self.broken: list[BrokenCard] = []
         self._registry, self._mediator = registry, mediator
@@ -98,27 +84,63 @@ class Cards:
     ) -> None:
         try:
             facts = {"card": name, "distribution": distribution}
+            self._refuse_taken(name)
             label = self._mediator.ask(Act(HOST, HOST, "card", ("load",), facts), project)
             staged = Registry(name, distribution, label)
-            if self.manager.has_plugin(name):
-                raise CardError("another card has this name already")
             module = load()
-            # A manager of its own: one card's mistakes must not reach the next one, nor half of its hooks stay.
-            trial = new_manager()
-            trial.register(module, name)
-            trial.check_pending()
-            cast(Hooks, trial.hook).cardcage_register(registry=staged)
+            check_marks(module)
+            self._try(module, name, staged)
             self._registry.merge(staged)
-        except Exception as error:  # anything that a stranger's import or hook may raise
-            reason = str(error) if isinstance(error, CardError) else f"{type(error).__name__}: {error}"
+        except FAULTS as error:  # anything that a stranger's import or hook may raise
+            if isinstance(error, Denied) and not isinstance(error.__cause__, Denied | None):
+                raise self._unasked(error) from error
+            reason = (
+                f"{error}{place_of_error(error, outside=True)}" if isinstance(error, CardcageError) else in_words(error)
+            )
             if isinstance(error, MISMATCH):
                 wanted = asks_for() or "no particular cardcage"
                 reason += f" (this is cardcage {__version__}; the card asks for {wanted})"
             self.broken.append(BrokenCard(name, distribution, " ".join(reason.split()), error))
             return
         self.manager.register(module, name)
-        self.own[name] = trial
         self.loaded.append(CardInfo(name, distribution, module))
+
+    def _try(self, module: Any, name: str, staged: Registry) -> None:
+        """Let the card register, alone: its mistakes must not reach the next one, nor half of its hooks stay."""
+        trial = self._trial
+        try:
+            trial.register(module, name)
+            if not trial.get_hookcallers(module):
+                file = getattr(module, "__file__", None) or type(module).__name__
+                raise CardError(f"no hook in it: expected cardcage_register, marked by @hookimpl ({file})")
+            trial.check_pending()
+            cast(Hooks, trial.hook).cardcage_register(registry=staged)
+        except BaseException:
+            self._trial = new_manager()
+            raise
+        trial.unregister(name=name)
+
+    def _unasked(self, error: Denied) -> CardError:
+        """For a security card that breaks when it is asked: nothing may be loaded then, and nobody else is to blame."""
+        cause = error.__cause__ or error
+        card = card_of(cause, self.loaded)
+        return CardError(f"{f'security card {card.name} ({card.distribution}): ' if card else ''}{in_words(cause)}")
+
+    def _refuse_taken(self, name: str) -> None:
+        there = next((one.distribution for one in self.loaded if one.name == name), None)
+        if there is not None:
+            raise CardError(f'another card has the name "{name}" already ({there}): expected one of its own')
+
+
+def check_marks(card: Any) -> None:
+    """Find hooks that pluggy would pass over in silence. Raises CardError that says what was expected, and where."""
+    for name in dir(card):
+        if name.startswith(f"{GROUP}_") and not hasattr(hook := getattr(card, name), f"{GROUP}_impl"):
+            code = getattr(hook, "__code__", None)
+            if code is not None and (hasattr(Hooks, name) or hook.__module__ == module_of(card)):
+                hint = "" if hasattr(Hooks, name) else near(name, vars(Hooks))
+                what = f"{name} is called by nobody: expected @cardcage.hookspecs.hookimpl above it"
+                raise CardError(f"{what} ({code.co_filename}:{code.co_firstlineno}){hint}")
 
 
 def new_manager() -> pluggy.PluginManager:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, CardError, in_words
+from cardcage._host.owners import CardInfo, card_of
+from cardcage.errors import FAULTS, CardcageError, CardError, UsageError, in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import pluggy
 
-    from cardcage._host.cards import CardInfo
     from cardcage._host.log import Log
 
 
@@ -19,13 +17,11 @@ class Phases:
     """Calls hooks of the cards that take a machine.
 
     Args:
-        manager: has all cards. own: a manager with one card alone, by its name.
+        manager: has all cards.
     """
 
-    def __init__(
-        self, manager: pluggy.PluginManager, own: dict[str, pluggy.PluginManager], cards: list[CardInfo]
-    ) -> None:
-        self._manager, self._own, self._cards = manager, own, cards
+    def __init__(self, manager: pluggy.PluginManager, cards: list[CardInfo]) -> None:
+        self._manager, self._cards = manager, cards
 
     def call(self, phase: str, machine: Any) -> list[Any]:
         """Call ``cardcage_`` *phase*; return the results that are not None.
@@ -35,9 +31,9 @@ class Phases:
         try:
             found: list[Any] = getattr(self._manager.hook, f"cardcage_{phase}")(machine=machine)
             return found
-        except CardcageError:
-            raise
-        except Exception as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+        except FAULTS as error:  # a stranger's code: whatever it raises is the card's fault, and named so
+            if isinstance(error, CardcageError) and not isinstance(error, UsageError):
+                raise
             card = card_of(error, self._cards)
             who = f"card {card.name} ({card.distribution}): " if card is not None else ""
             raise CardError(f"{who}cardcage_{phase}: {in_words(error)}") from error
@@ -46,25 +42,10 @@ class Phases:
         """Call ``cardcage_`` *phase* of each card on its own; what one raises is logged, and the others are called."""
         name = f"cardcage_{phase}"
         impls = reversed(getattr(self._manager.hook, name).get_hookimpls())
-        for card in dict.fromkeys(one.plugin_name for one in impls):
+        having = {one.plugin_name: one.plugin for one in impls}
+        for card, plugin in having.items():
             try:
-                getattr(self._own[card].hook, name)(machine=machine)
-            except Exception as error:  # one card's fault must not keep the others from giving back what they hold
-                log.error("a card's hook failed", hook=name, card=card, error=repr(error))
-
-
-def card_of(error: BaseException, cards: Iterable[CardInfo]) -> CardInfo | None:
-    """The card that *error* came from: the innermost, but a stranger's before one of ours that it called."""
-    frame, packages = error.__traceback__, {package_of(one.module): one for one in cards}
-    named: CardInfo | None = None
-    while frame is not None:
-        card = packages.get(str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        if card is not None and (named is None or not card.ours or named.ours):
-            named = card
-        frame = frame.tb_next
-    return named
-
-
-def package_of(module: Any) -> str:
-    """The top-level package of a card's module, or of the class of an object with hooks."""
-    return str(getattr(module, "__name__", type(module).__module__)).partition(".")[0]
+                others = [one for one in having.values() if one is not plugin]
+                self._manager.subset_hook_caller(name, others)(machine=machine)
+            except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
+                log.error("a card's hook failed", hook=name, card=card, error=in_words(error))

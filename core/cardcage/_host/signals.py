@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class Signals:
@@ -18,10 +20,14 @@ class Signals:
     Claims of one signal must name the same handler. Other code may replace a handler meanwhile (pytest's faulthandler
     does): :meth:`verify` puts ours back, and machines call it when they start and resume. Handlers can only be set on
     the main thread (a rule of Python): elsewhere :meth:`claim` raises UsageError.
+
+    Attributes:
+        ending: makes what :meth:`held` gives; set by who ends the process by an exception out of a handler.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.ending: Callable[[], AbstractContextManager[object]] | None = None
         self._claims: dict[int, tuple[Callable[[int, Any], Any], Any, int]] = {}
 
     def claim(self, signum: int, handler: Callable[[int, Any], Any]) -> None:
@@ -48,6 +54,10 @@ class Signals:
             del self._claims[signum]
             if signal.getsignal(signum) is handler and threading.current_thread() is threading.main_thread():
                 signal.signal(signum, before if before is not None else signal.SIG_DFL)
+
+    def held(self) -> AbstractContextManager[object]:
+        """A block in which a signal that ends the process waits, because what it takes is known only at its end."""
+        return nullcontext() if self.ending is None else self.ending()
 
     def verify(self) -> None:
         """Put our handlers back where something replaced them. Does nothing off the main thread."""

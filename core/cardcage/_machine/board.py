@@ -15,6 +15,7 @@ from cardcage._machine.plugged import able
 from cardcage._machine.runner import run_vcpu
 from cardcage._machine.services import Services
 from cardcage._machine.wiring import Wiring
+from cardcage.errors import FAULTS, in_words
 from cardcage.security import Act
 from cardcage.x86 import reset_state
 
@@ -168,5 +169,5 @@ class Board:
                     with closing(plugged.slot):
                         if "unplug" in plugged.abilities:
                             plugged.device.unplug()
-                except Exception as error:  # one card's fault must not keep the others from giving back what they hold
-                    self.log.error("unplug failed", device=plugged.id, error=repr(error))
+                except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
+                    self.log.error("unplug failed", who=plugged.who, error=in_words(error))

@@ -15,7 +15,7 @@ from cardcage.accelerator import VM, Accelerator, Probe, VmSpec, check_vm
 from cardcage.boot import BootImage, BootLoader
 from cardcage.config import DeviceConfig, assign
 from cardcage.device import RamSpan
-from cardcage.errors import CardcageError, CardError, ConfigError, HostError, near
+from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, HostError, in_words, near
 from cardcage.memory import RamRange
 from cardcage.ram import Anonymous, MemoryBackend, RamBlock
 from cardcage.registry import AcceleratorOffer, BootOffer, MemoryOffer, PlatformOffer, PolicyKeyOffer
@@ -61,8 +61,8 @@ def probe_of(offer: AcceleratorOffer) -> tuple[Accelerator | None, Probe]:
         return accelerator, accelerator.probe()
     except CardcageError as error:
         return None, Probe(False, reason=str(error))
-    except Exception as error:  # a card's bug must not keep the other accelerators from being tried
-        return None, Probe(False, reason=f"broken: {type(error).__name__}: {error}")
+    except FAULTS as error:  # a card's bug must not keep the other accelerators from being tried
+        return None, Probe(False, reason=f"broken: {in_words(error)}")
 
 
 def choose_accelerator(host: Host, config: Config) -> Choice:

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cardcage._host.phases import card_of, package_of
+from cardcage._host.owners import card_of, package_of
 from cardcage._machine.bus import TakenError
 from cardcage.errors import Denied
 from cardcage.memory import GuestMemoryError
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from threading import RLock, Thread
     from types import TracebackType
 
-    from cardcage._host.cards import CardInfo
     from cardcage._host.log import Log
+    from cardcage._host.owners import CardInfo
     from cardcage._machine.bus import Claim
 
 MISTAKES = (GuestMemoryError, TakenError)  # what a guest can make a card raise that does not see to it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cardcage._machine.faults import MISTAKES
-from cardcage.errors import UsageError, near
+from cardcage.errors import FAULTS, UsageError, in_words, near
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +65,8 @@ class Observers:
                 observer(*values)
             except MISTAKES as error:
                 self._faults.spare(error)
-            except Exception as error:  # an observer is no part of the machine: its fault must not become the guest's
+            except FAULTS as error:  # an observer is no part of the machine: its fault must not become the guest's
                 self._log.error(
-                    "observer removed: it raised", event_name=event, observer=repr(observer), error=repr(error)
+                    "observer removed: it raised", event_name=event, observer=repr(observer), error=in_words(error)
                 )
                 self.remove(event, observer)
