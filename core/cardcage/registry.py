@@ -242,7 +242,7 @@ class FlagOffer(Offer):
     kind: ClassVar[str] = "flag"
     form: ClassVar[str] = "--[a-z][a-z0-9-]*"
     ours: ClassVar[frozenset[str]] = frozenset(
-        "--accel --append --cpus --help --initrd --kernel --log-json --log-level --memory --security --set --timeout "
+        "--accel --append --cpus --help --initrd --kernel --log-json --log-level --memory --name --security --set --timeout "
         "--traceback --version".split()
     )
 

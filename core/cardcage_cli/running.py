@@ -78,10 +78,14 @@ def threads_watched(strays: list[BaseException], machine: Machine | None = None)
     """While the block runs, an exception in a card's own thread goes to *strays*, and ends *machine*."""
 
     def ended(what: threading.ExceptHookArgs) -> None:
-        if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
+        from cardcage.memory import GuestMemoryError
+
+        if what.exc_value is None or isinstance(what.exc_value, SystemExit):
+            return
+        if machine is not None:
+            machine.fail(what.exc_value)
+        if machine is None or not isinstance(what.exc_value, GuestMemoryError):  # that is a guest's doing
             strays.append(what.exc_value)
-            if machine is not None:
-                machine.fail(what.exc_value)
 
     before, threading.excepthook = threading.excepthook, ended
     try:

@@ -1,4 +1,4 @@
-"""What a person reads before a guest starts: header lines, and the progress of what takes time."""
+"""Lines that a person reads before a guest starts: a header, and the progress of slow steps."""
 
 from __future__ import annotations
 

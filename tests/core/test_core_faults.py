@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cardcage._machine import faults, life
 from cardcage.device import Mmio, Pio
+from cardcage.errors import CardError
 from cardcage.hookspecs import hookimpl
 from cardcage.machine import Machine
-from cardcage.memory import GuestMemoryError
 from cardcage_cli.running import threads_watched
 from machine_kit import Steps
 
@@ -238,7 +238,7 @@ def test_a_wild_address_in_a_cards_own_thread_ends_that_thread_alone(
 ) -> None:
     """Under `cardcage run` the machine goes on without it, and the log says so."""
     machine = build(("out", PORT, 1, 4), ("out", PORT, 1, 4))
-    with threads_watched(machine):
+    with threads_watched([], machine):
         assert str(machine.start().wait(20)) == "debug exit with code 7"
     (line,) = said(capfd)
     assert f"at={line_of(FETCH)}" in line
@@ -283,7 +283,7 @@ def test_a_wild_address_before_the_guest_runs_is_refused(make_machine: Build) ->
         def cardcage_register(self, registry: Registry) -> None:
             registry.device("early", Early)
 
-    with pytest.raises(GuestMemoryError):
+    with pytest.raises(CardError, match=r"early.*GuestMemoryError"):
         make_machine(cards=(Card(),), devices=[{"type": "early"}])
 
 

@@ -71,7 +71,7 @@ class Recipes:
             self._noted.append(pack("<IB", key, len(raw)) + raw)
 
     def forget(self) -> None:
-        """What was noted is kept by other means."""
+        """Note nothing of what was noted so far: it is kept by other means."""
         self._noted.clear()
 
     def leave(self, least: int) -> None:
