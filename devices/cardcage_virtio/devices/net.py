@@ -46,7 +46,7 @@ class NetOptions:
             machine's and the device's name; machines of one account have different names.
         queues: pairs of queues, 1 to 64. queue_size: entries of each, a power of two. packed: offer packed rings.
         mergeable: offer mergeable receive buffers. offloads: offer what the back end can take over.
-        mtu: announced to the guest, 0 for not: the network's own protocols tell it.
+        mtu: announced to the guest, 0 for not; but 1500 is, where buffers are neither mergeable nor for segments.
     """
 
     net: str | dict[str, Any]
