@@ -60,7 +60,7 @@ class Machine:
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
-        kernel, initrd, append: keys of ``[boot]``.
+        name: of the machine; a number is added to one that is taken. kernel, initrd, append: keys of ``[boot]``.
         memory: bytes, or text such as ``"512M"``. cpus: 1 to 255. accel: names in the order to try, or one.
         devices: tables such as ``{"type": "debugcon", "port": 0xE9}``.
         machine, boot: further keys of ``[machine]`` and ``[boot]``.
@@ -77,6 +77,7 @@ class Machine:
     def __init__(
         self,
         *,
+        name: str | None = None,
         kernel: str | PathLike[str] | None = None,
         initrd: str | PathLike[str] | None = None,
         append: str | None = None,
@@ -89,7 +90,12 @@ class Machine:
         fragments: Iterable[Mapping[str, Any]] = (),
         host: Host | None = None,
     ) -> None:
-        named = {"memory": memory, "cpus": cpus, "accel": accel if isinstance(accel, str | None) else list(accel)}
+        named = {
+            "name": name,
+            "memory": memory,
+            "cpus": cpus,
+            "accel": accel if isinstance(accel, str | None) else list(accel),
+        }
         files = {"kernel": kernel and str(kernel), "initrd": initrd and str(initrd), "append": append}
         keys = {**(machine or {}), **{key: value for key, value in named.items() if value is not None}}
         start = {**(boot or {}), **{key: value for key, value in files.items() if value is not None}}
