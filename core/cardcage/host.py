@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import ReferenceType, ref
 
 from cardcage._config.places import Place, place_of, placed
 from cardcage._config.structure import structure
@@ -37,7 +38,7 @@ class Dismantled(Protocol):
 
 
 class Host:
-    """Owns the plugin manager, the registry and the machines made with it. Nothing is a module global.
+    """Owns the plugin manager and the registry, and closes the machines made with it. Nothing is a module global.
 
     Args:
         cards: modules (or any objects with hooks) to load besides the installed cards.
@@ -63,7 +64,7 @@ class Host:
         owns_process: bool = False,
     ) -> None:
         self.registry = Registry()
-        self.machines: list[Dismantled] = []
+        self._machines: list[ReferenceType[Dismantled]] = []
         self.signals = Signals()
         self.log_sink = LogSink()
         self.log = Log(self.log_sink)
@@ -80,6 +81,19 @@ class Host:
             loader.load_announced(one)
         for card in cards:
             loader.load(card)
+
+    @property
+    def machines(self) -> list[Dismantled]:
+        """The open machines made with it, in their order. It does not keep them: one that nobody holds is closed."""
+        return [machine for one in self._machines if (machine := one()) is not None]
+
+    def add(self, machine: Dismantled) -> None:
+        """Close *machine* with the host."""
+        self._machines.append(ref(machine))
+
+    def forget(self, machine: Dismantled) -> None:
+        """*machine* is closed."""
+        self._machines = [one for one in self._machines if one() not in (None, machine)]
 
     def _load_security(self, loader: Cards, found: list[Announcement]) -> list[Announcement]:
         """Load the security cards that are wanted; return the announcements that are left."""
@@ -183,7 +197,7 @@ class Host:
         Raises the first error of a machine, once all are closed.
         """
         errors = []
-        for machine in list(self.machines):
+        for machine in self.machines:
             try:
                 machine.dismantle()
             except Exception as error:  # the other machines are to be closed all the same

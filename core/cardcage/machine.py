@@ -11,7 +11,9 @@ loop thread, one after another. A device's requests (reset, power-off) are carri
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,11 +44,24 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
 
 
+def _dropped(machine: Machine) -> None:
+    """Warn of an open machine that nobody holds any more, and close it.
+
+    The collector calls from any thread, whatever that holds or is in the middle of: threads are joined by another.
+    """
+    if getattr(machine, "_closed", True) or sys.is_finalizing():
+        return
+    what = f"unclosed {machine!r}: use it in a with block, or close() it"
+    threading.Thread(target=machine.dismantle, name=f"{machine.name}-dropped", daemon=True).start()
+    machine.log.warning("nobody holds the machine any more: it is closed")
+    warnings.warn(what, ResourceWarning, stacklevel=2, source=machine)
+
+
 class Machine:
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
-        kernel, initrd, append: keys of ``[boot]``.
+        name: of the machine; a number is added to one that is taken. kernel, initrd, append: keys of ``[boot]``.
         memory: bytes, or text such as ``"512M"``. cpus: 1 to 255. accel: names in the order to try, or one.
         devices: tables such as ``{"type": "debugcon", "port": 0xE9}``.
         machine, boot: further keys of ``[machine]`` and ``[boot]``.
@@ -54,6 +69,7 @@ class Machine:
         host: whose cards to use; by default a private one.
 
     Raises :exc:`~cardcage.errors.ConfigError`, CardError or HostError when it cannot be built; nothing is left then.
+    One that is dropped without :meth:`close` is closed with a ResourceWarning.
     Attributes that cards and callers use: ``config name host log mediator label observers memory_backend accelerator
     vm irqchip memory vcpus pio mmio lines devices services clock loop console lock state outcome waiting`` (devices
     that paused it, by id, and why). Nobody but the machine sets them.
@@ -62,6 +78,7 @@ class Machine:
     def __init__(
         self,
         *,
+        name: str | None = None,
         kernel: str | PathLike[str] | None = None,
         initrd: str | PathLike[str] | None = None,
         append: str | None = None,
@@ -74,7 +91,12 @@ class Machine:
         fragments: Iterable[Mapping[str, Any]] = (),
         host: Host | None = None,
     ) -> None:
-        named = {"memory": memory, "cpus": cpus, "accel": accel if isinstance(accel, str | None) else list(accel)}
+        named = {
+            "name": name,
+            "memory": memory,
+            "cpus": cpus,
+            "accel": accel if isinstance(accel, str | None) else list(accel),
+        }
         files = {"kernel": kernel and str(kernel), "initrd": initrd and str(initrd), "append": append}
         keys = {**(machine or {}), **{key: value for key, value in named.items() if value is not None}}
         start = {**(boot or {}), **{key: value for key, value in files.items() if value is not None}}
@@ -162,7 +184,7 @@ class Machine:
         self.pio, self.mmio, self.lines = board.pio, board.mmio, board.lines
         self.devices, self.services = board.devices, board.services
         self.vcpus += [self.vm.create_vcpu(index) for index in range(config.machine.cpus)]
-        host.machines.append(self)
+        host.add(self)
         self._plugging = Plugging(host, board)
         with self.lock:
             self._plugging.plug_all(building.platform_devices(platform, config), config.devices)
@@ -327,8 +349,9 @@ class Machine:
             try:
                 self._end.close()
             finally:
-                if self in self.host.machines:
-                    self.host.machines.remove(self)
+                self.host.forget(self)
+
+    __del__ = _dropped
 
     def __enter__(self) -> Machine:
         return self

@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from cardcage import errors
 from cardcage.errors import CardcageError, CardError, HostError, UsageError, in_words, near
@@ -45,7 +46,9 @@ class Door:
     """The machine's end. Commands run each on a thread of its own, without the machine's lock."""
 
     def __init__(self, machine: Machine, entry: RosterEntry) -> None:
-        self._machine = machine
+        # Not the machine: the loop thread would keep one that nobody else holds.
+        self._machine, self._name = ref(machine), machine.name
+        self._loop, self._machine_lock = machine.loop, machine.lock
         self._lock = threading.Lock()
         self._callers: dict[threading.Thread, socket.socket] = {}
         self._socket = listening(Path(entry.file).with_suffix(SUFFIX))
@@ -54,7 +57,7 @@ class Door:
     def _accept(self) -> None:
         with suppress(OSError):  # the caller went away
             caller, _ = self._socket.accept()
-            thread = threading.Thread(target=self._serve, args=(caller,), name=f"{self._machine.name}-control")
+            thread = threading.Thread(target=self._serve, args=(caller,), name=f"{self._name}-control")
             with self._lock:
                 if not is_ours(caller) or len(self._callers) >= CALLERS:
                     caller.close()
@@ -89,7 +92,9 @@ class Door:
         name, arguments = request.get("execute"), request.get("arguments", {})
         if not isinstance(name, str) or not isinstance(arguments, dict) or request.keys() - {"execute", "arguments"}:
             raise UsageError('expected {"execute": NAME, "arguments": {...}}')
-        machine = self._machine
+        machine = self._machine()
+        if machine is None:
+            raise UsageError(f'machine "{self._name}" is gone')
         facts = {"machine": machine.name, "name": name}
         machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
         machine.mediator.ask(Act(OPERATOR, HOST, "management", ("command",), facts), name)
@@ -102,13 +107,13 @@ class Door:
         except CardcageError:
             raise
         except Exception as error:  # a card's fault is told and logged, and neither the door nor the machine ends
-            self._machine.log.error("a command failed", command=offer.who, error=repr(error))
+            machine.log.error("a command failed", command=offer.who, error=repr(error))
             raise CardError(f"{offer.who}: {in_words(error)}") from error
 
     def close(self) -> None:
         """Hang up on all callers, and wait for commands that run. Not under the machine's lock, nor in a command."""
-        with self._machine.lock:
-            self._machine.loop.remove_reader(self._socket.fileno())
+        with self._machine_lock:
+            self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
         with self._lock:
             threads = list(self._callers)

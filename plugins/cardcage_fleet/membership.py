@@ -110,10 +110,12 @@ def publish(machine: Machine) -> None:
         machine.defer(Door(machine, record.entry).close)
     balloon = machine.services.get("balloon")
     if balloon is not None:
+        # Not the machine: the loop thread would keep one that nobody else holds.
+        facts = {"machine": machine.name, "name": "stats"}
+        mediator, act = machine.mediator, Act(OPERATOR, machine.label, "management", ("reach",), facts)
 
         def told() -> dict[str, int]:
-            facts = {"machine": machine.name, "name": "stats"}
-            machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
+            mediator.check(act)
             report = balloon.report
             available = report.values.get("available_memory") if report is not None else None
             return {"ballooned": balloon.size, **({"available": available} if available is not None else {})}

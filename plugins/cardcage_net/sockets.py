@@ -8,6 +8,7 @@ import os
 import select
 import socket
 from collections import deque
+from errno import EADDRINUSE
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +112,11 @@ class StreamNet:
         self._calling: Any = None
         self._closed = False
         if options.listen is not None:
-            self._listener = self._listen()
+            self._listener = self._listen(where)
         else:
             self._connect_first(where)
 
-    def _listen(self) -> socket.socket:
+    def _listen(self, text: str) -> socket.socket:
         if self._family == socket.AF_UNIX:
             return listen_unix(self._where)
         listener = socket.socket(self._family, socket.SOCK_STREAM)
@@ -126,7 +127,8 @@ class StreamNet:
             listener.listen(1)
         except OSError as error:
             listener.close()
-            raise HostError(f"net stream: cannot listen at {self._where}: {error.strerror}") from error
+            why = "another program or machine has it" if error.errno == EADDRINUSE else error.strerror
+            raise HostError(f"net stream: cannot listen at {text}: {why}") from error
         return listener
 
     def _connect_first(self, text: str) -> None:
@@ -270,7 +272,8 @@ class DgramNet:
                 self._bind(local)
         except OSError as error:
             self._socket.close()
-            raise HostError(f"net dgram: {local or remote}: {error.strerror or error}") from error
+            why = "another program or machine has it" if error.errno == EADDRINUSE else error.strerror or error
+            raise HostError(f"net dgram: {local or remote}: {why}") from error
         except BaseException:
             self._socket.close()
             raise

@@ -249,7 +249,7 @@ def test_one_machines_fault_does_not_keep_the_others_open() -> None:
     class Stuck:
         def __init__(self, host: Host, error: Exception | None) -> None:
             self.host, self.error, self.closed = host, error, False
-            host.machines.append(self)
+            host.add(self)
 
         def dismantle(self) -> None:
             self.closed = True

@@ -219,6 +219,15 @@ def test_socket_as_client(loop: Any, tmp_path: Path) -> None:
     back.close()
 
 
+@pytest.mark.parametrize("server", [True, False])
+@pytest.mark.parametrize("name", ["none/s", "x" * 120])
+def test_socket_that_cannot_be_had_is_named(loop: Any, tmp_path: Path, server: bool, name: str) -> None:
+    """A path where no socket can be, or that is too long for one, is in the error."""
+    with pytest.raises(OSError, match=r"AF_UNIX path too long|No such file or directory") as caught:
+        Socket(loop, SocketOptions(f"{tmp_path}/{name}", server=server))
+    assert caught.value.filename == f"{tmp_path}/{name}"
+
+
 def test_socket_names_that_are_taken(loop: Any, tmp_path: Path) -> None:
     """A dead process's socket is replaced; a living one's, or a file, is refused."""
     path = tmp_path / "s"

@@ -93,6 +93,12 @@ def test_a_machine_that_is_built_keeps_its_name() -> None:
         rename(vm, "other")
 
 
+def test_a_machine_is_named_from_python() -> None:
+    """``Machine(name=...)`` names the machine."""
+    with Machine(name="lab", accel="tcg", memory="2M", machine={"platform": "none"}) as vm:
+        assert vm.name == "lab"
+
+
 @pytest.mark.parametrize("words", [["run", "vm.toml"], ["boot"]], ids=lambda words: words[0])
 def test_each_command_that_makes_a_machine_takes_a_name(words: list[str]) -> None:
     """``--name`` names the machine, whatever the command."""

@@ -185,6 +185,21 @@ def test_stream_without_anybody(slot: Slot, tmp_path: Path) -> None:
         open_stream(slot, Stream(listen=f"unix:{tmp_path}/none/s"))
 
 
+def test_an_address_that_is_taken_is_said(slot: Slot, stack: ExitStack) -> None:
+    """The address is named as it was written, and that somebody else has it."""
+    stream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    where = f"127.0.0.1:{stream.getsockname()[1]}"
+    with pytest.raises(HostError) as caught:
+        open_stream(slot, Stream(listen=where))
+    assert str(caught.value) == f"net stream: cannot listen at {where}: another program or machine has it"
+    datagrams = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    datagrams.bind(("127.0.0.1", 0))
+    where = f"127.0.0.1:{datagrams.getsockname()[1]}"
+    with pytest.raises(HostError) as caught:
+        open_dgram(slot, Dgram("127.0.0.1:9", local=where))
+    assert str(caught.value) == f"net dgram: {where}: another program or machine has it"
+
+
 def test_listening_twice(slot: Slot, stack: ExitStack, tmp_path: Path) -> None:
     """A path where somebody listens is refused; a socket left behind by the dead is taken over, a file is not."""
     where = f"unix:{tmp_path}/s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from errno import ENAMETOOLONG
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -44,18 +45,22 @@ class Socket:
         self._peer: socket.socket | None = None
         self._sink: Sink | None = None
         slot.host.ask("socket", f"unix:{options.path}", ("listen" if options.server else "connect",))
-        if not options.server:
-            self._peer = socket.socket(socket.AF_UNIX)
-            self._peer.connect(options.path)
-            return
-        _remove_stale(options.path)
-        self._listening = socket.socket(socket.AF_UNIX)
+        made = socket.socket(socket.AF_UNIX)
         try:
-            self._listening.bind(options.path)
-            self._listening.listen(1)
-        except OSError:
-            self._listening.close()
+            if not options.server:
+                made.connect(options.path)
+                self._peer = made
+                return
+            _remove_stale(options.path)
+            made.bind(options.path)
+            made.listen(1)
+        except OSError as error:  # too long a path has no number; none names the socket by itself
+            made.close()
+            raise OSError(error.errno or ENAMETOOLONG, error.strerror or str(error), options.path) from error
+        except BaseException:
+            made.close()
             raise
+        self._listening = made
         self._listening.setblocking(False)
 
     def start(self, received: Callable[[bytes], None], /) -> None:
