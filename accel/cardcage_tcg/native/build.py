@@ -13,14 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+
+# The translator loads this file for digest() at each start: what only compiling needs is imported where it is done.
 
 __all__ = ["BuildError", "build", "build_in_place", "digest", "main", "system_compiler", "zig"]
 
@@ -49,7 +46,6 @@ CHECK_FLAGS = (
     *("-DTCG_CHECK", "-g1", "-fsanitize=address", "--param=asan-globals=0", "-fno-sanitize-recover=all"),
     "-fsanitize=bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow,bool,enum,vla-bound",
 )
-CONSTANTS = re.compile(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b")
 STRUCTS = {
     "cpu": "",
     "vm": "VM_",
@@ -80,6 +76,10 @@ class BuildError(Exception):
 
 def run(cc: str, *arguments: str) -> None:
     """Run the compiler *cc*. Raises BuildError, after what it wrote to standard error."""
+    import shlex
+    import subprocess
+    import tempfile
+
     words = shlex.split(cc)
     # The least of x86-64, whatever the compiler was configured for; zig has other names for that and for everything.
     is_zig = "ziglang" in words or any(Path(word).name == "zig" for word in words)
@@ -98,6 +98,10 @@ def run(cc: str, *arguments: str) -> None:
 @cache
 def can(cc: str) -> bool:
     """Tell if *cc* makes a library of what ours is made of: C, assembly in Intel's syntax, our flags."""
+    import shlex
+    import shutil
+    import tempfile
+
     if shutil.which(shlex.split(cc)[0]) is None:
         return False
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,6 +130,9 @@ def system_compiler() -> str:
 
 def zig() -> str:
     """The command of the compiler in PyPI's ``ziglang``; empty where that is not installed for this interpreter."""
+    import shlex
+    from importlib.util import find_spec
+
     found = find_spec("ziglang")
     if found is None or not found.submodule_search_locations:
         return ""
@@ -169,7 +176,9 @@ def constants(cc: str) -> dict[str, int]:
     for struct in ("tlb", "access", "page", "tmpl", "taccess"):
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
     code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
-    wanted |= {name: name for name in CONSTANTS.findall(code) if name not in wanted}
+    wanted |= {
+        name: name for name in re.findall(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b", code) if name not in wanted
+    }
     wanted |= {
         f"HLP_{name}": f"HLP_{name}"
         for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)
@@ -178,6 +187,8 @@ def constants(cc: str) -> dict[str, int]:
     text = '#include "cpu.h"\n#include "internal.h"\n#include "helpers.h"\nvoid f(void) {\n' + "\n".join(
         f'__asm__(".ascii \\"@@ {name} %c0@\\"" : : "i"((long)({value})));' for name, value in wanted.items()
     )
+    import tempfile
+
     with tempfile.TemporaryDirectory() as scratch:
         source, result = Path(scratch, "offsets.c"), Path(scratch, "offsets.s")
         source.write_text(text + "\n}\n")
@@ -202,6 +213,8 @@ def build(target: Path, layout: Path, cc: str = "", *, check: bool = False, more
         raise BuildError("no C compiler: install gcc or clang, or PyPI's: pip install ziglang")
     sources_are = digest()
     found = constants(cc)
+    import tempfile
+
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "offsets.h").write_text("".join(f"#define {name} {value}\n" for name, value in found.items()))
         left = () if check else CHECKS

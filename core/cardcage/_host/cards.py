@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
@@ -143,8 +144,22 @@ def check_marks(card: Any) -> None:
                 raise CardError(f"{what} ({code.co_filename}:{code.co_firstlineno}){hint}")
 
 
+class Manager(pluggy.PluginManager):
+    """Looks at names that may be hooks only: pluggy's own look at each name of each card is a part of start-up."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """The marks of a card's function, None for what has none."""
+        if isinstance(plugin, ModuleType) and not hasattr(vars(plugin).get(name), f"{GROUP}_impl"):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
+        """The marks of a hook that we know."""
+        return super().parse_hookspec_opts(module_or_class, name) if name.startswith(f"{GROUP}_") else None
+
+
 def new_manager() -> pluggy.PluginManager:
     """A manager that knows our hooks."""
-    manager = pluggy.PluginManager(GROUP)
+    manager = Manager(GROUP)
     manager.add_hookspecs(Hooks)
     return manager
