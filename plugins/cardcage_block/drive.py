@@ -237,7 +237,7 @@ _BOOL = {"on": True, "off": False, "yes": True, "no": False, "true": True, "fals
 _DISCARD = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
 _DEVICE_TEXT = ("id", "rerror", "serial", "werror")
 _DEVICE_NUMBERS = ("logical_block", "physical_block", "queues")
-_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "if", "locking", "readonly")
+_DRIVE_KEYS = ("backing", "cache", "discard", "file", "format", "if", "locking", "readonly", "shared")
 _KEYS = sorted((*_DRIVE_KEYS, *_DEVICE_TEXT, *_DEVICE_NUMBERS))
 
 
@@ -260,9 +260,9 @@ def parse_drive_flag(text: str) -> dict[str, Any]:
         elif key == "if":
             if value not in ("virtio", "none"):
                 raise ValueError(f"if={value}: only virtio disks are supported")
-        elif key == "readonly":
+        elif key in ("readonly", "shared"):
             if value not in _BOOL:
-                raise ValueError(f"readonly={value}: expected on or off")
+                raise ValueError(f"{key}={value}: expected on or off")
             drive[key] = _BOOL[value]
         elif key == "discard":
             if value not in _DISCARD:
