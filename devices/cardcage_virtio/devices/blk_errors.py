@@ -42,13 +42,13 @@ class Patience:
                 that to the operator. It leaves guest memory alone.
         """
         with self._lock:
-            first, self._waits = not self._waits, True
+            if not self._waits:  # before anything tries: its resume must come after this
+                self._waits = True
+                self._power.pause(why)
             if attempt is not None and self._thread is None:
                 self._done = Event()
                 self._thread = Thread(target=self._try, args=(attempt, self._done), name=self._name, daemon=True)
                 self._thread.start()
-        if first:
-            self._power.pause(why)
 
     def _try(self, attempt: Callable[[], object], done: Event) -> None:
         while not done.wait(EVERY):
