@@ -54,10 +54,9 @@ class Patience:
         while not done.wait(EVERY):
             try:
                 attempt()
-            except OSError as error:
-                if error.errno in NO_ROOM:
+            except Exception as error:  # all but want of room is the request's own to meet, on a worker's thread
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
                     continue
-            # Any other failure is the request's own to meet.
             self._power.resume()
             return
 
