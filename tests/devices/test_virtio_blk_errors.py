@@ -129,6 +129,22 @@ def test_a_reset_forgets_what_waits() -> None:
     bench.close()
 
 
+@pytest.mark.parametrize("error", [BROKEN, ValueError("a back end's own fault")], ids=repr)
+def test_another_failure_ends_the_wait(error: Exception) -> None:
+    """A try that fails for another reason lets the machine go on, and the request meets that failure itself."""
+    bench, disk = make()
+    disk.fail = NO_ROOM
+    bench.driver().add([head(1), b"x" * 512], [1])
+    bench.kick()
+    waits(bench)
+    disk.fail = error  # type: ignore[assignment]  # what a back end must not raise
+    bench.until(lambda: ("resume",) in bench.slot.power.requests)
+    disk.fail = BROKEN
+    go_on(bench)
+    assert list(bench.wait(0).values()) == [b"\1"]
+    bench.close()
+
+
 def test_what_waits_is_not_saved() -> None:
     """A state that would lack requests that wait is refused with the reason, and can be saved once they are done."""
     bench, disk = make()

@@ -200,6 +200,12 @@ def test_registered_offers_load() -> None:
         ("file=a,,b,format=raw,readonly=on", {"file": "a,b", "format": "raw", "readonly": True}, {}),
         ("root.qcow2,if=virtio,id=d0,serial=S1", {"file": "root.qcow2"}, {"id": "d0", "serial": "S1"}),
         ("root.img,queues=4", {"file": "root.img"}, {"queues": 4}),
+        ("a,shared=on,backing=/b", {"file": "a", "shared": True, "backing": "/b"}, {}),
+        (
+            "a,werror=stop,rerror=ignore,logical_block=4096",
+            {"file": "a"},
+            {"werror": "stop", "rerror": "ignore", "logical_block": 4096},
+        ),
         (
             "file=a,cache=none,discard=off,locking=on",
             {"file": "a", "cache": "none", "discard": "ignore", "locking": "on"},
@@ -224,6 +230,8 @@ def test_drive_flag(text: str, drive: dict[str, Any], device: dict[str, Any]) ->
         ("file=a,file=b", "twice"),
         ("file=a,discard=x", "unmap or ignore"),
         ("file=a,queues=two", 'queues: expected a whole number, got "two"'),
+        ("file=a,logical_block=4k", 'logical_block: expected a whole number, got "4k"'),
+        ("file=a,shared=maybe", 'shared: expected on or off, got "maybe"'),
     ],
 )
 def test_bad_drive_flag(text: str, problem: str) -> None:

@@ -42,22 +42,21 @@ class Patience:
                 that to the operator. It leaves guest memory alone.
         """
         with self._lock:
-            first, self._waits = not self._waits, True
+            if not self._waits:  # before anything tries: its resume must come after this
+                self._waits = True
+                self._power.pause(why)
             if attempt is not None and self._thread is None:
                 self._done = Event()
                 self._thread = Thread(target=self._try, args=(attempt, self._done), name=self._name, daemon=True)
                 self._thread.start()
-        if first:
-            self._power.pause(why)
 
     def _try(self, attempt: Callable[[], object], done: Event) -> None:
         while not done.wait(EVERY):
             try:
                 attempt()
-            except OSError as error:
-                if error.errno in NO_ROOM:
+            except Exception as error:  # all but want of room is the request's own to meet, on a worker's thread
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
                     continue
-            # Any other failure is the request's own to meet.
             self._power.resume()
             return
 
