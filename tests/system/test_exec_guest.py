@@ -67,6 +67,14 @@ def test_standard_streams_can_be_opened_by_name(kernel: Path) -> None:
     assert b"\nerr\n" in done.stderr
 
 
+def test_share_is_there_for_the_command(kernel: Path, tmp_path: Path) -> None:
+    """A shared directory is mounted before the command runs."""
+    (tmp_path / "file").write_text("shared\n")
+    done = execute("cat /mnt/share/file && echo back > /mnt/share/new", "--share", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, b"shared\n"), done.stderr.decode()
+    assert (tmp_path / "new").read_text() == "back\n"
+
+
 @pytest.mark.parametrize("way", [(), UART], ids=["ports", "uart"])
 @pytest.mark.parametrize("form", ["virtiofs", "9p"])
 def test_share_that_cannot_be_mounted_is_an_error(

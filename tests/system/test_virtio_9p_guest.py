@@ -13,7 +13,7 @@ from cardcage_boot.fetch import Shelf, distribution
 from installed import PROGRAM
 
 SCRIPT = r"""
-mount -t 9p -o trans=virtio,version=9p2000.L share /mnt && cd /mnt || exit 1
+cd /mnt/share || exit 1
 cat file; head -c 3000000 big | md5sum; dd if=/dev/urandom of=random bs=64k count=20 2>/dev/null; md5sum < random
 mv random sub/moved; mkdir made; echo text > made/new; echo more >> made/new; chmod 600 made/new
 ls sub made | sort -u | tr '\n' ' '; echo
@@ -22,7 +22,7 @@ cat ../outside/secret 2>/dev/null || echo no way up
 cat away 2>/dev/null || echo no way by a link
 ls swapped; echo swap; until [ -e swapped-now ]; do sleep 0.1; done
 cat swapped/secret 2>/dev/null || echo no way by a swap; echo x 2>/dev/null > swapped/new || echo nor to write
-cd /; umount /mnt && echo unmounted
+cd /; umount /mnt/share && echo unmounted
 dmesg -r | grep -E '^<[0-4]>'; :
 """
 DEVICES = ("virtio-rng", "virtio-balloon", "virtio-console,char=null")
