@@ -1,4 +1,4 @@
-"""What a person reads before a guest starts: header lines, and the progress of what takes time."""
+"""Lines before a guest starts: the header, and the progress of what takes time."""
 
 from __future__ import annotations
 
