@@ -47,8 +47,8 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield  # closing the file gives the lock back
 
 
-def publish_file(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all. Raises HostError."""
+def publish_file(path: Path, data: bytes, advice: str = "; XDG_CACHE_HOME moves the cache") -> None:
+    """Write a file that appears whole or not at all. Raises HostError, which ends with *advice*."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
@@ -60,9 +60,7 @@ def publish_file(path: Path, data: bytes) -> None:
             os.unlink(name)
             raise
     except OSError as error:
-        raise HostError(
-            f"{path.parent}: cannot be written: {error.strerror}; XDG_CACHE_HOME moves the cache"
-        ) from error
+        raise HostError(f"{path.parent}: cannot be written: {error.strerror}{advice}") from error
 
 
 @contextmanager

@@ -39,10 +39,12 @@ def run(host: Host, arguments: Namespace) -> int:
     folder = Path(arguments.folder)
     for name, data in made.items():
         path = folder / name
+        if path.is_dir():
+            raise ConfigError("is a directory: expected a file, or nothing", file=str(path))
         if path.exists() and not arguments.force and path.read_bytes() != data:
             raise ConfigError("there is another file of this name: give --force to overwrite it", file=str(path))
     for name, data in made.items():
-        publish_file(folder / name, data)
+        publish_file(folder / name, data, "")
         (folder / name).chmod(0o644)
     print(f"{folder / 'vmlinuz'}, {folder / 'initrd.img'}: {kernel.release}, {kernel.source}", file=sys.stderr)
     return 0

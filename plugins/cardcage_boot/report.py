@@ -1,4 +1,4 @@
-"""Lines that a person reads before a guest starts: a header, and the progress of slow steps."""
+"""Lines before a guest starts: the header, and the progress of slow steps."""
 
 from __future__ import annotations
 

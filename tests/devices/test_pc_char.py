@@ -306,3 +306,22 @@ sys.exit(os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.WEXITSTATUS(status
     run = subprocess.run([sys.executable, "-c", program], stdin=process, start_new_session=True, timeout=60)
     assert run.returncode == 17
     assert termios.tcgetattr(process) == before
+
+
+def test_two_readers_of_one_input_do_not_hold_the_machine_up() -> None:
+    """What opened standard input last has it; a reader that finds nothing there goes on, as another was faster."""
+    read, write = os.pipe()
+    first, last = Loop(), Loop()
+    got: list[tuple[str, bytes]] = []
+    made = [Stdio(slot, StdioOptions(), stdin=read, stdout=1) for slot in (first, last)]
+    for name, one in zip(("first", "last"), made, strict=True):
+        one.start(lambda data, name=name: got.append((name, data)))  # type: ignore[misc]  # this turn's name
+    os.write(write, b"typed")
+    first.run()
+    last.run()
+    made[1]._readable()  # nothing is there: this must return
+    assert got == [("last", b"typed")]
+    for one in made:
+        one.close()
+    os.close(read)
+    os.close(write)

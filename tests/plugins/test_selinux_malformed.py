@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from random import Random
 
 from cardcage_selinux.cil.syntax import SYNTAX
@@ -11,6 +12,7 @@ from cardcage_selinux.errors import PolicyError
 from cardcage_selinux.server.policy import load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from installed import cardcage
 from selinux_sink import SINK
 
 CASES = int(os.environ.get("CARDCAGE_SELINUX_MALFORMED", "60"))
@@ -115,3 +117,14 @@ def test_random_text(text: str) -> None:
 def test_damaged_characters(at: int, gone: int, new: str) -> None:
     """A policy with some characters replaced is taken, or refused with a place."""
     judge(SINK[:at] + new + SINK[at + gone :])
+
+
+def test_a_machine_says_where_its_policy_is_wrong(tmp_path: Path) -> None:
+    """A configuration whose policy file has an error is refused with the place in that file."""
+    site = tmp_path / "site.cil"
+    site.write_text("\n(allow nobody_t nothing_t (file (read)))\n")
+    file = tmp_path / "vm.toml"
+    file.write_text(f'[security]\ncheckers = [{{ type = "selinux", policy = ["default", "{site}"] }}]\n')
+    done = cardcage("run", str(file))
+    assert done.returncode == 2, done.stderr
+    assert 'site.cil:2:8: no type is called "nobody_t"' in done.stderr

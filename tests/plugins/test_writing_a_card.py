@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +15,15 @@ from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage_testing import TestSlot
 from cardcage_virtio.testing import Bench
+from documents import ROOT, Reader, fenced
 
-PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-card.md").read_text()
-SCRIPT = "#!{python}\nimport sys\nfrom cardcage_cli import main\nsys.exit(main())\n"
+FILE = ROOT / "docs" / "writing-a-card.md"
+PAGE = FILE.read_text()
 
 
 def blocks(language: str) -> list[str]:
     """The page's blocks in *language*."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return [text for one, text in fenced(FILE) if one == language]
 
 
 def test_the_first_card_is_small() -> None:
@@ -50,45 +49,20 @@ def test_the_first_card_is_small() -> None:
 @pytest.mark.once
 def test_the_first_card_runs_as_printed(tmp_path: Path) -> None:
     """The page's card, machine, guest and three commands give the output that the page shows."""
-    site, programs = tmp_path / "site", tmp_path / "bin"
-    programs.mkdir()
-    (programs / "cardcage").write_text(SCRIPT.format(python=sys.executable))
+    site = tmp_path / "site"
+    reader = Reader(tmp_path / "desk", tmp_path / "home", [site])
     pip = f'exec {sys.executable} -m pip "$@" --no-index --no-deps --no-build-isolation --target {site}'
-    (programs / "pip").write_text(f"#!/bin/sh\n{pip} --disable-pip-version-check 2>/dev/null\n")
-    for one in programs.iterdir():
-        one.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": str(site),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-    def shell(command: str) -> str:
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
-        return done.stdout
-
-    assert "cardcage boot --device lamp" in shell("cardcage new card lamp")
-    (tmp_path / "lamp" / "src" / "lamp" / "__init__.py").write_text(blocks("python")[0])
-    (tmp_path / "lamp.toml").write_text(blocks("toml")[0])
+    program = tmp_path / "bin" / "pip"
+    program.write_text(f"#!/bin/sh\n{pip} --disable-pip-version-check 2>/dev/null\n")
+    program.chmod(0o755)
+    assert "cardcage boot --device lamp" in reader.run("cardcage new card lamp")
+    reader.write("lamp/src/lamp/__init__.py", blocks("python")[0])
+    reader.write("lamp.toml", blocks("toml")[0])
     (guest,) = re.findall(r"`(printf .* > guest\.bin)`", PAGE)
-    assert shell(guest) == ""
+    assert reader.run(guest) == ""
     (session,) = blocks("console")
-    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE)
-    assert len(commands) == 3
-    for command, output in commands:
-        words = [line.split() for line in shell(command).splitlines()]  # other cards widen the columns of the list
-        assert words == [line.split() for line in output.splitlines()], command
+    assert len(re.findall(r"^\$ ", session, re.MULTILINE)) == 3
+    reader.console(session, status=None)
 
 
 @pytest.fixture(scope="module")

@@ -51,15 +51,23 @@ class Place:
             if error.file not in (None, self.file):  # of a file that is named here, such as a disk image
                 if self.file is None:
                     raise
-                raise type(error)(str(error), file=self.file, key=self.key) from error
+                raise _moved(error, str(error), self.file, self.key) from error
             if (error.file is None and self.file is not None) or error.key is None:
                 key = f"{self.key}.{error.key}" if self.key and error.key else error.key or self.key
-                raise type(error)(error.problem, file=error.file or self.file, key=key) from error
+                raise _moved(error, error.problem, error.file or self.file, key) from error
             raise
         except FAULTS as error:  # a stranger's code: whatever it raises is the card's fault, and named so
             if isinstance(error, CardcageError) and not isinstance(error, UsageError):
                 raise
             raise CardError(f"{who}: {in_words(error)}") from error
+
+
+def _moved(error: ConfigError, problem: str, file: str | None, key: str | None) -> ConfigError:
+    """The same error with another place: of a card's own class, whatever that is made with."""
+    made = error.__class__.__new__(error.__class__)
+    made.__dict__.update(error.__dict__)
+    ConfigError.__init__(made, problem, file=file, key=key)
+    return made
 
 
 @frozen

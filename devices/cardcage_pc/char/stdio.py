@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Stdio", "StdioOptions", "open_stdio"]
 
 PIECE = 4096
+_readers: list[Stdio] = []
+"""Those that read now: what one machine opens last has its input."""
 
 
 def _one_character(instance: Any, attribute: Any, value: str) -> None:
@@ -54,7 +56,7 @@ class Stdio:
         self._in, self._out = _duplicate(stdin), _duplicate(stdout)
         self._sink = None if self._out is None else Sink(self._out, slot.log)
         self._saved: list[Any] | None = None
-        self._watched = False
+        self._watched, self._reading = False, True
         if self._in is not None and _in_background(self._in):
             os.close(self._in)
             self._in = None
@@ -87,6 +89,10 @@ class Stdio:
         if self._in is None:
             return
         mode = os.fstat(self._in).st_mode
+        for one in list(_readers):  # a debug console that was plugged in before must not take the console's input
+            if one._in is not None and one._slot.machine == self._slot.machine and _same(one._in, self._in):
+                one._stop_reading()
+        _readers.append(self)
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or not _pollable(self._in):
             self._slot.loop.call_soon(self._read_file)  # epoll does not take these: they are always ready
         else:
@@ -98,13 +104,21 @@ class Stdio:
             self._slot.loop.call_soon(self._read_file)
 
     def _readable(self) -> None:
-        if not self._take() and self._watched and self._in is not None:
+        if self._in is None or not select.select([self._in], [], [], 0)[0]:
+            return  # another reader of the same input was faster: to wait for more would hold the machine up
+        if not self._take():
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._watched and self._in is not None:
             self._slot.loop.remove_reader(self._in)
-            self._watched = False
+        self._watched, self._reading = False, False
+        if self in _readers:
+            _readers.remove(self)
 
     def _take(self) -> bool:
         """Read once; False at the end."""
-        if self._in is None:
+        if self._in is None or not self._reading:
             return False
         try:
             data = os.read(self._in, PIECE)
@@ -127,13 +141,19 @@ class Stdio:
     def close(self) -> None:
         """Put the terminal back."""
         self._restore()
-        if self._watched and self._in is not None:
-            self._slot.loop.remove_reader(self._in)
-        self._watched = False
+        self._stop_reading()
         for fd in (self._in, self._out):
             if fd is not None:
                 os.close(fd)
         self._in = self._out = self._sink = None
+
+
+def _same(fd: int, other: int) -> bool:
+    """True when both are of one file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.fstat(other))
+    except OSError:  # one was closed under its reader
+        return False
 
 
 def _duplicate(fd: int) -> int | None:
