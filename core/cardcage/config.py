@@ -198,7 +198,7 @@ class Draft:
         try:
             table = parse_toml(data.decode())
         except UnicodeDecodeError as error:
-            raise ConfigError(f"not UTF-8 text: {error}", file=str(path)) from error
+            raise ConfigError(f"configuration cannot be read: not UTF-8 text: {error}", file=str(path)) from error
         except ValueError as error:
             raise ConfigError(f"not TOML: {error}", file=str(path)) from error
         self.add(table, origin=str(path))
