@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from functools import cache
@@ -150,7 +151,12 @@ class CodeBuffer:
         self._libc = libc
         fd = os.memfd_create(CODE_MEMORY, os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size)
+            try:
+                os.ftruncate(fd, size)
+            except OSError as error:
+                what = f"tcg: cannot make {size >> 20} MiB of executable memory: {error.strerror}"
+                hint = " (a limit of file sizes, ulimit -f)" if error.errno == errno.EFBIG else ""
+                raise AcceleratorError(f"{what}{hint}") from error
             self.rw = self._map(fd, mmap.PROT_READ | mmap.PROT_WRITE)
             self.rx = self._map(fd, mmap.PROT_READ | mmap.PROT_EXEC)
         finally:

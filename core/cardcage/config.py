@@ -8,7 +8,6 @@ value came from, and becomes a :class:`Config`. The tables: ``[machine]``, ``[me
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,7 +17,9 @@ from attrs.validators import and_, ge, le
 
 from cardcage._config.places import HostPath, Place, PlacedText, Spec, beside, placed
 from cardcage._config.structure import structure
+from cardcage._config.toml import DEEPEST, check_bounds, parse_toml
 from cardcage.errors import ConfigError, near
+from cardcage.files import read_file
 from cardcage.ram import Placement
 from cardcage.units import Size
 
@@ -41,6 +42,8 @@ __all__ = [
     "specs_of",
 ]
 
+MOST = 1 << 20
+"""Bytes of a configuration file."""
 TABLES = ("accel", "boot", "device", "machine", "memory", "policy", "security")
 
 
@@ -223,19 +226,22 @@ class Draft:
 
     def add_file(self, path: str | Path) -> None:
         """Add a TOML file; paths in it are relative to its folder. Raises ConfigError with file, line and column."""
+        data = read_file(path, MOST, "configuration")
         try:
-            text = Path(path).read_bytes().decode()
-            table = tomllib.loads(text)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
-            raise ConfigError(f"cannot be read: {reason}", file=str(path)) from error
-        except tomllib.TOMLDecodeError as error:
+            table = parse_toml(data.decode())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"configuration cannot be read: not UTF-8 text: {error}", file=str(path)) from error
+        except ValueError as error:
             raise ConfigError(f"not TOML: {error}", file=str(path)) from error
         folder = os.path.dirname(os.path.abspath(path))
         self.add(placed(table, Place(str(path), folder=folder)), origin=str(path))
 
     def add(self, table: Mapping[str, Any], *, origin: str | None = None) -> None:
         """Add a fragment. *origin* is named in errors: a file, ``command line``, or None for Python."""
+        try:
+            check_bounds(table)
+        except ValueError as error:
+            raise ConfigError(str(error), file=origin) from error
         for name, value in table.items():
             if name not in TABLES:
                 hint = near(name, TABLES) or f" Known: {', '.join(TABLES)}."
@@ -279,10 +285,12 @@ class Draft:
         if not equals or not key:
             raise ConfigError(f'"{text}": expected key=value, such as machine.cpus=2', file="--set")
         try:
-            value = tomllib.loads(f"value = {raw}")["value"]
+            value = parse_toml(f"value = {raw}")["value"]
         except tomllib.TOMLDecodeError:
             value = raw
-        head, *rest = re.split(r"\.", key)
+        except ValueError as error:
+            raise ConfigError(str(error), file="--set", key=key.partition(".")[0]) from error
+        head, *rest = key.split(".", DEEPEST)
         if head == "device" or head.startswith("device["):
             name = head[7:-1] if head.startswith("device[") else rest.pop(0) if rest else ""
             if not rest:

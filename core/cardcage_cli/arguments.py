@@ -116,7 +116,8 @@ def draft_of(arguments: Namespace, *files: Any) -> Draft:
         draft.add({"machine": {"memory": arguments.memory}}, origin="--memory")
     if arguments.cpus is not None:
         cpus = arguments.cpus
-        draft.add({"machine": {"cpus": int(cpus) if cpus.isascii() and cpus.isdigit() else cpus}}, origin="--cpus")
+        number = cpus.isascii() and cpus.isdigit() and len(cpus) < 20
+        draft.add({"machine": {"cpus": int(cpus) if number else cpus}}, origin="--cpus")
     for key in ("kernel", "initrd", "append"):
         if (value := getattr(arguments, f"boot_{key}", None)) is not None:
             draft.add({"boot": {key: value}}, origin=f"--{key}")

@@ -44,6 +44,8 @@ EXIT = {
 """Exit statuses by name; a debug exit is ``code << 1 | 1``, a signal 128 plus its number."""
 
 
+LONGEST = 2000
+"""Letters of an outcome: a value in it may be as long as its author liked."""
 SWITCH_INTERVAL = 1e-4
 """Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
 
@@ -164,6 +166,8 @@ def report(error: BaseException, *, traceback: bool = False, cards: Iterable[Car
     text, *more = text.splitlines() or [""]
     for line in more:  # registers and the like come first, so that the outcome is the last line
         print(line, file=sys.stderr)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
     print(f"outcome: {words}{': ' if text else ''}{text}", file=sys.stderr, flush=True)
     return status
 

@@ -7,11 +7,12 @@ import struct
 from attrs import frozen
 from cardcage.config import beside
 from cardcage.errors import ConfigError
+from cardcage.files import read_file
 
 __all__ = ["MAX_FILE", "BootFile", "joined", "open_file", "unpacked"]
 
 MAX_FILE = 2 << 30
-"""The most that is read of one boot file, in bytes: a device node such as /dev/zero must not eat the host."""
+"""The most that is read of one boot file, in bytes."""
 
 
 @frozen
@@ -59,17 +60,9 @@ class BootFile:
 def open_file(path: str, kind: str) -> BootFile:
     """Read a whole file. Raises ConfigError when it cannot be read, is empty, or is above :data:`MAX_FILE`."""
     name, path = str(path), beside(path)
-    try:
-        with open(path, "rb") as stream:
-            data = stream.read(MAX_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"{kind} cannot be read: {error.strerror or error}", file=path) from error
-    except ValueError as error:  # a NUL in the path
-        raise ConfigError(f"{kind} cannot be read: {error}", file=repr(path)) from error
+    data = read_file(path, MAX_FILE, kind)
     if not data:
         raise ConfigError(f"the file is empty: expected a {kind}", file=path)
-    if len(data) > MAX_FILE:
-        raise ConfigError(f"larger than {MAX_FILE >> 30} GiB: expected a {kind}", file=path)
     return BootFile(path, data, kind, name)
 
 

@@ -61,7 +61,13 @@ def admit(machine: Machine) -> None:
         rooms = rooms_of(memory_limits(), alive) if policies else ()
         for ask in policies:
             ask(Starter(entry.name, entry.promised, entry.priority), rooms)
-        record = roster.add(entry)
+        try:
+            record = roster.add(entry)
+        except OSError as error:  # a full disk, or a limit of file sizes
+            if policies:
+                raise HostError(f"admission needs to put the machine on the roster: {error}") from error
+            machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
+            return
         _records(machine.host)[machine] = record
         machine.defer(record.close)
 

@@ -178,7 +178,7 @@ def test_the_console_goes_to_standard_output(vm: Path, capfd: pytest.CaptureFixt
         (["run", "{vm}"], '[[device]]\ntype = "panel"\nprot = 3', "device[1].prot: no such key."),
         (["run", "{vm}"], "[boot]\nkernel = 'gone'\n", "gone: kernel cannot be read: No such file or directory"),
         (["run", "{vm}", "--panel", "0x84"], "", "device[0]: panel1: pio 0x84-0x8b overlaps panel at 0x80-0x87"),
-        (["run", "nothing.toml"], "", "nothing.toml: cannot be read: No such file or directory"),
+        (["run", "nothing.toml"], "", "nothing.toml: configuration cannot be read: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -226,8 +226,8 @@ def test_wrong_assignments_are_refused(text: str, error: str) -> None:
     ("content", "error"),
     [
         (b"[machine\n", "not TOML: "),
-        (b"\xff\xfe", "cannot be read: not UTF-8 text"),
-        (None, "cannot be read: No such file or directory"),
+        (b"\xff\xfe", "configuration cannot be read: not UTF-8 text"),
+        (None, "configuration cannot be read: No such file or directory"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, error: str) -> None:

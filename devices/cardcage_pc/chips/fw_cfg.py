@@ -6,7 +6,6 @@ Selector at port 0x510, data at 0x511, DMA at 0x514 (big-endian). Items are read
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field, frozen
@@ -14,6 +13,7 @@ from attrs.validators import deep_mapping, ge, instance_of, le, max_len, optiona
 from cardcage.config import HostPath
 from cardcage.device import Resource
 from cardcage.errors import ConfigError
+from cardcage.files import read_file
 from cardcage.memory import GuestMemoryError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ __all__ = ["FwCfg", "FwCfgOptions", "FwCfgState"]
 
 SIGNATURE, ID, RAM_SIZE, CPUS, BOOT_MENU, MAX_CPUS, DIRECTORY, FIRST_FILE = 0, 1, 3, 5, 14, 15, 0x19, 0x20
 DMA, DMA_SIGNATURE = 4, b"QEMU CFG"
+MOST = 256 << 20
+"""Bytes of a file that the guest is given."""
 ERROR, READ, SKIP, SELECT, WRITE = 1, 2, 4, 8, 16
 
 
@@ -78,9 +80,9 @@ class FwCfg:
         for name, path in self.options.paths.items():
             slot.host.ask("image", path, ("open", "read"), readonly=True)
             try:
-                self.set_file(name, Path(path).read_bytes())
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}", key=f"paths.{name}") from error
+                self.set_file(name, read_file(path, MOST))
+            except ConfigError as error:
+                raise ConfigError(str(error), key=f"paths.{name}") from error
         self._memory, self._log = slot.memory, slot.log
         slot.ranges.announce(Resource(hid="QEMU0002", name="FWCF"))
 

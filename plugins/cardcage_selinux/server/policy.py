@@ -7,10 +7,10 @@ Source: ``libsepol/src/services.c``: ``context_struct_compute_av``, ``type_attri
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cardcage.errors import ConfigError, UsageError, near
+from cardcage.files import read_file
 
 from cardcage_selinux.cil.expressions import holds, satisfied
 from cardcage_selinux.errors import ContextError, PolicyError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AccessVector", "Policy", "compiled", "load", "texts"]
 
+MOST = 64 << 20
+"""Bytes of a file of a policy."""
 CONTEXTS = 1024
 """Valid contexts whose text a policy remembers."""
 
@@ -79,16 +81,12 @@ def compiled(texts: Iterable[tuple[str, str]], *, check: bool = True) -> Policy:
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_file(path, MOST, "policy").decode()
     except UnicodeDecodeError as error:
         from cardcage_selinux.cil.sexpr import Node, Source
 
         source = Source(os.fspath(path), error.object.decode("latin-1"))  # a character for each byte
         raise PolicyError("this is not UTF-8 text", Node("", None, source, error.start)) from error
-    except OSError as error:
-        raise ConfigError(str(error.strerror or error), file=os.fspath(path)) from error
-    except ValueError as error:
-        raise ConfigError(str(error), file=repr(path)) from error
 
 
 class Policy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +134,8 @@ def _allow(arguments: argparse.Namespace) -> int:
             denials = read_log(sys.stdin)
         else:
             with open(arguments.log, encoding="utf-8", errors="surrogateescape") as file:
+                if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):  # /dev/zero has no end, not even of a line
+                    raise ConfigError("a character device: expected a log, or - for standard input", file=arguments.log)
                 denials = read_log(file)
     except OSError as error:
         raise ConfigError(str(error.strerror or error), file=arguments.log) from error
