@@ -23,6 +23,7 @@ class FuseError(Exception):
 
     def __init__(self, code: int) -> None:
         super().__init__(errno.errorcode.get(code, code))
+        self.code = code
 
 
 def fails(code: int) -> Any:
@@ -32,7 +33,11 @@ def fails(code: int) -> Any:
 class Client:
     """The guest's side of the protocol, past ``FUSE_INIT``."""
 
-    def __init__(self, path: Path, *, init: bool = True, **options: Any) -> None:
+    def __init__(
+        self, path: Path, *, init: bool = True, user: int | None = None, group: int | None = None, **options: Any
+    ) -> None:
+        self.user = os.getuid() if user is None else user
+        self.group = os.getgid() if group is None else group
         self.bench = Bench(Fs(FsOptions(path=str(path), **options)))
         self.unique = itertools.count(1)
         if init:
@@ -40,7 +45,7 @@ class Client:
             assert (len(data), struct.unpack_from("<II", data)) == (64, (7, 31))
 
     def send(self, op: int, node: int, body: bytes = b"") -> bytes:
-        head = fuse.IN_HEADER.pack(40 + len(body), op, next(self.unique), node, os.getuid(), os.getgid(), 1, 0)
+        head = fuse.IN_HEADER.pack(40 + len(body), op, next(self.unique), node, self.user, self.group, 1, 0)
         return head + body
 
     def call(self, op: int, node: int = 1, body: bytes = b"", room: int = 70000) -> bytes:
@@ -66,8 +71,8 @@ class Client:
     def read(self, handle: int, offset: int = 0, size: int = 60000) -> bytes:
         return self.call(Op.READ, 1, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
 
-    def write(self, handle: int, offset: int, data: bytes) -> int:
-        body = struct.pack("<QQIIQII", handle, offset, len(data), 0, 0, 0, 0) + data
+    def write(self, handle: int, offset: int, data: bytes, flags: int = 0) -> int:
+        body = struct.pack("<QQIIQII", handle, offset, len(data), 0, 0, flags, 0) + data
         return int.from_bytes(self.call(Op.WRITE, 1, body)[:4], "little")
 
     def names(self, node: int = 1, *, plus: bool = False, size: int = 200) -> dict[bytes, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cardcage.errors import HostError
 from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
+from cardcage_boot.fetch import Shelf, distribution
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +17,16 @@ def kernel() -> Path:
         return Shelf(cache_root(), lambda what, percent: None, lambda line: None).kernel().path
     except HostError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def generic() -> Path:
+    """A cache folder that has Debian's generic kernel, fetched once: its cloud kernels have no 9p."""
+    if distribution()[0] != "debian":
+        pytest.skip("needs Debian, whose generic kernel is fetched")
+    folder = cache_root() / "tests" / "generic"
+    try:
+        Shelf(folder / "cardcage", lambda what, percent: None, lambda line: None, ("linux-image-amd64",)).kernel()
+    except HostError as error:
+        pytest.skip(str(error))
+    return folder

@@ -7,9 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cardcage.errors import HostError
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf, distribution
 from installed import PROGRAM
 
 SCRIPT = r"""
@@ -28,22 +25,9 @@ dmesg -r | grep -E '^<[0-4]>'; :
 DEVICES = ("virtio-rng", "virtio-balloon", "virtio-console,char=null")
 
 
-@pytest.fixture(scope="module")
-def cache() -> Path:
-    """A cache folder that has the generic kernel, fetched once; the test is skipped where it cannot be had."""
-    if distribution()[0] != "debian":
-        pytest.skip("needs Debian, whose generic kernel is fetched")
-    folder = cache_root() / "tests" / "generic"
-    try:
-        Shelf(folder / "cardcage", lambda what, percent: None, lambda line: None, ("linux-image-amd64",)).kernel()
-    except HostError as error:
-        pytest.skip(str(error))
-    return folder
-
-
 @pytest.mark.once
 @pytest.mark.timeout(600)
-def test_linux_uses_a_directory_by_9p(cache: Path, tmp_path: Path) -> None:
+def test_linux_uses_a_directory_by_9p(generic: Path, tmp_path: Path) -> None:
     """Linux's 9p reads, writes, renames and lists; nothing leads out of the directory, not even what the host swaps
     under it; and with every device plugged in the generic kernel warns of nothing.
     """
@@ -61,7 +45,7 @@ def test_linux_uses_a_directory_by_9p(cache: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "boot", "--accel", "tcg", "--timeout", "300", "--share", f"{share},type=9p", "--net", "null"]
     command += ["--vsock", f"5,uds={tmp_path}/v", "--drive", f"{disk},format=raw"]
     command += [word for one in DEVICES for word in ("--device", one)]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(generic)}
     pipe = subprocess.PIPE
     with subprocess.Popen([*command, "--exec", SCRIPT], env=environment, stdout=pipe, stderr=pipe, text=True) as guest:
         lines = []

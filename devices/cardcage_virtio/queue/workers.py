@@ -7,6 +7,7 @@ wait, each worker takes a request at a time and wakes the next for the rest.
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from queue import SimpleQueue
 from threading import Condition, Lock, Thread
@@ -34,6 +35,13 @@ LINGER = 0.0005
 longer had to wait for the host."""
 SLOW, SHARED = 3, 32
 """After so many requests in a row that had to wait, workers share the next so many."""
+
+OTHERS = signal.valid_signals() - {
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS, signal.SIGABRT)
+}
+"""Signals that are not for a worker: a handler of the program would break off its system calls (EINTR for the guest),
+and SIGXFSZ and SIGPIPE, which the kernel sends to the thread that writes, would end a program that has them as the
+system has them by default."""
 
 
 class Workers:
@@ -145,6 +153,7 @@ class Workers:
         self._threads = []
 
     def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, OTHERS)
         while (index := self._wake.get()) is not None:
             with self._idle:
                 self._scheduled[index] = False

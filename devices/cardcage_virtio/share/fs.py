@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import struct
 from struct import Struct
 from threading import Lock
@@ -28,8 +27,8 @@ from cardcage_virtio.share.fs_files import MOST, Files
 from cardcage_virtio.share.fs_names import Names
 from cardcage_virtio.share.fuse import IN_HEADER, IO, OUT_HEADER, Args, Op, part
 from cardcage_virtio.share.fuse_tree import ROOT, Handle, Inode, Tree, WaitsError
-from cardcage_virtio.share.hostcalls import is_local
-from cardcage_virtio.share.p9_tree import Listings, Node, share_needs
+from cardcage_virtio.share.hostcalls import is_local, most_files
+from cardcage_virtio.share.p9_tree import Listings, guests_errno, share_needs, shared_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +46,19 @@ U64, U64_U32X2, U64_U32X4 = Struct("<Q"), Struct("<QII"), Struct("<QIIQ")
 VALID = {"never": 0, "auto": 1, "always": 86400}
 GIVING_UP = frozenset((Op.RELEASE, Op.RELEASEDIR, Op.DESTROY))  # served also while security bars the share
 CHANGING = frozenset(
-    {Op.SETATTR, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK, Op.CREATE}
+    {
+        Op.SETATTR,
+        Op.SYMLINK,
+        Op.MKNOD,
+        Op.MKDIR,
+        Op.UNLINK,
+        Op.RMDIR,
+        Op.RENAME,
+        Op.RENAME2,
+        Op.LINK,
+        Op.CREATE,
+        Op.TMPFILE,
+    }
     | {Op.WRITE, Op.COPY_FILE_RANGE, Op.FALLOCATE, Op.SETXATTR, Op.REMOVEXATTR}
 )
 QUICK = frozenset({Op.LOOKUP, Op.GETATTR, Op.OPEN, Op.READ, Op.FLUSH, Op.RELEASE})
@@ -91,12 +102,11 @@ class Fs:
         self.options = options
         if len(options.tag.encode()) > 36:
             raise ConfigError(f"tag {options.tag}: expected at most 36 bytes of UTF-8", key="tag")
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.tree: Tree
         self._barred, self._serving = False, Lock()
         self.handles: dict[int, Handle] = {}
         self._listings = Listings()
-        self._most_handles = limit // 4
+        self._most_handles = 0
         self._names: Names
         self._files: Files
         self._calls: dict[int, Callable[[Inode, Args], bytes]] = {}
@@ -109,10 +119,8 @@ class Fs:
 
         readonly = self.options.readonly
         slot.host.ask("image", path, ("open", "read", *changes), bar(True), bar(False), readonly=readonly)
-        try:
-            self.tree = Tree(Node.root(path), self._most_handles)
-        except OSError as error:
-            raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
+        self._most_handles = most_files() // 4
+        self.tree = Tree(shared_root(path), self._most_handles)
         self._names = Names(self.tree, self.handles, VALID[self.options.cache])
         self._files = Files(
             self._names, self.handles, self._listings, most=self._most_handles, readonly=self.options.readonly
@@ -167,6 +175,7 @@ class Fs:
             Op.OPEN: lambda inode, args: files.open(inode, args.take(U32X2)[0]),
             Op.OPENDIR: lambda inode, args: files.open(inode, os.O_RDONLY | os.O_DIRECTORY),
             Op.CREATE: files.create,
+            Op.TMPFILE: files.temporary,
             Op.RELEASE: files.release,
             Op.RELEASEDIR: files.release,
             Op.FLUSH: lambda inode, args: b"",  # writes are with the host's kernel when they are answered
@@ -176,10 +185,10 @@ class Fs:
             Op.LSEEK: files.lseek,
             Op.COPY_FILE_RANGE: files.copy,
             Op.FALLOCATE: files.fallocate,
-            Op.GETXATTR: lambda inode, args: fs_xattr.get(tree.node(inode), args),
-            Op.LISTXATTR: lambda inode, args: fs_xattr.listing(tree.node(inode), args),
-            Op.SETXATTR: lambda inode, args: fs_xattr.set_(tree.node(inode), args),
-            Op.REMOVEXATTR: lambda inode, args: fs_xattr.remove(tree.node(inode), args),
+            Op.GETXATTR: lambda inode, args: fs_xattr.fuse_get(tree.node(inode), args),
+            Op.LISTXATTR: lambda inode, args: fs_xattr.fuse_list(tree.node(inode), args),
+            Op.SETXATTR: lambda inode, args: fs_xattr.fuse_set(tree.node(inode), args),
+            Op.REMOVEXATTR: lambda inode, args: fs_xattr.fuse_remove(tree.node(inode), args),
         }
 
     def _process(self, request: Request) -> int:
@@ -229,11 +238,11 @@ class Fs:
             if opcode == Op.WRITE:
                 answer = self._files.write(request, head)
             else:
-                self._names.user, self._names.group = user, group
+                self._names.owner = user, group
                 room = request.writable_size - OUT_HEADER.size
                 answer = self._call(opcode, number, Args(request.read()[IN_HEADER.size :]), room)
         except OSError as error:
-            code, answer = error.errno or errno.EIO, b""
+            code, answer = guests_errno(error), b""
         except (ValueError, OverflowError):  # a field that no system call takes, such as an offset of 2**64 - 1
             code, answer = errno.EINVAL, b""
         if OUT_HEADER.size + len(answer) > request.writable_size:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from cardcage_virtio.share import fuse
+from cardcage_virtio.share import fuse, making
 from cardcage_virtio.share.fuse import IO, OUT_HEADER, Args, io_of, part
 from cardcage_virtio.share.fuse_tree import Handle, Inode, WaitsError
 from cardcage_virtio.share.hostcalls import fallocate
-from cardcage_virtio.share.p9_tree import Listings
+from cardcage_virtio.share.p9_tree import Listings, Node
 
 if TYPE_CHECKING:
     from cardcage_virtio.queue.request import Request
@@ -26,6 +25,7 @@ U32, U32X2, U32X4 = Struct("<I"), Struct("<II"), Struct("<IIII")
 U64, U64_U32X2, U64_U32X4 = Struct("<Q"), Struct("<QII"), Struct("<QIIQ")
 GETATTR, LSEEK, FALLOCATE = Struct("<IIQ"), Struct("<QQII"), Struct("<QQQII")
 COPY = Struct("<QQQQQQQ")
+LASTING = ~(os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_TMPFILE | os.O_APPEND)
 OPENED = Struct("<QII")
 QUICK_READ = 128 << 10
 
@@ -47,10 +47,11 @@ class Files:
         """An open file. Raises OSError EBADF when there is none."""
         return opened(self.tree, self.handles, number)
 
-    def _keep(self, handle: Handle) -> bytes:
+    def _check_room(self) -> None:
         if len(self.handles) >= self._most:
-            os.close(handle.fd)
-            raise OSError(errno.EMFILE, "too many open files")
+            raise OSError(errno.ENFILE, "too many open files")
+
+    def _keep(self, handle: Handle) -> bytes:
         number, self._next_handle = self._next_handle, self._next_handle + 1
         self.handles[number] = handle
         return OPENED.pack(number, 0, 0)
@@ -61,20 +62,36 @@ class Files:
         node = self.tree.node(inode)
         if self.tree.quick and flags & (os.O_ACCMODE | os.O_TRUNC):
             raise WaitsError
-        fd = node.open(flags)
-        return self._keep(Handle(inode, fd, flags & ~os.O_TRUNC))
+        self._check_room()
+        try:
+            fd = node.open(flags & ~os.O_APPEND)  # each write says whether it appends
+        except PermissionError:
+            if not flags & os.O_APPEND:
+                raise
+            fd = node.open(flags)  # a file that can only be appended to
+        return self._keep(Handle(inode, fd, flags & LASTING))
 
     def create(self, parent: Inode, args: Args) -> bytes:
         flags, mode, _, _ = args.take(U32X4)
         name = args.name()
-        node, fd = self.tree.node(parent).create(name, flags, mode)
+        self._check_room()
+        made = making.create(self.tree.node(parent), name, flags & ~os.O_APPEND, mode, self._names.owner)
+        return self._made(parent, name, flags, *made)
+
+    def temporary(self, parent: Inode, args: Args) -> bytes:
+        flags, mode, _, _ = args.take(U32X4)
+        self._check_room()
+        made = making.temporary(self.tree.node(parent), flags & ~os.O_APPEND, mode, self._names.owner)
+        return self._made(parent, b"", flags, *made)
+
+    def _made(self, parent: Inode, name: bytes, flags: int, node: Node, fd: int) -> bytes:
         try:
-            entry = self._names.entry(self._names.made(parent, name, node))
+            inode = self.tree.adopt(parent, name, node)
+            entry = self._names.entry(inode)
         except OSError:
             os.close(fd)
             raise
-        inode = self.tree.inode(struct.unpack_from("<Q", entry)[0])
-        return entry + self._keep(Handle(inode, fd, flags & ~(os.O_TRUNC | os.O_CREAT | os.O_EXCL)))
+        return entry + self._keep(Handle(inode, fd, flags & LASTING))
 
     def release(self, inode: Inode, args: Args) -> bytes:
         number = args.take(U64_U32X4)[0]
@@ -108,11 +125,13 @@ class Files:
         return got
 
     def write(self, request: Request, head: bytes) -> bytes:
-        number, offset, size, *_ = io_of(head)
+        number, offset, size, _, _, flags, _ = io_of(head)
         if size > request.readable_size - len(head):
             raise OSError(errno.EINVAL, "message cut short")
         views = part(request.readable, len(head), size)
-        return U32X2.pack(os.pwritev(self.handle(number).fd, views, offset) if views else 0, 0)
+        how = os.RWF_APPEND if flags & os.O_APPEND else 0
+        how |= os.RWF_SYNC if flags & os.O_SYNC == os.O_SYNC else os.RWF_DSYNC if flags & os.O_DSYNC else 0
+        return U32X2.pack(os.pwritev(self.handle(number).fd, views, offset, how) if views else 0, 0)
 
     def lseek(self, inode: Inode, args: Args) -> bytes:
         number, offset, whence, _ = args.take(LSEEK)

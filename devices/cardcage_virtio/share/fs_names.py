@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 from struct import Struct
-from typing import TYPE_CHECKING
 
-from cardcage_virtio.share import fuse
+from cardcage_virtio.share import fuse, making
 from cardcage_virtio.share.fuse import Args, Set
 from cardcage_virtio.share.fuse_tree import Handle, Inode, Tree, WaitsError
 from cardcage_virtio.share.hostcalls import NOW, OMIT, RENAME_EXCHANGE
 from cardcage_virtio.share.p9_tree import Node
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Names", "opened"]
 
@@ -34,12 +29,12 @@ class Names:
         handles: open files, by number. valid: seconds that the guest may believe an answer.
 
     Attributes:
-        user: who asks. group: the same.
+        owner: user and group who ask, and are given what is made.
     """
 
     def __init__(self, tree: Tree, handles: dict[int, Handle], valid: int) -> None:
         self.tree, self._handles, self._valid = tree, handles, valid
-        self.user = self.group = 0
+        self.owner = (0, 0)
 
     def attributes(self, inode: Inode) -> bytes:
         return struct.pack("<QII", self._valid, 0, 0) + fuse.attributes(self.tree.node(inode).stat())
@@ -56,24 +51,21 @@ class Names:
         found = fuse.attributes(self.tree.node(inode).stat())
         return fuse.ENTRY.pack(inode.number, 0, self._valid, self._valid, 0, 0) + found
 
-    def made(self, parent: Inode, name: bytes, node: Node) -> Inode:
-        """Give a new file to the user who asked, where the host lets it."""
-        if os.geteuid() == 0 and not stat.S_ISLNK(node.stat().st_mode):
-            set_group = self.tree.node(parent).stat().st_mode & stat.S_ISGID
-            node.chown(self.user, -1 if set_group else self.group)
-        return self.tree.adopt(parent, name, node)
-
     def symlink(self, parent: Inode, args: Args) -> bytes:
         name, target = args.name(), args.name()
-        return self.entry(self.made(parent, name, self.tree.node(parent).symlink(name, target)))
+        return self._made(parent, name, making.symlink(self.tree.node(parent), name, target, self.owner))
 
     def mknod(self, parent: Inode, args: Args) -> bytes:
-        mode, name = args.take(U32X4)[0], args.name()
-        return self.entry(self.made(parent, name, self.tree.node(parent).mknod(name, mode)))
+        mode, device, _, _ = args.take(U32X4)
+        name = args.name()
+        return self._made(parent, name, making.mknod(self.tree.node(parent), name, mode, device, self.owner))
 
     def mkdir(self, parent: Inode, args: Args) -> bytes:
         mode, name = args.take(U32X2)[0], args.name()
-        return self.entry(self.made(parent, name, self.tree.node(parent).mkdir(name, mode)))
+        return self._made(parent, name, making.mkdir(self.tree.node(parent), name, mode, self.owner))
+
+    def _made(self, parent: Inode, name: bytes, node: Node) -> bytes:
+        return self.entry(self.tree.adopt(parent, name, node))
 
     def unlink(self, parent: Inode, args: Args, *, directory: bool) -> bytes:
         self.tree.node(parent).unlink(args.name(), directory=directory)

@@ -78,6 +78,7 @@ class Op(IntEnum):
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
+    TMPFILE = 51
 
 
 class Init:

@@ -6,7 +6,6 @@ Linux: ``mount -t 9p -o trans=virtio,version=9p2000.L TAG /mnt``.
 from __future__ import annotations
 
 import errno
-import resource
 import stat
 import struct
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,15 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field, frozen
 from attrs.validators import max_len, min_len
 from cardcage.config import HostPath
-from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
+from cardcage_virtio.share.hostcalls import most_files
+from cardcage_virtio.share.making import NOBODY
 from cardcage_virtio.share.p9_files import HEAD, READ, Fid, Files
 from cardcage_virtio.share.p9_names import Names
-from cardcage_virtio.share.p9_tree import Listings, Node, share_needs
+from cardcage_virtio.share.p9_tree import Listings, Node, guests_errno, share_needs, shared_root
 from cardcage_virtio.share.p9_wire import Message, text
+from cardcage_virtio.share.p9_xattr import Attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,11 +58,17 @@ class P9Options:
 
 @define
 class P9State:
-    """Open fids as ``(fid, names from the root, open flags or -1)``; what is gone on load is gone for the guest."""
+    """Open fids as ``(fid, names from the root, open flags or -1)``; what is gone on load is gone for the guest.
+
+    Attributes:
+        users: of fids, where known. attributes: (fid, name, flags, size, data, being written) of extended ones.
+    """
 
     version: ClassVar[int] = 1
     msize: int = MSIZE_MIN
     fids: list[tuple[int, list[bytes], int]] = field(factory=list)
+    users: list[tuple[int, int]] = field(factory=list)
+    attributes: list[tuple[int, bytes, int, int, bytes, bool]] = field(factory=list)
 
 
 class P9:
@@ -77,9 +84,10 @@ class P9:
         self.root: Node
         self.fids: dict[int, Fid] = {}
         self._listings = Listings()
-        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # open files, and as many nodes
+        self._most = 0  # open files, and as many nodes
         self._msize = MSIZE_MIN
         self._files, names = Files(self._fid, self._listings, options.readonly), Names(self._fid)
+        self._attributes = Attributes(self._fid)
         self._calls: dict[int, Callable[[Message], bytes]] = {
             8: names.statfs,
             12: self._files.lopen,
@@ -90,6 +98,8 @@ class P9:
             22: names.readlink,
             24: names.getattr,
             26: names.setattr,
+            30: self._attribute_walk,
+            32: self._attributes.create,
             40: self._files.readdir,
             50: self._files.fsync,
             52: self._files.lock,
@@ -106,7 +116,7 @@ class P9:
             120: self._clunk,
             122: self._remove,
         }
-        self._changing = {14, 16, 18, 20, 26, 70, 72, 74, 76, 118, 122}
+        self._changing = {14, 16, 18, 20, 26, 32, 70, 72, 74, 76, 118, 122}
 
     def plug(self, slot: Slot) -> None:
         self._slot, path, changes = slot, self.options.path, () if self.options.readonly else ("write", "create")
@@ -116,10 +126,8 @@ class P9:
 
         readonly = self.options.readonly
         slot.host.ask("image", path, ("open", "read", *changes), bar(True), bar(False), readonly=readonly)
-        try:
-            self.root = Node.root(path, self._most)
-        except OSError as error:
-            raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
+        self._most = most_files() // 4
+        self.root = shared_root(path, self._most)
 
     def plug_virtio(self, io: Virtio) -> None:
         self._workers = Workers(io, self._process, 1, self._slot.id)
@@ -174,7 +182,7 @@ class P9:
             answer = call(message)
             kind += 1
         except OSError as error:
-            answer, kind = struct.pack("<I", error.errno or errno.EIO), ERROR
+            answer, kind = struct.pack("<I", guests_errno(error)), ERROR
         except (ValueError, OverflowError, struct.error):  # a field no call takes, such as a size of 2**64 - 1
             answer, kind = struct.pack("<I", errno.EINVAL), ERROR
         if HEAD + len(answer) > request.writable_size:
@@ -191,7 +199,7 @@ class P9:
         if number == NO_FID or number in self.fids:
             raise OSError(errno.EBADF, "fid in use")
         if len(self.fids) >= self._most:
-            raise OSError(errno.EMFILE, "too many fids")
+            raise OSError(errno.ENFILE, "too many fids")
         self.fids[number] = fid
 
     def _version(self, message: Message) -> bytes:
@@ -201,9 +209,16 @@ class P9:
         return struct.pack("<I", min(size, self._msize)) + text(VERSION if version == VERSION else b"unknown")
 
     def _attach(self, message: Message) -> bytes:
-        number = message.number(4)
-        self._keep(number, Fid(self.root))
+        number, _, _, _ = message.number(4), message.number(4), message.text(), message.text()
+        self._keep(number, Fid(self.root, message.number(4)))
         return self.root.qid()
+
+    def _attribute_walk(self, message: Message) -> bytes:
+        fid, number, name = self._fid(message), message.number(4), message.text()
+        found = Fid(fid.node, fid.user)
+        found.attribute = self._attributes.read(fid.node, name)
+        self._keep(number, found)
+        return struct.pack("<Q", len(found.attribute.data))
 
     def _walk(self, message: Message) -> bytes:
         start, number = message.number(4), message.number(4)
@@ -227,7 +242,7 @@ class P9:
                 fid.close()
                 fid.node = node
             else:
-                self._keep(number, Fid(node))
+                self._keep(number, Fid(node, fid.user))
         return struct.pack("<H", len(qids)) + b"".join(qids)
 
     def _clunk(self, message: Message) -> bytes:
@@ -236,6 +251,10 @@ class P9:
         if fid is None:
             raise OSError(errno.EBADF, "no such fid")
         fid.close()
+        if fid.attribute is not None:
+            if self._barred and fid.attribute.writing:
+                raise OSError(errno.EACCES, "revoked by the security policy")
+            fid.attribute.end(fid.node)
         return b""
 
     def _remove(self, message: Message) -> bytes:
@@ -249,17 +268,22 @@ class P9:
 
     def save(self) -> P9State:
         rows = [(number, list(fid.node.path), fid.flags if fid.fd >= 0 else -1) for number, fid in self.fids.items()]
-        return P9State(self._msize, rows)
+        users = [(number, fid.user) for number, fid in self.fids.items() if fid.user != NOBODY]
+        attributes = [(number, *fid.attribute.row()) for number, fid in self.fids.items() if fid.attribute is not None]
+        return P9State(self._msize, rows, users, attributes)
 
     def load(self, state: P9State) -> None:
         self.stop()
-        self._msize = state.msize
+        self._msize, users = state.msize, dict(state.users)
+        attributes = {number: row for number, *row in state.attributes}
         for number, names, flags in state.fids:
             node: Any = self.root
             try:
                 for name in names:
                     node = node.walk(name)
-                fid = Fid(node)
+                fid = Fid(node, users.get(number, NOBODY))
+                if number in attributes:
+                    fid.attribute = self._attributes.restore(attributes[number])
                 if flags >= 0:
                     fid.opened(node.open(flags), flags)
             except OSError as error:

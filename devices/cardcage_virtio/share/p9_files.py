@@ -7,6 +7,8 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
+from cardcage_virtio.share import making
+from cardcage_virtio.share.making import NOBODY
 from cardcage_virtio.share.p9_tree import Listings, Node
 from cardcage_virtio.share.p9_wire import Message, text
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cardcage_virtio.queue.request import Request
+    from cardcage_virtio.share.p9_xattr import Attribute
 
 __all__ = ["Fid", "Files"]
 
@@ -21,12 +24,17 @@ HEAD, READ = 7, 116
 
 
 class Fid:
-    """The guest's holding by number: a node, and a descriptor once opened."""
+    """The guest's holding by number: a node, and a descriptor once opened.
 
-    __slots__ = ("__weakref__", "fd", "flags", "node")
+    Attributes:
+        user: who attached, and is given what is made. attribute: an extended one, which is read or written instead.
+    """
 
-    def __init__(self, node: Node) -> None:
-        self.node, self.fd, self.flags = node, -1, -1
+    __slots__ = ("__weakref__", "attribute", "fd", "flags", "node", "user")
+
+    def __init__(self, node: Node, user: int = NOBODY) -> None:
+        self.node, self.fd, self.flags, self.user = node, -1, -1, user
+        self.attribute: Attribute | None = None
 
     def opened(self, fd: int, flags: int) -> None:
         self.close()
@@ -58,12 +66,14 @@ class Files:
 
     def lcreate(self, message: Message) -> bytes:
         fid, name, flags, mode = self._fid(message), message.text(), message.number(4), message.number(4)
-        fid.node, fd = fid.node.create(name, flags, mode)
+        fid.node, fd = making.create(fid.node, name, flags, mode, (fid.user, message.number(4)))
         fid.opened(fd, flags)
         return fid.node.qid() + bytes(4)
 
     def write(self, message: Message) -> bytes:
         fid, offset, count = self._fid(message), message.number(8), message.number(4)
+        if fid.attribute is not None:
+            return struct.pack("<I", fid.attribute.write(offset, message.take(count)))
         if fid.fd < 0:
             raise OSError(errno.EBADF, "not open")
         return struct.pack("<I", os.pwrite(fid.fd, message.take(count), offset))
@@ -102,6 +112,9 @@ class Files:
         fid, offset, count = self._fid(message), message.number(8), message.number(4)
         head = HEAD + 4
         count = min(count, room - head)
+        if fid.attribute is not None and count >= 0:
+            data = fid.attribute.read(offset, count)
+            return request.write(struct.pack("<IBHI", head + len(data), READ + 1, tag, len(data)) + data)
         if fid.fd < 0 or count < 0:
             raise OSError(errno.EBADF, "not open")
         views: list[memoryview] = []

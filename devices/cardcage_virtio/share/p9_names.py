@@ -6,6 +6,7 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
+from cardcage_virtio.share import making
 from cardcage_virtio.share.hostcalls import NOW, OMIT
 from cardcage_virtio.share.p9_tree import Node
 from cardcage_virtio.share.p9_wire import Message, text
@@ -31,13 +32,17 @@ class Names:
         self._fid = fid
 
     def symlink(self, message: Message) -> bytes:
-        return self._fid(message).node.symlink(message.text(), message.text()).qid()
+        fid, name, target = self._fid(message), message.text(), message.text()
+        return making.symlink(fid.node, name, target, (fid.user, message.number(4))).qid()
 
     def mknod(self, message: Message) -> bytes:
-        return self._fid(message).node.mknod(message.text(), message.number(4)).qid()
+        fid, name, mode = self._fid(message), message.text(), message.number(4)
+        device = message.number(4) << 32 | message.number(4)  # not as the host would write it: only 0:0 is made
+        return making.mknod(fid.node, name, mode, device, (fid.user, message.number(4))).qid()
 
     def mkdir(self, message: Message) -> bytes:
-        return self._fid(message).node.mkdir(message.text(), message.number(4)).qid()
+        fid, name, mode = self._fid(message), message.text(), message.number(4)
+        return making.mkdir(fid.node, name, mode, (fid.user, message.number(4))).qid()
 
     def link(self, message: Message) -> bytes:
         directory = self._fid(message)
@@ -99,7 +104,8 @@ class Names:
         )
 
     def setattr(self, message: Message) -> bytes:
-        node = self._fid(message).node
+        fid = self._fid(message)
+        node = fid.node
         valid, mode, user, group = (message.number(4) for _ in range(4))
         size, accessed, accessed_ns, modified, modified_ns = (message.number(8) for _ in range(5))
         if valid & S_MODE:
@@ -107,7 +113,10 @@ class Names:
         if valid & (S_UID | S_GID):
             node.chown(user if valid & S_UID else -1, group if valid & S_GID else -1)
         if valid & S_SIZE:
-            node.truncate(size)
+            if fid.fd >= 0 and fid.flags & os.O_ACCMODE:
+                os.ftruncate(fid.fd, size)
+            else:
+                node.truncate(size)
         if valid & (S_ATIME | S_MTIME):
             node.utime(
                 when(valid & S_ATIME, valid & S_ATIME_SET, accessed, accessed_ns),

@@ -14,6 +14,7 @@ from struct import pack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
 from cardcage_virtio.share import hostcalls
@@ -21,12 +22,12 @@ from cardcage_virtio.share import hostcalls
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Listings", "Node", "check_name", "names_of"]
+__all__ = ["MODE", "OPEN_FLAGS", "Listings", "Node", "check_name", "guests_errno", "names_of", "shared_root"]
 
 O_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_DIRECTORY
 MODE = 0o1777
-"""Permission bits that a guest may set: no set-user-id on the host."""
+"""Permission bits that a guest may set: no set-user-id on the host, and set-group-id of directories alone."""
 DEPTH_MAX = 4096
 """Names of a path that are kept: a guest may nest directories without end."""
 
@@ -87,15 +88,16 @@ class Node:
         tally = None if most is None else Tally(most)
         return cls(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), tally=tally)
 
-    def _room(self) -> None:
+    def check_room(self) -> None:
+        """Raises OSError ENFILE where no more may be held."""
         if self._tally is not None and self._tally.held >= self._tally.most:
-            raise OSError(errno.EMFILE, "too many files")
+            raise OSError(errno.ENFILE, "too many files")
 
     def walk(self, name: bytes) -> Node:
-        """The entry *name*; ``..`` ends at the root. Raises OSError, EMFILE when too many are held."""
+        """The entry *name*; ``..`` ends at the root. Raises OSError, ENFILE when too many are held."""
         if name == b"..":
             return self.parent or self
-        self._room()
+        self.check_room()
         return Node(os.open(check_name(name), O_PATH, dir_fd=self.fd), self, name)
 
     @property
@@ -122,45 +124,15 @@ class Node:
             raise OSError(errno.ELOOP if stat.S_ISLNK(mode) else errno.EOPNOTSUPP, "not a file or directory")
         return os.open(self.proc, flags & OPEN_FLAGS | os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def create(self, name: bytes, flags: int, mode: int) -> tuple[Node, int]:
-        """Make (or open, unless ``O_EXCL``) a file; returns it and a descriptor."""
-        flags = flags & (OPEN_FLAGS | os.O_EXCL) | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        self._room()
-        fd = os.open(check_name(name), flags, mode & MODE, dir_fd=self.fd)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EOPNOTSUPP, "not a file")
-            return Node(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC), self, name), fd
-        except OSError:
-            os.close(fd)
-            raise
-
-    def mkdir(self, name: bytes, mode: int) -> Node:
-        os.mkdir(check_name(name), mode & MODE, dir_fd=self.fd)
-        return self.walk(name)
-
-    def symlink(self, name: bytes, target: bytes) -> Node:
-        os.symlink(target, check_name(name), dir_fd=self.fd)
-        return self.walk(name)
-
-    def mknod(self, name: bytes, mode: int) -> Node:
-        """Regular files, FIFOs and sockets; no devices."""
-        if stat.S_IFMT(mode) not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK):
-            raise OSError(errno.EPERM, "no device nodes")
-        os.mknod(check_name(name), stat.S_IFMT(mode) | mode & MODE, dir_fd=self.fd)
-        return self.walk(name)
-
     def link(self, node: Node, name: bytes) -> None:
-        """Another name for *node*."""
-        if stat.S_ISLNK(node.stat().st_mode):
-            raise OSError(errno.EPERM, "no hard links to links")
+        """Another name for *node*: by a path that leads to it alone, a symbolic link itself too."""
         os.link(node.proc, check_name(name), dst_dir_fd=self.fd, follow_symlinks=True)
 
     def unlink(self, name: bytes, *, directory: bool) -> None:
         (os.rmdir if directory else os.unlink)(check_name(name), dir_fd=self.fd)
 
     def rename(self, name: bytes, to: Node, new_name: bytes, flags: int = 0) -> None:
-        """*flags* are renameat2(2)'s ``RENAME_NOREPLACE`` or ``RENAME_EXCHANGE``."""
+        """*flags* are renameat2(2)'s."""
         hostcalls.rename(self.fd, check_name(name), to.fd, check_name(new_name), flags)
 
     def place(self) -> tuple[Node, bytes]:
@@ -175,23 +147,21 @@ class Node:
     def readlink(self) -> bytes:
         return os.readlink(b"", dir_fd=self.fd)
 
-    # attributes
-
-    def _not_link(self) -> None:
-        if stat.S_ISLNK(self.stat().st_mode):
-            raise OSError(errno.EOPNOTSUPP, "a link")
+    # attributes: of a symbolic link its own, for /proc/self/fd leads to the link and no further
 
     def chmod(self, mode: int) -> None:
-        self._not_link()
-        os.chmod(self.proc, mode & MODE)
+        found = self.stat().st_mode
+        if stat.S_ISLNK(found):  # older kernels change it
+            raise OSError(errno.EOPNOTSUPP, "a link")
+        os.chmod(self.proc, mode & (MODE | stat.S_ISGID if stat.S_ISDIR(found) else MODE))
 
     def chown(self, user: int, group: int) -> None:
-        """Change the owner where the host allows it; where it does not, ownership stays as it is."""
-        self._not_link()
+        """Change the owner where the host allows it and has it; where it does not, ownership stays as it is."""
         try:
             os.chown(self.proc, user, group)
-        except PermissionError:
-            return
+        except OSError as error:  # EINVAL: a user that this process's user namespace has not
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):
+                raise
 
     def truncate(self, size: int) -> None:
         if not stat.S_ISREG(self.stat().st_mode):
@@ -200,7 +170,6 @@ class Node:
 
     def utime(self, accessed: tuple[int, int], modified: tuple[int, int]) -> None:
         """Set times, as :func:`cardcage_virtio.share.hostcalls.set_times`."""
-        self._not_link()
         hostcalls.set_times(self.proc, accessed, modified)
 
     def entries(self, fd: int) -> list[tuple[bytes, bytes, int]]:
@@ -208,14 +177,25 @@ class Node:
         parent = self.parent or self
         found = [(b".", self.qid(), 4), (b"..", parent.qid(), 4)]
         device = self.stat().st_dev
-        with os.scandir(fd) as listing:
-            for entry in listing:
-                kind = 10 if entry.is_symlink() else 4 if entry.is_dir(follow_symlinks=False) else 0
-                kind = kind or (8 if entry.is_file(follow_symlinks=False) else 0)  # 0 unknown: FIFOs and sockets
-                number = entry.inode() ^ device << 40 & (1 << 64) - 1
-                qid = pack("<BIQ", {10: 2, 4: 0x80}.get(kind, 0), 0, number)
-                found.append((os.fsencode(entry.name), qid, kind))
+        for name, inode, kind in hostcalls.entries(fd):
+            number = inode ^ device << 40 & (1 << 64) - 1
+            found.append((name, pack("<BIQ", {10: 2, 4: 0x80}.get(kind, 0), 0, number), kind))
         return found
+
+
+def shared_root(path: str, most: int | None = None) -> Node:
+    """As :meth:`Node.root`; raises ConfigError with the key ``path``."""
+    try:
+        return Node.root(path, most)
+    except OSError as error:
+        raise ConfigError(f"path {path}: {error.strerror}", key="path") from error
+    except ValueError as error:  # a NUL, or a letter that the locale cannot say
+        raise ConfigError(f"path {path!r}: {error}", key="path") from error
+
+
+def guests_errno(error: OSError) -> int:
+    """The error that the guest hears: that this process has no descriptor left is none of the guest's processes."""
+    return {None: errno.EIO, errno.EMFILE: errno.ENFILE}.get(error.errno, error.errno) or errno.EIO
 
 
 def names_of(at: Any) -> tuple[bytes, ...]:

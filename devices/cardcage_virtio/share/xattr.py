@@ -1,34 +1,71 @@
-"""Extended attributes of ``virtio-fs``: those that a user may set (``user.*``), of files and directories.
+"""Extended attributes, of both servers: ``user.*`` are those of the host's files, and others are kept under such names.
 
-Others mean something to the host (``security.*``, ``trusted.*``, ``system.*``): the guest neither sees nor sets them,
-and hears EOPNOTSUPP.
+``trusted.*`` and ``security.*`` mean something to the host's kernel, and only root may set them. The guest's own (of
+overlayfs, of setcap) are kept beside: ``trusted.x`` as ``user.virtiofs.trusted.x``, as virtiofsd's ``xattrmap`` would
+have it. The host's are neither seen nor set, and no user of the guest can get at those kept by another name.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 from struct import Struct
 from typing import TYPE_CHECKING
+
+from cardcage_virtio.share import hostcalls
 
 if TYPE_CHECKING:
     from cardcage_virtio.share.fuse import Args
     from cardcage_virtio.share.p9_tree import Node
 
-__all__ = ["get", "listing", "remove", "set_"]
+__all__ = ["VALUE_MAX", "fuse_get", "fuse_list", "fuse_remove", "fuse_set", "names", "remove", "set_", "value"]
 
 U32X2 = Struct("<II")
-PREFIX = b"user."
+VALUE_MAX = 1 << 16
+"""The longest value (``XATTR_SIZE_MAX``)."""
+OURS, KEPT = b"user.", b"user.virtiofs."
+GUESTS = (b"trusted.", b"security.")
 
 
-def _path(node: Node, name: bytes = PREFIX) -> str:
-    """Where the attribute *name* can be reached. Raises OSError for one that is not served."""
-    mode = node.stat().st_mode
-    if not name.startswith(PREFIX) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError(errno.EOPNOTSUPP, "only user.* of files and directories")
-    return node.proc
+def _on_host(name: bytes) -> bytes:
+    """The host's name for the guest's. Raises OSError for one that is not served."""
+    if name.startswith(GUESTS):
+        return KEPT + name
+    if not name.startswith(OURS):
+        raise OSError(errno.EOPNOTSUPP, "only user.*, trusted.* and security.*")
+    return name
+
+
+def names(node: Node) -> list[bytes]:
+    """The attributes that *node* has for the guest."""
+    found = hostcalls.list_attributes(node.proc)
+    kept = [name.removeprefix(KEPT) for name in found if name.startswith(tuple(KEPT + guest for guest in GUESTS))]
+    return [name for name in found if name.startswith(OURS) and not name.startswith(KEPT)] + kept
+
+
+def value(node: Node, name: bytes) -> bytes:
+    """Raises OSError, ENODATA where there is none."""
+    host = _on_host(name)
+    if name.startswith(KEPT):
+        raise OSError(errno.ENODATA, "kept by another name")
+    return os.getxattr(node.proc, host)
+
+
+def set_(node: Node, name: bytes, data: bytes, flags: int) -> None:
+    """*flags* as of setxattr(2). Raises OSError."""
+    host = _on_host(name)
+    if name.startswith(KEPT):
+        raise OSError(errno.EPERM, "kept by another name")
+    os.setxattr(node.proc, host, data, flags)
+
+
+def remove(node: Node, name: bytes) -> None:
+    """Raises OSError, ENODATA where there is none."""
+    host = _on_host(name)
+    if name.startswith(KEPT):
+        raise OSError(errno.ENODATA, "kept by another name")
+    os.removexattr(node.proc, host)
 
 
 def _sized(data: bytes, size: int) -> bytes:
@@ -40,36 +77,30 @@ def _sized(data: bytes, size: int) -> bytes:
     return data
 
 
-def get(node: Node, args: Args) -> bytes:
+def fuse_get(node: Node, args: Args) -> bytes:
     """FUSE_GETXATTR."""
     size, _ = args.take(U32X2)
-    name = args.name()
-    return _sized(os.getxattr(_path(node, name), name), size)
+    return _sized(value(node, args.name()), size)
 
 
-def listing(node: Node, args: Args) -> bytes:
-    """FUSE_LISTXATTR; other kinds of file have none."""
+def fuse_list(node: Node, args: Args) -> bytes:
+    """FUSE_LISTXATTR."""
     size, _ = args.take(U32X2)
-    mode = node.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        return _sized(b"", size)
-    names = [os.fsencode(name) for name in os.listxattr(node.proc)]
-    return _sized(b"".join(name + b"\0" for name in names if name.startswith(PREFIX)), size)
+    return _sized(b"".join(name + b"\0" for name in names(node)), size)
 
 
-def set_(node: Node, args: Args) -> bytes:
+def fuse_set(node: Node, args: Args) -> bytes:
     """FUSE_SETXATTR."""
     size, flags = args.take(U32X2)
     name = args.name()
-    value = args.rest()
-    if len(value) < size:
+    data = args.rest()
+    if len(data) < size:
         raise OSError(errno.EINVAL, "message cut short")
-    os.setxattr(_path(node, name), name, value[:size], flags)
+    set_(node, name, data[:size], flags)
     return b""
 
 
-def remove(node: Node, args: Args) -> bytes:
+def fuse_remove(node: Node, args: Args) -> bytes:
     """FUSE_REMOVEXATTR."""
-    name = args.name()
-    os.removexattr(_path(node, name), name)
+    remove(node, args.name())
     return b""
