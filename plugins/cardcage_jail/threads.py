@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import threading
 import time
 from struct import pack
@@ -20,21 +19,24 @@ from cardcage.errors import HostError
 
 __all__ = ["Code", "handle", "in_all_threads"]
 
-SIGNAL = signal.SIGRTMAX - 2
+SIGNAL = 33
+"""glibc's own, for the same purpose (SIGSETXID): its ``pthread_sigmask`` lets no thread block it, so a thread that
+blocks all signals is reached too. So does musl's."""
 PATIENCE = 5.0
 """Seconds that a thread may take to be interrupted."""
-SA_SIGINFO, SA_RESTART, SA_ONSTACK = 4, 0x10000000, 0x08000000
-TGKILL = 234
+SA_SIGINFO, SA_RESTART, SA_ONSTACK, SA_RESTORER = 4, 0x10000000, 0x08000000, 0x04000000
+RT_SIGACTION, TGKILL = 13, 234
+RETURN = b"\xb8\x0f\x00\x00\x00\x0f\x05"  # mov eax, __NR_rt_sigreturn; syscall
 
 
 class _SigAction(ctypes.Structure):
-    """``struct sigaction`` of glibc on x86-64."""
+    """``struct kernel_sigaction`` on x86-64: glibc's ``sigaction`` refuses the signals that are its own."""
 
     _fields_ = (
         ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_ulong * 16),
-        ("flags", ctypes.c_int),
+        ("flags", ctypes.c_ulong),
         ("restorer", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64),
     )
 
 
@@ -44,8 +46,10 @@ class Code:
     def __init__(self, code: bytes) -> None:
         self._map = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._map[: len(code)] = code
+        self._map[-len(RETURN) :] = RETURN
         export = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(export)
+        self.restorer = self.address + mmap.PAGESIZE - len(RETURN)
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mprotect(ctypes.c_void_p(self.address), ctypes.c_size_t(mmap.PAGESIZE), 5):
             raise HostError(f"jail: no page can be made executable: {os.strerror(ctypes.get_errno())}")
@@ -59,10 +63,17 @@ _codes: list[Code] = []
 
 def handle(signum: int, code: Code) -> Any:
     """Make *code* the handler of *signum*; return what undoes that."""
+    flags, before = SA_SIGINFO | SA_RESTART | SA_ONSTACK | SA_RESTORER, _SigAction()
+    _sigaction(signum, _SigAction(code.address, flags, code.restorer), before)
+    return lambda: _sigaction(signum, before, None)
+
+
+def _sigaction(signum: int, new: _SigAction, old: _SigAction | None) -> None:
+    """rt_sigaction(2). Raises HostError when the kernel refuses it."""
     libc = ctypes.CDLL(None, use_errno=True)
-    mine, before = _SigAction(handler=code.address, flags=SA_SIGINFO | SA_RESTART | SA_ONSTACK), _SigAction()
-    libc.sigaction(signum, ctypes.byref(mine), ctypes.byref(before))
-    return lambda: libc.sigaction(signum, ctypes.byref(before), None)
+    numbers = ctypes.c_long(RT_SIGACTION), ctypes.c_int(signum)
+    if libc.syscall(*numbers, ctypes.byref(new), old and ctypes.byref(old), ctypes.c_long(8)):
+        raise HostError(f"jail: signal {signum} cannot be handled: {os.strerror(ctypes.get_errno())}")
 
 
 def in_all_threads(calls: list[tuple[int, tuple[int, ...]]]) -> None:

@@ -264,6 +264,31 @@ def test_all_threads_are_in_the_jail_and_needs_are_met(tmp_path: Path) -> None:
     assert (first, second) == ("of the panel", "refused")
 
 
+DEAF = """
+import signal, threading
+from cardcage_jail.threads import in_all_threads
+
+def deaf():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ready.set()
+    done.wait()
+
+ready, done = threading.Event(), threading.Event()
+thread = threading.Thread(target=deaf)
+thread.start()
+ready.wait()
+in_all_threads([(157, (38, 1, 0, 0, 0))])  # prctl(PR_SET_NO_NEW_PRIVS)
+print("NoNewPrivs:\\t1" in open(f"/proc/self/task/{thread.native_id}/status").read())
+done.set()
+"""
+
+
+def test_a_thread_that_blocks_all_signals_is_reached() -> None:
+    """A thread that blocks every signal that it can, as one that serves a disk does, is in the jail too."""
+    ran = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
 def test_the_jail_can_be_left_off(tmp_path: Path) -> None:
     """With ``security.jail = "off"`` nothing is given up."""
     done = run_panel(tmp_path, "--set", "security.jail=off")
