@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import evolve, field, frozen
 from cardcage.config import HostPath, beside
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, UsageError
 from cardcage.security import CLASSES, HOST, OPERATOR, Act, Needs
 
 from cardcage_selinux.errors import ContextError
@@ -81,12 +81,18 @@ class Selinux:
         self.svirt = Svirt(self, options.labels, options.state)
 
     def _load(self) -> Policy:
-        policy = kept([DEFAULT if one == "default" else beside(one) for one in self.options.policy])
+        policy = kept(self._files())
         policy.require(CLASSES)
         for name in NAMED:
             if name not in policy.tables.sids:
                 raise ConfigError(f'the policy has no (sidcontext {name} ...), the label of the "{name}"')
-        return policy.with_booleans(self.options.booleans)
+        try:
+            return policy.with_booleans(self.options.booleans)
+        except UsageError as error:
+            raise ConfigError(str(error), key="booleans") from error
+
+    def _files(self) -> list[Path]:
+        return [DEFAULT if one == "default" else Path(beside(one)) for one in self.options.policy]
 
     def _write(self, line: str) -> None:
         if self._fd >= 0:
@@ -102,8 +108,7 @@ class Selinux:
 
     def needs(self) -> Needs:
         """The policy's files, which can be loaded again, and the records of labels."""
-        files = [str(DEFAULT) if one == "default" else os.path.abspath(one) for one in self.options.policy]
-        return evolve(self.svirt.needs(), read=tuple(files))
+        return evolve(self.svirt.needs(), read=tuple(os.path.abspath(one) for one in self._files()))
 
     def context(self, label: str) -> str:
         """The context of *label*: itself, or that of the policy's sid of this name. Raises ContextError."""
