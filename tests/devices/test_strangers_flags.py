@@ -165,6 +165,7 @@ def test_init_mounts_what_a_stranger_shares() -> None:
     from cardcage.host import Host
     from cardcage.registry import Registry
     from cardcage_boot.command import _shares
+    from cardcage_boot.report import Report
 
     class Card:
         @hookimpl
@@ -173,4 +174,4 @@ def test_init_mounts_what_a_stranger_shares() -> None:
 
     tags = {"acme-fs": "a", "virtio-fs": "b", "virtio-9p-mmio": "c", "virtio-blk": "d"}
     draft = Draft.of({"device": [{"type": name, "tag": tag} for name, tag in tags.items()]})
-    assert _shares(draft, Host([Card()])) == "9p:a virtiofs:b 9p:c"
+    assert _shares(draft, Host([Card()]), Report()) == "9p:a virtiofs:b 9p:c"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cardcage import Machine
 from cardcage.errors import ConfigError
+from cardcage.host import Host
 from cardcage_block.chain import Fence, find_below
 from cardcage_block.drive import Drive, open_image, parse_drive_flag
 from cardcage_block.make import Qcow2Shape, create_qcow2, create_raw, resize
@@ -234,7 +235,8 @@ def test_a_machine_with_a_hostile_image(folder: Path, security: str | None, tmp_
 
 def test_the_flag_and_toml_say_backing(folder: Path) -> None:
     """--drive takes `backing`, and a wrong one is an error that names it."""
-    assert parse_drive_flag("a.qcow2,backing=/srv")["device"][0]["drive"] == {"file": "a.qcow2", "backing": "/srv"}
+    device = parse_drive_flag("a.qcow2,backing=/srv", Host())["device"][0]
+    assert device["drive"] == {"file": "a.qcow2", "backing": "/srv"}
     drive = {"file": hostile(folder, "base"), "backing": 1}
     with pytest.raises(ConfigError, match=r"drive\.backing"):
         Machine(accel="tcg", memory="16M", devices=[{"type": "virtio-blk", "drive": drive}])

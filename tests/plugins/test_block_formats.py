@@ -18,6 +18,7 @@ import pytest
 from block_model import VolatileFile
 from cardcage import Machine
 from cardcage.errors import ConfigError
+from cardcage.host import Host
 from cardcage_block.drive import Drive, open_image, parse_drive_flag
 from cardcage_block.formats import probe
 from cardcage_block.make import create_qcow2, create_raw
@@ -92,7 +93,7 @@ def refused_everywhere(path: Path, form: str, capsys: pytest.CaptureFixture[str]
         lambda: tool("check", path),
         lambda: tool("check", path, "--repair", "all"),
         lambda: tool("create", folder / "over.qcow2", "-b", path),
-        lambda: Machine(accel="tcg", memory="16M", devices=parse_drive_flag(str(path))["device"]),
+        lambda: Machine(accel="tcg", memory="16M", devices=parse_drive_flag(str(path), Host())["device"]),
         lambda: Machine(accel="tcg", memory="16M", devices=[{"type": "virtio-blk", "drive": f"drive:{path}"}]),
     ]
     names = {"vpc": "VHD", "bzip2": "compressed with bzip2", "luks": "LUKS", "android-sparse": "Android"}
@@ -259,5 +260,5 @@ def test_names_that_are_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert tool("convert", over, tmp_path / "copy.raw") == 0
     checker = {"type": "selinux", "audit": str(tmp_path / "log"), "state": str(tmp_path / "state")}
     for fragments in ([], [{"security": {"checkers": [checker]}}]):
-        devices = parse_drive_flag(over)["device"]
+        devices = parse_drive_flag(over, Host())["device"]
         Machine(accel="tcg", memory="16M", devices=devices, fragments=fragments).close()

@@ -23,7 +23,7 @@ def machine(*devices: dict[str, Any]) -> Machine:
 
 def opened(vm: Machine) -> Any:
     """The image behind the machine's disk."""
-    return vm.devices["virtio-blk"].slot.host._opened[0]
+    return vm.devices["virtio-blk"].slot.host.opened[0]
 
 
 @pytest.mark.parametrize("spec", ["{}", "qcow2:{}", "drive:{}", {"file": "{}"}, {"type": "qcow2", "file": "{}"}])

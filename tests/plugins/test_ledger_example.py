@@ -81,7 +81,8 @@ def test_it_uses_public_names_only() -> None:
     assert point.dist.name == "ledger-card"
     text = "".join(one.read_text() for one in EXAMPLE.glob("*.py"))
     imports = set(re.findall(r"^ *(?:from|import) (cardcage\S*)", text, re.MULTILINE))
-    assert imports == {f"cardcage.{name}" for name in "config errors hookspecs host machine registry units".split()}
+    public = "config errors hookspecs host machine registry security units".split()
+    assert imports == {f"cardcage.{name}" for name in public}
 
 
 def test_machines_of_several_processes_are_listed(elsewhere: subprocess.Popen[str]) -> None:

@@ -242,7 +242,7 @@ def test_files(tmp_path: Path) -> None:
     assert allowed(load([first, str(second)]), "a", "b") == {"read"}
     with pytest.raises(PolicyError, match=r"wrong.cil:2:7: this is not UTF-8 text"):
         load([wrong])
-    with pytest.raises(ConfigError, match=r"none.cil: No such file"):
+    with pytest.raises(ConfigError, match=r"none.cil: policy cannot be read: No such file"):
         load([tmp_path / "none.cil"])
 
 
