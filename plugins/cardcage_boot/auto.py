@@ -19,7 +19,7 @@ __all__ = ["AutoLoader"]
 
 @define
 class AutoLoader:
-    """Boot protocol ``auto``: bzImage, then ELF with a PVH note, then Multiboot; or a firmware ROM without a kernel."""
+    """Boot protocol ``auto``: bzImage, ELF with a PVH note, other ELF Linux, Multiboot; or firmware alone."""
 
     options: AutoOptions
 
@@ -35,7 +35,7 @@ class AutoLoader:
             return open_firmware(open_file(options.firmware, "firmware ROM"))
         if not options.kernel:
             raise ConfigError("nothing to boot: expected a kernel or a firmware", key="boot")
-        from cardcage_boot.linux import is_bzimage, open_linux
+        from cardcage_boot.linux import is_bzimage, linux_release, open_linux
 
         file = unpacked(open_file(options.kernel, "kernel"))
         if is_bzimage(file.data):
@@ -46,9 +46,11 @@ class AutoLoader:
 
         if is_elf(file.data) and pvh_entry(read_elf(file)) is not None:
             return open_pvh(file, options.initrds(), options.append)
+        if linux_release(file):
+            return open_linux(file, options.initrds(), options.append)
         if find_header(file) is not None:
             return open_multiboot(file, [*options.modules, *options.initrds()], options.append)
         raise file.error(
-            "no boot protocol recognises this kernel: expected a Linux bzImage, an ELF file with a PVH note, or a "
-            "Multiboot 1 header (a flat binary needs protocol raw)"
+            "no boot protocol recognises this kernel: expected a Linux bzImage or vmlinux, ELF with a PVH note, "
+            "or a Multiboot 1 header (a flat binary needs protocol raw)"
         )

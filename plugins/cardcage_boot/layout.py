@@ -207,7 +207,14 @@ def long64(entry: int) -> VCpuState:
 
 
 def load_elf(context: BootContext, room: Room, elf: Elf, file: BootFile) -> int:
-    """Write an ELF file's segments at their physical addresses; returns the first address past the last.
+    """:func:`take_elf`, then :func:`write_elf`; returns the first address past the last segment."""
+    until = take_elf(room, elf, file)
+    write_elf(context, elf)
+    return until
+
+
+def take_elf(room: Room, elf: Elf, file: BootFile) -> int:
+    """Take the places of an ELF file's segments; returns the first address past the last.
 
     Raises ConfigError when a segment does not lie in free RAM below 4 GiB, or two overlap.
     """
@@ -216,10 +223,14 @@ def load_elf(context: BootContext, room: Room, elf: Elf, file: BootFile) -> int:
         if one.address + one.size > 1 << 32:
             raise file.error(f"ELF segment at {one.address:#x}: expected all of it below 4 GiB")
         room.take(one.address, one.size, "an ELF segment", file.path, until=until)
+    return until
+
+
+def write_elf(context: BootContext, elf: Elf) -> None:
+    """Write an ELF file's segments at their physical addresses."""
     for one in elf.segments:
         context.memory.write(one.address, one.data)
         zero_fill(context, one.address + len(one.data), one.size - len(one.data))
-    return until
 
 
 def zero_fill(context: BootContext, address: int, size: int) -> None:

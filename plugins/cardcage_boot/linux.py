@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
-from cardcage_boot.elf import is_elf
+from cardcage_boot.elf import Elf, is_elf, read_elf
 from cardcage_boot.files import BootFile, joined, open_file
-from cardcage_boot.layout import PAGE, Room, linux32, long64, write_long_mode_tables
+from cardcage_boot.layout import PAGE, Room, linux32, long64, take_elf, write_elf, write_long_mode_tables
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext, BootImage, E820Entry
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from cardcage_boot.options import LinuxOptions
 
-__all__ = ["Header", "LinuxImage", "LinuxLoader", "is_bzimage", "linux_release", "open_linux", "read_header"]
+__all__ = [
+    "Header",
+    "LinuxImage",
+    "LinuxLoader",
+    "elf_header",
+    "is_bzimage",
+    "linux_release",
+    "open_linux",
+    "read_header",
+]
 
 ZERO_PAGE = 0x8000
 SETUP_DATA = 0x9000
@@ -52,6 +61,7 @@ class Header:
         long: it has the 64-bit entry point; else it is entered at its first byte, in 32-bit mode.
         initrd_max: highest address an initrd may reach. above_4g: the initrd may lie above 4 GiB.
         command_line_size: longest command line, without the final NUL.
+        elf: an ELF kernel's segments and entry; it unpacks nothing, and lies where it is linked to.
     """
 
     raw: bytes = field(repr=False)
@@ -66,6 +76,7 @@ class Header:
     initrd_max: int
     above_4g: bool
     command_line_size: int
+    elf: Elf | None = field(default=None, repr=False)
 
 
 def read_header(file: BootFile) -> Header:
@@ -78,7 +89,7 @@ def read_header(file: BootFile) -> Header:
         raise file.error(
             f"truncated bzImage: {len(file.data)} bytes, expected a setup header at 0x1f1"
             if short
-            else "not a Linux kernel: expected a bzImage (magic 0xaa55 at 0x1fe and HdrS at 0x202)"
+            else "not a Linux kernel: expected a bzImage (magic 0xaa55 at 0x1fe and HdrS at 0x202) or a vmlinux"
         )
     version = file.u16(0x206, "protocol version")
     if version < 0x206:
@@ -120,6 +131,31 @@ def read_header(file: BootFile) -> Header:
     )
 
 
+def elf_header(file: BootFile) -> Header:
+    """What the setup header of an ELF kernel's bzImage would say. Raises ConfigError for another ELF file."""
+    elf, release = read_elf(file), linux_release(file)
+    if elf.bits != 64 or not release or not elf.segments:
+        raise file.error("an ELF file: expected a 64-bit Linux kernel (a vmlinux)")
+    raw = bytearray(0x264 - 0x1F1)
+    for form, offset, value in (("H", 0x1FE, 0xAA55), ("4s", 0x202, b"HdrS"), ("H", 0x206, 0x20F), ("I", 0x238, 2047)):
+        struct.pack_into("<" + form, raw, offset - 0x1F1, value)
+    return Header(
+        raw=bytes(raw),
+        version=0x20F,
+        release=release,
+        payload=0,
+        relocatable=False,
+        alignment=PAGE,
+        preferred=min(one.address for one in elf.segments),
+        init_size=0,
+        long=True,
+        initrd_max=0x7FFFFFFF,
+        above_4g=False,
+        command_line_size=2047,
+        elf=elf,
+    )
+
+
 def linux_release(file: BootFile) -> str:
     """The ``uname -r`` text of a Linux kernel, a bzImage or an ELF file; empty for other kernels.
 
@@ -147,8 +183,11 @@ class LinuxImage:
         room.take(PAGE, LOW_END - PAGE, "the Linux boot protocol", self.file.path)
         kernel = self._place_kernel(room)
         initrd = self._place_initrd(room)
-        memory = context.memory
-        memory.write(kernel, memoryview(self.file.data)[self.header.payload :])
+        memory, elf = context.memory, self.header.elf
+        if elf is None:
+            memory.write(kernel, memoryview(self.file.data)[self.header.payload :])
+        else:
+            write_elf(context, elf)
         if self.initrd:
             memory.write(initrd, self.initrd)
         memory.write(COMMAND_LINE, self.command_line + b"\0")
@@ -157,14 +196,18 @@ class LinuxImage:
         memory.write(ZERO_PAGE, self._zero_page(context, kernel, initrd))
         if self.header.long:
             write_long_mode_tables(context)
-            state = long64(kernel + ENTRY_64)
+            state = long64(kernel + ENTRY_64 if elf is None else elf.physical_entry())
         else:
             state = linux32(context, kernel)
         state.registers.rsi, state.registers.rsp = ZERO_PAGE, LOW_END
         return state
 
     def _place_kernel(self, room: Room) -> int:
-        header, what = self.header, "the kernel (with the room it unpacks itself into)"
+        header = self.header
+        if header.elf is not None:
+            take_elf(room, header.elf, self.file)
+            return header.preferred
+        what = "the kernel (with the room it unpacks itself into)"
         if room.holds(header.preferred, header.init_size) or not header.relocatable:
             room.take(header.preferred, header.init_size, what, self.file.path)
             return header.preferred
@@ -218,7 +261,7 @@ def _address(entry: E820Entry) -> int:
 
 def open_linux(file: BootFile, initrds: list[str], append: str) -> LinuxImage:
     """Check a kernel file, read its initrds (joined, each padded to 4 bytes) and check the command line."""
-    header = read_header(file)
+    header = elf_header(file) if is_elf(file.data) else read_header(file)
     initrd = joined([open_file(path, "initrd") for path in initrds])
     line = append.encode("utf-8", "surrogateescape")
     limit = min(header.command_line_size, LOW_END - PAGE - COMMAND_LINE)
@@ -236,4 +279,4 @@ class LinuxLoader:
     def open(self) -> BootImage:
         """Read and check the files. Raises ConfigError naming the file and what was expected."""
         options = self.options
-        return open_linux(open_file(options.kernel, "bzImage"), options.initrds(), options.append)
+        return open_linux(open_file(options.kernel, "Linux kernel"), options.initrds(), options.append)

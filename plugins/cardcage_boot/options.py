@@ -17,7 +17,7 @@ class LinuxOptions:
     """Protocol ``linux``.
 
     Attributes:
-        kernel: path of a 64-bit bzImage.
+        kernel: path of a bzImage, or of a 64-bit ELF kernel (a ``vmlinux``).
         initrd: path, or several that are joined (each may be an archive of its own).
         append: kernel command line.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from boot_kit import (
     LINUX_32_CODE,
+    LINUX_CODE,
     MIB,
     BootMachine,
     Context,
@@ -16,13 +17,15 @@ from boot_kit import (
     Write,
     bzimage,
     elf32,
+    elf64,
     pvh_note,
 )
 from cardcage.errors import ConfigError
 from cardcage.x86 import VCpuState
+from cardcage_boot.auto import AutoLoader
 from cardcage_boot.files import BootFile
 from cardcage_boot.linux import LinuxLoader, linux_release, open_linux, read_header
-from cardcage_boot.options import LinuxOptions
+from cardcage_boot.options import AutoOptions, LinuxOptions
 from cardcage_boot.pvh import open_pvh
 from hypothesis import given
 from hypothesis import strategies as st
@@ -187,6 +190,24 @@ def test_an_elf_kernel_of_linux_is_known_by_its_banner() -> None:
     assert linux_release(BootFile("k", elf32(b"Linux version %s (%s)\0", MIB))) == ""
     assert linux_release(BootFile("k", banner)) == ""
     assert linux_release(BootFile("k", bzimage())) == "6.1.0-t"
+
+
+def test_an_elf_kernel_of_linux_needs_no_note(boot_machine: BootMachine, write: Write, run_guest: RunGuest) -> None:
+    """A vmlinux without a PVH note is entered in 64-bit mode at its entry point, with all that a bzImage gets."""
+    context = boot_machine()
+    code = LINUX_CODE + b"Linux version 6.1.0-t (x)\0"
+    kernel = write("k", elf64(code, 2 * MIB, struct.pack("<III4sI", 4, 4, 18, b"Not\0", MIB)))
+    expected = b"console=ttyS0\0initrd-1" + struct.pack("<IBB", 0xE1234, 9, len(context.e820))
+    for options, loader in ((LinuxOptions, LinuxLoader), (AutoOptions, AutoLoader)):
+        image = loader(options(kernel, write("i", b"initrd-1"), append="console=ttyS0")).open()
+        assert run_guest(context, image.load(context)) == expected
+
+
+@pytest.mark.parametrize("kernel", [elf32(b"Linux version 2.6 (x)\0", MIB), elf64(b"no banner", MIB, b"")])
+def test_other_elf_files_are_no_linux(kernel: bytes) -> None:
+    """A 32-bit ELF kernel, and one that is not Linux, are refused by protocol ``linux``."""
+    with pytest.raises(ConfigError, match=r"k: an ELF file: expected a 64-bit Linux kernel \(a vmlinux\)"):
+        open_linux(BootFile("k", kernel), [], "")
 
 
 def test_an_elf_kernel_of_linux_gets_one_initrd(write: Write) -> None:
