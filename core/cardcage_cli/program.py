@@ -21,6 +21,7 @@ from cardcage_cli.arguments import (
 )
 from cardcage_cli.early import VARIABLE, early_security
 from cardcage_cli.running import STRAYS, SWITCH_INTERVAL, report, run_machine, threads_watched
+from cardcage_cli.streams import open_standard_streams
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -35,7 +36,7 @@ __all__ = ["make_parser", "run_program"]
 
 def run_program(argv: Sequence[str], cards: Iterable[Any], ending: Ending) -> int:
     """Parse the words *argv*, do what they say, and return the exit status; *ending* has the signals."""
-    _open_standard_streams()
+    open_standard_streams(alone=ending.alone)
     words = list(argv)
     if os.environ.get(VARIABLE):
         words = ["--security", os.environ[VARIABLE], *words]  # one that was given comes later, and counts
@@ -96,6 +97,7 @@ def parsed(parser: ArgumentParser, words: Sequence[str], host: Host) -> Namespac
     except SystemExit as error:
         if not by_argparse(error):
             raise
+        sys.stdout.flush()  # what cannot be written is told like any other error
         for one in host.broken if error.code else ():
             print(f"cardcage: {one}", file=sys.stderr)
         raise Told(int(error.code or 0)) from error
@@ -107,17 +109,6 @@ def by_argparse(error: SystemExit) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and frame.tb_frame.f_globals.get("__name__") == "argparse"
-
-
-def _open_standard_streams() -> None:
-    """A service manager may start us with closed streams: no file of ours may take their numbers by chance."""
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
 
 
 def make_parser(host: Host) -> ArgumentParser:

@@ -131,4 +131,4 @@ def test_shell_on_a_terminal(kernel: Path) -> None:
     finally:
         os.close(terminal)
         _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -1)
+    assert os.waitstatus_to_exitcode(status) in (0, -1, 129)  # the terminal may hang up before the process is gone
