@@ -172,6 +172,15 @@ def disk(reader: Reader, _: Block) -> None:
     reader.run("[ -e root.qcow2 ] || cardcage image create root.qcow2 64M")
 
 
+def chain(reader: Reader, _: Block) -> None:
+    """An image on one beside it, on one in another folder."""
+    made = """mkdir bases vm && cardcage image create bases/base.qcow2 64M
+        cardcage image create vm/middle.qcow2 -b ../bases/base.qcow2 --allow-backing bases
+        cardcage image create vm/root.qcow2 -b middle.qcow2 --allow-backing bases"""
+    if not (reader.folder / "vm").exists():
+        reader.run(made)
+
+
 def namespace(reader: Reader, _: Block) -> None:
     needs("passt", "unshare", "ip")
     if os.geteuid() != 0:
@@ -312,7 +321,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         shell(prepare=cloud, talk=LOGIN),
         shell(prepare=cloud, talk=LOGIN),
     ),
-    "disks.md": (machine(BASE.format("off.bin"), disk), shell()),
+    "disks.md": (machine(BASE.format("off.bin"), disk), machine(BASE.format("off.bin"), chain), shell()),
     "networks.md": (machine(BASE.format("off.bin"), namespace, before=("unshare", "-n", "sh", "-c", NETWORK, "sh")),),
     "policies.md": (
         machine(BASE.format("off.bin")),
@@ -331,6 +340,8 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "security.md": (
         machine(BASE.format("off.bin")),
         machine(BASE.format("off.bin"), with_card("capability-card", site_policy)),
+        machine(BASE.format("off.bin")),
+        python("from cardcage.security import Needs", "assert Disk().needs().sockets == ('unix',)"),
         python(
             "from cardcage.machine import Machine\nfrom cardcage_selinux.card import Selinux\n"
             "vm = Machine(accel='tcg', memory='1M', machine={'platform': 'none'}, fragments=[{'security': 'default'}])",
