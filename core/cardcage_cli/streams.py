@@ -5,13 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import Any
 
 from cardcage.errors import HostError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
 
 __all__ = ["open_standard_streams"]
 
@@ -33,42 +30,52 @@ def open_standard_streams(*, alone: bool) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
     if alone:
-        sys.stdout = _over(sys.stdout, _failed)
-        sys.stderr = _over(sys.stderr, _lost)
+        sys.stdout, sys.stderr = _like(sys.stdout, _Output), _like(sys.stderr, _Messages)
 
 
-def _failed(error: OSError) -> None:
-    if isinstance(error, BrokenPipeError):
-        raise error
-    raise HostError(f"standard output cannot be written: {error.strerror}") from error
-
-
-def _lost(_: OSError) -> None:
-    """Nothing: there is nobody who could be told."""
-
-
-class _Stream(io.FileIO):
-    """A file descriptor; *failed* is told the first failure to write, and what comes after it goes nowhere."""
-
-    def __init__(self, fd: int, failed: Callable[[OSError], None]) -> None:
-        super().__init__(fd, "w", closefd=False)
-        self._failed = failed
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            failed, self._failed = self._failed, _lost
-            failed(error)
-            return len(data)
-
-
-def _over(stream: Any, failed: Callable[[OSError], None]) -> io.TextIOWrapper:
-    """A stream like *stream*, with another opinion of failures."""
+def _like(stream: Any, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Stream(stream.fileno(), failed)),
+    return kind(
+        # Messages have no buffer in which one could stay that cannot be written.
+        open(stream.fileno(), "wb", buffering=0 if kind is _Messages else -1, closefd=False),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
     )
+
+
+# Not in place of the file below: a signal that raises there, after a write, would have it written again.
+class _Messages(io.TextIOWrapper):
+    """Standard error: what cannot be written goes nowhere, since there is nobody who could be told."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output: raises HostError where it cannot be written, BrokenPipeError where nobody reads it."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> Exception:
+        if isinstance(error, BrokenPipeError):
+            return error
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), self.fileno())  # for what is in the buffer
+        return HostError(f"standard output cannot be written: {error.strerror}")

@@ -109,7 +109,7 @@ if [ -f /cardcage/exec ]; then
     wait
     # Pipes stand between the command and its streams: /dev/stdout can be opened again, and the status goes the same
     # way as the last byte of output.
-    mkfifo -m 600 /cardcage/in /cardcage/out
+    mkfifo -m 600 /cardcage/out
     exec 5<> /cardcage/out
     pump 5 8
     out=$pid err= errors=/dev/console
@@ -123,10 +123,12 @@ if [ -f /cardcage/exec ]; then
         stty -F /dev/console raw -echo
         mark begin > /dev/console
     fi
-    while mark more >&7 && read -r size <&7 && [ "$size" -gt 0 ] && head -c "$size" <&7; do
-        :
-    done > /cardcage/in 2> /dev/null &
-    setsid sh /cardcage/exec < /cardcage/in > /cardcage/out 2> $errors 5>&- 6>&- 7>&- 8>&- 9>&-
+    # Not a FIFO for its input: opened again after the end of input, as /dev/stdin, one would wait for a writer.
+    {
+        while mark more >&7 && read -r size <&7 && [ "$size" -gt 0 ] && head -c "$size" <&7; do
+            :
+        done 2> /dev/null &
+    } | setsid sh /cardcage/exec > /cardcage/out 2> $errors 5>&- 6>&- 7>&- 8>&- 9>&-
     status=$?
     # End what it left behind, but not what carries its output: stopped first, so that nothing escapes by forking.
     kill -STOP -1

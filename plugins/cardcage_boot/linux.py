@@ -132,7 +132,7 @@ def read_header(file: BootFile) -> Header:
 
 
 def elf_header(file: BootFile) -> Header:
-    """What the setup header of an ELF kernel's bzImage would say. Raises ConfigError for another ELF file."""
+    """The setup header that an ELF kernel's bzImage would have. Raises ConfigError for another ELF file."""
     elf, release = read_elf(file), linux_release(file)
     if elf.bits != 64 or not release or not elf.segments:
         raise file.error("an ELF file: expected a 64-bit Linux kernel (a vmlinux)")

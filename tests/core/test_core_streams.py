@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
-COMMANDS = {"cards": 0, "--version": 0, "run nosuch.toml": 2, "run --nosuch": 2}
+COMMANDS = {"run --help": 0, "--version": 0, "run nosuch.toml": 2, "run --nosuch": 2}
 
 
 @pytest.mark.parametrize("words", COMMANDS)

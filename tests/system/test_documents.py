@@ -165,7 +165,7 @@ def cloud(reader: Reader, _: Block) -> None:
     fetch(reader)
     image = reader.folder / "debian-12-nocloud-amd64.qcow2"
     if not image.exists():
-        debian_guest().overlay(image)
+        shutil.copyfile(debian_guest().disk, image)
 
 
 def disk(reader: Reader, _: Block) -> None:

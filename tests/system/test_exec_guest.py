@@ -65,6 +65,8 @@ def test_standard_streams_can_be_opened_by_name(kernel: Path) -> None:
     done = execute("echo out > /dev/stdout; echo err > /dev/stderr; cat /dev/stdin", stdin=b"in\n")
     assert (done.returncode, done.stdout) == (0, b"out\nin\n"), done.stderr.decode()
     assert b"\nerr\n" in done.stderr
+    done = execute("sleep 1; cat /dev/stdin", stdin=b"in\n")  # after its end
+    assert (done.returncode, done.stdout) == (0, b"in\n"), done.stderr.decode()
 
 
 def test_share_is_there_for_the_command(kernel: Path, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ mount --bind /mnt/share /mnt/host/mnt
 test ! -e /mnt/share/overlay.ko || insmod /mnt/share/overlay.ko || exit 8
 mv /mnt/share/script /mnt/host/tmp
 """
-MOUNT_9P = "mkdir -p /mnt/share; mount -t 9p -o trans=virtio,version=9p2000.L share /mnt/share || exit 9\n"
 LINKS = """
 set -e; cd /mnt; T=/tmp/t; mkdir -p $T/d; echo x > $T/x; ln -s x $T/l; ln -s x $T/d/l2
 chown -h 3:4 $T/l; touch -h -d '2001-02-03 04:05:06' $T/l
@@ -78,7 +77,7 @@ def in_guest(kind: str, share: Path, script: str, *arguments: str) -> str:
     (share / "script").write_text(script.replace("PYTHON", PYTHON))
     command = [*BOOT, "--memory", "1G", "--share", "/,tag=host,readonly=on"]
     command += ["--share", f"{share},type=9p" if kind == "9p" else str(share)]
-    prepare = (MOUNT_9P if kind == "9p" else "") + PREPARE
+    prepare = PREPARE
     prepare += shlex.join(["exec", "chroot", "/mnt/host", "/bin/sh", "/tmp/script", *arguments])
     cache = cache_root().parent if kind == "fs" else cache_root() / "tests" / "generic"
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
