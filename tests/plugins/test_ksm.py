@@ -20,6 +20,8 @@ from cardcage_ksm.policy import KsmOptions, KsmPolicy
 from cardcage_memory_policies import MachineMemory
 from cardcage_memory_policies.testing import TestMachine, check_policy
 
+pytestmark = pytest.mark.xdist_group("host")
+
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
 FOUND = {"run": "0", "advisor_mode": "[none] scan-time", "pages_to_scan": "100", "sleep_millisecs": "20"}
 WANTED = {"sleep_millisecs": "5", "advisor_mode": "scan-time", "run": "1"}

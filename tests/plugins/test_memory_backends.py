@@ -27,6 +27,8 @@ from cardcage_memory.hugetlb import Hugetlb, HugetlbOptions, pool
 from cardcage_memory.parse import parse_memory_flag
 from cardcage_testing import check_memory_backend
 
+pytestmark = pytest.mark.xdist_group("host")
+
 MIB = 1 << 20
 
 

@@ -56,7 +56,7 @@ with vm:
 """
 
 
-pytestmark = pytest.mark.usefixtures("runtime")
+pytestmark = [pytest.mark.usefixtures("runtime"), pytest.mark.xdist_group("host")]
 
 
 @pytest.fixture

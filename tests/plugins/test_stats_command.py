@@ -44,7 +44,7 @@ Pss:                 250 kB
 """
 
 
-pytestmark = pytest.mark.usefixtures("runtime")
+pytestmark = [pytest.mark.usefixtures("runtime"), pytest.mark.xdist_group("host")]
 
 
 def machine(name: str = "lab", size: str = "32M", devices: Any = (), **memory: Any) -> Machine:

@@ -369,6 +369,12 @@ def every() -> Iterator[Block]:
         yield from blocks(page)
 
 
+def marked() -> Iterator[Any]:
+    """Pages that change settings of the host's kernel keep to one process."""
+    for one in every():
+        yield pytest.param(one, marks=[pytest.mark.xdist_group("host")] if one.page == "memory.md" else [])
+
+
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the readers of this session are: one home for all, empty at first."""
@@ -384,7 +390,7 @@ def test_every_block_has_a_language_and_a_recipe() -> None:
 
 @pytest.mark.once
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("one", list(every()), ids=str)
+@pytest.mark.parametrize("one", list(marked()), ids=str)
 def test_a_block_runs_as_printed(desk: Path, one: Block) -> None:
     """It does what its page says of it, in a folder of the page's own and with a home that was empty."""
     reader = Reader(desk / one.page, desk / "home")

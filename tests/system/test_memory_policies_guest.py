@@ -22,6 +22,8 @@ from cardcage_fleet.hostmemory import memory_group
 from cardcage_ksm.lease import KSM, read_settings
 from cardcage_memory_policies import PolicyOffer, policies_of
 
+pytestmark = pytest.mark.xdist_group("host")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MIB = 1 << 20
 SHELL = "exec < /dev/console > /dev/console; echo READY; while read line; do eval $line; echo DONE; done"
