@@ -94,10 +94,15 @@ def test_xsave_images(code: bytes, offset: int, mask: int, image: bytes, pku: bo
 @pytest.mark.parametrize("layout", [0, 1 << 63 | 7])
 def test_mxcsr_in_images(mask: int, header: int, layout: int, pku: bool) -> None:
     """Which images and masks load MXCSR, reset it or leave it, in the standard and the compact form."""
-    _images(XRSTOR, 0x400, mask, _image(header=header, reserved=layout, mxcsr=0x1FA0), _image(mxcsr=0x3F80), pku=pku)
+    image, before = _image(header=header, reserved=layout, mxcsr=0x1FA0), _image(mxcsr=0x3F80)
+    # Of a compact image without SSE, processors of AMD do not always reset it, which Intel SDM vol. 1, 13.8.2 asks for.
+    reset = 0x1F80 if layout and mask & 2 and not header & 2 else None
+    _images(XRSTOR, 0x400, mask, image, before, pku=pku, mxcsr=reset)
 
 
-def _images(code: bytes, offset: int, mask: int, image: bytes, before: bytes, *, pku: bool) -> None:
+def _images(
+    code: bytes, offset: int, mask: int, image: bytes, before: bytes, *, pku: bool, mxcsr: int | None = None
+) -> None:
     try:
         host = Host()
     except OSError as error:
@@ -114,7 +119,8 @@ def _images(code: bytes, offset: int, mask: int, image: bytes, before: bytes, *,
         guest.close()
         host.close()
     assert (got.ended, got.rip, got.general) == (want.ended, want.rip, want.general)
-    assert (got.memory, got.xstate[:512], got.xstate[576:]) == (want.memory, want.xstate[:512], want.xstate[576:])
+    state = want.xstate if mxcsr is None else want.xstate[:24] + mxcsr.to_bytes(4, "little") + want.xstate[28:]
+    assert (got.memory, got.xstate[:512], got.xstate[576:]) == (want.memory, state[:512], state[576:])
 
 
 @pytest.mark.parametrize(
