@@ -9,6 +9,16 @@ from cardcage.errors import HostError
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf, distribution
 
+EVERYWHERE = {f"test_{name}.py" for name in "debian_boot exec_guest pc_guest system_outcomes virtio_guest".split()}
+"""Modules whose guests boot on each Python version. Those of the others take minutes, and say the same on each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is run on one Python version only."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name not in EVERYWHERE:
+            item.add_marker(pytest.mark.once)
+
 
 @pytest.fixture(scope="session")
 def kernel() -> Path:
