@@ -60,7 +60,8 @@ class GuestMemory:
     def _changed(self) -> Iterator[None]:
         """Blocks and translations derive from the slots: both go when the slots change."""
         with self._vm.quiesce():
-            if unpack_from("<Q", self._view, L.VM_CODE_USED)[0]:  # not while a machine is built, which would touch all of an empty hash
+            # not while a machine is built, which would touch all of an empty hash
+            if unpack_from("<Q", self._view, L.VM_CODE_USED)[0]:
                 self._vm.blocks.flush()
             yield
             self._slots.sort(key=lambda one: -one.size)  # look-ups go through them in order: main memory first

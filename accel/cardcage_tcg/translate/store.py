@@ -6,7 +6,6 @@ one takes its place. So a process verifies a file once, and maps it, copied on w
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import stat
@@ -22,6 +21,7 @@ import iced_x86
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
+from cardcage_tcg.native.build import sha256
 from cardcage_tcg.translate.emit import flags_load, flags_save
 from cardcage_tcg.translate.recipes import Recipes
 
@@ -210,14 +210,15 @@ class TemplateStore:
 def _digest() -> str:
     """Return the name of a store: the translator's code, taken when it is loaded, and the decoder's version."""
     here = Path(__file__).parents[1]
-    digest = hashlib.sha256()
+    digest = sha256()
     for one in sorted(Path(iced_x86.__file__).parent.glob("*.so")):  # its version, without the cost of looking that up
         about = one.stat()
         digest.update(f"{one.name} {about.st_size} {about.st_mtime_ns}".encode())
     for one in sorted(here.rglob("*")):
         if one.suffix in (".py", ".so"):
             digest.update(one.read_bytes())
-    return digest.hexdigest()[:24]
+    name: str = digest.hexdigest()[:24]
+    return name
 
 
 _DIGEST = _digest()
