@@ -7,8 +7,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import field
 from cardcage.errors import AcceleratorError, UsageError
+from cardcage.values import frozen
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.clock import Clock

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from attrs import frozen
 from cardcage.config import beside
 from cardcage.errors import ConfigError
 from cardcage.files import read_file
+from cardcage.values import frozen
 
 __all__ = ["MAX_FILE", "BootFile", "joined", "open_file", "unpacked"]
 

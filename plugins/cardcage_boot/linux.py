@@ -7,7 +7,8 @@ import re
 import struct
 from typing import TYPE_CHECKING
 
-from attrs import define, field, frozen
+from attrs import field
+from cardcage.values import define, frozen
 
 from cardcage_boot.elf import Elf, is_elf, read_elf
 from cardcage_boot.files import BootFile, joined, open_file

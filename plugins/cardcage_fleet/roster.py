@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, evolve, field, fields, frozen
+from attrs import asdict, evolve, field, fields
+from cardcage.values import frozen
 
 from cardcage_fleet.held import is_locked
 from cardcage_fleet.rundir import run_directory

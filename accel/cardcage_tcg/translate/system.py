@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from cardcage.values import frozen
 from iced_x86 import FlowControl, Mnemonic, OpKind, Register
 
 from cardcage_tcg import layout as L

@@ -9,7 +9,8 @@ from __future__ import annotations
 from struct import pack, pack_into
 from typing import TYPE_CHECKING
 
-from attrs import evolve, frozen
+from attrs import evolve
+from cardcage.values import frozen
 from iced_x86 import (
     Code,
     ConditionCode,
