@@ -17,6 +17,8 @@ __all__ = ["NOT_BUILT", "cardcage_register"]
 
 CODE_MEMORY = "cardcage-code"
 """Name of the memfd that holds translated code."""
+MAX_INSTRUCTIONS = 64
+"""The most in one block."""
 NOT_BUILT = "the translator's native half is not built here; to build it: python -m cardcage_tcg.native.build"
 
 
@@ -38,7 +40,7 @@ def cardcage_needs(machine: Machine) -> Needs | None:
 
     if machine.accelerator.name != "tcg":
         return None
-    folder = machine.vm.blocks.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
+    folder = machine.vm.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
     return None if folder is None else Needs(write=(str(folder),))
 
 

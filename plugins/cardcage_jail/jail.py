@@ -144,9 +144,9 @@ def joined(needs: Iterable[Needs]) -> Needs:
 
 def rules_of(needs: Needs) -> list[tuple[str, int]]:
     """Landlock's rules for *needs*, and for the code of this program, parts of which are imported when first used."""
-    code = {*filter(None, sys.path), sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
+    code = {*sys.path, sys.pycache_prefix, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
     return [
-        *((path, landlock.READ) for path in (*needs.read, *sorted(code))),
+        *((path, landlock.READ) for path in (*needs.read, *sorted(filter(None, code)))),
         *((path, landlock.WRITE) for path in needs.write),
         *((path, landlock.REMOVE) for path in needs.remove),
         ("/dev/null", landlock.WRITE),

@@ -198,6 +198,32 @@ def test_the_counter_is_measured_once_a_process(monkeypatch: pytest.MonkeyPatch)
     vm.close()
 
 
+SPARED = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from cardcage.accelerator import VmSpec
+from cardcage_tcg.vm import TcgOptions, TcgVm
+vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates={folder!r})))
+vm.create_vcpu(0)
+there = {{"iced_x86", "cardcage_tcg.translate.translator"}} & set(sys.modules)
+assert not there, there
+vm.close()
+from test_tcg_store import ADD_UP, many, run
+vm, eax = run(many(), Path({folder!r}))
+assert eax == 2 and vm._blocks is None, "the translator was needed"
+"""
+
+
+def test_a_kept_store_spares_the_decoder(tmp_path: Path) -> None:
+    """A VM that begins with a kept store loads no decoder, nor does a guest that needs no other templates."""
+    run_alone(tmp_path)
+    run_alone(tmp_path)
+    code = SPARED.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @given(data=st.binary(max_size=400))
 def test_a_recipe_may_be_anything(data: bytes) -> None:
     """Bytes that another process left give instructions of 1 to 15 bytes with keys that there are, and no error."""

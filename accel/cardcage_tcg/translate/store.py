@@ -13,16 +13,14 @@ import tempfile
 import threading
 import zlib
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING, NamedTuple
 
-import iced_x86
-
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
 from cardcage_tcg.native.build import sha256
-from cardcage_tcg.translate.emit import flags_load, flags_save
 from cardcage_tcg.translate.recipes import Recipes
 
 if TYPE_CHECKING:
@@ -135,12 +133,19 @@ class TemplateStore:
         self.recipes = Recipes(None if keep is None else keep.parent / "wanted", "" if keep is None else keep.name)
 
     @property
+    def is_new(self) -> bool:
+        """True if it began without templates."""
+        return not self._count
+
+    @property
     def used(self) -> int:
         """Bytes of the store in use."""
         found: int = unpack_from("<I", self.area.view, L.STORE_USED)[0]
         return found
 
     def _fresh(self) -> None:
+        from cardcage_tcg.translate.emit import flags_load, flags_save  # loads the decoder, which a kept store spares
+
         view = self.area.view
         pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, L.SIZEOF_STORE + 7 & ~7, 0)
         for at, length, code in (
@@ -211,7 +216,10 @@ def _digest() -> str:
     """Return the name of a store: the translator's code, taken when it is loaded, and the decoder's version."""
     here = Path(__file__).parents[1]
     digest = sha256()
-    for one in sorted(Path(iced_x86.__file__).parent.glob("*.so")):  # its version, without the cost of looking that up
+    decoder = find_spec("iced_x86")
+    if decoder is None or decoder.origin is None:
+        raise ImportError("cardcage_tcg needs iced_x86")
+    for one in sorted(Path(decoder.origin).parent.glob("*.so")):  # its version, without the cost of looking that up
         about = one.stat()
         digest.update(f"{one.name} {about.st_size} {about.st_mtime_ns}".encode())
     for one in sorted(here.rglob("*")):
@@ -224,11 +232,11 @@ def _digest() -> str:
 _DIGEST = _digest()
 
 
-def store_path(directory: str, hidden: Iterable[int]) -> Path | None:
+def store_path(directory: str, lacking: Iterable[str]) -> Path | None:
     """Where templates of exactly this translator are kept: below *directory*, or the user's cache (empty: nowhere)."""
     if directory == "none":
         return None
     cache = directory or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg"
     )
-    return Path(cache) / f"templates-{_DIGEST}-{'.'.join(str(one) for one in sorted(hidden))}"
+    return Path(cache) / f"templates-{_DIGEST}-{'.'.join(sorted(lacking))}"

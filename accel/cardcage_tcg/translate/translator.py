@@ -21,6 +21,7 @@ from iced_x86 import (
     RflagsBits,
 )
 
+from cardcage_tcg import MAX_INSTRUCTIONS
 from cardcage_tcg import layout as L
 from cardcage_tcg.translate.allowed import NAMES, SHIFTS, decoder_of, is_foreign
 from cardcage_tcg.translate.emit import load, store
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
 
     from cardcage_tcg.translate.store import TemplateStore
 
-__all__ = ["MAX_INSTRUCTIONS", "Translator"]
+__all__ = ["Translator"]
 
 F, M, K = FlowControl, Mnemonic, OpKind
-MAX_INSTRUCTIONS = 64
 MODES = 64
 """The most modes whose template makers are kept."""
 _CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
