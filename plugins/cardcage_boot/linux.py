@@ -105,7 +105,7 @@ def read_header(file: BootFile) -> Header:
     payload = ((file.data[0x1F1] or 4) + 1) * 512
     size = file.u32(0x1F4, "syssize") * 16
     # syssize is rounded up to 16; a signature may follow the payload.
-    file.bytes(payload, max(size - 15, 1), "the protected-mode kernel")
+    file.check(payload, max(size - 15, 1), "the protected-mode kernel")
     alignment, relocatable = file.u32(0x230, "kernel_alignment"), file.data[0x234]
     preferred, init_size = 1 << 20, UNPACKS * size
     if version >= 0x20A:
