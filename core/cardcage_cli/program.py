@@ -63,6 +63,7 @@ def run_program(argv: Sequence[str], cards: Iterable[Any], ending: Ending) -> in
                 host.log_sink.json = getattr(arguments, "log_json", False)
                 host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
                 if ending.alone:
+                    gc.freeze()  # else the first collection looks through all that was imported
                     gc.enable()
                 status = int(arguments.command(host, arguments))
                 sys.stdout.flush()
@@ -205,13 +206,14 @@ def uncollected(host: Host) -> Iterator[None]:
 def run_command(host: Host, arguments: Namespace) -> int:
     """``cardcage run VM.toml``, or ``cardcage run --kernel FILE``."""
     from cardcage.errors import ConfigError
-    from cardcage.machine import Machine
 
     if not arguments.file and arguments.boot_kernel is None:
         raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
     with uncollected(host):
+        from cardcage.machine import Machine
+
         config = draft_of(arguments, *arguments.file).config()
         machine = Machine.from_config(config, host=host)
     if machine.name != config.machine.name:
