@@ -131,6 +131,8 @@ def make_parser(host: Host) -> ArgumentParser:
 
     from cardcage import __version__
 
+    from cardcage_cli.later import LaterParser
+
     parser = argparse.ArgumentParser(
         prog="cardcage",
         description="A virtual machine monitor in which everything that does something is a card.",
@@ -138,29 +140,36 @@ def make_parser(host: Host) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cardcage {__version__}")
     add_common_arguments(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=LaterParser)
 
-    def command(name: str, help: str, run: Any) -> ArgumentParser:
+    def command(name: str, help: str, run: Any) -> LaterParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        made.set_defaults(command=run, command_name=name, host=host)
-        add_common_arguments(made)
+        made.then(lambda made: made.set_defaults(command=run, command_name=name, host=host))
+        made.then(add_common_arguments)
         return made
 
-    run = command("run", "run a machine described in TOML, by arguments, or both", run_command)
-    run.add_argument(
-        "file", metavar="VM.toml", nargs="*", help="configuration file; later files are merged into earlier files"
-    )
-    add_boot_arguments(run)
-    add_machine_arguments(run)
+    command("run", "run a machine described in TOML, by arguments, or both", run_command).then(_add_run_arguments)
     cards = command(
         "cards", "list the installed cards, their distributions, and whether each is usable here", cards_command
     )
-    cards.add_argument("-v", "--verbose", action="store_true", help="show everything that each card offers")
+    cards.then(
+        lambda made: made.add_argument(
+            "-v", "--verbose", action="store_true", help="show everything that each card offers"
+        )
+    )
     command("doctor", "check what this host supports, and suggest commands that enable the rest", doctor_command)
     for name in host.registry.names(CommandOffer):
         offer = host.registry.get(CommandOffer, name)
         _registered(command, offer)
     return parser
+
+
+def _add_run_arguments(run: ArgumentParser) -> None:
+    run.add_argument(
+        "file", metavar="VM.toml", nargs="*", help="configuration file; later files are merged into earlier files"
+    )
+    add_boot_arguments(run)
+    add_machine_arguments(run)
 
 
 def _registered(command: Any, offer: CommandOffer) -> None:

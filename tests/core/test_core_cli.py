@@ -276,6 +276,23 @@ def test_a_missing_extra_is_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert "device fancy (needs: pip install 'cardcage[fancy]' (No module named" in capfd.readouterr().out
 
 
+def test_only_the_commands_own_parser_is_made() -> None:
+    """Of the commands' parsers, that of the command that is parsed is made; a usage line and ``--help`` need none."""
+    from cardcage.host import Host
+    from cardcage_cli.later import LaterParser
+    from cardcage_cli.program import make_parser
+
+    parser = make_parser(Host(installed=False))
+    (commands,) = (one.choices for one in parser._actions if isinstance(one.choices, dict))
+    assert all(isinstance(one, LaterParser) for one in commands.values())
+    parser.format_help()
+    assert [name for name, one in commands.items() if "_later" not in vars(one)] == []
+    assert parser.parse_args(["cards", "-v"]).verbose
+    assert [name for name, one in commands.items() if "_later" not in vars(one)] == ["cards"]
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = commands["cards"].nothing_such
+
+
 COLLECTED = """
 import gc, sys
 from cardcage.hookspecs import hookimpl
