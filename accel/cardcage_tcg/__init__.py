@@ -35,11 +35,19 @@ def cardcage_register(registry: Registry) -> None:
 
 @hookimpl
 def cardcage_needs(machine: Machine) -> Needs | None:
-    """The directory in which the translator leaves word of what it had no templates for."""
+    """The directory in which the translator leaves word of what it had no templates for.
+
+    It is asked before the process gives up its capabilities: root's, which may have been what this code is read by.
+    """
     from cardcage.security import Needs
 
     if machine.accelerator.name != "tcg":
         return None
+    from cardcage_tcg.library import is_ours
+
+    if not is_ours("cardcage_tcg", "iced_x86"):
+        import cardcage_tcg.cpu.emulate
+        import cardcage_tcg.translate.blocks  # noqa: F401  now, since later it may not be readable
     folder = machine.vm.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
     return None if folder is None else Needs(write=(str(folder),))
 

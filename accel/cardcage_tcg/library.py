@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def _mapped(address: int | None, size: int, protection: int, flags: int, fd: int
         return None
     _libc().madvise(found, size, mmap.MADV_DONTFORK)
     return found
+
+
+def is_ours(*packages: str) -> bool:
+    """True when these packages, and all folders on the way there, belong to this user or root."""
+    for one in packages:
+        found = find_spec(one)
+        if found is None or found.origin is None:
+            return False
+        path = Path(found.origin).resolve()
+        if any(part.stat().st_uid not in (0, os.geteuid()) for part in (path, *path.parents)):
+            return False
+    return True
 
 
 class Area:

@@ -18,6 +18,7 @@ from cardcage.x86 import Segment
 from cardcage_tcg import clock
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
+from cardcage_tcg.library import is_ours
 from cardcage_tcg.translate import store
 from cardcage_tcg.translate.recipes import Recipes, entries_of
 from cardcage_tcg.translate.store import STORE_SIZE, latest
@@ -222,6 +223,24 @@ def test_a_kept_store_spares_the_decoder(tmp_path: Path) -> None:
     code = SPARED.format(here=str(Path(__file__).parent), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_code_of_another_user_is_loaded_before_capabilities_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages in a folder of somebody else's are not ours to read later: root reads them by a capability."""
+    assert is_ours("cardcage_tcg", "iced_x86")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_ours("theirs")
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert is_ours("theirs") == (user == 0)
+    if user == 0:
+        monkeypatch.undo()
+        monkeypatch.syspath_prepend(tmp_path)
+        os.chown(tmp_path, 12345, 12345)
+        assert not is_ours("theirs")
+    assert not is_ours("no_such_package")
 
 
 @given(data=st.binary(max_size=400))
