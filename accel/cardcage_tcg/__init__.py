@@ -17,6 +17,8 @@ __all__ = ["NOT_BUILT", "cardcage_register"]
 
 CODE_MEMORY = "cardcage-code"
 """Name of the memfd that holds translated code."""
+MAX_INSTRUCTIONS = 64
+"""The most in one block."""
 NOT_BUILT = "the translator's native half is not built here; to build it: python -m cardcage_tcg.native.build"
 
 
@@ -33,12 +35,20 @@ def cardcage_register(registry: Registry) -> None:
 
 @hookimpl
 def cardcage_needs(machine: Machine) -> Needs | None:
-    """The directory in which the translator leaves word of what it had no templates for."""
+    """The directory in which the translator leaves word of what it had no templates for.
+
+    It is asked before the process gives up its capabilities: root's, which may have been what this code is read by.
+    """
     from cardcage.security import Needs
 
     if machine.accelerator.name != "tcg":
         return None
-    folder = machine.vm.blocks.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
+    from cardcage_tcg.library import is_ours
+
+    if not is_ours("cardcage_tcg", "iced_x86"):
+        import cardcage_tcg.cpu.emulate
+        import cardcage_tcg.translate.blocks  # noqa: F401  now, since later it may not be readable
+    folder = machine.vm.store.recipes.ready()  # type: ignore[attr-defined]  # it is a TcgVm
     return None if folder is None else Needs(write=(str(folder),))
 
 

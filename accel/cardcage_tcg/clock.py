@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,11 @@ if TYPE_CHECKING:
     from cardcage_tcg.library import Native
 
 __all__ = ["Clock"]
+
+SHORTEST, LONGEST = 10_000_000, 1_000_000_000
+"""Nanoseconds that the frequency is measured over: enough for some ppm, and not so long that the host slept."""
+
+_khz: int | None = None
 
 
 class Clock:
@@ -21,23 +25,28 @@ class Clock:
     """
 
     def __init__(self, native: Native) -> None:
-        self._native, self._pair = native, (ctypes.c_uint64 * 2)()
-        self.tsc_khz = self._measure(self.pair())
+        self._native = native
+        self.tsc_khz = self._frequency()
         self.scale = _pvclock_scale(self.tsc_khz)
         self.tsc_zero, self.zero = self.pair()
 
     def pair(self) -> tuple[int, int]:
         """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
-        self._native.rdtsc_pair(self._pair)
-        return self._pair[0], self._pair[1]
+        return self._native.now()
 
-    def _measure(self, first: tuple[int, int]) -> int:
-        """kHz of the time-stamp counter, against CLOCK_MONOTONIC over at least 10 ms."""
-        while True:
+    def _frequency(self) -> int:
+        """kHz of the time-stamp counter, measured once a process against CLOCK_MONOTONIC, from its library's load."""
+        global _khz
+        first = self._native.loaded
+        while _khz is None:
             tsc, ns = self.pair()
-            if ns - first[1] >= 10_000_000:
-                return round((tsc - first[0]) * 1_000_000 / (ns - first[1]))
-            threading.Event().wait(0.002)
+            if SHORTEST <= ns - first[1] <= LONGEST:
+                _khz = round((tsc - first[0]) * 1_000_000 / (ns - first[1]))
+            elif ns - first[1] > LONGEST:
+                first = tsc, ns
+            else:
+                threading.Event().wait((SHORTEST - ns + first[1]) / 1e9)
+        return _khz
 
 
 def _pvclock_scale(tsc_khz: int) -> tuple[int, int]:

@@ -8,8 +8,8 @@ import threading
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
-from attrs import frozen
 from cardcage.errors import AcceleratorError, StateError, UsageError
+from cardcage.values import frozen
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from cardcage_tcg.native.build import digest
 
 __all__ = ["Area", "CodeBuffer", "Native", "load"]
 
+MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
+"""As Linux has them; Python's :mod:`mmap` does not."""
+
 _U64, _U32, _INT, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
+_Pair = _U64 * 2
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_enter": (None, (_PTR,)),
     "tcg_ticker": (None, (_PTR,)),
@@ -84,7 +89,11 @@ slots change in one step with the GIL held, so that nobody sees half a table, or
 
 
 class Native:
-    """The functions of ``_native.so``; ``struct`` pointers are plain integers."""
+    """The functions of ``_native.so``; ``struct`` pointers are plain integers.
+
+    Attributes:
+        loaded: :meth:`now` when it was loaded, where the clock's frequency is measured from.
+    """
 
     def __init__(self) -> None:
         path = Path(__file__).with_name("_native.so")
@@ -97,6 +106,14 @@ class Native:
             function = getattr(keeping if name in _SHORT else library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, {"tcg_raise": "raise_"}.get(name, name.removeprefix("tcg_")), function)
+
+        self.loaded = self.now()
+
+    def now(self) -> tuple[int, int]:
+        """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
+        pair = _Pair()
+        self.rdtsc_pair(pair)
+        return pair[0], pair[1]
 
     def __getattr__(self, name: str) -> Any:  # for the type checker: all are set above
         raise AttributeError(name)
@@ -122,15 +139,51 @@ def load() -> Native:
     return Native()
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = _PTR, (_PTR, ctypes.c_size_t, _INT, _INT, _INT, ctypes.c_long)
+    libc.munmap.argtypes = (_PTR, ctypes.c_size_t)
+    libc.madvise.argtypes = (_PTR, ctypes.c_size_t, _INT)
+    return libc
+
+
+def _mapped(address: int | None, size: int, protection: int, flags: int, fd: int) -> int | None:
+    """Address of a new mapping of *fd* that no fork has; None with ctypes' errno."""
+    found: int | None = _libc().mmap(address, size, protection, flags, fd, 0)
+    if found in (None, ctypes.c_void_p(-1).value):
+        return None
+    _libc().madvise(found, size, mmap.MADV_DONTFORK)
+    return found
+
+
+def is_ours(*packages: str) -> bool:
+    """True when these packages, and all folders on the way there, belong to this user or root."""
+    for one in packages:
+        found = find_spec(one)
+        if found is None or found.origin is None:
+            return False
+        path = Path(found.origin).resolve()
+        if any(part.stat().st_uid not in (0, os.geteuid()) for part in (path, *path.parents)):
+            return False
+    return True
+
+
 class Area:
     """Zeroed anonymous memory at a fixed address, kept out of forks."""
 
     def __init__(self, size: int) -> None:
-        self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+        self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.map.madvise(mmap.MADV_DONTFORK)
         self._export = ctypes.c_char.from_buffer(self.map)
         self.address = ctypes.addressof(self._export)
         self.view = memoryview(self.map)
+
+    def begin_with(self, fd: int, size: int) -> None:
+        """Map the first *size* bytes of file *fd* over its beginning, copied on write."""
+        flags = mmap.MAP_PRIVATE | MAP_FIXED
+        if _mapped(self.address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd) is None:
+            raise AcceleratorError(f"tcg: cannot map {size >> 20} MiB of a file: {os.strerror(ctypes.get_errno())}")
 
     def close(self) -> None:
         """Unmap it; casts of its view must have been released."""
@@ -144,11 +197,6 @@ class CodeBuffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype, libc.mmap.argtypes = _PTR, (_PTR, ctypes.c_size_t, _INT, _INT, _INT, ctypes.c_long)
-        libc.munmap.argtypes = (_PTR, ctypes.c_size_t)
-        libc.madvise.argtypes = (_PTR, ctypes.c_size_t, _INT)
-        self._libc = libc
         fd = os.memfd_create(CODE_MEMORY, os.MFD_CLOEXEC)
         try:
             try:
@@ -163,14 +211,13 @@ class CodeBuffer:
             os.close(fd)
 
     def _map(self, fd: int, protection: int) -> int:
-        address = self._libc.mmap(None, self.size, protection, mmap.MAP_SHARED, fd, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
+        address = _mapped(None, self.size, protection, mmap.MAP_SHARED, fd)
+        if address is None:
             reason = os.strerror(ctypes.get_errno())
             raise AcceleratorError(f"tcg: cannot map {self.size >> 20} MiB of executable memory: {reason}")
-        self._libc.madvise(address, self.size, 10)  # MADV_DONTFORK
-        return int(address)
+        return address
 
     def close(self) -> None:
         """Unmap both views."""
         for address in (self.rw, self.rx):
-            self._libc.munmap(address, self.size)
+            _libc().munmap(address, self.size)

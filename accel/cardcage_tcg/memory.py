@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_right
 from contextlib import contextmanager
 from itertools import chain
-from struct import pack_into
+from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, UsageError
@@ -60,7 +60,9 @@ class GuestMemory:
     def _changed(self) -> Iterator[None]:
         """Blocks and translations derive from the slots: both go when the slots change."""
         with self._vm.quiesce():
-            self._vm.blocks.flush()
+            # not while a machine is built, which would touch all of an empty hash
+            if unpack_from("<Q", self._view, L.VM_CODE_USED)[0]:
+                self._vm.blocks.flush()
             yield
             self._slots.sort(key=lambda one: -one.size)  # look-ups go through them in order: main memory first
             ordered = sorted(self._slots, key=lambda one: one.address)

@@ -7,9 +7,11 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import field
 from cardcage.errors import AcceleratorError, UsageError
+from cardcage.values import frozen
 
+from cardcage_tcg import MAX_INSTRUCTIONS
 from cardcage_tcg import layout as L
 from cardcage_tcg.clock import Clock
 from cardcage_tcg.cpu.cpuid import CpuModel
@@ -17,15 +19,15 @@ from cardcage_tcg.cpu.vcpu import TcgVCpu
 from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.memory import GuestMemory
-from cardcage_tcg.translate.blocks import Blocks
 from cardcage_tcg.translate.recipes import mark_process
 from cardcage_tcg.translate.store import TemplateStore, store_path
-from cardcage_tcg.translate.translator import MAX_INSTRUCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cardcage.accelerator import MemorySlot, VmSpec
+
+    from cardcage_tcg.translate.blocks import Blocks
 
 __all__ = ["TcgOptions", "TcgVm"]
 
@@ -58,6 +60,10 @@ class TcgOptions:
             raise ValueError(f"{value}: expected 1 to {MAX_INSTRUCTIONS}")
 
 
+def _hash_key() -> memoryview:
+    return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
+
+
 class TcgVm:
     """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
 
@@ -84,7 +90,7 @@ class TcgVm:
         )
         self._marks = Area(4 * (self._code.size >> 16))
         q[L.VM_MARKS // 8] = self._marks.address
-        q[L.VM_HASH_KEY // 8 : L.VM_HASH_KEY // 8 + 4] = self._hash_key()
+        q[L.VM_HASH_KEY // 8 : L.VM_HASH_KEY // 8 + 4] = _hash_key()
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
         q[L.VM_CROSS // 8] = self._cross.address
         q[L.VM_APIC_BUS_HZ // 8] = 1_000_000_000
@@ -97,8 +103,9 @@ class TcgVm:
         if self.lapic:
             shown = (("x2apic", L.H_LAPIC_X2), ("tsc-deadline", L.H_LAPIC_DEADLINE))
             d[L.VM_HAS_LAPIC // 4] |= sum(bit for name, bit in shown if name in self.model.features)
-        self.blocks = Blocks(self, TemplateStore(store_path(options.templates, self.model.hidden)))
-        q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self.blocks.store.area.address, options.block_size
+        self.store = TemplateStore(store_path(options.templates, self.model.lacking))
+        q[L.VM_STORE // 8], q[L.VM_BLOCK_LIMIT // 8] = self.store.area.address, options.block_size
+        self._blocks: Blocks | None = None
         self.lock = threading.RLock()
         """Held while slots change, which takes several steps, and by whoever looks at memory or makes templates in
         Python: stopping the world keeps vCPUs out of native code only. Never held while a device is called."""
@@ -115,11 +122,19 @@ class TcgVm:
         self.events = EventFds(self)
         self.capabilities = frozenset({"doorbells", "foreign-rings", *(["irqfds"] if self.lapic else [])})
         self._closed = False
-        self.blocks.prepare()
+        if self.store.is_new or self.store.recipes.names():  # on this thread, before the guest waits for it
+            self.blocks.prepare()
 
-    @staticmethod
-    def _hash_key() -> memoryview:
-        return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
+    @property
+    def blocks(self) -> Blocks:
+        """The translator's Python half, loaded when something has no template, or memory under code changes."""
+        if self._blocks is None:
+            with self.lock:
+                if self._blocks is None:
+                    from cardcage_tcg.translate.blocks import Blocks
+
+                    self._blocks = Blocks(self, self.store)
+        return self._blocks
 
     def set_word(self, offset: int, value: int) -> None:
         """Set a 64-bit field of ``struct vm``."""
@@ -240,7 +255,7 @@ class TcgVm:
         self._cpus = []
         self._q.release()
         self._d.release()
-        self.blocks.store.close()
+        self.store.close()
         self.memory.close()
         for area in (self._area, self._hash, self._cross, self._marks):
             area.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, in_
 
 from cardcage.abilities import has, require
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

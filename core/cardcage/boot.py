@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import frozen
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage.memory import GuestMemory

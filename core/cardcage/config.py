@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from attrs import evolve, field, fields, frozen
+from attrs import evolve, field, fields
 from attrs.validators import and_, ge, le
 
 from cardcage._config.places import HostPath, Place, PlacedText, Spec, beside, placed
@@ -22,6 +22,7 @@ from cardcage.errors import ConfigError, near
 from cardcage.files import read_file
 from cardcage.ram import Placement
 from cardcage.units import Size
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

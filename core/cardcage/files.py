@@ -27,7 +27,9 @@ def read_file(path: str | os.PathLike[str], most: int, kind: str = "file") -> by
             about = os.fstat(stream.fileno())
             if stat.S_ISCHR(about.st_mode) and stream.read(1):  # /dev/null is a way to say that there is nothing
                 raise ConfigError(f"a character device: expected a {kind}", file=name)
-            data = b"" if about.st_size > most else stream.read(most + 1)
+            data = b"" if about.st_size > most else stream.read(about.st_size + 1)  # room for more would be made first
+            if len(data) > about.st_size:  # a pipe, or it grows
+                data += stream.read(most + 1 - len(data))
     except OSError as error:
         raise ConfigError(f"{kind} cannot be read: {error.strerror or error}", file=name) from error
     except ValueError as error:  # a NUL in the path

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from attrs import field, frozen
+from attrs import field
 
 from cardcage.abilities import has
 from cardcage.accelerator import MemorySlot, WrittenMany
 from cardcage.errors import UsageError
 from cardcage.ram import PAGE, RamBlock
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

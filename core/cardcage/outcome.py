@@ -5,8 +5,10 @@ A debug exit's status is always odd, all others are even: they cannot be mistake
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, le
+
+from cardcage.values import frozen
 
 __all__ = ["Crashed", "DebugExit", "Outcome", "Panicked", "PoweredOff", "Reset", "Stopped", "TimedOut"]
 

@@ -13,11 +13,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from attrs import field, frozen
+from attrs import field
 
 from cardcage._memory.sigbus import guard
 from cardcage.errors import ConfigError, HostError
 from cardcage.units import say_size
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable

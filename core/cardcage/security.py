@@ -18,10 +18,11 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field
 
 from cardcage.abilities import has, require, tell_near_misses
 from cardcage.errors import FAULTS, CardcageError, Denied, in_words
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import frozen
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage.x86 import VCpuState

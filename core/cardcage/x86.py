@@ -5,7 +5,9 @@ Every class here is a value: it is read whole from a vCPU, changed, and set whol
 
 from __future__ import annotations
 
-from attrs import Factory, define, evolve, frozen
+from attrs import Factory, evolve
+
+from cardcage.values import define, frozen
 
 __all__ = [
     "CR0_AM",

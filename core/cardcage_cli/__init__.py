@@ -13,6 +13,7 @@ Errors are raised, not printed: :func:`main` turns them into one line and a stat
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from cardcage.lazy import lazy_names
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None, *, cards: Iterable[Any] = ()) -> int
             signal may end it on the spot, and does once this has returned, and a running machine is put into a jail.
         cards: loaded besides the installed cards, for programs that bring their own.
     """
+    if argv is None:
+        gc.disable()  # until the command begins: what is imported stays
     try:
         from cardcage_cli.ending import Ending
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cardcage._config.places import Place
@@ -25,7 +27,7 @@ from cardcage_cli.streams import open_standard_streams
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from cardcage.host import CardInfo, Host
 
@@ -61,6 +63,9 @@ def run_program(argv: Sequence[str], cards: Iterable[Any], ending: Ending) -> in
                 host.log_sink.level = getattr(arguments, "log_level", host.log_sink.level)
                 host.log_sink.json = getattr(arguments, "log_json", False)
                 host.mediator.ask(Act(OPERATOR, HOST, "management", ("command",)), arguments.command_name)
+                if ending.alone:
+                    gc.freeze()  # else the first collection looks through all that was imported
+                    gc.enable()
                 status = int(arguments.command(host, arguments))
                 sys.stdout.flush()
             finally:
@@ -117,6 +122,8 @@ def make_parser(host: Host) -> ArgumentParser:
 
     from cardcage import __version__
 
+    from cardcage_cli.later import LaterParser
+
     parser = argparse.ArgumentParser(
         prog="cardcage",
         description="A virtual machine monitor in which everything that does something is a card.",
@@ -124,29 +131,36 @@ def make_parser(host: Host) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cardcage {__version__}")
     add_common_arguments(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=LaterParser)
 
-    def command(name: str, help: str, run: Any) -> ArgumentParser:
+    def command(name: str, help: str, run: Any) -> LaterParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        made.set_defaults(command=run, command_name=name, host=host)
-        add_common_arguments(made)
+        made.then(lambda made: made.set_defaults(command=run, command_name=name, host=host))
+        made.then(add_common_arguments)
         return made
 
-    run = command("run", "run a machine described in TOML, by arguments, or both", run_command)
-    run.add_argument(
-        "file", metavar="VM.toml", nargs="*", help="configuration file; later files are merged into earlier files"
-    )
-    add_boot_arguments(run)
-    add_machine_arguments(run)
+    command("run", "run a machine described in TOML, by arguments, or both", run_command).then(_add_run_arguments)
     cards = command(
         "cards", "list the installed cards, their distributions, and whether each is usable here", cards_command
     )
-    cards.add_argument("-v", "--verbose", action="store_true", help="show everything that each card offers")
+    cards.then(
+        lambda made: made.add_argument(
+            "-v", "--verbose", action="store_true", help="show everything that each card offers"
+        )
+    )
     command("doctor", "check what this host supports, and suggest commands that enable the rest", doctor_command)
     for name in host.registry.names(CommandOffer):
         offer = host.registry.get(CommandOffer, name)
         _registered(command, offer)
     return parser
+
+
+def _add_run_arguments(run: ArgumentParser) -> None:
+    run.add_argument(
+        "file", metavar="VM.toml", nargs="*", help="configuration file; later files are merged into earlier files"
+    )
+    add_boot_arguments(run)
+    add_machine_arguments(run)
 
 
 def _registered(command: Any, offer: CommandOffer) -> None:
@@ -174,17 +188,34 @@ def _registered(command: Any, offer: CommandOffer) -> None:
     parser.parse_known_args = parse_known_args
 
 
+@contextmanager
+def uncollected(host: Host) -> Iterator[None]:
+    """Keep the collector of cycles from what a process of our own imports and builds, now and later, because it stays:
+    looking through all of it again and again is a twelfth of the start."""
+    if not host.owns_process:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def run_command(host: Host, arguments: Namespace) -> int:
     """``cardcage run VM.toml``, or ``cardcage run --kernel FILE``."""
     from cardcage.errors import ConfigError
-    from cardcage.machine import Machine
 
     if not arguments.file and arguments.boot_kernel is None:
         raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
-    config = draft_of(arguments, *arguments.file).config()
-    machine = Machine.from_config(config, host=host)
+    with uncollected(host):
+        from cardcage.machine import Machine
+
+        config = draft_of(arguments, *arguments.file).config()
+        machine = Machine.from_config(config, host=host)
     if machine.name != config.machine.name:
         print(f"name: {machine.name} (another machine is {config.machine.name})", file=sys.stderr, flush=True)
     print(f"accelerator: {machine.accelerator.why}", file=sys.stderr, flush=True)

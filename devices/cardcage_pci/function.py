@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define
 from cardcage.abilities import calls
 from cardcage.device import Mmio, Pio
 from cardcage.errors import CardError, ConfigError, Denied
+from cardcage.values import define
 
 from cardcage_pci.msi import Msi, MsiX
 from cardcage_pci.spec import OPTIONAL

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from attrs.validators import deep_iterable, ge, instance_of, le, max_len, min_len
 from cardcage.abilities import has, tell_near_misses
 from cardcage.device import Mmio
 from cardcage.errors import CardError, ConfigError
+from cardcage.values import define, frozen
 
 from cardcage_pci.function import Function, FunctionState
 from cardcage_pci.spec import OPTIONAL, PciPluggable, structure

@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import field, fields, frozen
+from attrs import field, fields
 from attrs.validators import ge, in_, le
 from cardcage.errors import CardError
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage_pci.function import Function

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
 from cardcage.device import Mmio
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import resolve
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from attrs import define, field
+from attrs import field
 from cardcage.abilities import calls, has, require, tell_near_misses
 from cardcage.errors import CardError, ConfigError
 from cardcage.memory import GuestMemoryError
 from cardcage.security import HasNeeds, Needs
+from cardcage.values import define
 
 from cardcage_virtio.device import OPTIONAL, VirtioDevice
 from cardcage_virtio.queue.packed import PackedRing

@@ -14,8 +14,8 @@ import re
 import stat
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
 from cardcage.errors import ConfigError
+from cardcage.values import frozen
 
 from cardcage_block.formats import shown
 

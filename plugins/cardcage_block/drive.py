@@ -6,11 +6,12 @@ import os
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from attrs import evolve, fields, frozen
+from attrs import evolve, fields
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.pairs import join_pairs, parse_repeated, split_pairs, typed_pairs
 from cardcage.registry import BackendOffer
+from cardcage.values import frozen
 
 from cardcage_block.chain import Below, Fence, find_below
 from cardcage_block.formats import detect, refuse_foreign, shown

@@ -9,8 +9,9 @@ import os
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from attrs import define, field, frozen
+from attrs import field
 from cardcage.errors import ConfigError
+from cardcage.values import define, frozen
 
 from cardcage_block.formats import shown
 

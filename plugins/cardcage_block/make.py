@@ -6,8 +6,8 @@ import os
 from array import array
 from typing import TYPE_CHECKING
 
-from attrs import frozen
 from cardcage.errors import ConfigError
+from cardcage.values import frozen
 
 from cardcage_block.header import COMPAT_LAZY, Header
 from cardcage_block.hostfile import HostFile

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import define
 from cardcage.errors import ConfigError
+from cardcage.values import define
 
 from cardcage_boot.files import open_file, unpacked
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, le
 from cardcage.errors import ConfigError
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

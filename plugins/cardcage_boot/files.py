@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from attrs import frozen
 from cardcage.config import beside
 from cardcage.errors import ConfigError
 from cardcage.files import read_file
+from cardcage.values import frozen
 
 __all__ = ["MAX_FILE", "BootFile", "joined", "open_file", "unpacked"]
 
@@ -34,13 +34,17 @@ class BootFile:
         """A ConfigError about this file, to raise."""
         return ConfigError(problem, file=self.path)
 
-    def bytes(self, offset: int, size: int, what: str) -> bytes:
-        """Exactly *size* bytes at *offset*. Raises ConfigError when the file is shorter."""
+    def check(self, offset: int, size: int, what: str) -> None:
+        """Raise ConfigError when the file does not hold *size* bytes at *offset*."""
         if offset < 0 or size < 0 or offset + size > len(self.data):
             raise self.error(
                 f"truncated {self.kind}: expected {what} at {offset:#x}+{size:#x}, "
                 f"the file has {len(self.data):#x} bytes"
             )
+
+    def bytes(self, offset: int, size: int, what: str) -> bytes:
+        """Exactly *size* bytes at *offset*. Raises ConfigError when the file is shorter."""
+        self.check(offset, size, what)
         return self.data[offset : offset + size]
 
     def unpack(self, form: str, offset: int, what: str) -> tuple[int, ...]:

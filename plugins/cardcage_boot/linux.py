@@ -7,7 +7,8 @@ import re
 import struct
 from typing import TYPE_CHECKING
 
-from attrs import define, field, frozen
+from attrs import field
+from cardcage.values import define, frozen
 
 from cardcage_boot.elf import Elf, is_elf, read_elf
 from cardcage_boot.files import BootFile, joined, open_file
@@ -104,7 +105,7 @@ def read_header(file: BootFile) -> Header:
     payload = ((file.data[0x1F1] or 4) + 1) * 512
     size = file.u32(0x1F4, "syssize") * 16
     # syssize is rounded up to 16; a signature may follow the payload.
-    file.bytes(payload, max(size - 15, 1), "the protected-mode kernel")
+    file.check(payload, max(size - 15, 1), "the protected-mode kernel")
     alignment, relocatable = file.u32(0x230, "kernel_alignment"), file.data[0x234]
     preferred, init_size = 1 << 20, UNPACKS * size
     if version >= 0x20A:

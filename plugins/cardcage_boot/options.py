@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, in_
+from cardcage.values import frozen
 
 __all__ = ["AutoOptions", "FirmwareOptions", "LinuxOptions", "MultibootOptions", "PvhOptions", "RawOptions"]
 

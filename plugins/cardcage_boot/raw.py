@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import define
 from cardcage.errors import ConfigError
 from cardcage.memory import GuestMemoryError
+from cardcage.values import define
 from cardcage.x86 import Segment, reset_state
 
 from cardcage_boot.files import BootFile, open_file

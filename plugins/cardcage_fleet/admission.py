@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from attrs import frozen
 from cardcage.abilities import require, tell_near_misses
 from cardcage.config import specs_of
+from cardcage.values import frozen
 
 from cardcage_fleet import AdmissionOffer
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from attrs import define
+from cardcage.values import define
 
 __all__ = ["HeldFile", "hold", "is_held", "is_locked"]
 

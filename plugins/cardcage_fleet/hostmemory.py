@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import frozen
 from cardcage.errors import HostError
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

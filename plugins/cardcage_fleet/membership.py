@@ -47,7 +47,7 @@ def admit(machine: Machine) -> None:
     policies = admissions(machine)
     with ExitStack() as held:
         try:
-            roster = Roster()
+            roster = Roster(known=machine.host.share("fleet:known", dict))
             held.enter_context(roster.locked())
             alive, ended, _ = roster.read()
         except (HostError, OSError) as error:

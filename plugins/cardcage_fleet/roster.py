@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, evolve, field, fields, frozen
+from attrs import asdict, evolve, field, fields
+from cardcage.values import frozen
 
 from cardcage_fleet.held import is_locked
 from cardcage_fleet.rundir import run_directory
@@ -88,11 +89,18 @@ def pid_namespace() -> str:
 
 
 class Roster:
-    """The directory. Raises HostError when there is none that is private to this user."""
+    """The directory. Raises HostError when there is none that is private to this user.
 
-    def __init__(self, directory: Path | None = None) -> None:
+    Args:
+        directory: another than the run directory.
+        known: what was read before, by file; a dictionary that is handed from one roster to the next.
+    """
+
+    def __init__(
+        self, directory: Path | None = None, known: dict[Path, tuple[bytes, RosterEntry]] | None = None
+    ) -> None:
         self.directory = directory if directory is not None else run_directory()
-        self._known: dict[Path, tuple[bytes, RosterEntry]] = {}
+        self._known = {} if known is None else known
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,7 +127,8 @@ class Roster:
         ended: list[RosterEntry] = []
         problems: list[str] = []
         paths = sorted(self.directory.glob("*.json"))
-        self._known = {path: self._known[path] for path in paths if path in self._known}
+        for gone in self._known.keys() - set(paths):
+            del self._known[gone]
         for path in paths:
             try:
                 text, lives = read_entry(path)
@@ -182,11 +191,16 @@ def parse_entry(text: bytes, file: str = "") -> RosterEntry:
             raise ValueError(f"{one.name}: expected {kind}")
         if isinstance(value, int) and not -(1 << 62) < value < 1 << 62:
             raise ValueError(f"{one.name}: out of range")
-        values[one.name] = "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else value
+        values[one.name] = printable(value) if isinstance(value, str) else value
     missing = [name for name in ("name", "pid", "size") if name not in values]
     if missing or values["pid"] <= 0 or values["size"] < 0 or values.get("start", 0) < 0:
         raise ValueError(f"{', '.join(missing) or 'pid, size or start'}: expected, or out of range")
     return RosterEntry(**values, file=file)
+
+
+def printable(text: str) -> str:
+    """*text* without what moves a terminal's cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def load(text: bytes) -> dict[str, Any]:

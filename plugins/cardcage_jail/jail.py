@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import sysconfig
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,9 +143,10 @@ def joined(needs: Iterable[Needs]) -> Needs:
 
 def rules_of(needs: Needs) -> list[tuple[str, int]]:
     """Landlock's rules for *needs*, and for the code of this program, parts of which are imported when first used."""
-    code = {*filter(None, sys.path), sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
+    prefixes = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)  # all that sysconfig names is below
+    code = {*sys.path, sys.pycache_prefix, *prefixes}
     return [
-        *((path, landlock.READ) for path in (*needs.read, *sorted(code))),
+        *((path, landlock.READ) for path in (*needs.read, *sorted(filter(None, code)))),
         *((path, landlock.WRITE) for path in needs.write),
         *((path, landlock.REMOVE) for path in needs.remove),
         ("/dev/null", landlock.WRITE),

@@ -15,8 +15,11 @@ from cardcage.errors import AcceleratorError, ConfigError
 from cardcage.memory import RamBlock
 from cardcage.vcpu import Exit
 from cardcage.x86 import Segment
+from cardcage_tcg import clock
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
+from cardcage_tcg.library import is_ours
+from cardcage_tcg.translate import store
 from cardcage_tcg.translate.recipes import Recipes, entries_of
 from cardcage_tcg.translate.store import STORE_SIZE, latest
 from cardcage_tcg.vm import TcgOptions, TcgVm
@@ -111,7 +114,7 @@ def test_what_the_next_process_makes_is_the_same(tmp_path: Path) -> None:
     again.blocks.follow(entries)
     theirs = bytes(again.blocks.store.area.view[: again.blocks.store.used])
     again.close()
-    assert theirs == latest()[1]
+    assert theirs == latest(tmp_path / recipes.name)
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "writable by others"])
@@ -130,6 +133,114 @@ def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> N
     eax, made = run_alone(tmp_path)
     assert eax == 2
     assert made > 100
+
+
+VERIFIED = """
+import os, sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_tcg_store import ADD_UP, run
+from cardcage_tcg.translate import store
+whole, times = store._whole, []
+store._whole = lambda data: times.append(whole(data)) or times[-1]
+folder = Path({folder!r})
+for _ in range(3):
+    run(ADD_UP, folder)
+assert len(times) == 1 and times[0], times
+(kept,) = folder.glob("templates-*")
+kept.with_name("new").write_bytes(kept.read_bytes())
+kept.with_name("new").chmod(0o600)
+kept.with_name("new").rename(kept)
+run(ADD_UP, folder)
+assert len(times) == 2, "another file was not verified"
+with kept.open("r+b") as file:
+    file.write(b"\\xff" * 4)
+run(ADD_UP, folder)
+assert times[2:] == [0], "a file that was written was not verified"
+"""
+
+
+def test_a_store_is_verified_once_a_process(tmp_path: Path) -> None:
+    """VMs of one process map the store that the first of them verified, and verify one that was replaced or written."""
+    run_alone(tmp_path)
+    run_alone(tmp_path)
+    code = VERIFIED.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_machine_adds_is_its_own(tmp_path: Path) -> None:
+    """A VM's new templates are neither in the kept file nor in a VM beside it that began with the same file."""
+    run_alone(tmp_path)
+    run_alone(tmp_path)
+    (kept,) = tmp_path.glob("templates-*")
+    before, beside = kept.read_bytes(), TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates=str(tmp_path))))
+    used = beside.blocks.store.used
+    vm, _ = run(bytes.fromhex("0fc8 0fc9 0fca f4"), tmp_path)  # bswap
+    assert vm.blocks.translator.made
+    assert (kept.read_bytes(), beside.blocks.store.used) == (before, used)
+    assert bytes(beside.blocks.store.area.view[:used]) == before[:used]
+    beside.close()
+
+
+def test_few_stores_are_held(tmp_path: Path) -> None:
+    """A process that uses many folders for templates holds the files of the last few."""
+    for at in range(store.KEPT_STORES + 2):
+        run(many(), tmp_path / str(at))
+    assert len(store._beginnings) == store.KEPT_STORES
+
+
+def test_the_counter_is_measured_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM takes the frequency of the time-stamp counter that the first of the process measured."""
+    TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates="none"))).close()
+    monkeypatch.setattr(clock, "_khz", 1_234_567)
+    vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates="none")))
+    assert vm.clock.tsc_khz == 1_234_567
+    vm.close()
+
+
+SPARED = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from cardcage.accelerator import VmSpec
+from cardcage_tcg.vm import TcgOptions, TcgVm
+vm = TcgVm(VmSpec(irqchip="none", options=TcgOptions(templates={folder!r})))
+vm.create_vcpu(0)
+there = {{"iced_x86", "cardcage_tcg.translate.translator"}} & set(sys.modules)
+assert not there, there
+vm.close()
+from test_tcg_store import ADD_UP, many, run
+vm, eax = run(many(), Path({folder!r}))
+assert eax == 2 and vm._blocks is None, "the translator was needed"
+"""
+
+
+def test_a_kept_store_spares_the_decoder(tmp_path: Path) -> None:
+    """A VM that begins with a kept store loads no decoder, nor does a guest that needs no other templates."""
+    run_alone(tmp_path)
+    run_alone(tmp_path)
+    code = SPARED.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_code_of_another_user_is_loaded_before_capabilities_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages in a folder of somebody else's are not ours to read later: root reads them by a capability."""
+    assert is_ours("cardcage_tcg", "iced_x86")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_ours("theirs")
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert is_ours("theirs") == (user == 0)
+    if user == 0:
+        monkeypatch.undo()
+        monkeypatch.syspath_prepend(tmp_path)
+        os.chown(tmp_path, 12345, 12345)
+        assert not is_ours("theirs")
+    assert not is_ours("no_such_package")
 
 
 @given(data=st.binary(max_size=400))

@@ -276,6 +276,73 @@ def test_a_missing_extra_is_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert "device fancy (needs: pip install 'cardcage[fancy]' (No module named" in capfd.readouterr().out
 
 
+def test_only_the_commands_own_parser_is_made() -> None:
+    """Of the commands' parsers, that of the command that is parsed is made; a usage line and ``--help`` need none."""
+    from cardcage.host import Host
+    from cardcage_cli.later import LaterParser
+    from cardcage_cli.program import make_parser
+
+    parser = make_parser(Host(installed=False))
+    (commands,) = (one.choices for one in parser._actions if isinstance(one.choices, dict))
+    assert all(isinstance(one, LaterParser) for one in commands.values())
+    parser.format_help()
+    assert [name for name, one in commands.items() if "_later" not in vars(one)] == []
+    assert parser.parse_args(["cards", "-v"]).verbose
+    assert [name for name, one in commands.items() if "_later" not in vars(one)] == ["cards"]
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = commands["cards"].nothing_such
+
+
+COLLECTED = """
+import gc, sys
+from cardcage.hookspecs import hookimpl
+from cardcage_cli import main
+
+class Card:
+    @hookimpl
+    def cardcage_register(self, registry):
+        registry.command("look", lambda host, arguments: print(gc.isenabled()) or 0)
+
+    @hookimpl
+    def cardcage_admit(self, machine):
+        print(gc.isenabled())
+
+    @hookimpl
+    def cardcage_starting(self, machine):
+        print(gc.isenabled(), gc.get_freeze_count() > 0)
+
+words = {words}
+sys.argv[1:] = words
+raise SystemExit(main({given}cards=[Card()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "found"),
+    [
+        ("", ["look"], "True"),
+        ("", ["run"], "False\nTrue True"),
+        ("words, ", ["look"], "True"),
+        ("words, ", ["run"], "True\nTrue False"),
+    ],
+)
+def test_only_a_process_of_ours_builds_without_the_collector(
+    tmp_path: Path, given: str, command: list[str], found: str
+) -> None:
+    """The collector is off while the program's own process builds a machine; a program that calls main() keeps it."""
+    file = tmp_path / "vm.toml"
+    file.write_text(
+        '[machine]\naccel = "tcg"\nmemory = "1M"\nplatform = "none"\n'
+        '[boot]\nprotocol = "raw"\nimage = "guest"\n[[device]]\ntype = "isa-debug-exit"\niobase = 0xf4\n'
+    )
+    (tmp_path / "guest").write_bytes(bytes.fromhex("b000e6f4f4"))
+    words = [*command, *([str(file)] if command == ["run"] else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTED.format(words=words, given=given)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == found, done.stderr
+
+
 def test_help_loads_nothing_heavy() -> None:
     """``cardcage --help`` imports neither asyncio, cattrs, rich, structlog nor any card's own modules."""
     code = (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from attrs import field, frozen
 from attrs.validators import ge
-from cardcage._config.structure import structure, unstructure
+from cardcage._config.structure import structure
 from cardcage.config import Draft
 from cardcage.errors import ConfigError
 from cardcage.units import Duration, Size
@@ -115,7 +115,7 @@ def test_every_kind_of_value_is_structured() -> None:
         (2, "b"),
     )
     assert made.drive == {"file": "x", "n": 1}
-    assert unstructure(made.inner) == {"level": 3}
+    assert made.inner == Inner(3)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,19 @@ def test_registering_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[] []"
 
 
+def test_building_a_machine_imports_nothing_heavy() -> None:
+    """A machine of the pc platform is configured and built without cattrs, rich, structlog, asyncio and OpenSSL."""
+    import subprocess
+
+    code = (
+        "import sys; from cardcage import Machine\n"
+        "with Machine(memory='16M', accel='tcg', machine={'platform': 'pc'}): pass\n"
+        "print(sorted({'asyncio', 'cattrs', 'rich', 'structlog', '_hashlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_an_unknown_name_says_what_is_near() -> None:
     """An unknown card is refused with near matches, or with what there is."""
     host = Host([card(lambda registry: registry.device("virtio-blk", object))], installed=False)

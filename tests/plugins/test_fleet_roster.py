@@ -120,6 +120,31 @@ def test_two_machines_of_one_process_are_two_entries() -> None:
         assert [one.name for one in Roster().read()[0]] == ["one", "two"]
 
 
+def test_a_host_reads_an_entry_once(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further machine of a host looks at all entries, and parses those that are new or have changed."""
+    from cardcage_fleet import roster
+
+    parse, parsed = roster.parse_entry, []
+    monkeypatch.setattr(roster, "parse_entry", lambda text, file: parsed.append(file) or parse(text, file))
+    host = Host([Scripted(), cardcage_fleet], installed=False)
+    other = runtime / "1-0.json"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    other.write_text(json.dumps({"name": "other", "pid": 1, "size": 1, "since": time.time()}))
+
+    def build() -> None:
+        parsed.clear()
+        table = {"machine": {"name": "lab", "memory": "2M", "platform": "none", "accel": ["scripted"]}}
+        Machine(host=host, fragments=[table]).close()
+
+    build()
+    assert parsed == [str(other)]
+    build()
+    assert parsed == []
+    other.write_text(json.dumps({"name": "others", "pid": 1, "size": 1, "since": time.time()}))
+    build()
+    assert parsed == [str(other)]
+
+
 def test_where_the_roster_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """XDG_RUNTIME_DIR comes first when it is an absolute path, then the directories of the system."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError, near
-from iced_x86 import CpuidFeature
 
 from cardcage_tcg.cpu.msrlist import PHYS_BITS
 
@@ -99,10 +99,15 @@ class CpuModel:
         self.features = frozenset(wanted)
         self.avx = "avx" in wanted
         self.xcr0 = 7 | (1 << 9 if "pku" in wanted else 0) if self.avx else 3  # what XCR0 may hold
-        self.hidden = frozenset(
-            getattr(CpuidFeature, name) for feature, name in DECODED.items() if feature not in wanted
-        )
+        self.lacking = frozenset(DECODED) - wanted
         self._cpus, self._lapic, self._tsc_khz = cpus, lapic, tsc_khz
+
+    @cached_property
+    def hidden(self) -> frozenset[int]:
+        """``iced_x86.CpuidFeature`` of the instructions that guests must not have."""
+        from iced_x86 import CpuidFeature
+
+        return frozenset(getattr(CpuidFeature, DECODED[feature]) for feature in self.lacking)
 
     def takes_xcr0(self, value: int) -> bool:
         """True if XSETBV takes it: x87 always, AVX only with SSE, nothing that the guest has not."""

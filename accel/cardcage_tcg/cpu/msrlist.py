@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable

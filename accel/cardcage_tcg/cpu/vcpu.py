@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from cardcage.x86 import Events, Segment, reset_state
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpu import state
-from cardcage_tcg.cpu.emulate import Emulator
 from cardcage_tcg.cpu.faults import Fault
 from cardcage_tcg.cpu.linear import LinearMemory, pieces
 from cardcage_tcg.cpu.msr import TSC_DEADLINE, Msrs
@@ -20,9 +20,12 @@ from cardcage_tcg.cpu.registers import RegisterFile
 from cardcage_tcg.library import Area
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.vcpu import Ops
     from cardcage.x86 import VCpuState
 
+    from cardcage_tcg.cpu.emulate import Emulator
     from cardcage_tcg.vm import TcgVm
 
 __all__ = ["TcgVCpu"]
@@ -50,7 +53,6 @@ class TcgVCpu:
         self._enter = vm.native.enter
         self.msrs = Msrs(vm, self.registers)
         self.linear = LinearMemory(vm, self.registers, self.msrs)
-        self._emulator = Emulator(self)
         self.tried, self.tries = (0, 0, b""), 0  # the code without a template last, and how often in a row
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
@@ -62,13 +64,21 @@ class TcgVCpu:
         q[L.CR4_ALLOWED // 8] = vm.cr4_allowed
         self.set_state(reset_state(bootstrap=index == 0))
 
+    @cached_property
+    def _emulator(self) -> Emulator:
+        """Loaded when the guest has the first instruction that native code does not do."""
+        from cardcage_tcg.cpu.emulate import Emulator
+
+        return Emulator(self)
+
     # ---- the loop ----
 
     def kick(self) -> None:
         self.native.kick(self.pointer)
 
     def run(self, ops: Ops, /) -> VCpuExit:
-        q, d, enter, pointer, emulate = self.words, self.halves, self._enter, self.pointer, self._emulator.run
+        q, d, enter, pointer = self.words, self.halves, self._enter, self.pointer
+        emulate: Callable[[Ops], None] | None = None
         reason_at, info = L.REASON // 4, L.INFO // 8
         self.native.precise_timers()
         self.native.signals()  # somebody else (pytest's faulthandler) may have replaced the handlers
@@ -76,6 +86,7 @@ class TcgVCpu:
             enter(pointer)
             reason = d[reason_at]
             if reason == L.R_EMULATE or reason == L.R_MSR:
+                emulate = emulate or self._emulator.run
                 emulate(ops)
             elif reason == L.R_TRANSLATE:
                 self.vm.blocks.translate(self)

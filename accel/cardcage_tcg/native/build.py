@@ -10,12 +10,12 @@ bounds checks: the process must have ``libasan.so`` preloaded, as the hostile-gu
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # The translator loads this file for digest() at each start: what only compiling needs is imported where it is done.
 
@@ -139,14 +139,27 @@ def zig() -> str:
     return shlex.join([str(Path(found.submodule_search_locations[0], "zig")), "cc"])
 
 
+def sha256() -> Any:
+    """A hash as hashlib's, from the module beneath it: hashlib loads OpenSSL, which takes longer than all we hash."""
+    try:
+        if sys.version_info >= (3, 12):
+            from _sha2 import sha256 as made  # type: ignore[import-not-found]
+        else:
+            from _sha256 import sha256 as made  # type: ignore[import-not-found]
+    except ImportError:  # an interpreter that was built without
+        from hashlib import sha256 as made
+    return made()
+
+
 def digest() -> str:
     """SHA-256 over the sources, in hexadecimal: ``layout.py`` has that of what it was made from."""
-    found = hashlib.sha256()
+    made = sha256()
     for one in sorted(HERE.rglob("*")):
         if one.suffix in (".c", ".h", ".S") or one.name == "build.py":
-            found.update(f"{one.relative_to(HERE)} {one.stat().st_size}\n".encode())
-            found.update(one.read_bytes())
-    return found.hexdigest()
+            made.update(f"{one.relative_to(HERE)} {one.stat().st_size}\n".encode())
+            made.update(one.read_bytes())
+    found: str = made.hexdigest()
+    return found
 
 
 def fields(header: str, struct: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from iced_x86 import (
     Code,
@@ -17,9 +17,6 @@ from iced_x86 import (
     Register,
     RflagsBits,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "ADDRESSED",
@@ -36,6 +33,7 @@ __all__ = [
     "INTEGER",
     "MASKED_MOVES",
     "MASKED_STORES",
+    "NAMES",
     "NEAR_MEMORY",
     "NOTHING",
     "OFF_AVX",
@@ -248,10 +246,12 @@ RETAINING = {M.BSF, M.BSR}
 """Instructions that may leave a destination as it was, though they are said to write it."""
 OFF_X87, OFF_MMX, OFF_SSE, OFF_AVX, OFF_XSAVE, OFF_WAIT = range(6)
 
-_CODES = {name: getattr(Code, name) for name in dir(Code) if not name.startswith("_")}
+_CODES: dict[str, Any] = vars(Code)
+NAMES = {code: name for name, code in _CODES.items() if not name.startswith("_")}
+"""The decoder's name of each ``Code``."""
 RECODE = {
     **{_CODES[f"{op}_R{bits}"]: _CODES[f"{op}_RM{bits}"] for op in ("INC", "DEC") for bits in (16, 32)},
-    **{code: _CODES[name[:-3]] for name, code in _CODES.items() if name.endswith("_IMM8_82")},
+    **{code: _CODES[name[:-3]] for code, name in NAMES.items() if name.endswith("_IMM8_82")},
     _CODES["MOV_AL_MOFFS8"]: _CODES["MOV_R8_RM8"],
     _CODES["MOV_AX_MOFFS16"]: _CODES["MOV_R16_RM16"],
     _CODES["MOV_EAX_MOFFS32"]: _CODES["MOV_R32_RM32"],

@@ -85,18 +85,21 @@ class Recipes:
         except OSError:  # a full disk, say
             return
 
+    def names(self) -> list[str]:
+        """The recipes that there are; none in a process that has run a guest."""
+        if self.folder is None or _ran:
+            return []
+        try:
+            return sorted(one for one in os.listdir(self.folder) if one.startswith(f"{self.name}-"))
+        except OSError:  # none was ever left
+            return []
+
     def take(self) -> Iterator[tuple[int, bytes]]:
         """The instructions of all recipes there are, ``(key, bytes)``, of which none is there afterwards.
 
-        Nothing in a process that has run a guest. Recipes are what another process says: each is checked.
+        Recipes are what another process says: each is checked.
         """
-        if self.folder is None or _ran:
-            return
-        try:
-            names = sorted(one for one in os.listdir(self.folder) if one.startswith(f"{self.name}-"))
-        except OSError:  # none was ever left
-            return
-        for at, name in enumerate(names):
+        for at, name in enumerate(self.names()):
             data = self.read(name)
             if at < FILES:
                 yield from entries_of(data)

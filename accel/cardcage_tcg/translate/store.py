@@ -1,23 +1,26 @@
 """Where templates are kept: native memory that ``assemble.c`` looks them up in, and a file between runs.
 
-The file is written by processes that have run no guest (:mod:`cardcage_tcg.translate.recipes`).
+The file is written by processes that have run no guest (:mod:`cardcage_tcg.translate.recipes`), and always whole: a new
+one takes its place. So a process verifies a file once, and maps it, copied on write, for each VM that begins with it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import mmap
 import os
 import stat
 import tempfile
+import threading
+import zlib
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from struct import pack_into, unpack_from
-from typing import TYPE_CHECKING
-
-import iced_x86
+from struct import pack, pack_into, unpack_from
+from typing import TYPE_CHECKING, NamedTuple
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
-from cardcage_tcg.translate.emit import flags_load, flags_save
+from cardcage_tcg.native.build import sha256
 from cardcage_tcg.translate.recipes import Recipes
 
 if TYPE_CHECKING:
@@ -31,13 +34,87 @@ COUNT = 12
 KEPT_STORES = 4
 
 
-_latest: tuple[Path | None, bytes] = (None, b"")
-"""The store of this process's last VM that made much, by its file: no other process runs it."""
+class Beginning(NamedTuple):
+    """A verified store that VMs of this process begin with.
+
+    Attributes:
+        fd, size: a file that begins with a store of this size.
+        about: what :func:`_about` said of a kept store; None for what a VM of this process left, which it alone has.
+    """
+
+    fd: int
+    size: int
+    about: tuple[int, ...] | None
 
 
-def latest() -> tuple[Path | None, bytes]:
-    """The store that a further VM of this process begins with, and the name of its file."""
-    return _latest
+_beginnings: dict[Path, Beginning] = {}
+_lock = threading.Lock()
+
+
+def latest(path: Path) -> bytes:
+    """The store that a further VM of this process begins with, and that would be kept at *path*."""
+    with _lock:
+        found = _beginnings.get(path)
+        return b"" if found is None else os.pread(found.fd, found.size, 0)
+
+
+def _begin(area: Area, path: Path) -> bool:
+    """Map what is there for *path* into *area*; False when nothing is, or nothing that can be trusted."""
+    with _lock:
+        found = _beginnings.get(path)
+        if found is None or (found.about is not None and found.about != _about(path)):
+            found = _verified(path)
+            _remember(path, found)
+        if found is not None:
+            area.begin_with(found.fd, found.size)
+        return found is not None
+
+
+def _remember(path: Path, what: Beginning | None) -> None:
+    """*what* is the beginning for *path* from now on. Few are kept: each CPU model has one."""
+    old = [_beginnings.pop(path)] if path in _beginnings else []
+    if what is not None:
+        _beginnings[path] = what
+    while len(_beginnings) > KEPT_STORES:
+        old.append(_beginnings.pop(next(iter(_beginnings))))
+    for one in old:
+        os.close(one.fd)
+
+
+def _about(file: Path | int) -> tuple[int, ...] | None:
+    """Facts that are others when a file was replaced or written; None for one that is not there."""
+    try:
+        about = os.stat(file)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def _verified(path: Path) -> Beginning | None:
+    """A kept store. It is code that will run: only a file of ours that nobody else can write will do."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    about, owner, size = _about(fd), os.fstat(fd), 0
+    if owner.st_uid == os.geteuid() and not owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        with suppress(OSError, ValueError), mmap.mmap(fd, 0, prot=mmap.PROT_READ) as data, memoryview(data) as view:
+            size = _whole(view)
+    if not size:
+        os.close(fd)
+        return None
+    return Beginning(fd, size, about)
+
+
+def _whole(data: memoryview) -> int:
+    """The size of the store in a file's bytes, 0 when they are none, or not all of one."""
+    size = len(data) - 4
+    if not L.SIZEOF_STORE <= size <= STORE_SIZE:
+        return 0
+    magic, room, used, _ = unpack_from("<IIII", data, 0)
+    if magic != L.STORE_MAGIC or room != STORE_SIZE or used != size:
+        return 0
+    return size if data[size:] == pack("<I", zlib.crc32(data[:size])) else 0
 
 
 class TemplateStore:
@@ -50,10 +127,15 @@ class TemplateStore:
     def __init__(self, keep: Path | None = None) -> None:
         self.area = Area(STORE_SIZE)
         self._keep = keep
-        if keep is None or not (self._take(keep) or self._load(keep)):
+        if keep is None or not _begin(self.area, keep):
             self._fresh()
         self._count: int = unpack_from("<I", self.area.view, COUNT)[0]
         self.recipes = Recipes(None if keep is None else keep.parent / "wanted", "" if keep is None else keep.name)
+
+    @property
+    def is_new(self) -> bool:
+        """True if it began without templates."""
+        return not self._count
 
     @property
     def used(self) -> int:
@@ -62,6 +144,8 @@ class TemplateStore:
         return found
 
     def _fresh(self) -> None:
+        from cardcage_tcg.translate.emit import flags_load, flags_save  # loads the decoder, which a kept store spares
+
         view = self.area.view
         pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, L.SIZEOF_STORE + 7 & ~7, 0)
         for at, length, code in (
@@ -70,33 +154,6 @@ class TemplateStore:
         ):
             view[at : at + len(code)] = code
             pack_into("<I", view, length, len(code))
-
-    def _take(self, path: Path) -> bool:
-        """Begin with what an earlier VM of this process had."""
-        name, data = _latest
-        if name != path:
-            return False
-        self.area.view[: len(data)] = data
-        return True
-
-    def _load(self, path: Path) -> bool:
-        """Take a kept store. It is code that will run: only a file of ours that nobody else can write will do."""
-        try:
-            with path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                    return False
-                data = file.read(STORE_SIZE + 1)
-        except OSError:
-            return False
-        if len(data) < L.SIZEOF_STORE or len(data) > STORE_SIZE:
-            return False
-        digest, data = data[-32:], data[:-32]
-        magic, size, used, _ = unpack_from("<IIII", data, 0)
-        if magic != L.STORE_MAGIC or size != STORE_SIZE or used != len(data) or hashlib.sha256(data).digest() != digest:
-            return False
-        self.area.view[: len(data)] = data
-        return True
 
     def save(self) -> None:
         """Keep the store for the next run; a failure to write costs only time later.
@@ -112,7 +169,7 @@ class TemplateStore:
             self._keep.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._keep.parent, delete=False) as file:
                 try:
-                    file.write(data + hashlib.sha256(data).digest())
+                    file.write(data + pack("<I", zlib.crc32(data)))
                     file.flush()
                     os.replace(file.name, self._keep)
                 except OSError:  # a full disk, say
@@ -138,33 +195,48 @@ class TemplateStore:
         """Leave word of what it had not, when that is more than a tenth of it, and give its memory back."""
         least = max(100, self._count // 10)
         if self._keep is not None and self.recipes.count >= least:
-            global _latest
-            _latest = self._keep, bytes(self.area.view[: self.used])
+            self._pass_on(self._keep)
         self.recipes.leave(least)
         self.area.close()
+
+    def _pass_on(self, path: Path) -> None:
+        """Let further VMs of this process begin with this; no other process runs it."""
+        fd = os.memfd_create("cardcage-templates", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(self.area.view[: self.used])
+        except OSError:  # no memory: they make what they need again
+            os.close(fd)
+            return
+        with _lock:
+            _remember(path, Beginning(fd, self.used, None))
 
 
 def _digest() -> str:
     """Return the name of a store: the translator's code, taken when it is loaded, and the decoder's version."""
     here = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for one in sorted(Path(iced_x86.__file__).parent.glob("*.so")):  # its version, without the cost of looking that up
+    digest = sha256()
+    decoder = find_spec("iced_x86")
+    if decoder is None or decoder.origin is None:
+        raise ImportError("cardcage_tcg needs iced_x86")
+    for one in sorted(Path(decoder.origin).parent.glob("*.so")):  # its version, without the cost of looking that up
         about = one.stat()
         digest.update(f"{one.name} {about.st_size} {about.st_mtime_ns}".encode())
     for one in sorted(here.rglob("*")):
         if one.suffix in (".py", ".so"):
             digest.update(one.read_bytes())
-    return digest.hexdigest()[:24]
+    name: str = digest.hexdigest()[:24]
+    return name
 
 
 _DIGEST = _digest()
 
 
-def store_path(directory: str, hidden: Iterable[int]) -> Path | None:
+def store_path(directory: str, lacking: Iterable[str]) -> Path | None:
     """Where templates of exactly this translator are kept: below *directory*, or the user's cache (empty: nowhere)."""
     if directory == "none":
         return None
     cache = directory or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cardcage", "tcg"
     )
-    return Path(cache) / f"templates-{_DIGEST}-{'.'.join(str(one) for one in sorted(hidden))}"
+    return Path(cache) / f"templates-{_DIGEST}-{'.'.join(sorted(lacking))}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import frozen
-from iced_x86 import Code, FlowControl, Mnemonic, OpKind, Register
+from cardcage.values import frozen
+from iced_x86 import FlowControl, Mnemonic, OpKind, Register
 
 from cardcage_tcg import layout as L
+from cardcage_tcg.translate.allowed import NAMES
 from cardcage_tcg.translate.emit import NUMBER
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ __all__ = ["HelperCall", "ends_block", "helper_of", "xsave_of"]
 
 M, R, K, F = Mnemonic, Register, OpKind, FlowControl
 _SIZES = {"W": 2, "D": 4, "Q": 8}
-_NAMES = {getattr(Code, name): name for name in dir(Code) if not name.startswith("_")}
 
 
 @frozen
@@ -45,7 +45,7 @@ class HelperCall:
 
 def _suffixed(ins: Instruction) -> int:
     """Operand size of a code whose name ends in W, D or Q before any operand part."""
-    return _SIZES[_NAMES[ins.code].split("_")[0][-1]]
+    return _SIZES[NAMES[ins.code].split("_")[0][-1]]
 
 
 def _word(ins: Instruction, number: int, immediate: int = 0) -> HelperCall:
@@ -61,11 +61,11 @@ def _store_word(ins: Instruction, number: int) -> HelperCall:
 
 def _far_memory(ins: Instruction) -> int:
     """Operand size of a far pointer in memory, from the code's name (M1616, M1632, M1664)."""
-    return int(_NAMES[ins.code][-2:]) // 8
+    return int(NAMES[ins.code][-2:]) // 8
 
 
 def _jmp_far(ins: Instruction, number: int) -> HelperCall | None:
-    name = _NAMES[ins.code]
+    name = NAMES[ins.code]
     if "_PTR16" in name:
         return HelperCall(
             number,
@@ -122,7 +122,7 @@ def _retf(ins: Instruction) -> HelperCall:
 
 
 def _table(ins: Instruction, number: int) -> HelperCall:
-    return HelperCall(number, int(_NAMES[ins.code][-2:]) // 8, "address")
+    return HelperCall(number, int(NAMES[ins.code][-2:]) // 8, "address")
 
 
 def _fsgsbase(ins: Instruction) -> HelperCall:
@@ -168,7 +168,7 @@ def _out(ins: Instruction) -> HelperCall:
 def _string(ins: Instruction) -> HelperCall | None:
     if not ins.is_string_instruction:
         return None
-    name = _NAMES[ins.code]
+    name = NAMES[ins.code]
     kind = ("MOVS", "CMPS", "STOS", "LODS", "SCAS").index(name[:4])
     size = "BWDQ".index(name[4])
     width = next(_ADDRESS[ins.op_kind(i)] for i in range(ins.op_count) if ins.op_kind(i) in _ADDRESS)
@@ -301,4 +301,4 @@ def ends_block(ins: Instruction) -> bool:
     """True if a helper's instruction sends control elsewhere, so that nothing behind it belongs to the block."""
     if ins.mnemonic in _FLOW:
         return True
-    return ins.mnemonic in (M.JMP, M.CALL) and ("_PTR16" in _NAMES[ins.code] or "_M16" in _NAMES[ins.code])
+    return ins.mnemonic in (M.JMP, M.CALL) and ("_PTR16" in NAMES[ins.code] or "_M16" in NAMES[ins.code])

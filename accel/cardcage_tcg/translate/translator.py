@@ -9,7 +9,8 @@ from __future__ import annotations
 from struct import pack, pack_into
 from typing import TYPE_CHECKING
 
-from attrs import evolve, frozen
+from attrs import evolve
+from cardcage.values import frozen
 from iced_x86 import (
     Code,
     ConditionCode,
@@ -20,8 +21,9 @@ from iced_x86 import (
     RflagsBits,
 )
 
+from cardcage_tcg import MAX_INSTRUCTIONS
 from cardcage_tcg import layout as L
-from cardcage_tcg.translate.allowed import SHIFTS, decoder_of, is_foreign
+from cardcage_tcg.translate.allowed import NAMES, SHIFTS, decoder_of, is_foreign
 from cardcage_tcg.translate.emit import load, store
 from cardcage_tcg.translate.operands import Emulate, Template
 from cardcage_tcg.translate.system import ends_block
@@ -32,10 +34,9 @@ if TYPE_CHECKING:
 
     from cardcage_tcg.translate.store import TemplateStore
 
-__all__ = ["MAX_INSTRUCTIONS", "Translator"]
+__all__ = ["Translator"]
 
 F, M, K = FlowControl, Mnemonic, OpKind
-MAX_INSTRUCTIONS = 64
 MODES = 64
 """The most modes whose template makers are kept."""
 _CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
@@ -44,15 +45,14 @@ CONDITIONS = {
     for i, name in enumerate(_CONDITION_NAMES)
 }
 COUNTED = {M.JRCXZ: 0xE3, M.JECXZ: 0xE3, M.JCXZ: 0xE3, M.LOOP: 0xE2, M.LOOPE: 0xE1, M.LOOPNE: 0xE0}
-_NAMES = {getattr(Code, name): name for name in dir(Code) if not name.startswith("_")}
 _COUNTER_64 = {
     code
-    for code, name in _NAMES.items()
+    for code, name in NAMES.items()
     if name == "JRCXZ_REL8_64" or (name.startswith("LOOP") and name.endswith("64_RCX"))
 }
 _COUNTER_32 = {
     code
-    for code, name in _NAMES.items()
+    for code, name in NAMES.items()
     if name.startswith("JECXZ_REL8") or (name.startswith("LOOP") and name.endswith("_ECX"))
 }
 _FLAG_BITS = (RflagsBits.OF, RflagsBits.SF, RflagsBits.ZF, RflagsBits.AF, RflagsBits.CF, RflagsBits.PF)

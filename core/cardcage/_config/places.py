@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from attrs import field, frozen
+from attrs import field
 
 from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, UsageError, in_words
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -12,7 +12,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
@@ -21,9 +21,7 @@ from cardcage.errors import CardcageError, CardError, ConfigError, in_words, nea
 from cardcage.units import Duration, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from cattrs import Converter
+    from collections.abc import Iterable, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -40,6 +38,7 @@ _WORDS = {
     Duration: 'a time such as "250ms"',
     Path: "a path",
 }
+_KINDS = {*_WORDS, set, frozenset, Literal, Union, UnionType, Any, object} - {NoneType}
 
 
 def structure(
@@ -55,10 +54,11 @@ def structure(
     what is wrong with *cls*.
     """
     try:
-        return _converter().structure(dict(table), cls)
+        made: T = _made(dict(table), cls)
+        return made
     except ConfigError:
         raise
-    except Exception as error:  # cattrs raises groups of whatever the hooks and validators raised
+    except Exception as error:  # whatever converters and validators raised
         path, problem, cause = _explain(error)
         if not isinstance(cause, (ValueError, TypeError, CardcageError)):
             raise CardError(f"{who or cls.__name__}: {_fault(cause, cls)}") from error
@@ -90,10 +90,11 @@ def _fault(error: BaseException, cls: type) -> str:
     if isinstance(error, NameError) and error.name and not place_of_error(error, outside=True):
         what = "does not resolve: expected a name that its module has"
         return f'{cls.__name__}: the annotation "{error.name}" {what}{_written(cls, error.name)}'
-    kind = getattr(error, "type_", None)
-    if kind is not None:
-        what = f"no value of a configuration becomes a {_word(kind)}: expected bool, int, str, an attrs class, ..."
-        return f"{cls.__name__}: {what}{_written(cls, getattr(kind, '__name__', ''))}"
+    if isinstance(error, _NoValue):
+        what = (
+            f"no value of a configuration becomes a {_word(error.kind)}: expected bool, int, str, an attrs class, ..."
+        )
+        return f"{cls.__name__}: {what}{_written(cls, getattr(error.kind, '__name__', ''))}"
     return f"{cls.__name__}: {in_words(error)}"
 
 
@@ -114,14 +115,16 @@ def _written(cls: Any, word: str = "") -> str:
     return f" ({file}:{at})"
 
 
-def unstructure(value: Any) -> Any:
-    """The inverse of :func:`structure`: tables, lists and plain values (bytes stay bytes)."""
-    return _converter().unstructure(value)
-
-
 def _shape(kind: Any) -> Any:
     """The generic's origin (``list`` of ``list[int]``), or the type itself."""
+    kind = _bare(kind)
     return str if kind == HostPath else get_origin(kind) or kind
+
+
+def _bare(kind: Any) -> Any:
+    """The type beneath NewType and Annotated; text that is a path stays that."""
+    kind = getattr(kind, "__supertype__", kind)
+    return _bare(get_args(kind)[0]) if get_origin(kind) is Annotated and kind != HostPath else kind
 
 
 def _is_enum(kind: Any) -> Any:
@@ -143,10 +146,6 @@ def _got(value: object) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     return "a table" if isinstance(value, dict) else "a list" if isinstance(value, (list, tuple)) else repr(value)
-
-
-def _mismatch(kind: Any, value: object) -> ValueError:
-    return ValueError(f"expected {_word(kind)}, got {_got(value)}")
 
 
 def _fits(kind: Any, value: object) -> bool:
@@ -171,76 +170,77 @@ def _fits(kind: Any, value: object) -> bool:
     return type(value) is origin or (origin is str and isinstance(value, PlacedText))
 
 
-@cache
-def _converter() -> Converter:
-    """The one converter: made when the first table is structured, because cattrs is slow to import."""
-    from cattrs import Converter
-    from cattrs.gen import make_dict_structure_fn
-
-    converter = Converter(forbid_extra_keys=True, detailed_validation=True)
-
-    def plain(value: Any, kind: Any) -> Any:
-        if not _fits(kind, value):
-            raise _mismatch(kind, value)
-        if kind is Path or kind == HostPath:
-            return _shape(kind)(beside(value) if isinstance(value, str) else value)
-        return value if kind is str else kind(value)  # text keeps its place
-
-    def union(value: Any, kind: Any) -> Any:
+def _made(value: Any, kind: Any) -> Any:
+    """Make a *kind* of *value*. Raises whatever tells what is wrong, in :class:`_Inside` for each step down to it."""
+    kind, shape = _bare(kind), _shape(kind)
+    if shape in (Union, UnionType):
         for one in get_args(kind):
             if _fits(one, value):
-                return None if one is NoneType else converter.structure(value, one)
-        raise _mismatch(kind, value)
-
-    def choice(value: Any, kind: Any) -> Any:
-        if not _fits(kind, value):
-            known = [one.value for one in kind] if _is_enum(kind) else list(get_args(kind))
-            hint = near(value, [one for one in known if isinstance(one, str)]) if isinstance(value, str) else ""
-            raise ValueError(f"expected one of {', '.join(_got(one) for one in known)}, got {_got(value)}.{hint}")
-        return kind(value) if _is_enum(kind) else value
-
-    def sequence(value: Any, kind: Any) -> Any:
-        if not _fits(kind, value):
-            raise _mismatch(kind, value)
-        origin, arguments = _shape(kind), get_args(kind)
-        kinds: list[Any] = [arguments[0] if arguments else Any] * len(value)
-        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-            if len(arguments) != len(value):
-                raise ValueError(f"expected a list of {len(arguments)}, got {len(value)}")
-            kinds = list(arguments)
-        return origin([_inside(converter, one, value[at], f"[{at}]") for at, one in enumerate(kinds)])
-
-    def mapping(value: Any, kind: Any) -> Any:
-        if not _fits(kind, value):
-            raise _mismatch(kind, value)
+                return None if one is NoneType else _made(value, one)
+    if not (_is_class(shape) or _is_enum(shape) or shape in _KINDS):
+        raise _NoValue(kind)
+    if not _fits(kind, value):
+        if shape is not Literal and not _is_enum(shape):
+            raise ValueError(f"expected {_word(kind)}, got {_got(value)}")
+        known = [one.value for one in kind] if _is_enum(shape) else list(get_args(kind))
+        hint = near(value, [one for one in known if isinstance(one, str)]) if isinstance(value, str) else ""
+        raise ValueError(f"expected one of {', '.join(_got(one) for one in known)}, got {_got(value)}.{hint}")
+    if _is_class(shape):
+        return value if isinstance(value, shape) else _table(value, shape)
+    if shape in (list, tuple, set, frozenset):
+        return shape(_inside(f"[{at}]", value[at], one) for at, one in enumerate(_kinds(shape, get_args(kind), value)))
+    if shape is dict:
         keys, values = get_args(kind) or (str, Any)
-        made = {converter.structure(at, keys): _inside(converter, values, one, str(at)) for at, one in value.items()}
+        made = {_made(at, keys): _inside(str(at), one, values) for at, one in value.items()}
         return PlacedTable(made, value.place) if isinstance(value, PlacedTable) else made
+    if shape is Path or kind == HostPath:
+        return shape(beside(value) if isinstance(value, str) else value)
+    return value if shape in (Any, object, Literal, str) else shape(value)  # text keeps its place
 
-    def table(kind: Any) -> Any:
-        inner: Any = make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
 
-        def hook(value: Any, target: Any) -> Any:
-            if isinstance(value, _shape(kind)):
-                return value
-            if not _fits(kind, value):
-                raise _mismatch(kind, value)
-            return inner(value, target)
+def _kinds(shape: Any, kinds: tuple[Any, ...], value: Any) -> Sequence[Any]:
+    """The type of each element of a list."""
+    if shape is not tuple or not kinds or kinds[-1] is Ellipsis:
+        return [kinds[0] if kinds else Any] * len(value)
+    if len(kinds) != len(value):
+        raise ValueError(f"expected a list of {len(kinds)}, got {len(value)}")
+    return kinds
 
-        return hook
 
-    shapes = (list, tuple, set, frozenset)
-    for kind in (bool, int, float, str, Path, Size, Duration):
-        converter.register_structure_hook(kind, plain)
-    converter.register_structure_hook_factory(_is_class, table)
-    converter.register_structure_hook_func(lambda kind: _shape(kind) in (Union, UnionType), union)
-    converter.register_structure_hook_func(lambda kind: _shape(kind) is Literal, choice)
-    converter.register_structure_hook_func(_is_enum, choice)
-    converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: value)
-    converter.register_structure_hook_func(lambda kind: _shape(kind) in shapes, sequence)
-    converter.register_structure_hook_func(lambda kind: _shape(kind) is dict, mapping)
-    converter.register_structure_hook_func(lambda kind: kind == HostPath, plain)
-    return converter
+def _table(table: dict[str, Any], cls: Any) -> Any:
+    """A *cls* of a table. An unknown key is named first: a missing key is often the same word, misspelt."""
+    known = _fields(cls)
+    if unknown := table.keys() - known.keys():
+        wrong = min(map(str, unknown))
+        hint = near(wrong, known) or f" Known: {', '.join(sorted(known)) or 'none'}."
+        raise _Inside(wrong) from ValueError(f"no such key.{hint}")
+    for name, (_, kind, needed) in known.items():
+        if needed and name not in table:
+            raise _Inside(name) from ValueError(f"missing: expected {_word(kind)}")
+    return cls(**{known[name][0]: _inside(name, value, known[name][1]) for name, value in table.items()})
+
+
+@cache
+def _fields(cls: Any) -> dict[str, tuple[str, Any, bool]]:
+    """By key: the argument of *cls*, its type, and whether there has to be one."""
+    hints = get_type_hints(cls, include_extras=True)
+    if attrs.has(cls):
+        found = [
+            (one.name, one.alias or one.name, one.default is attrs.NOTHING) for one in attrs.fields(cls) if one.init
+        ]
+    else:
+        from dataclasses import MISSING, fields
+
+        plain = [one for one in fields(cls) if one.init]
+        found = [(one.name, one.name, one.default is one.default_factory is MISSING) for one in plain]
+    return {name: (alias, hints.get(name, Any), needed) for name, alias, needed in found}
+
+
+class _NoValue(Exception):
+    """No value of a configuration becomes a *kind*."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
 
 
 class _Inside(Exception):
@@ -250,38 +250,18 @@ class _Inside(Exception):
         self.at = at
 
 
-def _inside(converter: Converter, kind: Any, value: Any, at: str) -> Any:
+def _inside(at: str, value: Any, kind: Any) -> Any:
     try:
-        return converter.structure(value, kind)
-    except Exception as error:  # whatever the inner hook raised, it gets its place here
+        return _made(value, kind)
+    except Exception as error:  # whatever was raised, it gets its place here
         raise _Inside(at) from error
 
 
 def _explain(error: BaseException) -> tuple[str, str, BaseException]:
-    """The key path and the problem of the first error in what cattrs raised, and that error itself."""
-    from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
-
+    """The key path and the problem, and the error itself."""
     if isinstance(error, _Inside) and error.__cause__ is not None:
         path, problem, cause = _explain(error.__cause__)
         return _join(error.at, path), problem, cause
-    if isinstance(error, ClassValidationError):
-        named, others = error.group_exceptions()
-        # An unknown key is named first: a missing key is often the same word, misspelt.
-        for other in others:
-            if isinstance(other, ForbiddenExtraKeysError):
-                known = list(getattr(other.cl, "__dataclass_fields__", ())) or [
-                    one.name for one in attrs.fields(other.cl)
-                ]
-                wrong = min(other.extra_fields)
-                hint = near(wrong, known) or f" Known: {', '.join(sorted(known)) or 'none'}."
-                return wrong, f"no such key.{hint}", ValueError()
-        if named:
-            inner, note = named[0]
-            if isinstance(inner, KeyError) and (inner.__traceback__ is None or inner.__traceback__.tb_next is None):
-                return note.name, f"missing: expected {_word(note.type)}", ValueError()  # a deeper one is the card's
-            path, problem, cause = _explain(inner)
-            return _join(note.name, path), problem, cause
-        return _explain(others[0])
     # attrs validators say "'cpus' must be >= 1: 0", some with the attribute and the value as further arguments.
     text = str(error.args[0]) if error.args else str(error)
     named_first = re.match(r"'(\w+)' (.+)", text, re.DOTALL) if isinstance(error, (TypeError, ValueError)) else None

@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
-from attrs import frozen
 
 from cardcage import __version__
 from cardcage._host.discovery import announced
@@ -16,6 +15,7 @@ from cardcage.errors import FAULTS, CardcageError, CardError, Denied, in_words, 
 from cardcage.hookspecs import Hooks
 from cardcage.registry import Registry
 from cardcage.security import HOST, Act
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, field
+from attrs import field
+
+from cardcage.values import define
 
 if TYPE_CHECKING:
     from collections.abc import Callable

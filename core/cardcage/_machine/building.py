@@ -6,7 +6,7 @@ import os
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from cardcage._config.places import Place, beside
 from cardcage._memory.limits import check_ram
@@ -20,6 +20,7 @@ from cardcage.memory import RamRange
 from cardcage.ram import Anonymous, MemoryBackend, RamBlock
 from cardcage.registry import AcceleratorOffer, BootOffer, MemoryOffer, PlatformOffer, PolicyKeyOffer
 from cardcage.security import HOST, OPERATOR, Act, Closable, Mediator
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,9 +10,10 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from typing import TYPE_CHECKING
 
-from attrs import Factory, field, frozen
+from attrs import Factory, field
 
 from cardcage.errors import CardError, ConfigError, UsageError
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,7 +16,7 @@ import threading
 from functools import cache
 from typing import Any
 
-from attrs import define
+from cardcage.values import define
 
 SA_SIGINFO = 4
 SIG_DFL, SIG_IGN = None, 1

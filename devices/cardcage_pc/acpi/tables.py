@@ -13,9 +13,10 @@ from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, field
+from attrs import field
 from cardcage.device import Pio
 from cardcage.errors import ConfigError
+from cardcage.values import define
 
 from cardcage_pc.acpi import aml
 from cardcage_pc.acpi import pm as acpi_pm

@@ -6,8 +6,8 @@ import os
 import select
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
 from cardcage.config import HostPath
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,8 @@ import termios
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import field
+from cardcage.values import frozen
 
 from cardcage_pc.char.fd import Sink
 

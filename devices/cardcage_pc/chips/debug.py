@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, le, optional
 from cardcage.device import Pio, Resource
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage.device import Slot

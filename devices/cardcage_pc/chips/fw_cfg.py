@@ -8,13 +8,14 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from attrs.validators import deep_mapping, ge, instance_of, le, max_len, optional
 from cardcage.config import HostPath
 from cardcage.device import Resource
 from cardcage.errors import ConfigError
 from cardcage.files import read_file
 from cardcage.memory import GuestMemoryError
+from cardcage.values import define, frozen
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext

@@ -10,8 +10,9 @@ from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field
+from attrs import field
 from cardcage.device import Resource
+from cardcage.values import define
 
 from cardcage_pc.chips.pit import SHORTEST, Pit
 from cardcage_pc.chips.rtc import Rtc

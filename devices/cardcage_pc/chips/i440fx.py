@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define
 from cardcage.errors import Denied
 from cardcage.memory import RamRange
+from cardcage.values import define
 
 if TYPE_CHECKING:
     from cardcage.device import Slot

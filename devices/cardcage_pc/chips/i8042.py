@@ -9,8 +9,9 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field
+from attrs import field
 from cardcage.device import Resource
+from cardcage.values import define
 
 if TYPE_CHECKING:
     from cardcage.device import Slot

@@ -9,7 +9,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field
+from attrs import field
+from cardcage.values import define
 
 if TYPE_CHECKING:
     from cardcage.device import Slot

@@ -9,9 +9,10 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from attrs.validators import deep_iterable, ge, instance_of, le
 from cardcage.device import Resource
+from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
 

@@ -10,9 +10,10 @@ import time
 from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from cardcage.device import Resource
 from cardcage.errors import ConfigError
+from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
 

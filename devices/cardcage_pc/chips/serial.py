@@ -10,8 +10,9 @@ from collections import deque
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from cardcage.device import Resource
+from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
 

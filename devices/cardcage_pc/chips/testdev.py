@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from attrs import define
+from cardcage.values import define
 
 if TYPE_CHECKING:
     from cardcage.device import Slot

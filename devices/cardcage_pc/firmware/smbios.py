@@ -8,9 +8,10 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import matches_re
 from cardcage.errors import ConfigError
+from cardcage.values import frozen
 
 from cardcage_pc.chips.fw_cfg import FwCfg
 

@@ -10,12 +10,13 @@ from functools import partial
 from struct import Struct, pack
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge, in_, le, max_len
 from cardcage.abilities import has
 from cardcage.backends import TryReads, TryWrites
 from cardcage.errors import ConfigError, HostError
 from cardcage.segments import total
+from cardcage.values import frozen
 
 from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
 from cardcage_virtio.queue.request import RingError

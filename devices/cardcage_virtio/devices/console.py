@@ -6,8 +6,9 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from attrs.validators import ge, le, max_len
+from cardcage.values import define, frozen
 
 from cardcage_virtio.queue.request import RingError
 

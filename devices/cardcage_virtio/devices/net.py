@@ -7,9 +7,10 @@ from struct import pack, unpack_from
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define, field, frozen
+from attrs import field
 from attrs.validators import ge, in_, le, matches_re, optional
 from cardcage.memory import GuestMemoryError
+from cardcage.values import define, frozen
 
 from cardcage_virtio.queue.request import RingError
 

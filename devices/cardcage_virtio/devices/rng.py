@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import field
 from attrs.validators import ge
+from cardcage.values import frozen
 
 if TYPE_CHECKING:
     from cardcage_virtio.queue.request import Request

@@ -6,8 +6,8 @@ import os
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define
 from cardcage.device import Resource
+from cardcage.values import define
 
 from cardcage_virtio.vhost.calls import CallThread
 from cardcage_virtio.virtio import Virtio, VirtioState, needs_of

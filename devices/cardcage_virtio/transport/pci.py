@@ -11,7 +11,7 @@ import struct
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import define
+from cardcage.values import define
 from cardcage_pci.spec import Bar, Capability, FunctionSpec
 
 from cardcage_virtio.transport.common import NO_VECTOR, CommonConfig
