@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +13,11 @@ from tcg_host import CODE, DATA, DATA_SIZE, Host, State
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TF, RF = 0x100, 0x10000
-COMPARED = 0x8D5 | 0x400 | TF | RF | 0x40000
+TF, DF, RF = 0x100, 0x400, 0x10000
+COMPARED = 0x8D5 | DF | TF | RF | 0x40000
 STACK = DATA + 0x1000
 BEHIND = CODE + 0x40
+AMD = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
 # name, bits, code; RBX = DATA, RSI = DATA + 0x100, RDI = DATA + 0x200, RCX = 3, RDX = CODE + 0x40, where NOPs are
 CASES = [
@@ -32,7 +34,8 @@ CASES = [
     ("flags that are pushed", 64, "9c 58 90"),
     ("flags that are popped", 64, "6a02 9d 90 90"),
     ("flags that are popped with TF", 64, "6802010000 9d 90"),
-    ("loads of SS", 64, "8cd0 8ed0 90 90 8ed0 8ed0 90 90"),
+    ("loads of SS", 64, "8cd0 8ed0 90 90 8ed0 90 90"),
+    ("loads of SS in a row", 64, "8cd0 8ed0 8ed0 90 90"),
     ("loads of SS before a fault", 64, "8cd0 8ed0 0f0b"),
     ("loads of DS", 64, "8cd8 8ed8 90"),
     ("far returns", 64, "6a33 52 48cb"),
@@ -88,9 +91,17 @@ def first(bits: int) -> State:
     return State(general, code, 0x202 | TF, bytes(832))
 
 
-def shown(state: State) -> dict[str, object]:
+def shown(state: State, bits: int, *, between: bool) -> dict[str, object]:
+    """All that is compared: with a 16-bit SS not what the kernel leaves of its own stack's address (espfix).
+
+    Between the iterations of a string instruction processors of AMD have the last one's flags, and no RF (Intel SDM
+    vol. 3, 17.3.1.1).
+    """
+    flags, general = state.flags & (TF | DF if AMD and between else COMPARED), list(state.general)
+    if bits == 16:
+        general[4] &= 0xFFFF
     return {
-        "rip": hex(state.rip), "flags": hex(state.flags & COMPARED), "registers": [hex(one) for one in state.general],
+        "rip": hex(state.rip), "flags": hex(flags), "registers": [hex(one) for one in general],
         "ended": state.ended, "memory": state.memory,
     }  # fmt: skip
 
@@ -98,7 +109,8 @@ def shown(state: State) -> dict[str, object]:
 @pytest.mark.parametrize(("name", "bits", "text"), CASES, ids=[f"{name}-{bits}" for name, bits, _ in CASES])
 def test_steps_like_the_processor(host: Host, guest: Guest, name: str, bits: int, text: str) -> None:
     """Each step of a ring 3 program under TF ends where the real processor traps, in the same state and memory."""
-    del name
+    if AMD and name == "loads of SS in a row":
+        pytest.skip("needs a processor of Intel: those of AMD put off the trap behind each of them")
     code = bytes.fromhex(text).ljust(0x40, b"\x90") + b"\x90\x90\x0f\x0b"
     state, memory = first(bits), bytes(i * 7 & 0xFF for i in range(DATA_SIZE))
     state.xstate = struct.pack("<H22xI4x", 0x37F, 0x1F80).ljust(512, b"\0") + struct.pack("<Q", 3) + bytes(312)
@@ -110,7 +122,8 @@ def test_steps_like_the_processor(host: Host, guest: Guest, name: str, bits: int
         got = guest.run(rest, state, memory, bits=bits)
         if want.ended == "SIGSEGV":  # a fault's saved registers are compared, its flags are the kernel's
             assert got.ended == want.ended
-        assert shown(got) == shown(want)
+        between = want.rip == state.rip
+        assert shown(got, bits, between=between) == shown(want, bits, between=between)
         if want.ended != "SIGTRAP" or not 0 <= want.rip - start < len(code):
             return
         state, memory = want, want.memory
