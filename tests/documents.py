@@ -143,7 +143,8 @@ class Reader:
         for command, output in commands:
             said = self.run(command, status=status)
             if output:
-                assert [line.split() for line in said.splitlines()] == [line.split() for line in output.splitlines()]
+                shown = [[line.split() for line in text.splitlines()] for text in (said, output)]
+                assert shown[0] == shown[1], f"{command}\n{said}"
 
     def write(self, name: str, text: str | bytes) -> None:
         """Write a file that the page takes for given."""

@@ -37,10 +37,11 @@ def _like(stream: Any, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     stream.flush()
     return kind(
         # Messages have no buffer in which one could stay that cannot be written.
-        open(stream.fileno(), "wb", buffering=0 if kind is _Messages else -1, closefd=False),
+        open(stream.fileno(), "wb", buffering=0 if kind is _Messages or stream.write_through else -1, closefd=False),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
+        write_through=stream.write_through,  # python -u
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +30,7 @@ from tcg_guest import NoDevices
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+AMD = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 M, K = Mnemonic, OpKind
 PML4, PDPT, PD, PT, GDT, IDT, TSS, HANDLERS, CODE = (0x1000 * i for i in range(1, 10))
 STACK, RAM, DEVICE, OPERAND = 0x40000, 0x20000, 0xD0000000, 0x100000
@@ -270,6 +272,8 @@ def test_device_operands(bench: Bench, place: str) -> None:
         ins = Decoder(bench.bits, raw, ip=CODE).decode()
         size = size_of(ins)
         where = at - size if place == "device's end" else at if place == "device" else at - max(size // 2, 1)
+        if AMD and NAMES[code].startswith("SHA") and where % 16:
+            continue  # here #GP (Intel SDM vol. 2); in RAM they are the host's, and AMD's take it
         content = content_of(ins)
         want = bench.run(raw, content, where, (False, False))
         if want["vector"] == 6:
