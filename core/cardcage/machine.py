@@ -30,9 +30,10 @@ from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
-from cardcage.errors import ConfigError, StateError
+from cardcage.errors import ConfigError, StateError, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
+from cardcage.registry import VerbOffer
 from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
@@ -57,7 +58,26 @@ def _dropped(machine: Machine) -> None:
     warnings.warn(what, ResourceWarning, stacklevel=2, source=machine)
 
 
-class Machine:
+def _verb(owner: object, name: str, host: Host | None, *, makes: bool) -> Any:
+    """The verb *name* of cards, for a machine or (*makes*) the class. Raises AttributeError, or CardError."""
+    verbs = {one.name: one for one in host.registry.offers(VerbOffer) if one.makes is makes} if host else {}
+    if name not in verbs:
+        what = "the class Machine" if makes else "a machine"  # not its repr: it may not have a name yet
+        raise AttributeError(f"{what} has no attribute {name!r}, and no card offers it.{near(name, verbs)}")
+    found = verbs[name].load()
+    return found.__get__(owner, type(owner))
+
+
+class _Makers(type):
+    """Finds what cards offer to make machines by, as attributes of the class."""
+
+    if not TYPE_CHECKING:  # types come with the card: a face of the class that has its verbs
+
+        def __getattr__(cls, name: str) -> Any:
+            return _verb(cls, name, None if name.startswith("_") else Host(), makes=True)
+
+
+class Machine(metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
@@ -120,6 +140,11 @@ class Machine:
         for text in set:
             draft.set(text)
         return cls.from_config(draft.config(), host=host)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return _verb(self, name, None if name.startswith("_") else vars(self).get("host"), makes=False)
 
     # building
 
