@@ -39,6 +39,7 @@ from cardcage.security import OPERATOR, Act, Mediator
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
+    from typing import Self
 
     from cardcage.vcpu import VCpu
 
@@ -126,14 +127,14 @@ class Machine(metaclass=_Makers):
         self._assemble(draft.config(), host)
 
     @classmethod
-    def from_config(cls, config: Config, *, host: Host | None = None) -> Machine:
+    def from_config(cls, config: Config, *, host: Host | None = None) -> Self:
         """A machine from a checked configuration (:meth:`cardcage.config.Draft.config`)."""
         machine = cls.__new__(cls)
         machine._assemble(config, host)
         return machine
 
     @classmethod
-    def from_toml(cls, path: str | PathLike[str], *, set: Iterable[str] = (), host: Host | None = None) -> Machine:
+    def from_toml(cls, path: str | PathLike[str], *, set: Iterable[str] = (), host: Host | None = None) -> Self:
         """A machine from a TOML file, with ``key=value`` assignments on top."""
         draft = Draft()
         draft.add_file(str(path))
@@ -282,7 +283,7 @@ class Machine(metaclass=_Makers):
         else:
             self._life.fail(error)
 
-    def start(self, *, boot: bool = True) -> Machine:
+    def start(self, *, boot: bool = True) -> Self:
         """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit.
 
         Args:
@@ -378,7 +379,7 @@ class Machine(metaclass=_Makers):
 
     __del__ = _dropped
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -16,6 +16,7 @@ NEEDS = {
     "cardcage_boot": {"cardcage_cli"},  # its command runs a machine as ``cardcage run`` does
     "cardcage_conformance": {"cardcage_snapshot"},  # machines are saved and continued while eventfds are busy
     "cardcage_virtio": {"cardcage_pci"},
+    "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
     "cardcage_fleet": set(),
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": set(),
@@ -111,7 +112,7 @@ FACES = {"__init__.py", "host.py", "machine.py"}
 
 
 LINES, CODE = 8464, 5172
-"""The aim is 6,000 lines and 4,000 of code. These numbers only go down; verbs of cards cost 17 and 8."""
+"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards: 17 and 8."""
 
 
 def test_the_kernel_stays_small() -> None:
