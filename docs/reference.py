@@ -46,6 +46,7 @@ VERBS = {
     "flag": "FlagOffer",
     "command": "CommandOffer",
     "doctor": "DoctorOffer",
+    "verb": "VerbOffer",
 }
 
 

@@ -30,14 +30,16 @@ from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
-from cardcage.errors import ConfigError, StateError
+from cardcage.errors import ConfigError, StateError, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
+from cardcage.registry import VerbOffer
 from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
+    from typing import Self
 
     from cardcage.vcpu import VCpu
 
@@ -57,7 +59,26 @@ def _dropped(machine: Machine) -> None:
     warnings.warn(what, ResourceWarning, stacklevel=2, source=machine)
 
 
-class Machine:
+def _verb(owner: object, name: str, host: Host | None, *, makes: bool) -> Any:
+    """The verb *name* of cards, for a machine or (*makes*) the class. Raises AttributeError, or CardError."""
+    verbs = {one.name: one for one in host.registry.offers(VerbOffer) if one.makes is makes} if host else {}
+    if name not in verbs:
+        what = "the class Machine" if makes else "a machine"  # not its repr: it may not have a name yet
+        raise AttributeError(f"{what} has no attribute {name!r}, and no card offers it.{near(name, verbs)}")
+    found = verbs[name].load()
+    return found.__get__(owner, type(owner))
+
+
+class _Makers(type):
+    """Finds what cards offer to make machines by, as attributes of the class."""
+
+    if not TYPE_CHECKING:  # types come with the card: a face of the class that has its verbs
+
+        def __getattr__(cls, name: str) -> Any:
+            return _verb(cls, name, None if name.startswith("_") else Host(), makes=True)
+
+
+class Machine(metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
@@ -106,20 +127,25 @@ class Machine:
         self._assemble(draft.config(), host)
 
     @classmethod
-    def from_config(cls, config: Config, *, host: Host | None = None) -> Machine:
+    def from_config(cls, config: Config, *, host: Host | None = None) -> Self:
         """A machine from a checked configuration (:meth:`cardcage.config.Draft.config`)."""
         machine = cls.__new__(cls)
         machine._assemble(config, host)
         return machine
 
     @classmethod
-    def from_toml(cls, path: str | PathLike[str], *, set: Iterable[str] = (), host: Host | None = None) -> Machine:
+    def from_toml(cls, path: str | PathLike[str], *, set: Iterable[str] = (), host: Host | None = None) -> Self:
         """A machine from a TOML file, with ``key=value`` assignments on top."""
         draft = Draft()
         draft.add_file(str(path))
         for text in set:
             draft.set(text)
         return cls.from_config(draft.config(), host=host)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return _verb(self, name, None if name.startswith("_") else vars(self).get("host"), makes=False)
 
     # building
 
@@ -257,7 +283,7 @@ class Machine:
         else:
             self._life.fail(error)
 
-    def start(self, *, boot: bool = True) -> Machine:
+    def start(self, *, boot: bool = True) -> Self:
         """Boot and run. Raises StateError unless built, ConfigError when what is to boot does not fit.
 
         Args:
@@ -353,7 +379,7 @@ class Machine:
 
     __del__ = _dropped
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "PolicyKeyOffer",
     "Registry",
     "SecurityOffer",
+    "VerbOffer",
     "resolve",
 ]
 
@@ -273,6 +274,21 @@ class DoctorOffer(Offer):
     kind: ClassVar[str] = "doctor"
 
 
+class VerbOffer(Offer):
+    """An attribute of :class:`~cardcage.machine.Machine`, found when the class has none of that name.
+
+    ``factory`` is what would stand in the class: a function whose first argument is the machine, or a property. With
+    *makes* it is a function whose first argument is the class: ``Machine.debian(...)``.
+    """
+
+    kind: ClassVar[str] = "verb"
+    form: ClassVar[str] = "[a-z][a-z0-9_]*"
+
+    def __init__(self, name: str, factory: Any, *, makes: bool = False, help: str = "") -> None:
+        super().__init__(name, factory, help=help)
+        self.makes = makes
+
+
 def _caller() -> tuple[CodeType, int]:
     """Code and instruction of who called into this module: the line is found when it is wanted, which takes time."""
     frame = sys._getframe(1)
@@ -366,6 +382,7 @@ class Registry:
     flag = _verb(FlagOffer)
     command = _verb(CommandOffer)
     doctor = _verb(DoctorOffer)
+    verb = _verb(VerbOffer)
 
     def backend(self, kind: str, name: str, factory: Any, **keys: Any) -> None:
         """Offer a back end of *kind* ``char``, ``block`` or ``net``; *keys* are those of :class:`BackendOffer`."""

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cardcage.hookspecs import hookimpl
+from cardcage.registry import Offer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cardcage.registry import Registry
+
+__all__ = ["GuestProgramOffer"]
+
+
+class GuestProgramOffer(Offer):
+    """A program for the guests of ``cardcage boot`` and ``Machine.debian()``: ``factory()`` gives its bytes.
+
+    It is a static executable for x86-64, and is put into the initramfs. init starts it once ``/proc``, ``/sys`` and
+    ``/dev`` are there, before any driver, with no input and no output.
+
+    Attributes:
+        devices: tables of the devices that it talks to, such as ``{"type": "virtio-console", ...}``;
+            ``Machine.debian()`` adds them.
+    """
+
+    kind: ClassVar[str] = "guest program"
+    form: ClassVar[str] = "[a-z][a-z0-9-]*"
+
+    def __init__(self, name: str, factory: Any, *, devices: tuple[Mapping[str, Any], ...] = (), **common: Any) -> None:
+        super().__init__(name, factory, **common)
+        self.devices = devices
 
 
 @hookimpl
@@ -50,6 +74,7 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.kernel:configure",
         help="write the distribution's kernel, and an initramfs that mounts root=, as files to run machines with",
     )
+    registry.verb("debian", "cardcage_boot.debian:debian", makes=True, help="boots the kernel of cardcage boot")
     registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")
 
 

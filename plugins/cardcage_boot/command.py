@@ -23,6 +23,7 @@ from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
+from cardcage_boot.initramfs import programs_of
 from cardcage_boot.linux import linux_release
 from cardcage_boot.report import Report
 from cardcage_boot.streams import port_options
@@ -88,7 +89,7 @@ def run(host: Host, arguments: Namespace) -> int:
         with host.signals.held():  # or it is left behind
             scratch = tempfile.TemporaryDirectory(prefix="cardcage-")
             cleanup.enter_context(scratch)
-        plan = _plan(arguments, Path(scratch.name), report, _shares(draft, host, report))
+        plan = _plan(host, arguments, Path(scratch.name), report, _shares(draft, host, report))
         reader, writer = os.pipe()  # the status of the command
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
         _wire(draft, plan, arguments, writer)
@@ -134,7 +135,7 @@ def _shares(draft: Draft, host: Host, report: Report) -> str:
     return " ".join(found)
 
 
-def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> Plan:
+def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, shares: str) -> Plan:
     """Find or fetch what to boot. Raises ConfigError or HostError."""
     if arguments.firmware is not None:
         if arguments.kernel is not None or arguments.exec is not None:
@@ -165,7 +166,7 @@ def _plan(arguments: Namespace, scratch: Path, report: Report, shares: str) -> P
         return plan
     more = scratch / "settings.cpio"
     more.write_bytes(cpio.pack(_settings(arguments, plan, shares)))
-    plan.boot["initrd"] = [str(shelf.initramfs(kernel)), str(more)]
+    plan.boot["initrd"] = [str(shelf.initramfs(kernel, programs=programs_of(host.registry))), str(more)]
     return plan
 
 

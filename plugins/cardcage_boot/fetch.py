@@ -21,7 +21,7 @@ from cardcage_boot.files import BootFile
 from cardcage_boot.initramfs import WANTED, build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["KERNELS", "Kernel", "Shelf", "distribution", "is_static_busybox"]
 
@@ -157,8 +157,11 @@ class Shelf:
                 raise HostError("the package busybox-static holds no static busybox: give --initrd")
             os.replace(found, kept)
 
-    def initramfs(self, kernel: Kernel, init: str = "init.sh") -> Path:
-        """The initramfs for *kernel* with the script *init*, built once for each set of ingredients."""
+    def initramfs(self, kernel: Kernel, init: str = "init.sh", programs: Mapping[str, bytes] | None = None) -> Path:
+        """The initramfs for *kernel* with the script *init*, built once for each set of ingredients.
+
+        *programs* are started by ``init.sh``, by name.
+        """
         busybox = self.busybox()
         made_of = [files("cardcage_boot").joinpath(name).read_bytes() for name in (init, "dhcp.sh", "initramfs.py")]
         made_of.append(repr((WANTED, kernel.release, str(kernel.modules), str(busybox))).encode())
@@ -166,10 +169,11 @@ class Shelf:
             if path is not None:
                 known = path.stat()
                 made_of.append(f"{known.st_size} {known.st_mtime_ns} {known.st_ino}".encode())
+        made_of += [part for name, data in sorted((programs or {}).items()) for part in (name.encode(), data)]
         key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
         kept = self.root / "initramfs" / f"{kernel.release}-{key}.cpio"
         if not kept.exists():
-            publish_file(kept, build(busybox, kernel.modules, kernel.release, init))
+            publish_file(kept, build(busybox, kernel.modules, kernel.release, init, programs))
         return kept
 
 

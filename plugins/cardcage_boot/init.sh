@@ -13,6 +13,9 @@ mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 ln -s /proc/self/fd /dev/fd
 for name in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${name#*:}" "/dev/${name%:*}"; done
+for program in /cardcage/programs/*; do  # those of cards; not children of ours, which are waited for below
+    [ -x "$program" ] && ("$program" < /dev/null > /dev/null 2>&1 &)
+done
 hostname cardcage
 ip link set lo up
 cd /root

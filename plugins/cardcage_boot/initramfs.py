@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError
 
-from cardcage_boot import cpio
+from cardcage_boot import GuestProgramOffer, cpio
 from cardcage_boot.files import open_file
 from cardcage_boot.modules import Module, collect
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["WANTED", "applets", "build", "driver_script"]
+    from cardcage.registry import Registry
+
+__all__ = ["WANTED", "applets", "build", "driver_script", "programs_of"]
 
 WANTED = (
     *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon"),
@@ -60,7 +63,18 @@ def driver_script(modules: list[Module]) -> str:
     return "\n".join([*lines, ":", "}", ""])
 
 
-def build(busybox: Path, modules_root: Path | None, release: str, init: str = "init.sh") -> bytes:
+def programs_of(registry: Registry) -> dict[str, bytes]:
+    """The programs that cards offer for the guest, by name. Raises CardError for one that cannot be had."""
+    return {offer.name: offer.load()() for offer in registry.offers(GuestProgramOffer)}
+
+
+def build(
+    busybox: Path,
+    modules_root: Path | None,
+    release: str,
+    init: str = "init.sh",
+    programs: Mapping[str, bytes] | None = None,
+) -> bytes:
     """Make the archive.
 
     Args:
@@ -68,6 +82,7 @@ def build(busybox: Path, modules_root: Path | None, release: str, init: str = "i
         modules_root: the kernel's ``lib/modules/RELEASE`` folder, ``None`` for a kernel without modules.
         release: the kernel's ``uname -r``.
         init: the script that is the first process: ``init.sh`` for a shell or one command, ``root.sh`` to mount root=.
+        programs: what ``init.sh`` starts first, by name.
 
     The same input gives the same bytes. Raises ConfigError naming the file that is at fault.
     """
@@ -94,6 +109,7 @@ def build(busybox: Path, modules_root: Path | None, release: str, init: str = "i
         cpio.file("etc/group", b"root:x:0:\n"),
         cpio.file("etc/profile", SHELL_PROFILE.encode()),
         cpio.file("init", scripts.joinpath(init).read_bytes(), 0o755),
+        *(cpio.file(f"cardcage/programs/{name}", data, 0o755) for name, data in sorted((programs or {}).items())),
         cpio.file("cardcage/dhcp", scripts.joinpath("dhcp.sh").read_bytes(), 0o755),
         cpio.file("cardcage/drivers", driver_script(modules).encode()),
         *(cpio.file(f"{folder}/{one.name}.ko", one.data) for one in modules),

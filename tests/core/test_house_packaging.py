@@ -72,17 +72,22 @@ def wheel(exported: Path, compiler: None, tmp_path_factory: pytest.TempPathFacto
     return Path(made)
 
 
-BUILT = ["cardcage_tcg/_native.so", "cardcage_tcg/layout.py"]
+BUILT = {
+    "accel": ["cardcage_tcg/_native.so", "cardcage_tcg/layout.py"],
+    "plugins": ["cardcage_agent/guest-agent"],
+}
+"""What is compiled, by shelf."""
+PLACES = [f"{shelf}/{name}" for shelf, names in BUILT.items() for name in names]
 
 
 def test_git_lists_nothing_compiled(exported: Path) -> None:
     """No committed file is a program, a library or an object file."""
     assert [one for one in exported.rglob("*") if one.is_file() and one.read_bytes()[:4] == b"\x7fELF"] == []
-    assert not any((exported / "accel" / one).exists() for one in BUILT)
+    assert not any((exported / one).exists() for one in PLACES)
 
 
 def test_the_wheel_holds_what_git_lists(exported: Path, wheel: Path) -> None:
-    """The wheel holds each committed file of the packages, what is built of the translator, and nothing else."""
+    """The wheel holds each committed file of the packages, what is compiled, and nothing else."""
     listed = sorted(
         str(file.relative_to(exported / shelf))
         for shelf in SHELVES
@@ -91,18 +96,18 @@ def test_the_wheel_holds_what_git_lists(exported: Path, wheel: Path) -> None:
     )
     with zipfile.ZipFile(wheel) as archive:
         held = sorted(name for name in archive.namelist() if ".dist-info/" not in name)
-    assert held == sorted(listed + BUILT)
-    assert not any((exported / "accel" / one).exists() for one in BUILT)
+    assert held == sorted([*listed, *(name for names in BUILT.values() for name in names)])
+    assert not any((exported / one).exists() for one in PLACES)
 
 
 def test_an_editable_installation_is_built_in_place(exported: Path, compiler: None, tmp_path: Path) -> None:
-    """Building for an editable installation leaves the translator's library where its package is imported from."""
+    """Building for an editable installation leaves what is compiled where its package is imported from."""
     from hatchling.builders.wheel import WheelBuilder
 
     tree = tmp_path / "tree"
     shutil.copytree(exported, tree)
     (made,) = WheelBuilder(str(tree)).build(directory=str(tmp_path), versions=["editable"])
-    assert all((tree / "accel" / one).exists() for one in BUILT)
+    assert all((tree / one).exists() for one in PLACES)
     with zipfile.ZipFile(made) as archive:
         assert [name for name in archive.namelist() if not name.endswith(".pth") and ".dist-info/" not in name] == []
 
@@ -114,13 +119,13 @@ def test_an_sdist_gives_the_same_wheel(exported: Path, wheel: Path, tmp_path: Pa
 
     tree = tmp_path / "tree"
     shutil.copytree(exported, tree)
-    for one in BUILT:
-        (tree / "accel" / one).write_text("left over")
+    for one in PLACES:
+        (tree / one).write_text("left over")
     (sdist,) = SdistBuilder(str(tree)).build(directory=str(tmp_path), versions=["standard"])
     (tmp_path / "unpacked").mkdir()
     subprocess.run(["tar", "-x", "-z", "-C", tmp_path / "unpacked", "-f", sdist], check=True)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert not any((unpacked / "accel" / one).exists() for one in BUILT)
+    assert not any((unpacked / one).exists() for one in PLACES)
     (again,) = WheelBuilder(str(unpacked)).build(directory=str(tmp_path / "again"), versions=["standard"])
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert first.namelist() == second.namelist()

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 from cardcage.errors import CardcageError, ConfigError, HostError
-from cardcage_boot import cpio
+from cardcage.hookspecs import hookimpl
+from cardcage.host import Host
+from cardcage.registry import Registry
+from cardcage_boot import GuestProgramOffer, cpio
 from cardcage_boot.fetch import is_static_busybox
 from cardcage_boot.files import BootFile, open_file
-from cardcage_boot.initramfs import build, driver_script
+from cardcage_boot.initramfs import build, driver_script, programs_of
 from cardcage_boot.modules import Module, collect, decompress
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,3 +239,27 @@ def test_what_is_no_static_busybox(tmp_path: Path) -> None:
     assert not is_static_busybox(script)
     assert not is_static_busybox(tmp_path / "nothing")
     assert not is_static_busybox(Path("/bin/sh").resolve()) or busybox() == Path("/bin/sh").resolve()
+
+
+def test_programs_of_cards_are_put_in(tmp_path: Path) -> None:
+    """What cards offer for the guest is an executable below /cardcage/programs, which init starts; nothing else is."""
+    busybox = shutil.which("busybox")
+    if busybox is None or not is_static_busybox(Path(busybox)):
+        pytest.skip("needs busybox-static")
+    programs = programs_of(Host([OffersPrograms()], installed=False).registry)
+    made = cpio.parse(build(Path(busybox), None, "6.1", programs=programs))
+    found = {one.name: one for one in made if one.name.startswith("cardcage/programs/")}
+    assert {name: (one.data, one.mode & 0o777) for name, one in found.items()} == {
+        "cardcage/programs/greeter": (b"\x7fELF", 0o755)
+    }
+    assert not [one for one in cpio.parse(build(Path(busybox), None, "6.1")) if "programs" in one.name]
+
+
+class OffersPrograms:
+    """A card with a program for guests."""
+
+    __name__ = "greeter"
+
+    @hookimpl
+    def cardcage_register(self, registry: Registry) -> None:
+        registry.add(GuestProgramOffer("greeter", lambda: b"\x7fELF"))

@@ -1,0 +1,361 @@
+"""The host's end of the agent's port: calls under way, and who may send how much.
+
+A guest is hostile: what it sends is held to what it was asked and given credit for; anything else ends the link, and
+each call with it, by :exc:`~cardcage_agent.errors.ProtocolError`. A call costs at most two windows and one answer of a
+frame in memory, whatever its guest sends. A call that was given up is forgotten here at once; what still comes for it
+is passed over.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from cardcage.errors import CardcageError, StateError
+
+from cardcage_agent.errors import AgentError, AgentTimeout, NoAgent, ProtocolError
+from cardcage_agent.frames import (
+    BUFFER,
+    LINK,
+    MORE,
+    PAYLOAD_MAX,
+    REQUEST_MAX,
+    VERSION,
+    WINDOW,
+    Frame,
+    Kind,
+    Parser,
+    Verb,
+    frame,
+    number,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.device import Slot
+
+__all__ = ["Call", "Inbox", "Link", "open_link"]
+
+QUEUE = 1 << 18
+"""Bytes that wait for their turn to the guest before who has more to say waits too."""
+GREETING = b"cardcage"
+PIECE = LINK // 4 - 12
+"""Bytes of stream 0 in one frame, so that several are on their way at once."""
+ERRNO_MAX = 4095
+
+
+class Inbox:
+    """A stream from the guest: what came and was not taken yet."""
+
+    def __init__(self) -> None:
+        self.kept = bytearray()
+        self.allowed = WINDOW
+        self.owed = 0
+        self.ended = False
+
+    def take(self, most: int) -> bytes:
+        """The first bytes, up to *most*; empty when nothing is there."""
+        data = bytes(self.kept[:most])
+        del self.kept[:most]
+        self.owed += len(data)
+        return data
+
+
+class Call:
+    """One request under way. Its link's lock guards it.
+
+    Attributes:
+        inboxes: streams 1 and 2. credit: bytes of stream 0 that may be sent.
+        deaf: nobody in the guest reads stream 0 any more.
+        pid: of the process, once it has started. status: 0 to 255, or 256 + signal, once it has ended.
+        result: errno (0 for success) and what came with it, once the call is over.
+        failure: why nothing more will come.
+    """
+
+    def __init__(self, id: int, verb: Verb, streams: tuple[int, ...]) -> None:
+        self.id, self.verb = id, verb
+        self.inboxes = (Inbox(), Inbox())
+        for stream in {1, 2}.difference(streams):
+            self.inboxes[stream - 1].ended = True
+        self.credit = BUFFER
+        self.deaf = False
+        self.pid: int | None = None
+        self.status: int | None = None
+        self.result: tuple[int, bytes] | None = None
+        self.failure: CardcageError | None = None
+
+    @property
+    def over(self) -> bool:
+        """The agent has forgotten it."""
+        ended = self.status is not None and all(one.ended for one in self.inboxes)
+        return self.result is not None or ended or self.failure is not None
+
+
+class Link:
+    """Char back end ``agent``, and the service of that name: the calls of one machine.
+
+    All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
+    lock.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self.changed = threading.Condition()
+        self._parser = Parser()
+        self._calls: dict[int, Call] = {}
+        self._last = 0
+        self._outgoing: deque[bytes] = deque()
+        self._queued = self._flying = 0
+        self._ready = False
+        self._failure: CardcageError | None = None
+        self._received: Callable[[bytes], None] | None = None
+
+    @property
+    def machine(self) -> str:
+        """The machine's name, for errors."""
+        return self._slot.machine
+
+    # towards the device
+
+    def start(self, received: Callable[[bytes], None], /) -> None:
+        """Begin; see CharBackend."""
+        self._received = received
+
+    def write(self, data: bytes, /) -> None:
+        """Bytes from the guest."""
+        if isinstance(self._failure, ProtocolError):
+            return
+        try:
+            frames = self._parser.feed(data)
+            with self.changed:
+                for one in frames:
+                    self._take(one)
+                self.changed.notify_all()
+        except ProtocolError as error:
+            self._slot.log.warning("the guest's agent broke the protocol", why=str(error))
+            self.fail(error)
+        if self._outgoing:
+            self._slot.loop.call_soon(self._pump)
+
+    def close(self) -> None:
+        """The device is gone."""
+        self.fail(StateError("the machine was closed"))
+
+    def fail(self, error: CardcageError) -> None:
+        """End all calls with *error*, and those to come. The first counts."""
+        with self.changed:
+            self._failure = self._failure or error
+            self._drop(self._failure)
+            self.changed.notify_all()
+
+    def _drop(self, error: CardcageError) -> None:
+        for call in self._calls.values():
+            if not call.over:
+                call.failure = error
+        self._calls.clear()
+        self._outgoing.clear()
+        self._queued = 0
+
+    def _take(self, one: Frame) -> None:
+        if one.kind == Kind.HELLO:
+            return self._greeted(one)
+        if not self._ready:
+            raise ProtocolError(f"a frame of kind {one.kind} before its greeting")
+        if one.kind == Kind.TAKEN:
+            taken = number(one.payload)
+            if taken > self._flying:
+                raise ProtocolError(f"{taken} bytes taken, of {self._flying} on their way")
+            self._flying -= taken
+            return None
+        call = self._calls.get(one.call)
+        if call is None:
+            if not 0 < one.call <= self._last:
+                raise ProtocolError(f"call {one.call}, which nobody made")
+            return None  # given up, while this was on its way
+        self._serve(call, one)
+        if call.over:
+            del self._calls[call.id]
+        return None
+
+    def _greeted(self, one: Frame) -> None:
+        greeting, version, nonce = one.payload[:8], one.payload[8:12], one.payload[12:]
+        if greeting != GREETING or number(version) != VERSION or len(nonce) != 8:
+            raise ProtocolError(f"a greeting that is not version {VERSION} of cardcage's agent")
+        self._drop(AgentError("the guest's agent began anew: the guest was reset, or it was ended"))
+        self._flying, self._ready = 0, True
+        self._queue(frame(0, Kind.WELCOME, 0, nonce))
+
+    def _serve(self, call: Call, one: Frame) -> None:
+        match one.kind:
+            case Kind.DATA if one.stream in (1, 2):
+                inbox = call.inboxes[one.stream - 1]
+                inbox.allowed -= len(one.payload)
+                if inbox.allowed < 0 or inbox.ended or not one.payload:
+                    raise ProtocolError("more output than it has credit for")
+                inbox.kept += one.payload
+            case Kind.END if one.stream in (1, 2):
+                call.inboxes[one.stream - 1].ended = True
+            case Kind.END if one.stream == 0:
+                call.deaf = True
+            case Kind.CREDIT if one.stream == 0:
+                call.credit += number(one.payload)
+                if call.credit > BUFFER:
+                    raise ProtocolError("more credit than its buffer has room")
+            case Kind.STARTED if call.verb is Verb.RUN and call.pid is None:
+                call.pid = number(one.payload)
+            case Kind.EXITED if call.pid is not None and call.status is None:
+                call.status = number(one.payload)
+                if call.status > 256 + 64:
+                    raise ProtocolError(f"status {call.status}")
+            case Kind.RESULT:
+                error = number(one.payload[:4])
+                if error > ERRNO_MAX:
+                    raise ProtocolError(f"error number {error}")
+                call.result = error, one.payload[4:]
+            case _:
+                raise ProtocolError(f"a frame of kind {one.kind}, stream {one.stream}, in a call of {call.verb.name}")
+
+    # towards the guest
+
+    def _queue(self, data: bytes) -> None:
+        self._outgoing.append(data)
+        self._queued += len(data)
+
+    def _pump(self) -> None:
+        """Hand on what fits; on the loop thread, under the machine's lock."""
+        while self._received is not None:
+            with self.changed:
+                batch = []
+                while self._outgoing and self._flying + len(self._outgoing[0]) <= LINK:
+                    batch.append(self._outgoing.popleft())
+                    self._flying += len(batch[-1])
+                    self._queued -= len(batch[-1])
+                self.changed.notify_all()
+            if not batch:
+                return
+            self._received(b"".join(batch))
+
+    def _send(self, *frames: bytes) -> None:
+        with self.changed:
+            for one in frames:
+                self._queue(one)
+        self._slot.loop.call_soon(self._pump)
+
+    # towards callers
+
+    def wait(self, call: Call | None, what: Callable[[], bool], deadline: float | None) -> bool:
+        """Wait until *what* holds, with the lock held, or *call* is over. False after *deadline* (monotonic seconds).
+
+        Raises what ended the link, or the call.
+        """
+        with self.changed:
+            while not what():
+                failure = self._failure if call is None else call.failure
+                if failure is not None:
+                    raise failure
+                if call is not None and call.over:
+                    return True
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self.changed.wait(left)
+            return True
+
+    def await_agent(self, timeout: float | None) -> None:
+        """Wait until the agent has greeted. Raises NoAgent after *timeout* seconds, or what ended the link."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.wait(None, lambda: self._ready, deadline):
+            raise NoAgent(
+                f"{self._slot.machine}: no agent has answered within {timeout:g} s: the guest has none, or hangs"
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    def call(self, verb: Verb, request: bytes, streams: tuple[int, ...] = ()) -> Call:
+        """Make a request, which is answered in *streams*, 1 and 2; the agent has greeted.
+
+        Raises AgentError for one that is too long, or what ended the link.
+        """
+        if len(request) > REQUEST_MAX:
+            raise AgentError(f"a request of {len(request)} bytes: expected {REQUEST_MAX} at most")
+        pieces = [request[at : at + PAYLOAD_MAX] for at in range(0, max(len(request), 1), PAYLOAD_MAX)]
+        with self.changed:
+            if self._failure is not None:
+                raise self._failure
+            self._last += 1
+            call = self._calls[self._last] = Call(self._last, verb, streams)
+            for at, piece in enumerate(pieces):
+                more = MORE if at < len(pieces) - 1 else 0
+                kind, first = (Kind.CONTINUE, 0) if at else (Kind.REQUEST, int(verb))
+                self._queue(frame(call.id, kind, first | more, piece))
+        self._slot.loop.call_soon(self._pump)
+        return call
+
+    def answer(self, verb: Verb, request: bytes, timeout: float | None) -> tuple[int, bytes]:
+        """Make a request that is answered at once: errno (0 for success) and what came with it. Raises AgentTimeout."""
+        call = self.call(verb, request)
+        if not self.wait(
+            call, lambda: call.result is not None, None if timeout is None else time.monotonic() + timeout
+        ):
+            self.cancel(call)
+            raise AgentTimeout(f"{self._slot.machine}: the agent has not answered within {timeout:g} s")
+        if call.result is None:
+            raise call.failure or AgentError("no answer")
+        return call.result
+
+    def cancel(self, call: Call) -> None:
+        """Forget *call*: its process is killed, with its session; its streams are closed."""
+        with self.changed:
+            if self._calls.pop(call.id, None) is None:
+                return
+            call.failure = call.failure or AgentError("the call was given up")
+            self._queue(frame(call.id, Kind.CANCEL))
+            self.changed.notify_all()
+        self._slot.loop.call_soon(self._pump)
+
+    def tell(self, call: Call, kind: Kind, payload: bytes) -> None:
+        """Send SIGNAL or RESIZE; nothing once the call is over."""
+        if not call.over:
+            self._send(frame(call.id, kind, 0, payload))
+
+    def sendable(self, call: Call) -> int:
+        """Bytes of stream 0 that can be sent now; the lock is held."""
+        return 0 if self._queued > QUEUE else min(call.credit, PIECE)
+
+    def send(self, call: Call, data: memoryview) -> int:
+        """Send the beginning of *data* in stream 0, as much as goes now; bytes that went."""
+        with self.changed:
+            size = min(self.sendable(call), len(data))
+            if size == 0 or call.over or call.deaf:
+                return 0
+            call.credit -= size
+            self._queue(frame(call.id, Kind.DATA, 0, data[:size]))
+        self._slot.loop.call_soon(self._pump)
+        return size
+
+    def end(self, call: Call) -> None:
+        """The end of stream 0."""
+        if not call.over and not call.deaf:
+            self._send(frame(call.id, Kind.END, 0))
+
+    def receive(self, call: Call, stream: int, most: int) -> bytes:
+        """Take what is there of stream 1 or 2, up to *most* bytes; empty when nothing is."""
+        with self.changed:
+            inbox = call.inboxes[stream - 1]
+            data = inbox.take(most)
+            if inbox.owed < WINDOW // 2 or call.over or inbox.ended:
+                return data
+            inbox.allowed += inbox.owed
+            grant, inbox.owed = inbox.owed, 0
+        self._send(frame(call.id, Kind.CREDIT, stream, grant.to_bytes(4, "little")))
+        return data
+
+
+def open_link(slot: Slot) -> Link:
+    """Open the back end ``agent``; it is the machine's service of that name. Raises ConfigError for a second one."""
+    link = Link(slot)
+    slot.host.provide("agent", link)
+    return link

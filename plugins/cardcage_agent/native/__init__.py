@@ -1,0 +1,1 @@
+"""C sources of the guest agent, and how they are built."""

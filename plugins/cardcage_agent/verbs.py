@@ -1,0 +1,317 @@
+"""The verbs of a machine whose guest has our agent, and the class that has them for type checkers."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import time
+from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from cardcage.errors import StateError, UsageError
+from cardcage.machine import Machine as PlainMachine
+from cardcage.machine import State
+from cardcage.security import OPERATOR, Act
+
+from cardcage_agent.errors import AgentError
+from cardcage_agent.files import SILENCE, Files
+from cardcage_agent.frames import Verb
+from cardcage_agent.process import LIMIT, PATIENCE, REQUEST, Popen, guest_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import Self
+
+    from cardcage.host import Host
+
+    from cardcage_agent.link import Link
+    from cardcage_agent.process import Command
+
+__all__ = ["Agent", "Machine", "Verbs", "link_of"]
+
+SEED = 256
+"""Bytes of new randomness."""
+PIECE = 1 << 20
+
+
+def link_of(machine: PlainMachine, verb: str, timeout: float | None) -> Link:
+    """The link to the agent of *machine*, once that has greeted.
+
+    Raises StateError for a machine that has no port for it, or is not running; NoAgent after *timeout* seconds, by
+    default 60; Denied; what ended the machine.
+    """
+    machine.mediator.check(
+        Act(OPERATOR, machine.label, "management", ("command",), {"machine": machine.name, "command": verb})
+    )
+    link: Link | None = machine.services.get("agent")
+    if link is None:
+        raise StateError(
+            f"{machine.name}: no port for an agent: Machine.debian() makes a machine that has one, "
+            'and so does a virtio-console port named "org.cardcage.agent.0" with char = "agent"'
+        )
+    if machine.state is State.BUILT:
+        raise StateError(f"{machine.name}: the machine was not started, so that no agent runs")
+    link.await_agent(PATIENCE if timeout is None else min(timeout, PATIENCE))
+    return link
+
+
+class Agent:
+    """The agent itself: whether it answers, and what it sets in its guest."""
+
+    def __init__(self, machine: PlainMachine) -> None:
+        self._machine = machine
+
+    def wait(self, timeout: float = PATIENCE) -> None:
+        """Wait until the guest is up as far as its agent. Raises NoAgent after *timeout* seconds."""
+        link_of(self._machine, "wait", timeout)
+
+    def ping(self, timeout: float | None = SILENCE) -> float:
+        """Seconds that an answer takes. Raises AgentTimeout."""
+        link = link_of(self._machine, "ping", timeout)
+        began = time.monotonic()
+        self._ask(link, Verb.PING, b"", 0, timeout)
+        return time.monotonic() - began
+
+    def set_time(self, seconds: float | None = None, timeout: float | None = SILENCE) -> None:
+        """Set the guest's clock: seconds since 1970, from 0; by default this host's time."""
+        link = link_of(self._machine, "set_time", timeout)
+        nanoseconds = time.time_ns() if seconds is None else int(seconds * 1e9)
+        if not 0 <= nanoseconds < 1 << 63:
+            raise UsageError(f"a time of {seconds} s: expected seconds since 1970, from 0")
+        self._ask(link, Verb.TIME, b"", nanoseconds, timeout)
+
+    def reseed(self, data: bytes | None = None, timeout: float | None = SILENCE) -> None:
+        """Give the guest's kernel new randomness: *data*, 1 to 512 bytes, by default 256 of this host's.
+
+        It is credited as entropy, and the generator takes it at once (random(4): RNDADDENTROPY, RNDRESEEDCRNG).
+        """
+        seed = os.urandom(SEED) if data is None else data
+        if not 0 < len(seed) <= 512:
+            raise UsageError(f"{len(seed)} bytes of randomness: expected 1 to 512")
+        self._ask(link_of(self._machine, "reseed", timeout), Verb.SEED, seed, 0, timeout)
+
+    def _ask(self, link: Link, verb: Verb, data: bytes, value: int, timeout: float | None) -> None:
+        error, _ = link.answer(verb, REQUEST.pack(0, 0, value) + data, timeout)
+        if error:
+            raise guest_error(error, self._machine.name)
+
+
+class Verbs:
+    """The verbs of a machine whose guest has our agent: mixed into :class:`Machine`, and offered to any other.
+
+    Each waits for the agent first, up to 60 seconds, or its own *timeout* where that is less. Raises NoAgent when none
+    has answered by then, and StateError for a machine that has no port for one.
+    """
+
+    @property
+    def agent(self: Any) -> Agent:
+        """The agent itself."""
+        return Agent(self)
+
+    @property
+    def files(self: Any) -> Files:
+        """The guest's files."""
+        return Files(link_of(self, "files", None))
+
+    @overload
+    def run(
+        self,
+        args: Command,
+        *,
+        input: bytes | None = None,
+        stdout: int | None = PIPE,
+        stderr: int | None = PIPE,
+        check: bool = False,
+        timeout: float | None = None,
+        text: Literal[False] | None = None,
+        encoding: None = None,
+        errors: None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        limit: int = LIMIT,
+    ) -> CompletedProcess[bytes]: ...
+
+    @overload
+    def run(
+        self,
+        args: Command,
+        *,
+        input: str | None = None,
+        stdout: int | None = PIPE,
+        stderr: int | None = PIPE,
+        check: bool = False,
+        timeout: float | None = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        limit: int = LIMIT,
+    ) -> CompletedProcess[str]: ...
+
+    def run(
+        self: Any,
+        args: Command,
+        *,
+        input: bytes | str | None = None,
+        stdout: int | None = PIPE,
+        stderr: int | None = PIPE,
+        check: bool = False,
+        timeout: float | None = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        limit: int = LIMIT,
+    ) -> CompletedProcess[Any]:
+        """Run a command in the guest and wait for its end, as :func:`subprocess.run`; both outputs are captured.
+
+        Args:
+            args: a list of the program and its arguments, or text for the guest's ``/bin/sh -c``.
+            input: for its standard input, which is ``/dev/null`` without.
+            stdout, stderr: ``PIPE``, ``DEVNULL``; for *stderr* also ``STDOUT``.
+            check: raise CalledProcessError for another return code than 0.
+            timeout: seconds for all of it; then it is killed, with its session, and TimeoutExpired raised.
+            text, encoding, errors, env, cwd, user: as :class:`~cardcage_agent.process.Popen` has them.
+            limit: bytes of each output; a command with more is killed, and AgentError raised.
+        """
+        began = time.monotonic()
+        process = Popen(
+            link_of(self, "run", timeout),
+            args,
+            stdin=PIPE if input is not None else None,
+            stdout=stdout,
+            stderr=stderr,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            env=env,
+            cwd=cwd,
+            user=user,
+            timeout=_left(timeout, began),
+        )
+        try:
+            out, err = process.communicate(input, _left(timeout, began), limit=limit)
+        except TimeoutExpired as late:
+            raise TimeoutExpired(args, timeout or 0, late.output, late.stderr) from None
+        finally:
+            process.close()
+        code = process.poll()
+        if code is None:
+            raise AgentError(f"{process.args!r}: the agent gave the process up")
+        if check and code:
+            raise CalledProcessError(code, args, out, err)
+        return CompletedProcess(args, code, out, err)
+
+    def popen(
+        self: Any,
+        args: Command,
+        *,
+        stdin: int | None = None,
+        stdout: int | None = PIPE,
+        stderr: int | None = PIPE,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        pty: tuple[int, int] | None = None,
+        timeout: float | None = None,
+    ) -> Popen:
+        """Start a command in the guest: a :class:`~cardcage_agent.process.Popen`, with its arguments."""
+        return Popen(
+            link_of(self, "popen", timeout),
+            args,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            env=env,
+            cwd=cwd,
+            user=user,
+            pty=pty,
+            timeout=timeout,
+        )
+
+    def put(
+        self: Any,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        timeout: float | None = SILENCE,
+    ) -> None:
+        """Copy a file of this host into the guest, with its permission bits.
+
+        Raises OSErrors of either side, and AgentTimeout when nothing went for *timeout* seconds.
+        """
+        with open(source, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            pieces: Iterator[bytes] = iter(lambda: file.read(PIECE), b"")
+            Files(link_of(self, "put", timeout)).write(target, pieces, mode=mode, timeout=timeout)
+
+    def get(
+        self: Any,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        limit: int | None = None,
+        timeout: float | None = SILENCE,
+    ) -> None:
+        """Copy a file of the guest to this host: *target* is there once it is whole, and is new or replaced.
+
+        Args:
+            limit: bytes; AgentError is raised for more. By default what the disk holds.
+            timeout: seconds without a byte.
+        """
+        link = link_of(self, "get", timeout)
+        path = os.fspath(target)
+        handle, name = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".get-")
+        try:
+            with open(handle, "wb") as file:
+                for piece in Files(link).chunks(source, timeout=timeout):
+                    file.write(piece)
+                    if limit is not None and file.tell() > limit:
+                        raise AgentError(f"{self.name}:{os.fspath(source)}: more than {limit} bytes")
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def _left(timeout: float | None, began: float) -> float | None:
+    return None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
+
+
+def _umask() -> int:
+    """This process's umask, which can only be read by writing it, from a file that always has it (proc(5))."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+
+
+class Machine(Verbs, PlainMachine):
+    """:class:`cardcage.Machine` with the agent's verbs as methods, so that type checkers know them."""
+
+    @classmethod
+    def debian(
+        cls,
+        *,
+        memory: int | str = "512M",
+        append: str = "",
+        devices: Iterable[Mapping[str, Any]] = (),
+        fragments: Iterable[Mapping[str, Any]] = (),
+        host: Host | None = None,
+        **keys: Any,
+    ) -> Self:
+        """See :func:`cardcage_boot.debian.debian`, which makes it."""
+        from cardcage_boot.debian import debian as make
+
+        return make(cls, memory=memory, append=append, devices=devices, fragments=fragments, host=host, **keys)

@@ -1,0 +1,147 @@
+"""The agent in a real guest: Machine.debian() with nothing else, from the first command to the end of the machine."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage import Machine
+from cardcage.errors import StateError
+from cardcage_agent import AgentError, NoAgent
+from cardcage_agent import Machine as TypedMachine
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def vm(kernel: Path) -> Iterator[TypedMachine]:
+    """A guest, up and running."""
+    with TypedMachine.debian(memory="256M", accel="tcg", name="agent") as machine:
+        machine.start()
+        machine.agent.wait(timeout=120)
+        yield machine
+
+
+def test_commands_run_in_the_guest(vm: TypedMachine) -> None:
+    """Output, errors, status, signal, input, environment, directory and user are the guest's."""
+    done = vm.run("uname -n; echo err >&2; exit 3", text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("cardcage\n", "err\n", 3)
+    assert vm.run(["cat"], input=b"\0\xff", check=True, timeout=60).stdout == b"\0\xff"
+    assert vm.run("kill -9 $$").returncode == -9
+    assert vm.run("echo $A; pwd", env={"A": "b"}, cwd="/tmp", text=True).stdout == "b\n/tmp\n"
+    assert vm.run("id -u", user=1000, cwd="/", text=True).stdout == "1000\n"
+    assert vm.run("cat /proc/self/oom_score_adj", text=True).stdout == "0\n"
+    with pytest.raises(FileNotFoundError, match="'agent:nonesuch'"):
+        vm.run(["nonesuch"])
+
+
+def test_megabytes_go_in_and_out(vm: TypedMachine, tmp_path: Path) -> None:
+    """Files and streams beyond every buffer come back unchanged."""
+    data = os.urandom(20 * MIB)
+    vm.files.write("/tmp/data", data)
+    assert vm.files.stat("/tmp/data").size == len(data)
+    assert vm.run("cat /tmp/data", check=True).stdout == data
+    assert vm.run("cat > /tmp/again; cmp /tmp/data /tmp/again", input=data).returncode == 0
+    vm.get("/tmp/again", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    vm.files.remove("/tmp/data")
+    assert not vm.files.exists("/tmp/data")
+
+
+def test_one_that_is_not_read_holds_up_no_other(vm: TypedMachine) -> None:
+    """While several outputs and inputs are left alone, commands and files go on."""
+    stuck = [vm.popen("cat /dev/zero") for _ in range(4)]
+    reads = vm.files.chunks("/dev/zero")
+    assert next(reads)
+    assert vm.run(["cat"], input=bytes(MIB), timeout=120).stdout == bytes(MIB)
+    for one in stuck:
+        one.kill()
+        assert one.communicate(timeout=60)[0].strip(b"\0") == b""
+    reads.close()  # type: ignore[attr-defined]  # a generator
+
+
+def test_a_terminal_in_the_guest(vm: TypedMachine) -> None:
+    """A shell on a pty of a size that changes."""
+    with vm.popen(["sh", "-i"], pty=(24, 80), text=True) as shell:
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        shell.resize(50, 132)
+        shell.stdin.write("stty size; exit 6\n")
+        shell.stdin.flush()
+        assert "50 132\n" in shell.stdout.read()
+        assert shell.wait() == 6
+
+
+def test_the_clock_and_randomness_are_set(vm: TypedMachine) -> None:
+    """The guest's date is what was set, and then this host's."""
+    vm.agent.set_time(1_000_000_000)
+    assert vm.run("date -u +%Y-%m", text=True).stdout == "2001-09\n"
+    vm.agent.set_time()
+    assert vm.run("date -u +%Y", text=True).stdout >= "2024\n"
+    vm.agent.reseed()
+    vm.agent.reseed(b"x" * 512)
+
+
+def test_a_pause_keeps_a_caller_waiting_and_no_more(vm: TypedMachine) -> None:
+    """A paused guest meets the caller's timeout, and answers once it goes on."""
+    vm.pause()
+    with pytest.raises(TimeoutError):
+        vm.agent.ping(timeout=0.05)
+    vm.resume()
+    assert vm.agent.ping() > 0
+
+
+@pytest.mark.once
+def test_a_guest_that_is_reset_has_an_agent_again(kernel: Path) -> None:
+    """What was under way ends with a line about it, and the next command runs in the guest that booted again."""
+    with TypedMachine.debian(memory="128M", accel="tcg") as vm:
+        vm.start()
+        before = vm.popen("echo begun; sleep 1000")
+        assert before.stdout is not None
+        assert before.stdout.readline() == b"begun\n"
+        vm.reset()
+        with pytest.raises(AgentError, match="began anew"):
+            before.wait(timeout=200)
+        assert vm.run(["echo", "again"], text=True).stdout == "again\n"
+
+
+def test_the_end_of_the_machine_ends_what_waits(kernel: Path) -> None:
+    """A command that powers the guest off raises AgentError with the outcome; so does each later one."""
+    with Machine.debian(memory="128M", accel="tcg") as vm:  # type: ignore[attr-defined]  # a verb of a card
+        with pytest.raises(StateError, match="the machine was not started"):
+            vm.run("true")
+        vm.start()
+        with pytest.raises(AgentError, match=r"the machine ended \(the guest powered off\)"):
+            vm.run("poweroff -f; sleep 1000")
+        with pytest.raises(AgentError, match="ended"):
+            vm.files.read("/init")
+
+
+def test_a_guest_without_an_agent_is_one_clear_line(kernel: Path) -> None:
+    """A port that nobody opens in the guest: NoAgent after the caller's timeout. No port at all: StateError."""
+    table = {"type": "virtio-console", "char": "null", "ports": [{"name": "org.cardcage.agent.0", "char": "agent"}]}
+    with TypedMachine(kernel=kernel, memory="128M", accel="tcg", devices=[table]) as vm:
+        vm.start()
+        with pytest.raises(NoAgent, match=r"no agent has answered within 0\.1 s: the guest has none, or hangs$"):
+            vm.run("true", timeout=0.1)
+    with TypedMachine(kernel=kernel, memory="128M", accel="tcg") as vm, pytest.raises(StateError, match="no port for"):
+        vm.run("true")
+
+
+def test_many_callers_share_one_guest(vm: TypedMachine) -> None:
+    """Eight threads, each with its own answers."""
+    found: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        found[number] = [vm.run(["echo", str(number)], text=True).stdout for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert found == {number: [f"{number}\n"] * 5 for number in range(8)}
