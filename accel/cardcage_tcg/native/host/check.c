@@ -122,12 +122,14 @@ static void check_page(const struct vm *vm, const struct page *p, u64 gpa)
         HOLDS(b->valid, one, gpa);
         HOLDS(b->phys >> 12 == gpa >> 12 || b->phys2 >> 12 == gpa >> 12, b->phys, gpa);
         HOLDS(!(covered(b, gpa) & ~p->code), covered(b, gpa), p->code);
-        HOLDS(b->page_prev[side_of(b, gpa)] == before, one, gpa);
+        HOLDS(!before || b->page_prev[side_of(b, gpa)] == before, one, gpa);
         HOLDS(++listed <= p->count, listed, p->count);
         before = one;
         one = b->page_next[side_of(b, gpa)];
     }
     HOLDS(listed == p->count, listed, p->count);
+    const struct block *newest = (const struct block *)p->first;
+    HOLDS(!newest || newest->page_prev[side_of(newest, gpa)] == before, newest, before);
 }
 
 /* Blocks lie behind each other; those that are valid are in one hash chain, and in the list of each page they reach. */
