@@ -99,7 +99,7 @@ enum {
 enum { RESUME_AFTER, RESUME_LOAD, RESUME_SINGLE, RESUME_AGAIN };
 
 /* What a helper answers to the code that called it. */
-enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
+enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort's: go on at the single in scratch[0] */ };
 
 #define TLB_BITS 9
 #define TLB_SIZE (1 << TLB_BITS)
@@ -115,6 +115,7 @@ struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
 enum { H_LAPIC_X2 = 2, H_LAPIC_DEADLINE = 4 };
+#define LEAVES 64
 #define MAX_CPUS 64
 #define MAX_SLOTS 64
 #define MAX_CROSS 0x20000
@@ -189,8 +190,11 @@ struct cpu {
     struct vm *vm;
     u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
+    u64 split[2], split_phys[2]; /* or one that lies across two pages of RAM: host addresses of both parts, and their physical ones, ~0 where no code is */
+    u32 split_first, split_size; /* bytes in the first page, and in all; split_size 0: it is none */
     u64 rmw;              /* 1 | physical page that a read-modify-write was let into beside code: see install() */
     struct device device;
+    struct { u64 key; u32 leaf, sub, value[4]; } leaves[LEAVES]; /* what CPUID answered; key 0: nothing */
     struct lapic lapic;
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));

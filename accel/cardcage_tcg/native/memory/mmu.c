@@ -347,7 +347,7 @@ void tlb_unwrite(struct cpu *c, u64 host_page)
 
 /* ---- slow paths of translated accesses ---- */
 
-enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY };
+enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY, ABORT_SINGLE };
 
 static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
 static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ? EX_SS : EX_GP; }
@@ -454,6 +454,36 @@ static void copy_whole(void *to, const void *from, u32 size)
     }
 }
 
+/* Host addresses of the parts of an operand across two pages that the soft TLB has both of. */
+static int both_parts(const struct cpu *c, const struct tlb *tables, u64 linear, u32 first, u64 *host)
+{
+    u64 second = linear_after(c, linear, first, 0);
+    const struct tlb *t = &tables[c->cpl == 3];
+    const struct tlb_entry *e = &t->e[tlb_index(linear)], *f = &t->e[tlb_index(second)];
+    if (e->tag != (linear & ~0xffful) || f->tag != second)
+        return 0;
+    host[0] = e->add + (linear & 0xfff);
+    host[1] = f->add;
+    return 1;
+}
+
+/* memcpy(), which takes its time to begin. */
+static void copy_part(void *to, const void *from, u32 size)
+{
+    if (size > 32) {
+        memcpy(to, from, size);
+        return;
+    }
+    for (u32 i = 0; i < size; i++)
+        ((volatile u8 *)to)[i] = ((const volatile u8 *)from)[i];
+}
+
+static void copy_parts(u8 *to, const u64 *host, u32 first, u32 size)
+{
+    copy_part(to, (const void *)host[0], first);
+    copy_part(to + first, (const void *)host[1], size - first);
+}
+
 u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
@@ -465,6 +495,13 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    u64 parts[2];
+    if (a->size > first && both_parts(c, c->tlb_r, linear, first, parts)) {
+        u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
+        copy_parts(bounce, parts, first, a->size);
+        return (u64)bounce;
+    }
     int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, vector_of(a, vector), ABORT_RAISE);
@@ -474,13 +511,12 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         return give_up(c, 0, ABORT_RETRY);
     }
     phys |= linear & 0xfff;
-    u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) {
         vector = data_page(c, linear_after(c, linear, first, 0), 0, user, &phys2, &host2, &slot);
         if (vector)
             return give_up(c, vector_of(a, vector), ABORT_RAISE);
         if (host && host2) {
-            u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
+            u8 *bounce = c->bounce + (linear & 63);
             memcpy(bounce, (u8 *)host + (linear & 0xfff), first);
             memcpy(bounce + first, host2, a->size - first);
             read_watched(c, phys);
@@ -523,6 +559,49 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     return give_up(c, 0, ABORT_EXIT);
 }
 
+/* Python does the write of the instruction at cpu->rip. */
+static void leave_write(struct cpu *c, u64 linear, u32 size)
+{
+    c->split_size = 0;
+    c->reason = R_SLOW_WRITE;
+    c->info[0] = linear, c->info[1] = size;
+}
+
+/* An operand across two pages of RAM, whose parts are in `split`: the instruction runs as a single on a copy, which is written back after
+ * it. Both pages may be written, or it would have faulted; nothing waits in between, so they stay what they are. */
+static u64 begin_split(struct cpu *c, const struct block *b, struct access *a, u64 linear, u32 first)
+{
+    u64 code = single_of(c, b, a);
+    if (unlikely(!code)) {
+        leave_write(c, linear, a->size);
+        return give_up(c, 0, ABORT_EXIT);
+    }
+    u8 *copy = c->bounce + 4096 + (linear & 63); /* as misaligned as the operand; what it does not write stays as it was */
+    copy_parts(copy, c->split, first, a->size);
+    c->write_ptr = (u64)copy;
+    c->split_first = first;
+    c->split_size = a->size;
+    c->scratch[0] = code;
+    return give_up(c, 0, ABORT_SINGLE);
+}
+
+static void split_store(struct cpu *c, const u8 *from, u32 first, u32 size)
+{
+    copy_part((void *)c->split[0], from, first);
+    copy_part((void *)c->split[1], from + first, size - first);
+    for (u32 i = 0; i < 2; i++) {
+        struct slot *slot;
+        if (c->split_phys[i] != ~0ul && phys_host(c->vm, c->split_phys[i], &slot))
+            code_written(c->vm, slot, c->split_phys[i], i ? size - first : first);
+    }
+}
+
+void write_split(struct cpu *c)
+{
+    split_store(c, (const u8 *)c->write_ptr, c->split_first, c->split_size);
+    c->split_size = 0;
+}
+
 u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
@@ -534,16 +613,27 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    int splits = a->size > first && !(a->flags & ACCESS_PYTHON) && !(b->mode & KEY_SINGLE);
+    if (splits && both_parts(c, c->tlb_w, linear, first, c->split)) { /* such pages hold no code, and nobody looks at them */
+        c->split_phys[0] = c->split_phys[1] = ~0ul;
+        return begin_split(c, b, a, linear, first);
+    }
     int vector = data_page(c, linear, 1, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, vector_of(a, vector), ABORT_RAISE);
-    u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) { /* the second page may fault, too: before anything is written */
         u64 phys2;
         void *host2;
-        vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot);
+        struct slot *slot2;
+        vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot2);
         if (vector)
             return give_up(c, vector_of(a, vector), ABORT_RAISE);
+        if (splits && host && host2 && !slot->readonly && !slot2->readonly && likely(!c->vm->watched) && likely(!(c->armed & ARMED_DATA))) {
+            c->split[0] = (u64)host + (linear & 0xfff), c->split[1] = (u64)host2;
+            c->split_phys[0] = (phys & ~0xffful) | (linear & 0xfff), c->split_phys[1] = phys2 & ~0xffful;
+            return begin_split(c, b, a, linear, first);
+        }
     } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys)) &&
                !(unlikely(c->armed & ARMED_DATA) && debug_match(c, linear, a->size, 1))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
@@ -556,8 +646,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     }
     if (unlikely(c->armed & ARMED_DATA))
         debug_access(c, linear, a->size, 1);
-    c->reason = R_SLOW_WRITE;
-    c->info[0] = linear, c->info[1] = a->size;
+    leave_write(c, linear, a->size);
     return give_up(c, 0, ABORT_EXIT);
 }
 
@@ -565,6 +654,8 @@ int native_abort(struct cpu *c)
 {
     if (c->abort_kind == ABORT_EXIT)
         return H_EXIT;
+    if (c->abort_kind == ABORT_SINGLE)
+        return H_SINGLE;
     if (c->abort_kind == ABORT_RETRY) {
         c->debug &= ~(u32)DEBUG_HITS;
         return H_REDIRECT;
@@ -634,10 +725,14 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         }
         return H_EXIT;
     }
+    if (both_parts(c, c->tlb_w, linear, 4096 - at, c->split)) {
+        copy_part((void *)c->split[0], &value, 4096 - at);
+        copy_part((void *)c->split[1], (u8 *)&value + (4096 - at), a->size - (4096 - at));
+        return H_CONTINUE;
+    }
     int vector = vwrite(c, linear, &value, a->size, c->cpl == 3);
     if (vector == -1) { /* one of the pages is MMIO: byte by byte in Python */
-        c->reason = R_SLOW_WRITE;
-        c->info[0] = linear, c->info[1] = a->size;
+        leave_write(c, linear, a->size);
         return H_EXIT;
     }
     if (vector)
