@@ -101,7 +101,7 @@ enum { RESUME_AFTER, RESUME_LOAD, RESUME_SINGLE, RESUME_AGAIN };
 /* What a helper answers to the code that called it. */
 enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort's: go on at the single in scratch[0] */ };
 
-#define TLB_BITS 9
+#define TLB_BITS 12
 #define TLB_SIZE (1 << TLB_BITS)
 #define JC_BITS 11
 #define JC_SIZE (1 << JC_BITS)
@@ -109,8 +109,15 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort'
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
 /* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too;
- * user: those of user pages in a supervisor's table; keyed: those of user pages with another protection key than 0 */
-struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64], user[TLB_SIZE / 64], keyed[TLB_SIZE / 64]; };
+ * user: those of user pages in a supervisor's table; keyed: those of user pages with another protection key than 0; filled: all that
+ * may be for something; large_in: in which GiB the large ones are, a bit each by seen_in() */
+struct tlb {
+    struct tlb_entry e[TLB_SIZE];
+    u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64], user[TLB_SIZE / 64], keyed[TLB_SIZE / 64], filled[TLB_SIZE / 64], large_in;
+};
+/* The entries of a write table by a hash of their host page: lists whose links are an index + 1, 0 at the end; the first one's `before` is
+ * TLB_SIZE + 1 + the list. An entry stays in its list until it is filled again, whatever has become of it. */
+struct tlb_lists { u16 head[TLB_SIZE], after[TLB_SIZE], before[TLB_SIZE]; };
 struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
@@ -199,6 +206,8 @@ struct cpu {
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));
     struct tlb tlb_r[2], tlb_w[2];                 /* [supervisor, user] */
+    struct tlb_lists tlb_pages[2];                 /* tlb_w's */
+    u64 code_in[2];       /* in which 2 MiB xtlb or the jump cache have something, a bit each by seen_in() */
     struct jump jc[2][JC_SIZE];
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };

@@ -85,6 +85,7 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     *phys &= ~0xffful;
     x->tag = page | !*global;
     x->phys = *phys;
+    c->code_in[which] |= seen_in(linear >> 21);
     return 0;
 }
 

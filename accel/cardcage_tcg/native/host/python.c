@@ -30,6 +30,10 @@ EXPORTED u64 tcg_stub(int i)
 EXPORTED void tcg_reset(struct cpu *c)
 {
     memset(c->jc_used, 0xff, sizeof c->jc_used); /* a new vCPU's is all zero, which is no tag for nothing */
+    for (u32 m = 0; m < 2; m++) {
+        memset(c->tlb_r[m].filled, 0xff, sizeof c->tlb_r[m].filled);
+        memset(c->tlb_w[m].filled, 0xff, sizeof c->tlb_w[m].filled);
+    }
     tlb_flush(c, 1);
     jc_flush(c);
     c->resume = 0;

@@ -190,12 +190,37 @@ static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 w
     u32 i = tlb_index(linear);
     t->e[i].tag = linear & ~0xffful; /* canonical: walk() saw to it */
     t->e[i].add = host_page;
+    t->filled[i / 64] |= 1ul << i % 64;
     mark(t->local, i, !global);
     mark(t->large, i, what & PAGE_LARGE);
+    if (what & PAGE_LARGE)
+        t->large_in |= seen_in(linear >> 30);
     if (unlikely(what & PAGE_MARKED)) { /* else nobody asks, and CR4 empties the tables when somebody begins to */
         mark(t->user, i, what & PAGE_USER);
         mark(t->keyed, i, what & PAGE_KEYED);
     }
+}
+
+static u32 list_of(u64 host_page) { return (u32)((host_page >> 12) * 0x9e3779b97f4a7c15ul >> (64 - TLB_BITS)); }
+
+/* The entry of a write table for *linear* is filled: into the list of its page, out of that which it was in. */
+static void tlb_relink(struct tlb_lists *l, u64 linear, u64 host_page)
+{
+    u32 i = tlb_index(linear), list = list_of(host_page), before = l->before[i], after = l->after[i];
+    if (before == TLB_SIZE + 1 + list)
+        return; /* it is the first of that list */
+    if (before > TLB_SIZE)
+        l->head[before - TLB_SIZE - 1] = (u16)after;
+    else if (before)
+        l->after[before - 1] = (u16)after;
+    if (before && after)
+        l->before[after - 1] = (u16)before;
+    after = l->head[list];
+    l->head[list] = (u16)(i + 1);
+    l->after[i] = (u16)after;
+    l->before[i] = (u16)(TLB_SIZE + 1 + list);
+    if (after)
+        l->before[after - 1] = (u16)(i + 1);
 }
 
 /* An entry for nothing: neither tag nor host page of the one that was. */
@@ -248,21 +273,28 @@ void jc_drop(struct cpu *c, u32 m, u32 i)
 /* INVLPG drops the whole of a large page, of which there are pieces here: all that lie in its GiB. */
 static void tlb_drop_large(struct tlb *t, u64 linear)
 {
+    if (!(t->large_in & seen_in(linear >> 30)))
+        return;
+    t->large_in = 0;
     for (u32 i = 0; i < TLB_SIZE / 64; i++)
         for (u64 bits = t->large[i]; bits; bits &= bits - 1) {
             u32 n = i * 64 + (u32)__builtin_ctzl(bits);
-            if ((t->e[n].tag ^ linear) >> 30 == 0)
+            if ((t->e[n].tag ^ linear) >> 30 == 0) {
                 tlb_drop(t, n);
+                t->large[i] &= ~(1ul << n % 64);
+            } else {
+                t->large_in |= seen_in(t->e[n].tag >> 30);
+            }
         }
 }
 
 static void tlb_clear(struct tlb *t, int global)
 {
     if (global) {
-        for (u32 i = 0; i < TLB_SIZE; i++)
-            tlb_drop(t, i);
+        tlb_drop_marked(t, t->filled);
         for (u32 i = 0; i < TLB_SIZE / 64; i++)
             t->local[i] = t->large[i] = t->user[i] = t->keyed[i] = 0;
+        t->large_in = 0;
         return;
     }
     for (u32 i = 0; i < TLB_SIZE / 64; i++) {
@@ -297,11 +329,16 @@ void tlb_flush(struct cpu *c, int global)
     for (u32 m = 0; m < 2; m++) {
         tlb_clear(&c->tlb_r[m], global);
         tlb_clear(&c->tlb_w[m], global);
+        u64 left = 0;
         for (u32 i = 0; i < XTLB_SIZE; i++)
             if (global || c->xtlb[m][i].tag & 1)
                 xtlb_drop(c, m, i);
-        if (global || c->jc_local[m])
+            else if ((c->xtlb[m][i].tag >> 12 & (XTLB_SIZE - 1)) == i) /* not one for nothing */
+                left |= seen_in(c->xtlb[m][i].tag >> 21);
+        if (global || c->jc_local[m]) {
             jc_flush_one(c, m);
+            c->code_in[m] = left;
+        }
         c->jc_local[m] = 0;
     }
     if (global)
@@ -319,6 +356,8 @@ void tlb_flush_page(struct cpu *c, u64 linear)
             tlb_drop(&c->tlb_w[m], i);
         tlb_drop_large(&c->tlb_r[m], linear);
         tlb_drop_large(&c->tlb_w[m], linear);
+        if (!(c->code_in[m] & seen_in(linear >> 21)))
+            continue;
         for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
                 xtlb_drop(c, m, n);
@@ -340,9 +379,9 @@ void tlb_flush_page(struct cpu *c, u64 linear)
 void tlb_unwrite(struct cpu *c, u64 host_page)
 {
     for (u32 m = 0; m < 2; m++)
-        for (u32 i = 0; i < TLB_SIZE; i++)
-            if (c->tlb_w[m].e[i].add == host_page)
-                tlb_drop(&c->tlb_w[m], i);
+        for (u32 at = c->tlb_pages[m].head[list_of(host_page)]; at; at = c->tlb_pages[m].after[at - 1])
+            if (c->tlb_w[m].e[at - 1].add == host_page)
+                tlb_drop(&c->tlb_w[m], at - 1);
 }
 
 /* ---- slow paths of translated accesses ---- */
@@ -425,6 +464,7 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
         if (fills)
             tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable);
     } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && fills) {
+        tlb_relink(&c->tlb_pages[which], linear, (u64)page);
         tlb_fill(&c->tlb_w[which], linear, (u64)page, global, writable);
     }
     *host = page;
