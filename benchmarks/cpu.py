@@ -36,10 +36,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name:
         folder = Path(name)
         binary = folder / "cpu"
-        built = subprocess.run(["gcc", "-O2", "-static", "-o", binary, SOURCE], check=False)
-        if built.returncode:
-            sys.exit("the guest's binary cannot be built: install gcc and libc6-dev")
-        files = [cpio.file("cpu", binary.read_bytes(), 0o755)]
+        files = []
+        for program, kind in (("cpu", "-static"), ("cpu-pie", "-static-pie")):
+            built = subprocess.run(["gcc", "-O2", kind, "-o", folder / program, SOURCE], check=False)
+            if built.returncode:
+                sys.exit("the guest's binary cannot be built: install gcc and libc6-dev")
+            files.append(cpio.file(program, (folder / program).read_bytes(), 0o755))
         guest = make_guest(folder, "quiet", f"/cpu {rows}", files)
         measure(guest, folder, [str(binary), *rows.split()], arguments)
 

@@ -65,6 +65,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_inject_nmi": (None, (_PTR,)),
     "tcg_load_pdptes": (None, (_PTR,)),
     "tcg_set_extint": (None, (_PTR, _U32)),
+    "tcg_keep_leaf": (None, (_PTR, _U32, _U32)),
     "tcg_cpuid": (None, (_U32, _U32, _PTR)),
     "tcg_tsc": (_U64, ()),
     "tcg_rdtsc_pair": (None, (_PTR,)),

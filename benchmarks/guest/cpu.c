@@ -1,5 +1,6 @@
 /* Guest work for benchmarks/cpu.py. Each row does a fixed amount of work and prints "name nanoseconds checksum".
- * Built with gcc -O2 -static, so that the same bytes run natively, under QEMU and under cardcage. */
+ * Built with gcc -O2 -static, so that the same bytes run natively, under QEMU and under cardcage; a second time with
+ * -static-pie, as NAME-pie, which the row exec-aslr starts: it has other addresses in each process. */
 #define _GNU_SOURCE
 #include <emmintrin.h>
 #include <stdint.h>
@@ -175,16 +176,128 @@ static uint64_t page_faults(void) {
     return sum;
 }
 
+static const char *self;
+
+static uint64_t exec_aslr(void) {
+    char program[256];
+    uint64_t done = 0;
+    snprintf(program, sizeof program, "%s-pie", self);
+    for (int i = 0; i < 400; i++) {
+        int status = 1;
+        pid_t child = fork();
+        if (child == 0) {
+            execl(program, program, "exit", (char *)NULL);
+            _exit(1);
+        }
+        done += waitpid(child, &status, 0) == child && status == 0;
+    }
+    return done;
+}
+
+static uint64_t aliases(void) { /* as libraries are, in as many processes */
+    enum { PLACES = 2000 };
+    static void (*places[PLACES])(void);
+    int file = memfd_create("code", 0);
+    uint64_t done = 0;
+    if (file < 0 || write(file, "\xc3", 1) != 1 || ftruncate(file, 4096))
+        return 0;
+    for (int i = 0; i < PLACES; i++)
+        *(void **)&places[i] = mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_SHARED, file, 0);
+    for (int round = 0; round < 100; round++)
+        for (int i = 0; i < PLACES; i++)
+            places[i](), done++;
+    return done;
+}
+
+enum { APART = 4096, PAGES = 64 };
+static unsigned char pages[APART * (PAGES + 1)] __attribute__((aligned(4096)));
+
+static uint64_t cross_store(void) {
+    for (int round = 0; round < 1000; round++) {
+        __m128i value = _mm_set1_epi32(round);
+        for (int i = 1; i <= PAGES; i++)
+            _mm_storeu_si128((__m128i *)(pages + i * APART - 7), value);
+    }
+    return pages[APART];
+}
+
+static uint64_t cross_add(void) {
+    for (int round = 0; round < 1000; round++)
+        for (int i = 1; i <= PAGES; i++)
+            __asm__ volatile("addq $3, (%0)" ::"r"(pages + i * APART - 3) : "memory");
+    return pages[APART];
+}
+
+static uint64_t stream_unaligned(void) {
+    for (int round = 0; round < 400; round++) {
+        for (int i = 0; i < PAGES * APART; i += 16)
+            _mm_storeu_si128((__m128i *)(pages + 8 + i), _mm_loadu_si128((__m128i *)(from + i % COPY)));
+        __asm__ volatile("" ::: "memory");
+    }
+    return pages[APART];
+}
+
+static uint64_t pop_memory(void) {
+    for (int i = 0; i < 200000; i++)
+        __asm__ volatile("sub $128, %%rsp\n push %0\n popq (%1)\n add $128, %%rsp" ::"r"((uint64_t)i), "r"(pages) : "memory");
+    return pages[0];
+}
+
+static uint64_t identify(void) {
+    uint32_t sum = 0;
+    for (int i = 0; i < 100000; i++) {
+        uint32_t eax = 7, ebx, ecx = 0, edx;
+        __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+        sum += eax;
+    }
+    return sum;
+}
+
+static uint64_t large_set(void) { /* a read in each of 8 MiB's pages in turn, as tables that no cache of translations holds */
+    enum { SIZE = 8 << 20 };
+    unsigned char *p = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t sum = 0;
+    if (p == MAP_FAILED)
+        return 0;
+    memset(p, 1, SIZE);
+    for (int round = 0; round < 2000; round++)
+        for (size_t i = 0; i < SIZE; i += 4096)
+            sum += p[i + (i >> 6 & 0xfc0)];
+    return sum;
+}
+
+static uint64_t indirect_calls(void) { /* functions whose addresses agree in the low bits */
+    enum { FUNCTIONS = 600, STEP = 2048 };
+    unsigned char *p = mmap(NULL, FUNCTIONS * STEP, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t done = 0;
+    if (p == MAP_FAILED)
+        return 0;
+    for (int i = 0; i < FUNCTIONS; i++)
+        p[i * STEP] = 0xc3;
+    for (int round = 0; round < 4000; round++)
+        for (int i = 0; i < FUNCTIONS; i++) {
+            void (*one)(void);
+            *(void **)&one = p + i * STEP;
+            one(), done++;
+        }
+    return done;
+}
+
 static const struct {
     const char *name;
     uint64_t (*work)(void);
 } rows[] = {
     {"integer", integer},       {"calls", calls},     {"copy-words", copy_words},     {"copy-sse", copy_sse},
     {"copy-rep", copy_rep},     {"sha256", sha256},   {"sse2-matmul", matmul},        {"system-calls", system_calls},
-    {"pipe-ping-pong", ping_pong}, {"fork-exit", forks}, {"page-faults", page_faults},
+    {"pipe-ping-pong", ping_pong}, {"fork-exit", forks}, {"page-faults", page_faults},   {"exec-aslr", exec_aslr},
+    {"aliases", aliases},       {"cross-store", cross_store}, {"cross-add", cross_add}, {"stream-unaligned", stream_unaligned},
+    {"pop-memory", pop_memory}, {"cpuid", identify},  {"large-set", large_set},       {"indirect-calls", indirect_calls},
 };
 
 int main(int argc, char **argv) {
+    self = argv[0];
+    if (argc > 1 && !strcmp(argv[1], "exit"))
+        return 0;
     for (int i = 0; i < COPY; i++)
         from[i] = i * 7;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hostile.case import Case, random_case
 from hostile.oracles import ROLES
 from hostile.prove import PATCHES, prove
 from hostile.supervise import Supervisor, replay
-from hostile.variants import make
+from hostile.variants import ROOT, make
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
 
@@ -44,6 +46,14 @@ def test_seed() -> None:
     """A seed makes the same case again, and a case comes back from its text."""
     one = random_case(77, 4, 0.5)
     assert one == random_case(77, 4, 0.5) == Case.from_json(one.to_json())
+
+
+@pytest.mark.skipif(not shutil.which("patch"), reason="needs patch")
+@pytest.mark.parametrize("patch", PATCHES, ids=[one.stem for one in PATCHES])
+def test_patches_apply(patch: Path) -> None:
+    """Patches that put faults back apply to the sources as they are."""
+    command = ["patch", "-p1", "--dry-run", "--silent", "--input", str(patch)]
+    assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.skipif(not LONG, reason="takes up to 15 minutes each: set CARDCAGE_LONG_TESTS")

@@ -164,8 +164,8 @@ def test_operand_among_code_stays_atomic(machine: Machine) -> None:
     assert cpu.registers.field(L.SINGLE_SIZE) == 0
 
 
-def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
-    """A page holds a bounded number of blocks, whatever segment bases and aliases it is run by."""
+def run_aliases(machine: Machine, count: int) -> None:
+    """Run the RET at DATA by *count* addresses, each a block of its own."""
     machine.memory.write(DATA, b"\xc3")
     for i in range(8):  # 16 MiB to 4 GiB: every 4 KiB shows DATA
         machine.put(PDPT + 8 * (i + 4), 0x400000 + 0x1000 * i | 3)
@@ -174,10 +174,25 @@ def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
     for entry in range(512):
         machine.put(0x500000 + 8 * entry, DATA | 3)
     loop = b"\xff\xd3\x48\x81\xc3\0\x10\0\0\xff\xc9\x75\xf3"  # call rbx; add rbx, 4096; dec ecx; jnz
-    machine.run(0, CODE, loop, rbx=4 << 30, rcx=20000)
+    machine.run(0, CODE, loop, rbx=4 << 30, rcx=count)
+
+
+def test_blocks_of_a_page_are_bounded(machine: Machine) -> None:
+    """A page holds a bounded number of blocks, whatever segment bases and aliases it is run by."""
+    run_aliases(machine, 20000)
     slot = machine.vm.memory._slots[0]
     count = struct.unpack_from("<QQQ", machine.vm.memory._pages[slot].view, (DATA >> 12) * L.SIZEOF_PAGE)[2]
     assert 0 < count <= 8192
+
+
+def test_a_full_page_forgets_its_oldest_blocks(machine: Machine) -> None:
+    """Code of a page that has as many blocks as it may have is translated once, not at each of its turns."""
+    run_aliases(machine, 9000)
+    machine.memory.write(DATA + 64, b"\xc3")
+    installed = machine.vm._q[L.VM_STAT // 8 + 1]
+    loop = b"\xff\xd3\xff\xd2\xff\xc9\x75\xf8"  # call rbx; call rdx; dec ecx; jnz
+    machine.run(0, CODE, loop, rbx=DATA, rdx=DATA + 64, rcx=1000)
+    assert machine.vm._q[L.VM_STAT // 8 + 1] - installed < 20
 
 
 def test_walks_end_code_that_lies_in_tables(machine: Machine) -> None:

@@ -66,7 +66,7 @@ class Emulator:
         """Do the instruction at RIP, or deliver the exception it ends with.
 
         Args:
-            pushed: what a PUSH of memory has already read: a device must not be asked twice.
+            pushed: what a PUSH or POP of memory has already read: a device must not be asked twice.
         """
         self._operands.pushed = pushed
         registers = self._registers

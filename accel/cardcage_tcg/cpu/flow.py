@@ -114,7 +114,9 @@ class _Flow:
     def pop(self, ins: Instruction, ops: Ops) -> None:
         size = ins.stack_pointer_increment
         pointer, mask = self._operands.stack()
-        value = self._operands.load(self._operands.linear(R.SS, pointer), size, ops)
+        value = self._operands.pushed
+        if value is None:
+            value = self._operands.load(self._operands.linear(R.SS, pointer), size, ops)
         if ins.op0_kind == K.REGISTER:
             if ins.op0_register not in NUMBER:
                 raise Fault(UD)

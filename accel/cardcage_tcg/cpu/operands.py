@@ -27,7 +27,7 @@ class Operands:
     """The operands of one vCPU's instructions.
 
     Attributes:
-        pushed: what the PUSH that is being done has already read from memory, if it has.
+        pushed: what the PUSH or POP of memory that is being done has already read from memory, if it has.
     """
 
     def __init__(self, registers: RegisterFile, linear: LinearMemory) -> None:

@@ -29,9 +29,10 @@ class _System:
     def cpuid(self, ins: Instruction, ops: Ops) -> None:
         del ins, ops
         registers = self._registers
-        values = self._cpu.cpuid(registers.gpr(0) & 0xFFFFFFFF, registers.gpr(1) & 0xFFFFFFFF)
-        for number, value in zip((0, 3, 1, 2), values, strict=True):
+        leaf, sub = registers.gpr(0) & 0xFFFFFFFF, registers.gpr(1) & 0xFFFFFFFF
+        for number, value in zip((0, 3, 1, 2), self._cpu.cpuid(leaf, sub), strict=True):
             registers.set_gpr(number, value)
+        self._cpu.native.keep_leaf(self._cpu.pointer, leaf, sub)  # native code answers next time
 
     def _supervisor(self) -> None:
         if self._registers.mode & L.MODE_CPL3:

@@ -99,9 +99,9 @@ enum {
 enum { RESUME_AFTER, RESUME_LOAD, RESUME_SINGLE, RESUME_AGAIN };
 
 /* What a helper answers to the code that called it. */
-enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
+enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort's: go on at the single in scratch[0] */ };
 
-#define TLB_BITS 9
+#define TLB_BITS 12
 #define TLB_SIZE (1 << TLB_BITS)
 #define JC_BITS 11
 #define JC_SIZE (1 << JC_BITS)
@@ -109,12 +109,20 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2 };
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
 /* local: entries that a CR3 load drops (not global); large: those of pages of 2 MiB and more, perhaps of others too;
- * user: those of user pages in a supervisor's table; keyed: those of user pages with another protection key than 0 */
-struct tlb { struct tlb_entry e[TLB_SIZE]; u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64], user[TLB_SIZE / 64], keyed[TLB_SIZE / 64]; };
+ * user: those of user pages in a supervisor's table; keyed: those of user pages with another protection key than 0; filled: all that
+ * may be for something; large_in: in which GiB the large ones are, a bit each by seen_in() */
+struct tlb {
+    struct tlb_entry e[TLB_SIZE];
+    u64 local[TLB_SIZE / 64], large[TLB_SIZE / 64], user[TLB_SIZE / 64], keyed[TLB_SIZE / 64], filled[TLB_SIZE / 64], large_in;
+};
+/* The entries of a write table by a hash of their host page: lists whose links are an index + 1, 0 at the end; the first one's `before` is
+ * TLB_SIZE + 1 + the list. An entry stays in its list until it is filled again, whatever has become of it. */
+struct tlb_lists { u16 head[TLB_SIZE], after[TLB_SIZE], before[TLB_SIZE]; };
 struct jump { u64 pc, code; };
 struct xtlb_entry { u64 tag, phys; };
 
 enum { H_LAPIC_X2 = 2, H_LAPIC_DEADLINE = 4 };
+#define LEAVES 64
 #define MAX_CPUS 64
 #define MAX_SLOTS 64
 #define MAX_CROSS 0x20000
@@ -189,12 +197,17 @@ struct cpu {
     struct vm *vm;
     u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
+    u64 split[2], split_phys[2]; /* or one that lies across two pages of RAM: host addresses of both parts, and their physical ones, ~0 where no code is */
+    u32 split_first, split_size; /* bytes in the first page, and in all; split_size 0: it is none */
     u64 rmw;              /* 1 | physical page that a read-modify-write was let into beside code: see install() */
     struct device device;
+    struct { u64 key; u32 leaf, sub, value[4]; } leaves[LEAVES]; /* what CPUID answered; key 0: nothing */
     struct lapic lapic;
     u8 fx[4096] __attribute__((aligned(64)));      /* XSAVE area of the guest while Python runs */
     u8 bounce[8192] __attribute__((aligned(64)));
     struct tlb tlb_r[2], tlb_w[2];                 /* [supervisor, user] */
+    struct tlb_lists tlb_pages[2];                 /* tlb_w's */
+    u64 code_in[2];       /* in which 2 MiB xtlb or the jump cache have something, a bit each by seen_in() */
     struct jump jc[2][JC_SIZE];
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };

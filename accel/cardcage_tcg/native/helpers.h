@@ -60,6 +60,7 @@
     HELPER(MOV_TO_DR, h_mov_to_dr) \
     HELPER(CLTS, h_clts) \
     HELPER(INVLPG, h_invlpg)         /* info[0] = linear address */ \
+    HELPER(CPUID, h_cpuid) \
     HELPER(RDTSC, h_rdtsc) \
     HELPER(RDTSCP, h_rdtscp) \
     HELPER(RDPMC, h_rdpmc) \

@@ -8,6 +8,8 @@
 /* What an empty entry of a table is tagged with: what belongs to its neighbour, so that no address which leads to the entry can be
  * equal, canonical or not. */
 static inline u64 tlb_nothing(u32 index) { return (u64)(index ^ 1) << 12; } /* also xtlb's */
+/* The bit of a set of regions that says that one may be in it. */
+static inline u64 seen_in(u64 region) { return 1ul << (region * 0x9e3779b97f4a7c15ul >> 58); }
 static inline u64 jump_nothing(u32 index) { return index ^ 1; }
 
 /* A translated block: this header, then its code. It lives in the code buffer; pointers are executable-view addresses. */
@@ -91,11 +93,11 @@ struct access {
     u16 size;
     u8 source, length;   /* stores: register 0-15, 16-19 AH CH DH BH, 32 imm; instruction length */
     u16 flags;           /* ACCESS_* */
-    s32 immediate;
+    s32 immediate;       /* of a load or read-modify-write: its single, as the distance from the block >> 6; 0: not made yet */
 };
-/* AC, EMULATE: at STUB_LIMIT, why it was called. MASKED: not all bytes are read, so that a device's are Python's. ALIGNED: else #GP,
+/* PYTHON: not all bytes may be written, so that an operand across two pages is Python's. AC, EMULATE: at STUB_LIMIT, why it was called. MASKED: not all bytes are read, so that a device's are Python's. ALIGNED: else #GP,
  * which comes from the host where the operand is RAM. LOOKED: the segment's limit was compared in line, not left to its being 4 GiB. */
-enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, ACCESS_ALIGNED = 16, ACCESS_LOOKED = 32 };
+enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, ACCESS_ALIGNED = 16, ACCESS_LOOKED = 32, ACCESS_PYTHON = 64 };
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);
@@ -133,6 +135,8 @@ u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
  * again, whose read of a device has been answered. */
 enum { MAKE_BLOCK, MAKE_SINGLE, MAKE_AGAIN };
 u64 native_translate(struct cpu *c, u64 phys, u64 linear);
+u64 single_of(struct cpu *c, const struct block *b, struct access *a);
+void write_split(struct cpu *c);
 u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest);
 u64 put_block(struct vm *vm, const struct block *plan, const u8 *code);
 struct block *block_at(struct vm *vm, u64 host);

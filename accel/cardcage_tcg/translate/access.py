@@ -39,7 +39,8 @@ def writes_memory(ins: Instruction) -> bool:
 
 
 def pushes_memory(ins: Instruction) -> bool:
-    return ins.mnemonic == Mnemonic.PUSH and ins.op0_kind == OpKind.MEMORY
+    """True for PUSH and POP of memory, which have read what they write."""
+    return ins.mnemonic in (Mnemonic.PUSH, Mnemonic.POP) and ins.op0_kind == OpKind.MEMORY
 
 
 def reads_memory(ins: Instruction) -> bool:

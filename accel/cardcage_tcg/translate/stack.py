@@ -133,7 +133,30 @@ class Stack(Operands):
         t.code = bytes(out)
         return t
 
+    def _pop_memory(self, ins: Instruction, t: Template, restore: bool) -> Template:
+        size = self.operand_width(ins)
+        if self.bounce or size not in (2, 4, 8):
+            raise Emulate("pop to memory")
+        out = bytearray()
+        self.stack_pointer(0, out, t, size, False)
+        self.access(out, t, size, False, False, stack=True)
+        out += {2: b"\x0f\xb7\x3e", 4: b"\x8b\x3e", 8: b"\x48\x8b\x3e"}[size] + store(7, L.SCRATCH + 24)
+        to = ins.copy()
+        if ins.memory_base in (R.RSP, R.ESP):  # the address is computed with the incremented pointer
+            if not self.long:
+                raise Emulate("pop to the stack")
+            to.memory_displacement = ins.memory_displacement + size & 0xFFFFFFFFFFFFFFFF
+            to.memory_displ_size = 8
+        self.address(to, out, t, size, True)
+        self.access(out, t, size, True, restore, stack=ins.memory_segment == R.SS)
+        out += load(7, L.SCRATCH + 24) + {2: b"\x66\x89\x3e", 4: b"\x89\x3e", 8: b"\x48\x89\x3e"}[size]
+        self.stack_commit(size, out)
+        t.code = bytes(out)
+        return t
+
     def _pop(self, ins: Instruction, t: Template, restore: bool) -> Template:
+        if ins.op0_kind == K.MEMORY:
+            return self._pop_memory(ins, t, restore)
         size = self.operand_width(ins)
         if ins.op0_kind != K.REGISTER or ins.op0_register not in NUMBER or size not in (2, 4, 8):
             raise Emulate("pop")

@@ -204,6 +204,7 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
             "SYSENTER",
             "SWAPGS",
             "CLTS",
+            "CPUID",
             "RDTSC",
             "RDTSCP",
             "RDPMC",

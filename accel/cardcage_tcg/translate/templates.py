@@ -338,6 +338,8 @@ class Templates(InPlace):
             if mnemonic in MASKED_MOVES
             else L.ACCESS_ALIGNED
             if size in (16, 32, 512) and not unaligned and mnemonic not in XSAVES
+            else L.ACCESS_PYTHON
+            if write and waits(ins)  # an unmasked exception keeps a result from being stored
             else 0,
         )
         if far_bit:
@@ -370,7 +372,8 @@ class Templates(InPlace):
         width = {K.MEMORY_SEG_DI: 2, K.MEMORY_SEG_EDI: 4, K.MEMORY_SEG_RDI: 8}[ins.op0_kind]
         out = bytearray({2: b"\x41\x0f\xb7\xf3", 4: mov32(6, 11), 8: mov(6, 11)}[width])  # movzx esi, r11w
         self._segment(ins, out, t, size, True)
-        self.access(out, t, size, True, restore, stack=ins.memory_segment == R.SS, alignment=size)
+        stack = ins.memory_segment == R.SS
+        self.access(out, t, size, True, restore, stack=stack, alignment=size, more=L.ACCESS_PYTHON)
         copy = ins.copy()
         copy.segment_prefix = R.NONE
         copy.set_op_kind(0, K.MEMORY_SEG_RDI)

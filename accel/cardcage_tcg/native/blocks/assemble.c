@@ -455,6 +455,9 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         const struct tmpl *t = placed[i];
         for (u32 j = 0; j < t->accesses; j++) {
             const struct taccess *a = accesses_of(t) + j;
+            int write = a->stub == STUB_WRITE_K || a->stub == STUB_WRITE_U;
+            while (write && o->used % 4) /* `immediate` is set while others look at it */
+                put(o, &nop, 1);
             patch(o, starts[i] + a->branch, o->used);
             call_stub(o, a->stub);
             put(o, &jmp, 1);
@@ -466,7 +469,7 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
             to->source = a->source;
             to->length = p->length[i];
             to->flags = a->flags;
-            to->immediate = t->immediate_field ? field_value(data + p->at[i] + t->immediate_field, t->immediate_size) : a->immediate;
+            to->immediate = write ? 0 : t->immediate_field ? field_value(data + p->at[i] + t->immediate_field, t->immediate_size) : a->immediate;
             o->used += sizeof(struct access);
         }
     }
@@ -686,7 +689,8 @@ static u32 copy_code(struct cpu *c, struct block *b, u64 linear, u32 key, u8 *to
 }
 
 /* Translate the code at cpu->rip. Host address of the block (installed if *what* is MAKE_BLOCK), or TRANSLATE_*. */
-/* With *guest*, of *known* bytes, only if the instruction is one that it begins with. */
+/* With *guest*, of *known* bytes, only if the instruction is one that it begins with; without, a single only if *known* is what it writes,
+ * and its length << 16. */
 static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *guest, u32 known)
 {
     struct vm *vm = c->vm;
@@ -719,13 +723,33 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
     }
     if (what == MAKE_BLOCK)
         return install(c, b, image.out.code, data);
-    if (known && (b->length > known || !same_bytes(data, guest, b->length)))
+    if (!guest && what == MAKE_SINGLE && known != (b->written | (u32)b->length << 16))
+        return TRANSLATE_CHANGED;
+    if (guest && known && (b->length > known || !same_bytes(data, guest, b->length)))
         return TRANSLATE_CHANGED;
     b->mode |= KEY_SINGLE; /* no chain leads to it */
     return put_block(vm, b, image.out.code);
 }
 
 u64 native_translate(struct cpu *c, u64 phys, u64 linear) { return translate(c, phys, linear, MAKE_BLOCK, 0, 0); }
+
+/* The code of the single of the instruction at cpu->rip whose write *a* is; it is made once. 0: Python has to make a template first, or does the
+ * instruction. It stays as long as the code that *a* lies in. */
+u64 single_of(struct cpu *c, const struct block *b, struct access *a)
+{
+    s32 distance = __atomic_load_n(&a->immediate, __ATOMIC_ACQUIRE);
+    if (likely(distance))
+        return (u64)b + ((u64)distance << 6) + sizeof *b;
+    if ((b->phys & 0xfff) + a->delta > 0xfff)
+        return 0;
+    u64 linear = c->mode & MODE_64 ? c->rip : (u32)(c->seg[CS].base + c->rip);
+    u64 made = translate(c, b->phys + a->delta, linear, MAKE_SINGLE, 0, a->size | (u32)a->length << 16);
+    if (made <= TRANSLATE_MISSING)
+        return 0;
+    s32 *field = (s32 *)((u64)&a->immediate + (c->vm->code_rw - c->vm->code_rx));
+    __atomic_store_n(field, (s32)((made - (u64)b) >> 6), __ATOMIC_RELEASE);
+    return made + sizeof *b;
+}
 
 /* For Python: a block at cpu->rip for one run (MAKE_*). */
 EXPORTED u64 tcg_once(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *guest, u32 size)

@@ -85,6 +85,7 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     *phys &= ~0xffful;
     x->tag = page | !*global;
     x->phys = *phys;
+    c->code_in[which] |= seen_in(linear >> 21);
     return 0;
 }
 
@@ -373,31 +374,35 @@ u64 native_chain(struct cpu *c, u64 ret)
 
 static int side_of(const struct block *b, u64 gpa) { return b->phys >> 12 != gpa >> 12; }
 
+static u64 *next_in(struct vm *vm, struct block *b, u64 gpa) { return &RW(vm, struct block, b)->page_next[side_of(b, gpa)]; }
+static u64 *previous_in(struct vm *vm, struct block *b, u64 gpa) { return &RW(vm, struct block, b)->page_prev[side_of(b, gpa)]; }
+
+/* The list begins with the newest block, whose previous one is the oldest. */
 static void page_add(struct vm *vm, struct page *p, struct block *b, u64 gpa)
 {
-    int side = side_of(b, gpa);
-    struct block *first = (struct block *)p->first, *w = RW(vm, struct block, b);
-    w->page_next[side] = p->first;
-    w->page_prev[side] = 0;
+    struct block *first = (struct block *)p->first;
+    *next_in(vm, b, gpa) = p->first;
+    *previous_in(vm, b, gpa) = first ? *previous_in(vm, first, gpa) : (u64)b;
     if (first)
-        RW(vm, struct block, first)->page_prev[side_of(first, gpa)] = (u64)b;
+        *previous_in(vm, first, gpa) = (u64)b;
     p->first = (u64)b;
     p->count++;
 }
 
 static void page_remove(struct vm *vm, struct block *b, u64 gpa)
 {
-    int side = side_of(b, gpa);
     struct page *p = page_of(vm, gpa, 0);
-    struct block *next = (struct block *)b->page_next[side], *previous = (struct block *)b->page_prev[side];
+    u64 next = *next_in(vm, b, gpa), previous = *previous_in(vm, b, gpa);
     if (!p)
         return;
-    if (next)
-        RW(vm, struct block, next)->page_prev[side_of(next, gpa)] = (u64)previous;
-    if (previous)
-        RW(vm, struct block, previous)->page_next[side_of(previous, gpa)] = (u64)next;
+    if (p->first == (u64)b)
+        p->first = next;
     else
-        p->first = (u64)next;
+        *next_in(vm, (struct block *)previous, gpa) = next;
+    if (next)
+        *previous_in(vm, (struct block *)next, gpa) = previous;
+    else if (p->first)
+        *previous_in(vm, (struct block *)p->first, gpa) = previous;
     p->count--;
 }
 
@@ -559,8 +564,8 @@ u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *g
     }
     for (int i = 0; i < 2; i++) {
         struct page *full = i ? p2 : p;
-        while (full && full->count >= PAGE_BLOCKS && full->first)
-            kill(vm, (struct block *)full->first);
+        while (full && full->count >= PAGE_BLOCKS && full->first) /* the oldest: likely of an address space that is gone */
+            kill(vm, (struct block *)*previous_in(vm, (struct block *)full->first, i ? plan->phys2 : plan->phys));
     }
     __atomic_fetch_or(&p->code, granules(plan->phys & 0xfff, (u32)(plan->phys & 0xfff) + first - 1), __ATOMIC_SEQ_CST);
     if (p2)

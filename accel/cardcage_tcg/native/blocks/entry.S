@@ -179,7 +179,15 @@ abort:
     call native_abort
     cmp eax, 1
     je dispatch
-    jmp leave
+    cmp eax, 3
+    jne leave
+#ifdef TCG_CHECK
+    mov rdi, rsp
+    mov rsi, [rsp+SCRATCH]
+    call check_target
+#endif
+    LOAD_REGS 0
+    jmp [rsp+SCRATCH]
 
 /* Slow path of a plain store: the whole store is done, and RIP goes on after it. */
 .macro STORE name, table

@@ -57,6 +57,16 @@ static struct slot *slot_of_host(struct vm *vm, u64 host)
     return 0;
 }
 
+/* Whether tlb_unwrite() would find an entry. */
+static int is_listed(const struct tlb_lists *l, u32 i, u64 host)
+{
+    u32 list = (u32)((host >> 12) * 0x9e3779b97f4a7c15ul >> (64 - TLB_BITS)), steps = 0;
+    for (u32 at = l->head[list]; at && steps <= TLB_SIZE; at = l->after[at - 1], steps++)
+        if (at - 1 == i)
+            return 1;
+    return 0;
+}
+
 /* Entries that a guest can name (of their own index) are of canonical pages and point into a slot. */
 static void check_tlb(struct cpu *c, const struct tlb *t, int write)
 {
@@ -64,12 +74,15 @@ static void check_tlb(struct cpu *c, const struct tlb *t, int write)
         u64 tag = t->e[i].tag, host = t->e[i].add;
         if ((tag >> 12 & (TLB_SIZE - 1)) != i)
             continue; /* no address has this tag at this index */
+        HOLDS(t->filled[i / 64] >> i % 64 & 1, tag, i);
+        HOLDS(!(t->large[i / 64] >> i % 64 & 1) || t->large_in & seen_in(tag >> 30), tag, i);
         HOLDS(!(tag & 0xfff), tag, i);
         HOLDS(canonical(tag), tag, i);
         struct slot *s = slot_of_host(c->vm, host);
         HOLDS(s && !(host & 0xfff), tag, host);
         if (write) {
             HOLDS(!s->readonly, tag, host);
+            HOLDS(is_listed(&c->tlb_pages[t - c->tlb_w], i, host), tag, host);
             HOLDS(!__atomic_load_n(&s->pages[(host - s->host) >> 12].code, __ATOMIC_SEQ_CST), tag, host);
         }
     }
@@ -91,6 +104,10 @@ static void check_jumps(struct cpu *c, u32 m)
         HOLDS(is_block(c->vm, (u64)b), j.pc, j.code);
         HOLDS(b->valid && b->pc == j.pc, j.pc, b->pc);
         HOLDS(b->mode == c->jc_mode[m] && b->cs_base == c->jc_base[m], b->mode, c->jc_mode[m]);
+        u64 linear = b->mode & MODE_64 ? j.pc : (u32)(b->cs_base + j.pc);
+        HOLDS(c->code_in[m] & seen_in(linear >> 21), j.pc, c->code_in[m]);
+        if (b->phys2 != ~0ul)
+            HOLDS(c->code_in[m] & seen_in(linear_after(c, linear & ~0xffful, 4096, 0) >> 21), j.pc, c->code_in[m]);
     }
 }
 
@@ -122,12 +139,14 @@ static void check_page(const struct vm *vm, const struct page *p, u64 gpa)
         HOLDS(b->valid, one, gpa);
         HOLDS(b->phys >> 12 == gpa >> 12 || b->phys2 >> 12 == gpa >> 12, b->phys, gpa);
         HOLDS(!(covered(b, gpa) & ~p->code), covered(b, gpa), p->code);
-        HOLDS(b->page_prev[side_of(b, gpa)] == before, one, gpa);
+        HOLDS(!before || b->page_prev[side_of(b, gpa)] == before, one, gpa);
         HOLDS(++listed <= p->count, listed, p->count);
         before = one;
         one = b->page_next[side_of(b, gpa)];
     }
     HOLDS(listed == p->count, listed, p->count);
+    const struct block *newest = (const struct block *)p->first;
+    HOLDS(!newest || newest->page_prev[side_of(newest, gpa)] == before, newest, before);
 }
 
 /* Blocks lie behind each other; those that are valid are in one hash chain, and in the list of each page they reach. */
@@ -181,6 +200,7 @@ void check_tables(struct cpu *c)
         for (u32 i = 0; i < XTLB_SIZE; i++) {
             u64 tag = c->xtlb[m][i].tag & ~1ul;
             HOLDS((tag >> 12 & (XTLB_SIZE - 1)) != i || canonical(tag), tag, i);
+            HOLDS((tag >> 12 & (XTLB_SIZE - 1)) != i || c->code_in[m] & seen_in(tag >> 21), tag, i);
         }
     }
     spin_lock(&vm->lock);

@@ -30,11 +30,18 @@ EXPORTED u64 tcg_stub(int i)
 EXPORTED void tcg_reset(struct cpu *c)
 {
     memset(c->jc_used, 0xff, sizeof c->jc_used); /* a new vCPU's is all zero, which is no tag for nothing */
+    for (u32 m = 0; m < 2; m++) {
+        memset(c->tlb_r[m].filled, 0xff, sizeof c->tlb_r[m].filled);
+        memset(c->tlb_w[m].filled, 0xff, sizeof c->tlb_w[m].filled);
+    }
     tlb_flush(c, 1);
     jc_flush(c);
     c->resume = 0;
     c->pending_size = 0;
     c->single_size = 0;
+    c->split_size = 0;
+    for (u32 i = 0; i < LEAVES; i++)
+        c->leaves[i].key = 0;
     c->code_hit = 0;
     c->debug &= DEBUG_RF;
     c->once = 0;
@@ -61,6 +68,35 @@ EXPORTED void tcg_cpuid(u32 leaf, u32 sub, u32 *out)
     __asm__ volatile("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(sub));
 }
 
+/* What a leaf of CPUID depends on beside its number. */
+static u64 leaf_key(const struct cpu *c)
+{
+    return 1 | (c->cr4 & (CR4_OSXSAVE | CR4_PKE)) | (c->apic_base & 0x800) | (u64)c->guest_xcr0 << 32;
+}
+
+static u32 leaf_index(u32 leaf, u32 sub) { return (leaf ^ leaf >> 24 ^ sub * 13) % LEAVES; }
+
+/* CPUID was Python's the first time; it is this model's, and so are its answers. */
+int h_cpuid(struct cpu *c, u32 arg)
+{
+    u32 leaf = (u32)c->gpr[RAX], sub = (u32)c->gpr[RCX], i = leaf_index(leaf, sub);
+    if (c->leaves[i].key != leaf_key(c) || c->leaves[i].leaf != leaf || c->leaves[i].sub != sub)
+        return emulate(c, arg);
+    const u32 *value = c->leaves[i].value;
+    c->gpr[RAX] = value[0], c->gpr[RBX] = value[1], c->gpr[RCX] = value[2], c->gpr[RDX] = value[3];
+    return H_CONTINUE;
+}
+
+/* The registers have the answer. */
+EXPORTED void tcg_keep_leaf(struct cpu *c, u32 leaf, u32 sub)
+{
+    u32 i = leaf_index(leaf, sub);
+    c->leaves[i].key = leaf_key(c), c->leaves[i].leaf = leaf, c->leaves[i].sub = sub;
+    const u32 from[4] = { RAX, RBX, RCX, RDX };
+    for (u32 j = 0; j < 4; j++)
+        c->leaves[i].value[j] = (u32)c->gpr[from[j]];
+}
+
 EXPORTED u64 tcg_tsc(void) { return rdtsc(); }
 
 /* The time-stamp counter and CLOCK_MONOTONIC at one moment: the closest of a few tries. */
@@ -81,6 +117,10 @@ EXPORTED void tcg_rdtsc_pair(u64 *out)
 int h_single(struct cpu *c, u32 arg)
 {
     c->rip = next_rip(c, arg);
+    if (c->split_size) {
+        write_split(c);
+        return H_REDIRECT;
+    }
     if (!c->single_size) {
         c->reason = R_SINGLE;
         return H_EXIT;

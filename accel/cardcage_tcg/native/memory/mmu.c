@@ -190,12 +190,37 @@ static void tlb_fill(struct tlb *t, u64 linear, u64 host_page, u32 global, u32 w
     u32 i = tlb_index(linear);
     t->e[i].tag = linear & ~0xffful; /* canonical: walk() saw to it */
     t->e[i].add = host_page;
+    t->filled[i / 64] |= 1ul << i % 64;
     mark(t->local, i, !global);
     mark(t->large, i, what & PAGE_LARGE);
+    if (what & PAGE_LARGE)
+        t->large_in |= seen_in(linear >> 30);
     if (unlikely(what & PAGE_MARKED)) { /* else nobody asks, and CR4 empties the tables when somebody begins to */
         mark(t->user, i, what & PAGE_USER);
         mark(t->keyed, i, what & PAGE_KEYED);
     }
+}
+
+static u32 list_of(u64 host_page) { return (u32)((host_page >> 12) * 0x9e3779b97f4a7c15ul >> (64 - TLB_BITS)); }
+
+/* The entry of a write table for *linear* is filled: into the list of its page, out of that which it was in. */
+static void tlb_relink(struct tlb_lists *l, u64 linear, u64 host_page)
+{
+    u32 i = tlb_index(linear), list = list_of(host_page), before = l->before[i], after = l->after[i];
+    if (before == TLB_SIZE + 1 + list)
+        return; /* it is the first of that list */
+    if (before > TLB_SIZE)
+        l->head[before - TLB_SIZE - 1] = (u16)after;
+    else if (before)
+        l->after[before - 1] = (u16)after;
+    if (before && after)
+        l->before[after - 1] = (u16)before;
+    after = l->head[list];
+    l->head[list] = (u16)(i + 1);
+    l->after[i] = (u16)after;
+    l->before[i] = (u16)(TLB_SIZE + 1 + list);
+    if (after)
+        l->before[after - 1] = (u16)(i + 1);
 }
 
 /* An entry for nothing: neither tag nor host page of the one that was. */
@@ -248,21 +273,28 @@ void jc_drop(struct cpu *c, u32 m, u32 i)
 /* INVLPG drops the whole of a large page, of which there are pieces here: all that lie in its GiB. */
 static void tlb_drop_large(struct tlb *t, u64 linear)
 {
+    if (!(t->large_in & seen_in(linear >> 30)))
+        return;
+    t->large_in = 0;
     for (u32 i = 0; i < TLB_SIZE / 64; i++)
         for (u64 bits = t->large[i]; bits; bits &= bits - 1) {
             u32 n = i * 64 + (u32)__builtin_ctzl(bits);
-            if ((t->e[n].tag ^ linear) >> 30 == 0)
+            if ((t->e[n].tag ^ linear) >> 30 == 0) {
                 tlb_drop(t, n);
+                t->large[i] &= ~(1ul << n % 64);
+            } else {
+                t->large_in |= seen_in(t->e[n].tag >> 30);
+            }
         }
 }
 
 static void tlb_clear(struct tlb *t, int global)
 {
     if (global) {
-        for (u32 i = 0; i < TLB_SIZE; i++)
-            tlb_drop(t, i);
+        tlb_drop_marked(t, t->filled);
         for (u32 i = 0; i < TLB_SIZE / 64; i++)
             t->local[i] = t->large[i] = t->user[i] = t->keyed[i] = 0;
+        t->large_in = 0;
         return;
     }
     for (u32 i = 0; i < TLB_SIZE / 64; i++) {
@@ -297,11 +329,16 @@ void tlb_flush(struct cpu *c, int global)
     for (u32 m = 0; m < 2; m++) {
         tlb_clear(&c->tlb_r[m], global);
         tlb_clear(&c->tlb_w[m], global);
+        u64 left = 0;
         for (u32 i = 0; i < XTLB_SIZE; i++)
             if (global || c->xtlb[m][i].tag & 1)
                 xtlb_drop(c, m, i);
-        if (global || c->jc_local[m])
+            else if ((c->xtlb[m][i].tag >> 12 & (XTLB_SIZE - 1)) == i) /* not one for nothing */
+                left |= seen_in(c->xtlb[m][i].tag >> 21);
+        if (global || c->jc_local[m]) {
             jc_flush_one(c, m);
+            c->code_in[m] = left;
+        }
         c->jc_local[m] = 0;
     }
     if (global)
@@ -319,6 +356,8 @@ void tlb_flush_page(struct cpu *c, u64 linear)
             tlb_drop(&c->tlb_w[m], i);
         tlb_drop_large(&c->tlb_r[m], linear);
         tlb_drop_large(&c->tlb_w[m], linear);
+        if (!(c->code_in[m] & seen_in(linear >> 21)))
+            continue;
         for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
                 xtlb_drop(c, m, n);
@@ -340,14 +379,14 @@ void tlb_flush_page(struct cpu *c, u64 linear)
 void tlb_unwrite(struct cpu *c, u64 host_page)
 {
     for (u32 m = 0; m < 2; m++)
-        for (u32 i = 0; i < TLB_SIZE; i++)
-            if (c->tlb_w[m].e[i].add == host_page)
-                tlb_drop(&c->tlb_w[m], i);
+        for (u32 at = c->tlb_pages[m].head[list_of(host_page)]; at; at = c->tlb_pages[m].after[at - 1])
+            if (c->tlb_w[m].e[at - 1].add == host_page)
+                tlb_drop(&c->tlb_w[m], at - 1);
 }
 
 /* ---- slow paths of translated accesses ---- */
 
-enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY };
+enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY, ABORT_SINGLE };
 
 static struct block *owner(struct access *a) { return (struct block *)((u64)a - a->header); }
 static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ? EX_SS : EX_GP; }
@@ -425,6 +464,7 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
         if (fills)
             tlb_fill(&c->tlb_r[which], linear, (u64)page, global, writable);
     } else if (!(*slot)->readonly && !__atomic_load_n(&info->code, __ATOMIC_SEQ_CST) && fills) {
+        tlb_relink(&c->tlb_pages[which], linear, (u64)page);
         tlb_fill(&c->tlb_w[which], linear, (u64)page, global, writable);
     }
     *host = page;
@@ -454,6 +494,36 @@ static void copy_whole(void *to, const void *from, u32 size)
     }
 }
 
+/* Host addresses of the parts of an operand across two pages that the soft TLB has both of. */
+static int both_parts(const struct cpu *c, const struct tlb *tables, u64 linear, u32 first, u64 *host)
+{
+    u64 second = linear_after(c, linear, first, 0);
+    const struct tlb *t = &tables[c->cpl == 3];
+    const struct tlb_entry *e = &t->e[tlb_index(linear)], *f = &t->e[tlb_index(second)];
+    if (e->tag != (linear & ~0xffful) || f->tag != second)
+        return 0;
+    host[0] = e->add + (linear & 0xfff);
+    host[1] = f->add;
+    return 1;
+}
+
+/* memcpy(), which takes its time to begin. */
+static void copy_part(void *to, const void *from, u32 size)
+{
+    if (size > 32) {
+        memcpy(to, from, size);
+        return;
+    }
+    for (u32 i = 0; i < size; i++)
+        ((volatile u8 *)to)[i] = ((const volatile u8 *)from)[i];
+}
+
+static void copy_parts(u8 *to, const u64 *host, u32 first, u32 size)
+{
+    copy_part(to, (const void *)host[0], first);
+    copy_part(to + first, (const void *)host[1], size - first);
+}
+
 u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
@@ -465,6 +535,13 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    u64 parts[2];
+    if (a->size > first && both_parts(c, c->tlb_r, linear, first, parts)) {
+        u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
+        copy_parts(bounce, parts, first, a->size);
+        return (u64)bounce;
+    }
     int vector = data_page(c, linear, 0, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, vector_of(a, vector), ABORT_RAISE);
@@ -474,13 +551,12 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         return give_up(c, 0, ABORT_RETRY);
     }
     phys |= linear & 0xfff;
-    u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) {
         vector = data_page(c, linear_after(c, linear, first, 0), 0, user, &phys2, &host2, &slot);
         if (vector)
             return give_up(c, vector_of(a, vector), ABORT_RAISE);
         if (host && host2) {
-            u8 *bounce = c->bounce + (linear & 63); /* as misaligned as the operand */
+            u8 *bounce = c->bounce + (linear & 63);
             memcpy(bounce, (u8 *)host + (linear & 0xfff), first);
             memcpy(bounce + first, host2, a->size - first);
             read_watched(c, phys);
@@ -523,6 +599,49 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     return give_up(c, 0, ABORT_EXIT);
 }
 
+/* Python does the write of the instruction at cpu->rip. */
+static void leave_write(struct cpu *c, u64 linear, u32 size)
+{
+    c->split_size = 0;
+    c->reason = R_SLOW_WRITE;
+    c->info[0] = linear, c->info[1] = size;
+}
+
+/* An operand across two pages of RAM, whose parts are in `split`: the instruction runs as a single on a copy, which is written back after
+ * it. Both pages may be written, or it would have faulted; nothing waits in between, so they stay what they are. */
+static u64 begin_split(struct cpu *c, const struct block *b, struct access *a, u64 linear, u32 first)
+{
+    u64 code = single_of(c, b, a);
+    if (unlikely(!code)) {
+        leave_write(c, linear, a->size);
+        return give_up(c, 0, ABORT_EXIT);
+    }
+    u8 *copy = c->bounce + 4096 + (linear & 63); /* as misaligned as the operand; what it does not write stays as it was */
+    copy_parts(copy, c->split, first, a->size);
+    c->write_ptr = (u64)copy;
+    c->split_first = first;
+    c->split_size = a->size;
+    c->scratch[0] = code;
+    return give_up(c, 0, ABORT_SINGLE);
+}
+
+static void split_store(struct cpu *c, const u8 *from, u32 first, u32 size)
+{
+    copy_part((void *)c->split[0], from, first);
+    copy_part((void *)c->split[1], from + first, size - first);
+    for (u32 i = 0; i < 2; i++) {
+        struct slot *slot;
+        if (c->split_phys[i] != ~0ul && phys_host(c->vm, c->split_phys[i], &slot))
+            code_written(c->vm, slot, c->split_phys[i], i ? size - first : first);
+    }
+}
+
+void write_split(struct cpu *c)
+{
+    split_store(c, (const u8 *)c->write_ptr, c->split_first, c->split_size);
+    c->split_size = 0;
+}
+
 u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
@@ -534,16 +653,27 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    u32 first = 4096 - (u32)(linear & 0xfff);
+    int splits = a->size > first && !(a->flags & ACCESS_PYTHON) && !(b->mode & KEY_SINGLE);
+    if (splits && both_parts(c, c->tlb_w, linear, first, c->split)) { /* such pages hold no code, and nobody looks at them */
+        c->split_phys[0] = c->split_phys[1] = ~0ul;
+        return begin_split(c, b, a, linear, first);
+    }
     int vector = data_page(c, linear, 1, user, &phys, &host, &slot);
     if (vector)
         return give_up(c, vector_of(a, vector), ABORT_RAISE);
-    u32 first = 4096 - (u32)(linear & 0xfff);
     if (a->size > first) { /* the second page may fault, too: before anything is written */
         u64 phys2;
         void *host2;
-        vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot);
+        struct slot *slot2;
+        vector = data_page(c, linear_after(c, linear, first, 0), 1, user, &phys2, &host2, &slot2);
         if (vector)
             return give_up(c, vector_of(a, vector), ABORT_RAISE);
+        if (splits && host && host2 && !slot->readonly && !slot2->readonly && likely(!c->vm->watched) && likely(!(c->armed & ARMED_DATA))) {
+            c->split[0] = (u64)host + (linear & 0xfff), c->split[1] = (u64)host2;
+            c->split_phys[0] = (phys & ~0xffful) | (linear & 0xfff), c->split_phys[1] = phys2 & ~0xffful;
+            return begin_split(c, b, a, linear, first);
+        }
     } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys)) &&
                !(unlikely(c->armed & ARMED_DATA) && debug_match(c, linear, a->size, 1))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
@@ -556,8 +686,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     }
     if (unlikely(c->armed & ARMED_DATA))
         debug_access(c, linear, a->size, 1);
-    c->reason = R_SLOW_WRITE;
-    c->info[0] = linear, c->info[1] = a->size;
+    leave_write(c, linear, a->size);
     return give_up(c, 0, ABORT_EXIT);
 }
 
@@ -565,6 +694,8 @@ int native_abort(struct cpu *c)
 {
     if (c->abort_kind == ABORT_EXIT)
         return H_EXIT;
+    if (c->abort_kind == ABORT_SINGLE)
+        return H_SINGLE;
     if (c->abort_kind == ABORT_RETRY) {
         c->debug &= ~(u32)DEBUG_HITS;
         return H_REDIRECT;
@@ -634,10 +765,14 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
         }
         return H_EXIT;
     }
+    if (both_parts(c, c->tlb_w, linear, 4096 - at, c->split)) {
+        copy_part((void *)c->split[0], &value, 4096 - at);
+        copy_part((void *)c->split[1], (u8 *)&value + (4096 - at), a->size - (4096 - at));
+        return H_CONTINUE;
+    }
     int vector = vwrite(c, linear, &value, a->size, c->cpl == 3);
     if (vector == -1) { /* one of the pages is MMIO: byte by byte in Python */
-        c->reason = R_SLOW_WRITE;
-        c->info[0] = linear, c->info[1] = a->size;
+        leave_write(c, linear, a->size);
         return H_EXIT;
     }
     if (vector)
