@@ -211,7 +211,61 @@ def cli() -> str:
     return text
 
 
-PAGES = {"protocols.md": protocols, "hooks.md": hooks, "config.md": config, "cli.md": cli}
+CALLS = {
+    "Verbs": ("plugins/cardcage_agent/verbs.py", ()),
+    "Agent": ("plugins/cardcage_agent/verbs.py", ()),
+    "Files": ("plugins/cardcage_agent/files.py", ()),
+    "Popen": ("plugins/cardcage_agent/process.py", ()),
+    "Machine": ("core/cardcage/machine.py", ("dismantle",)),
+    "Console": ("core/cardcage/_machine/console.py", ("claim", "connect", "claimed", "start", "write", "close", "end")),
+}
+"""Classes of docs/python.md, where they are, and those of their calls that are for others than a machine's user."""
+DEFAULTS = {"SILENCE": "30", "PATIENCE": "60", "LIMIT": "256 << 20", "ENTRIES": "1_000_000", "493": "0o755"}
+"""Constants in signatures, as a reader wants them."""
+
+
+def calls(name: str) -> str:
+    """The public methods and properties of a class, each with its docstring."""
+    place, others = CALLS[name]
+    (node,) = (one for one in ast.parse((ROOT / place).read_text()).body if getattr(one, "name", "") == name)
+    assert isinstance(node, ast.ClassDef)
+    said = plain(ast.get_docstring(node))
+    node.body = [
+        one
+        for one in node.body
+        if isinstance(one, ast.FunctionDef)
+        and not one.name.startswith("_")
+        and one.name not in others
+        and not any(ast.unparse(decorator) == "overload" for decorator in one.decorator_list)
+    ]
+    text = "\n".join([said, "", *members(node)]).replace("(: Any, ", "(").replace("(cls, ", "(")
+    for word, value in DEFAULTS.items():
+        text = text.replace(f"={word}", f"={value}")
+    return text
+
+
+def classes(place: str) -> str:
+    """The public classes of a module, each with its docstring."""
+    tree = ast.parse((ROOT / place).read_text())
+    found = [one for one in tree.body if isinstance(one, ast.ClassDef)]
+    return "\n".join(f"- `{one.name}`\n{textwrap.indent(plain(ast.get_docstring(one)), '  ')}" for one in found)
+
+
+def python() -> str:
+    """docs/python.md: the static text, and every call of a machine and of its agent."""
+    text = (HERE / "python.in.md").read_text()
+    for name in CALLS:
+        text = text.replace(f"<!-- calls of {name} -->", calls(name))
+    tree = ast.parse((ROOT / "plugins/cardcage_boot/debian.py").read_text())
+    (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == "debian")
+    made.args.args = []
+    text = text.replace("<!-- calls of debian -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
+    for name, place in (("errors", "plugins/cardcage_agent/errors.py"), ("outcome", "core/cardcage/outcome.py")):
+        text = text.replace(f"<!-- classes of {name} -->", classes(place))
+    return text
+
+
+PAGES = {"protocols.md": protocols, "hooks.md": hooks, "config.md": config, "cli.md": cli, "python.md": python}
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def link_of(machine: PlainMachine, verb: str, timeout: float | None) -> Link:
     default 60; Denied; what ended the machine.
     """
     machine.mediator.check(
-        Act(OPERATOR, machine.label, "management", ("command",), {"machine": machine.name, "command": verb})
+        Act(OPERATOR, machine.label, "management", ("reach",), {"machine": machine.name, "command": verb})
     )
     link: Link | None = machine.services.get("agent")
     if link is None:

@@ -39,7 +39,7 @@ def debian(
     a shell. It is not started.
 
     Args:
-        memory: bytes, or text such as ``"512M"``; 64 MiB at the least.
+        memory: bytes, or text such as ``"512M"``.
         append: text behind the kernel's command line. devices: tables, besides those of the guest's programs.
         fragments: configuration that is merged first.
         host: whose cards to use; by default a private one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cardcage_agent import program as programs
 from cardcage_agent.native import build
 from cardcage_boot.fetch import is_static_busybox as is_static
 from cardcage_tcg.native import build as translator
+from documents import ROOT, blocks
 
 COMPILERS = [cc for cc in ("gcc", "clang", translator.zig()) if cc and translator.can(cc)]
 
@@ -54,7 +56,10 @@ def test_a_program_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.once
 def test_the_agents_verbs_have_types(tmp_path: Path) -> None:
-    """mypy --strict takes a program that uses them by the card's Machine, and knows what they give."""
+    """mypy --strict takes each program of docs/python.md; it knows what the verbs give, and a misspelt one."""
+    for one in blocks(ROOT / "docs" / "python.md"):
+        before = "" if "import Machine" in one.text else "from cardcage_agent import Machine\nvm = Machine.debian()\n"
+        (tmp_path / f"block{one.number}.py").write_text(before + one.text)
     (tmp_path / "program.py").write_text(
         "from cardcage_agent import Machine\n\n"
         'with Machine.debian(memory="512M") as vm:\n'
@@ -68,7 +73,11 @@ def test_the_agents_verbs_have_types(tmp_path: Path) -> None:
         "    vm.rum()\n"
     )
     done = subprocess.run(
-        ["python", "-m", "mypy", "--strict", "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mypy", "--strict", *sorted(one.name for one in tmp_path.glob("*.py"))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.splitlines()[0].startswith('program.py:11: error: "Machine" has no attribute "rum"'), done.stdout
-    assert done.stdout.endswith("Found 1 error in 1 file (checked 1 source file)\n")
+    assert done.stdout.endswith("Found 1 error in 1 file (checked 9 source files)\n"), done.stdout

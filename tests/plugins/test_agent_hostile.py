@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from agent_kit import CREDIT, DATA, EXITED, GREETING, RESULT, STARTED, AgentMachine, Guest
-from cardcage.errors import CardcageError, StateError
+from cardcage.errors import CardcageError, Denied, StateError
+from cardcage.security import Act, Mediator
 from cardcage_agent.errors import AgentError, AgentTimeout, NoAgent, ProtocolError
 from cardcage_agent.frames import BUFFER, LINK, PAYLOAD_MAX, WINDOW, Frame, Kind, Parser, Verb, frame
 from hypothesis import given
@@ -140,6 +141,33 @@ def test_a_machine_without_a_port_says_so_in_one_line() -> None:
     """StateError names the port and Machine.debian()."""
     with pytest.raises(StateError, match=r"vm: no port for an agent: Machine\.debian\(\) makes a machine that has one"):
         AgentMachine(None).run("x")
+
+
+def test_security_is_asked_for_each_verb() -> None:
+    """A checker that refuses management reach refuses all of them, before anything is sent."""
+
+    class Refuses:
+        def check(self, act: Act) -> None:
+            if (act.tclass, act.permissions, act.target) == ("management", ("reach",), "vm"):
+                raise Denied(f"no {act.facts['command']}")
+
+    guest = greeted()
+    guest.sent.clear()
+    guest.vm.mediator = Mediator((Refuses(),))
+    vm: Any = guest.vm
+    for command, verb in (
+        ("run", lambda: vm.run("x")),
+        ("popen", lambda: vm.popen("x")),
+        ("files", lambda: vm.files),
+        ("get", lambda: vm.get("/x", "/tmp/x")),
+        ("put", lambda: vm.put(__file__, "/x")),
+        ("ping", lambda: vm.agent.ping()),
+        ("reseed", lambda: vm.agent.reseed()),
+        ("set_time", lambda: vm.agent.set_time()),
+    ):
+        with pytest.raises(Denied, match=f"no {command}"):
+            verb()
+    assert not guest.sent
 
 
 def test_a_link_that_ends_ends_what_waits_on_it() -> None:

@@ -283,6 +283,8 @@ def guests_before(reader: Reader, _: Block) -> None:
     given(reader)
 
 
+GUEST = "from cardcage_agent import Machine\nvm = Machine.debian(memory='512M').start()"
+
 ACCELERATORS = (
     python("from cardcage_tcg.accel import Tcg as MyAccelerator", "test_program(programs()[0])"),
     python(),
@@ -358,6 +360,11 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "selinux.md": (
         python("callback = print", "assert policy.compute_create", contexts),
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
+    ),
+    "python.md": (
+        python(prepare=lambda reader, one: fetch(reader)),
+        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(6)),
+        python(prepare=lambda reader, one: fetch(reader)),
     ),
     "virtio.md": (shell(prepare=shared),),
     "writing-a-card.md": (elsewhere("tests/plugins/test_writing_a_card.py"),) * 10,

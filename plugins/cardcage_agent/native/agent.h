@@ -1,4 +1,4 @@
-/* The guest agent's protocol (docs/agent.md tells it whole) and what its files share.
+/* The guest agent's protocol (frames.py has the host's side) and what its files share.
 
    A frame is a header and up to PAYLOAD_MAX bytes, little-endian, and goes out in one write, so that what the host sees
    of it is all or nothing. Streams of a call: 0 towards the guest, 1 and 2 (errors) towards the host. */
