@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from struct import pack, pack_into
 
@@ -117,9 +118,9 @@ def test_what_the_next_process_makes_is_the_same(tmp_path: Path) -> None:
     assert theirs == latest(tmp_path / recipes.name)
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "writable by others"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "of another kind", "writable by others"])
 def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> None:
-    """A store that is cut short, changed, or writable by somebody else is made anew instead of run."""
+    """A store that is cut short, changed, no store, or writable by somebody else is made anew instead of run."""
     run_alone(tmp_path)
     run_alone(tmp_path)
     (kept,) = (one for one in tmp_path.iterdir() if one.name != "wanted")
@@ -128,6 +129,9 @@ def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> N
         kept.write_bytes(data[:-100])
     elif harm == "changed":
         kept.write_bytes(data[:-5000] + b"\xcc" * 10 + data[-4990:])
+    elif harm == "of another kind":
+        other = bytes(4) + data[4:-4]
+        kept.write_bytes(other + pack("<I", zlib.crc32(other)))
     else:
         kept.chmod(0o666)
     eax, made = run_alone(tmp_path)

@@ -189,9 +189,10 @@ def constants(cc: str) -> dict[str, int]:
     for struct in ("tlb", "access", "page", "tmpl", "taccess"):
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
     code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
-    wanted |= {
-        name: name for name in re.findall(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b", code) if name not in wanted
-    }
+    named = set(re.findall(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b", code))
+    if both := sorted(named & wanted.keys()):
+        raise BuildError(f"{both[0]}: a constant, and by its prefix a structure's member as well")
+    wanted |= {name: name for name in sorted(named)}
     wanted |= {
         f"HLP_{name}": f"HLP_{name}"
         for name in re.findall(r"^\s*HELPER\((\w+)", (HERE / "helpers.h").read_text(), re.M)

@@ -50,7 +50,7 @@ enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* th
 enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64, T_BORROWED = 128 };
 enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23 };  /* beside the mode in a template's and a block's key */
 static inline u32 template_key(u32 mode) { return mode & ~(u32)MODE_STEP; } /* a template does not depend on it */
-enum { STORE_HEADS = 1 << 18, STORE_MAGIC = 0x47435443 };
+enum { HEADS_MAX = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
 
@@ -76,10 +76,10 @@ struct taccess {
 };
 
 struct store {
-    u32 magic, size, used, count;
+    u32 kind, size, used, count;    /* kind: STORE_MAGIC */
     u8 save[32], load[32];
     u32 save_length, load_length;
-    u32 heads[STORE_HEADS];
+    u32 heads[HEADS_MAX];
 };
 
 /* An instruction whose host code ends at `end`, kept behind its block's code, for signals. guest: its offset, and SITE_*. */

@@ -50,7 +50,7 @@ static const u8 *code_of(const struct tmpl *t) { return raw_of(t) + 16; }
 
 static const struct tmpl *find_template(const struct store *s, u32 key, const u8 *raw, u32 length)
 {
-    u32 at = __atomic_load_n(&s->heads[hash_raw(key, raw, length) & (STORE_HEADS - 1)], __ATOMIC_ACQUIRE);
+    u32 at = __atomic_load_n(&s->heads[hash_raw(key, raw, length) & (HEADS_MAX - 1)], __ATOMIC_ACQUIRE);
     while (at) {
         const struct tmpl *t = at_offset(s, at);
         if (t->key == key && t->raw_length == length) {
@@ -796,7 +796,7 @@ EXPORTED u32 tcg_add_template(struct vm *vm, const struct tmpl *t, u32 size, u32
     s->used = (at + size + 7) & ~7u;
     if (link) {
         struct tmpl *w = (struct tmpl *)((u8 *)s + at);
-        u32 *head = &s->heads[hash_raw(t->key, raw_of(t), t->raw_length) & (STORE_HEADS - 1)];
+        u32 *head = &s->heads[hash_raw(t->key, raw_of(t), t->raw_length) & (HEADS_MAX - 1)];
         w->next = *head;
         __atomic_store_n(head, at, __ATOMIC_RELEASE);
         s->count++;
