@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
+from cardcage_tcg import layout as L
 from test_tcg_tables import CODE, DATA, PD, PDPT, Machine
 
 if TYPE_CHECKING:
@@ -69,3 +70,15 @@ def test_invlpg_among_many_large_pages(machine: Machine, store: bool) -> None:
     machine.run(0, CODE, begin + touch(store=store) + remap + invlpg + end + touch(store=True))
     assert all(machine.memory.read(0x600000 + 4096 * i, 1) == b"\x5a" for i in range(512))
     assert all(machine.memory.read(0x200000 + 4096 * i, 1) == b"\0" for i in range(512))
+
+
+def test_jumps_to_addresses_that_agree_in_their_low_bits(machine: Machine) -> None:
+    """A thousand functions of 2 KiB that are called in turn stay in the jump cache, and so need no look-up."""
+    for at in range(0, PAGES * 4096, 2048):
+        machine.memory.write(AREA + at, b"\xc3")
+    # call rbx; add rbx, 2048; dec ecx; jnz
+    calls = b"\xbb" + struct.pack("<I", AREA) + b"\xb9" + struct.pack("<I", 2 * PAGES)
+    calls += b"\xff\xd3\x48\x81\xc3\0\x08\0\0\xff\xc9\x75\xf3"
+    cpu = machine.run(0, CODE, calls)
+    held = struct.unpack_from(f"<{2 * L.JC_SIZE}Q", cpu.raw, L.JC)[::2]
+    assert sum(AREA <= one < AREA + PAGES * 4096 for one in held) > 2 * PAGES * 9 // 10

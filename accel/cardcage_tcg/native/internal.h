@@ -8,9 +8,11 @@
 /* What an empty entry of a table is tagged with: what belongs to its neighbour, so that no address which leads to the entry can be
  * equal, canonical or not. */
 static inline u64 tlb_nothing(u32 index) { return (u64)(index ^ 1) << 12; } /* also xtlb's */
+static inline u32 jc_index(u64 pc) { return (u32)(pc ^ pc >> JC_SHIFT) & (JC_SIZE - 1); }
+static inline u64 jump_nothing(u32 index) { return jc_index(index) ^ 1; } /* jc_index() undoes itself for an index, and keeps bit 0 apart */
+
 /* The bit of a set of regions that says that one may be in it. */
 static inline u64 seen_in(u64 region) { return 1ul << (region * 0x9e3779b97f4a7c15ul >> 58); }
-static inline u64 jump_nothing(u32 index) { return index ^ 1; }
 
 /* A translated block: this header, then its code. It lives in the code buffer; pointers are executable-view addresses. */
 struct block {

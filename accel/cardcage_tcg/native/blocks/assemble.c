@@ -256,7 +256,8 @@ static void emit_helper(struct out *o, u32 number, u32 length, u32 guest)
 
 static void emit_indirect(struct out *o, u32 mode)
 {
-    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
+    /* mov edi, esi; shr edi, JC_SHIFT; xor edi, esi; shl edi, 4; and edi, ... */
+    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, JC_SHIFT, 0x31, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
                     jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
     u32 table = offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0);
     if (mode & MODE_STEP) { /* to where traps are taken */
@@ -265,7 +266,7 @@ static void emit_indirect(struct out *o, u32 mode)
         o->miss[o->misses++] = o->used - 4;
         return;
     }
-    put(o, index, 7);
+    put(o, index, sizeof index);
     put32(o, (JC_SIZE - 1) << 4);
     put(o, compare, 4);
     put32(o, table);

@@ -14,8 +14,6 @@ static u64 *chain_of(struct vm *vm, u64 phys, u32 mode, u64 pc, u64 cs_base)
     return &vm->hash[h >> 40 & vm->hash_mask];
 }
 
-static u32 jc_index(u64 pc) { return pc & (JC_SIZE - 1); }
-
 static u64 size_of(const struct block *b) { return (sizeof *b + b->code_length + 63) & ~63ul; }
 
 /* Append a block to the buffer, with the lock held; 0: it is full. */
@@ -107,9 +105,9 @@ static struct block *find(struct cpu *c, u64 phys, u64 cs_base, u64 second, int 
     return 0;
 }
 
-/* Likewise, without the lock; it is held when a block was found. On 0 the instruction may fault when it is fetched: whoever translates it
+/* Likewise, without the lock; it is held when a block was found, and *global says of both its pages whether they are. On 0 the instruction may fault when it is fetched: whoever translates it
  * sees to that. */
-static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base)
+static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base, u32 *global)
 {
     int unknown;
     spin_lock(&c->vm->lock);
@@ -120,11 +118,12 @@ static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base)
     if (!unknown)
         return 0;
     u64 second, keep = c->cr2, code = c->scratch[3];
-    u32 global;
-    if (exec_page(c, linear_after(c, linear & ~0xffful, 4096, 0), &second, &global)) {
+    u32 global_second;
+    if (exec_page(c, linear_after(c, linear & ~0xffful, 4096, 0), &second, &global_second)) {
         c->cr2 = keep, c->scratch[3] = code;
         return 0;
     }
+    *global &= global_second;
     spin_lock(&c->vm->lock);
     b = find(c, phys, cs_base, second, &unknown);
     if (!b)
@@ -171,13 +170,13 @@ u64 native_dispatch(struct cpu *c)
             continue;
         }
         phys |= linear & 0xfff;
-        struct block *b = look_up(c, phys, linear, cs_base);
+        struct block *b = look_up(c, phys, linear, cs_base, &global);
         if (likely(b != 0)) {
             if (likely(!step)) {
                 j->code = (u64)(b + 1);
                 j->pc = c->rip;
                 c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
-                c->jc_local[m] |= !global || b->phys2 != ~0ul;
+                c->jc_local[m] |= !global;
             }
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
             return (u64)(b + 1);

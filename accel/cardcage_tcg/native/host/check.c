@@ -97,7 +97,7 @@ static void check_jumps(struct cpu *c, u32 m)
 {
     for (u32 i = 0; i < JC_SIZE; i++) {
         struct jump j = c->jc[m][i];
-        if ((j.pc & (JC_SIZE - 1)) != i)
+        if (jc_index(j.pc) != i)
             continue;
         HOLDS(!(c->jc_mode[m] & MODE_64) || canonical(j.pc), j.pc, i);
         struct block *b = (struct block *)j.code - 1;
