@@ -56,6 +56,7 @@ class Kind(IntEnum):
     SIGNAL = 4
     RESIZE = 5
     CANCEL = 6
+    GREET = 7
     DATA = 8
     END = 9
     CREDIT = 10

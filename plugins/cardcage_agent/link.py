@@ -109,7 +109,7 @@ class Link:
         self._last = 0
         self._outgoing: deque[bytes] = deque()
         self._queued = self._flying = 0
-        self._ready = False
+        self._ready = self._asked = False
         self._failure: CardcageError | None = None
         self._received: Callable[[bytes], None] | None = None
 
@@ -162,8 +162,8 @@ class Link:
     def _take(self, one: Frame) -> None:
         if one.kind == Kind.HELLO:
             return self._greeted(one)
-        if not self._ready:
-            raise ProtocolError(f"a frame of kind {one.kind} before its greeting")
+        if not self._ready:  # for the link before, of a guest that was continued from a snapshot
+            return None
         if one.kind == Kind.TAKEN:
             taken = number(one.payload)
             if taken > self._flying:
@@ -267,6 +267,11 @@ class Link:
     def await_agent(self, timeout: float | None) -> None:
         """Wait until the agent has greeted. Raises NoAgent after *timeout* seconds, or what ended the link."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._ready and not self._asked:
+            # an agent that is about to greet passes this over; one in a guest that was continued from a snapshot has
+            # greeted another link than this
+            self._asked = True
+            self._send(frame(0, Kind.GREET))
         if not self.wait(None, lambda: self._ready, deadline):
             raise NoAgent(
                 f"{self._slot.machine}: no agent has answered within {timeout:g} s: the guest has none, or hangs"

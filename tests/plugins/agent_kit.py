@@ -63,25 +63,33 @@ class AgentMachine(Verbs):
 class HostAgent:
     """The agent as a process of this host, and a link to it.
 
+    Args:
+        stale: what it finds in its port, from before it began.
+
     Attributes:
         vm: has the verbs. process: the agent's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stale: bytes = b"") -> None:
         path = folder / "guest-agent"
         path.write_bytes(program())
         path.chmod(0o755)
         self.master, slave = os.openpty()
         tty.setraw(slave)
         self.process = subprocess.Popen([path, os.ttyname(slave)], stdin=subprocess.DEVNULL)
-        self.slot = Slot(loop=True)
-        self.link = Link(self.slot)  # type: ignore[arg-type]  # as much of one as it uses
-        self.link.start(self._typed)
-        self.vm = AgentMachine(self.link)
+        self._typed(stale)
+        self.attach()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.vm.agent.wait()
         os.close(slave)
+
+    def attach(self) -> None:
+        """Give it a new link, as a machine has that goes on from a snapshot."""
+        self.slot = Slot(loop=True)
+        self.link = Link(self.slot)  # type: ignore[arg-type]  # as much of one as it uses
+        self.link.start(self._typed)
+        self.vm = AgentMachine(self.link)
 
     def _typed(self, data: bytes) -> None:
         left = memoryview(data)

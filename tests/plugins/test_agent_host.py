@@ -14,7 +14,7 @@ import pytest
 from agent_kit import HostAgent
 from cardcage.errors import UsageError
 from cardcage_agent.errors import AgentError, AgentTimeout
-from cardcage_agent.frames import BUFFER, WINDOW
+from cardcage_agent.frames import BUFFER, WINDOW, Kind, Verb, frame
 
 MIB = 1 << 20
 
@@ -310,3 +310,34 @@ def test_arguments_of_the_agents_own_calls(vm: Any) -> None:
         vm.agent.set_time(-1)
     with pytest.raises(UsageError, match="1 to 512"):
         vm.agent.reseed(b"")
+
+
+def test_what_was_left_in_the_port_is_passed_over(tmp_path: Path) -> None:
+    """An agent that begins in a guest that was reset serves nothing of what was meant for the one before."""
+    request = bytes(16) + b"\0\0/bin/sh\0"
+    stale = frame(7, Kind.REQUEST, Verb.RUN, request) + frame(7, Kind.DATA, 0, bytes(16000)) * 4
+    agent = HostAgent(tmp_path, stale)
+    try:
+        assert agent.vm.run(["cat"], input=bytes(MIB)).stdout == bytes(MIB)
+        assert not agent.slot.log.entries
+    finally:
+        agent.close()
+
+
+def test_another_link_finds_the_same_agent(tmp_path: Path) -> None:
+    """As after a snapshot: the agent forgets the calls of the link before, with their processes, and greets anew."""
+    agent = HostAgent(tmp_path)
+    try:
+        before = agent.open_files()
+        old = agent.vm.popen(["sleep", "1000"])
+        agent.attach()
+        assert agent.vm.run("echo new", text=True).stdout == "new\n"
+        for _ in range(1000):
+            if agent.open_files() == before:
+                break
+            agent.vm.agent.ping()
+        assert agent.open_files() == before
+        assert not agent.slot.log.entries
+        old._link.close()
+    finally:
+        agent.close()

@@ -13,6 +13,7 @@ from cardcage import Machine
 from cardcage.errors import StateError
 from cardcage_agent import AgentError, NoAgent
 from cardcage_agent import Machine as TypedMachine
+from cardcage_snapshot.state import capture, restore
 
 MIB = 1 << 20
 
@@ -107,6 +108,35 @@ def test_a_guest_that_is_reset_has_an_agent_again(kernel: Path) -> None:
         with pytest.raises(AgentError, match="began anew"):
             before.wait(timeout=200)
         assert vm.run(["echo", "again"], text=True).stdout == "again\n"
+
+
+@pytest.mark.once
+def test_a_guest_that_goes_on_elsewhere_has_its_agent(kernel: Path) -> None:
+    """A machine restored from another's state and RAM runs commands in the guest that this left, without its calls."""
+
+    def machine() -> TypedMachine:
+        return TypedMachine.debian(memory="128M", accel="tcg")
+
+    with machine() as first:
+        first.start()
+        first.files.write("/root/kept", "from before")
+        left = first.popen("echo begun; cat /dev/zero")
+        assert left.stdout is not None
+        assert left.stdout.read(6) == b"begun\n"
+        first.pause()
+        state = capture(first)
+        ram = {slot.address: first.memory.read(slot.address, slot.size) for slot in first.memory.slots}
+    with machine() as second:
+        for address, data in ram.items():
+            for at in range(0, len(data), MIB):
+                if any(data[at : at + MIB]):  # what is zero there is zero here
+                    second.memory.write(address + at, data[at : at + MIB])
+        restore(second, state)
+        second.start(boot=False)
+        assert second.files.read("/root/kept") == b"from before"
+        second.agent.set_time()
+        second.agent.reseed()
+        assert second.run("pidof cat", text=True).stdout == ""
 
 
 def test_the_end_of_the_machine_ends_what_waits(kernel: Path) -> None:

@@ -177,16 +177,21 @@ class Console:
         ring = self._io.rings[port.receive]
         if ring is None or not self._io.live or not port.open:
             return
-        for _ in range(4 * ring.size):
-            if not port.held:
-                return
-            request = ring.pop()
-            if request is not None:
-                written = request.write(port.held)
-                del port.held[:written]
-                request.done(written)
-            elif not ring.rearm():
-                return
+        ring.batching = True  # an interrupt for all of it
+        try:
+            for _ in range(4 * ring.size):
+                if not port.held:
+                    return
+                request = ring.pop()
+                if request is not None:
+                    written = request.write(port.held)
+                    del port.held[:written]
+                    request.done(written)
+                elif not ring.rearm():
+                    return
+        finally:
+            ring.batching = False
+            ring.signal()
         self._slot.loop.call_soon(lambda: self._io.kick(port.receive))  # buffers without room, more and more of them
 
     # control

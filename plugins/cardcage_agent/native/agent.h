@@ -19,13 +19,14 @@ enum kind {
 	SIGNAL, /* u32 number, for the process group */
 	RESIZE, /* u16 rows, columns, of the pty */
 	CANCEL, /* forget the call: kill, close, say nothing more */
+	GREET, /* another host than that which was greeted: forget all calls, and greet again */
 	/* both ways */
 	DATA = 8,
 	END, /* of a stream; of stream 0 from the guest: nobody reads it any more */
 	CREDIT, /* u32: so many bytes more may be sent in this stream */
 	/* from the guest */
 	HELLO = 16, /* "cardcage", u32 version, 8 bytes nonce */
-	TAKEN, /* u32: bytes taken from the port since the last one */
+	TAKEN, /* u32: bytes taken from the port since the last one, from WELCOME on */
 	STARTED, /* u32 process id */
 	EXITED, /* u32: the status, or 256 + signal */
 	RESULT, /* i32 errno, 0 for success, then u8 subject of the error or what was asked for; ends the call */

@@ -287,6 +287,24 @@ static void store(struct call *call, const u8 *data, u32 size)
 	pump_in(call);
 }
 
+static void greet(void)
+{
+	u8 hello[20] = "cardcage";
+	u32 version = VERSION;
+	welcome = 0;
+	SYS3(getrandom, nonce, sizeof nonce, GRND_INSECURE);
+	memcpy(hello + 8, &version, 4);
+	memcpy(hello + 12, nonce, sizeof nonce);
+	send(0, HELLO, 0, hello, sizeof hello);
+}
+
+static void cancel(struct call *call)
+{
+	if (call->pid)
+		SYS2(kill, -call->pid, SIGKILL); /* and what its leader left behind */
+	release(call);
+}
+
 static void serve(struct header header, const u8 *data)
 {
 	u32 value = 0, size = header.size;
@@ -298,6 +316,12 @@ static void serve(struct header header, const u8 *data)
 				welcome &= data[at] == nonce[at];
 		}
 		return;
+	}
+	if (header.kind == GREET) { /* the guest was continued from a snapshot */
+		for (u32 at = 0; at < CALLS; at++)
+			if (calls[at].state == ASKED || calls[at].state == LIVE)
+				cancel(&calls[at]);
+		return greet();
 	}
 	if (header.kind == REQUEST)
 		ask(header.call, (u8)header.stream);
@@ -339,9 +363,7 @@ static void serve(struct header header, const u8 *data)
 		}
 		break;
 	case CANCEL:
-		if (call->pid)
-			SYS2(kill, -call->pid, SIGKILL); /* and what its leader left behind */
-		release(call);
+		cancel(call);
 	}
 }
 
@@ -357,11 +379,6 @@ static void receive(void)
 			SYS1(exit_group, 1);
 		filled += (u32)got;
 		taken += (u32)got;
-		if (taken >= LINK / 4) {
-			u32 told = taken;
-			taken = 0;
-			send(0, TAKEN, 0, &told, 4);
-		}
 		u32 at = 0;
 		for (struct header header; filled - at >= sizeof header;) {
 			memcpy(&header, input + at, sizeof header);
@@ -369,8 +386,16 @@ static void receive(void)
 				SYS1(exit_group, 2);
 			if (filled - at < sizeof header + header.size)
 				break;
+			int before = welcome;
 			serve(header, input + at + sizeof header);
+			if (welcome && !before)
+				taken = filled - at; /* the host counts from here */
 			at += sizeof header + header.size;
+		}
+		if (welcome && taken >= LINK / 4) {
+			u32 told = taken;
+			taken = 0;
+			send(0, TAKEN, 0, &told, 4);
 		}
 		filled -= at;
 		if (at)
@@ -419,16 +444,6 @@ static void connect(const char *given)
 			wait_for(-1, 0, 100);
 	}
 	close_fd(&news);
-}
-
-static void greet(void)
-{
-	u8 hello[20] = "cardcage";
-	u32 version = VERSION;
-	SYS3(getrandom, nonce, sizeof nonce, GRND_INSECURE);
-	memcpy(hello + 8, &version, 4);
-	memcpy(hello + 12, nonce, sizeof nonce);
-	send(0, HELLO, 0, hello, sizeof hello);
 }
 
 static void loop(void)
