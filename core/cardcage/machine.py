@@ -22,6 +22,7 @@ from attrs import evolve
 
 from cardcage import outcome as outcomes
 from cardcage._config.places import Place, placed
+from cardcage._host.discovery import announced
 from cardcage._machine import building
 from cardcage._machine.board import Board
 from cardcage._machine.faults import MISTAKES, Faults
@@ -30,7 +31,7 @@ from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
-from cardcage.errors import ConfigError, StateError, near
+from cardcage.errors import FAULTS, CardError, ConfigError, StateError, in_words, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
 from cardcage.registry import VerbOffer
@@ -59,23 +60,28 @@ def _dropped(machine: Machine) -> None:
     warnings.warn(what, ResourceWarning, stacklevel=2, source=machine)
 
 
-def _verb(owner: object, name: str, host: Host | None, *, makes: bool) -> Any:
-    """The verb *name* of cards, for a machine or (*makes*) the class. Raises AttributeError, or CardError."""
-    verbs = {one.name: one for one in host.registry.offers(VerbOffer) if one.makes is makes} if host else {}
-    if name not in verbs:
-        what = "the class Machine" if makes else "a machine"  # not its repr: it may not have a name yet
-        raise AttributeError(f"{what} has no attribute {name!r}, and no card offers it.{near(name, verbs)}")
-    found = verbs[name].load()
-    return found.__get__(owner, type(owner))
+MAKERS = "cardcage.makers"
+"""The entry points that are ways to make a machine: functions whose first argument is the class."""
 
 
 class _Makers(type):
-    """Finds what cards offer to make machines by, as attributes of the class."""
+    """Finds the ways to make a machine that are announced, as attributes of the class.
+
+    They are no offers: a host would load all cards, and a card that has imported Machine is asked for hooks meanwhile.
+    """
 
     if not TYPE_CHECKING:  # types come with the card: a face of the class that has its verbs
 
         def __getattr__(cls, name: str) -> Any:
-            return _verb(cls, name, None if name.startswith("_") else Host(), makes=True)
+            found = [] if name.startswith("_") else announced(MAKERS)
+            for one in found:
+                if one.name == name:
+                    try:
+                        return one.load().__get__(cls)
+                    except FAULTS as error:
+                        raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
+            hint = near(name, [one.name for one in found])
+            raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
 
 
 class Machine(metaclass=_Makers):
@@ -145,7 +151,11 @@ class Machine(metaclass=_Makers):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            return _verb(self, name, None if name.startswith("_") else vars(self).get("host"), makes=False)
+            host = None if name.startswith("_") else vars(self).get("host")  # None while it is being made
+            verbs = {one.name: one for one in host.registry.offers(VerbOffer)} if host else {}
+            if name not in verbs:
+                raise AttributeError(f"a machine has no attribute {name!r}, and no card offers it.{near(name, verbs)}")
+            return verbs[name].load().__get__(self)
 
     # building
 

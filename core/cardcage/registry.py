@@ -277,16 +277,11 @@ class DoctorOffer(Offer):
 class VerbOffer(Offer):
     """An attribute of :class:`~cardcage.machine.Machine`, found when the class has none of that name.
 
-    ``factory`` is what would stand in the class: a function whose first argument is the machine, or a property. With
-    *makes* it is a function whose first argument is the class: ``Machine.debian(...)``.
+    ``factory`` is what would stand in the class: a function whose first argument is the machine, or a property.
     """
 
     kind: ClassVar[str] = "verb"
     form: ClassVar[str] = "[a-z][a-z0-9_]*"
-
-    def __init__(self, name: str, factory: Any, *, makes: bool = False, help: str = "") -> None:
-        super().__init__(name, factory, help=help)
-        self.makes = makes
 
 
 def _caller() -> tuple[CodeType, int]:

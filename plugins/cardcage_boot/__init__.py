@@ -74,7 +74,6 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.kernel:configure",
         help="write the distribution's kernel, and an initramfs that mounts root=, as files to run machines with",
     )
-    registry.verb("debian", "cardcage_boot.debian:debian", makes=True, help="boots the kernel of cardcage boot")
     registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cardcage import host as hosts
 from cardcage.errors import CardError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
@@ -39,7 +39,6 @@ class Card:
         registry.verb("greet", f"{__name__}:greet")
         registry.verb("tag", f"{__name__}:label")
         registry.verb("gone", f"{__name__}:gone")
-        registry.verb("small", f"{__name__}:small", makes=True)
 
 
 @pytest.fixture
@@ -70,20 +69,36 @@ def test_a_verb_that_cannot_be_imported_is_its_cards_fault(machine: Any) -> None
         machine.gone  # noqa: B018  the access is the test
 
 
-def test_a_way_to_make_machines_is_an_attribute_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is looked for among the installed cards, gets the class that it was asked of, and no machine has it."""
+@pytest.fixture
+def makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution that announces two."""
+    folder = tmp_path / "makes-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: makes\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[cardcage.makers]\nsmall = {__name__}:small\nlost = nowhere:lost\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_way_to_make_machines_is_an_attribute_of_the_class(makers: None) -> None:
+    """It gets the class that it was asked of; what nobody announces is an AttributeError that names what is near."""
 
     class Mine(Machine):
         pass
 
-    card = Card()
-    plain = Host.__init__
-    monkeypatch.setattr(hosts.Host, "__init__", lambda self: plain(self, [card], installed=False))
-    with Mine.small(name="two", host=Host()) as made:  # type: ignore[attr-defined]  # a card's
+    with Mine.small(name="two", host=Host([Card()], installed=False)) as made:  # type: ignore[attr-defined]
         assert (type(made), made.name) == (Mine, "two")
-    with pytest.raises(AttributeError, match="no attribute 'greet'"):
-        Machine.greet  # type: ignore[attr-defined]  # noqa: B018  the access is the test
+    with pytest.raises(AttributeError, match=re.escape("no attribute 'smal', and no card makes one. Did you mean")):
+        Machine.smal  # type: ignore[attr-defined]  # noqa: B018  the access is the test
     assert not hasattr(Machine, "_small")
+    with pytest.raises(CardError, match=re.escape("maker 'lost' (makes 1.0): ModuleNotFoundError")):
+        Machine.lost  # type: ignore[attr-defined]  # noqa: B018  the access is the test
+
+
+def test_a_card_that_imports_the_class_is_looked_through_for_hooks(makers: None) -> None:
+    """Asking the class for a hook's mark makes no host, which would load that card again."""
+    assert not hasattr(Machine, "cardcage_impl")
+    with Host([Card()], installed=False) as host:
+        assert not host.broken
 
 
 def test_a_verbs_name_is_a_python_name() -> None:
