@@ -28,6 +28,7 @@ __all__ = [
     "BASIC",
     "BORROWED",
     "ENVIRONMENT",
+    "FAULTING",
     "HIDDEN",
     "IMAGE",
     "INTEGER",
@@ -62,6 +63,11 @@ M, R, K = Mnemonic, Register, OpKind
 ALL_FLAGS = RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE, OpAccess.COND_WRITE}
+FAULTING = {
+    *(M.DIV, M.IDIV, M.PTEST, M.COMISS, M.COMISD, M.UCOMISS, M.UCOMISD),
+    *(M.VCOMISS, M.VCOMISD, M.VUCOMISS, M.VUCOMISD),
+}
+"""Instructions that write all flags, and may fault after their operand was found: the frame has the flags of before."""
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
 NOTHING = {M.NOP, M.RESERVEDNOP, M.PAUSE, M.CLFLUSH, M.CLFLUSHOPT, M.CLWB}
 DECODE = DecoderOptions.FORCE_RESERVED_NOP | DecoderOptions.NO_WBNOINVD

@@ -41,6 +41,7 @@ from cardcage_tcg.translate.allowed import (
     AVX,
     BASIC,
     BORROWED,
+    FAULTING,
     HIDDEN,
     INTEGER,
     MASKED_MOVES,
@@ -120,6 +121,8 @@ class Templates(InPlace):
                 registers.append((i, register))
             elif kind == K.MEMORY:
                 memory = i
+        if memory >= 0 and mnemonic in FAULTING:
+            t.reads = ALL_FLAGS
         if mnemonic == M.LEA:
             return self._lea(ins, t, registers)
         if memory < 0:
