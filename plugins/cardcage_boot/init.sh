@@ -36,12 +36,14 @@ drivers() {  # for each device id, the modules that drive it, in order
 drivers  # buses and their transports first,
 drivers  # then what they carry
 
+addresses=
 for nic in /sys/class/net/*; do  # an address for each network card, from whoever gives one within seconds
     nic=${nic##*/}
     [ "$nic" = lo ] && continue
     ip link set "$nic" up
     # 26 is the MTU, 119 the search domains; busybox may be built without the latter's name
     udhcpc -i "$nic" -q -n -t 3 -T 1 -O 26 -O 119 -s /cardcage/dhcp > /dev/null 2>&1 &
+    addresses="$addresses $!"
 done
 
 rows=0 cols=0 shares= token=
@@ -109,7 +111,7 @@ for share in $shares; do
 done
 
 if [ -f /cardcage/exec ]; then
-    wait
+    [ -z "$addresses" ] || wait $addresses
     # Pipes stand between the command and its streams: /dev/stdout can be opened again, and the status goes the same
     # way as the last byte of output.
     mkfifo -m 600 /cardcage/out
