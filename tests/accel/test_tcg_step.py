@@ -92,13 +92,13 @@ def first(bits: int) -> State:
 
 
 def shown(state: State, bits: int, *, between: bool) -> dict[str, object]:
-    """All that is compared: with a 16-bit SS not what the kernel leaves of its own stack's address (espfix).
+    """All that is compared: with a 16-bit SS, on AMD, not what the kernel leaves of its own stack's address (espfix).
 
     Between the iterations of a string instruction processors of AMD have the last one's flags, and no RF (Intel SDM
     vol. 3, 17.3.1.1).
     """
     flags, general = state.flags & (TF | DF if AMD and between else COMPARED), list(state.general)
-    if bits == 16:
+    if AMD and bits == 16:
         general[4] &= 0xFFFF
     return {
         "rip": hex(state.rip), "flags": hex(flags), "registers": [hex(one) for one in general],
