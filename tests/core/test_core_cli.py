@@ -298,6 +298,8 @@ import gc, sys
 from cardcage.hookspecs import hookimpl
 from cardcage_cli import main
 
+found = gc.get_freeze_count()  # 3.12 freezes some itself
+
 class Card:
     @hookimpl
     def cardcage_register(self, registry):
@@ -309,7 +311,7 @@ class Card:
 
     @hookimpl
     def cardcage_starting(self, machine):
-        print(gc.isenabled(), gc.get_freeze_count() > 0)
+        print(gc.isenabled(), gc.get_freeze_count() > found)
 
 words = {words}
 sys.argv[1:] = words
