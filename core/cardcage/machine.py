@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,11 @@ from cardcage.registry import VerbOffer
 from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from os import PathLike
     from typing import Self
 
+    from cardcage.accelerator import AcceleratedVm
     from cardcage.vcpu import VCpu
 
 __all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
@@ -84,7 +85,88 @@ class _Makers(type):
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
 
 
-class Machine(metaclass=_Makers):
+class _Parking:
+    """A machine without threads, its time standing still."""
+
+    name: str
+    accelerator: building.Choice
+    vm: AcceleratedVm
+    devices: dict[str, PluggedDevice]
+    is_parked: bool
+    _life: Life
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """The machine stands still without a thread while the block runs, in which the process may fork.
+
+        What ran goes on then, and its clocks, TSC and timers with it, as if no time had passed. Raises StateError for
+        one that has ended, on its own threads, and before anything stops where a part cannot be parked.
+        """
+        life = self._life
+        if life.state is State.STOPPED or life.here:
+            raise StateError(f"{self.name}: it cannot be parked once it is stopped, nor on a thread of its own")
+        if why := self.why_not_parked():
+            raise StateError(f"{self.name} cannot be parked: {why}")
+        if running := life.state is State.RUNNING:
+            self.pause()
+        with ExitStack() as end:
+            for one in [*able(self.devices, "park"), self.vm]:
+                one.park()
+                end.callback(one.unpark)
+            self._end_threads()
+            end.callback(self._start_threads)
+            self.is_parked = True
+            try:
+                yield
+            finally:
+                self.is_parked = False
+        if running and life.state is State.PAUSED:
+            self.resume()
+
+    def why_not_parked(self) -> str:
+        """In one line why :meth:`parked` would refuse now: what the accelerator or a device says; else empty."""
+        if "parking" not in self.vm.capabilities:
+            return f'the accelerator "{self.accelerator.name}" does not let its clocks stand still'
+        for one in self.devices.values():
+            if "park" not in one.abilities and "pause" in one.abilities:
+                return f"{one.who} works of its own accord, and cannot be parked"
+        parts: list[Any] = [self.vm, *able(self.devices, "park")]
+        return next((why for one in parts if (why := one.may_park())), "")
+
+    def _end_threads(self) -> None:
+        """End the machine's own, and hold its locks: a forked process has only the thread that forked."""
+        life = self._life
+        life.gate.end()
+        for thread in life._threads:
+            thread.join()
+        life.clock.close()
+        life.loop.close()
+        for lock in self._locks():
+            lock.acquire()
+
+    def _start_threads(self) -> None:
+        """Start them anew, with descriptors of their own. Whatever ended the machine meanwhile is carried out now."""
+        life = self._life
+        for lock in self._locks():
+            lock.release()
+        life.loop.start()
+        life.clock.start()
+        with life._ending:
+            if life.outcome is None and life.failure is None:
+                life.gate.end(False)
+        life._threads = life.steps.threads() if life._threads else []
+        for thread in life._threads:
+            thread.start()
+
+    def _locks(self) -> tuple[Any, ...]:
+        life = self._life
+        return life.lock, life._ending, life.loop.waking, life.gate.changed, life.console.changed
+
+    pause: Callable[[], None]
+    resume: Callable[[], None]
+
+
+class Machine(_Parking, metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
@@ -168,7 +250,7 @@ class Machine(metaclass=_Makers):
         self.memory = PhysicalMemory()
         self.vcpus: list[VCpu] = []
         self.mediator, self.label = Mediator(), self.name  # until the security cards were asked
-        self._closed = False
+        self._closed = self.is_parked = False
         self._end = ExitStack()
         self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
@@ -403,12 +485,14 @@ class Machine(metaclass=_Makers):
 
 
 def rename(machine: Machine, name: str) -> None:
-    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit``.
+    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit`` or ``_forked``.
 
     Its label is the new name where nobody gave it one. Raises StateError once something was made in its name.
     """
-    if hasattr(machine, "vm"):
+    if hasattr(machine, "vm") and not machine.is_parked:
         raise StateError(f"{machine.name}: a machine is renamed while it is admitted, not later")
+    for one in machine.devices.values() if machine.is_parked else ():
+        one.slot.machine = one.slot._asking.machine = name
     if machine.config.machine.label is None and not machine.mediator.checkers:
         machine.label = name
     machine.name = name

@@ -23,6 +23,13 @@ def cardcage_register(registry: Registry) -> None:
     registry.doctor("jail", "cardcage_jail.check:jail", help="Landlock and seccomp, for the jail around the process")
 
 
+@hookimpl
+def cardcage_forking(machine: Machine) -> str | None:
+    """No process leaves the jail, nor begins in it."""
+    entered = machine.host.share("jail:entered", dict).get("entered")
+    return 'its process is in a jail, in which no process begins (security.jail = "off")' if entered else None
+
+
 @hookimpl(trylast=True)  # the other cards' files are open by then
 def cardcage_starting(machine: Machine) -> None:
     """Put the process into its jail."""

@@ -19,6 +19,7 @@ from cardcage.segments import total
 from cardcage.values import frozen
 
 from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
+from cardcage_virtio.parking import HoldsNothing, ParksWorkers
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 
@@ -73,7 +74,7 @@ class BlkOptions:
     rerror: Literal["report", "ignore", "stop"] = "report"
 
 
-class Blk:
+class Blk(ParksWorkers, HoldsNothing):
     """A disk."""
 
     device_id, segments = 2, True
