@@ -110,10 +110,20 @@ class Door:
             machine.log.error("a command failed", command=offer.who, error=repr(error))
             raise CardError(f"{offer.who}: {in_words(error)}") from error
 
+    def abandon(self) -> None:
+        """This is a forked process, and the door the parent's."""
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._lock = threading.Lock()  # a thread that is not here may have had it
+        for caller in self._callers.values():
+            caller.close()
+        self._callers.clear()
+
     def close(self) -> None:
         """Hang up on all callers, and wait for commands that run. Not under the machine's lock, nor in a command."""
         with self._machine_lock:
-            self._loop.remove_reader(self._socket.fileno())
+            if self._socket.fileno() >= 0:
+                self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
         with self._lock:
             threads = list(self._callers)

@@ -18,6 +18,7 @@ NEEDS = {
     "cardcage_virtio": {"cardcage_pci"},
     "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
     "cardcage_fleet": set(),
+    "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": set(),
     "cardcage_new": set(),
