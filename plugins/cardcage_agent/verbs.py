@@ -180,33 +180,31 @@ class Verbs:
             text, encoding, errors, env, cwd, user: as :class:`~cardcage_agent.process.Popen` has them.
             limit: bytes of each output; a command with more is killed, and AgentError raised.
         """
-        began = time.monotonic()
-        process = Popen(
-            link_of(self, "run", timeout),
-            args,
-            stdin=PIPE if input is not None else None,
-            stdout=stdout,
-            stderr=stderr,
-            text=text,
-            encoding=encoding,
-            errors=errors,
-            env=env,
-            cwd=cwd,
-            user=user,
-            timeout=_left(timeout, began),
-        )
+        __tracebackhide__ = True  # pytest shows the caller's line, not these functions
+        began, link = time.monotonic(), link_of(self, "run", timeout)
         try:
-            out, err = process.communicate(input, _left(timeout, began), limit=limit)
-        except TimeoutExpired as late:
-            raise TimeoutExpired(args, timeout or 0, late.output, late.stderr) from None
-        finally:
-            process.close()
-        code = process.poll()
-        if code is None:
-            raise AgentError(f"{process.args!r}: the agent gave the process up")
-        if check and code:
-            raise CalledProcessError(code, args, out, err)
-        return CompletedProcess(args, code, out, err)
+            done = _ran(
+                link,
+                args,
+                input,
+                check,
+                timeout,
+                began,
+                limit,
+                stdout=stdout,
+                stderr=stderr,
+                text=text,
+                encoding=encoding,
+                errors=errors,
+                env=env,
+                cwd=cwd,
+                user=user,
+            )
+        except BaseException as error:
+            link.on_run(args, error)
+            raise
+        link.on_run(args, done)
+        return done
 
     def popen(
         self: Any,
@@ -287,6 +285,33 @@ class Verbs:
             raise
 
 
+def _ran(
+    link: Link,
+    args: Command,
+    input: bytes | str | None,
+    check: bool,
+    timeout: float | None,
+    began: float,
+    limit: int,
+    **keys: Any,
+) -> CompletedProcess[Any]:
+    """Run a command; *keys* are those of :class:`~cardcage_agent.process.Popen`."""
+    __tracebackhide__ = True
+    process = Popen(link, args, stdin=PIPE if input is not None else None, timeout=_left(timeout, began), **keys)
+    try:
+        out, err = process.communicate(input, _left(timeout, began), limit=limit)
+    except TimeoutExpired as late:
+        raise TimeoutExpired(args, timeout or 0, late.output, late.stderr) from None
+    finally:
+        process.close()
+    code = process.poll()
+    if code is None:
+        raise AgentError(f"{process.args!r}: the agent gave the process up")
+    if check and code:
+        raise CalledProcessError(code, args, out, err)
+    return CompletedProcess(args, code, out, err)
+
+
 def _left(timeout: float | None, began: float) -> float | None:
     return None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
 
@@ -305,6 +330,7 @@ class Machine(Verbs, PlainMachine):
         cls,
         *,
         memory: int | str = "512M",
+        kernel: str | os.PathLike[str] | None = None,
         append: str = "",
         devices: Iterable[Mapping[str, Any]] = (),
         fragments: Iterable[Mapping[str, Any]] = (),
@@ -314,4 +340,6 @@ class Machine(Verbs, PlainMachine):
         """See :func:`cardcage_boot.debian.debian`, which makes it."""
         from cardcage_boot.debian import debian as make
 
-        return make(cls, memory=memory, append=append, devices=devices, fragments=fragments, host=host, **keys)
+        return make(
+            cls, memory=memory, kernel=kernel, append=append, devices=devices, fragments=fragments, host=host, **keys
+        )
