@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from cardcage._machine.board import Board
 from cardcage._machine.faults import MISTAKES, Faults
 from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
+from cardcage._machine.parking import Parking
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
@@ -38,11 +39,10 @@ from cardcage.registry import VerbOffer
 from cardcage.security import OPERATOR, Act, Mediator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
     from typing import Self
 
-    from cardcage.accelerator import AcceleratedVm
     from cardcage.vcpu import VCpu
 
 __all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "rename"]
@@ -100,88 +100,7 @@ class _Makers(type):
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
 
 
-class _Parking:
-    """A machine without threads, its time standing still."""
-
-    name: str
-    accelerator: building.Choice
-    vm: AcceleratedVm
-    devices: dict[str, PluggedDevice]
-    is_parked: bool
-    _life: Life
-
-    @contextmanager
-    def parked(self) -> Iterator[None]:
-        """The machine stands still without a thread while the block runs, in which the process may fork.
-
-        What ran goes on then, and its clocks, TSC and timers with it, as if no time had passed. Raises StateError for
-        one that has ended, on its own threads, and before anything stops where a part cannot be parked.
-        """
-        life = self._life
-        if life.state is State.STOPPED or life.here:
-            raise StateError(f"{self.name}: it cannot be parked once it is stopped, nor on a thread of its own")
-        if why := self.why_not_parked():
-            raise StateError(f"{self.name} cannot be parked: {why}")
-        if running := life.state is State.RUNNING:
-            self.pause()
-        with ExitStack() as end:
-            for one in [*able(self.devices, "park"), self.vm]:
-                one.park()
-                end.callback(one.unpark)
-            self._end_threads()
-            end.callback(self._start_threads)
-            self.is_parked = True
-            try:
-                yield
-            finally:
-                self.is_parked = False
-        if running and life.state is State.PAUSED:
-            self.resume()
-
-    def why_not_parked(self) -> str:
-        """In one line why :meth:`parked` would refuse now: what the accelerator or a device says; else empty."""
-        if "parking" not in self.vm.capabilities:
-            return f'the accelerator "{self.accelerator.name}" does not let its clocks stand still'
-        for one in self.devices.values():
-            if "park" not in one.abilities and "pause" in one.abilities:
-                return f"{one.who} works of its own accord, and cannot be parked"
-        parts: list[Any] = [self.vm, *able(self.devices, "park")]
-        return next((why for one in parts if (why := one.may_park())), "")
-
-    def _end_threads(self) -> None:
-        """End the machine's own, and hold its locks: a forked process has only the thread that forked."""
-        life = self._life
-        life.gate.end()
-        for thread in life._threads:
-            thread.join()
-        life.clock.close()
-        life.loop.close()
-        for lock in self._locks():
-            lock.acquire()
-
-    def _start_threads(self) -> None:
-        """Start them anew, with descriptors of their own. Whatever ended the machine meanwhile is carried out now."""
-        life = self._life
-        for lock in self._locks():
-            lock.release()
-        life.loop.start()
-        life.clock.start()
-        with life._ending:
-            if life.outcome is None and life.failure is None:
-                life.gate.end(False)
-        life._threads = life.steps.threads() if life._threads else []
-        for thread in life._threads:
-            thread.start()
-
-    def _locks(self) -> tuple[Any, ...]:
-        life = self._life
-        return life.lock, life._ending, life.loop.waking, life.gate.changed, life.console.changed
-
-    pause: Callable[[], None]
-    resume: Callable[[], None]
-
-
-class Machine(_Parking, metaclass=_Makers):
+class Machine(Parking, metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:

@@ -20,8 +20,8 @@ from cardcage.lazy import lazy_names
 if TYPE_CHECKING:
     from cardcage.registry import Registry
 
-    from cardcage_fork.checkpoint import Checkpoint, checkpoint, revert
     from cardcage_fork.copy import Copy, fork
+    from cardcage_fork.reverting import Checkpoint, checkpoint, revert
 
 __all__ = ["Checkpoint", "Copy", "checkpoint", "fork", "revert"]
 
@@ -32,8 +32,8 @@ def cardcage_register(registry: Registry) -> None:
     from cardcage_fleet import ControlOffer
 
     registry.verb("fork", "cardcage_fork.copy:fork", help="running copies, each a process of its own")
-    registry.verb("checkpoint", "cardcage_fork.checkpoint:checkpoint", help="a point to come back to")
-    registry.verb("revert", "cardcage_fork.checkpoint:revert", help="back to the checkpoint")
+    registry.verb("checkpoint", "cardcage_fork.reverting:checkpoint", help="a point to come back to")
+    registry.verb("revert", "cardcage_fork.reverting:revert", help="back to the checkpoint")
     registry.command(
         "fork",
         "cardcage_fork.command:run",
@@ -43,5 +43,5 @@ def cardcage_register(registry: Registry) -> None:
     registry.add(ControlOffer("fork", "cardcage_fork.command:answer", help="make running copies of the machine"))
 
 
-_names: Any = lazy_names("cardcage_fork", checkpoint="Checkpoint checkpoint revert", copy="Copy fork")
+_names: Any = lazy_names("cardcage_fork", reverting="Checkpoint checkpoint revert", copy="Copy fork")
 __getattr__ = _names

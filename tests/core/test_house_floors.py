@@ -125,9 +125,9 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8568, 5225
+LINES, CODE = 8667, 5300
 """The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards: 12 and 5; and for
-machines that are parked and forked (two protocols, two hooks, a loop that begins anew): 57 and 28."""
+machines that are parked and forked (two protocols, two hooks, a loop that begins anew): 156 and 103."""
 
 
 def test_the_kernel_stays_small() -> None:
