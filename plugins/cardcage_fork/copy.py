@@ -144,6 +144,11 @@ class Copy(_AgentsVerbs):
     # as a machine
 
     @property
+    def born(self) -> float:
+        """When it went on by itself: seconds of this host's CLOCK_MONOTONIC (:func:`time.monotonic`)."""
+        return float(self._call("born"))
+
+    @property
     def state(self) -> State:
         """Running, paused or stopped."""
         return State(self._call("state"))

@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ METHODS = frozenset(
     "state outcome wait stop pause resume reset shutdown inject_nmi checkpoint revert run put get "
     "agent.ping agent.reseed agent.set_time agent.wait console.output console.send console.expect".split()
 )
-"""Attributes that a parent can ask for by name; besides them there are ``fork``, ``close`` and ``detach``."""
+"""Attributes that a parent can ask for by name; besides them there are ``fork``, ``born``, ``close`` and ``detach``."""
 
 
 _serving: list[Server] = []
@@ -49,6 +50,7 @@ class Server:
         self._wake, self._alone = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), False
         self._seeded = threading.Event()
         self._observer = self._changed  # the same object each time
+        self.born = time.monotonic()
         machine.observers.add("state", self._observer)
         _serving.append(self)
 
@@ -110,6 +112,9 @@ class Server:
         if name == "close":
             self._answer(number, lambda: None)
             return False
+        if name == "born":
+            self._answer(number, lambda: self.born)
+            return True
         if name == "detach":
             self._alone = True
             self._answer(number, lambda: None)

@@ -77,7 +77,9 @@ class Record:
         self.update(entry.state)
 
     def update(self, state: str) -> None:
-        """Write the machine's state, in one piece."""
+        """Write the machine's state, in one piece; nothing once abandoned."""
+        if self._fd < 0:
+            return
         self.entry = evolve(self.entry, state=str(state))
         text = json.dumps(asdict(self.entry)).encode()
         os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)

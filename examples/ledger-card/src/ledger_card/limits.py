@@ -73,7 +73,6 @@ def forked(machine: Machine) -> None:
     """Enter a copy of a machine in its own process: the entry that is there is its parent's."""
     known: WeakKeyDictionary[Machine, Record] = machine.host.share("ledger:records", WeakKeyDictionary)
     if (record := known.get(machine)) is not None:
-        machine.observers.remove("state", record.update)
         record.abandon()
         ledger = Ledger()
         with ledger.locked():
