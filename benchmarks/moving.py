@@ -1,9 +1,9 @@
 """Copies and checkpoints of a running guest: python benchmarks/moving.py [--runs N] [--memory 512M] [--no-qemu].
 
 A Debian guest under the translator, with an agent. Milliseconds, median and 95th percentile of N runs: a fork until the
-copy's first instruction, until a command has answered in it, and until it is closed again; how long the parent stood;
-copies that are made at once; a checkpoint, and a revert after a command. Beside it QEMU's translator with the same
-kernel: ``savevm`` and ``loadvm``, which have no fork to set against, only a way back.
+copy's first instruction, until its agent has answered, until a command has ended in it, and until it is closed again;
+a machine that is parked and goes on; a checkpoint, and a revert after a command. Beside it QEMU's translator with the
+same kernel: ``savevm`` and ``loadvm``, which have no fork to set against, only a way back.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ def row(name: str, times: list[float], note: str = "") -> None:
 
 def forks(vm: Any, runs: int) -> None:
     """One after another."""
-    born, answered, gone, parked = [], [], [], []
+    born, answered, ran, gone, parked = [], [], [], [], []
     for _ in range(runs):
         began = time.monotonic()
         (copy,) = vm.fork(1)
-        copy.run("true")
+        copy.agent.ping()
         answered.append(time.monotonic() - began)
+        copy.run("true")
+        ran.append(time.monotonic() - began)
         born.append(copy.born - began)
         copy.close()
         gone.append(time.monotonic() - began)
@@ -48,7 +50,8 @@ def forks(vm: Any, runs: int) -> None:
             pass
         parked.append(time.monotonic() - began)
     row("fork to the first instruction", born)
-    row("fork to a command answered", answered)
+    row("fork to an answer of the agent", answered)
+    row("fork to the end of /bin/true", ran)
     row("fork, a command, close", gone, f"{1 / median(gone):.0f} a second")
     row("the same machine parked and started anew", parked)
     copies = vm.fork(runs)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Forks"]
 
-PIECE = 16
-"""Bits of the piece of code that is copied when it is written; more for a buffer with too many pieces: the kernel joins
-no two mappings of different files, and has a limit (vm.max_map_count)."""
+PIECE = 12
+"""Bits of the piece of code that is copied when it is written; more where that would be too many pieces: the kernel
+joins no two mappings of different files, and has a limit (vm.max_map_count)."""
 MOST = 4096
 HEAD = 40
 """Bytes of ``struct frozen`` before its flags."""
@@ -57,14 +57,14 @@ class Forks:
 
     def _freeze(self) -> None:
         """Whatever code there is may be another process's as well from now on; what this one writes is its own."""
-        code, shift = self.code, PIECE
-        while code.size >> shift > MOST:
+        code, used, shift = self.code, self._q[L.VM_CODE_USED // 8], PIECE
+        while used >> shift > MOST:
             shift += 1
         piece = 1 << shift
-        size = min(-(-self._q[L.VM_CODE_USED // 8] // piece) * piece, code.size)
+        size = min(-(-used // piece) * piece, code.size)
         fd = code.new_file()
         try:
-            state = Area(HEAD + (code.size >> shift) + 1)
+            state = Area(HEAD + (size >> shift) + 1)
             state.view[:HEAD] = pack("<QQQiIII", code.rw, code.rx, size, fd, 0, shift, 0).ljust(HEAD, b"\0")
             error = self.native.freeze(self.range, state.address, code.size)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,10 +57,12 @@ def _obstacles(machine: Machine) -> list[str]:
     if not has(machine.vm, ForkableVm):
         return [f'the accelerator "{machine.accelerator.name}" keeps a machine in one process; "tcg" does not']
     found = [machine.vm.may_fork()]
-    found += [f"RAM of type {machine.config.memory.type} would be shared" for one in blocks_of(machine) if shared(one)]
+    if shared(blocks_of(machine)):
+        found.append(f"RAM of type {machine.config.memory.type} would be shared")
     for plugged in machine.devices.values():
         for backend in plugged.slot.host.opened:
-            found.append(_backend(machine, plugged.id, backend))
+            if not (plugged.slot.host.has_console and hasattr(backend, "expect")):  # the machine's own
+                found.append(_backend(plugged.id, backend))
         if "fork" in plugged.abilities:
             found.append(plugged.device.may_fork())
         elif {"unplug", "needs"} & plugged.abilities:
@@ -71,19 +74,19 @@ def _obstacles(machine: Machine) -> list[str]:
     return [one for one in found if one]
 
 
-def _backend(machine: Machine, device: str, backend: Any) -> str:
-    if backend is machine.console or getattr(backend, "expect", None) == machine.console.expect:
-        return ""
+def _backend(device: str, backend: Any) -> str:
     if not has(backend, Forkable):
         return f'a back end of device "{device}" ({type(backend).__name__}) does not say how a copy has it'
     return f'device "{device}": {why}' if (why := backend.may_fork()) else ""
 
 
-def shared(block: RamBlock) -> bool:
+def shared(blocks: list[RamBlock]) -> bool:
     """True where the writes of one process are seen by another that has the RAM from a fork (proc_pid_maps(5))."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, rights = line.split(maxsplit=2)[:2]
-        low, _, high = span.partition("-")
-        if int(low, 16) <= block.host_address < int(high, 16):
-            return rights[3] == "s"
-    return True
+    text = Path("/proc/self/maps").read_text()
+    for block in blocks:
+        for found in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) ..(.)(.)", text, re.M):
+            if int(found[1], 16) <= block.host_address < int(found[2], 16):
+                if found[4] == "s":
+                    return True
+                break
+    return False
