@@ -42,8 +42,8 @@ def fork(machine: Machine, n: int = 1) -> list[Copy]:
     return [Copy(one) for one in fork_process(machine, n)]
 
 
-class _AgentsVerbs:
-    """The verbs that the agent gives a machine, as far as a link carries them."""
+class _Verbs:
+    """The verbs that cards give a machine, as far as a link carries them."""
 
     _call: Callable[..., Any]
 
@@ -73,8 +73,16 @@ class _AgentsVerbs:
         """Copy a file of the guest to this host."""
         self._call("get", source, os.path.abspath(target))
 
+    def checkpoint(self) -> None:
+        """See :func:`cardcage_fork.checkpoint`."""
+        self._call("checkpoint")
 
-class Copy(_AgentsVerbs):
+    def revert(self) -> int:
+        """See :func:`cardcage_fork.revert`."""
+        return int(self._call("revert"))
+
+
+class Copy(_Verbs):
     """A running copy of a machine, in a process of its own: what :class:`cardcage.Machine` has, asked for over there.
 
     Methods raise what they raise there, as far as :mod:`cardcage.errors` has it, and HostError when its process is
@@ -202,14 +210,6 @@ class Copy(_AgentsVerbs):
             keep_link(end)
             found.append(Copy(made))
         return found
-
-    def checkpoint(self) -> None:
-        """See :func:`cardcage_fork.checkpoint`."""
-        self._call("checkpoint")
-
-    def revert(self) -> int:
-        """See :func:`cardcage_fork.revert`."""
-        return int(self._call("revert"))
 
     # its end
 
