@@ -100,6 +100,8 @@ def test_a_copy_goes_on_from_where_its_parent_was(vm: Machine) -> None:
 def test_a_copy_of_a_copy(vm: Machine) -> None:
     """Copies are forked as machines are, and outlive the one that they were made of."""
     (first,) = fork(vm)
+    with first.fork()[0] as at_once:  # while its agent is asked for the first time
+        assert word(at_once) == "before"
     first.run("echo -n first >/tmp/word")
     second, third = first.fork(2)
     with second, third:

@@ -50,7 +50,7 @@ class EventLoop:
         self._readers: dict[int, Owned] = {}
         self._turn = 0
         self._posts: deque[Callable[[], None]] = deque()
-        self.waking = threading.Lock()
+        self.waking = threading.RLock()  # who has parked the machine holds it, and posts
         self.start()
 
     def start(self) -> None:
