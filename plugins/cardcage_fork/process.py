@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import select
+import signal
 import socket
 import warnings
 from contextlib import suppress
@@ -27,6 +29,8 @@ __all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link"]
 
 MOST = 1000
 """Copies at once."""
+PATIENCE = 60
+"""Seconds that a new process may take to be a machine of its own: it copies disks."""
 _links: set[socket.socket] = set()
 """The ends of links to copies that this process holds: a new copy closes them."""
 
@@ -143,6 +147,9 @@ def _fork(machine: Machine) -> Made | Birth:
 def _await(made: list[Made]) -> None:
     """Wait until each copy is a machine of its own. Raises what went wrong in one."""
     for one in made:
+        if not select.select([one.end], [], [], PATIENCE)[0]:
+            os.kill(one.pid, signal.SIGKILL)
+            raise HostError(f"a copy was not one within {PATIENCE} s (pid {one.pid})")
         try:
             message, _ = one.peer.receive()
         except EOFError:
