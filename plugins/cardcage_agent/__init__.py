@@ -43,12 +43,13 @@ __all__ = [
 PORT = "org.cardcage.agent.0"
 DEVICE = {"type": "virtio-console", "id": "agent", "char": "null", "ports": [{"name": PORT, "char": "agent"}]}
 VERBS = {
-    "agent": "the agent itself: ping, set_time, reseed",
+    "agent": "the agent itself: ping, set_time, reseed, freeze",
+    "aio": "the calls that wait, for await",
     "files": "files of the guest: read, write, list, stat, rename, remove, mkdir",
     "run": "run a command in the guest, as subprocess.run",
     "popen": "start a command in the guest, as subprocess.Popen",
-    "put": "copy a file into the guest",
-    "get": "copy a file out of the guest",
+    "put": "copy a file or a directory into the guest",
+    "get": "copy a file or a directory out of the guest",
 }
 
 

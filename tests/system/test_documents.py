@@ -378,7 +378,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
-        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(6)),
+        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(7)),
         *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(2)),
     ),
     "pytest.md": (
