@@ -42,7 +42,7 @@ __all__ = ["Call", "Inbox", "Link", "nobody", "open_link"]
 QUEUE = 1 << 18
 """Bytes that wait for their turn to the guest before who has more to say waits too."""
 GREETING = b"cardcage"
-PIECE = LINK // 4 - 12
+PIECE = PAYLOAD_MAX
 """Bytes of stream 0 in one frame, so that several are on their way at once."""
 ERRNO_MAX = 4095
 
