@@ -216,6 +216,7 @@ CALLS = {
     "Agent": ("plugins/cardcage_agent/verbs.py", ()),
     "Files": ("plugins/cardcage_agent/files.py", ()),
     "Popen": ("plugins/cardcage_agent/process.py", ()),
+    "Qga": ("plugins/cardcage_agent/qga.py", ()),
     "Machine": ("core/cardcage/machine.py", ("dismantle",)),
     "Console": ("core/cardcage/_machine/console.py", ("claim", "connect", "claimed", "start", "write", "close", "end")),
 }

@@ -57,11 +57,15 @@ VERBS = {
 def cardcage_register(registry: Registry) -> None:
     """Offer the back end of the agent's port, the program for the guest, and the verbs."""
     registry.backend("char", "agent", "cardcage_agent.link:open_link", help="the host's end of the guest agent's port")
+    registry.backend(
+        "char", "qemu-agent", "cardcage_agent.qga:open_qga", help="the host's end of the port of QEMU's guest agent"
+    )
     registry.add(
         GuestProgramOffer(
             "agent", "cardcage_agent.program:program", devices=(DEVICE,), help="runs commands and moves files"
         )
     )
+    registry.verb("qga", "cardcage_agent.verbs:Verbs.qga", help="QEMU's guest agent, where the guest runs that")
     for name, text in VERBS.items():
         registry.verb(name, f"cardcage_agent.verbs:Verbs.{name}", help=text)
 
@@ -69,8 +73,7 @@ def cardcage_register(registry: Registry) -> None:
 @hookimpl
 def cardcage_built(machine: PlainMachine) -> None:
     """Tell the link when the machine ends, so that nobody waits for its guest any longer."""
-    link = machine.services.get("agent")
-    if link is not None:
+    for link in [machine.services[name] for name in ("agent", "qga") if name in machine.services]:
         from cardcage_agent.ending import watch
 
         watch(machine, link)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cardcage_agent.aio import Aio
     from cardcage_agent.link import Link
     from cardcage_agent.process import Command
+    from cardcage_agent.qga import Qga
 
 __all__ = ["Agent", "Machine", "Verbs", "link_of"]
 
@@ -159,6 +160,13 @@ class Verbs:
         from cardcage_agent.aio import Aio
 
         return Aio(self)
+
+    @property
+    def qga(self: Any) -> Qga:
+        """QEMU's guest agent, in a guest that runs that in place of ours, or besides."""
+        from cardcage_agent.qga import Qga
+
+        return Qga(self)
 
     @property
     def files(self: Any) -> Files:

@@ -379,7 +379,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
         *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(7)),
-        *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(2)),
+        *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
     "pytest.md": (
         tests_of_a_guest,
