@@ -215,6 +215,7 @@ CALLS = {
     "Verbs": ("plugins/cardcage_agent/verbs.py", ()),
     "Agent": ("plugins/cardcage_agent/verbs.py", ()),
     "Files": ("plugins/cardcage_agent/files.py", ()),
+    "Watch": ("plugins/cardcage_agent/watching.py", ()),
     "Popen": ("plugins/cardcage_agent/process.py", ()),
     "Qga": ("plugins/cardcage_agent/qga.py", ()),
     "Machine": ("core/cardcage/machine.py", ("dismantle",)),

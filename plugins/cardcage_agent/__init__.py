@@ -27,17 +27,20 @@ if TYPE_CHECKING:
     from cardcage_agent.files import FileInfo, Files
     from cardcage_agent.process import Popen
     from cardcage_agent.verbs import Agent, Machine
+    from cardcage_agent.watching import FileEvent, Watch
 
 __all__ = [
     "Agent",
     "AgentError",
     "AgentTimeout",
+    "FileEvent",
     "FileInfo",
     "Files",
     "Machine",
     "NoAgent",
     "Popen",
     "ProtocolError",
+    "Watch",
 ]
 
 PORT = "org.cardcage.agent.0"
@@ -85,4 +88,5 @@ __getattr__ = lazy_names(
     files="FileInfo Files",
     process="Popen",
     verbs="Agent Machine",
+    watching="FileEvent Watch",
 )

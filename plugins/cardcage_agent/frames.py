@@ -85,6 +85,7 @@ class Verb(IntEnum):
     SYMLINK = 13
     FREEZE = 14
     THAW = 15
+    WATCH = 16
 
 
 class Frame(NamedTuple):

@@ -441,3 +441,33 @@ def test_calls_are_awaited_under_trio(vm: Any) -> None:
             await vm.aio.run(["nonesuch"])
 
     trio.run(main)
+
+
+def test_changes_are_watched(vm: Any, tmp_path: Path) -> None:
+    """From when it begins, in order, until what is watched is gone; moves have one cookie."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with vm.files.watch(folder) as changes:
+        (folder / "one").write_text("x")
+        (folder / "one").rename(folder / "two")
+        (folder / "sub").mkdir()
+        found = [changes.get(timeout=60) for _ in range(6)]
+        assert [(one.kind, one.name) for one in found] == [
+            ("create", "one"),
+            ("modify", "one"),
+            ("close_write", "one"),
+            ("moved_from", "one"),
+            ("moved_to", "two"),
+            ("create", "sub"),
+        ]
+        assert found[3].cookie == found[4].cookie != 0
+        assert found[5].is_dir
+        with pytest.raises(AgentTimeout, match=r"no change within 0\.01 s"):
+            changes.get(timeout=0.01)
+        (folder / "two").unlink()
+        (folder / "sub").rmdir()
+        folder.rmdir()
+        assert [one.kind for one in changes][-2:] == ["delete_self", "ignored"]
+        assert changes.get() is None
+    with pytest.raises(FileNotFoundError, match="'vm:/none'"):
+        vm.files.watch("/none")

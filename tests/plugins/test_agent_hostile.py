@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -221,3 +222,19 @@ def test_names_of_a_list_are_names() -> None:
     guest.link.start(lambda data: guest.link.write(answer))
     with pytest.raises(AgentError, match="ends inside an entry"):
         guest.vm.files.list("/")
+
+
+def test_events_are_those_of_inotify() -> None:
+    """A guest whose event is about a path, is none, or has a name without end, loses its watch, by an AgentError."""
+    for event in (
+        struct.pack("<iIII", 1, 0x100, 0, 16) + b"../x".ljust(16, b"\0"),
+        struct.pack("<iIII", 1, 0x10000000, 0, 0),
+        struct.pack("<iIII", 1, 0x100, 0, 0xFFFFFFFF),
+    ):
+        guest = greeted()
+        sent = frame(2, Kind.RESULT, 0, bytes(5)) + frame(1, Kind.DATA, 1, event)
+        guest.link.start(lambda data, guest=guest, sent=sent: guest.link.write(sent) if b"\x0b\0" in data else None)
+        watch = guest.vm.files.watch("/")
+        with pytest.raises(AgentError, match=r"none of inotify's|expected 256 at most"):
+            watch.get(timeout=60)
+        assert not guest.link._calls

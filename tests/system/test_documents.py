@@ -378,7 +378,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
-        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(7)),
+        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(8)),
         *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
     "pytest.md": (

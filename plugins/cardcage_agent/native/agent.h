@@ -35,7 +35,7 @@ enum kind {
 enum { MORE = 0x8000 };
 
 enum verb { RUN = 1, READ, WRITE, LIST, STAT, RENAME, REMOVE, MKDIR, TIME, SEED, PING, READLINK, SYMLINK, FREEZE,
-	THAW };
+	THAW, WATCH };
 
 enum subject { PROGRAM, DIRECTORY, USER, RESOURCES };
 
