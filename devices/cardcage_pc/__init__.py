@@ -61,7 +61,17 @@ def _devices(registry: Registry) -> None:
         help="keyboard controller, PS/2 keyboard and mouse, reset",
     )
     registry.device(
-        "acpi-pm", "cardcage_pc.acpi.pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
+        "acpi-pm",
+        "cardcage_pc.acpi.pm:AcpiPm",
+        regions=(Pio(16, 0x600), Pio(4, 0xAFE0, "gpe", "read_gpe", "write_gpe")),
+        help="ACPI PM timer, power button, general-purpose events",
+    )
+    registry.device(
+        "pci-hotplug",
+        "cardcage_pc.acpi.hotplug:PciHotplug",
+        regions=(Pio(20, 0xAE00),),
+        bus="pci",
+        help="ACPI hot-plug of PCI devices",
     )
     registry.device("acpi", "cardcage_pc.acpi.tables:Acpi", help="ACPI tables generated from the devices")
     registry.device(

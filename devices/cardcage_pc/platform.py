@@ -58,6 +58,7 @@ def expand(config: Config) -> list[dict[str, Any]]:
     irqchip = config.machine.irqchip
     configured = {one.type for one in config.devices}
     types = ["pic", "ioapic", "pit", "rtc", "hpet", "i8042", "acpi-pm", "fw_cfg", "port80", "pvpanic", "pci-host"]
+    types.append("pci-hotplug")
     if irqchip == "full":
         types = [one for one in types if one not in ("pic", "ioapic", "pit", "hpet")]
     elif irqchip == "none":

