@@ -18,6 +18,7 @@ NEEDS = {
     "cardcage_virtio": {"cardcage_pci"},
     "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
     "cardcage_fleet": set(),
+    "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": set(),
     "cardcage_new": set(),
@@ -111,9 +112,9 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8595, 5252
+LINES, CODE = 8602, 5258
 """The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, and
-devices that come and go, 84 and 55."""
+devices that come and go, 91 and 61."""
 
 
 def test_the_kernel_stays_small() -> None:
