@@ -96,6 +96,17 @@ def _devices(registry: Registry) -> None:
         bus="pci",
         help="host bridge identity and PAM registers (at 00.0)",
     )
+    for name, factory, what in (
+        ("piix3", "IsaBridge", "ISA bridge, for firmware that looks for it (at 01.0)"),
+        ("piix4-pm", "PowerManagement", "power management function, which tells firmware the ports (at 01.3)"),
+    ):
+        registry.device(name, f"cardcage_pc.chips.piix:{factory}", bus="pci", help=what)
+    registry.device(
+        "pflash",
+        "cardcage_pc.chips.flash:Flash",
+        options="cardcage_pc.chips.flash:FlashOptions",
+        help="flash that firmware keeps its variables in",
+    )
     registry.device(
         "isa-serial",
         "cardcage_pc.chips.serial:Serial",

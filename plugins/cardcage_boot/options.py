@@ -79,9 +79,16 @@ class RawOptions:
 
 @frozen
 class FirmwareOptions:
-    """Protocol ``firmware``: *firmware* is the path of a ROM image that ends with the reset vector."""
+    """Protocol ``firmware``.
+
+    Attributes:
+        firmware: path of a ROM image that ends with the reset vector.
+        vars: path of the flash file that lies right below it, in which UEFI firmware keeps its variables: the platform
+            ``pc`` adds a ``pflash`` for it.
+    """
 
     firmware: str
+    vars: str = ""
 
 
 @frozen
@@ -93,7 +100,7 @@ class AutoOptions:
         initrd: path or list of paths (Multiboot: modules).
         append: command line.
         modules: Multiboot modules.
-        firmware: ROM image, in place of a kernel.
+        firmware, vars: ROM image, in place of a kernel, and the flash file with its variables.
     """
 
     kernel: str = ""
@@ -101,6 +108,7 @@ class AutoOptions:
     append: str = ""
     modules: list[str] = field(factory=list)
     firmware: str = ""
+    vars: str = ""
 
     def initrds(self) -> list[str]:
         """The initrd paths as a list."""

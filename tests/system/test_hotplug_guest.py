@@ -13,8 +13,8 @@ MIB = 1 << 20
 ROUNDS = 100 if os.environ.get("CARDCAGE_LONG_TESTS") else 10
 LOAD = """cd /tmp; dd if=/dev/urandom of=want bs=1M count=4 2>/dev/null
 while test -e /tmp/go; do
-    dd if=want of=/dev/vda bs=64k oflag=direct 2>/dev/null || exit 1
-    dd if=/dev/vda of=got bs=64k count=64 iflag=direct 2>/dev/null || exit 2
+    dd if=want of=/dev/vda bs=64k oflag=direct 2>/tmp/said || exit 1
+    dd if=/dev/vda of=got bs=64k count=64 iflag=direct 2>/tmp/said || exit 2
     cmp want got || exit 3
     echo >> /tmp/rounds
 done"""
@@ -23,8 +23,8 @@ WAIT = "i=0; until test -e {0}; do i=$((i+1)); test $i -lt 600 || exit 1; usleep
 
 @pytest.mark.timeout(3600)
 def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
-    """Each serves the guest when it came and is gone when it went, again and again; the disk that the guest works on all
-    the while loses no request, the kernel complains of nothing, and the host is left with no descriptor more."""
+    """Each serves the guest when it came and is gone when it went, again and again: the disk that the guest works on
+    loses no request, the kernel complains of nothing, and the host is left with no descriptor more."""
     pytest.importorskip("virtio_card")
     base, spare = tmp_path / "base.img", tmp_path / "spare.img"
     for path in (base, spare):
@@ -57,6 +57,7 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
             for one in (disk, net, numbers):
                 vm.remove(one, timeout=120)
             assert spare.read_bytes()[:16].startswith(f"round {at}\n".encode())
+            assert load.poll() is None, vm.run("cat /tmp/said; dmesg | tail -30; df; free", text=True).stdout
             gone = vm.run("ls /sys/block /sys/class/net; ls /sys/bus/pci/devices | wc -l", text=True).stdout
             assert "vdb" not in gone
             assert "eth1" not in gone
@@ -64,6 +65,7 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
                 fds = len(os.listdir("/proc/self/fd"))
         assert len(os.listdir("/proc/self/fd")) == fds
         vm.run("rm /tmp/go", check=True)
-        assert load.wait(timeout=120) == 0
+        ended = load.wait(timeout=120)
+        assert ended == 0, vm.run("cat /tmp/said; dmesg | tail -30; df; free", text=True).stdout
         assert int(vm.run("wc -l < /tmp/rounds", text=True).stdout) > 1
         assert vm.run("dmesg -r | grep -E '^<[0-4]>' | grep -v -i random", text=True).stdout == ""

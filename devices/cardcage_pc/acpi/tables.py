@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ def _pci_root(host: Any, *more: bytes) -> bytes:
 def dsdt(board: Any) -> bytes:
     r"""The DSDT's body: ``\_S5`` and ``\_SB`` with each announced device, the PCI root, and motherboard resources."""
     names, devices, host, rest = _Names(), [], _pci_host(board), b""
-    reserved = [aml.io_ports(acpi_pm.BASE, 16), aml.io_ports(acpi_pm.GPE_BASE, 4)]
+    reserved = [aml.io_ports(_pm_base(board), 16), aml.io_ports(acpi_pm.GPE_BASE, 4)]
     if host is not None:
         if comes_and_goes := _has(board, "pci-hotplug"):
             reserved.append(aml.io_ports(hotplug.BASE, hotplug.SIZE))
@@ -179,6 +180,12 @@ def _pci_host(board: Any) -> Any:
     return next((one.device for one in board.devices.values() if getattr(one.device, "bus_type", "") == "pci"), None)
 
 
+def _pm_base(board: Any) -> int:
+    """Where the power management registers answer, or will when firmware has not said yet."""
+    found = [one.slot.ranges.mappings[0].address for one in board.devices.values() if one.type == "acpi-pm"]
+    return int(found[0]) if found and found[0] is not None else acpi_pm.BASE
+
+
 def _has(board: Any, kind: str) -> bool:
     return any(one.type == kind for one in board.devices.values())
 
@@ -187,7 +194,7 @@ def _fadt(board: Any, facs: int, tables: int) -> bytes:
     host = _pci_host(board)
     # port 0xCF9 is a PCI host's; without one the keyboard controller resets
     reset_port, reset_value = (0xCF9, 0x06) if host is not None else (0x64, 0xFE)
-    base = acpi_pm.BASE
+    base = _pm_base(board)
     architecture = 1 | (2 if _has(board, "i8042") else 0) | 4  # legacy devices; 8042; no VGA
     flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10  # WBINVD, C1, no sleep button, no RTC wake, reset register
     fixed = struct.pack("<IIBBHIBBBB", facs, tables, 0, 0, acpi_pm.SCI, 0, 0, 0, 0, 0)
@@ -268,6 +275,14 @@ def linker_script(blob: Blob) -> bytes:
     return b"".join(command.ljust(128, b"\0") for command in commands)
 
 
+def _unsummed(blob: Blob) -> bytes:
+    """The tables as the linker script takes them."""
+    data = bytearray(blob.data)
+    for offset, _, _ in blob.checksums:
+        data[offset] = 0
+    return bytes(data)
+
+
 class Acpi:
     """No hardware: gives the guest its tables at each boot."""
 
@@ -291,10 +306,7 @@ class Acpi:
             if isinstance(plugged.device, FwCfg):
                 unsummed = bytearray(rsdp(rsdt, xsdt))
                 unsummed[8] = unsummed[32] = 0
-                data = bytearray(blob.data)
-                for offset, _, _ in blob.checksums:
-                    data[offset] = 0
-                plugged.device.set_file(TABLES, bytes(data))
+                plugged.device.set_file(TABLES, _unsummed(blob), partial(self._again, context.cpus))
                 plugged.device.set_file(RSDP, bytes(unsummed))
                 plugged.device.set_file("etc/table-loader", linker_script(blob))
                 plugged.device.reserve(*([host.ecam] if host is not None and host.ecam else []))
@@ -307,11 +319,16 @@ class Acpi:
         context.memory.write(AREA, rsdp(base + rsdt, base + xsdt))
         context.rsdp = AREA
 
+    def _again(self, cpus: int) -> bytes:
+        """The tables when firmware asks for them: it has chosen the ports of power management by then."""
+        return _unsummed(self._tables(cpus)[0])
+
     def _tables(self, cpus: int) -> tuple[Blob, int, int]:
         """The tables, rendered anew only where what they say has changed since the last boot."""
         host = _pci_host(self._board)
         said = [
             cpus,
+            _pm_base(self._board),
             None if host is None else (host.ecam, tuple(host.windows), tuple(host.routing)),
             *((one.type, tuple(one.slot.ranges.resources), _bases(one)) for one in self._board.devices.values()),
         ]
