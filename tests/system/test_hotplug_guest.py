@@ -68,4 +68,9 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
         ended = load.wait(timeout=120)
         assert ended == 0, vm.run("cat /tmp/said; dmesg | tail -30; df; free", text=True).stdout
         assert int(vm.run("wc -l < /tmp/rounds", text=True).stdout) > 1
-        assert vm.run("dmesg -r | grep -E '^<[0-4]>' | grep -v -i random", text=True).stdout == ""
+        assert (
+            vm.run(
+                "dmesg -r | grep -E '^<[0-4]>' | grep -v -E 'random|hrtimer: interrupt took|clocksource'", text=True
+            ).stdout
+            == ""
+        )
