@@ -66,12 +66,9 @@ def expand(config: Config) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = [{"type": one} for one in types if one not in configured]
     if "i440fx" not in configured:
         tables.append({"type": "i440fx", "address": "00.0"})
-    boot = config.boot or {}
-    if "firmware" in boot:
+    if "firmware" in (config.boot or {}):
         wanted = {"piix3": "01.0", "piix4-pm": "01.3"}
         tables += [{"type": one, "address": at} for one, at in wanted.items() if one not in configured]
-        if boot.get("vars"):
-            tables.append({"type": "pflash", "file": boot["vars"], "below": boot["firmware"]})
     serial = [one for one in config.devices if one.type == "isa-serial"]
     if not any(one.port in (None, COM1, [COM1]) for one in serial):
         taken = any("console" in one.options.values() for one in config.devices)

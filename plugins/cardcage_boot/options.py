@@ -79,16 +79,9 @@ class RawOptions:
 
 @frozen
 class FirmwareOptions:
-    """Protocol ``firmware``.
-
-    Attributes:
-        firmware: path of a ROM image that ends with the reset vector.
-        vars: path of the flash file that lies right below it, in which UEFI firmware keeps its variables: the platform
-            ``pc`` adds a ``pflash`` for it.
-    """
+    """Protocol ``firmware``: *firmware* is the path of a ROM image that ends with the reset vector."""
 
     firmware: str
-    vars: str = ""
 
 
 @frozen
@@ -100,7 +93,7 @@ class AutoOptions:
         initrd: path or list of paths (Multiboot: modules).
         append: command line.
         modules: Multiboot modules.
-        firmware, vars: ROM image, in place of a kernel, and the flash file with its variables.
+        firmware: ROM image, in place of a kernel.
     """
 
     kernel: str = ""
@@ -108,7 +101,6 @@ class AutoOptions:
     append: str = ""
     modules: list[str] = field(factory=list)
     firmware: str = ""
-    vars: str = ""
 
     def initrds(self) -> list[str]:
         """The initrd paths as a list."""

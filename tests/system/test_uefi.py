@@ -36,8 +36,9 @@ def test_ovmf_keeps_its_variables_and_starts_linux_from_a_disk(kernel: Path, tmp
     flash, disk = tmp_path / "vars.fd", tmp_path / "esp.img"
     shutil.copy(VARS, flash)
     system_partition(disk, kernel)
-    boot = {"firmware": str(CODE), "vars": str(flash)}
-    devices = [{"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}]
+    boot = {"firmware": str(CODE)}
+    variables = {"type": "pflash", "file": str(flash), "below": str(CODE)}
+    devices = [variables, {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}]
     for again in (False, True):
         with Machine(memory="256M", accel="tcg", boot=boot, devices=devices) as machine:
             console = machine.start().console
