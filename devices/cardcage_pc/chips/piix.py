@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["IsaBridge", "PowerManagement", "PowerManagementState"]
 
 ROUTES, PM_BASE, PM_MISC = 0x60, 0x40, 0x80
+APMC = 0x5B
+"""Bit 1: port 0xB2 raises an SMI. It reads as set, as in QEMU without SMM: SeaBIOS takes it that SMM is in use already,
+and does not wait for an SMI that never comes."""
 OURS = {"subsystem_vendor": 0x1AF4, "subsystem": 0x1100}
 
 
@@ -62,7 +65,7 @@ class PowerManagement(IsaBridge):
             "class_code": 0x068000,
             "revision": 3,
             **OURS,
-            "config": {0x3C: bytes((SCI, 1)), PM_BASE: b"\1"},
+            "config": {0x3C: bytes((SCI, 1)), PM_BASE: b"\1", APMC: b"\2"},
             "writable": {PM_BASE: b"\xc0\xff", PM_MISC: b"\1"},
         }
 
