@@ -37,7 +37,7 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
     with Machine.debian(memory="256M", accel="tcg", name="hot", devices=devices, cpus=2) as vm:
         vm.start()
         vm.agent.wait(timeout=200)
-        vm.run("touch /tmp/go", check=True)
+        vm.run(WAIT.format("/sys/block/vda") + WAIT.format("/dev/vda") + "touch /tmp/go", check=True)
         load = vm.popen(LOAD)
         fds = 0
         for at in range(ROUNDS):
