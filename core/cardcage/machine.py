@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from attrs import evolve
 
@@ -34,7 +35,7 @@ from cardcage._machine.plugging import Plugging
 from cardcage.abilities import has
 from cardcage.config import Config, DeviceConfig, Draft
 from cardcage.device import HotplugBus
-from cardcage.errors import FAULTS, CardError, ConfigError, EjectTimeout, StateError, in_words, near
+from cardcage.errors import FAULTS, CardError, ConfigError, EjectTimeout, GuestError, StateError, in_words, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
 from cardcage.registry import VerbOffer
@@ -47,7 +48,22 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import VCpu
 
-__all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
+__all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "rename"]
+
+
+class GuestFailed(GuestError):
+    """A machine ended in another way than it should have: ``wait(check=True)``.
+
+    Attributes:
+        machine: its name. outcome: how it ended; ``str()`` has its words, for a panic those of the kernel.
+    """
+
+    def __init__(self, machine: str, outcome: outcomes.Outcome) -> None:
+        self.machine, self.outcome = machine, outcome
+        super().__init__(f"{machine}: {outcome}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.machine, self.outcome)
 
 
 def _dropped(machine: Machine) -> None:
@@ -85,6 +101,39 @@ class _Makers(type):
                         raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
             hint = near(name, [one.name for one in found])
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
+
+
+def _said(self: Machine) -> str:
+    return f"<Machine {self.name!r} {self.state}>"
+
+
+def _restate(self: Machine | None) -> None:
+    """The configuration has what was added, and no longer what was taken out, since the machine was built.
+
+    Then each device has its id and its place on a bus: another machine that is built from it chooses no other.
+    """
+    if self is None or self._standard is None:
+        return
+    found = []
+    for one in self.devices.values():
+        if not any(one.config is other for other in self._standard):
+            where = one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None
+            found.append(evolve(one.config, id=one.id, address=where or one.config.address))
+    self.config = evolve(self.config, devices=tuple(found))
+
+
+def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
+    life = self._life
+    if self.state is State.BUILT and not life.await_end(0):
+        raise StateError("nothing to wait for: the machine was not started")
+    if not life.await_end(timeout) and timeout is not None:
+        return outcomes.TimedOut(timeout)
+    if life.failure is not None:
+        life.told = True
+        raise life.failure
+    if life.outcome is None:
+        raise StateError("the machine was closed")
+    return life.outcome
 
 
 class Machine(metaclass=_Makers):
@@ -163,7 +212,7 @@ class Machine(metaclass=_Makers):
     # building
 
     def _assemble(self, config: Config, host: Host | None) -> None:
-        self._config, self.name = config, config.machine.name
+        self.config, self.name = config, config.machine.name
         self._standard: list[DeviceConfig] | None = None  # the platform's own devices, once they are all there
         self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
@@ -228,7 +277,8 @@ class Machine(metaclass=_Makers):
         self._plugging = Plugging(host, board)
         with self.lock:
             self._plugging.plug_all(standard := building.platform_devices(platform, config), config.devices)
-        self._standard = standard
+        self._standard, here = standard, ref(self)  # the board does not keep the machine
+        board.taken_out = lambda: _restate(here())
         if config.machine.console != "none":
             self.open_console(config.machine.console)
         board.insert(building.open_boot(host, config, self.mediator, self.label))
@@ -259,6 +309,7 @@ class Machine(metaclass=_Makers):
             if self.outcome is not None or self._life.failure is not None:
                 raise StateError("a machine that has ended takes no more devices")
             plugged = self._plugging.plug(DeviceConfig.from_table({"type": type, **keys}, Place()))
+            _restate(self)
             self.observers.emit("device", plugged.id, True)
         return plugged
 
@@ -291,25 +342,6 @@ class Machine(metaclass=_Makers):
                 if (left := end - monotonic()) <= 0:
                     raise EjectTimeout(f'device "{id}": the guest did not let go of it within {timeout:g} seconds')
                 board.changed.wait(min(left, 0.5))  # the machine's end notifies nobody
-
-    @property
-    def config(self) -> Config:
-        """The configuration, with what was added and without what was taken out since the machine was built.
-
-        Then each device has its id and its place on a bus: another machine that is built from it chooses no other.
-        """
-        config, standard = self._config, self._standard
-        if standard is None:
-            return config
-        there = [one for one in self.devices.values() if not any(one.config is other for other in standard)]
-        if {id(one.config) for one in there} == {id(one) for one in config.devices}:
-            return config
-        places = [one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None for one in there]
-        found = zip(there, places, strict=True)
-        return evolve(
-            config,
-            devices=tuple(evolve(one.config, id=one.id, address=at or one.config.address) for one, at in found),
-        )
 
     def defer(self, callback: Callable[[], object], /) -> None:
         """Call *callback* once the machine is closed, or could not be built: what was deferred last is called first.
@@ -399,22 +431,18 @@ class Machine(metaclass=_Makers):
         if not self._life.here:
             self._life.await_end()
 
-    def wait(self, timeout: float | None = None) -> outcomes.Outcome:
+    def wait(self, timeout: float | None = None, *, check: bool = False) -> outcomes.Outcome:
         """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
+
+        Args:
+            check: raise :exc:`GuestFailed` for a panic, a crash, a debug exit with another code than 0, and TimedOut.
 
         An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
         """
-        life = self._life
-        if self.state is State.BUILT and not life.await_end(0):
-            raise StateError("nothing to wait for: the machine was not started")
-        if not life.await_end(timeout) and timeout is not None:
-            return outcomes.TimedOut(timeout)
-        if life.failure is not None:
-            life.told = True
-            raise life.failure
-        if life.outcome is None:
-            raise StateError("the machine was closed")
-        return life.outcome
+        found = _awaited(self, timeout)
+        if check and (found.code if isinstance(found, outcomes.DebugExit) else found.status):
+            raise GuestFailed(self.name, found)
+        return found
 
     # its end
 
@@ -445,6 +473,7 @@ class Machine(metaclass=_Makers):
                 self.host.forget(self)
 
     __del__ = _dropped
+    __repr__ = _said
 
     def __enter__(self) -> Self:
         return self
@@ -454,9 +483,6 @@ class Machine(metaclass=_Makers):
         self.close()
         if failure is not None and error is None:
             raise failure
-
-    def __repr__(self) -> str:
-        return f"<Machine {self.name!r} {self.state}>"
 
 
 def rename(machine: Machine, name: str) -> None:
@@ -469,5 +495,5 @@ def rename(machine: Machine, name: str) -> None:
     if machine.config.machine.label is None and not machine.mediator.checkers:
         machine.label = name
     machine.name = name
-    machine._config = evolve(machine.config, machine=evolve(machine.config.machine, name=name))
+    machine.config = evolve(machine.config, machine=evolve(machine.config.machine, name=name))
     machine.log.add(machine=name)

@@ -18,15 +18,14 @@ from attrs import field
 from attrs.validators import deep_iterable, ge, instance_of, le, max_len, min_len
 from cardcage.abilities import has, tell_near_misses
 from cardcage.device import Mmio
-from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.errors import CardError, ConfigError
 from cardcage.values import define, frozen
 
+from cardcage_pci.coming import ComingAndGoing
 from cardcage_pci.function import Function, FunctionState
 from cardcage_pci.spec import OPTIONAL, HotplugController, PciPluggable, structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from cardcage.device import Slot
 
 __all__ = ["PciHost", "PciHostOptions", "PciHostState"]
@@ -68,7 +67,7 @@ class PciHostState:
     functions: dict[int, FunctionState] = field(factory=dict)
 
 
-class PciHost:
+class PciHost(ComingAndGoing):
     """The bridge as a device of the machine, and the ``pci`` device bus."""
 
     bus_type = "pci"
@@ -83,7 +82,7 @@ class PciHost:
         self.routing = tuple((slot, pin, self.gsi(slot, pin)) for slot in range(32) for pin in range(4))
         self._address, self._reset_control = 0, 0
         self._presets: dict[int, list[tuple[str, int, int]]] = {}
-        self._controller: HotplugController | None = None
+        self._controller = None
         self._homeless: set[int] = set()
         self._slot: Slot | None = None
 
@@ -172,59 +171,6 @@ class PciHost:
                 if self._controller is not None and not self.occupants(where >> 3):
                     self._controller.emptied(where >> 3)
         self._presets = {where: one for where, one in self._presets.items() if where in self.functions}
-
-    # devices that come and go
-
-    def occupants(self, slot: int) -> list[str]:
-        """The ids of the devices in *slot*."""
-        return [one.slot.id for where, one in self.functions.items() if where >> 3 == slot]
-
-    def removable(self, slot: int) -> bool:
-        """True if the device in *slot* can be taken out: one that has the slot for itself."""
-        return slot in self._coming_and_going and len(self.occupants(slot)) == 1
-
-    @property
-    def _coming_and_going(self) -> Iterable[int]:
-        return self._controller.slots if self._controller is not None else ()
-
-    def check_arrival(self, address: str | None, /) -> None:
-        """See :class:`~cardcage.device.HotplugBus`."""
-        if self._controller is None:
-            raise StateError("the PCI bus of this machine has no hot-plug controller: add devices before it starts")
-        where = self._choose(address)
-        if where & 7 or self.occupants(where >> 3) or where >> 3 not in self._coming_and_going:
-            slots = [f"{one:02x}.0" for one in self._coming_and_going if not self.occupants(one)]
-            raise ConfigError(
-                f'address "{address}": while the machine runs, a device goes into an empty slot '
-                f"({f'{slots[0]} to {slots[-1]}' if slots else 'there is none'})",
-                key="address",
-            )
-
-    def arrived(self, device: Any, /) -> None:
-        """See :class:`~cardcage.device.HotplugBus`."""
-        if self._controller is not None:
-            self._controller.arrived(self._function(device).address >> 3)
-
-    def request_removal(self, device: Any, /) -> None:
-        """See :class:`~cardcage.device.HotplugBus`."""
-        function = self._function(device)
-        if self._controller is None or not self.removable(function.address >> 3):
-            why = "the bus has no hot-plug controller" if self._controller is None else "its slot is not its own"
-            raise StateError(f'device "{function.slot.id}" at {self.place_of(device)} cannot be taken out: {why}')
-        self._controller.leaving(function.address >> 3)
-
-    def place_of(self, device: Any, /) -> str | None:
-        """Where *device* is, as ``05.0``; None for the hot-plug controller."""
-        if device is self._controller:
-            return None
-        address = self._function(device).address
-        return f"{address >> 3:02x}.{address & 7}"
-
-    def _function(self, device: Any) -> Function:
-        found = next((one for one in self.functions.values() if one.device is device), None)
-        if found is None:
-            raise StateError("the device is no function of the PCI bus")
-        return found
 
     # configuration space
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ class Board:
         self.lines = self.wiring.lines
         self.devices: dict[str, PluggedDevice] = {}
         self.changed = threading.Condition(life.lock)
-        """Notified when a device was taken out."""
+        """Notified when a device was taken out, after :attr:`taken_out` was called."""
+        self.taken_out: Callable[[], None] = lambda: None
         self.services = Services()
         self._image: BootImage | None = None
         self.choose_ops()
@@ -176,6 +177,7 @@ class Board:
             self.unplug(one.id)
         self.may_unplug(self.devices[id])
         self._take_out(self.devices.pop(id))
+        self.taken_out()
         self._observers.emit("device", id, False)
         self.changed.notify_all()
 
@@ -187,10 +189,11 @@ class Board:
 
     def _take_out(self, plugged: PluggedDevice) -> None:
         try:
-            with closing(plugged.slot):
+            with ExitStack() as end:
+                end.callback(plugged.slot.close)
+                if has(plugged.carrier, DetachingBus):
+                    end.callback(plugged.carrier.detach, plugged.device)
                 if "unplug" in plugged.abilities:
                     plugged.device.unplug()
-                if has(plugged.carrier, DetachingBus):
-                    plugged.carrier.detach(plugged.device)
         except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
             self.log.error("unplug failed", who=plugged.who, error=in_words(error))

@@ -99,18 +99,18 @@ class Plugging:
         slot.host.sealed = self._host.sealed if late else ""
         who = f'device "{name}" (card {offer.card}, {offer.distribution})'
         factory = offer.load()
-        device = None
+        device, attached = None, False
         try:
             device = place.blamed(who, lambda: factory(options) if options is not None else factory())
             abilities = abilities_of(device, who)
             tell_near_misses(device, ABILITIES.values(), who, board.log)
             slot.ranges.bind(device, config, offer)
-            if carrier is not None:
+            if attached := carrier is not None:
                 place.blamed(who, lambda: carrier.attach(device, slot, address))
             if "plug" in abilities:
                 place.blamed(who, lambda: device.plug(slot))
         except BaseException:
-            if has(carrier, DetachingBus):
+            if attached and has(carrier, DetachingBus):
                 carrier.detach(device)
             slot.close()
             raise
