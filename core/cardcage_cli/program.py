@@ -22,6 +22,7 @@ from cardcage_cli.arguments import (
     timeout_of,
 )
 from cardcage_cli.early import VARIABLE, early_security
+from cardcage_cli.leaving import detach
 from cardcage_cli.running import STRAYS, SWITCH_INTERVAL, report, run_machine, threads_watched
 from cardcage_cli.streams import open_standard_streams
 
@@ -209,6 +210,8 @@ def run_command(host: Host, arguments: Namespace) -> int:
 
     if not arguments.file and arguments.boot_kernel is None:
         raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
+    if (status := detach(host, arguments)) is not None:
+        return status
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
     with uncollected(host):

@@ -25,6 +25,7 @@ NEEDS = {
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
+    "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
