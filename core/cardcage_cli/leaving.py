@@ -27,7 +27,7 @@ KEY = "cardcage_cli.leavinging"
 
 
 class Detaching:
-    """What becomes of a process's streams once its machine runs.
+    """The streams of a process that is left, once its machine runs.
 
     Attributes:
         asked: ``--detach`` was given, and this is the machine's own process.
@@ -73,7 +73,7 @@ class Detaching:
 
 
 def detaching(host: Host) -> Detaching:
-    """What a host's command does about ``--detach``."""
+    """The state of ``--detach`` in a host's command."""
     found: Detaching = host.share(KEY, Detaching)
     return found
 

@@ -38,7 +38,7 @@ HEAD = struct.Struct("<BBHI")
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """The kinds of frames."""
 
     DATA = 1
     """Bytes of a stream."""
@@ -49,9 +49,9 @@ class Kind(IntEnum):
     SIGNAL = 4
     """A signal for what runs: its number, 1 byte."""
     RESULT = 5
-    """What came of it: a table."""
+    """The end: a table."""
     ERROR = 6
-    """What went wrong: ``class`` and ``desc``."""
+    """The end by an error: ``class`` and ``desc``."""
     CREDIT = 7
     """So many more bytes of a stream may be sent: 4 bytes, little-endian."""
 
@@ -185,7 +185,7 @@ class Conversation(_Peer):
         peer.settimeout(None)
 
     def result(self, frame: Frame | None) -> dict[str, Any]:
-        """What the last frame says. Raises what went wrong there, HostError where the machine hung up."""
+        """The table of the last frame. Raises what went wrong there, HostError where the machine hung up."""
         if frame is None:
             raise HostError(f"machine {self._entry.name} (pid {self._entry.pid}) hung up")
         try:

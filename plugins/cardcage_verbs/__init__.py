@@ -6,9 +6,11 @@ Each verb is a command of the command line, and a command that a running machine
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, ClassVar
 
 from cardcage.hookspecs import hookimpl
+from cardcage.registry import Offer
 from cardcage_fleet import ControlOffer, SessionOffer
 
 if TYPE_CHECKING:
@@ -26,9 +28,24 @@ COMMANDS = {
     "console": "attach this terminal to a machine's console",
     "exec": "run a command in a machine's guest, by the agent there",
     "logs": "show what a machine wrote on its console, and what was said of it",
+    "completion": "print completions for a shell: of commands, flags, files and names of machines",
+    "man": "show the manual pages, or write them",
 }
-MODULES = {"ps": "listing", "console": "console", "exec": "execute", "logs": "logs"}
+MODULES = {
+    "ps": "listing",
+    "console": "console",
+    "exec": "execute",
+    "logs": "logs",
+    "completion": "shell",
+    "man": "shell",
+}
 CONTROLS = ("stop", "shutdown", "kill", "pause", "resume", "inspect")
+
+
+class ProcessOffer(Offer):
+    """The keys of ``[policy.process]``, a table of the machine's own process."""
+
+    kind: ClassVar[str] = "process"
 
 
 @hookimpl
@@ -39,6 +56,8 @@ def cardcage_register(registry: Registry) -> None:
         registry.command(name, f"{place}:run_{name}", configure=f"{place}:configure_{name}", help=text)
     for name in CONTROLS:
         registry.add(ControlOffer(name, f"cardcage_verbs.machine:{name}", help=COMMANDS[name]))
+    registry.policy_key("process", help="cpus, nice and cgroup of the machine's process")
+    registry.add(ProcessOffer("process", None, options="cardcage_verbs.process:ProcessOptions"))
     registry.add(SessionOffer("console", "cardcage_verbs.machine:console", help="the console: its output, and typing"))
     registry.add(SessionOffer("exec", "cardcage_verbs.running:execute", help="a command in the guest"))
     registry.backend(
@@ -51,12 +70,25 @@ def cardcage_register(registry: Registry) -> None:
     )
 
 
+@hookimpl(tryfirst=True)  # the roster says which control group it is in
+def cardcage_admit(machine: Machine) -> None:
+    """Give the machine's process its CPUs, niceness and control group."""
+    if "process" in machine.config.policy:
+        from cardcage_verbs.process import apply
+
+        apply(machine)
+
+
 @hookimpl(tryfirst=True)  # the console is connected before others look at it
 def cardcage_built(machine: Machine) -> None:
-    """Give the words and the console of a machine that is left running (``--detach``) a file."""
+    """Give the words and the console of a machine that is left running (``--detach``) a file; tell systemd of it."""
     from cardcage_cli import detaching
 
     if (leaving := detaching(machine.host)).asked:
         from cardcage_verbs.keep import keep_log
 
         keep_log(machine, leaving)
+    if machine.host.owns_process and os.environ.get("NOTIFY_SOCKET"):
+        from cardcage_verbs.notify import notify
+
+        notify(machine)

@@ -63,7 +63,7 @@ def run_logs(host: Host, arguments: Namespace) -> int:
 
 
 def pieces(path: Path, follow: str | None) -> Iterator[bytes]:
-    """What is in a log, the older file first; then what comes, until the machine *follow* runs no more."""
+    """The contents of a log, the older file first; then what comes, until the machine *follow* runs no more."""
     with suppress(FileNotFoundError):
         yield Path(f"{path}.1").read_bytes()
     file: BinaryIO = path.open("rb")
@@ -85,7 +85,7 @@ def pieces(path: Path, follow: str | None) -> Iterator[bytes]:
 
 
 def rest(file: BinaryIO) -> Iterator[bytes]:
-    """What is left of a file."""
+    """The pieces that are left of a file."""
     while data := file.read(1 << 16):
         yield data
 

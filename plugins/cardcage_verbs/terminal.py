@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import struct
 import sys
@@ -22,7 +21,7 @@ __all__ = ["DETACHED", "Terminal", "is_terminal", "size"]
 
 PIECE = 16384
 DETACHED = object()
-"""What :meth:`Terminal.run` gives when its user left by the key."""
+"""The result of :meth:`Terminal.run` when its user left by the key."""
 
 
 def is_terminal() -> bool:
@@ -31,9 +30,13 @@ def is_terminal() -> bool:
 
 
 def size() -> tuple[int, int]:
-    """Rows and columns of the terminal."""
-    found = shutil.get_terminal_size()
-    return max(found.lines, 1), max(found.columns, 1)
+    """Rows and columns of the terminal, 24 and 80 for one that does not say."""
+    for fd in (1, 0):
+        with suppress(OSError):
+            found = os.get_terminal_size(fd)
+            if found.lines and found.columns:
+                return found.lines, found.columns
+    return 24, 80
 
 
 class Terminal:
