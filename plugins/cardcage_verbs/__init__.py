@@ -6,7 +6,6 @@ Each verb is a command of the command line, and a command that a running machine
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, ClassVar
 
 from cardcage.hookspecs import hookimpl
@@ -82,6 +81,8 @@ def cardcage_admit(machine: Machine) -> None:
 @hookimpl(tryfirst=True)  # the console is connected before others look at it
 def cardcage_built(machine: Machine) -> None:
     """Give the words and the console of a machine that is left running (``--detach``) a file; tell systemd of it."""
+    import os
+
     from cardcage_cli import detaching
 
     if (leaving := detaching(machine.host)).asked:

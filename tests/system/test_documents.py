@@ -366,6 +366,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(6)),
         python(prepare=lambda reader, one: fetch(reader)),
     ),
+    "verbs.md": (shell(prepare=lambda reader, one: fetch(reader)), machine(BASE.format("off.bin"))),
     "virtio.md": (shell(prepare=shared),),
     "writing-a-card.md": (elsewhere("tests/plugins/test_writing_a_card.py"),) * 10,
 }
