@@ -213,6 +213,8 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
     machine: dict[str, Any] = {} if "machine.name" in said else {"name": plan.name}
     console: dict[str, Any] = {"type": "linux-console"}
     if plan.command is not None:
+        if "machine.stop_timeout" not in said:
+            machine["stop_timeout"] = 0  # a command is ended, not asked to shut its guest down
         console |= {"token": plan.token, "fd": 2}
         channel = {"type": "exec-stream", "token": plan.token, "status": status}
         draft.add(

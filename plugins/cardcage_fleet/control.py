@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Door", "command", "find", "raised"]
 
 SUFFIX = ".control"
+DESCRIPTORS = 4
+"""Descriptors that may come with a request."""
 CALLERS = 8
 """Commands that are heard at once; more are hung up on."""
 SESSIONS = 32
@@ -80,7 +82,7 @@ class Door:
 
         session = Session(caller)
         try:
-            line = heard(caller, MOST, PATIENCE)
+            line = heard(caller, MOST, PATIENCE, session.fds)
             caller.settimeout(PATIENCE)
             self._answer(line, session)
         except OSError:  # it went away, or says nothing: its own loss
@@ -158,16 +160,32 @@ class Door:
                 thread.join(max(until - time.monotonic(), 0) if how == SHUT_RD else None)
 
 
-def heard(peer: socket.socket, most: int, patience: float) -> bytes:
-    """A line from *peer*, without its end. Raises OSError (TimeoutError) when none comes, or one that is too long."""
+def heard(peer: socket.socket, most: int, patience: float, fds: list[int] | None = None) -> bytes:
+    """A line from *peer*, without its end. Raises OSError (TimeoutError) when none comes, or one that is too long.
+
+    Args:
+        fds: gets descriptors that came with it, a few; without, none is taken.
+    """
     until, line = time.monotonic() + patience, b""
     while not line.endswith(b"\n"):
         peer.settimeout(max(until - time.monotonic(), 0.001))
-        part = peer.recv(4096)
+        if fds is None:
+            part = peer.recv(4096)
+        else:
+            part, more = receive_fds(peer)
+            fds += more
         line += part
-        if not part or len(line) > most or time.monotonic() > until:
+        if not part or len(line) > most or time.monotonic() > until or (fds is not None and len(fds) > DESCRIPTORS):
             raise TimeoutError("no whole line was said")
     return line[:-1]
+
+
+def receive_fds(peer: socket.socket) -> tuple[bytes, list[int]]:
+    """Some bytes, and descriptors that came with them, closed on exec. Raises OSError."""
+    import socket
+
+    part, more, _, _ = socket.recv_fds(peer, 4096, DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    return part, more
 
 
 def find(name: str) -> RosterEntry:

@@ -26,7 +26,7 @@ from cardcage_fleet.roster import connected, load
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from cardcage_fleet.roster import RosterEntry
 
@@ -115,11 +115,16 @@ class _Peer:
 
 
 class Session(_Peer):
-    """The machine's end, which a :class:`~cardcage_fleet.SessionOffer` is given. It begins with :meth:`begin`."""
+    """The machine's end, which a :class:`~cardcage_fleet.SessionOffer` is given. It begins with :meth:`begin`.
+
+    Attributes:
+        fds: descriptors that the caller sent with its request; what is left is closed at the end.
+    """
 
     def __init__(self, peer: socket.socket) -> None:
         super().__init__(peer)
         self.begun = False
+        self.fds: list[int] = []
         self._listener: threading.Thread | None = None
 
     def begin(self, **told: Any) -> None:
@@ -149,6 +154,8 @@ class Session(_Peer):
     def close(self) -> None:
         """Hang up, and wait for the listener."""
         self.hang_up()
+        while self.fds:
+            os.close(self.fds.pop())
         if self._listener is not None:
             self._listener.join()
 
@@ -171,9 +178,12 @@ class Conversation(_Peer):
         told: what the machine answered the request with.
     """
 
-    def __init__(self, peer: socket.socket, entry: RosterEntry, request: bytes) -> None:
+    def __init__(self, peer: socket.socket, entry: RosterEntry, request: bytes, fds: Sequence[int] = ()) -> None:
         super().__init__(peer)
         self._entry = entry
+        if fds:
+            send_fds(peer, request[:1], fds)
+            request = request[1:]
         peer.sendall(request)
         line = bytearray()
         while not line.endswith(b"\n"):
@@ -195,12 +205,22 @@ class Conversation(_Peer):
         return raised({"return": table} if frame.kind is Kind.RESULT else {"error": table}, self._entry)
 
 
+def send_fds(peer: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    """Send *data* with descriptors. Raises OSError."""
+    import socket
+
+    socket.send_fds(peer, [data], list(fds))
+
+
 @contextmanager
-def converse(entry: RosterEntry, name: str, arguments: dict[str, Any], timeout: float = 120) -> Iterator[Conversation]:
+def converse(
+    entry: RosterEntry, name: str, arguments: dict[str, Any], timeout: float = 120, fds: Sequence[int] = ()
+) -> Iterator[Conversation]:
     """A session *name* with a machine. Raises what it raised there, HostError when the machine does not answer.
 
     Args:
         timeout: seconds until it has answered the request.
+        fds: descriptors for it, up to 4, by which a machine in its jail gets files that its caller opened.
     """
     request = json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n"
     try:
@@ -210,7 +230,7 @@ def converse(entry: RosterEntry, name: str, arguments: dict[str, Any], timeout: 
         raise HostError(f"machine {entry.name} (pid {entry.pid}) takes no command: {why}") from error
     with peer:
         try:
-            made = Conversation(peer, entry, request)
+            made = Conversation(peer, entry, request, fds)
         except (OSError, ValueError) as error:
             raise HostError(f"machine {entry.name} (pid {entry.pid}) takes no command: {error}") from error
         yield made

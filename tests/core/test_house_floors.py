@@ -35,6 +35,7 @@ NEEDS = {
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_cloudinit": set(),
     "cardcage_nbd": set(),
+    "cardcage_cdrom": {"cardcage_virtio", "cardcage_fleet"},  # discs of running machines
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
