@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class Disc:
-    """What lies in the drive.
+    """The disc in the drive.
 
     Attributes:
         image: the bytes. sectors: of 2048 bytes, a last one that is not whole included.
