@@ -147,7 +147,7 @@ class HasState(Protocol):
 
 
 class PowerButton(Protocol):
-    """Can tell the guest that its power button was pressed (ACPI)."""
+    """Can tell the guest that its power button was pressed (ACPI); in vain where its ``button_enabled`` is false."""
 
     def power_button(self) -> None: ...
 

@@ -415,14 +415,27 @@ class Machine(metaclass=_Makers):
         states = (State.RUNNING, State.PAUSED)
         self._life.transit("reset", states, partial(self._life.do_reset, "asked for by the host"))
 
-    def shutdown(self) -> None:
-        """Press the power button (ACPI): the guest may power itself off. Raises StateError without one."""
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Press the power button (ACPI): the guest may power itself off.
+
+        Args:
+            timeout: wait so many seconds for the end, then :meth:`stop`; a guest that would not hear the button is
+                stopped at once. By default, nobody waits.
+
+        Raises StateError unless it runs; without *timeout*, also for a machine that has no power button.
+        """
         if self.state is not State.RUNNING:
             raise StateError(f"cannot shut down: the machine is {self.state}")
-        if not (buttons := able(self.devices, "power-button")):
+        buttons = able(self.devices, "power-button")
+        if timeout is not None and not any(getattr(one, "button_enabled", True) for one in buttons):
+            return self.stop("the guest does not hear a power button")
+        if not buttons:
             raise StateError("no device of this machine has a power button; use stop()")
         self._allow("stop")
         self.loop.call_soon(buttons[0].power_button)
+        if timeout is not None and not self._life.await_end(timeout):
+            self.stop(f"the guest did not power off within {timeout:g} s")
+        return None
 
     def stop(self, why: str = "") -> None:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""

@@ -34,6 +34,10 @@ NEEDS = {
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
+    "cardcage_cloudinit": set(),
+    "cardcage_nbd": set(),
+    "cardcage_cdrom": {"cardcage_virtio", "cardcage_fleet"},  # discs of running machines
+    "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""

@@ -72,6 +72,11 @@ class AcpiPm:
         self.state.gpe_status |= 1 << number
         self._update()
 
+    @property
+    def button_enabled(self) -> bool:
+        """The guest asked to be told of the power button."""
+        return bool(self.state.enable & POWER_STS)
+
     def ticks(self) -> int:
         """PM timer ticks since the machine was built, not cut to 24 bits."""
         return self._clock.now() * FREQUENCY // SECOND
