@@ -22,6 +22,7 @@ NEEDS = {
     "cardcage_snapshot": set(),
     "cardcage_new": set(),
     "cardcage_jail": set(),
+    "cardcage_qmp": set(),
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
