@@ -115,6 +115,10 @@ class Control:
             return "guest-panicked"
         return "internal-error" if machine.outcome is None else "shutdown"
 
+    def linger(self) -> None:
+        """Wait until a peer has said ``quit``."""
+        self.quitted.wait()
+
     # events
 
     def emit(self, name: str, data: dict[str, Any] | None = None) -> None:

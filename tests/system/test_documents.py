@@ -360,9 +360,9 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "qemu.md": (
         machine(BASE.format("off.bin")),
         python(
-            after="from types import ModuleType\nfrom cardcage.host import Host\n"
-            "from cardcage_qmp.schema import table_of\n"
-            "card = ModuleType('card')\ncard.cardcage_register = cardcage_register\nwith Host([card]) as host:\n    table = table_of(host)\n"
+            "from types import ModuleType\nfrom cardcage.host import Host\nfrom cardcage_qmp.schema import table_of",
+            "card = ModuleType('card')\ncard.cardcage_register = cardcage_register\n"
+            "with Host([card]) as host:\n    table = table_of(host)\n"
             "assert 'x-greet' in table.commands and 'X_GREETED' in table.events",
         ),
     ),
