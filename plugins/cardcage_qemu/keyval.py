@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = ["Options", "parse", "size_of", "split"]
 
 MOST = 1 << 20
 DEEPEST = 16
+FRACTION = re.compile(r"[0-9]+\.[0-9]+")
 UNITS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
@@ -41,10 +43,9 @@ def size_of(text: str, unit: str = "b") -> int:
     try:
         number: int | float = int(word, 0) if word.lower().startswith("0x") else int(word)
     except ValueError:
-        try:
-            number = float(word)
-        except ValueError as error:
-            raise ValueError(f'expected a size such as 512M, got "{text}"') from error
+        if not FRACTION.fullmatch(word):
+            raise ValueError(f'expected a size such as 512M, got "{text}"') from None
+        number = float(word)
     found = int(number * (1 << UNITS[unit]))
     if found >= 1 << 63:
         raise ValueError(f'expected a size such as 512M, got "{text}"')

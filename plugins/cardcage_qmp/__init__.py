@@ -52,10 +52,10 @@ ABOUT = (
     "query_version query_commands query_qmp_schema query_status query_name query_uuid query_target query_kvm "
     "query_machines query_current_machine query_cpu_definitions query_cpus_fast query_hotpluggable_cpus "
     "query_iothreads query_memory_size_summary query_memory_devices query_memdev query_migrate query_jobs "
-    "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities"
+    "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities migrate_set_capabilities"
 )
 PARTS = (
-    "query_block query_named_block_nodes query_chardev query_balloon balloon "
+    "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon "
     "qom_list qom_get qom_list_types qom_list_properties device_list_properties"
 )
 FILES = "getfd closefd add_fd remove_fd query_fdsets"

@@ -75,7 +75,6 @@ MachineInfo = TypedDict(
         "hotpluggable-cpus": bool,
         "numa-mem-supported": bool,
         "deprecated": bool,
-        "default-cpu-type": NotRequired[str],
         "acpi": bool,
     },
 )
@@ -112,11 +111,19 @@ IoThreadInfo = TypedDict("IoThreadInfo", {"id": str, "thread-id": int})
 MemoryInfo = TypedDict("MemoryInfo", {"base-memory": int, "plugged-memory": NotRequired[int]})
 
 
+class MigrationCapabilityStatus(TypedDict):
+    """A capability, and whether it is on."""
+
+    capability: Literal["events"]
+    state: bool
+
+
 class Migration(TypedDict):
     """Nothing: no migration was asked for."""
 
 
 __all__ = [
+    "migrate_set_capabilities",
     "query_block_jobs",
     "query_commands",
     "query_cpu_definitions",
@@ -154,7 +161,6 @@ MACHINE_TYPES: tuple[MachineInfo, ...] = (
         "hotpluggable-cpus": False,
         "numa-mem-supported": False,
         "deprecated": False,
-        "default-cpu-type": f"max-{CPU}",
         "acpi": True,
     },
     {
@@ -163,7 +169,6 @@ MACHINE_TYPES: tuple[MachineInfo, ...] = (
         "hotpluggable-cpus": False,
         "numa-mem-supported": False,
         "deprecated": False,
-        "default-cpu-type": f"max-{CPU}",
         "acpi": False,
     },
 )
@@ -295,9 +300,15 @@ def query_migrate(session: Session) -> Migration:
     return {}
 
 
-def query_migrate_capabilities(session: Session) -> list[Any]:
-    """None."""
-    return []
+def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStatus]:
+    """Events, which say that a migration's state changes: there is none."""
+    return [{"capability": "events", "state": session.control.migration_events}]
+
+
+def migrate_set_capabilities(session: Session, capabilities: list[MigrationCapabilityStatus]) -> None:
+    """Switch them."""
+    for one in capabilities:
+        session.control.migration_events = one["state"]
 
 
 def query_jobs(session: Session) -> list[Any]:

@@ -79,7 +79,7 @@ class Control:
         self.lock = threading.Lock()
         self.peers: list[Peer] = []
         self.began, self.quitted = threading.Event(), threading.Event()
-        self.held = self.lingers = False
+        self.held = self.lingers = self.migration_events = False
         self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
         self.fdsets: dict[int, list[tuple[int, str]]] = {}
         self._why: Cause | None = None
@@ -166,7 +166,7 @@ class Control:
 
     def _waiting(self, device: str, why: str) -> None:
         plugged = self.machine.devices[device]
-        options = getattr(plugged.device, "options", None)
+        options = getattr(inner(plugged.device), "options", None)
         if getattr(options, "rerror", "report") == "stop":
             return  # nobody knows which it was, and a guess would be believed
         self.emit(
@@ -193,6 +193,11 @@ class Control:
         with self.lock:
             if peer in self.peers:
                 self.peers.remove(peer)
+
+
+def inner(device: Any) -> Any:
+    """The card's own object, where *device* is the transport before it."""
+    return getattr(device, "device", device)
 
 
 def _has_kvm(machine: Machine) -> bool:

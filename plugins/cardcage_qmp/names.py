@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from cardcage.values import frozen
 
-__all__ = ["DEVICES", "Known", "qemu_name"]
+__all__ = ["DEVICES", "OBJECTS", "Known", "qemu_name"]
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -98,6 +98,20 @@ DEVICES: dict[str, Known] = {
 }
 """By QEMU's name. ``links`` are resolved by who has the command line."""
 
+OBJECTS: dict[str, tuple[str, dict[str, str]]] = {
+    "memory-backend-ram": ("memory-backend", {"size": "int", "share": "bool", "prealloc": "bool"}),
+    "memory-backend-memfd": ("memory-backend", {"size": "int", "share": "bool", "prealloc": "bool"}),
+    "memory-backend-file": (
+        "memory-backend",
+        {"size": "int", "share": "bool", "prealloc": "bool", "mem-path": "string"},
+    ),
+    "rng-random": ("rng-backend", {"filename": "string"}),
+    "rng-builtin": ("rng-backend", {}),
+    "secret": ("secret_common", {"data": "string", "file": "string"}),
+    "kvm-accel": ("accel", {}),
+    "tcg-accel": ("accel", {}),
+}
+"""What ``-object`` and ``-accel`` take: QEMU's parent type, and properties with their types."""
 OTHERS = {"i440fx": "i440FX-pcihost", "rtc": "mc146818rtc", "pic": "isa-i8259", "pit": "isa-pit", "hpet": "hpet"}
 
 

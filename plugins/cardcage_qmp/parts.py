@@ -8,8 +8,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 from cardcage.config import DeviceConfig
 from cardcage.machine import Machine, PluggedDevice
 
+from cardcage_qmp.control import inner
 from cardcage_qmp.errors import QmpError
-from cardcage_qmp.names import DEVICES, qemu_name
+from cardcage_qmp.names import DEVICES, OBJECTS, qemu_name
 from cardcage_qmp.session import Session
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "qom_list_types",
     "query_balloon",
     "query_block",
+    "query_blockstats",
     "query_chardev",
     "query_named_block_nodes",
 ]
@@ -60,6 +62,22 @@ BlockInfo = TypedDict(
         "io-status": NotRequired[Literal["ok", "failed", "nospace"]],
     },
 )
+
+
+class BlockDeviceStats(TypedDict):
+    """What a disk did since the machine was made."""
+
+    rd_bytes: int
+    wr_bytes: int
+    rd_operations: int
+    wr_operations: int
+    flush_operations: int
+    failed_rd_operations: int
+    failed_wr_operations: int
+    wr_highest_offset: int
+
+
+BlockStats = TypedDict("BlockStats", {"device": str, "node-name": str, "qdev": str, "stats": BlockDeviceStats})
 ChardevInfo = TypedDict("ChardevInfo", {"label": str, "filename": str, "frontend-open": bool})
 
 
@@ -88,6 +106,10 @@ class ObjectPropertyInfo(TypedDict):
     name: str
     type: str
     description: NotRequired[str]
+
+
+TYPE: tuple[ObjectPropertyInfo, ...] = ({"name": "type", "type": "string"},)
+"""What each object has. libvirt 9 crashes where a list of properties is empty."""
 
 
 def configured(machine: Machine, plugged: PluggedDevice) -> DeviceConfig | None:
@@ -131,7 +153,7 @@ def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceI
     return {
         "file": file,
         "node-name": alias(session, plugged.id),
-        "ro": bool(backend.info.readonly or getattr(plugged.device, "readonly", False)),
+        "ro": bool(backend.info.readonly or getattr(inner(plugged.device), "readonly", False)),
         "drv": known,
         "backing_file_depth": 0,
         "encrypted": False,
@@ -168,6 +190,27 @@ def query_block(session: Session) -> list[BlockInfo]:
 def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockDeviceInfo]:
     """The images of the disks."""
     return [node(session, plugged, backend) for plugged, backend in disks(session.machine)]
+
+
+def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:
+    """What the disks did, as far as their devices count it."""
+    found: list[BlockStats] = []
+    for plugged, _ in disks(session.machine):
+        if (counts := getattr(inner(plugged.device), "counts", None)) is None:
+            continue
+        stats: BlockDeviceStats = {
+            "rd_bytes": counts.read_bytes,
+            "wr_bytes": counts.written_bytes,
+            "rd_operations": counts.reads,
+            "wr_operations": counts.writes,
+            "flush_operations": counts.flushes,
+            "failed_rd_operations": counts.failed_reads,
+            "failed_wr_operations": counts.failed_writes,
+            "wr_highest_offset": 0,
+        }
+        name, qdev = alias(session, plugged.id), f"/machine/peripheral/{plugged.id}/virtio-backend"
+        found.append({"device": plugged.id, "node-name": name, "qdev": qdev, "stats": stats})
+    return found
 
 
 def query_chardev(session: Session) -> list[ChardevInfo]:
@@ -247,7 +290,7 @@ def tree(session: Session) -> dict[str, dict[str, tuple[str, Any]]]:
         found["/machine/peripheral"][plugged.id] = (f"child<{kind}>", None)
         mine: dict[str, tuple[str, Any]] = {"type": ("string", kind), "realized": ("bool", True)}
         known = DEVICES.get(kind)
-        options = getattr(plugged.device, "options", None)
+        options = getattr(inner(plugged.device), "options", None)
         for property, key in known.options.items() if known is not None else ():
             if hasattr(options, key):
                 word = known.types.get(property, "str") if known is not None else "str"
@@ -283,11 +326,12 @@ def qom_get(session: Session, path: str, property: str) -> Any:
 
 
 def qom_list_types(session: Session, implements: str | None = None, abstract: bool = False) -> list[ObjectType]:
-    """The types of devices that ``cardcage-qemu -device`` takes."""
-    found: list[ObjectType] = [{"name": name, "parent": one.parent} for name, one in DEVICES.items()]
-    if implements is None or implements == "device":
-        return found
-    return [one for one in found if implements in (one["name"], one["parent"])]
+    """The types of what ``cardcage-qemu`` takes by ``-device`` and ``-object``."""
+    devices: list[ObjectType] = [{"name": name, "parent": one.parent} for name, one in DEVICES.items()]
+    objects: list[ObjectType] = [{"name": name, "parent": parent} for name, (parent, _) in OBJECTS.items()]
+    if implements == "device":
+        return devices
+    return [one for one in (*devices, *objects) if implements in (None, one["name"], one["parent"])]
 
 
 def device_list_properties(session: Session, typename: str) -> list[ObjectPropertyInfo]:
@@ -295,13 +339,23 @@ def device_list_properties(session: Session, typename: str) -> list[ObjectProper
     known = DEVICES.get(typename)
     if known is None:
         raise QmpError(f"Device '{typename:.100}' not found", "DeviceNotFound")
-    return [{"name": name, "type": known.types.get(name, "str")} for name in (*known.options, *known.links)]
+    found: list[ObjectPropertyInfo] = [*TYPE]
+    if known.parent == "virtio-pci":
+        found.append({"name": "addr", "type": "str"})
+    for one in (*known.options, *known.links):
+        found.append({"name": one, "type": known.types.get(one, "str")})
+    return found
 
 
 def qom_list_properties(session: Session, typename: str) -> list[ObjectPropertyInfo]:
     """As ``device-list-properties``; a machine's or CPU's type has none that can be set."""
     if typename in DEVICES:
         return device_list_properties(session, typename)
+    if typename in OBJECTS:
+        found: list[ObjectPropertyInfo] = [*TYPE]
+        for name, kind in OBJECTS[typename][1].items():
+            found.append({"name": name, "type": kind})
+        return found
     if typename.endswith(("-machine", "-x86_64-cpu")) or typename in ("memory-backend", "virtio-pci", "device"):
-        return []
+        return [*TYPE]
     raise QmpError(f"Class '{typename:.100}' not found", "DeviceNotFound")
