@@ -68,11 +68,23 @@ def run(host: Host, arguments: Namespace) -> int:
         print(said)
         return 0
     line = translate(words)
+    if line.bare:
+        line.accelerators = _first_usable(host, line.accelerators)
     tables = line.config()
     if arguments.dump_toml or len(words) < len(arguments.words):
         print(dump(tables, line.notes()), end="")
         return 0
     return _run(host, line, tables)
+
+
+def _first_usable(host: Host, names: list[str]) -> list[str]:
+    """The accelerator that QEMU would take, however slow it is: who asks a bare machine wants to know of that one."""
+    from cardcage.registry import AcceleratorOffer
+
+    registry = host.registry
+    there = registry.names(AcceleratorOffer)
+    usable = (one for one in names if one in there and registry.get(AcceleratorOffer, one).load()().probe().usable)
+    return [found] if (found := next(usable, None)) else names
 
 
 def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
