@@ -72,6 +72,7 @@ class Line:
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
+        warnings: lines about what is not quite what was asked for.
         freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
         console: standard input and output are the console's.
     """
@@ -97,6 +98,7 @@ class Line:
     firmware: dict[str, Any] = field(factory=dict)
     rtc: dict[str, str] = field(factory=dict)
     later: list[Callable[[], None]] = field(factory=list)
+    warnings: list[str] = field(factory=list)
     serials: int = 0
     freeze: bool = False
     linger: bool = False

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["OPTIONS"]
 
 PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
+Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 
 
@@ -27,8 +28,10 @@ def on_machine(line: Line, options: Options) -> None:
     options.harmless(dump_guest_core="", mem_merge="", hpet="on", sata="off", smbus="", pic="on", pit="on")
     if kind == "none":
         line.bare = True
+    elif kind is not None and Q35.fullmatch(kind):
+        line.warnings.append(f"-machine {kind}: the guest finds cardcage's pc, an i440FX, and no PCI Express")
     elif kind is not None and not PC.fullmatch(kind):
-        raise options.error(f"{kind}: cardcage has pc, an i440FX, and none")
+        raise options.error(f"{kind}: cardcage has pc, an i440FX, q35 as another name for it, and none")
     if (accelerators := options.take("accel")) is not None:
         for name in accelerators.split(":"):
             _accelerator(line, options, name)

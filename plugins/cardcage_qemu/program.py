@@ -71,6 +71,8 @@ def run(host: Host, arguments: Namespace) -> int:
     if line.bare:
         line.accelerators = _first_usable(host, line.accelerators)
     tables = line.config()
+    for one in line.warnings:
+        print(f"warning: {one}", file=sys.stderr, flush=True)
     if arguments.dump_toml or len(words) < len(arguments.words):
         print(dump(tables, line.notes()), end="")
         return 0
