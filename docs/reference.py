@@ -257,9 +257,10 @@ def python() -> str:
     for name in CALLS:
         text = text.replace(f"<!-- calls of {name} -->", calls(name))
     tree = ast.parse((ROOT / "plugins/cardcage_boot/debian.py").read_text())
-    (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == "debian")
-    made.args.args = []
-    text = text.replace("<!-- calls of debian -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
+    for name in ("debian", "host_root"):
+        (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == name)
+        made.args.args = []
+        text = text.replace(f"<!-- calls of {name} -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
     for name, place in (("errors", "plugins/cardcage_agent/errors.py"), ("outcome", "core/cardcage/outcome.py")):
         text = text.replace(f"<!-- classes of {name} -->", classes(place))
     return text

@@ -31,7 +31,7 @@ from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.config import Config, DeviceConfig, Draft
-from cardcage.errors import FAULTS, CardError, ConfigError, StateError, in_words, near
+from cardcage.errors import FAULTS, CardError, ConfigError, GuestError, StateError, in_words, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
 from cardcage.registry import VerbOffer
@@ -44,7 +44,22 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import VCpu
 
-__all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
+__all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "rename"]
+
+
+class GuestFailed(GuestError):
+    """A machine ended in another way than it should have: ``wait(check=True)``.
+
+    Attributes:
+        machine: its name. outcome: how it ended; ``str()`` has its words, for a panic those of the kernel.
+    """
+
+    def __init__(self, machine: str, outcome: outcomes.Outcome) -> None:
+        self.machine, self.outcome = machine, outcome
+        super().__init__(f"{machine}: {outcome}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.machine, self.outcome)
 
 
 def _dropped(machine: Machine) -> None:
@@ -342,11 +357,20 @@ class Machine(metaclass=_Makers):
         if not self._life.here:
             self._life.await_end()
 
-    def wait(self, timeout: float | None = None) -> outcomes.Outcome:
+    def wait(self, timeout: float | None = None, *, check: bool = False) -> outcomes.Outcome:
         """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
+
+        Args:
+            check: raise :exc:`GuestFailed` for a panic, a crash, a debug exit with another code than 0, and TimedOut.
 
         An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
         """
+        found = self._awaited(timeout)
+        if check and (found.code if isinstance(found, outcomes.DebugExit) else found.status):
+            raise GuestFailed(self.name, found)
+        return found
+
+    def _awaited(self, timeout: float | None) -> outcomes.Outcome:
         life = self._life
         if self.state is State.BUILT and not life.await_end(0):
             raise StateError("nothing to wait for: the machine was not started")

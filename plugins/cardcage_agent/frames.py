@@ -81,6 +81,10 @@ class Verb(IntEnum):
     TIME = 9
     SEED = 10
     PING = 11
+    READLINK = 12
+    SYMLINK = 13
+    FREEZE = 14
+    THAW = 15
 
 
 class Frame(NamedTuple):

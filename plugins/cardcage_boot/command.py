@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cardcage.config import Draft
     from cardcage.host import Host
 
-__all__ = ["COMMAND_LINE", "configure", "run"]
+__all__ = ["COMMAND_LINE", "configure", "given_kernel", "run"]
 
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
@@ -144,9 +144,7 @@ def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, share
     if arguments.exec is not None and arguments.initrd is not None:
         raise ConfigError("needs the init of cardcage's own initramfs: omit --initrd", file="--exec")
     shelf = Shelf(cache_root(), report.progress, report.say)
-    kernel = (
-        _given_kernel(arguments.kernel) if arguments.kernel is not None else shelf.kernel(refresh=arguments.refresh)
-    )
+    kernel = given_kernel(arguments.kernel) if arguments.kernel is not None else shelf.kernel(refresh=arguments.refresh)
     plan = Plan({"kernel": str(kernel.path)}, kernel.path.name, f"{kernel.release or kernel.path}   {kernel.source}")
     if arguments.kernel is None:
         plan.name = kernel.source.rpartition(" ")[2].lower()
@@ -170,7 +168,7 @@ def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, share
     return plan
 
 
-def _given_kernel(path: str) -> Kernel:
+def given_kernel(path: str) -> Kernel:
     """The kernel file a person gave; its modules are where its own tree, else this host, keeps those of its release."""
     release = linux_release(unpacked(open_file(path, "kernel")))
     if not release:

@@ -17,6 +17,14 @@ NEEDS = {
     "cardcage_conformance": {"cardcage_snapshot"},  # machines are saved and continued while eventfds are busy
     "cardcage_virtio": {"cardcage_pci"},
     "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
+    # guests of the first, and contracts that cards have with them
+    "cardcage_pytest": {
+        "cardcage_agent",
+        "cardcage_boot",
+        "cardcage_conformance",
+        "cardcage_fleet",
+        "cardcage_memory_policies",
+    },
     "cardcage_fleet": set(),
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": set(),
@@ -30,10 +38,15 @@ NEEDS = {
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
-KITS = {"cardcage_virtio/testing.py", "cardcage_memory_policies/testing.py", "cardcage_fleet/testing.py"}
-"""Contracts of a card's own, which may use the kit."""
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance"}
-"""The kernel, the command line, and the contracts of cards and of accelerators."""
+KITS = {
+    "cardcage_virtio/testing.py",
+    "cardcage_memory_policies/testing.py",
+    "cardcage_fleet/testing.py",
+    "cardcage_pytest/cards.py",
+}
+"""Contracts of a card's own, which may use the kit, and what runs them for strangers."""
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
+"""The kernel, the command line, the contracts of cards and of accelerators, and a plugin of pytest."""
 
 
 def rooms() -> dict[str, Path]:

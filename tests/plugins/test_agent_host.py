@@ -341,3 +341,51 @@ def test_another_link_finds_the_same_agent(tmp_path: Path) -> None:
         old._link.close()
     finally:
         agent.close()
+
+
+def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
+    """Files, directories and links come back as they were; what is there is kept, or refused on the way out."""
+    source = tmp_path / "source"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "deep" / "file").write_bytes(os.urandom(3 * WINDOW))
+    (source / "deep" / "file").chmod(0o750)
+    (source / "empty").write_bytes(b"")
+    (source / "out").symlink_to("/etc/passwd")
+    os.mkfifo(source / "fifo")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "kept").write_text("kept")
+    vm.put(source, there)
+    assert (there / "kept").read_text() == "kept"
+    vm.get(there, tmp_path / "back")
+    assert (tmp_path / "back" / "deep" / "file").read_bytes() == (source / "deep" / "file").read_bytes()
+    assert (tmp_path / "back" / "deep" / "file").stat().st_mode & 0o777 == 0o750
+    assert os.readlink(tmp_path / "back" / "out") == "/etc/passwd"
+    assert sorted(os.listdir(tmp_path / "back")) == ["deep", "empty", "kept", "out"]
+    with pytest.raises(FileExistsError, match="exists"):
+        vm.get(there, tmp_path / "back")
+    with pytest.raises(AgentError, match="more than 1000 bytes"):
+        vm.get(there, tmp_path / "less", limit=1000)
+    assert sorted(one.name for one in tmp_path.iterdir() if one.name not in ("back", "source", "there")) == []
+    with pytest.raises(FileNotFoundError, match="'vm:/none'"):
+        vm.get("/none", tmp_path / "none")
+
+
+def test_symbolic_links(vm: Any, tmp_path: Path) -> None:
+    """Made and read, with the kernel's own errors."""
+    vm.files.symlink("target/of it", tmp_path / "link")
+    assert os.readlink(tmp_path / "link") == "target/of it"
+    assert vm.files.readlink(tmp_path / "link") == "target/of it"
+    with pytest.raises(FileExistsError):
+        vm.files.symlink("x", tmp_path / "link")
+    with pytest.raises(OSError, match="Invalid argument"):
+        vm.files.readlink(tmp_path)
+
+
+def test_what_cannot_be_frozen_says_so(vm: Any) -> None:
+    """The file systems of the kernel itself, and what is no directory."""
+    with pytest.raises(OSError, match="'vm:/proc'"):
+        vm.agent.freeze(["/proc"])
+    with pytest.raises(NotADirectoryError):
+        vm.agent.freeze(["/proc/version"])
+    assert vm.agent.freeze([]) == []

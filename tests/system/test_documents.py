@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ def elsewhere(test: str) -> Recipe:
         assert "from documents import" in (ROOT / test).read_text()
 
     return recipe
+
+
+def with_pytest(reader: Reader, _: Block) -> None:
+    """The program of that name."""
+    program = reader.home.parent / "bin" / "pytest"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pytest "$@"\n')
+    program.chmod(0o755)
+
+
+def tests_of_a_guest(reader: Reader, one: Block) -> None:
+    """Run by pytest, as a module of tests."""
+    fetch(reader)
+    reader.write("test_page.py", one.text)
+    reader.run("python -m pytest -q test_page.py")
 
 
 def with_card(name: str, prepare: Recipe | None = None) -> Recipe:
@@ -373,7 +388,12 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
         *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(6)),
-        python(prepare=lambda reader, one: fetch(reader)),
+        *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(2)),
+    ),
+    "pytest.md": (
+        tests_of_a_guest,
+        python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),
+        shell(prepare=with_pytest),
     ),
     "virtio.md": (shell(prepare=shared),),
     "writing-a-card.md": (elsewhere("tests/plugins/test_writing_a_card.py"),) * 10,

@@ -270,7 +270,7 @@ static void begin(struct call *call)
 	call->state = LIVE;
 	if (call->verb == RUN)
 		run(call, &request, strings);
-	else if (call->verb >= READ && call->verb <= PING)
+	else if (call->verb >= READ && call->verb <= THAW)
 		begin_file(call, &request, strings);
 	else
 		finish(call, -EINVAL, RESOURCES);
