@@ -31,6 +31,8 @@ NEEDS = {
     "cardcage_snapshot": set(),
     "cardcage_new": set(),
     "cardcage_jail": set(),
+    "cardcage_qmp": set(),
+    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},

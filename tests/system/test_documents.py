@@ -400,6 +400,15 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             "slot.close()",
         ),
     ),
+    "qemu.md": (
+        machine(BASE.format("off.bin")),
+        python(
+            "from types import ModuleType\nfrom cardcage.host import Host\nfrom cardcage_qmp.schema import table_of",
+            "card = ModuleType('card')\ncard.cardcage_register = cardcage_register\n"
+            "with Host([card]) as host:\n    table = table_of(host)\n"
+            "assert 'x-greet' in table.commands and 'X_GREETED' in table.events",
+        ),
+    ),
     "selinux.md": (
         python("callback = print", "assert policy.compute_create", contexts),
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
