@@ -15,7 +15,7 @@ from cardcage.security import Act, Mediator
 from cardcage_fork import checkpoint, fork
 from cardcage_fork.plan import refuse
 from cardcage_fork.wire import pack_error, pack_value, raise_error, unpack_value
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(VALUES)
 def test_values_pass_between_processes(value: Any) -> None:
     """Each value comes out as it went in."""
@@ -162,6 +163,7 @@ ANSWERS = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(ANSWERS)
 def test_an_answer_may_be_anything(packed: Any) -> None:
     """What a copy's process says is a value, or an error of ours or the system's, whatever it is."""

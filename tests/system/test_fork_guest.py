@@ -141,7 +141,7 @@ def test_a_disk_is_the_copys_own(vm: Machine, disk: Path) -> None:
         copy.run(f"echo three | dd of={disk_of} seek=1 bs=512 conv=sync,fsync", check=True)
         for one, first, second in ((vm, b"two", b""), (copy, b"one", b"three")):
             one.run("echo 3 >/proc/sys/vm/drop_caches")
-            data = one.run(f"dd if={disk_of} bs=512 count=2 iflag=direct").stdout
+            data = one.run(f"dd if={disk_of} bs=512 count=2", check=True).stdout
             assert (data[:512].strip(b"\n\0"), data[512:].strip(b"\n\0")) == (first, second)
         assert sorted(os.listdir(disk.parent)) == before
 
