@@ -373,6 +373,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         ),
     ),
     "qemu.md": (
+        lambda reader, one: reader.console(one.text),
         machine(BASE.format("off.bin")),
         python(
             "from types import ModuleType\nfrom cardcage.host import Host\nfrom cardcage_qmp.schema import table_of",
