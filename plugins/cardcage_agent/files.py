@@ -13,6 +13,7 @@ from attrs import frozen
 from cardcage_agent.errors import AgentError, AgentTimeout
 from cardcage_agent.frames import WINDOW, Verb
 from cardcage_agent.process import LIMIT, REQUEST, guest_error, strings
+from cardcage_agent.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -166,6 +167,22 @@ class Files:
             return False
         return True
 
+    def watch(self, path: Name, *, timeout: float | None = SILENCE) -> Watch:
+        """Changes of a file, or of what is in a directory, from now on: an iterator of ``FileEvent``.
+
+        It is inotify(7)'s: not of what is deeper, and 256 KiB of events that nobody takes are kept, then as many as the
+        guest's kernel keeps.
+        """
+        call = self._call(Verb.WATCH, strings(os.fspath(path)))
+        try:
+            self._ask(Verb.PING, "", timeout)  # after whose answer it has begun
+            if call.over:
+                self._check(call, path)
+        except BaseException:
+            self._link.cancel(call)
+            raise
+        return Watch(self._link, call, self.name_of(path))
+
     def rename(self, source: Name, target: Name, *, timeout: float | None = SILENCE) -> None:
         """Rename, as rename(2): a file that was *target* is replaced."""
         self._ask(Verb.RENAME, source, timeout, strings(os.fspath(target)))
@@ -205,7 +222,7 @@ class Files:
 
     def _call(self, verb: Verb, names: bytes, flags: int = 0, mode: int = 0) -> Call:
         return self._link.call(
-            verb, REQUEST.pack(flags, mode, 0) + names, (1,) if verb in (Verb.READ, Verb.LIST) else ()
+            verb, REQUEST.pack(flags, mode, 0) + names, (1,) if verb in (Verb.READ, Verb.LIST, Verb.WATCH) else ()
         )
 
     def _ask(

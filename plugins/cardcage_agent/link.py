@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
     from cardcage.device import Slot
 
-__all__ = ["Call", "Inbox", "Link", "open_link"]
+__all__ = ["Call", "Inbox", "Link", "nobody", "open_link"]
 
 QUEUE = 1 << 18
 """Bytes that wait for their turn to the guest before who has more to say waits too."""
 GREETING = b"cardcage"
-PIECE = LINK // 4 - 12
+PIECE = PAYLOAD_MAX
 """Bytes of stream 0 in one frame, so that several are on their way at once."""
 ERRNO_MAX = 4095
 
 
-def _nobody(*_: object) -> None:
+def nobody(*_: object) -> None:
     """Nobody listens."""
 
 
@@ -119,7 +119,7 @@ class Link:
         self._ready = self._asked = False
         self._failure: CardcageError | None = None
         self._received: Callable[[bytes], None] | None = None
-        self.on_run: Callable[[Any, Any], object] = _nobody
+        self.on_run: Callable[[Any, Any], object] = nobody
 
     @property
     def machine(self) -> str:

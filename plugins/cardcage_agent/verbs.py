@@ -16,17 +16,20 @@ from cardcage.security import OPERATOR, Act
 from cardcage_agent.errors import AgentError
 from cardcage_agent.files import SILENCE, Files
 from cardcage_agent.frames import Verb
+from cardcage_agent.link import nobody as _nobody
 from cardcage_agent.process import LIMIT, PATIENCE, REQUEST, Popen, guest_error, strings
 from cardcage_agent.trees import get_file, get_tree, put_file, put_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Self
 
     from cardcage.host import Host
 
+    from cardcage_agent.aio import Aio
     from cardcage_agent.link import Link
     from cardcage_agent.process import Command
+    from cardcage_agent.qga import Qga
 
 __all__ = ["Agent", "Machine", "Verbs", "link_of"]
 
@@ -152,6 +155,20 @@ class Verbs:
         return Agent(self)
 
     @property
+    def aio(self: Any) -> Aio:
+        """The calls that wait, for ``await`` under asyncio and trio."""
+        from cardcage_agent.aio import Aio
+
+        return Aio(self)
+
+    @property
+    def qga(self: Any) -> Qga:
+        """QEMU's guest agent, in a guest that runs that in place of ours, or besides."""
+        from cardcage_agent.qga import Qga
+
+        return Qga(self)
+
+    @property
     def files(self: Any) -> Files:
         """The guest's files."""
         return Files(link_of(self, "files", None))
@@ -210,6 +227,7 @@ class Verbs:
         cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
         limit: int = LIMIT,
+        _started: Callable[[Popen], object] = _nobody,
     ) -> CompletedProcess[Any]:
         """Run a command in the guest and wait for its end, as :func:`subprocess.run`; both outputs are captured.
 
@@ -233,6 +251,7 @@ class Verbs:
                 timeout,
                 began,
                 limit,
+                _started,
                 stdout=stdout,
                 stderr=stderr,
                 text=text,
@@ -327,11 +346,13 @@ def _ran(
     timeout: float | None,
     began: float,
     limit: int,
+    started: Callable[[Popen], object],
     **keys: Any,
 ) -> CompletedProcess[Any]:
     """Run a command; *keys* are those of :class:`~cardcage_agent.process.Popen`."""
     __tracebackhide__ = True
     process = Popen(link, args, stdin=PIPE if input is not None else None, timeout=_left(timeout, began), **keys)
+    started(process)
     try:
         out, err = process.communicate(input, _left(timeout, began), limit=limit)
     except TimeoutExpired as late:

@@ -114,6 +114,7 @@ def enter(machine: Machine) -> None:
     if "seccomp" not in missing:
         seccomp.confine(children(), needs.sockets)
     machine.host.share("jail:entered", dict)["entered"] = True
+    machine.host.sealed = "the process is in its jail, and opens nothing that it was not started with"
 
     def told() -> None:
         for call in refusals.read():

@@ -119,11 +119,26 @@ def test_a_tree_comes_back(vm: TypedMachine, tmp_path: Path) -> None:
     assert vm.run("cat /srv/again/link", text=True).stdout == "one\n"
 
 
+def check_qemus_agent(vm: TypedMachine) -> None:
+    """Debian's agent, on the port that it knows: the time, a program, and a file of several pieces both ways."""
+    found = vm.run("grep -lx org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name", text=True, check=True).stdout
+    words = ["/usr/sbin/qemu-ga", "-p", f"/dev/{found.split('/')[-2]}", "-t", "/run", "-f", "/run/qga.pid"]
+    with vm.popen(words) as process:
+        vm.qga.set_time(1_000_000_000)
+        assert vm.qga.run(["/bin/date", "-u", "+%Y"], check=True).stdout == b"2001\n"
+        data = os.urandom(400_000)
+        vm.qga.write("/root/pieces", data)
+        assert vm.qga.read("/root/pieces") == vm.files.read("/root/pieces") == data
+        process.kill()
+
+
 def test_the_hosts_root_is_a_guests(kernel: Path, tmp_path: Path) -> None:
     """Its programs run there and its files are read; what the guest writes stays in the guest, but for a share."""
     (tmp_path / "given").write_text("given")
     inside = {"host": tmp_path, "kept": {"path": str(tmp_path), "readonly": True}}
-    with TypedMachine.host_root(memory="384M", accel="tcg", share=inside) as vm:
+    port = {"name": "org.qemu.guest_agent.0", "char": "qemu-agent"}
+    devices = [{"type": "virtio-console", "char": "null", "ports": [port]}]
+    with TypedMachine.host_root(memory="384M", accel="tcg", share=inside, devices=devices) as vm:
         vm.start()
         assert vm.files.read("/etc/passwd") == Path("/etc/passwd").read_bytes()
         script = "cat /mnt/host/given; echo of the guest > /etc/cardcage-test; echo back > /mnt/host/back"
@@ -131,6 +146,8 @@ def test_the_hosts_root_is_a_guests(kernel: Path, tmp_path: Path) -> None:
         assert done.stdout == "given"
         assert "/mnt/kept/x" in done.stderr
         assert vm.files.read("/etc/cardcage-test") == b"of the guest\n"
+        if Path("/usr/sbin/qemu-ga").exists():
+            check_qemus_agent(vm)
     assert not Path("/etc/cardcage-test").exists()
     assert sorted(os.listdir(tmp_path)) == ["back", "given"]
 

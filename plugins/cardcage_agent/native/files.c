@@ -122,6 +122,11 @@ void begin_file(struct call *call, struct request *request, struct strings strin
 		if (error >= 0 && SYS4(newfstatat, AT_FDCWD, path, &stat, 0) >= 0 && (stat.mode & S_IFMT) == S_IFDIR)
 			error = -EISDIR;
 		break;
+	case WATCH:
+		error = call->out[0] = (i32)SYS1(inotify_init1, O_CLOEXEC | O_NONBLOCK);
+		if (error >= 0)
+			error = SYS3(inotify_add_watch, call->out[0], path, IN_CHANGES);
+		break;
 	case LIST:
 		error = call->out[0] = open_at(path, O_RDONLY | O_DIRECTORY, 0);
 		break;

@@ -14,6 +14,7 @@ enum {
 	SYS_chdir = 80, SYS_rename = 82, SYS_mkdir = 83, SYS_symlink = 88, SYS_readlink = 89, SYS_fchmod = 91, SYS_umask = 95, SYS_setuid = 105, SYS_setgid = 106,
 	SYS_setsid = 112, SYS_setgroups = 116, SYS_rt_sigaction = 13, SYS_rt_sigprocmask = 14, SYS_getdents64 = 217,
 	SYS_clock_settime = 227, SYS_exit_group = 231, SYS_waitid = 247, SYS_openat = 257, SYS_newfstatat = 262,
+	SYS_inotify_add_watch = 254, SYS_inotify_init1 = 294,
 	SYS_unlinkat = 263, SYS_pipe2 = 293, SYS_getrandom = 318,
 };
 
@@ -29,6 +30,7 @@ enum {
 	CLONE_VM = 0x100, CLONE_PIDFD = 0x1000, CLONE_VFORK = 0x4000, SIGCHLD = 17, SIGKILL = 9, SIGPIPE = 13,
 	TIOCSWINSZ = 0x5414, TIOCSCTTY = 0x540E, TIOCSPTLCK = 0x40045431, TIOCGPTPEER = 0x5441,
 	FIFREEZE = 0xC0045877, FITHAW = 0xC0045878,
+	IN_CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800,
 	RNDADDENTROPY = 0x40085203, RNDRESEEDCRNG = 0x5207,
 	AF_NETLINK = 16, SOCK_DGRAM = 2, SOCK_CLOEXEC = 02000000, NETLINK_KOBJECT_UEVENT = 15,
 	GRND_INSECURE = 4, CLOCK_REALTIME = 0,
