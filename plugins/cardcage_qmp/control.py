@@ -34,14 +34,14 @@ Cause = Literal[
 
 
 class Shutdown(TypedDict):
-    """Whether the guest did it, and why it was done."""
+    """The end or reset: by the guest or not, and why."""
 
     guest: bool
     reason: Cause
 
 
 class GuestPanicked(TypedDict):
-    """What is done about it."""
+    """A panic, and the action upon it."""
 
     action: Literal["pause", "poweroff", "run"]
 
@@ -98,7 +98,7 @@ class Control:
         return found
 
     def because(self, why: Cause) -> None:
-        """What is about to happen has this reason: a peer asked for it."""
+        """Give what is about to happen this reason: a peer asked for it."""
         self._why = why
 
     @property
@@ -201,7 +201,7 @@ def inner(device: Any) -> Any:
 
 
 def _has_kvm(machine: Machine) -> bool:
-    """Whether this host can run a machine under KVM."""
+    """True where this host can run a machine under KVM."""
     if machine.accelerator.name == "kvm":
         return True
     offers = [one for one in machine.host.registry.offers(AcceleratorOffer) if one.name == "kvm"]

@@ -1,4 +1,4 @@
-"""What a command tells its peer, in QEMU's error classes."""
+"""Refusals that a command tells its peer, in QEMU's error classes."""
 
 from __future__ import annotations
 
