@@ -34,14 +34,14 @@ Cause = Literal[
 
 
 class Shutdown(TypedDict):
-    """The end or reset: by the guest or not, and why."""
+    """Its origin, the guest or not, and its reason."""
 
     guest: bool
     reason: Cause
 
 
 class GuestPanicked(TypedDict):
-    """A panic, and the action upon it."""
+    """The action that is taken."""
 
     action: Literal["pause", "poweroff", "run"]
 
@@ -98,7 +98,7 @@ class Control:
         return found
 
     def because(self, why: Cause) -> None:
-        """Give what is about to happen this reason: a peer asked for it."""
+        """Note the reason of what is about to happen: a peer asked for it."""
         self._why = why
 
     @property
@@ -201,7 +201,7 @@ def inner(device: Any) -> Any:
 
 
 def _has_kvm(machine: Machine) -> bool:
-    """True where this host can run a machine under KVM."""
+    """Whether this host can run a machine under KVM."""
     if machine.accelerator.name == "kvm":
         return True
     offers = [one for one in machine.host.registry.offers(AcceleratorOffer) if one.name == "kvm"]

@@ -65,7 +65,7 @@ BlockInfo = TypedDict(
 
 
 class BlockDeviceStats(TypedDict):
-    """Counts of a disk since the machine was made."""
+    """Counts of a disk's requests since the machine was made."""
 
     rd_bytes: int
     wr_bytes: int
@@ -193,7 +193,7 @@ def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockD
 
 
 def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:
-    """Counts of the disks whose devices keep them."""
+    """Counts of the disks' requests, as far as their devices count it."""
     found: list[BlockStats] = []
     for plugged, _ in disks(session.machine):
         if (counts := getattr(inner(plugged.device), "counts", None)) is None:
@@ -243,7 +243,7 @@ def query_chardev(session: Session) -> list[ChardevInfo]:
 
 
 def query_balloon(session: Session) -> BalloonInfo:
-    """Bytes that the balloon leaves the guest. Raises QmpError without one."""
+    """Memory that the balloon leaves the guest. Raises QmpError without one."""
     return {"actual": session.machine.config.machine.memory - inflated(session).size}
 
 
