@@ -365,23 +365,22 @@ class Machine(metaclass=_Makers):
 
         An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
         """
-        found = self._awaited(timeout)
-        if check and (found.code if isinstance(found, outcomes.DebugExit) else found.status):
-            raise GuestFailed(self.name, found)
-        return found
-
-    def _awaited(self, timeout: float | None) -> outcomes.Outcome:
         life = self._life
         if self.state is State.BUILT and not life.await_end(0):
             raise StateError("nothing to wait for: the machine was not started")
+        found: outcomes.Outcome | None
         if not life.await_end(timeout) and timeout is not None:
-            return outcomes.TimedOut(timeout)
-        if life.failure is not None:
+            found = outcomes.TimedOut(timeout)
+        elif life.failure is not None:
             life.told = True
             raise life.failure
-        if life.outcome is None:
+        else:
+            found = life.outcome
+        if found is None:
             raise StateError("the machine was closed")
-        return life.outcome
+        if check and (found.code if isinstance(found, outcomes.DebugExit) else found.status):
+            raise GuestFailed(self.name, found)
+        return found
 
     # its end
 
