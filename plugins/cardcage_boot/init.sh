@@ -54,6 +54,7 @@ drivers() {  # for each device id, the modules that drive it, in order
 . "$base/drivers"
 drivers  # buses and their transports first,
 drivers  # then what they carry
+[ ! -d /sys/module/virtio_scsi ] || modprobe sr_mod 2> /dev/null  # discs appear when their bus has been looked through
 
 options_of() { case $1 in 9p) echo trans=virtio,version=9p2000.L,msize=524288 ;; *) echo rw ;; esac; }
 enter() {  # go on in $1, TYPE:TAG of a share or a directory here, under a layer that keeps what is changed in memory
@@ -198,6 +199,14 @@ if [ -f /cardcage/exec ]; then
     mark end " $status" >&5
     settle 8 5 "$out"
 else
+    {  # the power button ends the guest
+        modprobe evdev
+        for name in /sys/class/input/event*/device/name; do
+            read -r is < "$name" && [ "$is" = "Power Button" ] || continue
+            event=${name#/sys/class/input/}
+            dd if="/dev/input/${event%%/*}" of=/dev/null bs=24 count=1 && sync && poweroff -f
+        done
+    } < /dev/null > /dev/null 2>&1 &
     [ "$rows" = 0 ] || stty -F /dev/console rows "$rows" cols "$cols"
     shell=sh
     [ "$base" = /cardcage ] || [ ! -x /bin/bash ] || shell=/bin/bash

@@ -72,7 +72,7 @@ def wanted(machine: Machine) -> str:
 
 
 def opened_later(machine: Machine) -> Needs:
-    """What ``security.open_later`` names, for files that nobody knows of yet. Raises ConfigError."""
+    """The paths that ``security.open_later`` names, for files that nobody knows of yet. Raises ConfigError."""
     place = machine.config.place("security.open_later")
     value = machine.config.guards.get("open_later", [])
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -114,6 +114,7 @@ def enter(machine: Machine) -> None:
     if "seccomp" not in missing:
         seccomp.confine(children(), needs.sockets)
     machine.host.share("jail:entered", dict)["entered"] = True
+    machine.host.sealed = "the process is in its jail, and opens nothing that it was not started with"
 
     def told() -> None:
         for call in refusals.read():
