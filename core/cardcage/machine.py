@@ -251,8 +251,11 @@ class Machine(metaclass=_Makers):
         if self.state is not State.BUILT:
             raise StateError(f"devices are added before the machine starts; it is {self.state}")
         self._allow("add")
+        added = DeviceConfig.from_table({"type": type, **keys}, Place())
         with self.lock:
-            return self._plugging.plug(DeviceConfig.from_table({"type": type, **keys}, Place()))
+            plugged = self._plugging.plug(added)
+        self.config = evolve(self.config, devices=(*self.config.devices, added))
+        return plugged
 
     def defer(self, callback: Callable[[], object], /) -> None:
         """Call *callback* once the machine is closed, or could not be built: what was deferred last is called first.

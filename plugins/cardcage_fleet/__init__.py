@@ -52,9 +52,16 @@ class ControlOffer(Offer):
     """A command to running machines (:mod:`cardcage_fleet.control`): ``factory(machine, arguments) -> dict``.
 
     Both are tables of JSON. It runs on a thread of its own, without the machine's lock.
+
+    Attributes:
+        files: it is ``factory(machine, arguments, files)``: *files* are descriptors that came along, closed afterwards.
     """
 
     kind: ClassVar[str] = "control"
+
+    def __init__(self, name: str, factory: Any, *, files: bool = False, help: str = "") -> None:
+        super().__init__(name, factory, help=help)
+        self.files = files
 
 
 @hookimpl

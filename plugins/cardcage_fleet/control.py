@@ -1,9 +1,10 @@
 """Commands to a running machine from other processes of its user: a socket beside the machine's entry on the roster.
 
 A request is one line of JSON, ``{"execute": NAME, "arguments": {...}}``, and so is its answer, ``{"return": {...}}`` or
-``{"error": {"class": ..., "desc": ...}}``; then the machine hangs up. Cards offer what there is to execute by a
-:class:`~cardcage_fleet.ControlOffer`. Before a command runs, the security checkers are asked whether the operator may
-``reach`` the machine and give this ``command``.
+``{"error": {"class": ..., "desc": ...}}``; then the machine hangs up. Open files may come with the request, for a
+command that takes some: so a machine in a jail writes where it could open nothing. Cards offer what there is to execute
+by a :class:`~cardcage_fleet.ControlOffer`. Before a command runs, the security checkers are asked whether the operator
+may ``reach`` the machine and give this ``command``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from socket import recv_fds, send_fds
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -26,6 +28,7 @@ from cardcage_fleet.roster import MOST, Roster, connected, is_ours, listening, l
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
     from cardcage.machine import Machine
 
@@ -40,6 +43,9 @@ PATIENCE = 5.0
 """Seconds that a caller may take to say its line."""
 ANSWER = 1 << 20
 """Bytes of an answer."""
+FILES = 200
+"""Descriptors that may come with a command."""
+MSG_CMSG_CLOEXEC = 0x40000000
 
 
 class Door:
@@ -66,25 +72,28 @@ class Door:
             thread.start()
 
     def _serve(self, caller: socket.socket) -> None:
+        files: list[int] = []
         try:
-            answer = self._answer(heard(caller, MOST, PATIENCE))
+            answer = self._answer(heard(caller, MOST, PATIENCE, files), files)
             caller.settimeout(PATIENCE)
             caller.sendall(answer.encode() + b"\n")
         except OSError:  # it went away, or says nothing: its own loss
             pass
         finally:
+            for fd in files:
+                os.close(fd)
             with self._lock:
                 self._callers.pop(threading.current_thread(), None)
                 caller.close()
 
-    def _answer(self, line: bytes) -> str:
+    def _answer(self, line: bytes, files: list[int]) -> str:
         try:
-            return self._execute(line)
+            return self._execute(line, files)
         except CardcageError as error:
             kind = next(one.__name__ for one in type(error).__mro__ if one.__name__ in errors.__all__)
             return json.dumps({"error": {"class": kind, "desc": str(error)}})
 
-    def _execute(self, line: bytes) -> str:
+    def _execute(self, line: bytes, files: list[int]) -> str:
         try:
             request = load(line)
         except ValueError as error:
@@ -99,8 +108,10 @@ class Door:
         machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
         machine.mediator.ask(Act(OPERATOR, HOST, "management", ("command",), facts), name)
         offer = machine.host.registry.get(ControlOffer, name)
+        if files and not offer.files:
+            raise UsageError(f'the command "{name}" takes no files')
         try:
-            found = offer.load()(machine, arguments)
+            found = offer.load()(machine, arguments, *([files] if offer.files else []))
             if not isinstance(found, dict):
                 raise TypeError(f"it answered {found!r:.40}, expected a table")
             return json.dumps({"return": found})
@@ -124,12 +135,21 @@ class Door:
             thread.join()
 
 
-def heard(peer: socket.socket, most: int, patience: float) -> bytes:
-    """A line from *peer*, without its end. Raises OSError (TimeoutError) when none comes, or one that is too long."""
+def heard(peer: socket.socket, most: int, patience: float, files: list[int] | None = None) -> bytes:
+    """A line from *peer*, without its end. Raises OSError (TimeoutError) when none comes, or one that is too long.
+
+    Descriptors that come with it are added to *files*, up to :data:`FILES`.
+    """
     until, line = time.monotonic() + patience, b""
     while not line.endswith(b"\n"):
         peer.settimeout(max(until - time.monotonic(), 0.001))
-        part = peer.recv(4096)
+        if files is None:
+            part = peer.recv(4096)
+        else:
+            part, more, _, _ = recv_fds(peer, 4096, FILES, MSG_CMSG_CLOEXEC)
+            files += more
+            if len(files) > FILES:
+                raise TimeoutError("too many files came along")
         line += part
         if not part or len(line) > most or time.monotonic() > until:
             raise TimeoutError("no whole line was said")
@@ -149,11 +169,14 @@ def find(name: str) -> RosterEntry:
     return found[0]
 
 
-def command(entry: RosterEntry, name: str, arguments: dict[str, Any], timeout: float = 60) -> dict[str, Any]:
-    """Have a machine execute *name*. Raises what it raised there, HostError when the machine does not answer."""
+def command(
+    entry: RosterEntry, name: str, arguments: dict[str, Any], timeout: float = 60, files: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Have a machine execute *name*, with open *files*. Raises what it raised there, HostError without an answer."""
     try:
         with connected(Path(entry.file).with_suffix(SUFFIX), timeout) as peer:
-            peer.sendall(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
+            line = json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n"
+            peer.sendall(line[send_fds(peer, [line], files) if files else 0 :])
             answer = load(heard(peer, ANSWER, timeout))
     except (OSError, ValueError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error

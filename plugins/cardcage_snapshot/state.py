@@ -2,23 +2,24 @@
 
 A card's state class may carry ``version: ClassVar[int]`` (1 without one) and follows one rule: fields are only added,
 with a default. So an older state loads into a newer card; a state with a field or version that this card does not know
-is refused, rather than loaded in part. RAM is not in here: how it is kept is a card's business (a file, a stream, a
-clone).
+is refused, rather than loaded in part. RAM is not in here: :mod:`cardcage_snapshot.creating` keeps it in a file.
 """
 
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import Factory, define
-from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, StateError, UsageError, in_words
 from cardcage.security import OPERATOR, Act
 from cardcage.x86 import VCpuState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
     from cattrs import Converter
 
@@ -109,12 +110,25 @@ def restore(machine: Machine, state: MachineState) -> None:
         if theirs != ours:
             raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
     with machine.lock:
-        ready = [(_stateful(machine)[id], _device_state(machine, id, saved)) for id, saved in state.devices.items()]
+        stateful = _stateful(machine)
+        ready = [(id, stateful[id], _device_state(machine, id, one)) for id, one in state.devices.items()]
         machine.clock.set(state.clock)  # first: devices find their next alarms by it
-        for device, loaded in ready:
-            device.load(loaded)
+        for id, device, loaded in ready:
+            _told(f'the state of device "{id}"', partial(device.load, loaded))
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
-        vcpu.set_state(registers)
+        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, registers))
+
+
+def _told(what: str, load: Callable[[], None]) -> None:
+    """Raise ConfigError for what does not take its state: a state is a file's, and the file may be anybody's."""
+    try:
+        load()
+    except (ConfigError, UsageError) as error:
+        raise ConfigError(f"{what} does not fit: {error}") from error
+    except CardcageError:
+        raise
+    except FAULTS as error:
+        raise ConfigError(f"{what} does not fit: {in_words(error)}") from error
 
 
 def _stateful(machine: Machine) -> dict[str, Any]:
@@ -150,5 +164,6 @@ def loads(text: str) -> MachineState:
     except Exception as error:  # a damaged file can be wrong in every way that json and cattrs know
         from cattrs import transform_error
 
-        what = str(error) if isinstance(error, json.JSONDecodeError) else "; ".join(transform_error(error))
+        plain = isinstance(error, json.JSONDecodeError | RecursionError)
+        what = str(error) if plain else "; ".join(transform_error(error))
         raise ConfigError(f"not a machine state: {what}") from error

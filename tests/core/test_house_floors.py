@@ -19,7 +19,7 @@ NEEDS = {
     "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
     "cardcage_fleet": set(),
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": set(),
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
