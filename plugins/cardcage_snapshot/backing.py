@@ -48,8 +48,8 @@ class SnapshotRam:
         try:
             there = os.fstat(fd).st_size
             if there != -(-size // PAGE) * PAGE:
-                where = str(path / self.options.file)
-                raise ConfigError(f"has {say_size(there)}: expected {say_size(size)}, the machine's memory", file=where)
+                sizes = f"has {say_size(there)}: expected {say_size(size)}, the machine's memory"
+                raise ConfigError(f"{path / self.options.file}: {sizes}")
             mapped = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(fd)

@@ -35,10 +35,9 @@ def ids_of(machine: Machine) -> list[str]:
 
 
 def tables_of(config: Config, ids: Sequence[str] = ()) -> dict[str, Any]:
-    """What :meth:`cardcage.config.Draft.add` takes, as JSON has it. Paths of files that are there become absolute.
+    """The tables that :meth:`cardcage.config.Draft.add` takes, as JSON has them; *ids* are those of the devices.
 
-    Args:
-        ids: of the devices, in their order.
+    Paths of files that are there become absolute. Raises ConfigError for what is no value of JSON.
     """
     machine = {
         one.name: _plain(value)

@@ -28,7 +28,12 @@ NEEDS = {
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
-KITS = {"cardcage_virtio/testing.py", "cardcage_memory_policies/testing.py", "cardcage_fleet/testing.py"}
+KITS = {
+    "cardcage_virtio/testing.py",
+    "cardcage_memory_policies/testing.py",
+    "cardcage_fleet/testing.py",
+    "cardcage_snapshot/testing.py",
+}
 """Contracts of a card's own, which may use the kit."""
 NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance"}
 """The kernel, the command line, and the contracts of cards and of accelerators."""

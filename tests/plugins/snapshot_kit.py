@@ -38,7 +38,7 @@ def counting(
 
 
 def count(vm: Machine) -> int:
-    """What it has counted to."""
+    """The number that it has counted to."""
     return int.from_bytes(vm.memory.read(COUNTER, 4), "little")
 
 

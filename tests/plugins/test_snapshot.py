@@ -51,8 +51,8 @@ def restored(where: Any, **keys: Any) -> Machine:
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_saved_machine_goes_on_many_times(tmp_path: Path, host: Host, compress: bool) -> None:
-    """What was saved goes on from the same count, twice at once and beside the machine it was saved from, which goes on
-    too; a snapshot of a restored machine goes on likewise, and its RAM has holes where that is zero."""
+    """A saved machine goes on from the same count, twice at once and beside the one that it was saved from, which goes
+    on too; a snapshot of a restored machine goes on likewise, and its RAM has holes where that is zero."""
     with counting(tmp_path, host, memory="64M", platform="pc") as vm:
         vm.start()
         counts_on(vm, 100)
