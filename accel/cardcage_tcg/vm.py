@@ -158,6 +158,10 @@ class TcgVm:
 
     # ---- the accelerator's seam ----
 
+    def cpuid(self, leaf: int, sub: int, /) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX that guests see, but for what depends on the processor and on what they set themselves."""
+        return self.model.leaf(leaf, sub, 0, cr4=0, apic=True, xcr0=1)
+
     def create_vcpu(self, index: int, /) -> TcgVCpu:
         mark_process()
         cpu = TcgVCpu(self, index)

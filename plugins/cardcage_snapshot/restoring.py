@@ -61,6 +61,7 @@ def restore(
     trust: bool = False,
     verify: bool = False,
     disks: str | os.PathLike[str] | None = None,
+    any_cpu: bool = False,
     start: bool = True,
     host: Host | None = None,
 ) -> M:
@@ -78,6 +79,7 @@ def restore(
         verify: read all of it first, and compare sums.
         disks: a directory where the disks' overlays stay; one that holds them already is gone on with. By default what
             the guest writes is thrown away with the machine.
+        any_cpu: go on also where the processor lacks features that the guest was told of.
         start: False for a machine that is built and waits for ``start(boot=False)`` and :func:`settle`.
         host: whose cards to use; by default a private one.
 
@@ -131,7 +133,7 @@ def restore(
         may_boot(vm, (made.boot or {}).get("table", {}))
         if not mapped:
             fill(vm.memory.ranges[0].block, folder, manifest.ram)
-        _load(vm, saved, folder.where(STATE))
+        _load(vm, saved, folder.where(STATE), any_cpu)
         if start:
             vm.start(boot=False)
             settle(vm, manifest.agent)
@@ -198,10 +200,10 @@ def _cards_there(host: Host, manifest: Manifest, path: Path) -> None:
             raise ConfigError(what, file=str(path)) from error
 
 
-def _load(vm: Machine, saved: MachineState, where: str) -> None:
+def _load(vm: Machine, saved: MachineState, where: str, any_cpu: bool) -> None:
     """Give the machine the state. Raises ConfigError that names the file; Denied."""
     try:
-        load_state(vm, saved)
+        load_state(vm, saved, any_cpu=any_cpu)
     except ConfigError as error:
         raise ConfigError(error.problem, file=where, key=error.key) from error
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import attrs
 from attrs import Factory, define
 from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, StateError, UsageError, in_words
 from cardcage.security import OPERATOR, Act
 from cardcage.x86 import VCpuState
+
+from cardcage_snapshot.processors import check_features, features_of, known_msrs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore"]
 
 VERSION = 1
+_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+"""Of the states that devices of a class save."""
 
 
 @define
@@ -45,6 +50,7 @@ class MachineState:
         cpu, features, irqchip, memory: the machine must be made with the same; memory in bytes.
         clock: guest time, nanoseconds.
         vcpus: in the order of their numbers. devices: by id, those that have state.
+        cpuid: words of features that the guest was told of (:mod:`cardcage_snapshot.processors`), empty where unknown.
     """
 
     cpu: str
@@ -55,6 +61,7 @@ class MachineState:
     devices: dict[str, DeviceState]
     features: dict[str, bool] = Factory(dict)
     version: int = VERSION
+    cpuid: list[int] = Factory(list)
 
 
 @cache
@@ -85,13 +92,17 @@ def capture(machine: Machine) -> MachineState:
         clock = machine.clock.now()
     wanted = machine.config.machine
     vcpus = [vcpu.get_state() for vcpu in machine.vcpus]
-    return MachineState(wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, dict(wanted.features))
+    features, cpuid = dict(wanted.features), features_of(machine.vm)
+    return MachineState(
+        wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, features=features, cpuid=cpuid
+    )
 
 
-def restore(machine: Machine, state: MachineState) -> None:
+def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> None:
     """Give *machine* (built or paused, its RAM already in place) the *state*.
 
-    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change.
+    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change. With
+    *any_cpu* the processor may lack features that the guest was told of.
     Raises StateError while it runs, ConfigError when the machines differ or a device refuses its state.
     """
     if machine.state not in ("built", "paused"):
@@ -109,6 +120,8 @@ def restore(machine: Machine, state: MachineState) -> None:
     ):
         if theirs != ours:
             raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
+    if not any_cpu:
+        check_features(state.cpuid, machine.vm)
     with machine.lock:
         stateful = _stateful(machine)
         ready = [(id, stateful[id], _device_state(machine, id, one)) for id, one in state.devices.items()]
@@ -116,7 +129,7 @@ def restore(machine: Machine, state: MachineState) -> None:
         for id, device, loaded in ready:
             _told(f'the state of device "{id}"', partial(device.load, loaded))
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
-        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, registers))
+        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, known_msrs(vcpu, registers, any_cpu=any_cpu)))
 
 
 def _told(what: str, load: Callable[[], None]) -> None:
@@ -137,7 +150,9 @@ def _stateful(machine: Machine) -> dict[str, Any]:
 
 def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
     plugged = machine.devices[id]
-    cls = type(plugged.device.save())
+    cls = _classes.get(type(plugged.device))
+    if cls is None:
+        cls = _classes[type(plugged.device)] = type(plugged.device.save())
     known = getattr(cls, "version", 1)
     if saved.type != plugged.type or saved.version > known:
         raise ConfigError(

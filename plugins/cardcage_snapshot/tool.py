@@ -59,6 +59,7 @@ def configure(parser: ArgumentParser) -> None:
     restore.add_argument("--trust", action="store_true", help="take the configuration of a snapshot of somebody else's")
     restore.add_argument("--verify", action="store_true", help="read all of it first, and compare sums")
     restore.add_argument("--disks", metavar="DIR", help="keep what the guest writes to its disks there")
+    restore.add_argument("--any-cpu", action="store_true", help="go on where the processor lacks features it had")
     restore.add_argument("--timeout", metavar="TIME", help="end the machine after this time (60s, 5m)")
     remove = acts.add_parser("rm", help="remove snapshots")
     remove.add_argument("snapshot", nargs="+", help=SNAPSHOT)
@@ -197,6 +198,7 @@ def _restore(host: Host, arguments: Namespace) -> int:
         trust=arguments.trust,
         verify=arguments.verify,
         disks=arguments.disks,
+        any_cpu=arguments.any_cpu,
         start=False,
         host=host,
     )

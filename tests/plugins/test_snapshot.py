@@ -367,6 +367,28 @@ def test_a_reset_boots_what_the_saved_machine_boots(tmp_path: Path, host: Host) 
         counts_on(vm, 10)
 
 
+@pytest.mark.parametrize(("before", "after"), [("tcg", "kvm"), ("kvm", "tcg")])
+def test_one_state_for_any_accelerator(tmp_path: Path, host: Host, before: str, after: str) -> None:
+    """What was saved under one accelerator goes on under the other, where the guest does not mind another processor;
+    else the features that it would miss are named."""
+    from cardcage_kvm.accel import Kvm
+
+    if not (found := Kvm().probe()).usable:
+        pytest.skip(found.reason)
+    with counting(tmp_path, host, accel=before, platform="pc") as vm:
+        vm.start()
+        counts_on(vm, 50)
+        save(vm, "moves")
+    with pytest.raises(ConfigError, match=r"state.json: the saved machine's processor has .*, which this one has not"):
+        restored("moves", host=host, accel=after)
+    with restored("moves", host=host, accel=after, any_cpu=True) as vm:
+        assert vm.accelerator.name == after
+        counts_on(vm, count(vm) + 50)
+        save(vm, "back")
+    with restored("back", host=host, accel=before, any_cpu=True) as vm:
+        counts_on(vm, count(vm) + 50)
+
+
 def test_added_devices_are_there_again(tmp_path: Path, host: Host) -> None:
     """A device that was added by vm.add() is part of the restored machine, and so is a --set for the platform's."""
     from cardcage.config import Draft
