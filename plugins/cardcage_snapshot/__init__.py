@@ -19,13 +19,14 @@ from cardcage.lazy import lazy_names
 from cardcage_fleet import ControlOffer
 
 if TYPE_CHECKING:
-    from cardcage.machine import Machine
+    from cardcage.machine import Machine as PlainMachine
     from cardcage.registry import Registry
 
     from cardcage_snapshot.creating import Snapshot
     from cardcage_snapshot.state import DeviceState, MachineState, capture, dumps, loads, restore
+    from cardcage_snapshot.verbs import Machine, Verbs
 
-__all__ = ["DeviceState", "MachineState", "Snapshot", "capture", "dumps", "loads", "restore"]
+__all__ = ["DeviceState", "Machine", "MachineState", "Snapshot", "Verbs", "capture", "dumps", "loads", "restore"]
 
 
 @hookimpl
@@ -59,7 +60,7 @@ def cardcage_register(registry: Registry) -> None:
 
 
 @hookimpl
-def cardcage_built(machine: Machine) -> None:
+def cardcage_built(machine: PlainMachine) -> None:
     """Take what a snapshot needs, before a jail shuts it out."""
     if machine.host.owns_process or "jail" in machine.config.guards:
         from cardcage_snapshot.running import before_jail
@@ -68,6 +69,9 @@ def cardcage_built(machine: Machine) -> None:
 
 
 _names: Any = lazy_names(
-    "cardcage_snapshot", creating="Snapshot", state="DeviceState MachineState capture dumps loads restore"
+    "cardcage_snapshot",
+    creating="Snapshot",
+    state="DeviceState MachineState capture dumps loads restore",
+    verbs="Machine Verbs",
 )
 __getattr__ = _names
