@@ -215,7 +215,9 @@ CALLS = {
     "Verbs": ("plugins/cardcage_agent/verbs.py", ()),
     "Agent": ("plugins/cardcage_agent/verbs.py", ()),
     "Files": ("plugins/cardcage_agent/files.py", ()),
+    "Watch": ("plugins/cardcage_agent/watching.py", ()),
     "Popen": ("plugins/cardcage_agent/process.py", ()),
+    "Qga": ("plugins/cardcage_agent/qga.py", ()),
     "Machine": ("core/cardcage/machine.py", ("dismantle",)),
     "Console": ("core/cardcage/_machine/console.py", ("claim", "connect", "claimed", "start", "write", "close", "end")),
 }
@@ -238,6 +240,10 @@ def calls(name: str) -> str:
         and one.name not in others
         and not any(ast.unparse(decorator) == "overload" for decorator in one.decorator_list)
     ]
+    for one in node.body:
+        shown = [(at, default) for at, default in enumerate(one.args.kwonlyargs) if default.arg.startswith("_")]  # type: ignore[attr-defined]  # functions alone are left
+        for at, _ in reversed(shown):
+            del one.args.kwonlyargs[at], one.args.kw_defaults[at]  # type: ignore[attr-defined]
     text = "\n".join([said, "", *members(node)]).replace("(: Any, ", "(").replace("(cls, ", "(")
     for word, value in DEFAULTS.items():
         text = text.replace(f"={word}", f"={value}")
@@ -257,9 +263,10 @@ def python() -> str:
     for name in CALLS:
         text = text.replace(f"<!-- calls of {name} -->", calls(name))
     tree = ast.parse((ROOT / "plugins/cardcage_boot/debian.py").read_text())
-    (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == "debian")
-    made.args.args = []
-    text = text.replace("<!-- calls of debian -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
+    for name in ("debian", "host_root"):
+        (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == name)
+        made.args.args = []
+        text = text.replace(f"<!-- calls of {name} -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
     for name, place in (("errors", "plugins/cardcage_agent/errors.py"), ("outcome", "core/cardcage/outcome.py")):
         text = text.replace(f"<!-- classes of {name} -->", classes(place))
     return text

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from cardcage.host import Host
-    from cardcage.machine import Machine
+    from cardcage.machine import GuestFailed, Machine
     from cardcage.outcome import Crashed, DebugExit, Outcome, Panicked, PoweredOff, Reset, Stopped, TimedOut
     from cardcage.units import Duration, Size
 
@@ -47,6 +47,7 @@ __all__ = [
     "Denied",
     "Duration",
     "GuestError",
+    "GuestFailed",
     "Host",
     "HostError",
     "Machine",
@@ -67,7 +68,7 @@ __getattr__ = lazy_names(
     errors="AcceleratorError CardError CardcageError ConfigError Denied GuestError HostError MissingExtra StateError "
     "UsageError",
     host="Host",
-    machine="Machine",
+    machine="GuestFailed Machine",
     outcome="Crashed DebugExit Outcome Panicked PoweredOff Reset Stopped TimedOut",
     units="Duration Size",
 )

@@ -21,7 +21,7 @@ from cardcage._config.toml import DEEPEST, check_bounds, parse_toml
 from cardcage.errors import ConfigError, near
 from cardcage.files import read_file
 from cardcage.ram import Placement
-from cardcage.units import Size
+from cardcage.units import Duration, Size
 from cardcage.values import frozen
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class MachineConfig:
         on_reset: what a reset that the guest asked for does.
         on_triple_fault: what a triple fault of the guest does.
         on_panic: what a guest's report of its own panic does; ``ignore`` for one that goes on in a crash kernel.
+        stop_timeout: seconds in which a guest that hears its power button has to power off, before it is stopped hard.
         label: security label of the machine; by default the security card gives one, else its name is its label.
     """
 
@@ -117,6 +118,7 @@ class MachineConfig:
     on_reset: Literal["reset", "stop"] = "reset"
     on_triple_fault: Literal["stop", "reset"] = "stop"
     on_panic: Literal["stop", "ignore"] = "stop"
+    stop_timeout: Duration = field(default=Duration("30s"))
     label: str | None = None
 
 

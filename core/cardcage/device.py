@@ -30,6 +30,7 @@ __all__ = [
     "DeviceBus",
     "HasState",
     "HostSide",
+    "HotplugBus",
     "Interrupts",
     "Loop",
     "Mmio",
@@ -146,7 +147,7 @@ class HasState(Protocol):
 
 
 class PowerButton(Protocol):
-    """Can tell the guest that its power button was pressed (ACPI)."""
+    """Can tell the guest that its power button was pressed (ACPI); in vain where its ``button_enabled`` is false."""
 
     def power_button(self) -> None: ...
 
@@ -171,7 +172,23 @@ class DetachingBus(DeviceBus, Protocol):
     """A bus whose devices can be taken off it again."""
 
     def detach(self, device: Any, /) -> None:
-        """*device*, which was attached or refused by ``attach``, could not be plugged in."""
+        """*device*, which was attached or refused by ``attach``, could not be plugged in, or was unplugged."""
+
+
+class HotplugBus(DetachingBus, Protocol):
+    """A bus whose devices come and go while the guest runs. Under the machine's lock."""
+
+    def check_arrival(self, address: str | None, /) -> None:
+        """Before ``attach`` while the guest runs. Raises ConfigError or StateError where none can come at *address*."""
+
+    def arrived(self, device: Any, /) -> None:
+        """*device* is plugged in: tell the guest."""
+
+    def request_removal(self, device: Any, /) -> None:
+        """Ask the guest to let go of *device*: then ``Board.unplug``. Raises StateError where it cannot be asked."""
+
+    def place_of(self, device: Any, /) -> str | None:
+        """The ``address`` at which *device* is attached."""
 
 
 class RegionMapping(Protocol):
@@ -364,6 +381,9 @@ class Board(Protocol):
 
     def change_memory(self, add: tuple[RamRange, ...] = (), remove: tuple[RamRange, ...] = ()) -> None:
         """Change which RAM shows where (PAM, ROM) before the next instruction. Raises Denied."""
+
+    def unplug(self, id: str, /) -> None:
+        """Take device *id* out, and what it carries: the guest let go of it. Under the lock. Raises Denied."""
 
 
 class Slot(Protocol):

@@ -12,7 +12,8 @@
     ├── HostError               the host cannot or may not: permission, missing feature, resources
     │   └── AcceleratorError    an accelerator could not start or go on
     ├── GuestError              the guest did what no machine can honour (triple fault, wild address)
-    │   └── ConsoleTimeout      what was expected on the console did not come
+    │   ├── ConsoleTimeout      what was expected on the console did not come
+    │   └── EjectTimeout        it did not let go of a device that it was asked to let go of
     └── Denied                  a security checker refused the act
 """
 
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigError",
     "ConsoleTimeout",
     "Denied",
+    "EjectTimeout",
     "GuestError",
     "HostError",
     "MissingExtra",
@@ -98,6 +100,10 @@ class GuestError(CardcageError):
 
 class ConsoleTimeout(GuestError, TimeoutError):
     """Text that was expected on the console did not come in time."""
+
+
+class EjectTimeout(GuestError, TimeoutError):
+    """The guest did not let go of a device in time: it may have no driver for that, or use the device."""
 
 
 class Denied(CardcageError):

@@ -16,7 +16,9 @@ import threading
 import warnings
 from contextlib import ExitStack
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from attrs import evolve
 
@@ -30,8 +32,10 @@ from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
+from cardcage.abilities import has
 from cardcage.config import Config, DeviceConfig, Draft
-from cardcage.errors import FAULTS, CardError, ConfigError, StateError, in_words, near
+from cardcage.device import HotplugBus
+from cardcage.errors import FAULTS, CardError, ConfigError, EjectTimeout, GuestError, StateError, in_words, near
 from cardcage.host import Host
 from cardcage.memory import PhysicalMemory
 from cardcage.registry import VerbOffer
@@ -44,7 +48,22 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import VCpu
 
-__all__ = ["Machine", "Observers", "PluggedDevice", "State", "rename"]
+__all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "rename"]
+
+
+class GuestFailed(GuestError):
+    """A machine ended in another way than it should have: ``wait(check=True)``.
+
+    Attributes:
+        machine: its name. outcome: how it ended; ``str()`` has its words, for a panic those of the kernel.
+    """
+
+    def __init__(self, machine: str, outcome: outcomes.Outcome) -> None:
+        self.machine, self.outcome = machine, outcome
+        super().__init__(f"{machine}: {outcome}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.machine, self.outcome)
 
 
 def _dropped(machine: Machine) -> None:
@@ -82,6 +101,39 @@ class _Makers(type):
                         raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
             hint = near(name, [one.name for one in found])
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
+
+
+def _said(self: Machine) -> str:
+    return f"<Machine {self.name!r} {self.state}>"
+
+
+def _restate(self: Machine | None) -> None:
+    """The configuration has what was added, and no longer what was taken out, since the machine was built.
+
+    Then each device has its id and its place on a bus: another machine that is built from it chooses no other.
+    """
+    if self is None or self._standard is None:
+        return
+    found = []
+    for one in self.devices.values():
+        if not any(one.config is other for other in self._standard):
+            where = one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None
+            found.append(evolve(one.config, id=one.id, address=where or one.config.address))
+    self.config = evolve(self.config, devices=tuple(found))
+
+
+def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
+    life = self._life
+    if self.state is State.BUILT and not life.await_end(0):
+        raise StateError("nothing to wait for: the machine was not started")
+    if not life.await_end(timeout) and timeout is not None:
+        return outcomes.TimedOut(timeout)
+    if life.failure is not None:
+        life.told = True
+        raise life.failure
+    if life.outcome is None:
+        raise StateError("the machine was closed")
+    return life.outcome
 
 
 class Machine(metaclass=_Makers):
@@ -161,6 +213,7 @@ class Machine(metaclass=_Makers):
 
     def _assemble(self, config: Config, host: Host | None) -> None:
         self.config, self.name = config, config.machine.name
+        self._standard: list[DeviceConfig] | None = None  # the platform's own devices, once they are all there
         self.host = host or Host(security=config.security)
         self.log = self.host.log.bind(machine=self.name)
         faults = Faults(self.log, self.host.cards)
@@ -223,7 +276,9 @@ class Machine(metaclass=_Makers):
         host.add(self)
         self._plugging = Plugging(host, board)
         with self.lock:
-            self._plugging.plug_all(building.platform_devices(platform, config), config.devices)
+            self._plugging.plug_all(standard := building.platform_devices(platform, config), config.devices)
+        self._standard, here = standard, ref(self)  # the board does not keep the machine
+        board.taken_out = lambda: _restate(here())
         if config.machine.console != "none":
             self.open_console(config.machine.console)
         board.insert(building.open_boot(host, config, self.mediator, self.label))
@@ -244,18 +299,49 @@ class Machine(metaclass=_Makers):
             place.blamed(owner.who, lambda: self.console.connect(backend))
 
     def add(self, type: str, /, **keys: Any) -> PluggedDevice:
-        """Add a device before the machine starts: ``vm.add("virtio-blk", drive="scratch.qcow2")``.
+        """Add a device: ``vm.add("virtio-blk", drive="scratch.qcow2")``. A guest that runs is told of it (hot-plug).
 
-        Raises StateError once it has started, ConfigError or CardError as a configuration would.
+        Raises StateError once the machine has ended, or where its bus tells no guest; ConfigError or CardError as a
+        configuration would.
         """
-        if self.state is not State.BUILT:
-            raise StateError(f"devices are added before the machine starts; it is {self.state}")
         self._allow("add")
-        added = DeviceConfig.from_table({"type": type, **keys}, Place())
         with self.lock:
-            plugged = self._plugging.plug(added)
-        self.config = evolve(self.config, devices=(*self.config.devices, added))
+            if self.outcome is not None or self._life.failure is not None:
+                raise StateError("a machine that has ended takes no more devices")
+            plugged = self._plugging.plug(DeviceConfig.from_table({"type": type, **keys}, Place()))
+            _restate(self)
+            self.observers.emit("device", plugged.id, True)
         return plugged
+
+    def remove(self, id: str, /, *, timeout: float = 30) -> None:
+        """Take device *id* out. A guest that runs is asked to let go of it, and has *timeout* seconds.
+
+        It may still let go later. Raises :exc:`~cardcage.errors.EjectTimeout` when it has not; StateError for a device
+        that is not there or cannot be taken out, while the machine is paused, and when it ends meanwhile; Denied.
+        """
+        self._allow("add")
+        board, life = self._board, self._life
+        with self.lock:
+            if (plugged := self.devices.get(id)) is None:
+                raise StateError(f'this machine has no device "{id}".{near(id, self.devices)}')
+            if not has(plugged.carrier, HotplugBus):
+                raise StateError(f'device "{id}" cannot be taken out: it is on no bus whose devices come and go')
+            if self.state not in (State.BUILT, State.RUNNING):
+                raise StateError(f'device "{id}" cannot be taken out while the machine is {self.state}')
+            board.may_unplug(plugged)
+            if self.state is State.BUILT:
+                board.unplug(id)
+                return
+            if life.here:
+                raise StateError("remove() waits for the guest; call it from a thread that is not the machine's")
+            plugged.carrier.request_removal(plugged.device)
+            end = monotonic() + timeout
+            while self.devices.get(id) is plugged:
+                if life.await_end(0):
+                    raise StateError(f'the machine ended before device "{id}" was taken out')
+                if (left := end - monotonic()) <= 0:
+                    raise EjectTimeout(f'device "{id}": the guest did not let go of it within {timeout:g} seconds')
+                board.changed.wait(min(left, 0.5))  # the machine's end notifies nobody
 
     def defer(self, callback: Callable[[], object], /) -> None:
         """Call *callback* once the machine is closed, or could not be built: what was deferred last is called first.
@@ -329,14 +415,27 @@ class Machine(metaclass=_Makers):
         states = (State.RUNNING, State.PAUSED)
         self._life.transit("reset", states, partial(self._life.do_reset, "asked for by the host"))
 
-    def shutdown(self) -> None:
-        """Press the power button (ACPI): the guest may power itself off. Raises StateError without one."""
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Press the power button (ACPI): the guest may power itself off.
+
+        Args:
+            timeout: wait so many seconds for the end, then :meth:`stop`; a guest that would not hear the button is
+                stopped at once. By default, nobody waits.
+
+        Raises StateError unless it runs; without *timeout*, also for a machine that has no power button.
+        """
         if self.state is not State.RUNNING:
             raise StateError(f"cannot shut down: the machine is {self.state}")
-        if not (buttons := able(self.devices, "power-button")):
+        buttons = able(self.devices, "power-button")
+        if timeout is not None and not any(getattr(one, "button_enabled", True) for one in buttons):
+            return self.stop("the guest does not hear a power button")
+        if not buttons:
             raise StateError("no device of this machine has a power button; use stop()")
         self._allow("stop")
         self.loop.call_soon(buttons[0].power_button)
+        if timeout is not None and not self._life.await_end(timeout):
+            self.stop(f"the guest did not power off within {timeout:g} s")
+        return None
 
     def stop(self, why: str = "") -> None:
         """End the machine now, as pulling the plug does. The outcome is Stopped, unless it has ended already."""
@@ -345,22 +444,18 @@ class Machine(metaclass=_Makers):
         if not self._life.here:
             self._life.await_end()
 
-    def wait(self, timeout: float | None = None) -> outcomes.Outcome:
+    def wait(self, timeout: float | None = None, *, check: bool = False) -> outcomes.Outcome:
         """Wait for the end. Returns the outcome, :class:`~cardcage.outcome.TimedOut` after *timeout* seconds.
+
+        Args:
+            check: raise :exc:`GuestFailed` for a panic, a crash, a debug exit with another code than 0, and TimedOut.
 
         An exception of a card, or of the accelerator, is raised here. Ctrl-C interrupts it.
         """
-        life = self._life
-        if self.state is State.BUILT and not life.await_end(0):
-            raise StateError("nothing to wait for: the machine was not started")
-        if not life.await_end(timeout) and timeout is not None:
-            return outcomes.TimedOut(timeout)
-        if life.failure is not None:
-            life.told = True
-            raise life.failure
-        if life.outcome is None:
-            raise StateError("the machine was closed")
-        return life.outcome
+        found = _awaited(self, timeout)
+        if check and (found.code if isinstance(found, outcomes.DebugExit) else found.status):
+            raise GuestFailed(self.name, found)
+        return found
 
     # its end
 
@@ -391,6 +486,7 @@ class Machine(metaclass=_Makers):
                 self.host.forget(self)
 
     __del__ = _dropped
+    __repr__ = _said
 
     def __enter__(self) -> Self:
         return self
@@ -400,9 +496,6 @@ class Machine(metaclass=_Makers):
         self.close()
         if failure is not None and error is None:
             raise failure
-
-    def __repr__(self) -> str:
-        return f"<Machine {self.name!r} {self.state}>"
 
 
 def rename(machine: Machine, name: str) -> None:

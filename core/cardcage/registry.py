@@ -243,8 +243,8 @@ class FlagOffer(Offer):
     kind: ClassVar[str] = "flag"
     form: ClassVar[str] = "--[a-z][a-z0-9-]*"
     ours: ClassVar[frozenset[str]] = frozenset(
-        "--accel --append --cpus --help --initrd --kernel --log-json --log-level --memory --name --security --set "
-        "--timeout --traceback --version".split()
+        "--accel --append --cpus --detach --help --initrd --kernel --log-json --log-level --memory --name --security "
+        "--set --timeout --traceback --version".split()
     )
 
     def __init__(self, name: str, parse: Any, *, metavar: str = "SPEC", asks: bool = False, help: str = "") -> None:

@@ -2,9 +2,10 @@
 
 What a card's command uses (``run(host, arguments) -> int``, ``configure(parser)``):
 
-- :func:`add_machine_arguments` ``(parser)``: ``--name --set --accel --memory --cpus --timeout``, and the registered
-  flags;
+- :func:`add_machine_arguments` ``(parser)``: ``--name --set --accel --memory --cpus --timeout --detach``, and the
+  registered flags;
 - :func:`draft_of` ``(arguments)``: a :class:`~cardcage.config.Draft` with what they said; :func:`timeout_of` likewise;
+- :func:`detach` ``(host, arguments) -> int | None``: first of all, for ``--detach``;
 - :func:`run_machine` ``(machine, timeout=...) -> int``: start, attach the terminal, wait, close, print the ``outcome:``
   line, give the exit status.
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cardcage_cli.arguments import add_machine_arguments, draft_of, timeout_of
+    from cardcage_cli.leaving import Detaching, detach, detaching
     from cardcage_cli.running import EXIT, SWITCH_INTERVAL, report, run_machine
 
 __all__ = [
     "EXIT",
     "SWITCH_INTERVAL",
+    "Detaching",
     "add_machine_arguments",
+    "detach",
+    "detaching",
     "draft_of",
     "main",
     "report",
@@ -41,6 +46,7 @@ __all__ = [
 __getattr__ = lazy_names(
     "cardcage_cli",
     arguments="add_machine_arguments draft_of timeout_of",
+    leaving="Detaching detach detaching",
     running="EXIT SWITCH_INTERVAL report run_machine",
 )
 

@@ -51,7 +51,7 @@ def add_boot_arguments(parser: ArgumentParser) -> None:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """``--name --set --accel --memory --cpus --timeout``, and the flags that cards registered.
+    """``--name --set --accel --memory --cpus --timeout --detach``, and the flags that cards registered.
 
     The parser of a registered command has its host as the default ``host``.
     """
@@ -70,6 +70,9 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--cpus", metavar="N", help="number of virtual processors")
     group.add_argument(
         "--timeout", metavar="TIME", help="stop after this time, such as 60, 90s or 5m (exit status 124)"
+    )
+    group.add_argument(
+        "--detach", "-d", action="store_true", help="return once the machine runs, print its name, and leave it running"
     )
     host = parser.get_default("host")
     if host is None:

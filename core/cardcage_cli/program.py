@@ -22,6 +22,7 @@ from cardcage_cli.arguments import (
     timeout_of,
 )
 from cardcage_cli.early import VARIABLE, early_security
+from cardcage_cli.leaving import detach
 from cardcage_cli.running import STRAYS, SWITCH_INTERVAL, report, run_machine, threads_watched
 from cardcage_cli.streams import open_standard_streams
 
@@ -116,8 +117,12 @@ def by_argparse(error: SystemExit) -> bool:
     return frame is not None and frame.tb_frame.f_globals.get("__name__") == "argparse"
 
 
-def make_parser(host: Host) -> ArgumentParser:
-    """The parser with the built-in and the registered commands."""
+def make_parser(host: Host, *, whole: bool = False) -> ArgumentParser:
+    """The parser with the built-in and the registered commands.
+
+    Args:
+        whole: with the arguments of each card's command, which are added when it is parsed else.
+    """
     import argparse
 
     from cardcage import __version__
@@ -151,7 +156,7 @@ def make_parser(host: Host) -> ArgumentParser:
     command("doctor", "check what this host supports, and suggest commands that enable the rest", doctor_command)
     for name in host.registry.names(CommandOffer):
         offer = host.registry.get(CommandOffer, name)
-        _registered(command, offer)
+        _registered(command, offer, whole=whole)
     return parser
 
 
@@ -163,8 +168,8 @@ def _add_run_arguments(run: ArgumentParser) -> None:
     add_machine_arguments(run)
 
 
-def _registered(command: Any, offer: CommandOffer) -> None:
-    """A card's command; its modules are imported only when its own arguments are parsed."""
+def _registered(command: Any, offer: CommandOffer, *, whole: bool) -> None:
+    """A card's command; its modules are imported only when its own arguments are parsed, or the *whole* is wanted."""
 
     def run(host: Host, arguments: Namespace) -> int:
         function = offer.load()
@@ -179,9 +184,16 @@ def _registered(command: Any, offer: CommandOffer) -> None:
         return
     parse = parser.parse_known_args
 
-    def parse_known_args(args: Any = None, namespace: Any = None, **more: Any) -> Any:
+    def configured() -> None:
         configure = offer.imported(offer.configure)
         Place().blamed(offer.who, lambda: configure(parser))
+
+    if whole:
+        configured()
+        return
+
+    def parse_known_args(args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        configured()
         parser.parse_known_args = parse
         return parse(args, namespace, **more)
 
@@ -209,6 +221,8 @@ def run_command(host: Host, arguments: Namespace) -> int:
 
     if not arguments.file and arguments.boot_kernel is None:
         raise ConfigError("nothing to run: give a VM.toml, or a kernel with --kernel")
+    if (status := detach(host, arguments)) is not None:
+        return status
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
     with uncollected(host):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cardcage._host.owners import card_of, owners_of
+from cardcage._machine.plugged import able
 from cardcage.errors import (
     CardcageError,
     CardError,
@@ -20,8 +21,10 @@ from cardcage.errors import (
     UsageError,
     in_words,
 )
+from cardcage.outcome import TimedOut
 
 from cardcage_cli.ending import Terminated
+from cardcage_cli.leaving import detaching
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -115,7 +118,8 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
 
     Args:
         timeout: seconds, None for ever.
-        console: char back end that the console is connected to, unless the configuration names one; None for none.
+        console: char back end that the console is connected to, unless the configuration names one; None for none. A
+            machine that is left running (``--detach``) has none.
 
     Raises what the machine's cards raised, KeyboardInterrupt, :exc:`Terminated`; the machine is closed then too.
     """
@@ -124,7 +128,9 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
         try:
             if strays:  # while the machine was built
                 raise strays[0]
-            if console is not None and machine.console.claimed and "machine.console" not in machine.config.origins:
+            leaving = detaching(machine.host)
+            wanted = "machine.console" not in machine.config.origins and not leaving.asked
+            if console is not None and wanted and machine.console.claimed:
                 machine.open_console(console)
             try:
                 if machine.state == "built":
@@ -132,11 +138,31 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
             except StateError:
                 if not strays:  # else wait() raises it
                     raise
-            outcome = machine.wait(timeout)
+            leaving.running(machine)
+            outcome = ended(machine, timeout)
         finally:
             with undisturbed():
                 machine.close()
     return tell(outcome)
+
+
+def ended(machine: Machine, timeout: float | None) -> Outcome:
+    """Wait for the end. At SIGTERM a guest that hears its power button has time to power off: ``machine.stop_timeout``.
+
+    Raises Terminated where it did not, and at once for one that does not hear, or is paused.
+    """
+    try:
+        return machine.wait(timeout)
+    except Terminated as asked:
+        heard = any(getattr(one, "button_enabled", True) for one in able(machine.devices, "power-button"))
+        if asked.signum != signal.SIGTERM or not heard or machine.state != "running":
+            raise
+        with suppress(StateError):  # it has just ended
+            machine.shutdown()
+        outcome = machine.wait(machine.config.machine.stop_timeout)
+        if isinstance(outcome, TimedOut):
+            raise
+        return outcome
 
 
 def tell(outcome: Outcome) -> int:

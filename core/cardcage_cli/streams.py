@@ -6,11 +6,14 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import HostError
 
-__all__ = ["open_standard_streams"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Messages", "open_standard_streams"]
 
 
 def open_standard_streams(*, alone: bool) -> None:
@@ -30,14 +33,14 @@ def open_standard_streams(*, alone: bool) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
     if alone:
-        sys.stdout, sys.stderr = _like(sys.stdout, _Output), _like(sys.stderr, _Messages)
+        sys.stdout, sys.stderr = _like(sys.stdout, _Output), _like(sys.stderr, Messages)
 
 
 def _like(stream: Any, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     stream.flush()
     return kind(
         # Messages have no buffer in which one could stay that cannot be written.
-        open(stream.fileno(), "wb", buffering=0 if kind is _Messages or stream.write_through else -1, closefd=False),
+        open(stream.fileno(), "wb", buffering=0 if kind is Messages or stream.write_through else -1, closefd=False),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
@@ -46,14 +49,23 @@ def _like(stream: Any, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
 
 
 # Not in place of the file below: a signal that raises there, after a write, would have it written again.
-class _Messages(io.TextIOWrapper):
-    """Standard error: what cannot be written goes nowhere, since there is nobody who could be told."""
+class Messages(io.TextIOWrapper):
+    """Standard error: what cannot be written goes nowhere, since there is nobody who could be told.
+
+    Attributes:
+        written: called after each write, by who bounds what is kept of them.
+    """
+
+    written: Callable[[], object] | None = None
 
     def write(self, text: str, /) -> int:
         try:
             return super().write(text)
         except OSError:
             return len(text)
+        finally:
+            if self.written is not None:
+                self.written()
 
     def flush(self) -> None:
         with suppress(OSError):

@@ -61,7 +61,17 @@ def _devices(registry: Registry) -> None:
         help="keyboard controller, PS/2 keyboard and mouse, reset",
     )
     registry.device(
-        "acpi-pm", "cardcage_pc.acpi.pm:AcpiPm", regions=(Pio(16, 0x600),), help="ACPI PM timer, power button"
+        "acpi-pm",
+        "cardcage_pc.acpi.pm:AcpiPm",
+        regions=(Pio(16, 0x600), Pio(4, 0xAFE0, "gpe", "read_gpe", "write_gpe")),
+        help="ACPI PM timer, power button, general-purpose events",
+    )
+    registry.device(
+        "pci-hotplug",
+        "cardcage_pc.acpi.hotplug:PciHotplug",
+        regions=(Pio(20, 0xAE00),),
+        bus="pci",
+        help="ACPI hot-plug of PCI devices",
     )
     registry.device("acpi", "cardcage_pc.acpi.tables:Acpi", help="ACPI tables generated from the devices")
     registry.device(
@@ -85,6 +95,17 @@ def _devices(registry: Registry) -> None:
         "cardcage_pc.chips.i440fx:HostBridge",
         bus="pci",
         help="host bridge identity and PAM registers (at 00.0)",
+    )
+    for name, factory, what in (
+        ("piix3", "IsaBridge", "ISA bridge, for firmware that looks for it (at 01.0)"),
+        ("piix4-pm", "PowerManagement", "power management function, which tells firmware the ports (at 01.3)"),
+    ):
+        registry.device(name, f"cardcage_pc.chips.piix:{factory}", bus="pci", help=what)
+    registry.device(
+        "pflash",
+        "cardcage_pc.chips.flash:Flash",
+        options="cardcage_pc.chips.flash:FlashOptions",
+        help="flash that firmware keeps its variables in",
     )
     registry.device(
         "isa-serial",

@@ -58,6 +58,7 @@ def expand(config: Config) -> list[dict[str, Any]]:
     irqchip = config.machine.irqchip
     configured = {one.type for one in config.devices}
     types = ["pic", "ioapic", "pit", "rtc", "hpet", "i8042", "acpi-pm", "fw_cfg", "port80", "pvpanic", "pci-host"]
+    types.append("pci-hotplug")
     if irqchip == "full":
         types = [one for one in types if one not in ("pic", "ioapic", "pit", "hpet")]
     elif irqchip == "none":
@@ -65,6 +66,9 @@ def expand(config: Config) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = [{"type": one} for one in types if one not in configured]
     if "i440fx" not in configured:
         tables.append({"type": "i440fx", "address": "00.0"})
+    if "firmware" in (config.boot or {}):
+        wanted = {"piix3": "01.0", "piix4-pm": "01.3"}
+        tables += [{"type": one, "address": at} for one, at in wanted.items() if one not in configured]
     serial = [one for one in config.devices if one.type == "isa-serial"]
     if not any(one.port in (None, COM1, [COM1]) for one in serial):
         taken = any("console" in one.options.values() for one in config.devices)

@@ -255,6 +255,14 @@ class Function:
         self.place()
         self._drive()
 
+    def close(self) -> None:
+        """Off the bus: nothing answers, no line is driven and no eventfd raises a vector any more."""
+        for mapping in self.mappings.values():
+            mapping.move(None)
+        self.intx(False)
+        if self.msix is not None:
+            self.msix.close()
+
     def save(self) -> FunctionState:
         table, pending = (bytes(self.msix.table), self.msix.pending) if self.msix else (b"", 0)
         return FunctionState(config=bytes(self.config), table=table, pending=pending, intx=self._level)

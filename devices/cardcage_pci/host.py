@@ -21,8 +21,9 @@ from cardcage.device import Mmio
 from cardcage.errors import CardError, ConfigError
 from cardcage.values import define, frozen
 
+from cardcage_pci.coming import ComingAndGoing
 from cardcage_pci.function import Function, FunctionState
-from cardcage_pci.spec import OPTIONAL, PciPluggable, structure
+from cardcage_pci.spec import OPTIONAL, HotplugController, PciPluggable, structure
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -36,6 +37,8 @@ WINDOWS = (
     ("memory64", 0x4000000000, 0x1000000000),
 )
 ECAM_SIZE = 1 << 20
+FIRST = {"io": 0xC000, "memory": 0xE1000000, "memory64": WINDOWS[3][1]}
+"""Where BARs are put from, by area."""
 
 
 @frozen
@@ -65,7 +68,7 @@ class PciHostState:
     reset_control: int = 0
 
 
-class PciHost:
+class PciHost(ComingAndGoing):
     """The bridge as a device of the machine, and the ``pci`` device bus."""
 
     bus_type = "pci"
@@ -79,7 +82,8 @@ class PciHost:
         self.ecam = (self.options.ecam, ECAM_SIZE) if self.options.ecam else None
         self.routing = tuple((slot, pin, self.gsi(slot, pin)) for slot in range(32) for pin in range(4))
         self._address, self._reset_control = 0, 0
-        self._next = {"io": 0xC000, "memory": 0xE1000000, "memory64": WINDOWS[3][1]}
+        self._presets: dict[int, list[tuple[str, int, int]]] = {}
+        self._controller = None
         self._homeless: set[int] = set()
         self._slot: Slot | None = None
 
@@ -97,6 +101,12 @@ class PciHost:
 
     def attach(self, device: Any, slot: Slot, address: str | None, /) -> None:
         """Give *device* its function. Raises CardError for a bad statement, ConfigError for a bad or taken address."""
+        if has(device, HotplugController, slot.id):
+            if self._controller is not None:
+                raise ConfigError(f"{slot.id}: the PCI bus has a hot-plug controller already")
+            self._controller = device
+            device.plug_bus(self)
+            return
         stated = getattr(device, "pci", None)
         if stated is None:
             raise CardError(f"{slot.id}: a device on the pci bus must have an attribute `pci`, see cardcage_pci.spec")
@@ -104,8 +114,10 @@ class PciHost:
         where = self._choose(address)
         gsi = self.gsi(where >> 3, spec.pin - 1) if spec.pin else 0
         function = Function(spec, device, slot, where, slot.interrupts.line(gsi) if spec.pin else None, gsi)
+        presets = self._presets[where] = []
         for index, bar in sorted(function.bars.items(), key=lambda one: -one[1].size):
-            function.preset_bar(index, self._allocate(bar.kind, max(bar.size, 4096 if bar.kind != "io" else 4)))
+            presets.append(self._allocate(bar.kind, max(bar.size, 4096 if bar.kind != "io" else 4)))
+            function.preset_bar(index, presets[-1][1])
         self.functions[where] = function
         if where & 7:  # PCI 3.0, 6.2.1: software looks at other functions only when function 0 says so
             for other in range(where & ~7, where & ~7 | 8):
@@ -133,24 +145,33 @@ class PciHost:
             raise ConfigError(f'address "{address}" is taken by {there.slot.id}', key="address")
         return slot << 3 | function
 
-    def _allocate(self, kind: str, size: int) -> int:
+    def _allocate(self, kind: str, size: int) -> tuple[str, int, int]:
+        """The lowest free place for a BAR: its area, base and size. What a guest moved there is not in its way."""
         # a 64-bit BAR that is small stays below 4 GiB, where a 32-bit guest reaches it
         area = "memory" if kind == "memory64" and size < 1 << 24 else kind
-        base = (self._next[area] + size - 1) & -size
+        taken = [(at, length) for one in self._presets.values() for where, at, length in one if where == area]
+        for function in self.functions.values():
+            moved = ((one, function.mappings[index].address) for index, one in function.bars.items())
+            taken += [(at, one.size) for one, at in moved if at is not None and (one.kind == "io") == (area == "io")]
+        base = FIRST[area] + size - 1 & -size
+        while blocks := [at + length for at, length in taken if at < base + size and base < at + length]:
+            base = max(blocks) + size - 1 & -size
         if not any(one[0] == area and one[1] <= base and base + size <= one[1] + one[2] for one in WINDOWS):
             raise ConfigError(f"no room for a BAR of {size:#x} bytes in the {area} window of the PCI bus")
-        self._next[area] = base + size
-        return base
+        return area, base, size
 
     def detach(self, device: Any, /) -> None:
         """Take *device* off the bus, if it is there."""
+        if device is self._controller:
+            self._controller = None
         for where, function in list(self.functions.items()):
             if function.device is device:
-                for mapping in function.mappings.values():
-                    mapping.move(None)
-                function.intx(False)
+                function.close()
                 del self.functions[where]
                 self._homeless.discard(where)
+                if self._controller is not None and not self.occupants(where >> 3):
+                    self._controller.emptied(where >> 3)
+        self._presets = {where: one for where, one in self._presets.items() if where in self.functions}
 
     # configuration space
 

@@ -164,6 +164,11 @@ class MsiX:
             self._slot.interrupts.vm.remove_irqfd(fd, route)
         return True
 
+    def close(self) -> None:
+        """Undo each :meth:`bind`."""
+        for fd in [*self._fds]:
+            self.unbind(fd)
+
     # the BAR
 
     def read(self, offset: int, size: int) -> int:

@@ -21,7 +21,7 @@ The configuration key ``address`` is ``"SLOT"`` or ``"SLOT.FUNCTION"``, hexadeci
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, fields
@@ -40,6 +40,7 @@ __all__ = [
     "ConfigReader",
     "ConfigWatcher",
     "FunctionSpec",
+    "HotplugController",
     "PciPluggable",
     "structure",
 ]
@@ -72,6 +73,26 @@ class BarWatcher(Protocol):
 
     def bars_moved(self) -> None:
         """BARs were decoded, moved or switched off: ``function.mappings[index].address`` says where they are now."""
+
+
+class HotplugController(Protocol):
+    """On the bus, but no function of it: tells the guest of devices that come and go (ACPI, or another way)."""
+
+    slots: Iterable[int]
+    """The slots whose devices may come and go."""
+
+    def plug_bus(self, bus: Any, /) -> None:
+        """*bus* has ``occupants(slot)``, the ids of the devices in a slot, and ``removable(slot)``. When the guest has
+        let go of a slot, or ejects it of its own accord, the controller gives each of them to ``Board.unplug``."""
+
+    def arrived(self, slot: int, /) -> None:
+        """A device was plugged into *slot* while the guest runs."""
+
+    def leaving(self, slot: int, /) -> None:
+        """The guest is to let go of the device in *slot*."""
+
+    def emptied(self, slot: int, /) -> None:
+        """*slot* is empty now."""
 
 
 OPTIONAL: tuple[Any, ...] = (PciPluggable, ConfigReader, ConfigWatcher, BarWatcher)

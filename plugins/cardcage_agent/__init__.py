@@ -27,28 +27,32 @@ if TYPE_CHECKING:
     from cardcage_agent.files import FileInfo, Files
     from cardcage_agent.process import Popen
     from cardcage_agent.verbs import Agent, Machine
+    from cardcage_agent.watching import FileEvent, Watch
 
 __all__ = [
     "Agent",
     "AgentError",
     "AgentTimeout",
+    "FileEvent",
     "FileInfo",
     "Files",
     "Machine",
     "NoAgent",
     "Popen",
     "ProtocolError",
+    "Watch",
 ]
 
 PORT = "org.cardcage.agent.0"
 DEVICE = {"type": "virtio-console", "id": "agent", "char": "null", "ports": [{"name": PORT, "char": "agent"}]}
 VERBS = {
-    "agent": "the agent itself: ping, set_time, reseed",
+    "agent": "the agent itself: ping, set_time, reseed, freeze",
+    "aio": "the calls that wait, for await",
     "files": "files of the guest: read, write, list, stat, rename, remove, mkdir",
     "run": "run a command in the guest, as subprocess.run",
     "popen": "start a command in the guest, as subprocess.Popen",
-    "put": "copy a file into the guest",
-    "get": "copy a file out of the guest",
+    "put": "copy a file or a directory into the guest",
+    "get": "copy a file or a directory out of the guest",
 }
 
 
@@ -56,11 +60,15 @@ VERBS = {
 def cardcage_register(registry: Registry) -> None:
     """Offer the back end of the agent's port, the program for the guest, and the verbs."""
     registry.backend("char", "agent", "cardcage_agent.link:open_link", help="the host's end of the guest agent's port")
+    registry.backend(
+        "char", "qemu-agent", "cardcage_agent.qga:open_qga", help="the host's end of the port of QEMU's guest agent"
+    )
     registry.add(
         GuestProgramOffer(
             "agent", "cardcage_agent.program:program", devices=(DEVICE,), help="runs commands and moves files"
         )
     )
+    registry.verb("qga", "cardcage_agent.verbs:Verbs.qga", help="QEMU's guest agent, where the guest runs that")
     for name, text in VERBS.items():
         registry.verb(name, f"cardcage_agent.verbs:Verbs.{name}", help=text)
 
@@ -68,8 +76,7 @@ def cardcage_register(registry: Registry) -> None:
 @hookimpl
 def cardcage_built(machine: PlainMachine) -> None:
     """Tell the link when the machine ends, so that nobody waits for its guest any longer."""
-    link = machine.services.get("agent")
-    if link is not None:
+    for link in [machine.services[name] for name in ("agent", "qga") if name in machine.services]:
         from cardcage_agent.ending import watch
 
         watch(machine, link)
@@ -81,4 +88,5 @@ __getattr__ = lazy_names(
     files="FileInfo Files",
     process="Popen",
     verbs="Agent Machine",
+    watching="FileEvent Watch",
 )

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from cardcage.outcome import Outcome
 
     from cardcage_agent.link import Link
+    from cardcage_agent.qga import QgaLink
 
 __all__ = ["watch"]
 
 
-def watch(machine: Machine, link: Link) -> None:
+def watch(machine: Machine, link: Link | QgaLink) -> None:
     """End what waits on *link* when *machine* stops."""
 
     def ended(outcome: Outcome) -> None:

@@ -13,6 +13,7 @@ from attrs import frozen
 from cardcage_agent.errors import AgentError, AgentTimeout
 from cardcage_agent.frames import WINDOW, Verb
 from cardcage_agent.process import LIMIT, REQUEST, guest_error, strings
+from cardcage_agent.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +84,7 @@ class Files:
         for piece in self.chunks(path, timeout=timeout):
             found += piece
             if len(found) > limit:
-                raise AgentError(f"{self._link.machine}:{path}: more than {limit} bytes")
+                raise AgentError(f"{self.name_of(path)}: more than {limit} bytes")
         return bytes(found)
 
     def read_text(self, path: Name, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -141,21 +142,21 @@ class Files:
                     break
                 name = os.fsdecode(kept[at + RECORD.size + 2 : end])
                 if name in ("", ".", "..") or "/" in name or "\0" in name:
-                    raise AgentError(f"{self._link.machine}:{path}: an entry {name!r}, which is no name")
+                    raise AgentError(f"{self.name_of(path)}: an entry {name!r}, which is no name")
                 found[name] = FileInfo(name, *RECORD.unpack_from(kept, at))
                 at = end
             kept = kept[at:]
             if len(found) > limit:
-                raise AgentError(f"{self._link.machine}:{path}: more than {limit} entries")
+                raise AgentError(f"{self.name_of(path)}: more than {limit} entries")
         if kept:
-            raise AgentError(f"{self._link.machine}:{path}: a list that ends inside an entry")
+            raise AgentError(f"{self.name_of(path)}: a list that ends inside an entry")
         return [found[name] for name in sorted(found)]
 
     def stat(self, path: Name, *, follow: bool = True, timeout: float | None = SILENCE) -> FileInfo:
         """The file at *path*, as stat(2); without *follow*, a symbolic link itself."""
         data = self._ask(Verb.STAT, path, timeout, flags=0 if follow else LINK_ITSELF)
         if len(data) != RECORD.size:
-            raise AgentError(f"{self._link.machine}:{path}: an answer of {len(data)} bytes: expected {RECORD.size}")
+            raise AgentError(f"{self.name_of(path)}: an answer of {len(data)} bytes: expected {RECORD.size}")
         return FileInfo(os.path.basename(os.fspath(path).rstrip("/")), *RECORD.unpack(data))
 
     def exists(self, path: Name, *, timeout: float | None = SILENCE) -> bool:
@@ -166,9 +167,40 @@ class Files:
             return False
         return True
 
+    def watch(self, path: Name, *, timeout: float | None = SILENCE) -> Watch:
+        """Changes of a file, or of what is in a directory, from now on: an iterator of ``FileEvent``.
+
+        It is inotify(7)'s: not of what is deeper, and 256 KiB of events that nobody takes are kept, then as many as the
+        guest's kernel keeps.
+        """
+        call = self._call(Verb.WATCH, strings(os.fspath(path)))
+        try:
+            self._ask(Verb.PING, "", timeout)  # after whose answer it has begun
+            if call.over:
+                self._check(call, path)
+        except BaseException:
+            self._link.cancel(call)
+            raise
+        return Watch(self._link, call, self.name_of(path))
+
     def rename(self, source: Name, target: Name, *, timeout: float | None = SILENCE) -> None:
         """Rename, as rename(2): a file that was *target* is replaced."""
         self._ask(Verb.RENAME, source, timeout, strings(os.fspath(target)))
+
+    def symlink(self, target: Name, path: Name, *, timeout: float | None = SILENCE) -> None:
+        """Make *path* a symbolic link to *target*. Raises FileExistsError where something is there."""
+        self._ask(Verb.SYMLINK, path, timeout, strings(os.fspath(target)))
+
+    def readlink(self, path: Name, *, timeout: float | None = SILENCE) -> str:
+        """The target of a symbolic link."""
+        data = self._ask(Verb.READLINK, path, timeout)
+        if not data or b"\0" in data:
+            raise AgentError(f"{self.name_of(path)}: a link to {data!r}, which is no path")
+        return os.fsdecode(data)
+
+    def name_of(self, path: Name) -> str:
+        """*path* with the machine's name before it, for errors."""
+        return f"{self._link.machine}:{os.fspath(path)}"
 
     def mkdir(self, path: Name, *, mode: int = 0o755, parents: bool = False, timeout: float | None = SILENCE) -> None:
         """Make a directory; with *parents* those above it too, and one that is there is no error."""
@@ -181,7 +213,7 @@ class Files:
     def _remove(self, path: str, info: FileInfo, recursive: bool, timeout: float | None, depth: int) -> None:
         if info.is_dir and recursive:
             if depth == DEPTH:
-                raise AgentError(f"{self._link.machine}:{path}: more than {DEPTH} levels of directories")
+                raise AgentError(f"{self.name_of(path)}: more than {DEPTH} levels of directories")
             for one in self.list(path, timeout=timeout):
                 self._remove(f"{path}/{one.name}", one, recursive, timeout, depth + 1)
         self._ask(Verb.REMOVE, path, timeout, flags=DIRECTORY if info.is_dir else 0)
@@ -190,7 +222,7 @@ class Files:
 
     def _call(self, verb: Verb, names: bytes, flags: int = 0, mode: int = 0) -> Call:
         return self._link.call(
-            verb, REQUEST.pack(flags, mode, 0) + names, (1,) if verb in (Verb.READ, Verb.LIST) else ()
+            verb, REQUEST.pack(flags, mode, 0) + names, (1,) if verb in (Verb.READ, Verb.LIST, Verb.WATCH) else ()
         )
 
     def _ask(

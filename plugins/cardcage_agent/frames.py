@@ -42,7 +42,7 @@ REQUEST_MAX = BUFFER
 """Bytes of a request: the arguments and the environment of a process, for example."""
 WINDOW = 1 << 18
 """Bytes of stream 1 or 2 that are kept here for a reader."""
-LINK = 1 << 16
+LINK = 1 << 18
 """Bytes that may be on their way to the agent: a virtio console keeps as many, and drops what is beyond."""
 VERSION = 1
 
@@ -81,6 +81,11 @@ class Verb(IntEnum):
     TIME = 9
     SEED = 10
     PING = 11
+    READLINK = 12
+    SYMLINK = 13
+    FREEZE = 14
+    THAW = 15
+    WATCH = 16
 
 
 class Frame(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, StateError
 
@@ -37,14 +37,18 @@ if TYPE_CHECKING:
 
     from cardcage.device import Slot
 
-__all__ = ["Call", "Inbox", "Link", "open_link"]
+__all__ = ["Call", "Inbox", "Link", "nobody", "open_link"]
 
 QUEUE = 1 << 18
 """Bytes that wait for their turn to the guest before who has more to say waits too."""
 GREETING = b"cardcage"
-PIECE = LINK // 4 - 12
+PIECE = PAYLOAD_MAX
 """Bytes of stream 0 in one frame, so that several are on their way at once."""
 ERRNO_MAX = 4095
+
+
+def nobody(*_: object) -> None:
+    """Nobody listens."""
 
 
 class Inbox:
@@ -99,6 +103,9 @@ class Link:
 
     All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
     lock.
+
+    Attributes:
+        on_run: called with the arguments of each ``run`` and what came of it, its result or an exception.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -112,6 +119,7 @@ class Link:
         self._ready = self._asked = False
         self._failure: CardcageError | None = None
         self._received: Callable[[bytes], None] | None = None
+        self.on_run: Callable[[Any, Any], object] = nobody
 
     @property
     def machine(self) -> str:
@@ -251,6 +259,7 @@ class Link:
 
         Raises what ended the link, or the call.
         """
+        __tracebackhide__ = True
         with self.changed:
             while not what():
                 failure = self._failure if call is None else call.failure

@@ -140,6 +140,7 @@ class Popen:
         pty: tuple[int, int] | None = None,
         timeout: float | None = None,
     ) -> None:
+        __tracebackhide__ = True
         self.args, self._link = args, link
         self.returncode: int | None = None
         self._encoding = encoding or ("utf-8" if text or errors else None)
@@ -211,6 +212,7 @@ class Popen:
         Args:
             limit: bytes of one stream; a process with more is killed, and AgentError raised.
         """
+        __tracebackhide__ = True
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._unsent is None:
             data = input.encode(self._encoding or "utf-8", self._errors) if isinstance(input, str) else input or b""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import stat
-import tempfile
+import re
 import time
 from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -17,22 +16,25 @@ from cardcage.security import OPERATOR, Act
 from cardcage_agent.errors import AgentError
 from cardcage_agent.files import SILENCE, Files
 from cardcage_agent.frames import Verb
-from cardcage_agent.process import LIMIT, PATIENCE, REQUEST, Popen, guest_error
+from cardcage_agent.link import nobody as _nobody
+from cardcage_agent.process import LIMIT, PATIENCE, REQUEST, Popen, guest_error, strings
+from cardcage_agent.trees import get_file, get_tree, put_file, put_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Self
 
     from cardcage.host import Host
 
+    from cardcage_agent.aio import Aio
     from cardcage_agent.link import Link
     from cardcage_agent.process import Command
+    from cardcage_agent.qga import Qga
 
 __all__ = ["Agent", "Machine", "Verbs", "link_of"]
 
 SEED = 256
 """Bytes of new randomness."""
-PIECE = 1 << 20
 
 
 def link_of(machine: PlainMachine, verb: str, timeout: float | None) -> Link:
@@ -91,6 +93,49 @@ class Agent:
             raise UsageError(f"{len(seed)} bytes of randomness: expected 1 to 512")
         self._ask(link_of(self._machine, "reseed", timeout), Verb.SEED, seed, 0, timeout)
 
+    def freeze(self, paths: Iterable[str] | None = None, timeout: float | None = SILENCE) -> list[str]:
+        """Write out the guest's file systems and hold back whatever changes them, until :meth:`thaw`. Returns which.
+
+        Args:
+            paths: where they are mounted; by default all that are on a block device.
+
+        One that cannot be frozen is an OSError (EOPNOTSUPP), after which none is. ``run`` and what writes to them hang.
+        """
+        files = Files(link_of(self._machine, "freeze", timeout))
+        wanted = self._mounted(files) if paths is None else list(paths)
+        done: list[str] = []
+        try:
+            for path in wanted:
+                self._at(Verb.FREEZE, path, timeout)
+                done.append(path)
+        except BaseException:
+            self.thaw(done, timeout)
+            raise
+        return done
+
+    def thaw(self, paths: Iterable[str] | None = None, timeout: float | None = SILENCE) -> None:
+        """Let file systems go on that were frozen; by default all that are on a block device. Others are no error."""
+        files = Files(link_of(self._machine, "thaw", timeout))
+        for path in reversed(self._mounted(files) if paths is None else list(paths)):
+            self._at(Verb.THAW, path, timeout)
+
+    def _at(self, verb: Verb, path: str, timeout: float | None) -> None:
+        link = link_of(self._machine, verb.name.lower(), timeout)
+        error, _ = link.answer(verb, REQUEST.pack(0, 0, 0) + strings(path), timeout)
+        if error:
+            raise guest_error(error, self._machine.name, path)
+
+    @staticmethod
+    def _mounted(files: Files) -> list[str]:
+        """Where block devices are mounted, by proc(5), each once."""
+        found: dict[str, str] = {}
+        for line in files.read("/proc/mounts", limit=1 << 20).decode("latin-1").splitlines():
+            device, _, rest = line.partition(" ")
+            if device.startswith("/dev/"):
+                path = re.sub(r"\\([0-3][0-7]{2})", lambda byte: chr(int(byte[1], 8)), rest.partition(" ")[0])
+                found.setdefault(device, os.fsdecode(path.encode("latin-1")))
+        return list(found.values())
+
     def _ask(self, link: Link, verb: Verb, data: bytes, value: int, timeout: float | None) -> None:
         error, _ = link.answer(verb, REQUEST.pack(0, 0, value) + data, timeout)
         if error:
@@ -108,6 +153,20 @@ class Verbs:
     def agent(self: Any) -> Agent:
         """The agent itself."""
         return Agent(self)
+
+    @property
+    def aio(self: Any) -> Aio:
+        """The calls that wait, for ``await`` under asyncio and trio."""
+        from cardcage_agent.aio import Aio
+
+        return Aio(self)
+
+    @property
+    def qga(self: Any) -> Qga:
+        """QEMU's guest agent, in a guest that runs that in place of ours, or besides."""
+        from cardcage_agent.qga import Qga
+
+        return Qga(self)
 
     @property
     def files(self: Any) -> Files:
@@ -168,6 +227,7 @@ class Verbs:
         cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
         limit: int = LIMIT,
+        _started: Callable[[Popen], object] = _nobody,
     ) -> CompletedProcess[Any]:
         """Run a command in the guest and wait for its end, as :func:`subprocess.run`; both outputs are captured.
 
@@ -180,33 +240,32 @@ class Verbs:
             text, encoding, errors, env, cwd, user: as :class:`~cardcage_agent.process.Popen` has them.
             limit: bytes of each output; a command with more is killed, and AgentError raised.
         """
-        began = time.monotonic()
-        process = Popen(
-            link_of(self, "run", timeout),
-            args,
-            stdin=PIPE if input is not None else None,
-            stdout=stdout,
-            stderr=stderr,
-            text=text,
-            encoding=encoding,
-            errors=errors,
-            env=env,
-            cwd=cwd,
-            user=user,
-            timeout=_left(timeout, began),
-        )
+        __tracebackhide__ = True  # pytest shows the caller's line, not these functions
+        began, link = time.monotonic(), link_of(self, "run", timeout)
         try:
-            out, err = process.communicate(input, _left(timeout, began), limit=limit)
-        except TimeoutExpired as late:
-            raise TimeoutExpired(args, timeout or 0, late.output, late.stderr) from None
-        finally:
-            process.close()
-        code = process.poll()
-        if code is None:
-            raise AgentError(f"{process.args!r}: the agent gave the process up")
-        if check and code:
-            raise CalledProcessError(code, args, out, err)
-        return CompletedProcess(args, code, out, err)
+            done = _ran(
+                link,
+                args,
+                input,
+                check,
+                timeout,
+                began,
+                limit,
+                _started,
+                stdout=stdout,
+                stderr=stderr,
+                text=text,
+                encoding=encoding,
+                errors=errors,
+                env=env,
+                cwd=cwd,
+                user=user,
+            )
+        except BaseException as error:
+            link.on_run(args, error)
+            raise
+        link.on_run(args, done)
+        return done
 
     def popen(
         self: Any,
@@ -248,14 +307,14 @@ class Verbs:
         *,
         timeout: float | None = SILENCE,
     ) -> None:
-        """Copy a file of this host into the guest, with its permission bits.
+        """Copy a file or a directory of this host into the guest, with permission bits, as root's.
 
-        Raises OSErrors of either side, and AgentTimeout when nothing went for *timeout* seconds.
+        What is in a directory comes into *target*, which is made where it is not there. Symbolic links are copied as
+        they are; devices, sockets and FIFOs are left out. Raises OSErrors of either side, and AgentTimeout when nothing
+        went for *timeout* seconds.
         """
-        with open(source, "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            pieces: Iterator[bytes] = iter(lambda: file.read(PIECE), b"")
-            Files(link_of(self, "put", timeout)).write(target, pieces, mode=mode, timeout=timeout)
+        path, files = os.fspath(source), Files(link_of(self, "put", timeout))
+        (put_tree if os.path.isdir(path) else put_file)(files, path, os.fspath(target), timeout)
 
     def get(
         self: Any,
@@ -265,36 +324,51 @@ class Verbs:
         limit: int | None = None,
         timeout: float | None = SILENCE,
     ) -> None:
-        """Copy a file of the guest to this host: *target* is there once it is whole, and is new or replaced.
+        """Copy a file or a directory of the guest to this host: *target* is there once it is whole.
+
+        A file is new or replaced, a directory must be new; what is in one has its permission bits, as far as the umask
+        lets it. Symbolic links are copied as they are, and none is followed; devices, sockets and FIFOs are left out.
 
         Args:
-            limit: bytes; AgentError is raised for more. By default what the disk holds.
+            limit: bytes of all; AgentError is raised for more. By default what the disk holds.
             timeout: seconds without a byte.
         """
-        link = link_of(self, "get", timeout)
-        path = os.fspath(target)
-        handle, name = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".get-")
-        try:
-            with open(handle, "wb") as file:
-                for piece in Files(link).chunks(source, timeout=timeout):
-                    file.write(piece)
-                    if limit is not None and file.tell() > limit:
-                        raise AgentError(f"{self.name}:{os.fspath(source)}: more than {limit} bytes")
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        path, files = os.fspath(source), Files(link_of(self, "get", timeout))
+        copy = get_tree if files.stat(path, timeout=timeout).is_dir else get_file
+        copy(files, path, os.fspath(target), limit, timeout)
+
+
+def _ran(
+    link: Link,
+    args: Command,
+    input: bytes | str | None,
+    check: bool,
+    timeout: float | None,
+    began: float,
+    limit: int,
+    started: Callable[[Popen], object],
+    **keys: Any,
+) -> CompletedProcess[Any]:
+    """Run a command; *keys* are those of :class:`~cardcage_agent.process.Popen`."""
+    __tracebackhide__ = True
+    process = Popen(link, args, stdin=PIPE if input is not None else None, timeout=_left(timeout, began), **keys)
+    started(process)
+    try:
+        out, err = process.communicate(input, _left(timeout, began), limit=limit)
+    except TimeoutExpired as late:
+        raise TimeoutExpired(args, timeout or 0, late.output, late.stderr) from None
+    finally:
+        process.close()
+    code = process.poll()
+    if code is None:
+        raise AgentError(f"{process.args!r}: the agent gave the process up")
+    if check and code:
+        raise CalledProcessError(code, args, out, err)
+    return CompletedProcess(args, code, out, err)
 
 
 def _left(timeout: float | None, began: float) -> float | None:
     return None if timeout is None else max(timeout - (time.monotonic() - began), 0.0)
-
-
-def _umask() -> int:
-    """This process's umask, which can only be read by writing it, from a file that always has it (proc(5))."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
 
 
 class Machine(Verbs, PlainMachine):
@@ -305,7 +379,10 @@ class Machine(Verbs, PlainMachine):
         cls,
         *,
         memory: int | str = "512M",
+        kernel: str | os.PathLike[str] | None = None,
         append: str = "",
+        root: str | os.PathLike[str] | None = None,
+        share: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         devices: Iterable[Mapping[str, Any]] = (),
         fragments: Iterable[Mapping[str, Any]] = (),
         host: Host | None = None,
@@ -314,4 +391,22 @@ class Machine(Verbs, PlainMachine):
         """See :func:`cardcage_boot.debian.debian`, which makes it."""
         from cardcage_boot.debian import debian as make
 
-        return make(cls, memory=memory, append=append, devices=devices, fragments=fragments, host=host, **keys)
+        return make(
+            cls,
+            memory=memory,
+            kernel=kernel,
+            append=append,
+            root=root,
+            share=share,
+            devices=devices,
+            fragments=fragments,
+            host=host,
+            **keys,
+        )
+
+    @classmethod
+    def host_root(cls, **keys: Any) -> Self:
+        """See :func:`cardcage_boot.debian.host_root`, which makes it."""
+        from cardcage_boot.debian import host_root as make
+
+        return make(cls, **keys)

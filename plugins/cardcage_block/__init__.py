@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the back ends ``block:drive``, ``block:raw`` and ``block:qcow2``, ``--drive`` and ``image``."""
+    """Offer the back ends ``block:drive raw qcow2 throttle``, ``--drive`` and ``image``."""
     drive = "cardcage_block.drive"
     shapes = {
         "drive": ("open_drive", "an image file or block device; the format is detected"),
@@ -29,6 +29,13 @@ def cardcage_register(registry: Registry) -> None:
             help=help,
             default=name == "drive",
         )
+    registry.backend(
+        "block",
+        "throttle",
+        "cardcage_block.throttle:open_throttle",
+        options="cardcage_block.throttle:ThrottleOptions",
+        help="another drive with limits on bytes and requests a second",
+    )
     registry.flag(
         "--drive",
         f"{drive}:parse_drive_flag",

@@ -17,9 +17,9 @@ from cardcage.errors import ConfigError
 from cardcage.machine import Machine
 from cardcage.registry import DeviceOffer
 from cardcage.units import Size
-from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, draft_of, run_machine, timeout_of
+from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, detach, draft_of, run_machine, timeout_of
 
-from cardcage_boot import cpio
+from cardcage_boot import GuestProgramOffer, cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cardcage.config import Draft
     from cardcage.host import Host
 
-__all__ = ["COMMAND_LINE", "configure", "run"]
+__all__ = ["COMMAND_LINE", "configure", "given_kernel", "run"]
 
 COMMAND_LINE = "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests"
 """Serial console; a panic ends the machine; no probing for broken timers; no self-tests of ciphers nobody will use."""
@@ -80,6 +80,10 @@ class Plan:
 
 def run(host: Host, arguments: Namespace) -> int:
     """Boot, attach the terminal, and return the exit status."""
+    if arguments.detach and arguments.exec is not None:
+        raise ConfigError("omit --exec: run a command in the machine by cardcage exec", file="--detach")
+    if (left := detach(host, arguments)) is not None:
+        return left
     sys.setswitchinterval(SWITCH_INTERVAL)
     timeout = timeout_of(arguments)
     draft = draft_of(arguments)
@@ -96,8 +100,7 @@ def run(host: Host, arguments: Namespace) -> int:
         machine = Machine.from_config(draft.config(), host=host)
         cleanup.callback(machine.close)
         scratch.cleanup()  # all of it was read; in its jail, the process could not remove it any more
-        if plan.command is not None:
-            _add_ports(machine, plan, writer)
+        _add_ports(machine, plan, writer)
         _header(machine, plan, arguments, report)
         status = run_machine(machine, timeout=timeout)
         tells.close()
@@ -144,9 +147,7 @@ def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, share
     if arguments.exec is not None and arguments.initrd is not None:
         raise ConfigError("needs the init of cardcage's own initramfs: omit --initrd", file="--exec")
     shelf = Shelf(cache_root(), report.progress, report.say)
-    kernel = (
-        _given_kernel(arguments.kernel) if arguments.kernel is not None else shelf.kernel(refresh=arguments.refresh)
-    )
+    kernel = given_kernel(arguments.kernel) if arguments.kernel is not None else shelf.kernel(refresh=arguments.refresh)
     plan = Plan({"kernel": str(kernel.path)}, kernel.path.name, f"{kernel.release or kernel.path}   {kernel.source}")
     if arguments.kernel is None:
         plan.name = kernel.source.rpartition(" ")[2].lower()
@@ -157,7 +158,8 @@ def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, share
         plan.boot |= {"append": arguments.append, "initrd": arguments.initrd or ""}
         return plan
     if arguments.initrd is None:
-        plan.command = arguments.exec if arguments.exec is not None or _has_terminal() else "exec sh"
+        shell = arguments.detach or _has_terminal()
+        plan.command = arguments.exec if arguments.exec is not None or shell else "exec sh"
     plan.boot["append"] = " ".join(
         part for part in (COMMAND_LINE, "quiet" if plan.command is not None else "", arguments.append) if part
     )
@@ -170,7 +172,7 @@ def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, share
     return plan
 
 
-def _given_kernel(path: str) -> Kernel:
+def given_kernel(path: str) -> Kernel:
     """The kernel file a person gave; its modules are where its own tree, else this host, keeps those of its release."""
     release = linux_release(unpacked(open_file(path, "kernel")))
     if not release:
@@ -211,12 +213,14 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
     machine: dict[str, Any] = {} if "machine.name" in said else {"name": plan.name}
     console: dict[str, Any] = {"type": "linux-console"}
     if plan.command is not None:
+        if "machine.stop_timeout" not in said:
+            machine["stop_timeout"] = 0  # a command is ended, not asked to shut its guest down
         console |= {"token": plan.token, "fd": 2}
         channel = {"type": "exec-stream", "token": plan.token, "status": status}
         draft.add(
             {"device": [{"type": "isa-serial", "port": SECOND_PORT, "irq": SECOND_IRQ, "id": "exec", "char": channel}]}
         )
-    if "machine.console" not in said:
+    if "machine.console" not in said and not arguments.detach:
         machine["console"] = console
     if "machine.on_reset" not in said and (arguments.exec is not None or not _has_terminal()):
         machine["on_reset"] = "stop"  # a kernel that panics early must not boot again and again with nobody there
@@ -224,13 +228,23 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
 
 
 def _add_ports(machine: Machine, plan: Plan, status: int) -> None:
-    """Give the command ports of a virtio console, which carry megabytes where a UART carries kilobytes.
+    """Give the programs in our initramfs their devices, and the command ports of a virtio console, which carry
+    megabytes where a UART carries kilobytes.
 
     init uses them where its kernel has the driver. A machine without PCI or the card has the serial port alone.
     """
     buses = {getattr(one.device, "bus_type", None) for one in machine.devices.values()}
-    if "pci" in buses and "virtio-console" in machine.host.registry.names(DeviceOffer):
+    offered = machine.host.registry.names(DeviceOffer)
+    if "pci" not in buses:
+        return
+    if plan.command is not None and "virtio-console" in offered:
         machine.add("virtio-console", id="exec-ports", char="null", ports=port_options(plan.token, status))
+    if not isinstance(plan.boot.get("initrd"), list):
+        return
+    for table in (one for offer in machine.host.registry.offers(GuestProgramOffer) for one in offer.devices):
+        keys = {str(key): value for key, value in table.items() if key != "type"}
+        if table["type"] in offered and keys.get("id") not in machine.devices:
+            machine.add(str(table["type"]), **keys)
 
 
 def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) -> None:
@@ -249,6 +263,8 @@ def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) 
     report.line("kernel", plan.kernel)
     if plan.command is not None:
         report.line("command", arguments.exec if arguments.exec is not None else "sh, which reads standard input")
+    elif arguments.detach:
+        report.line("console", f"cardcage console {config.name}")
     else:
         report.line("console", "ttyS0 here, Ctrl-] to leave" if os.isatty(0) else "ttyS0 here; no terminal")
 

@@ -13,7 +13,7 @@ from cardcage.values import frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Entry", "device", "directory", "file", "pack", "parse", "symlink"]
+__all__ = ["FIELD_MAX", "Entry", "device", "directory", "file", "pack", "parse", "symlink"]
 
 MAGIC = b"070701"
 HEADER = 110

@@ -1,26 +1,45 @@
 #!/bin/busybox sh
 # The first process of cardcage's initramfs: it mounts what programs expect, loads drivers for the devices that are
 # there, then runs one command (when /cardcage/exec is there) or a shell, and powers off.
-echo "cardcage: init"
-export PATH=/sbin:/bin HOME=/root TERM=linux
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs devtmpfs /dev
-mkdir -p /dev/pts /dev/shm
-mount -t devpts devpts /dev/pts
-mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /tmp
-mount -t tmpfs tmpfs /run
-ln -s /proc/self/fd /dev/fd
-for name in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${name#*:}" "/dev/${name%:*}"; done
-for program in /cardcage/programs/*; do  # those of cards; not children of ours, which are waited for below
-    [ -x "$program" ] && ("$program" < /dev/null > /dev/null 2>&1 &)
-done
+# With a root file system of its own (root in /cardcage/settings) it mounts that and goes on inside, as the same script in
+# /run/cardcage.
+base=${CARDCAGE_BASE:-/cardcage}
+export HOME=/root TERM=linux
+if [ "$base" = /cardcage ]; then
+    echo "cardcage: init"
+    export PATH=/sbin:/bin
+    mount -t proc proc /proc
+    mount -t sysfs sysfs /sys
+    mount -t devtmpfs devtmpfs /dev
+    mkdir -p /dev/pts /dev/shm
+    mount -t devpts devpts /dev/pts
+    mount -t tmpfs tmpfs /dev/shm
+    mount -t tmpfs tmpfs /tmp
+    mount -t tmpfs tmpfs /run
+    ln -s /proc/self/fd /dev/fd
+    for name in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${name#*:}" "/dev/${name%:*}"; done
+    modules=/lib/modules/$(uname -r)
+else
+    export PATH=$base/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    modules=$base/modules/$(uname -r)
+    [ -e "/lib/modules/$(uname -r)" ] || { mkdir -p /lib/modules && ln -s "$modules" /lib/modules; }
+fi
+rows=0 cols=0 shares= token= root= strict=
+if [ -f "$base/settings" ]; then . "$base/settings"; fi
+begin() {  # the programs of cards; not children of ours, which are waited for below
+    for program in "$base"/programs/*; do
+        [ -x "$program" ] && ("$program" < /dev/null > /dev/null 2>&1 &)
+    done
+}
+fail() {  # the kernel panics when its first process ends, which the machine's owner is told
+    echo "cardcage: $*" > /dev/console
+    exit 1
+}
+[ -n "$strict" ] || begin
 hostname cardcage
 ip link set lo up
-cd /root
+cd /root || cd /
 
-modules=/lib/modules/$(uname -r)
 insert() {
     for module in "$@"; do
         [ -d "/sys/module/$module" ] || insmod "$modules/$module.ko"
@@ -32,9 +51,39 @@ drivers() {  # for each device id, the modules that drive it, in order
         driver "$alias"
     done
 }
-. /cardcage/drivers
+. "$base/drivers"
 drivers  # buses and their transports first,
 drivers  # then what they carry
+[ ! -d /sys/module/virtio_scsi ] || modprobe sr_mod 2> /dev/null  # discs appear when their bus has been looked through
+
+options_of() { case $1 in 9p) echo trans=virtio,version=9p2000.L,msize=524288 ;; *) echo rw ;; esac; }
+enter() {  # go on in $1, TYPE:TAG of a share or a directory here, under a layer that keeps what is changed in memory
+    mkdir /below /layer /inside
+    case $1 in
+        /*) mount -o bind "$1" /below ;;
+        *) mount -t "${1%%:*}" -o "ro,$(options_of "${1%%:*}")" "${1#*:}" /below ;;
+    esac || fail "root=$1 cannot be mounted"
+    mount -t tmpfs tmpfs /layer
+    mkdir /layer/upper /layer/work
+    layers=lowerdir=/below,upperdir=/layer/upper,workdir=/layer/work
+    insert overlay 2> /dev/null
+    mount -t overlay -o "$layers" overlay /inside || fail "this kernel has no overlay file system, which root= needs"
+    for folder in proc sys dev run tmp root; do
+        [ -d "/inside/$folder" ] || mkdir "/inside/$folder" || fail "root=$1: /$folder is no directory"
+    done
+    mount -t tmpfs tmpfs /inside/run
+    mount -t tmpfs tmpfs /inside/tmp
+    chmod 1777 /inside/tmp
+    for folder in proc sys dev; do mount -o move "/$folder" "/inside/$folder"; done
+    mkdir /inside/run/cardcage
+    cp -a /cardcage/* /bin /lib/modules /init /inside/run/cardcage/
+    export CARDCAGE_BASE=/run/cardcage
+    sed -i '1s|/bin/busybox|/run/cardcage/bin/busybox|' "/inside$CARDCAGE_BASE/dhcp"
+    cd /inside || exit
+    mount -o move . /
+    exec chroot . $CARDCAGE_BASE/bin/busybox sh $CARDCAGE_BASE/init
+}
+[ -z "$root" ] || [ "$base" != /cardcage ] || enter "$root"
 
 addresses=
 for nic in /sys/class/net/*; do  # an address for each network card, from whoever gives one within seconds
@@ -42,12 +91,9 @@ for nic in /sys/class/net/*; do  # an address for each network card, from whoeve
     [ "$nic" = lo ] && continue
     ip link set "$nic" up
     # 26 is the MTU, 119 the search domains; busybox may be built without the latter's name
-    udhcpc -i "$nic" -q -n -t 3 -T 1 -O 26 -O 119 -s /cardcage/dhcp > /dev/null 2>&1 &
+    udhcpc -i "$nic" -q -n -t 3 -T 1 -O 26 -O 119 -s "$base/dhcp" > /dev/null 2>&1 &
     addresses="$addresses $!"
 done
-
-rows=0 cols=0 shares= token=
-if [ -f /cardcage/settings ]; then . /cardcage/settings; fi
 
 # The command's streams: descriptor 7 for its input, 8 for its output and its status. They are open from here to the
 # end: a serial port that is being closed by processes which the command left behind cannot be opened again.
@@ -99,16 +145,17 @@ fi
 for share in $shares; do
     folder=/mnt/${share#*:} form=${share%%:*}
     mkdir -p "$folder"
-    case $form in 9p) options=trans=virtio,version=9p2000.L,msize=524288 ;; *) options=rw ;; esac
-    problem=$(mount -t "$form" -o "$options" "${share#*:}" "$folder" 2>&1) && continue  # the kernel loads the module
+    problem=$(mount -t "$form" -o "$(options_of "$form")" "${share#*:}" "$folder" 2>&1) && continue  # the kernel loads the module
     grep -qw "$form" /proc/filesystems || problem="this kernel has no driver for $form"
     if [ -f /cardcage/exec ]; then  # a command must not take an empty directory for what was shared
         mark fail " $folder is not mounted: $(echo $problem)" >&8
         settle 8
         poweroff -f
     fi
+    [ -z "$strict" ] || fail "$folder is not mounted: $problem"
     echo "cardcage: $folder is not mounted: $problem" > /dev/console
 done
+[ -z "$strict" ] || begin
 
 if [ -f /cardcage/exec ]; then
     [ -z "$addresses" ] || wait $addresses
@@ -152,8 +199,18 @@ if [ -f /cardcage/exec ]; then
     mark end " $status" >&5
     settle 8 5 "$out"
 else
+    {  # the power button ends the guest
+        modprobe evdev
+        for name in /sys/class/input/event*/device/name; do
+            read -r is < "$name" && [ "$is" = "Power Button" ] || continue
+            event=${name#/sys/class/input/}
+            dd if="/dev/input/${event%%/*}" of=/dev/null bs=24 count=1 && sync && poweroff -f
+        done
+    } < /dev/null > /dev/null 2>&1 &
     [ "$rows" = 0 ] || stty -F /dev/console rows "$rows" cols "$cols"
-    setsid cttyhack sh -l
+    shell=sh
+    [ "$base" = /cardcage ] || [ ! -x /bin/bash ] || shell=/bin/bash
+    setsid cttyhack $shell -l
 fi
 sync
 poweroff -f

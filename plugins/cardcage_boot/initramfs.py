@@ -23,7 +23,7 @@ __all__ = ["WANTED", "applets", "build", "driver_script", "programs_of"]
 
 WANTED = (
     *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon"),
-    *("virtio_scsi", "virtio_input", "virtio_mem", "virtiofs", "9pnet_virtio", "9p"),
+    *("virtio_scsi", "sr_mod", "isofs", "virtio_input", "virtio_mem", "virtiofs", "9pnet_virtio", "9p"),
     *("vmw_vsock_virtio_transport", "vsock_diag", "qemu_fw_cfg", "pvpanic_mmio", "pvpanic_pci", "button", "evdev"),
     *("ext4", "af_packet", "overlay"),
 )

@@ -35,7 +35,7 @@ LEAD = b"\0cardcage-"
 MARK_MAX = 1024
 """Bytes of the longest mark; what begins like one and goes on is output."""
 PIECE_PORT = 32768
-"""A port keeps twice as much for a guest that does not read."""
+"""A port keeps more than this for a guest that does not read."""
 
 
 @frozen

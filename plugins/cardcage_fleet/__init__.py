@@ -1,7 +1,8 @@
 """Card ``fleet``: the machines of one user on this host, told apart, counted, admitted and commanded.
 
 Other cards add to it: an admission policy by :class:`AdmissionOffer`, a command to running machines by
-:class:`ControlOffer`. ``cardcage stats`` shows what each machine's memory costs the host.
+:class:`ControlOffer` or, for one that is a conversation, :class:`SessionOffer`. ``cardcage stats`` shows what each
+machine's memory costs the host.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ if TYPE_CHECKING:
     from cardcage_fleet.admission import Admission, Room, Starter
     from cardcage_fleet.control import command, find
     from cardcage_fleet.roster import Roster, RosterEntry
+    from cardcage_fleet.session import Conversation, Session, converse
 
 __all__ = [
     "Admission",
     "AdmissionOffer",
     "ControlOffer",
+    "Conversation",
     "MachineStats",
     "Room",
     "Roster",
     "RosterEntry",
+    "Session",
+    "SessionOffer",
     "Starter",
     "command",
+    "converse",
     "find",
     "stats_of",
 ]
@@ -52,16 +58,19 @@ class ControlOffer(Offer):
     """A command to running machines (:mod:`cardcage_fleet.control`): ``factory(machine, arguments) -> dict``.
 
     Both are tables of JSON. It runs on a thread of its own, without the machine's lock.
-
-    Attributes:
-        files: it is ``factory(machine, arguments, files)``: *files* are descriptors that came along, closed afterwards.
     """
 
     kind: ClassVar[str] = "control"
 
-    def __init__(self, name: str, factory: Any, *, files: bool = False, help: str = "") -> None:
-        super().__init__(name, factory, help=help)
-        self.files = files
+
+class SessionOffer(Offer):
+    """A command that goes on as a conversation: ``factory(machine, arguments, session) -> dict``.
+
+    *session* is a :class:`~cardcage_fleet.session.Session`. It runs on a thread of its own, without the machine's lock;
+    what it raises, and the table that it returns, is what the caller hears last.
+    """
+
+    kind: ClassVar[str] = "session"
 
 
 @hookimpl
@@ -106,5 +115,6 @@ _names: Any = lazy_names(
     admission="Admission Room Starter",
     control="command find",
     roster="Roster RosterEntry",
+    session="Conversation Session converse",
 )
 __getattr__ = _names

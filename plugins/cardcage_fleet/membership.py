@@ -13,7 +13,7 @@ from cardcage.machine import rename
 from cardcage.security import OPERATOR, Act, Needs
 from cardcage.units import say_size
 
-from cardcage_fleet import ControlOffer
+from cardcage_fleet import ControlOffer, SessionOffer
 from cardcage_fleet.admission import Starter, admissions, rooms_of
 from cardcage_fleet.hostmemory import memory_group, memory_limits
 from cardcage_fleet.roster import Roster, RosterEntry, pid_namespace
@@ -110,7 +110,7 @@ def publish(machine: Machine) -> None:
     chosen = machine.accelerator
     record.update(start=block.host_address, accelerator=chosen.name, code=chosen.probe.code_memory, **group)
     machine.observers.add("state", lambda state: record.update(state=str(state)))
-    if machine.host.registry.names(ControlOffer):
+    if machine.host.registry.names(ControlOffer) or machine.host.registry.names(SessionOffer):
         from cardcage_fleet.control import Door  # most machines have no command to hear
 
         machine.defer(Door(machine, record.entry).close)
@@ -143,6 +143,7 @@ def entry_of(machine: Machine) -> RosterEntry:
         os.getpid(),
         config.memory,
         label=machine.label,
+        cpus=config.cpus,
         backend=machine.config.memory.type,
         promised=config.memory if machine.memory_backend.takes_ram else 0,
         priority=config.priority,

@@ -45,6 +45,7 @@ class RosterEntry:
     Attributes:
         name, pid, state, accelerator, label: the machine's. backend: where its memory comes from (``memory.type``).
         size: bytes of RAM. promised: bytes of it that admission counts (not those out of a pool of huge pages).
+        cpus: number of vCPUs, 0 for unknown.
         start: address of RAM in the process, 0 before there is any. balloon: whether its socket can be asked.
         priority: ``machine.priority``. group: path of its memory cgroup, empty for none.
         group_folder: where that is mounted. group_version: 1 or 2.
@@ -64,6 +65,7 @@ class RosterEntry:
     promised: int = 0
     start: int = 0
     balloon: bool = False
+    cpus: int = 0
     priority: int = 0
     group: str = ""
     group_folder: str = ""

@@ -1,8 +1,8 @@
 """Card ``jail``: before a guest's first instruction, the process gives up what its machine does not need.
 
 ``[security] jail`` is ``"on"``, ``"off"`` or ``"require"``. It is on where the process exists for its machines, as the
-command line's does. docs/security.md says what is given up, and :class:`cardcage.security.Needs` how a card states what
-it needs.
+command line's does; ``open_later`` names files that may be opened in it all the same. docs/security.md says what is
+given up, and :class:`cardcage.security.Needs` how a card states what it needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 def cardcage_register(registry: Registry) -> None:
     """Read ``security.jail``, and offer a line of ``cardcage doctor``."""
     registry.policy_key("security.jail", help='"on", "off" or "require": give up what the machine does not need')
+    registry.policy_key("security.open_later", help="files and directories that may still be opened in the jail")
     registry.doctor("jail", "cardcage_jail.check:jail", help="Landlock and seccomp, for the jail around the process")
+
+
+@hookimpl
+def cardcage_admit(machine: Machine) -> None:
+    """Refuse wrong values before anything is taken."""
+    from cardcage_jail.jail import opened_later, wanted
+
+    wanted(machine)
+    opened_later(machine)
 
 
 @hookimpl(trylast=True)  # the other cards' files are open by then

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cardcage.abilities import has
+from cardcage.config import beside
 from cardcage.errors import CardError, HostError
 from cardcage.security import HasNeeds, Needs
 
@@ -70,12 +71,25 @@ def wanted(machine: Machine) -> str:
     return str(value)
 
 
+def opened_later(machine: Machine) -> Needs:
+    """What ``security.open_later`` names, for files that nobody knows of yet. Raises ConfigError."""
+    place = machine.config.place("security.open_later")
+    value = machine.config.guards.get("open_later", [])
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise place.error(f"expected a list of paths, got {value!r}")
+    paths = [os.path.abspath(beside(one)) for one in value]
+    for at, path in enumerate(paths):
+        if not os.path.exists(path):
+            raise place.below(f"[{at}]").error(f"{path}: expected a file or directory that is there")
+    return Needs(write=tuple(paths))
+
+
 def enter(machine: Machine) -> None:
     """Put this process into the jail that *machine* needs, as far as the host knows how; for good.
 
     Raises ConfigError for a wrong value, HostError where the jail is required and the host has none.
     """
-    choice = wanted(machine)
+    choice, later = wanted(machine), opened_later(machine)
     if choice == "off" or machine.host.share("jail:entered", dict).get("entered"):
         return
     missing = [name for name, there in (("Landlock", landlock.abi()), ("seccomp", seccomp.is_offered())) if not there]
@@ -84,7 +98,7 @@ def enter(machine: Machine) -> None:
         if choice == "require":
             raise HostError(f'security.jail = "require": {text}')
         machine.log.warning("no jail, or half a jail", why=text)
-    needs = joined([COMMON, *needs_of(machine)])
+    needs = joined([COMMON, later, *needs_of(machine)])
     refusals = seccomp.Refusals()
     no_core_dumps()
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(needs.capabilities)]
@@ -100,6 +114,7 @@ def enter(machine: Machine) -> None:
     if "seccomp" not in missing:
         seccomp.confine(children(), needs.sockets)
     machine.host.share("jail:entered", dict)["entered"] = True
+    machine.host.sealed = "the process is in its jail, and opens nothing that it was not started with"
 
     def told() -> None:
         for call in refusals.read():

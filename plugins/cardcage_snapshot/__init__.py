@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
-from cardcage_fleet import ControlOffer
+from cardcage_fleet import ControlOffer, SessionOffer
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine as PlainMachine
@@ -48,9 +48,7 @@ def cardcage_register(registry: Registry) -> None:
     registry.add(
         ControlOffer("snapshot-plan", "cardcage_snapshot.running:plan", help="files to save it in: {path: DIR}")
     )
-    registry.add(
-        ControlOffer("snapshot", "cardcage_snapshot.running:save", files=True, help="save the machine into these files")
-    )
+    registry.add(SessionOffer("snapshot", "cardcage_snapshot.running:save", help="save the machine into these files"))
     registry.command(
         "snapshot",
         "cardcage_snapshot.tool:run",

@@ -190,10 +190,21 @@ def prepared(machine: Machine) -> tuple[dict[str, Any], str]:
     """The configuration of a machine as tables, and its seal: made before a jail where there is one."""
     found = _prepared.get(machine)
     if found is None or found[0] is not machine.config:
-        tables = _originals.get(machine) or tables_of(machine.config, ids_of(machine))
+        tables = _tables(machine)
         found = machine.config, tables, sealed(tables, machine.label)
         _prepared[machine] = found
     return found[1], found[2]
+
+
+def _tables(machine: Machine) -> dict[str, Any]:
+    """The configuration; of a restored machine as it was, but for devices that were added or taken out since."""
+    tables = tables_of(machine.config, ids_of(machine))
+    before = _originals.get(machine)
+    if before is None:
+        return tables
+    devices = {one.get("id"): one for one in before.get("device", []) if isinstance(one, dict)}
+    found = [devices.get(one["id"], one) for one in tables["device"]]
+    return {**before, "device": found}
 
 
 def roomy(into: Publication, wanted: int) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 from cardcage.errors import HostError, UsageError
-from cardcage_fleet import command
+from cardcage_fleet import command, converse
+from cardcage_fleet.control import DESCRIPTORS
 
 from cardcage_snapshot.creating import Plan, allowed, completed, prepared, roomy
 from cardcage_snapshot.manifest import Manifest, converter
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cardcage.machine import Machine
-    from cardcage_fleet import RosterEntry
+    from cardcage_fleet import RosterEntry, Session
 
     from cardcage_snapshot.creating import Snapshot
 
@@ -43,9 +44,9 @@ def plan(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"names": made.names, "room": made.room}
 
 
-def save(machine: Machine, arguments: dict[str, Any], files: list[int]) -> dict[str, Any]:
+def save(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[str, Any]:
     """Command ``snapshot``: ``{names}``, with as many descriptors. Returns manifest and time."""
-    names, made = arguments.get("names"), Plan(machine)
+    names, made, files = arguments.get("names"), Plan(machine), session.fds
     if names != made.names or len(files) != len(made.names) or arguments.keys() != {"names"}:
         raise UsageError(f"expected the names {made.names}, and a descriptor for each")
     try:
@@ -62,12 +63,15 @@ def create(entry: RosterEntry, path: Path, *, compress: bool, replace: bool) -> 
     with Publication(path, replace=replace) as into:
         told = command(entry, "snapshot-plan", {"path": str(path)})
         names, room = told.get("names"), told.get("room")
-        if not isinstance(names, list) or type(room) is not int or len(names) > 200:
+        if not isinstance(names, list) or type(room) is not int:
             raise _nonsense(entry)
+        if len(names) > DESCRIPTORS:
+            raise HostError(f"machine {entry.name} has more disks than can be saved at once")
         roomy(into, room)
         files = [into.create(_checked(one, entry)) for one in names]
         try:
-            answer = command(entry, "snapshot", {"names": names}, PATIENCE, files=files)
+            with converse(entry, "snapshot", {"names": names}, PATIENCE, fds=files) as session:
+                answer = session.told
         finally:
             for fd in files:
                 os.close(fd)

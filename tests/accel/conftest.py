@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cardcage.accelerator import VmSpec
 from cardcage_kvm.accel import Kvm
 from kvm_bench import Bench, MakeBench
 from tcg_cpu import Cpu, load
+
+EVERYWHERE = {f"test_{name}.py" for name in "check_kvm check_tcg conformance_table kvm tcg_boundary tcg_store".split()}
+"""Modules that run on each Python version: the conformance programs, and where Python and native code meet. The others
+are about translated code, which knows no Python."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is run on one Python version only."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name not in EVERYWHERE:
+            item.add_marker(pytest.mark.once)
 
 
 @pytest.fixture

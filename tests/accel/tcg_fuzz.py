@@ -23,6 +23,7 @@ from iced_x86 import (
     MemorySizeInfo,
     Mnemonic,
     OpAccess,
+    OpCodeTableKind,
     OpKind,
     Register,
     RegisterExt,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Case", "Fuzzer"]
 
 M, R, K = Mnemonic, Register, OpKind
+AMD = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 NUMBER = {getattr(R, name.upper()): i for i, name in enumerate(GENERAL)}
 ARITHMETIC = 0x8D5
 STACK = DATA + 0x4000
@@ -191,6 +193,8 @@ class Fuzzer:
             case.undefined = (
                 case.undefined & ~(ins.rflags_written | ins.rflags_cleared | ins.rflags_set) | ins.rflags_undefined
             )
+            if ins.mnemonic in (M.RCL, M.RCR) and ins.op1_kind == K.IMMEDIATE8 and ins.immediate8 & 31 > 1:
+                case.undefined |= RflagsBits.OF  # iced has it unchanged by a whole turn; SDM vol. 2, RCL: undefined
             for one in _INFO.info(ins).used_registers():
                 full = NUMBER.get(RegisterExt.full_register(one.register))
                 if full is not None and one.access not in (OpAccess.READ, OpAccess.COND_READ):
@@ -240,6 +244,13 @@ class Fuzzer:
             return True
 
         kinds = [ins.op_kind(i) for i in range(ins.op_count)]
+        if (
+            AMD
+            and K.MEMORY not in kinds
+            and ins.op_code().op_code == 0x0D
+            and ins.op_code().table == OpCodeTableKind.T0F
+        ):
+            return None  # processors of AMD know no register form, where Intel's are hints (SDM vol. 2, table A-3)
         if any(kind in STRINGS for kind in kinds):
             state.flags |= r.choice((0, 0x400)) if ins.is_string_instruction and not written else 0
             count = r.choice((0, 1, 2, 3, 5, 9, 200, 300)) if ins.has_rep_prefix or ins.has_repne_prefix else general[1]

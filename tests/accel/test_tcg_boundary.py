@@ -92,7 +92,10 @@ def test_jump_into_forgotten_code(tmp_path: Path) -> None:
 @pytest.mark.once
 def test_going_on_in_forgotten_code(tmp_path: Path) -> None:
     """A processor that left for a device while another has all code forgotten and made anew does not go on in that."""
-    status, said, messages = run("resume_stale", tmp_path, cpus=2, seconds=12)
-    assert status == TIMED_OUT, messages
-    assert "X" not in said
-    assert "." in said
+    for seconds in (12, 100):  # on a busy host the first may not be enough to have all code forgotten
+        status, said, messages = run("resume_stale", tmp_path, cpus=2, seconds=seconds)
+        assert status == TIMED_OUT, messages
+        assert "X" not in said
+        if "." in said:
+            return
+    pytest.fail("its code was never forgotten")

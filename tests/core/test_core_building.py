@@ -21,7 +21,7 @@ from scripted import Scripted
 
 
 def test_devices_are_added_before_the_start(make_machine: Any) -> None:
-    """add() plugs a device with its own keys, refuses what does not fit, and raises StateError later."""
+    """add() plugs a device with its own keys, refuses what does not fit, and raises StateError after the end."""
     machine = make_machine(out(0), devices=[])
     added = machine.add("panel", id="second", port=0x80)
     assert added.slot.ranges.mappings[0].address == 0x80
@@ -35,7 +35,7 @@ def test_devices_are_added_before_the_start(make_machine: Any) -> None:
         machine.add("panel", sped=1)
     assert set(machine.devices) == {"second"}
     assert machine.start().wait(20) == PoweredOff()
-    with pytest.raises(StateError, match="before the machine starts"):
+    with pytest.raises(StateError, match="has ended"):
         machine.add("panel")
 
 

@@ -86,9 +86,14 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    """A machine to run."""
-    return Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A machine to run, by a command that ignores no signal, as it would if these tests were run by nohup."""
+    ignored = [one for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN]
+    for one in ignored:
+        signal.signal(one, signal.SIG_DFL)
+    yield Place(tmp_path)
+    for one in ignored:
+        signal.signal(one, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize(

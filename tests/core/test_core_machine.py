@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+from cardcage import GuestFailed
 from cardcage.boot import E820Entry
 from cardcage.errors import AcceleratorError, ConsoleTimeout, GuestError, StateError
 from cardcage.outcome import Crashed, DebugExit, Panicked, PoweredOff, Reset, Stopped, TimedOut
@@ -25,6 +26,17 @@ def test_the_guest_ends_the_machine(make_machine: Any, offset: int, outcome: Any
     assert machine.start().wait(20) == outcome
     assert outcome.status == status
     assert machine.state == "stopped"
+    if status:
+        with pytest.raises(GuestFailed) as failed:
+            machine.wait(check=True)
+        assert (failed.value.outcome, str(failed.value)) == (outcome, f"{machine.name}: {outcome}")
+    else:
+        assert machine.wait(check=True) == outcome
+
+
+def test_a_debug_exit_with_code_0_is_no_failure(make_machine: Any) -> None:
+    """``check`` is about what the guest says, not about the odd status of the command line."""
+    assert make_machine(out(3, 0)).start().wait(20, check=True) == DebugExit(0)
 
 
 def test_a_cards_exception_is_raised_by_wait_and_with(make_machine: Any) -> None:
@@ -199,6 +211,9 @@ def test_stop_timeout_and_close(make_machine: Any) -> None:
         machine.wait()
     machine.start()
     assert machine.wait(0.01) == TimedOut(0.01)
+    with pytest.raises(GuestFailed, match=r"timed out after 0\.01 s") as late:
+        machine.wait(0.01, check=True)
+    assert late.value.outcome == TimedOut(0.01)
     assert machine.state == "running"
     machine.stop("enough")
     assert machine.wait(20) == Stopped("enough")

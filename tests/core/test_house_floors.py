@@ -17,14 +17,29 @@ NEEDS = {
     "cardcage_conformance": {"cardcage_snapshot"},  # machines are saved and continued while eventfds are busy
     "cardcage_virtio": {"cardcage_pci"},
     "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
+    # guests of the first, and contracts that cards have with them
+    "cardcage_pytest": {
+        "cardcage_agent",
+        "cardcage_boot",
+        "cardcage_conformance",
+        "cardcage_fleet",
+        "cardcage_memory_policies",
+    },
     "cardcage_fleet": set(),
+    "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
+    "cardcage_qmp": set(),
+    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
+    "cardcage_cloudinit": set(),
+    "cardcage_nbd": set(),
+    "cardcage_cdrom": {"cardcage_virtio", "cardcage_fleet"},  # discs of running machines
+    "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
@@ -33,10 +48,11 @@ KITS = {
     "cardcage_memory_policies/testing.py",
     "cardcage_fleet/testing.py",
     "cardcage_snapshot/testing.py",
+    "cardcage_pytest/cards.py",
 }
-"""Contracts of a card's own, which may use the kit."""
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance"}
-"""The kernel, the command line, and the contracts of cards and of accelerators."""
+"""Contracts of a card's own, which may use the kit, and what runs them for strangers."""
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
+"""The kernel, the command line, the contracts of cards and of accelerators, and a plugin of pytest."""
 
 
 def rooms() -> dict[str, Path]:
@@ -116,8 +132,9 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8511, 5197
-"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards: 12 and 5."""
+LINES, CODE = 8605, 5260
+"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, and
+devices that come and go, 94 and 63."""
 
 
 def test_the_kernel_stays_small() -> None:

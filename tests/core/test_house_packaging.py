@@ -16,7 +16,7 @@ import pytest
 from cardcage_tcg.native import build
 
 ROOT = Path(__file__).parents[2]
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance"}
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
 SHELVES = ("core", "accel", "devices", "plugins")
 
 

@@ -43,6 +43,7 @@ def machine(*, irqchip: str = "split", pci: bool = True, resources: tuple[Resour
 
     if pci:
         plug("pci-host", Bridge(), [], ())
+        plug("pci-hotplug", object(), [KitMapping(Pio(20), 0xAE00)], ())
     plug("isa-serial", object(), [KitMapping(Pio(8), 0x3F8)], (Resource("PNP0501", "COM", (4,)),))
     plug("i8042", object(), [KitMapping(Pio(1), 0x60)], (Resource("PNP0303", "KBD", (1,)), Resource("PNP0F13", "MOU")))
     plug("hpet", object(), [KitMapping(Mmio(0x400), 0xFED00000)], (Resource("PNP0103", "HPET"),))
@@ -127,7 +128,8 @@ def test_iasl_takes_the_tables_apart_and_compiles_the_dsdt_again(tmp_path: Path,
     source = (tmp_path / "DSDT.dsl").read_text()
     for word in ("\\_S5", 'EisaId ("PNP0501")', '"LNRO0005"', "Device (COM1)", "Device (DEV1)", "Device (VR00)"):
         assert word in source
-    assert ("Device (PCI0)" in source) == pci
+    for word in ("Device (PCI0)", "Device (SF8)", "Method (_E01, 0, NotSerialized)", "Notify (S10, Arg1)"):
+        assert (word in source) == pci
 
 
 def test_linker_script_gives_what_relocation_gives() -> None:

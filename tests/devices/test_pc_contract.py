@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,13 @@ if TYPE_CHECKING:
 REGISTRY = Registry()
 cardcage_register(REGISTRY)
 DEVICES = [one for one in REGISTRY if one.kind == "device" and one.bus == "system"]
-OPTIONS = {"rtc": {"base": "2024-01-01T00:00:00"}, "debugcon": {"char": "null"}}
+FLASH = Path(mkdtemp()) / "flash"
+FLASH.write_bytes(bytes(range(256)) * 256)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rtc": {"base": "2024-01-01T00:00:00"},
+    "debugcon": {"char": "null"},
+    "pflash": {"file": str(FLASH), "readonly": True},
+}
 KEEPS = {"rtc"}
 """What a reset does not put back: time and CMOS memory."""
 

@@ -25,6 +25,7 @@ def test_the_default_pc() -> None:
     """A PC has interrupt controllers, timers, a clock, i8042, the firmware interface, PCI and one serial port."""
     assert set(types()) == {
         *("pic", "ioapic", "pit", "rtc", "hpet", "i8042", "acpi-pm", "fw_cfg", "port80", "pvpanic", "pci-host"),
+        *("pci-hotplug",),
         *("i440fx", "isa-serial", "acpi", "smbios", "bios-data"),
     }
 

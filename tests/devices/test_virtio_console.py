@@ -103,7 +103,7 @@ def test_input_that_nobody_takes_is_bounded() -> None:
     bench, (line,) = make(features=SINGLE)
     for _ in range(100):
         line.received(bytes(4096))
-    assert len(bench.device.ports[0].held) == 1 << 16
+    assert len(bench.device.ports[0].held) == 1 << 18
     assert bench.slot.log.entries
     bench.close()
 

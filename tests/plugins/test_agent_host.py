@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -341,3 +342,132 @@ def test_another_link_finds_the_same_agent(tmp_path: Path) -> None:
         old._link.close()
     finally:
         agent.close()
+
+
+def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
+    """Files, directories and links come back as they were; what is there is kept, or refused on the way out."""
+    source = tmp_path / "source"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "deep" / "file").write_bytes(os.urandom(3 * WINDOW))
+    (source / "deep" / "file").chmod(0o750)
+    (source / "empty").write_bytes(b"")
+    (source / "out").symlink_to("/etc/passwd")
+    os.mkfifo(source / "fifo")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "kept").write_text("kept")
+    vm.put(source, there)
+    assert (there / "kept").read_text() == "kept"
+    vm.get(there, tmp_path / "back")
+    assert (tmp_path / "back" / "deep" / "file").read_bytes() == (source / "deep" / "file").read_bytes()
+    assert (tmp_path / "back" / "deep" / "file").stat().st_mode & 0o777 == 0o750
+    assert os.readlink(tmp_path / "back" / "out") == "/etc/passwd"
+    assert sorted(os.listdir(tmp_path / "back")) == ["deep", "empty", "kept", "out"]
+    with pytest.raises(FileExistsError, match="exists"):
+        vm.get(there, tmp_path / "back")
+    with pytest.raises(AgentError, match="more than 1000 bytes"):
+        vm.get(there, tmp_path / "less", limit=1000)
+    assert sorted(one.name for one in tmp_path.iterdir() if one.name not in ("back", "source", "there")) == []
+    with pytest.raises(FileNotFoundError, match="'vm:/none'"):
+        vm.get("/none", tmp_path / "none")
+
+
+def test_symbolic_links(vm: Any, tmp_path: Path) -> None:
+    """Made and read, with the kernel's own errors."""
+    vm.files.symlink("target/of it", tmp_path / "link")
+    assert os.readlink(tmp_path / "link") == "target/of it"
+    assert vm.files.readlink(tmp_path / "link") == "target/of it"
+    with pytest.raises(FileExistsError):
+        vm.files.symlink("x", tmp_path / "link")
+    with pytest.raises(OSError, match="Invalid argument"):
+        vm.files.readlink(tmp_path)
+
+
+def test_what_cannot_be_frozen_says_so(vm: Any) -> None:
+    """The file systems of the kernel itself, and what is no directory."""
+    with pytest.raises(OSError, match="'vm:/proc'"):
+        vm.agent.freeze(["/proc"])
+    with pytest.raises(NotADirectoryError):
+        vm.agent.freeze(["/proc/version"])
+    assert vm.agent.freeze([]) == []
+
+
+def test_calls_are_awaited(vm: Any, tmp_path: Path) -> None:
+    """More at once than a pool of threads has; results and errors are those of the calls that wait."""
+
+    async def main() -> None:
+        begun = [vm.aio.run(f"read x; echo {at}", input="x\n", text=True, check=True) for at in range(40)]
+        assert [one.stdout for one in await asyncio.gather(*begun)] == [f"{at}\n" for at in range(40)]
+        await vm.aio.files.write(tmp_path / "file", "text")
+        assert await vm.aio.files.read(tmp_path / "file") == b"text"
+        assert await vm.aio.agent.ping() > 0
+        with pytest.raises(FileNotFoundError, match="'vm:/none'"):
+            await vm.aio.files.stat("/none")
+        process = await vm.aio.popen("echo streamed; exit 3")
+        assert await vm.aio.call(process.stdout.readline) == b"streamed\n"
+        assert await vm.aio.call(process.wait) == 3
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_command_is_killed(vm: Any, tmp_path: Path) -> None:
+    """The task goes on at once, and the command's processes are gone."""
+    script = f"echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/there; sleep 1000"
+
+    async def main() -> None:
+        task = asyncio.create_task(vm.aio.run(script))
+        while not (tmp_path / "there").exists() and not task.done():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    pid = (tmp_path / "there").read_text().strip()
+    while Path(f"/proc/{pid}").exists():
+        vm.agent.ping()
+
+
+def test_calls_are_awaited_under_trio(vm: Any) -> None:
+    """The same, with trio's cancellation."""
+    trio = pytest.importorskip("trio")
+
+    async def main() -> None:
+        assert (await vm.aio.run("echo trio", text=True)).stdout == "trio\n"
+        with trio.move_on_after(0.2) as scope:
+            await vm.aio.run("sleep 1000")
+        assert scope.cancelled_caught
+        with pytest.raises(FileNotFoundError):
+            await vm.aio.run(["nonesuch"])
+
+    trio.run(main)
+
+
+def test_changes_are_watched(vm: Any, tmp_path: Path) -> None:
+    """From when it begins, in order, until what is watched is gone; moves have one cookie."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with vm.files.watch(folder) as changes:
+        (folder / "one").write_text("x")
+        (folder / "one").rename(folder / "two")
+        (folder / "sub").mkdir()
+        found = [changes.get(timeout=60) for _ in range(6)]
+        assert [(one.kind, one.name) for one in found] == [
+            ("create", "one"),
+            ("modify", "one"),
+            ("close_write", "one"),
+            ("moved_from", "one"),
+            ("moved_to", "two"),
+            ("create", "sub"),
+        ]
+        assert found[3].cookie == found[4].cookie != 0
+        assert found[5].is_dir
+        with pytest.raises(AgentTimeout, match=r"no change within 0\.01 s"):
+            changes.get(timeout=0.01)
+        (folder / "two").unlink()
+        (folder / "sub").rmdir()
+        folder.rmdir()
+        assert [one.kind for one in changes][-2:] == ["delete_self", "ignored"]
+        assert changes.get() is None
+    with pytest.raises(FileNotFoundError, match="'vm:/none'"):
+        vm.files.watch("/none")

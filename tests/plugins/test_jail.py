@@ -264,6 +264,27 @@ def test_all_threads_are_in_the_jail_and_needs_are_met(tmp_path: Path) -> None:
     assert (first, second) == ("of the panel", "refused")
 
 
+def test_files_that_the_configuration_names_are_opened_later(tmp_path: Path) -> None:
+    """What ``security.open_later`` names beside its file is opened in the jail; a wrong value is refused by its key."""
+    done = run_panel(tmp_path, before="")
+    assert done.stdout.splitlines()[1:] == ["of the panel", "refused"], done.stderr
+    table = tmp_path / "vm.toml"
+    table.write_text(f'{table.read_text()}[security]\nopen_later = ["files/b"]\n')
+    run = [sys.executable, str(tmp_path / "code" / "run.py"), "run", str(table)]
+    done = subprocess.run(run, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[1:] == ["of the panel", "of somebody else"], done.stderr
+    for value, words in (
+        ("files", "security.open_later: expected a list of paths, got 'files'"),
+        ('["nothing"]', "security.open_later[0]: /nothing: expected a file or directory that is there"),
+    ):
+        done = subprocess.run(
+            [*run, "--set", f"security.open_later={value}"], cwd="/", capture_output=True, text=True, check=False
+        )
+        assert done.returncode not in (0, 1), done.stderr
+        assert done.stderr.splitlines()[-1].endswith(words)
+        assert done.stdout == ""
+
+
 DEAF = """
 import signal, threading
 from cardcage_jail.threads import in_all_threads

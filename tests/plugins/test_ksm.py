@@ -293,34 +293,50 @@ def test_settings_are_those_of_the_kernel() -> None:
 real = pytest.mark.skipif(not os.access(KSM / "run", os.W_OK), reason="ksmd's settings can only be written by root")
 
 
+def undisturbed(act: Callable[[Path], None], folder: Path) -> None:
+    """Run *act*; again when it failed while another process of the host may have changed ksmd, which all share."""
+    for attempt in range(3):
+        (mine := folder / str(attempt)).mkdir()
+        try:
+            act(mine)
+            break
+        except AssertionError:
+            if attempt == 2:
+                raise
+
+
 @real
 def test_the_contract(tmp_path: Path) -> None:
     """The policy passes the public contract, on ksmd itself."""
-    check_policy(lambda: policy(tmp_path, KSM))
+    undisturbed(lambda folder: check_policy(lambda: policy(folder, KSM)), tmp_path)
 
 
 @real
 def test_ksmd_merges_and_unmerges(tmp_path: Path, machines: Make) -> None:
     """Equal pages of two machines become one, on request they are their own again, and nothing reads differently."""
-    size = 32 << 20
-    block = os.urandom(4096)
-    memories, policies = [machines(size=size, name=name) for name in "ab"], []
-    before = read_settings(KSM)
-    for memory in memories:
-        memory._machine.memory.write(0, block * (size // 4096))
-        policies.append(policy(tmp_path, KSM, scan_time="1s", max_cpu=100))
-        policies[-1].attach(memory)
-    if before["run"] != "1":
-        assert read_settings(KSM)["run"] == "1"
-    until(lambda: merged() > size * 2 // 4096 * 9 // 10, 120)
-    for memory in memories:
-        memory.merge(False)
-    until(lambda: merged() < 100, 120)
-    for memory in memories:
-        assert memory._machine.memory.read(0, size) == block * (size // 4096)
-    for memory, one in zip(memories, policies, strict=True):
-        one.detach(memory)
-    assert {**read_settings(KSM), "pages_to_scan": ""} == {**before, "pages_to_scan": ""}
+
+    def once(folder: Path) -> None:
+        size = 32 << 20
+        block = os.urandom(4096)
+        memories, policies = [machines(size=size, name=name) for name in "ab"], []
+        before = read_settings(KSM)
+        for memory in memories:
+            memory._machine.memory.write(0, block * (size // 4096))
+            policies.append(policy(folder, KSM, scan_time="1s", max_cpu=100))
+            policies[-1].attach(memory)
+        if before["run"] != "1":
+            assert read_settings(KSM)["run"] == "1"
+        until(lambda: merged() > size * 2 // 4096 * 9 // 10, 120)
+        for memory in memories:
+            memory.merge(False)
+        until(lambda: merged() < 100, 120)
+        for memory in memories:
+            assert memory._machine.memory.read(0, size) == block * (size // 4096)
+        for memory, one in zip(memories, policies, strict=True):
+            one.detach(memory)
+        assert {**read_settings(KSM), "pages_to_scan": ""} == {**before, "pages_to_scan": ""}
+
+    undisturbed(once, tmp_path)
 
 
 def merged() -> int:

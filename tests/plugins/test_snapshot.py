@@ -308,7 +308,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, host: Host) -> None:
         with restored(path, host=host, verify=True, start=False) as vm:
             assert count(vm) >= 0
         seen.add((path / "manifest.json").read_bytes() == first)
-        step += 1 if os.environ.get("CARDCAGE_LONG_TESTS") else 11
+        step += 1 if os.environ.get("CARDCAGE_LONG_TESTS") else 17
     assert seen == {True, False}
     assert [one.name for one in path.parent.iterdir()] == ["one"]
 

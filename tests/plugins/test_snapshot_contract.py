@@ -17,11 +17,12 @@ from cardcage_snapshot.testing import check_snapshot
 
 sys.path.append(str(Path(__file__).parents[1] / "devices"))
 from pc_kit import Kit  # the PC's devices know each other by it
+from test_pc_contract import OPTIONS
 
+CHAR = {"debugcon": {"char": "stdio"}}  # a back end that is looked at
 REGISTRY = Registry()
 cardcage_register(REGISTRY)
 DEVICES = {one.name: one for one in REGISTRY if one.kind == "device" and getattr(one, "bus", "") == "system"}
-OPTIONS: dict[str, dict[str, Any]] = {"rtc": {"base": "2024-01-01T00:00:00"}}
 
 
 @pytest.mark.parametrize("name", sorted(DEVICES))
@@ -31,7 +32,7 @@ def test_devices_of_the_pc_go_on_in_the_middle_of_their_work(name: str) -> None:
     offer: Any = DEVICES[name]
     factory, options = offer.load(), offer.load_options()
     check_snapshot(
-        lambda: factory() if options is None else factory(options(**OPTIONS.get(name, {}))),
+        lambda: factory() if options is None else factory(options(**{**OPTIONS.get(name, {}), **CHAR.get(name, {})})),
         *offer.regions,
         slot=Kit,
         points=100 if os.environ.get("CARDCAGE_LONG_TESTS") else 12,

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
-from cardcage import Machine
-from cardcage.errors import StateError
+from cardcage import GuestFailed, Machine, Panicked
+from cardcage.errors import ConfigError, StateError
 from cardcage_agent import AgentError, NoAgent
 from cardcage_agent import Machine as TypedMachine
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf
 from cardcage_snapshot.state import capture, restore
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def vm(kernel: Path) -> Iterator[TypedMachine]:
-    """A guest, up and running."""
-    with TypedMachine.debian(memory="256M", accel="tcg", name="agent") as machine:
+def vm(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TypedMachine]:
+    """A guest, up and running, with a disk."""
+    disk = tmp_path_factory.mktemp("disk") / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(8 * MIB)
+    drive = {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}
+    with TypedMachine.debian(memory="256M", accel="tcg", name="agent", devices=[drive]) as machine:
         machine.start()
         machine.agent.wait(timeout=120)
         yield machine
@@ -85,6 +93,95 @@ def test_the_clock_and_randomness_are_set(vm: TypedMachine) -> None:
     assert vm.run("date -u +%Y", text=True).stdout >= "2024\n"
     vm.agent.reseed()
     vm.agent.reseed(b"x" * 512)
+
+
+def test_file_systems_are_frozen(vm: TypedMachine) -> None:
+    """What is on a block device holds writers up until it is thawed; both can be done twice."""
+    vm.run("until [ -e /dev/vda ]; do usleep 1000; done; mke2fs /dev/vda", check=True)
+    vm.run("mkdir '/a disk' && mount /dev/vda '/a disk'", check=True)
+    assert vm.agent.freeze() == ["/a disk"]
+    assert vm.agent.freeze() == ["/a disk"]
+    writer = vm.popen("echo through > '/a disk/file'")
+    with pytest.raises(TimeoutExpired):
+        writer.wait(timeout=0.2)
+    vm.agent.thaw()
+    vm.agent.thaw()
+    assert writer.wait(timeout=60) == 0
+    assert vm.files.read("/a disk/file") == b"through\n"
+
+
+def test_a_tree_comes_back(vm: TypedMachine, tmp_path: Path) -> None:
+    """What busybox made in the guest."""
+    vm.run("mkdir -p /srv/tree/dir && echo one > /srv/tree/dir/file && ln -s dir/file /srv/tree/link", check=True)
+    vm.get("/srv/tree", tmp_path / "tree")
+    assert (tmp_path / "tree" / "link").read_text() == "one\n"
+    vm.put(tmp_path / "tree", "/srv/again")
+    assert vm.run("cat /srv/again/link", text=True).stdout == "one\n"
+
+
+def check_qemus_agent(vm: TypedMachine) -> None:
+    """Debian's agent, on the port that it knows: the time, a program, and a file of several pieces both ways."""
+    found = vm.run("grep -lx org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name", text=True, check=True).stdout
+    words = ["/usr/sbin/qemu-ga", "-p", f"/dev/{found.split('/')[-2]}", "-t", "/run", "-f", "/run/qga.pid"]
+    with vm.popen(words) as process:
+        vm.qga.set_time(1_000_000_000)
+        assert vm.qga.run(["/bin/date", "-u", "+%Y"], check=True).stdout == b"2001\n"
+        data = os.urandom(400_000)
+        vm.qga.write("/root/pieces", data)
+        assert vm.qga.read("/root/pieces") == vm.files.read("/root/pieces") == data
+        process.kill()
+
+
+def test_the_hosts_root_is_a_guests(kernel: Path, tmp_path: Path) -> None:
+    """Its programs run there and its files are read; what the guest writes stays in the guest, but for a share."""
+    (tmp_path / "given").write_text("given")
+    inside = {"host": tmp_path, "kept": {"path": str(tmp_path), "readonly": True}}
+    port = {"name": "org.qemu.guest_agent.0", "char": "qemu-agent"}
+    devices = [{"type": "virtio-console", "char": "null", "ports": [port]}]
+    with TypedMachine.host_root(memory="384M", accel="tcg", share=inside, devices=devices) as vm:
+        vm.start()
+        assert vm.files.read("/etc/passwd") == Path("/etc/passwd").read_bytes()
+        script = "cat /mnt/host/given; echo of the guest > /etc/cardcage-test; echo back > /mnt/host/back"
+        done = vm.run(["/bin/bash", "-c", f"{script}; touch /mnt/kept/x"], text=True)
+        assert done.stdout == "given"
+        assert "/mnt/kept/x" in done.stderr
+        assert vm.files.read("/etc/cardcage-test") == b"of the guest\n"
+        if Path("/usr/sbin/qemu-ga").exists():
+            check_qemus_agent(vm)
+    assert not Path("/etc/cardcage-test").exists()
+    assert sorted(os.listdir(tmp_path)) == ["back", "given"]
+
+
+def test_a_tar_archive_is_a_guests_root(kernel: Path, tmp_path: Path) -> None:
+    """Its files are there as its archive has them, and can be changed."""
+    busybox = Shelf(cache_root(), lambda what, percent: None, lambda line: None).busybox()
+    with tarfile.open(tmp_path / "root.tar.gz", "w:gz") as archive:
+        archive.add(busybox, "bin/busybox")
+        link = tarfile.TarInfo("bin/sh")
+        link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+        archive.addfile(link)
+        name = tarfile.TarInfo("etc/name")
+        name.uid = 7
+        archive.addfile(name)
+    with TypedMachine.debian(memory="256M", accel="tcg", root=tmp_path / "root.tar.gz") as vm:
+        vm.start()
+        assert vm.run("echo /*", text=True, check=True).stdout == "/bin /dev /etc /lib /proc /root /run /sys /tmp\n"
+        assert vm.files.stat("/etc/name").uid == 7
+        vm.files.write("/etc/name", "changed")
+
+
+def test_a_share_that_is_not_there_ends_the_machine(kernel: Path, tmp_path: Path) -> None:
+    """A command never takes an empty directory for what was shared: the kernel panics, and the console says why."""
+    with pytest.raises(ConfigError, match=r'share: "a/b": expected letters'):
+        TypedMachine.debian(share={"a/b": tmp_path})
+    with pytest.raises(ConfigError, match=r"share\.a: expected no tag"):
+        TypedMachine.debian(share={"a": {"path": str(tmp_path), "tag": "b"}})
+    with TypedMachine.debian(memory="128M", accel="tcg", share=tmp_path, append="module_blacklist=virtiofs") as vm:
+        vm.start()
+        with pytest.raises(GuestFailed, match="Attempted to kill init") as failed:
+            vm.wait(timeout=120, check=True)
+        assert isinstance(failed.value.outcome, Panicked)
+        assert "cardcage: /mnt/share is not mounted" in vm.console.output
 
 
 def test_a_pause_keeps_a_caller_waiting_and_no_more(vm: TypedMachine) -> None:

@@ -6,7 +6,10 @@ import ast
 import hashlib
 import os
 import shutil
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +149,20 @@ def elsewhere(test: str) -> Recipe:
     return recipe
 
 
+def with_pytest(reader: Reader, _: Block) -> None:
+    """The program of that name."""
+    program = reader.home.parent / "bin" / "pytest"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pytest "$@"\n')
+    program.chmod(0o755)
+
+
+def tests_of_a_guest(reader: Reader, one: Block) -> None:
+    """Run by pytest, as a module of tests."""
+    fetch(reader)
+    reader.write("test_page.py", one.text)
+    reader.run("python -m pytest -q test_page.py")
+
+
 def with_card(name: str, prepare: Recipe | None = None) -> Recipe:
     """One of the example cards is installed."""
 
@@ -170,6 +187,26 @@ def cloud(reader: Reader, _: Block) -> None:
 
 def disk(reader: Reader, _: Block) -> None:
     reader.run("[ -e root.qcow2 ] || cardcage image create root.qcow2 64M")
+
+
+def served(reader: Reader, one: Block) -> None:
+    """An NBD server has the disk; its port is free, which the page's may not be."""
+    needs("qemu-nbd")
+    reader.write("disk.raw", bytes(1 << 20))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = f"exec qemu-nbd -f raw -b 127.0.0.1 -p {port} -t -x disk disk.raw"
+    server = subprocess.Popen(["bash", "-c", command], cwd=reader.folder)
+    try:
+        waits = f"until timeout 1 bash -c '< /dev/tcp/127.0.0.1/{port}'; do :; done"
+        reader.run(waits)
+        machine(BASE.format("off.bin"))(
+            reader, Block(one.page, one.number, one.language, one.text.replace("10809", port))
+        )
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def chain(reader: Reader, _: Block) -> None:
@@ -331,7 +368,13 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         shell(prepare=cloud, talk=LOGIN),
         shell(prepare=cloud, talk=LOGIN),
     ),
-    "disks.md": (machine(BASE.format("off.bin"), disk), machine(BASE.format("off.bin"), chain), shell()),
+    "disks.md": (
+        machine(BASE.format("off.bin"), disk),
+        machine(BASE.format("off.bin"), chain),
+        served,
+        machine(BASE.format("off.bin"), disk),
+        shell(),
+    ),
     "networks.md": (machine(BASE.format("off.bin"), namespace, before=("unshare", "-n", "sh", "-c", NETWORK, "sh")),),
     "policies.md": (
         machine(BASE.format("off.bin")),
@@ -365,6 +408,15 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             "slot.close()",
         ),
     ),
+    "qemu.md": (
+        machine(BASE.format("off.bin")),
+        python(
+            "from types import ModuleType\nfrom cardcage.host import Host\nfrom cardcage_qmp.schema import table_of",
+            "card = ModuleType('card')\ncard.cardcage_register = cardcage_register\n"
+            "with Host([card]) as host:\n    table = table_of(host)\n"
+            "assert 'x-greet' in table.commands and 'X_GREETED' in table.events",
+        ),
+    ),
     "selinux.md": (
         python("callback = print", "assert policy.compute_create", contexts),
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
@@ -376,9 +428,15 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
-        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(6)),
-        python(prepare=lambda reader, one: fetch(reader)),
+        *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(8)),
+        *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
+    "pytest.md": (
+        tests_of_a_guest,
+        python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),
+        shell(prepare=with_pytest),
+    ),
+    "verbs.md": (shell(prepare=lambda reader, one: fetch(reader)), machine(BASE.format("off.bin"))),
     "virtio.md": (shell(prepare=shared),),
     "writing-a-card.md": (elsewhere("tests/plugins/test_writing_a_card.py"),) * 10,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from cardcage._machine.plugged import able
 from cardcage._machine.runner import run_vcpu
 from cardcage._machine.services import Services
 from cardcage._machine.wiring import Wiring
+from cardcage.abilities import has
+from cardcage.device import DetachingBus
 from cardcage.errors import FAULTS, in_words
 from cardcage.security import Act
 from cardcage.x86 import reset_state
@@ -68,6 +70,9 @@ class Board:
         self.wiring = Wiring(vm, irqchip, life.gate.wake)
         self.lines = self.wiring.lines
         self.devices: dict[str, PluggedDevice] = {}
+        self.changed = threading.Condition(life.lock)
+        """Notified when a device was taken out, after :attr:`taken_out` was called."""
+        self.taken_out: Callable[[], None] = lambda: None
         self.services = Services()
         self._image: BootImage | None = None
         self.choose_ops()
@@ -154,20 +159,41 @@ class Board:
         self._each("reset", lambda device: device.reset())
 
     def _each(self, ability: str, act: Callable[[Any], None]) -> None:
-        for plugged in self.devices.values():
-            if ability in plugged.abilities:
+        for plugged in [*self.devices.values()]:  # a reset can take some out
+            if ability in plugged.abilities and plugged.id in self.devices:
                 try:
                     act(plugged.device)
                 except MISTAKES as error:  # a guest can ask for a reset, with any address in a register
                     self.life.faults.spare(error, plugged.id)
 
+    def may_unplug(self, plugged: PluggedDevice) -> None:
+        """Raises Denied where the machine may not take it out."""
+        facts = {"machine": self.name, "device": plugged.id}
+        self.mediator.check(Act(self.label, plugged.slot.label, "device", ("detach",), facts))
+
+    def unplug(self, id: str) -> None:
+        """Take device *id* out, and what it carries. Under the lock. Raises Denied."""
+        for one in [one for one in self.devices.values() if one.carrier is self.devices[id].device]:
+            self.unplug(one.id)
+        self.may_unplug(self.devices[id])
+        self._take_out(self.devices.pop(id))
+        self.taken_out()
+        self._observers.emit("device", id, False)
+        self.changed.notify_all()
+
     def unplug_all(self) -> None:
         """Take the devices out, the last first; vCPU threads have ended."""
         with self.life.lock:
             for plugged in reversed(self.devices.values()):
-                try:
-                    with closing(plugged.slot):
-                        if "unplug" in plugged.abilities:
-                            plugged.device.unplug()
-                except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
-                    self.log.error("unplug failed", who=plugged.who, error=in_words(error))
+                self._take_out(plugged)
+
+    def _take_out(self, plugged: PluggedDevice) -> None:
+        try:
+            with ExitStack() as end:
+                end.callback(plugged.slot.close)
+                if has(plugged.carrier, DetachingBus):
+                    end.callback(plugged.carrier.detach, plugged.device)
+                if "unplug" in plugged.abilities:
+                    plugged.device.unplug()
+        except FAULTS as error:  # one card's fault must not keep the others from giving back what they hold
+            self.log.error("unplug failed", who=plugged.who, error=in_words(error))

@@ -18,10 +18,7 @@ KEEP = 1 << 20
 
 
 class Console:
-    """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; passes all on.
-
-    It satisfies :class:`~cardcage.backends.CharBackend` towards the serial port that opened it.
-    """
+    """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; a CharBackend, passes on."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
         self._changed = threading.Condition()
@@ -69,10 +66,9 @@ class Console:
             self.forward.write(data)
         with self._changed:
             self._kept += data
-            if len(self._kept) > KEEP:
-                drop = len(self._kept) - KEEP
-                del self._kept[:drop]
-                self._start += drop
+            drop = max(len(self._kept) - KEEP, 0)
+            del self._kept[:drop]
+            self._start += drop
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -87,6 +83,13 @@ class Console:
         with self._changed:
             return self._kept.decode(errors="replace")
 
+    def read(self, position: int, timeout: float | None = None) -> tuple[int, bytes]:
+        """The position now, and what is kept behind *position* (0 is first), waited for up to *timeout* seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._start + len(self._kept) > position, timeout)
+            data = bytes(self._kept[max(position - self._start, 0) :])
+            return self._start + len(self._kept), data
+
     def send(self, text: str | bytes) -> None:
         """Type *text* (no newline is added). Before the guest's port is up it waits there."""
         with self._changed:
@@ -94,12 +97,11 @@ class Console:
         self._call_soon(self._deliver)
 
     def _deliver(self) -> None:
-        if self._received is None:
+        if self._received is None or not self._typed:
             return
         with self._changed:
             data, self._typed = bytes(self._typed), bytearray()
-        if data:
-            self._received(data)
+        self._received(data)
 
     def expect(self, what: str | re.Pattern[str], timeout: float | None = 30.0) -> str:
         """Wait until *what* (text, or a compiled pattern) comes after what an earlier ``expect`` matched.
@@ -111,12 +113,9 @@ class Console:
         without it; both with the last lines that came. Do not call it on the machine's own threads.
         """
         __tracebackhide__ = True  # pytest shows the caller's line, not this function
-        pattern = (
-            re.compile(re.escape(what.encode()))
-            if isinstance(what, str)
-            else re.compile(what.pattern.encode(), what.flags & ~re.UNICODE)
-        )
-        overlap = len(what.encode()) - 1 if isinstance(what, str) else KEEP  # how far back a match may begin
+        wanted, flags = (what, 0) if isinstance(what, str) else (what.pattern, what.flags & ~re.UNICODE)
+        pattern = re.compile(re.escape(wanted.encode()) if wanted is what else wanted.encode(), flags)
+        overlap = len(wanted.encode()) - 1 if wanted is what else KEEP  # how far back a match may begin
         limit = None if timeout is None else time.monotonic() + timeout
         searched = 0
         with self._changed:
@@ -129,7 +128,6 @@ class Console:
                     self._read = self._start + end
                     return self._kept[begin:end].decode(errors="replace")
                 searched = self._start + len(self._kept)
-                wanted = what if isinstance(what, str) else what.pattern
                 if self._ended is not None:
                     raise GuestError(f"the machine ended ({self._ended}) before {wanted!r} came{self._tail()}")
                 left = None if limit is None else limit - time.monotonic()
@@ -138,8 +136,7 @@ class Console:
                 self._changed.wait(left)
 
     def _tail(self) -> str:
-        lines = self._kept.decode(errors="replace").splitlines()
-        words = self._last_words
+        lines, words = self._kept.decode(errors="replace").splitlines(), self._last_words
         at = next((at for at in range(len(lines), 0, -1) if words and lines[at - 1].endswith(words)), len(lines))
         lines = lines[max(at - 5, 0) : at]
         return "; the console's last lines:\n" + "\n".join(lines) if lines else "; the console stayed empty"

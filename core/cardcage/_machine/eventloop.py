@@ -130,7 +130,7 @@ class EventLoop:
 class MachineTimer(Owned):
     """A one-shot alarm on a :class:`MachineClock`; see :class:`~cardcage.clock.Timer`. Called, it fires."""
 
-    __slots__ = ("_clock", "when")
+    __slots__ = ("__weakref__", "_clock", "when")
 
     def __init__(self, clock: MachineClock, callback: Callable[[], None], device: str) -> None:
         super().__init__(callback, device)

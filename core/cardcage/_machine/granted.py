@@ -322,6 +322,13 @@ class GrantedVm:
         while real:
             self._vm.remove_irqfd(fd, real.pop())
 
+    def close(self) -> None:
+        """Undo what the device has left."""
+        for fd, address, size, pio, value in [*self._doorbells]:
+            self.remove_doorbell(fd, address, size, pio=pio, value=value)
+        for route, (fd, _, _) in [*self._routes.items()]:
+            self.remove_irqfd(fd, route)
+
     def _own(self, own: bool, what: str) -> None:
         if not own:
             raise Denied(f"the device has no such {what}")

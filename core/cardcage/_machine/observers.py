@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cardcage._host.log import Log
     from cardcage._machine.faults import Faults
 
-EVENTS = ("state", "outcome", "reset", "pio", "mmio", "exit", "debug", "waiting")
+EVENTS = ("state", "outcome", "reset", "pio", "mmio", "exit", "debug", "waiting", "device")
 
 
 class Observers:
@@ -29,6 +29,7 @@ class Observers:
     ``exit``        (vCPU index, :class:`~cardcage.vcpu.VCpuExit`): each end of a vCPU's run
     ``debug``       (vCPU index): a breakpoint or single step; the machine is about to pause
     ``waiting``     (device id, why): the host cannot do now what the guest asked for; the machine is about to pause
+    ``device``      (device id, present): it was added, or taken out, after the machine was built
     """
 
     def __init__(self, log: Log, faults: Faults) -> None:

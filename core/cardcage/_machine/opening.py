@@ -10,7 +10,7 @@ from cardcage._machine.abilities import BACKENDS, check_backend
 from cardcage._machine.granted import BackendGate
 from cardcage.abilities import tell_near_misses
 from cardcage.config import spec_table
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, HostError
 from cardcage.registry import BackendOffer
 
 if TYPE_CHECKING:
@@ -44,10 +44,16 @@ class DeviceHost:
         self._asking, self._host, self._memory, self._services = asking, host, memory, services
         self._console = console
         self._place, self._slot = place, slot
-        self.ask = asking.ask
+        self.sealed = ""
         self.has_console = False
         self.opened: list[Any] = []
         self._provided: list[str] = []
+
+    def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, *more: Any, **facts: Any) -> Any:
+        """See :meth:`cardcage.device.HostSide.ask`. Raises HostError where it is :attr:`sealed`."""
+        if self.sealed and tclass != "backend":
+            raise HostError(f'device "{self._asking.device}" needs {tclass} {name}: {self.sealed}')
+        return self._asking.ask(tclass, name, permissions, *more, **facts)
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:
         """See :meth:`cardcage.host.Host.share`; asks for ``backend open``."""

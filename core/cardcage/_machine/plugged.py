@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cardcage._machine.slot import DeviceSlot
+    from cardcage.config import DeviceConfig
 
 
 class PluggedDevice:
@@ -15,13 +16,18 @@ class PluggedDevice:
 
     Attributes:
         id, type: as configured. device: the card's object. slot: its :class:`DeviceSlot`.
-        abilities: what was found, see :mod:`cardcage.abilities`.
+        abilities: what was found, see :mod:`cardcage.abilities`. config: its table, as it was given.
+        carrier: the device that carries it; None for one that needs no bus.
     """
 
-    __slots__ = ("abilities", "device", "id", "slot", "type", "who")
+    __slots__ = ("abilities", "carrier", "config", "device", "id", "slot", "type", "who")
 
-    def __init__(self, device: Any, slot: DeviceSlot, type: str, who: str, abilities: frozenset[str]) -> None:
+    def __init__(
+        self, device: Any, slot: DeviceSlot, type: str, who: str, abilities: frozenset[str], *more: Any
+    ) -> None:
         self.device, self.slot, self.abilities = device, slot, abilities
+        self.config: DeviceConfig
+        self.config, self.carrier = more
         self.id, self.type, self.who = slot.id, type, who
 
 

@@ -16,8 +16,8 @@ from cardcage._machine.ranges import DeviceRanges
 from cardcage._machine.slot import DeviceClock, DeviceLoop, DeviceSlot
 from cardcage.abilities import has, tell_near_misses
 from cardcage.config import DeviceConfig
-from cardcage.device import DetachingBus
-from cardcage.errors import ConfigError
+from cardcage.device import DetachingBus, HotplugBus
+from cardcage.errors import ConfigError, StateError
 from cardcage.registry import DeviceOffer
 from cardcage.security import Act
 
@@ -40,7 +40,7 @@ class _Reach:
         self.lines: Sequence[Line] = board.lines
         self.controllers: Wiring = board.wiring
         self.memory: PhysicalMemory = board.memory
-        self.change_memory = board.change_memory
+        self.change_memory, self.unplug = board.change_memory, board.unplug
 
 
 class Plugging:
@@ -87,28 +87,39 @@ class Plugging:
         label = config.label or board.mediator.label(act, offer.name)
         board.mediator.check(evolve(act, target=label))
         options = self._host.options(offer, config.options, file=place.file, key=place.key)
+        address = config.address if isinstance(config.address, str) else None
+        carrier = board.carrier(offer.bus, config.bus) if offer.bus != "system" else None
+        if late := board.life.state is not State.BUILT:
+            if not has(carrier, HotplugBus):
+                raise StateError(
+                    f'a device of type "{offer.name}" is added before the machine starts: no guest is told'
+                )
+            place.blamed(offer.who, lambda: carrier.check_arrival(address))
         slot = self._slot(config, offer, name, label)
+        slot.host.sealed = self._host.sealed if late else ""
         who = f'device "{name}" (card {offer.card}, {offer.distribution})'
         factory = offer.load()
-        device = carrier = None
+        device, attached = None, False
         try:
             device = place.blamed(who, lambda: factory(options) if options is not None else factory())
             abilities = abilities_of(device, who)
             tell_near_misses(device, ABILITIES.values(), who, board.log)
             slot.ranges.bind(device, config, offer)
-            if offer.bus != "system":
-                address = config.address if isinstance(config.address, str) else None
-                carrier = board.carrier(offer.bus, config.bus)
+            if attached := carrier is not None:
                 place.blamed(who, lambda: carrier.attach(device, slot, address))
             if "plug" in abilities:
                 place.blamed(who, lambda: device.plug(slot))
         except BaseException:
-            if has(carrier, DetachingBus):
+            if attached and has(carrier, DetachingBus):
                 carrier.detach(device)
             slot.close()
             raise
-        plugged = PluggedDevice(device, slot, offer.name, who, abilities)
+        plugged = PluggedDevice(device, slot, offer.name, who, abilities, config, carrier)
         board.devices[name] = plugged
+        if late:
+            if board.life.state is State.PAUSED and "pause" in abilities:
+                device.pause()
+            carrier.arrived(device)  # type: ignore[union-attr]  # it is a HotplugBus, or nothing had been made
         return plugged
 
     def _slot(self, config: DeviceConfig, offer: DeviceOffer, id: str, label: str) -> DeviceSlot:

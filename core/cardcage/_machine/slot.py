@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from cardcage._machine.eventloop import Owned
 from cardcage._machine.granted import MemoryGate
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from cardcage._machine.messages import DeviceInterrupts
     from cardcage._machine.opening import DeviceHost
     from cardcage._machine.ranges import DeviceRanges
-    from cardcage.clock import Clock
     from cardcage.device import Board, Power
     from cardcage.memory import GuestMemory, PhysicalMemory
 
@@ -23,13 +23,20 @@ if TYPE_CHECKING:
 class DeviceClock:
     """Guest time as one device uses it; satisfies :class:`~cardcage.clock.Clock`."""
 
-    __slots__ = ("_clock", "_device", "now")
+    __slots__ = ("_clock", "_device", "_timers", "now")
 
     def __init__(self, clock: MachineClock, device: str) -> None:
         self._clock, self._device, self.now = clock, device, clock.now
+        self._timers: WeakSet[MachineTimer] = WeakSet()
 
     def timer(self, callback: Callable[[], None], /) -> MachineTimer:
-        return self._clock.timer(callback, self._device)
+        self._timers.add(timer := self._clock.timer(callback, self._device))
+        return timer
+
+    def close(self) -> None:
+        """No timer fires any more."""
+        for timer in self._timers:
+            timer.callback = lambda: None
 
 
 class DeviceLoop:
@@ -38,6 +45,7 @@ class DeviceLoop:
     def __init__(self, events: EventLoop, device: str, ended: Callable[[], bool]) -> None:
         self._events, self._device, self._ended = events, device, ended
         self._readers: set[int] = set()
+        self._closed = False
 
     @property
     def ending(self) -> bool:
@@ -56,10 +64,11 @@ class DeviceLoop:
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
-        self._events.call_soon(Owned(callback, self._device))
+        self._events.call_soon(Owned(lambda: None if self._closed else callback(), self._device))
 
     def close(self) -> None:
-        """No more calls."""
+        """No more calls, of what was asked for already either."""
+        self._closed = True
         for fd in list(self._readers):
             self.remove_reader(fd)
 
@@ -73,7 +82,7 @@ class DeviceSlot:
         self,
         asking: Asking,
         memory: PhysicalMemory,
-        clock: Clock,
+        clock: DeviceClock,
         log: Any,
         power: Power,
         interrupts: DeviceInterrupts,
@@ -114,5 +123,7 @@ class DeviceSlot:
         Raises what the last back end to fail at it raised.
         """
         self.ranges.close()
+        self.clock.close()
         self.loop.close()
+        self.interrupts.vm.close()
         self.host.close()

@@ -6,20 +6,32 @@ import re
 import struct
 
 __all__ = [
+    "acquire",
     "address_window",
+    "argument",
+    "both",
     "buffer",
     "device",
+    "fields",
     "hardware_id",
     "integer",
     "interrupt",
     "io_ports",
     "memory_range",
+    "method",
+    "mutex",
     "name",
+    "notify",
     "package",
     "path",
+    "ports",
+    "release",
     "resources",
     "scope",
+    "shift_left",
+    "store",
     "string",
+    "when",
 ]
 
 MEMORY, IO, BUS = 0, 1, 2
@@ -96,6 +108,66 @@ def scope(where: str, *terms: bytes) -> bytes:
 def device(where: str, *terms: bytes) -> bytes:
     body = path(where) + b"".join(terms)
     return b"\x5b\x82" + _length(len(body)) + body
+
+
+# code
+
+
+def method(where: str, arguments: int, *terms: bytes) -> bytes:
+    """``Method (where, arguments)``, not serialized, of up to seven arguments."""
+    body = path(where) + bytes((arguments,)) + b"".join(terms)
+    return b"\x14" + _length(len(body)) + body
+
+
+def argument(number: int) -> bytes:
+    return bytes((0x68 + number,))
+
+
+def store(value: bytes, target: str) -> bytes:
+    return b"\x70" + value + path(target)
+
+
+def shift_left(value: bytes, count: bytes) -> bytes:
+    return b"\x79" + value + count + b"\0"
+
+
+def both(one: bytes, other: bytes) -> bytes:
+    """The bits that are set in both."""
+    return b"\x7b" + one + other + b"\0"
+
+
+def when(condition: bytes, *terms: bytes) -> bytes:
+    """``If (condition)``."""
+    body = condition + b"".join(terms)
+    return b"\xa0" + _length(len(body)) + body
+
+
+def notify(where: str, value: bytes) -> bytes:
+    return b"\x86" + path(where) + value
+
+
+def mutex(where: str) -> bytes:
+    return b"\x5b\x01" + path(where) + b"\0"
+
+
+def acquire(where: str) -> bytes:
+    """Wait for a mutex for as long as it takes."""
+    return b"\x5b\x23" + path(where) + b"\xff\xff"
+
+
+def release(where: str) -> bytes:
+    return b"\x5b\x27" + path(where)
+
+
+def ports(where: str, base: int, size: int) -> bytes:
+    """``OperationRegion (where, SystemIO, base, size)``."""
+    return b"\x5b\x80" + path(where) + b"\x01" + integer(base) + integer(size)
+
+
+def fields(region: str, *parts: tuple[str, int]) -> bytes:
+    """``Field (region, DWordAcc, NoLock, WriteAsZeros)`` of names and their bits, fewer than 64 each."""
+    body = path(region) + b"\x43" + b"".join(path(where) + bytes((bits,)) for where, bits in parts)
+    return b"\x5b\x81" + _length(len(body)) + body
 
 
 def hardware_id(text: str) -> bytes:

@@ -1,7 +1,8 @@
 """ACPI fixed hardware (ACPI 6.4, 4.8): PM1 event and control blocks, PM timer, SCI, power button, S5.
 
-Ports as QEMU's ``pc``: 0x600 PM1a event, 0x604 PM1a control, 0x608 timer (24 bits). There is no SMI command port: the
-machine is in ACPI mode from power-on, SCI_EN always reads 1.
+Ports as QEMU's ``pc``: 0x600 PM1a event, 0x604 PM1a control, 0x608 timer (24 bits), 0xAFE0 general-purpose events (16
+status bits, 16 to enable them). There is no SMI command port: the machine is in ACPI mode from power-on, SCI_EN always
+reads 1.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from cardcage.values import define
 if TYPE_CHECKING:
     from cardcage.device import Slot
 
-__all__ = ["BASE", "FREQUENCY", "SCI", "SLP_TYP_S5", "AcpiPm", "AcpiPmState"]
+__all__ = ["BASE", "FREQUENCY", "GPE_BASE", "SCI", "SLP_TYP_S5", "AcpiPm", "AcpiPmState"]
 
-BASE, FREQUENCY, SCI = 0x600, 3_579_545, 9
+BASE, GPE_BASE, FREQUENCY, SCI = 0x600, 0xAFE0, 3_579_545, 9
 SECOND = 1_000_000_000
 TIMER_STS, GLOBAL_STS, POWER_STS, RTC_STS, WAKE_STS = 1 << 0, 1 << 5, 1 << 8, 1 << 10, 1 << 15
 EVENTS = TIMER_STS | GLOBAL_STS | POWER_STS | RTC_STS
@@ -36,10 +37,12 @@ class AcpiPmState:
     control: int = SCI_EN
     half: int = 0
     """How often bit 23 of the timer had changed when the status was last worked out."""
+    gpe_status: int = 0
+    gpe_enable: int = 0
 
 
 class AcpiPm:
-    """Sixteen ports from 0x600; SCI is level-triggered GSI 9."""
+    """Sixteen ports from 0x600, four from 0xAFE0; SCI is level-triggered GSI 9."""
 
     def __init__(self) -> None:
         self.state = AcpiPmState()
@@ -64,6 +67,16 @@ class AcpiPm:
         self.state.status |= POWER_STS
         self._update()
 
+    def general_event(self, number: int) -> None:
+        """General-purpose event *number*, 0 to 15, happened."""
+        self.state.gpe_status |= 1 << number
+        self._update()
+
+    @property
+    def button_enabled(self) -> bool:
+        """The guest asked to be told of the power button."""
+        return bool(self.state.enable & POWER_STS)
+
     def ticks(self) -> int:
         """PM timer ticks since the machine was built, not cut to 24 bits."""
         return self._clock.now() * FREQUENCY // SECOND
@@ -72,7 +85,7 @@ class AcpiPm:
         state, half = self.state, self.ticks() // HALF
         if half != state.half:
             state.half, state.status = half, state.status | TIMER_STS
-        self._irq.set(bool(state.status & state.enable & EVENTS))
+        self._irq.set(bool(state.status & state.enable & EVENTS or state.gpe_status & state.gpe_enable))
         if state.enable & TIMER_STS and not state.status & TIMER_STS:
             self._timer.arm(-(-(half + 1) * HALF * SECOND // FREQUENCY))
         else:
@@ -98,6 +111,16 @@ class AcpiPm:
             state.control = control & ~SLP_EN & 0x1C06 | SCI_EN
             if control & SLP_EN:
                 self._sleep(control >> 10 & 7)
+        self._update()
+
+    def read_gpe(self, offset: int, size: int, /) -> int:
+        return (self.state.gpe_status | self.state.gpe_enable << 16) >> 8 * offset & (1 << 8 * size) - 1
+
+    def write_gpe(self, offset: int, size: int, value: int, /) -> None:
+        state, shift = self.state, 8 * offset
+        mask, value = (1 << 8 * size) - 1 << shift, value << shift
+        state.gpe_status &= ~value & 0xFFFF  # write one to clear
+        state.gpe_enable = (state.gpe_enable & ~(mask >> 16) | value >> 16) & 0xFFFF
         self._update()
 
     def _sleep(self, kind: int) -> None:

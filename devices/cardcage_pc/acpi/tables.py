@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cardcage.device import Pio
 from cardcage.errors import ConfigError
 from cardcage.values import define
 
-from cardcage_pc.acpi import aml
+from cardcage_pc.acpi import aml, hotplug
 from cardcage_pc.acpi import pm as acpi_pm
 from cardcage_pc.chips import hpet, ioapic
 from cardcage_pc.chips.fw_cfg import FwCfg
@@ -120,7 +121,7 @@ def _device(names: _Names, resource: Resource, mappings: list[Any]) -> bytes:
     return aml.device(names.name(resource.name), *terms, resource.extra)
 
 
-def _pci_root(host: Any) -> bytes:
+def _pci_root(host: Any, *more: bytes) -> bytes:
     """The PCI host bridge: windows and interrupt routing as :class:`cardcage_pci.host.PciHost` states them."""
     buses = host.ecam[1] >> 20 if host.ecam else 1
     crs = [aml.address_window("bus", 0, buses)]
@@ -136,15 +137,19 @@ def _pci_root(host: Any) -> bytes:
         aml.name("_BBN", aml.integer(0)),
         aml.name("_CRS", aml.resources(*crs)),
         aml.name("_PRT", aml.package(*by_slot)),
+        *more,
     )
 
 
 def dsdt(board: Any) -> bytes:
     r"""The DSDT's body: ``\_S5`` and ``\_SB`` with each announced device, the PCI root, and motherboard resources."""
-    names, devices, host = _Names(), [], _pci_host(board)
-    reserved = [aml.io_ports(acpi_pm.BASE, 16)]
+    names, devices, host, rest = _Names(), [], _pci_host(board), b""
+    reserved = [aml.io_ports(_pm_base(board), 16), aml.io_ports(acpi_pm.GPE_BASE, 4)]
     if host is not None:
-        devices.append(_pci_root(host))
+        if comes_and_goes := _has(board, "pci-hotplug"):
+            reserved.append(aml.io_ports(hotplug.BASE, hotplug.SIZE))
+            rest = hotplug.events()
+        devices.append(_pci_root(host, *([hotplug.slots()] if comes_and_goes else [])))
         names.name("PCI0")
         if host.ecam:
             reserved.append(aml.memory_range(*host.ecam))
@@ -162,7 +167,7 @@ def dsdt(board: Any) -> bytes:
                 devices.append(_device(names, resource, mappings))
                 mappings = []  # a second device on the same card, as the mouse on the i8042, has no ranges of its own
     sleep = aml.package(*[aml.integer(acpi_pm.SLP_TYP_S5)] * 2, aml.integer(0), aml.integer(0))
-    return aml.name("\\_S5", sleep) + aml.scope("\\_SB", *devices)
+    return aml.name("\\_S5", sleep) + aml.scope("\\_SB", *devices) + rest
 
 
 def _bases(plugged: Any) -> tuple[int | None, ...]:
@@ -175,6 +180,12 @@ def _pci_host(board: Any) -> Any:
     return next((one.device for one in board.devices.values() if getattr(one.device, "bus_type", "") == "pci"), None)
 
 
+def _pm_base(board: Any) -> int:
+    """Where the power management registers answer, or will when firmware has not said yet."""
+    found = [one.slot.ranges.mappings[0].address for one in board.devices.values() if one.type == "acpi-pm"]
+    return int(found[0]) if found and found[0] is not None else acpi_pm.BASE
+
+
 def _has(board: Any, kind: str) -> bool:
     return any(one.type == kind for one in board.devices.values())
 
@@ -183,15 +194,16 @@ def _fadt(board: Any, facs: int, tables: int) -> bytes:
     host = _pci_host(board)
     # port 0xCF9 is a PCI host's; without one the keyboard controller resets
     reset_port, reset_value = (0xCF9, 0x06) if host is not None else (0x64, 0xFE)
-    base = acpi_pm.BASE
+    base = _pm_base(board)
     architecture = 1 | (2 if _has(board, "i8042") else 0) | 4  # legacy devices; 8042; no VGA
     flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10  # WBINVD, C1, no sleep button, no RTC wake, reset register
     fixed = struct.pack("<IIBBHIBBBB", facs, tables, 0, 0, acpi_pm.SCI, 0, 0, 0, 0, 0)
-    blocks = struct.pack("<8I", base, 0, base + 4, 0, 0, base + 8, 0, 0)
-    lengths = struct.pack("<8B", 4, 2, 0, 4, 0, 0, 0, 0)
+    blocks = struct.pack("<8I", base, 0, base + 4, 0, 0, base + 8, acpi_pm.GPE_BASE, 0)
+    lengths = struct.pack("<8B", 4, 2, 0, 4, 4, 0, 0, 0)
     rest = struct.pack("<4H5BHBI", 0xFFF, 0xFFF, 0, 0, 0, 0, 0, 0, CENTURY, architecture, 0, flags)
     reset = _gas(reset_port, 8) + struct.pack("<BHB", reset_value, 0, 0)
-    wide = _gas(base, 32) + _gas(0, 0) + _gas(base + 4, 16) + _gas(0, 0) * 2 + _gas(base + 8, 32) + _gas(0, 0) * 2
+    wide = _gas(base, 32) + _gas(0, 0) + _gas(base + 4, 16) + _gas(0, 0) * 2 + _gas(base + 8, 32)
+    wide += struct.pack("<BBBBQ", 1, 32, 0, 1, acpi_pm.GPE_BASE) + _gas(0, 0)  # bit by bit of its bytes
     return fixed + blocks + lengths + rest + reset + struct.pack("<QQ", 0, tables) + wide
 
 
@@ -263,6 +275,14 @@ def linker_script(blob: Blob) -> bytes:
     return b"".join(command.ljust(128, b"\0") for command in commands)
 
 
+def _unsummed(blob: Blob) -> bytes:
+    """The tables as the linker script takes them."""
+    data = bytearray(blob.data)
+    for offset, _, _ in blob.checksums:
+        data[offset] = 0
+    return bytes(data)
+
+
 class Acpi:
     """No hardware: gives the guest its tables at each boot."""
 
@@ -286,10 +306,7 @@ class Acpi:
             if isinstance(plugged.device, FwCfg):
                 unsummed = bytearray(rsdp(rsdt, xsdt))
                 unsummed[8] = unsummed[32] = 0
-                data = bytearray(blob.data)
-                for offset, _, _ in blob.checksums:
-                    data[offset] = 0
-                plugged.device.set_file(TABLES, bytes(data))
+                plugged.device.set_file(TABLES, _unsummed(blob), partial(self._again, context.cpus))
                 plugged.device.set_file(RSDP, bytes(unsummed))
                 plugged.device.set_file("etc/table-loader", linker_script(blob))
                 plugged.device.reserve(*([host.ecam] if host is not None and host.ecam else []))
@@ -302,11 +319,16 @@ class Acpi:
         context.memory.write(AREA, rsdp(base + rsdt, base + xsdt))
         context.rsdp = AREA
 
+    def _again(self, cpus: int) -> bytes:
+        """The tables when firmware asks for them: it has chosen the ports of power management by then."""
+        return _unsummed(self._tables(cpus)[0])
+
     def _tables(self, cpus: int) -> tuple[Blob, int, int]:
         """The tables, rendered anew only where what they say has changed since the last boot."""
         host = _pci_host(self._board)
         said = [
             cpus,
+            _pm_base(self._board),
             None if host is None else (host.ecam, tuple(host.windows), tuple(host.routing)),
             *((one.type, tuple(one.slot.ranges.resources), _bases(one)) for one in self._board.devices.values()),
         ]

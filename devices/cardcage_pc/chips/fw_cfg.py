@@ -18,6 +18,8 @@ from cardcage.memory import GuestMemoryError
 from cardcage.values import define, frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.boot import BootContext
     from cardcage.device import Slot
 
@@ -66,6 +68,7 @@ class FwCfg:
         self.options, self.state = options, FwCfgState()
         self.items = {SIGNATURE: b"QEMU", ID: struct.pack("<I", 3)}
         self.files: dict[str, bytes] = {}
+        self._again: dict[str, Callable[[], bytes] | None] = {}
         self._map: list[tuple[int, int, int]] = []
         self._reserved: tuple[tuple[int, int], ...] = ()
         if options.serial_console:
@@ -96,9 +99,13 @@ class FwCfg:
     def load(self, state: FwCfgState, /) -> None:
         self.state = FwCfgState(state.selected, state.offset, state.dma_high)
 
-    def set_file(self, name: str, data: bytes) -> None:
-        """Add or replace a file; *name* is at most 55 ASCII characters."""
+    def set_file(self, name: str, data: bytes, again: Callable[[], bytes] | None = None) -> None:
+        """Add or replace a file; *name* is at most 55 ASCII characters.
+
+        *again* gives as many bytes, which take its place each time that the guest begins to read it.
+        """
         self.files[name] = data
+        self._again[name] = again
         self._list()
 
     def _list(self) -> None:
@@ -136,6 +143,9 @@ class FwCfg:
     def write(self, offset: int, size: int, value: int, /) -> None:
         if offset == 0 and size <= 2:
             self.state.selected, self.state.offset = value & 0xFFFF, 0
+            name = dict(enumerate(sorted(self.files), FIRST_FILE)).get(self.state.selected, "")
+            if (again := self._again.get(name)) is not None:
+                self.items[self.state.selected] = self.files[name] = again()
         elif offset >= DMA:
             self._write_dma(offset - DMA, size, value)
 

@@ -16,7 +16,7 @@ from cardcage.abilities import has
 from cardcage.backends import TryReads, TryWrites
 from cardcage.errors import ConfigError, HostError
 from cardcage.segments import total
-from cardcage.values import frozen
+from cardcage.values import define, frozen
 
 from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
 from cardcage_virtio.queue.request import RingError
@@ -73,8 +73,25 @@ class BlkOptions:
     rerror: Literal["report", "ignore", "stop"] = "report"
 
 
+@define
+class Counts:
+    """Requests that a disk served since it was made; two at once may count as one."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    flushes: int = 0
+    failed_reads: int = 0
+    failed_writes: int = 0
+
+
 class Blk:
-    """A disk."""
+    """A disk.
+
+    Attributes:
+        counts: what it did so far.
+    """
 
     device_id, segments = 2, True
 
@@ -82,6 +99,7 @@ class Blk:
         self.options = options
         self.queue_sizes = (options.queue_size,) * options.queues
         self.features = 0
+        self.counts = Counts()
         self.backend: Any  # a BlockBackend, whose calls are looked up each time: they can be revoked
         self._io: Virtio
         self._workers: Workers
@@ -181,6 +199,8 @@ class Blk:
                 if not self.backend.try_readv(sector * SECTOR, target):
                     return None
                 written += size
+                self.counts.reads += 1
+                self.counts.read_bytes += size
             elif kind == OUT and len(writable) == 1 and self._try_write and self._io.has(F_FLUSH):
                 source = readable[1:]
                 size = total(source)
@@ -188,6 +208,8 @@ class Blk:
                     return None
                 if not self.backend.try_writev(sector * SECTOR, source):
                     return None
+                self.counts.writes += 1
+                self.counts.written_bytes += size
             else:
                 return None
         except OSError:  # the worker meets it again, and reports it
@@ -216,6 +238,8 @@ class Blk:
                 code = self._check(sector, size)
                 if code == OK:
                     self.backend.readv(sector * SECTOR, target)
+                    self.counts.reads += 1
+                    self.counts.read_bytes += size
             elif kind == OUT:
                 length = total(source)
                 code = IOERR if self.readonly else self._check(sector, length)
@@ -223,8 +247,11 @@ class Blk:
                     self.backend.writev(sector * SECTOR, source)
                     if not self._io.has(F_FLUSH):
                         self.backend.flush()
+                    self.counts.writes += 1
+                    self.counts.written_bytes += length
             elif kind == FLUSH:
                 self.backend.flush()
+                self.counts.flushes += 1
                 code = OK
             elif kind == GET_ID:
                 size = total(target)
@@ -241,6 +268,10 @@ class Blk:
                 again = self._attempt(kind, sector, source) if room else None
                 self._patience.begin(f"the host failed a block request: {error.strerror or error}", again)
                 return None
+            if kind == IN:
+                self.counts.failed_reads += 1
+            else:
+                self.counts.failed_writes += 1
             self._io.warn("block request failed", type=kind, sector=sector, error=str(error))
             code = OK if policy == "ignore" else IOERR
             size = total(target)

@@ -24,7 +24,7 @@ __all__ = ["Console", "ConsoleOptions", "ConsoleState", "PortOptions"]
 F_SIZE, F_MULTIPORT, F_EMERGENCY = 0, 1, 2
 READY, ADD, REMOVE, PORT_READY, IS_CONSOLE, RESIZE, OPEN, NAME = range(8)
 MESSAGE = struct.Struct("<IHH")
-HELD_MAX = 1 << 16
+HELD_MAX = 1 << 18
 """Bytes kept for a port whose reader in the guest is slow; what comes beyond is dropped."""
 OUTPUT_MAX = 1 << 20
 """Bytes that one buffer of the driver may bring: they are written under the machine's lock."""

@@ -34,7 +34,8 @@ enum kind {
 
 enum { MORE = 0x8000 };
 
-enum verb { RUN = 1, READ, WRITE, LIST, STAT, RENAME, REMOVE, MKDIR, TIME, SEED, PING };
+enum verb { RUN = 1, READ, WRITE, LIST, STAT, RENAME, REMOVE, MKDIR, TIME, SEED, PING, READLINK, SYMLINK, FREEZE,
+	THAW, WATCH };
 
 enum subject { PROGRAM, DIRECTORY, USER, RESOURCES };
 
@@ -48,7 +49,7 @@ enum {
 	CALLS = 128,
 	BUFFER = 1 << 17, /* of a call: its request, then what its stream 0 has not taken: the host's window */
 	WINDOW_OUT = 1 << 18, /* what each of streams 1 and 2 may send before the first CREDIT */
-	LINK = 1 << 16, /* the host has at most so much under way that was not TAKEN */
+	LINK = 1 << 18, /* the host has at most so much under way that was not TAKEN */
 };
 
 enum state { FREE, ASKED, LIVE, DYING };

@@ -88,6 +88,17 @@ static long seed(const void *bytes, u64 size)
 	return error;
 }
 
+/* What is frozen already, or thawed, is no error. */
+static long freeze(const char *path, int on)
+{
+	i32 fd = open_at(path, O_RDONLY | O_DIRECTORY, 0);
+	if (fd < 0)
+		return fd;
+	long error = SYS3(ioctl, fd, on ? FIFREEZE : FITHAW, 0);
+	close_fd(&fd);
+	return error == (on ? -EBUSY : -EINVAL) ? 0 : error;
+}
+
 /* Serve a request that is none to run something: READ, WRITE and LIST go on in the loop. */
 void begin_file(struct call *call, struct request *request, struct strings strings)
 {
@@ -100,15 +111,21 @@ void begin_file(struct call *call, struct request *request, struct strings strin
 		return finish(call, SYS2(clock_settime, CLOCK_REALTIME, &time), 0);
 	}
 	char *path = take(&strings), *other = take(&strings);
+	static char target[4096];
 	struct stat stat;
 	long error = -EINVAL;
-	if (!path || (call->verb == RENAME && !other))
+	if (!path || ((call->verb == RENAME || call->verb == SYMLINK) && !other))
 		return finish(call, error, 0);
 	switch (call->verb) {
 	case READ:
 		error = call->out[0] = open_at(path, O_RDONLY, 0);
 		if (error >= 0 && SYS4(newfstatat, AT_FDCWD, path, &stat, 0) >= 0 && (stat.mode & S_IFMT) == S_IFDIR)
 			error = -EISDIR;
+		break;
+	case WATCH:
+		error = call->out[0] = (i32)SYS1(inotify_init1, O_CLOEXEC | O_NONBLOCK);
+		if (error >= 0)
+			error = SYS3(inotify_add_watch, call->out[0], path, IN_CHANGES);
 		break;
 	case LIST:
 		error = call->out[0] = open_at(path, O_RDONLY | O_DIRECTORY, 0);
@@ -123,6 +140,16 @@ void begin_file(struct call *call, struct request *request, struct strings strin
 			return answer(call, &record, sizeof record);
 		}
 		break;
+	case READLINK:
+		error = SYS3(readlink, path, target, sizeof target);
+		if (error >= 0)
+			return answer(call, target, (u32)error);
+		break;
+	case SYMLINK:
+		return finish(call, SYS2(symlink, other, path), 0);
+	case FREEZE:
+	case THAW:
+		return finish(call, freeze(path, call->verb == FREEZE), 0);
 	case RENAME:
 		return finish(call, SYS2(rename, path, other), 0);
 	case REMOVE:

@@ -270,7 +270,7 @@ static void begin(struct call *call)
 	call->state = LIVE;
 	if (call->verb == RUN)
 		run(call, &request, strings);
-	else if (call->verb >= READ && call->verb <= PING)
+	else if (call->verb >= READ && call->verb <= WATCH)
 		begin_file(call, &request, strings);
 	else
 		finish(call, -EINVAL, RESOURCES);
@@ -459,7 +459,7 @@ static void loop(void)
 				continue;
 			i32 fds[4] = {call->count ? call->in : -1, call->out[0], call->out[1], call->pidfd};
 			for (u8 what = 0; what < 4; what++) {
-				u32 least = call->verb == LIST ? PAYLOAD_MAX : 1;
+				u32 least = call->verb == LIST || call->verb == WATCH ? PAYLOAD_MAX : 1;
 				if (fds[what] < 0 || ((what == 1 || what == 2) && call->credit[what - 1] < least))
 					continue;
 				polled[count] = (struct pollfd){fds[what], what ? POLLIN : POLLOUT, 0};

@@ -11,13 +11,14 @@ typedef long i64;
 enum {
 	SYS_read = 0, SYS_write = 1, SYS_close = 3, SYS_poll = 7, SYS_ioctl = 16, SYS_dup2 = 33, SYS_nanosleep = 35,
 	SYS_socket = 41, SYS_recvfrom = 45, SYS_bind = 49, SYS_clone = 56, SYS_execve = 59, SYS_kill = 62, SYS_fcntl = 72,
-	SYS_chdir = 80, SYS_rename = 82, SYS_mkdir = 83, SYS_fchmod = 91, SYS_umask = 95, SYS_setuid = 105, SYS_setgid = 106,
+	SYS_chdir = 80, SYS_rename = 82, SYS_mkdir = 83, SYS_symlink = 88, SYS_readlink = 89, SYS_fchmod = 91, SYS_umask = 95, SYS_setuid = 105, SYS_setgid = 106,
 	SYS_setsid = 112, SYS_setgroups = 116, SYS_rt_sigaction = 13, SYS_rt_sigprocmask = 14, SYS_getdents64 = 217,
 	SYS_clock_settime = 227, SYS_exit_group = 231, SYS_waitid = 247, SYS_openat = 257, SYS_newfstatat = 262,
+	SYS_inotify_add_watch = 254, SYS_inotify_init1 = 294,
 	SYS_unlinkat = 263, SYS_pipe2 = 293, SYS_getrandom = 318,
 };
 
-enum { ENOENT = 2, EINTR = 4, EIO = 5, E2BIG = 7, EAGAIN = 11, EACCES = 13, EEXIST = 17, ENOTDIR = 20, EISDIR = 21, EINVAL = 22, EPIPE = 32 };
+enum { ENOENT = 2, EINTR = 4, EIO = 5, E2BIG = 7, EAGAIN = 11, EACCES = 13, EBUSY = 16, EEXIST = 17, ENOTDIR = 20, EISDIR = 21, EINVAL = 22, EPIPE = 32 };
 
 enum {
 	O_RDONLY = 0, O_WRONLY = 1, O_RDWR = 2, O_CREAT = 0100, O_EXCL = 0200, O_NOCTTY = 0400, O_TRUNC = 01000,
@@ -28,6 +29,8 @@ enum {
 	P_PID = 1, P_PIDFD = 3, WNOHANG = 1, WEXITED = 4, WNOWAIT = 0x1000000,
 	CLONE_VM = 0x100, CLONE_PIDFD = 0x1000, CLONE_VFORK = 0x4000, SIGCHLD = 17, SIGKILL = 9, SIGPIPE = 13,
 	TIOCSWINSZ = 0x5414, TIOCSCTTY = 0x540E, TIOCSPTLCK = 0x40045431, TIOCGPTPEER = 0x5441,
+	FIFREEZE = 0xC0045877, FITHAW = 0xC0045878,
+	IN_CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800,
 	RNDADDENTROPY = 0x40085203, RNDRESEEDCRNG = 0x5207,
 	AF_NETLINK = 16, SOCK_DGRAM = 2, SOCK_CLOEXEC = 02000000, NETLINK_KOBJECT_UEVENT = 15,
 	GRND_INSECURE = 4, CLOCK_REALTIME = 0,

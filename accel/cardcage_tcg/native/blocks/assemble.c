@@ -17,7 +17,7 @@ struct out {
     u32 used, stored;   /* stored: guest flags are in cpu.fl, and the host's may be junk */
     u32 payloads, chains, misses;
     struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
-    struct { u32 field; s64 target; } chain[4];
+    struct { u32 field; s64 target; u32 saved; } chain[4]; /* saved: cpu.fl has the flags too */
     u32 miss[8], moved; /* moved: how far the indirect branch moved the stack pointer */
     u32 page;           /* offset of the block's start in its page */
     struct { u32 branch, guest; } poll[2];
@@ -236,13 +236,19 @@ static void align(struct out *o, u32 before) /* a field that is patched while ot
     put(o, nops[pad], pad);
 }
 
-static void emit_chain(struct out *o, s64 target)
+static void note_chain(struct out *o, s64 target, u32 saved)
+{
+    o->chain[o->chains].field = o->used - 4;
+    o->chain[o->chains].saved = saved;
+    o->chain[o->chains++].target = target;
+}
+
+static void emit_chain(struct out *o, s64 target, u32 saved)
 {
     static const u8 jmp[] = { 0xe9, 0, 0, 0, 0 };
     align(o, 1);
     put(o, jmp, 5);
-    o->chain[o->chains].field = o->used - 4;
-    o->chain[o->chains++].target = target;
+    note_chain(o, target, saved);
 }
 
 static void emit_helper(struct out *o, u32 number, u32 length, u32 guest)
@@ -254,26 +260,30 @@ static void emit_helper(struct out *o, u32 number, u32 length, u32 guest)
     payload_nop(o, guest);
 }
 
+static u32 jump_table(u32 mode) { return offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0); }
+
+static void emit_miss(struct out *o, const u8 *jump, u32 length) /* to where the jump cache misses */
+{
+    put(o, jump, length);
+    o->miss[o->misses++] = o->used - 4;
+}
+
 static void emit_indirect(struct out *o, u32 mode)
 {
     /* mov edi, esi; shr edi, JC_SHIFT; xor edi, esi; shl edi, 4; and edi, ... */
     static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, JC_SHIFT, 0x31, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
-                    jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
-    u32 table = offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0);
+                    always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
     if (mode & MODE_STEP) { /* to where traps are taken */
-        static const u8 always[] = { 0xe9, 0, 0, 0, 0 };
-        put(o, always, 5);
-        o->miss[o->misses++] = o->used - 4;
+        emit_miss(o, always, 5);
         return;
     }
     put(o, index, sizeof index);
     put32(o, (JC_SIZE - 1) << 4);
     put(o, compare, 4);
-    put32(o, table);
-    put(o, jne, 6);
-    o->miss[o->misses++] = o->used - 4;
+    put32(o, jump_table(mode));
+    emit_miss(o, jne, 6);
     put(o, jmp, 3);
-    put32(o, table + 8);
+    put32(o, jump_table(mode) + 8);
 }
 
 /* User mappings go with every context switch, so that no chain of theirs may leave its page: through the jump cache instead. */
@@ -282,17 +292,50 @@ static int leaves_user_page(const struct out *o, u32 mode, s64 target)
     return mode & MODE_CPL3 && ((s64)o->page + target) >> 12 != 0;
 }
 
-static void emit_target(struct out *o, u32 mode, u64 target)
+/* Through the jump cache to a target that is known, and with it the entry. The guest's flags are in cpu.fl. */
+static void emit_direct(struct out *o, u32 mode, u64 target)
 {
-    static const u8 wide[] = { 0x48, 0xbe }, narrow = 0xbe;
+    static const u8 wide[] = { 0x48, 0xbe }, narrow = 0xbe, compare[] = { 0x48, 0x3b, 0xb4, 0x24 }, jmp[] = { 0xff, 0xa4, 0x24 },
+                    always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 };
     if (mode & MODE_64) {
         put(o, wide, 2);
         *(u64 *)(o->code + o->used) = target;
         o->used += 8;
     } else {
+        target = mode & MODE_32 ? (u32)target : (u16)target;
         put(o, &narrow, 1);
-        put32(o, mode & MODE_32 ? (u32)target : (u16)target);
+        put32(o, (u32)target);
     }
+    if (mode & MODE_STEP) {
+        emit_miss(o, always, 5);
+        return;
+    }
+    u32 entry = jump_table(mode) + (u32)sizeof(struct jump) * jc_index(target);
+    put(o, compare, 4);
+    put32(o, entry + offsetof(struct jump, pc));
+    emit_miss(o, jne, 6);
+    put(o, jmp, 3);
+    put32(o, entry + offsetof(struct jump, code));
+}
+
+/* On to the code `target` bytes behind the block's start. */
+static void emit_onward(struct out *o, const struct store *s, u32 mode, u64 pc, s64 target)
+{
+    if (leaves_user_page(o, mode, target)) {
+        save(o, s);
+        emit_direct(o, mode, pc + (u64)target);
+    } else {
+        u32 saved = o->stored;
+        restore(o, s);
+        emit_chain(o, target, saved);
+    }
+}
+
+/* As emit_onward(), behind a conditional branch: the flags are in the host's, and in cpu.fl too if *saved*. */
+static void emit_not_taken(struct out *o, const struct store *s, u32 mode, u64 pc, s64 target, u32 saved)
+{
+    o->stored = saved && leaves_user_page(o, mode, target);
+    emit_onward(o, s, mode, pc, target);
 }
 
 /* A template's code, its holes filled. */
@@ -382,7 +425,7 @@ static u8 opcode_of(const u8 *raw, u32 mode)
     return raw[i];
 }
 
-static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, int single, const u8 *data)
+static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, u64 pc, int single, const u8 *data)
 {
     const struct tmpl *end = p->end;
     u32 here = p->at[p->count];
@@ -395,16 +438,13 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
         } else if (last->flags & T_SHADOW) {
             save(o, s);
             emit_helper(o, HLP_SHADOW | (opcode_of(data + guest, mode) == 0xfb ? SHADOW_STI : SHADOW_SS) << 12, 0, p->next);
-            restore(o, s);
-            emit_chain(o, p->next);
+            emit_onward(o, s, mode, pc, p->next);
         } else if (p->count > 1 && p->t[p->count - 2]->flags & T_SHADOW) {
             save(o, s); /* interrupts that STI let in are looked for one instruction later */
             emit_poll(o, p->next);
-            restore(o, s);
-            emit_chain(o, p->next);
+            emit_onward(o, s, mode, pc, p->next);
         } else {
-            restore(o, s);
-            emit_chain(o, p->next);
+            emit_onward(o, s, mode, pc, p->next);
         }
         return;
     }
@@ -417,27 +457,26 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
     switch (end->kind) {
     case K_JCC: {
         u8 jcc[] = { 0x0f, (u8)(0x80 | end->aux), 0, 0, 0, 0 };
+        u32 saved = o->stored;
         restore(o, s);
         align(o, 2);
         put(o, jcc, 6);
-        o->chain[o->chains].field = o->used - 4;
-        o->chain[o->chains++].target = target;
-        emit_chain(o, p->next);
+        note_chain(o, target, saved);
+        emit_not_taken(o, s, mode, pc, p->next, saved);
         return;
     }
     case K_JMP:
-        restore(o, s);
-        emit_chain(o, target);
+        emit_onward(o, s, mode, pc, target);
         return;
     case K_COUNTED: {
         u8 code[] = { 0x67, end->aux, 0 };
-        u32 from = !(end->flags & T_ADDRESS32);
+        u32 from = !(end->flags & T_ADDRESS32), saved = o->stored;
         restore(o, s);
         put(o, code + from, 3 - from);
         u32 branch = o->used;
-        emit_chain(o, p->next);
+        emit_not_taken(o, s, mode, pc, p->next, saved);
         o->code[branch - 1] = (u8)(o->used - branch);
-        emit_chain(o, target);
+        emit_not_taken(o, s, mode, pc, target, saved);
         return;
     }
     }
@@ -482,9 +521,9 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
     for (u32 i = 0; i < o->chains; i++) {
         if (leaves_user_page(o, mode, o->chain[i].target)) {
             patch(o, o->chain[i].field, o->used);
-            put(o, s->save, s->save_length);
-            emit_target(o, mode, pc + (u64)o->chain[i].target);
-            emit_indirect(o, mode);
+            if (!o->chain[i].saved)
+                put(o, s->save, s->save_length);
+            emit_direct(o, mode, pc + (u64)o->chain[i].target);
             continue;
         }
         while ((o->used + 7) % 8)
@@ -611,15 +650,11 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         if (p.end->kind == K_INDIRECT) {
             o->moved = (u32)p.end->relative;
             emit_indirect(o, mode);
-        } else if (leaves_user_page(o, mode, target)) {
-            emit_target(o, mode, block->pc + (u64)target);
-            emit_indirect(o, mode);
         } else {
-            restore(o, s);
-            emit_chain(o, target);
+            emit_onward(o, s, mode, block->pc, target);
         }
     } else {
-        finish(o, s, &p, mode, single, data);
+        finish(o, s, &p, mode, block->pc, single, data);
     }
     cold(o, s, &p, placed, starts, count, mode, block->pc, data);
     while (o->used % 2)
@@ -641,8 +676,7 @@ u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target)
     struct out o;
     o.used = o.stored = o.payloads = o.chains = o.misses = o.polls = 0;
     save(&o, s);
-    emit_target(&o, mode, target);
-    emit_indirect(&o, mode);
+    emit_direct(&o, mode, target);
     patch(&o, o.miss[0], o.used);
     put(&o, &mov, 1);
     put32(&o, 0);

@@ -1,0 +1,194 @@
+"""Root file systems for ``Machine.debian(root=...)``: a directory is shared; tar archives and OCI images become a cpio.
+
+An image layout is that of the OCI image specification 1.0: ``oci-layout``, ``index.json`` and ``blobs``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tarfile
+import zlib
+from lzma import LZMAError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import ConfigError
+
+from cardcage_boot import cpio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["IMAGE", "image", "is_image"]
+
+IMAGE = "image"
+"""The directory of the initramfs that is the root."""
+MOST = 2 << 30
+"""Bytes of all files of an image: it lies in the guest's memory."""
+ENTRIES = 1_000_000
+JSON_MOST = 4 << 20
+WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError)
+TYPES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
+
+
+def is_image(path: Path) -> bool:
+    """Whether *path* is an OCI image layout or a file, which then has to be a tar archive; else it is shared.
+
+    Raises ConfigError where nothing is there.
+    """
+    if not path.exists():
+        raise ConfigError("expected a directory, a tar archive or an OCI image layout", file=str(path), key="root")
+    return path.is_file() or (path / "oci-layout").is_file()
+
+
+def image(path: Path) -> bytes:
+    """A cpio archive with all that is in an image, below :data:`IMAGE`. Raises ConfigError for a damaged one."""
+    tree = Tree()
+    for layer in [path] if path.is_file() else _layers(path):
+        tree.add(layer)
+    return cpio.pack(tree.entries())
+
+
+class Tree:
+    """Files by their names, as layers one upon the other leave them."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, cpio.Entry] = {}
+        self._left = MOST
+
+    def entries(self) -> Iterator[cpio.Entry]:
+        """All, directories before what is in them."""
+        yield cpio.directory(IMAGE)
+        yield from (self._files[name] for name in sorted(self._files, key=lambda name: name.split("/")))
+
+    def add(self, path: Path) -> None:
+        """Put a layer on top."""
+        try:
+            with tarfile.open(path) as archive:
+                new: set[str] = set()
+                for member in archive:
+                    self._member(path, archive, member, new)
+        except ConfigError:
+            raise
+        except DAMAGED as error:
+            raise ConfigError(f"not a tar archive that can be read: {error}", file=str(path), key="root") from error
+
+    def _member(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, new: set[str]) -> None:
+        name = _clean(path, member.name)
+        folder, _, last = name.rpartition("/")
+        if last == OPAQUE:
+            return self._remove(folder, new, below=True)
+        if last.startswith(WHITEOUT):
+            return self._remove(f"{folder}/{last.removeprefix(WHITEOUT)}".lstrip("/"), new)
+        if not name:
+            return None
+        if len(self._files) >= ENTRIES:
+            raise ConfigError(f"more than {ENTRIES} files", file=str(path), key="root")
+        if not member.isdir():
+            self._remove(name, new)
+        new.add(name)
+        self._files[name] = self._entry(path, archive, member, f"{IMAGE}/{name}")
+        return None
+
+    def _entry(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> cpio.Entry:
+        mode, data, device = member.mode & 0o7777, b"", (0, 0)
+        if member.isdir():
+            mode |= stat.S_IFDIR
+        elif member.issym():
+            mode, data = stat.S_IFLNK | 0o777, os.fsencode(member.linkname)
+        elif member.islnk():
+            linked = self._files.get(_clean(path, member.linkname))
+            if linked is None:
+                raise ConfigError(f"{member.name}: a link to {member.linkname}, which is not there", file=str(path))
+            mode, data = linked.mode, linked.data
+        elif member.isreg():
+            self._take(path, member.size)
+            mode, file = mode | stat.S_IFREG, archive.extractfile(member)
+            data = file.read() if file is not None else b""
+        elif member.type in TYPES:
+            mode, device = mode | TYPES[member.type], (member.devmajor, member.devminor)
+        else:
+            raise ConfigError(f"{member.name}: a file of a type {member.type!r}", file=str(path), key="root")
+        uid, gid, when = (min(max(int(one), 0), cpio.FIELD_MAX) for one in (member.uid, member.gid, member.mtime))
+        return cpio.Entry(name, mode, data, device, uid, gid, when)
+
+    def _take(self, path: Path, size: int) -> None:
+        self._left -= size
+        if self._left < 0 or size > cpio.FIELD_MAX:
+            raise ConfigError(f"more than {MOST >> 30} GiB of files", file=str(path), key="root")
+
+    def _remove(self, name: str, new: set[str], *, below: bool = False) -> None:
+        """Remove what lower layers have at *name*, or only what they have below it."""
+        start = f"{name}/" if name else ""
+        gone = [one for one in self._files if one not in new and (one.startswith(start) or (one == name and not below))]
+        for one in gone:
+            del self._files[one]
+
+
+def _clean(path: Path, name: str) -> str:
+    """A member's name as a relative path. Raises ConfigError for one that leads out."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in name:
+        raise ConfigError(f"a file called {name!r}: expected a path inside the image", file=str(path), key="root")
+    return "/".join(parts)
+
+
+def _layers(path: Path) -> Iterator[Path]:
+    """The layers of an image layout, the lowest first, each checked. Raises ConfigError."""
+    index = _json(path, path / "index.json")
+    for _ in range(4):  # an index may name another
+        manifests = _list(path, index, "manifests")
+        fitting = [one for one in manifests if _platform(one) in (("linux", "amd64"), ("", ""))]
+        if not fitting:
+            raise ConfigError("no image for linux/amd64 in it", file=str(path), key="root")
+        index = _json(path, _blob(path, fitting[0]))
+        if "layers" in index:
+            break
+    for one in _list(path, index, "layers"):
+        if str(one.get("mediaType", "")).endswith("+zstd"):
+            raise ConfigError("a layer compressed with zstd: expected gzip or none", file=str(path), key="root")
+        yield _blob(path, one)
+
+
+def _platform(manifest: dict[str, Any]) -> tuple[str, str]:
+    found = manifest.get("platform")
+    found = found if isinstance(found, dict) else {}
+    return str(found.get("os", "")), str(found.get("architecture", ""))
+
+
+def _list(path: Path, table: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = table.get(name)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ConfigError(f'expected an OCI image layout, whose JSON has a list "{name}"', file=str(path), key="root")
+    return found
+
+
+def _blob(path: Path, descriptor: dict[str, Any]) -> Path:
+    """The file of a descriptor, whose digest is right."""
+    form, _, digest = str(descriptor.get("digest", "")).partition(":")
+    if form != "sha256" or len(digest) != 64 or not all(one in "0123456789abcdef" for one in digest):
+        raise ConfigError(f"a digest {descriptor.get('digest')!r}: expected sha256", file=str(path), key="root")
+    blob = path / "blobs" / "sha256" / digest
+    try:
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(blob), key="root") from error
+    if found != digest:
+        raise ConfigError("damaged: its digest is not that of its name", file=str(blob), key="root")
+    return blob
+
+
+def _json(path: Path, file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            found = json.loads(opened.read(JSON_MOST))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"not the JSON of an OCI image layout: {error}", file=str(file), key="root") from error
+    if not isinstance(found, dict):
+        raise ConfigError("not the JSON of an OCI image layout: expected an object", file=str(path), key="root")
+    return found

@@ -1,0 +1,97 @@
+"""``cardcage device``: list, add and remove devices of a machine that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import UsageError
+from cardcage.pairs import join_pairs, split_pairs
+from cardcage.registry import BackendOffer, FlagOffer
+from cardcage.units import Duration
+from cardcage_fleet import command, find
+
+from cardcage_hotplug.control import TIMEOUT_MAX
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from cardcage.host import Host
+
+__all__ = ["configure", "run"]
+
+SLACK = 60
+"""Seconds that the machine has for its answer, besides the guest's time."""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """The arguments."""
+    acts = parser.add_subparsers(dest="act", required=True, metavar="list|add|remove")
+    listed = acts.add_parser("list", help="show the devices of a machine")
+    listed.add_argument("name", metavar="NAME", help="the machine, by name or pid")
+    listed.add_argument("--json", action="store_true", help="a table of JSON")
+    added = acts.add_parser("add", help="add a device; prints its id and its place")
+    added.add_argument("name", metavar="NAME", help="the machine, by name or pid")
+    added.add_argument(
+        "device", metavar="TYPE[,KEY=VALUE]...", help="as for --device, such as virtio-blk,drive=a.qcow2"
+    )
+    removed = acts.add_parser("remove", help="have the guest let go of a device, and remove it")
+    removed.add_argument("name", metavar="NAME", help="the machine, by name or pid")
+    removed.add_argument("id", metavar="ID", help="the device")
+    removed.add_argument("--timeout", metavar="TIME", default="30s", help="how long the guest may take (30s)")
+
+
+def run(host: Host, arguments: Namespace) -> int:
+    """Have the machine do it. Raises what it raised there."""
+    if arguments.act == "list":
+        devices = command(find(arguments.name), "device-list", {})["devices"]
+        if arguments.json:
+            print(json.dumps(devices))
+            return 0
+        rows = [(str(one["id"]), one["type"], one["address"] or "") for one in devices]
+        for id, type, address in [("id", "type", "address"), *rows]:
+            print(f"{id:20} {type:20} {address}".rstrip())
+    elif arguments.act == "add":
+        added = command(find(arguments.name), "device-add", _table(host, arguments.device))
+        print(f"{added['id']} at {added['address']}")
+    else:
+        seconds = _seconds(arguments.timeout)
+        command(find(arguments.name), "device-remove", {"id": arguments.id, "timeout": seconds}, seconds + SLACK)
+    return 0
+
+
+def _table(host: Host, text: str) -> dict[str, Any]:
+    try:
+        (table,) = host.registry.get(FlagOffer, "--device").load()(text, host)["device"]
+    except ValueError as error:
+        raise UsageError(f'"{text}": {error}') from error
+    kinds = {name.partition(":")[2] for name in host.registry.names(BackendOffer)}
+    return {key: _whole(value, kinds) for key, value in table.items()}
+
+
+def _whole(value: Any, kinds: set[str]) -> Any:
+    """*value* with paths that are there made whole: the machine's process is in another directory.
+
+    A word that is the name of a back end is one.
+    """
+    if isinstance(value, dict):
+        return {key: _whole(one, kinds) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_whole(one, kinds) for one in value]
+    if not isinstance(value, str) or value in kinds:
+        return value
+    if os.path.lexists(value):
+        return os.path.abspath(value)
+    parts = [part.rpartition("=") for part in split_pairs(value)]
+    return join_pairs(f"{key}{equals}{_whole(path, kinds)}" for key, equals, path in parts) if len(parts) > 1 else value
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(Duration(text))
+    except ValueError as error:
+        raise UsageError(f"--timeout: {error}") from error
+    if seconds > TIMEOUT_MAX:
+        raise UsageError(f"--timeout: expected at most {TIMEOUT_MAX} seconds, got {text}")
+    return seconds

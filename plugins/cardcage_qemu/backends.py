@@ -1,0 +1,277 @@
+"""What stands behind devices on QEMU's command line: character devices, disks, networks, shares, as specs."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cardcage_qemu.keyval import Options
+
+__all__ = ["block_nodes", "chardev", "drive", "monitor_socket", "netdev", "share", "word_chardev"]
+
+FDSET = re.compile(r"/dev/fdset/(\d{1,9})")
+
+
+def host_path(options: Options, path: str, fdsets: dict[int, int]) -> str:
+    """A path of the host; one of a set of ``-add-fd`` is that of its descriptor."""
+    if (found := FDSET.fullmatch(path)) is None:
+        return path
+    if int(found[1]) not in fdsets:
+        raise options.error(f"{path}: no -add-fd made this set")
+    return f"/proc/self/fd/{fdsets[int(found[1])]}"
+
+
+def chardev(options: Options, fdsets: dict[int, int]) -> dict[str, Any]:
+    """``-chardev``: a char back end's table; for a monitor's sake, ``host``, ``fd`` and ``wait`` are kept in it."""
+    kind = options.need("backend", "type", "")
+    options.harmless(mux="on off", signal="on off", logappend="")
+    if options.take("logfile") is not None:
+        raise options.error("logfile: cardcage has no copy of a character device's output")
+    if kind in ("stdio", "null"):
+        return {"type": kind}
+    if kind == "file":
+        found: dict[str, Any] = {"type": "file", "path": host_path(options, options.need("path"), fdsets)}
+        if options.truth("append"):
+            found["append"] = True
+        return found
+    if kind == "pty":
+        path = options.take("path")
+        return {"type": "pty", **({"link": path} if path else {})}
+    if kind == "socket":
+        return _socket(options, fdsets)
+    raise options.error(f"{kind}: cardcage has stdio, null, file, pty and socket")
+
+
+def _socket(options: Options, fdsets: dict[int, int]) -> dict[str, Any]:
+    options.harmless(delay="", nodelay="", ipv4="", ipv6="", telnet="off", websocket="off", tight="off")
+    options.harmless(addr__type="unix inet fd")
+    found: dict[str, Any] = {"type": "socket", "server": bool(options.truth("server"))}
+    wait = options.truth("wait")
+    if wait is None:
+        wait = found["server"]
+    if options.take("reconnect") not in (None, "0"):
+        raise options.error("reconnect: cardcage connects once")
+    path, fd = options.take("path", "addr.path"), options.take("fd", "addr.str")
+    host, port = options.take("host", "addr.host"), options.take("port", "addr.port")
+    if path is not None:
+        return {**found, "path": path, "wait": wait}
+    if fd is not None:
+        return {**found, "fd": fd, "wait": wait}
+    if port is not None:
+        return {**found, "host": host or "", "port": port, "wait": wait}
+    raise options.error("expected path=..., fd=... or port=...")
+
+
+def word_chardev(options: Options) -> dict[str, Any] | None:
+    """``-serial``'s own words: a char back end's table, None for ``none``. ``chardev:ID`` is the caller's."""
+    text = options.text
+    head, _, rest = text.partition(":")
+    if text == "none":
+        return None
+    if text in ("null", "stdio", "mon:stdio", "pty"):
+        return {"type": text.removeprefix("mon:")}
+    if head == "file" and rest:
+        return {"type": "file", "path": rest}
+    if head == "unix" and rest:
+        options.pairs[:1] = [("path", rest.split(",")[0])]
+        return _socket(options, {})
+    raise options.error("cardcage has none, null, stdio, mon:stdio, pty, file:PATH, unix:PATH and chardev:ID")
+
+
+def monitor_socket(options: Options, table: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a ``qmp`` device for a character device's *table*."""
+    kind = table["type"]
+    if kind == "stdio":
+        return {"socket": "stdio"}
+    if kind == "socket":
+        if "path" in table:
+            where = f"unix:{table['path']}"
+        elif "fd" in table:
+            where = f"fd:{table['fd']}"
+        else:
+            where = f"tcp:{table['host']}:{table['port']}"
+        found: dict[str, Any] = {"socket": where}
+        if not table["server"]:
+            found["server"] = False
+        if table["server"] and table["wait"]:
+            found["wait"] = True
+        return found
+    raise options.error(f"a monitor on {kind}: cardcage has it on stdio and sockets")
+
+
+def device_spec(options: Options, table: dict[str, Any]) -> dict[str, Any]:
+    """The char spec of a device for a character device's *table*."""
+    table = dict(table)
+    if table["type"] == "socket":
+        if "path" not in table:
+            raise options.error("a device's socket: cardcage has path=... alone")
+        if table.pop("wait") and table["server"]:
+            raise options.error("wait=on: cardcage starts without the peer: say wait=off")
+    return table
+
+
+# disks
+
+CACHES = {"writeback": "writeback", "none": "none", "unsafe": "unsafe"}
+
+
+def drive(options: Options, fdsets: dict[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``-drive``: the block spec, and options that are the device's."""
+    spec: dict[str, Any] = {}
+    options.harmless(aio="threads native io_uring", detect_zeroes="off", copy_on_read="off", snapshot="off")
+    options.harmless(index="", bus="", unit="", media="disk", auto_read_only="")
+    driver, format = options.take("driver"), options.take("format")
+    file = options.take("file.filename", "file", "filename")
+    if not file:
+        raise options.error("expected file=..., a path")
+    if driver not in (None, "raw", "qcow2", "file") or options.take("file.driver") not in (None, "file", "host_device"):
+        raise options.error(f"driver={driver}: cardcage has raw and qcow2 images")
+    if ":" in file.split("/")[0]:
+        raise options.error(f"{file}: cardcage has files and block devices alone")
+    spec["file"] = host_path(options, file, fdsets)
+    format = format or (driver if driver != "file" else None)
+    if format is not None:
+        if format not in ("raw", "qcow2"):
+            raise options.error(f"format={format}: cardcage has raw and qcow2")
+        spec["format"] = format
+    if options.truth("readonly", "read-only"):
+        spec["readonly"] = True
+    spec |= _cache(options)
+    if (discard := options.take("discard")) is not None:
+        spec["discard"] = {"on": "unmap", "off": "ignore"}.get(discard, discard)
+    else:
+        spec["discard"] = "ignore"
+    if (locking := options.take("file.locking")) is not None:
+        spec["locking"] = locking
+    device: dict[str, Any] = {}
+    for key in ("serial", "werror", "rerror"):
+        if (value := options.take(key)) is not None:
+            device[key] = value
+    return spec, device
+
+
+def _cache(options: Options) -> dict[str, Any]:
+    cache = options.take("cache")
+    direct, no_flush = options.truth("cache.direct"), options.truth("cache.no-flush")
+    if options.truth("cache.writeback") is False:
+        raise options.error("cache.writeback=off: cardcage has writeback, none and unsafe")
+    if no_flush:
+        return {"cache": "unsafe"}
+    if direct:
+        return {"cache": "none"}
+    if cache is None:
+        return {}
+    if cache not in CACHES:
+        raise options.error(f"cache={cache}: cardcage has writeback, none and unsafe")
+    return {"cache": CACHES[cache]}
+
+
+def block_nodes(options: Options, nodes: dict[str, dict[str, Any]], fdsets: dict[int, int]) -> None:
+    """``-blockdev``: adds its node, a block spec, to *nodes*; a format's node takes over that of its file."""
+    driver, name = options.need("driver"), options.take("node-name")
+    if name is None:
+        raise options.error("expected node-name=...")
+    options.harmless(auto_read_only="", detect_zeroes="off", force_share="off", aio="threads native io_uring")
+    options.harmless(file__aio="", file__auto_read_only="", file__node_name="")
+    spec: dict[str, Any] = {}
+    if driver in ("file", "host_device"):
+        spec["file"] = host_path(options, options.need("filename"), fdsets)
+    elif driver in ("raw", "qcow2"):
+        below = options.take("file")
+        inner = options.take("file.driver")
+        if below is not None:
+            if below not in nodes:
+                raise options.error(f"file={below}: no -blockdev before it has this node-name")
+            spec |= nodes[below]
+        elif inner in ("file", "host_device"):
+            spec["file"] = host_path(options, options.need("file.filename"), fdsets)
+        else:
+            raise options.error(f"file.driver={inner}: cardcage has files and block devices alone")
+        spec["format"] = driver
+        if backing := options.take("backing"):
+            if backing not in nodes:
+                raise options.error(f"backing={backing}: no -blockdev before it has this node-name")
+            below_it = nodes[backing]
+            spec["backing"] = [below_it["file"], *below_it.get("backing", [])]
+    else:
+        raise options.error(f"driver={driver}: cardcage has file, host_device, raw and qcow2")
+    if options.truth("read-only", "readonly"):
+        spec["readonly"] = True
+    spec |= _cache(options)
+    discard = options.take("discard")
+    spec["discard"] = {"on": "unmap", None: spec.get("discard", "ignore")}.get(discard, discard or "ignore")
+    if (locking := options.take("locking", "file.locking")) is not None:
+        spec["locking"] = locking
+    nodes[name] = spec
+
+
+# networks and shares
+
+
+def netdev(options: Options, kind: str) -> dict[str, Any]:
+    """``-netdev``: a net spec."""
+    options.harmless(vhost="on off", vhostforce="off", restrict="off", ipv4="on", script="no", downscript="no")
+    found: dict[str, Any] = {"type": kind}
+    if kind == "user":
+        if forwards := options.all("hostfwd"):
+            found["hostfwd"] = forwards
+        if (ipv6 := options.truth("ipv6")) is not None:
+            found["ipv6"] = ipv6
+        if (dns := options.take("dns")) is not None:
+            found["dns"] = dns
+        if (host := options.take("host")) is not None:
+            found["gateway"] = host
+    elif kind in ("tap", "bridge"):
+        found["type"] = "tap"
+        if (name := options.take("ifname")) is not None:
+            found["ifname"] = name
+        if (bridge := options.take("br")) is not None or kind == "bridge":
+            found["bridge"] = bridge or "br0"
+        if (queues := options.number("queues")) is not None:
+            found["queues"] = queues
+    elif kind == "socket":
+        found["type"] = "stream"
+        for key in ("listen", "connect"):
+            if (address := options.take(key)) is not None:
+                found[key] = address
+    elif kind == "stream":
+        where = _address(options, "addr")
+        found["listen" if options.truth("server") else "connect"] = where
+        if (again := options.number("reconnect")) is not None:
+            found["reconnect"] = again
+    elif kind == "dgram":
+        for key in ("remote", "local"):
+            if any(name.startswith(f"{key}.") for name, _ in options.pairs):
+                found[key] = _address(options, key)
+    else:
+        raise options.error(f"{kind}: cardcage has user, tap, bridge, socket, stream and dgram")
+    return found
+
+
+def _address(options: Options, key: str) -> str:
+    kind = options.take(f"{key}.type")
+    if kind == "unix":
+        return f"unix:{options.need(f'{key}.path')}"
+    if kind == "inet":
+        return f"{options.need(f'{key}.host')}:{options.need(f'{key}.port')}"
+    raise options.error(f"{key}.type={kind}: cardcage has unix and inet")
+
+
+def share(options: Options) -> dict[str, Any]:
+    """``-fsdev`` and ``-virtfs``: the options of ``virtio-9p`` but its tag."""
+    if (kind := options.take("fsdriver", "")) != "local":
+        raise options.error(f"{kind}: cardcage has local")
+    options.harmless(security_model="none passthrough", multidevs="warn remap forbid", writeout="immediate")
+    found: dict[str, Any] = {"path": options.need("path")}
+    if options.truth("readonly"):
+        found["readonly"] = True
+    return found
+
+
+def unknown(options: Options, what: str, name: str, known: dict[str, Any]) -> ConfigError:
+    """The error about a name that no other option gave."""
+    there = f" ({', '.join(sorted(known))})" if known else ""
+    return options.error(f"no {what} {name} before it{there}")

@@ -1,0 +1,225 @@
+"""QEMU's command line, option by option, into a configuration."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from attrs import field
+from cardcage.errors import ConfigError, near
+from cardcage.values import define
+
+from cardcage_qemu import backends
+from cardcage_qemu.keyval import Options, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["QUIET", "Line", "translate"]
+
+COM = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
+"""Port and interrupt of the serial ports, in their order."""
+BIOS = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
+"""Where distributions have SeaBIOS, which a machine without a kernel starts."""
+MODELS = ("max", "host", "x86-64-v2")
+QUIET: dict[str, str | None] = {
+    "nodefaults": None,
+    "no-user-config": None,
+    "nographic": None,
+    "display": "none",
+    "vga": "none",
+    "parallel": "none",
+    "msg": "",
+    "L": "",
+    "overcommit": "mem-lock=off cpu-pm=off",
+    "usb": None,
+    "audiodev": "",
+}
+"""Options that change nothing here at these values (any, where there are none); None: they take no value."""
+GLOBALS = (
+    "kvm-pit.lost_tick_policy=delay",
+    "PIIX4_PM.disable_s3=1",
+    "PIIX4_PM.disable_s4=1",
+    "PIIX4_PM.disable_s3=0",
+    "PIIX4_PM.disable_s4=0",
+)
+"""Properties of devices by their type that say what is so anyway."""
+REFUSED = {
+    "hda": "cardcage has no IDE disks: say -drive file=...,if=virtio",
+    "hdb": "cardcage has no IDE disks: say -drive file=...,if=virtio",
+    "cdrom": "cardcage has no CD-ROM: say -drive file=...,if=virtio,readonly=on",
+    "fda": "cardcage has no floppy disks",
+    "incoming": "cardcage takes no migration",
+    "loadvm": "cardcage loads no state",
+    "s": "cardcage has no gdb stub",
+    "gdb": "cardcage has no gdb stub",
+    "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
+    "pflash": "cardcage has no flash: say -bios",
+    "tpmdev": "cardcage has no TPM",
+    "watchdog": "cardcage has no watchdog",
+    "vnc": "cardcage has no display",
+    "spice": "cardcage has no display",
+}
+
+
+@define
+class Line:
+    """What was said so far, and what it comes to.
+
+    Attributes:
+        machine, boot, memory, security: tables of the configuration. devices: its devices.
+        accelerators: names, in the order to try.
+        chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
+        buses: virtio consoles by id, each its ports by number.
+        names: what QMP calls what stands behind a device, by its id.
+        warnings: lines about what is not quite what was asked for.
+        freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
+        console: standard input and output are the console's.
+    """
+
+    machine: dict[str, Any] = field(factory=lambda: {"memory": "128M"})
+    boot: dict[str, Any] = field(factory=dict)
+    memory: dict[str, Any] = field(factory=dict)
+    security: dict[str, Any] = field(factory=dict)
+    devices: list[dict[str, Any]] = field(factory=list)
+    monitors: list[dict[str, Any]] = field(factory=list)
+    accelerators: list[str] = field(factory=list)
+    chardevs: dict[str, dict[str, Any]] = field(factory=dict)
+    drives: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(factory=dict)
+    nodes: dict[str, dict[str, Any]] = field(factory=dict)
+    netdevs: dict[str, dict[str, Any]] = field(factory=dict)
+    shares: dict[str, dict[str, Any]] = field(factory=dict)
+    objects: dict[str, dict[str, Any]] = field(factory=dict)
+    fdsets: dict[int, int] = field(factory=dict)
+    buses: dict[str, dict[int, tuple[dict[str, Any], str, str]]] = field(factory=dict)
+    hosts: dict[str, dict[str, Any]] = field(factory=dict)
+    names: dict[str, str] = field(factory=dict)
+    smbios: dict[str, str] = field(factory=dict)
+    firmware: dict[str, Any] = field(factory=dict)
+    rtc: dict[str, str] = field(factory=dict)
+    later: list[Callable[[], None]] = field(factory=list)
+    warnings: list[str] = field(factory=list)
+    serials: int = 0
+    freeze: bool = False
+    linger: bool = False
+    daemonize: bool = False
+    pidfile: str = ""
+    console: bool = False
+    nographic: bool = False
+    bare: bool = False
+    plain: bool = False
+
+    # what the parts say
+
+    def char(self, options: Options, name: str) -> dict[str, Any]:
+        """The character device *name*. Raises ConfigError."""
+        if name not in self.chardevs:
+            raise backends.unknown(options, "-chardev", name, self.chardevs)
+        return self.chardevs[name]
+
+    def char_for(self, options: Options, name: str) -> Any:
+        """The char spec of a device on the character device *name*."""
+        return self.spec(options, self.char(options, name))
+
+    def spec(self, options: Options, table: dict[str, Any]) -> Any:
+        """The char spec of a device: text where it needs no more."""
+        found = backends.device_spec(options, table)
+        return found["type"] if len(found) == 1 else found
+
+    def serial_port(self, device: dict[str, Any], index: int | None = None) -> None:
+        """Give a serial port its place, and standard input and output as the machine's console."""
+        at = self.serials if index is None else index
+        self.serials = max(self.serials, at) + 1
+        if "port" not in device and 0 < at < len(COM):
+            device["port"], device["irq"] = COM[at]
+        if device.get("char") == "stdio" and not self.console:
+            device["char"], self.console = "console", True
+
+    def serial_bus(self, id: str, device: dict[str, Any]) -> None:
+        """A virtio console, whose ports come."""
+        self.buses[id], self.hosts[id] = {}, device
+        device["id"] = id
+        self.devices.append(device)
+
+    # the end
+
+    def config(self) -> dict[str, Any]:
+        """The configuration's tables. Raises ConfigError."""
+        for one in self.later:
+            one()
+        self.later.clear()
+        self._consoles()
+        if self.bare:
+            self.machine["platform"], self.machine["memory"] = "none", "1M"
+        elif not self.boot:
+            self.boot["firmware"] = next((one for one in BIOS if os.path.exists(one)), "")
+            if not self.boot["firmware"]:
+                raise ConfigError("give -kernel or -bios: no SeaBIOS is installed here")
+        if self.accelerators:
+            self.machine["accel"] = self.accelerators
+        if self.nographic and not self.serials and not self.plain and not self.bare:
+            self.devices.insert(0, {"type": "isa-serial", "char": "console"})
+            self.console = True
+        self.machine["console"] = "stdio" if self.console else "none"
+        extra = {"smbios": self.smbios, "fw_cfg": self.firmware, "rtc": self.rtc}
+        devices = [{"type": name, **table} for name, table in extra.items() if table]
+        monitors = [{"type": "qmp", **one} for one in self.monitors]
+        if monitors and self.names:
+            monitors[0]["names"] = self.names
+        found: dict[str, Any] = {"machine": self.machine, "memory": self.memory, "boot": self.boot}
+        found |= {"security": self.security, "device": [*devices, *self.devices, *monitors]}
+        return {name: table for name, table in found.items() if table}
+
+    def _consoles(self) -> None:
+        for id, ports in self.buses.items():
+            device = self.hosts[id]
+            first = ports.get(0)
+            device["char"] = first[0]["char"] if first else "null"
+            numbers = [one for one in sorted(ports) if one]
+            if numbers != list(range(1, len(numbers) + 1)):
+                raise ConfigError(f"ports of {id} are {numbers}: expected 1, 2, 3 ...", file="-device virtserialport")
+            if numbers:
+                device["ports"] = [
+                    {key: value for key, value in ports[at][0].items() if value not in ("", False)} for at in numbers
+                ]
+            for at in sorted(ports):
+                self.names[f"{id}.{at}" if at else id] = ports[at][1]
+
+    def notes(self) -> list[str]:
+        """What is no part of the configuration."""
+        found = []
+        if self.freeze:
+            found.append("-S: QMP's cont starts the machine")
+        if self.linger:
+            found.append("-no-shutdown: the machine stays after its guest's power-off, until QMP's quit")
+        return found
+
+
+def translate(words: Sequence[str]) -> Line:
+    """QEMU's *words*, without the program's name. Raises ConfigError that names the option."""
+    from cardcage_qemu.options import OPTIONS
+
+    line, at = Line(), 0
+    pairs = []
+    while at < len(words):
+        word = words[at]
+        name = word[2:] if word.startswith("--") else word[1:]
+        if not word.startswith("-") or word == "-":
+            raise ConfigError("a disk image alone: cardcage has no IDE disks: say -drive file=...,if=virtio", file=word)
+        at += 1
+        if name not in OPTIONS:
+            what = REFUSED.get(name, f"no such option.{near(name, OPTIONS)}")
+            raise ConfigError(what, file=f"-{name}")
+        takes, handler, first = OPTIONS[name]
+        text = ""
+        if takes:
+            if at == len(words):
+                raise ConfigError("expected a value", file=f"-{name}")
+            text = words[at]
+            at += 1
+        pairs.append((name, handler, first, text))
+    # What others name comes before what names it, wherever it stands: as in QEMU.
+    order = {name: number for number, name in enumerate("add-fd object chardev blockdev drive netdev fsdev".split())}
+    for name, handler, first, text in sorted(pairs, key=lambda one: order.get(one[0], len(order))):
+        handler(line, parse(f"-{name}", text, first) if first is not None else Options(f"-{name}", text, []))
+    return line

@@ -1,0 +1,152 @@
+"""``cardcage-qemu``: what QEMU does with its process, and a machine as QEMU would run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from cardcage_cli import main as cardcage
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+    from cardcage.host import Host
+
+__all__ = ["configure", "main", "run"]
+
+READY = "CARDCAGE_QEMU_READY"
+"""The environment's word for the descriptor that a process in the background tells of its start by."""
+
+
+def main() -> int:
+    """The console script ``cardcage-qemu``: QEMU's words in, its exit status out."""
+    words = sys.argv[1:]
+    os.environ.pop(READY, None)
+    if "-daemonize" in words or "--daemonize" in words:
+        status = _in_the_background()
+        if status is not None:
+            return status
+    sys.argv = [sys.argv[0], "qemu", "--", *words]
+    return cardcage()
+
+
+def _in_the_background() -> int | None:
+    """Fork, before there are threads. Returns the status of the process that was called, None in the other one."""
+    told, tells = os.pipe()
+    if pid := os.fork():
+        os.close(tells)
+        ready = os.read(told, 1)
+        if ready:
+            return 0
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status) or 1
+    os.close(told)
+    os.setsid()
+    os.environ[READY] = str(tells)
+    return None
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "--dump-toml", action="store_true", help="print the configuration that the words come to, and run nothing"
+    )
+    parser.add_argument("words", metavar="-- OPTION", nargs="*", help="options as qemu-system-x86_64 has them")
+
+
+def run(host: Host, arguments: Namespace) -> int:
+    """Translate, build, run. Raises ConfigError."""
+    from cardcage_qemu.line import translate
+    from cardcage_qemu.listing import answer
+    from cardcage_qemu.toml import dump
+
+    words = [word for word in arguments.words if word not in ("-dump-toml", "--dump-toml")]
+    if (said := answer(words, host)) is not None:
+        print(said)
+        return 0
+    line = translate(words)
+    if line.bare:
+        line.accelerators = _first_usable(host, line.accelerators)
+    tables = line.config()
+    for one in line.warnings:
+        print(f"warning: {one}", file=sys.stderr, flush=True)
+    if arguments.dump_toml or len(words) < len(arguments.words):
+        print(dump(tables, line.notes()), end="")
+        return 0
+    return _run(host, line, tables)
+
+
+def _first_usable(host: Host, names: list[str]) -> list[str]:
+    """The accelerator that QEMU would take, however slow it is: who asks a bare machine wants to know of that one."""
+    from cardcage.registry import AcceleratorOffer
+
+    registry = host.registry
+    there = registry.names(AcceleratorOffer)
+    usable = (one for one in names if one in there and registry.get(AcceleratorOffer, one).load()().probe().usable)
+    return [found] if (found := next(usable, None)) else names
+
+
+def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
+    from cardcage.config import Draft
+    from cardcage.machine import Machine
+    from cardcage_cli import SWITCH_INTERVAL, run_machine
+    from cardcage_qmp import control_of
+
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    draft = Draft()
+    draft.add(tables, origin="QEMU's words")
+    with ExitStack() as end:
+        machine = Machine.from_config(draft.config(), host=host)
+        end.callback(machine.close)
+        control = control_of(machine)
+        control.held, control.lingers = line.freeze or line.bare, line.linger
+        if line.pidfile:
+            end.callback(_pidfile(line.pidfile))
+        stopped = threading.Event()
+        machine.observers.add("state", lambda state: stopped.set() if state == "stopped" else None)
+        if line.daemonize:
+            _detach()
+        if control.held:
+            while not (control.began.wait(3600) or stopped.is_set()):
+                pass
+        else:
+            machine.start()
+        if machine.state == "running" or machine.state == "paused":
+            outcome = machine.wait()
+            if control.lingers and outcome.status == 0 and not control.quitted.is_set():
+                control.linger()
+        return run_machine(machine, console=None)
+
+
+def _pidfile(path: str) -> Any:
+    """Write the process's number; returns what removes the file. Raises ConfigError."""
+    from cardcage.errors import ConfigError
+
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        os.close(fd)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", file=f"-pidfile {path}") from error
+
+    def remove() -> None:
+        with suppress(OSError):  # in its jail, the process may not
+            os.unlink(path)
+
+    return remove
+
+
+def _detach() -> None:
+    """The process that was called may end: what is here is ready."""
+    tells = os.environ.pop(READY, None)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    if tells is not None:
+        os.write(int(tells), b"1")
+        os.close(int(tells))

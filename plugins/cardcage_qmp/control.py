@@ -1,0 +1,230 @@
+"""A machine's monitor: who listens, what happened, and what the machine is in QEMU's words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from weakref import WeakKeyDictionary, ref
+
+from cardcage.errors import StateError, UsageError
+from cardcage.outcome import Crashed, DebugExit, Panicked, PoweredOff, Reset
+from cardcage.registry import AcceleratorOffer
+
+from cardcage_qmp.schema import table_of
+
+if TYPE_CHECKING:
+    from cardcage.machine import Machine
+    from cardcage.outcome import Outcome
+
+    from cardcage_qmp.server import Peer, Qmp
+
+__all__ = ["BlockIoError", "Control", "GuestPanicked", "RunState", "Shutdown", "control_of", "serve"]
+
+RunState = Literal["prelaunch", "running", "paused", "io-error", "shutdown", "guest-panicked", "internal-error"]
+Cause = Literal[
+    "host-error",
+    "host-qmp-quit",
+    "host-qmp-system-reset",
+    "host-signal",
+    "guest-shutdown",
+    "guest-reset",
+    "guest-panic",
+]
+
+
+class Shutdown(TypedDict):
+    """Whether the guest did it, and why it was done."""
+
+    guest: bool
+    reason: Cause
+
+
+class GuestPanicked(TypedDict):
+    """What is done about it."""
+
+    action: Literal["pause", "poweroff", "run"]
+
+
+BlockIoError = TypedDict(
+    "BlockIoError",
+    {
+        "device": str,
+        "qom-path": str,
+        "operation": Literal["read", "write"],
+        "action": Literal["ignore", "report", "stop"],
+        "nospace": NotRequired[bool],
+        "reason": str,
+    },
+)
+
+
+class Control:
+    """A machine's monitor, which its ``qmp`` devices and all their peers share.
+
+    Attributes:
+        machine: the machine; raises StateError once it is gone.
+        began: set once a peer has had the machine continue (``cont``) or quit.
+        quitted: set once a peer has said ``quit``.
+        held: the machine is started by ``cont`` (QEMU's -S). lingers: it is kept after its guest has powered it off,
+            until ``quit`` (-no-shutdown).
+        fdsets: descriptors by set, of all peers.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        # Not the machine: the peers' threads would keep one that nobody else holds.
+        self._machine = ref(machine)
+        self.name, self.log = machine.name, machine.log
+        self.table = table_of(machine.host)
+        self.lock = threading.Lock()
+        self.peers: list[Peer] = []
+        self.began, self.quitted = threading.Event(), threading.Event()
+        self.held = self.lingers = self.migration_events = False
+        self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
+        self.fdsets: dict[int, list[tuple[int, str]]] = {}
+        self._why: Cause | None = None
+        self._started = False
+        machine.observers.add("state", self._state)
+        machine.observers.add("outcome", self._outcome)
+        machine.observers.add("reset", self._reset)
+        machine.observers.add("waiting", self._waiting)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine. Raises StateError once it is gone."""
+        found = self._machine()
+        if found is None:
+            raise StateError(f'machine "{self.name}" is gone')
+        return found
+
+    def because(self, why: Cause) -> None:
+        """What is about to happen has this reason: a peer asked for it."""
+        self._why = why
+
+    @property
+    def run_state(self) -> RunState:
+        """The machine's state in QEMU's words."""
+        machine = self.machine
+        if machine.state == "running":
+            return "running"
+        if machine.state == "built":
+            return "prelaunch"
+        if machine.state == "paused":
+            return "io-error" if machine.waiting else "paused"
+        if isinstance(machine.outcome, Panicked):
+            return "guest-panicked"
+        return "internal-error" if machine.outcome is None else "shutdown"
+
+    def linger(self) -> None:
+        """Wait until a peer has said ``quit``."""
+        self.quitted.wait()
+
+    # events
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Tell all peers of an event. Any thread. Raises UsageError for one that no card offers."""
+        if name not in self.table.events:
+            raise UsageError(f'no card offers a QMP event "{name}"')
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        event: dict[str, Any] = {
+            "timestamp": {"seconds": seconds, "microseconds": nanoseconds // 1000},
+            "event": name,
+        }
+        if data is not None:
+            event["data"] = data
+        with self.lock:
+            peers = list(self.peers)
+        for one in peers:
+            one.tell(event)
+
+    def _state(self, state: str) -> None:
+        if state == "running":
+            self.emit("RESUME")
+        elif state == "paused":
+            self.emit("STOP")
+        elif state == "stopped" and self.machine.outcome is None:
+            self.emit("SHUTDOWN", {"guest": False, "reason": "host-error"})
+
+    def _outcome(self, outcome: Outcome) -> None:
+        guest, reason = self._reason(outcome)
+        if isinstance(outcome, Panicked):
+            self.emit("GUEST_PANICKED", {"action": "poweroff"})
+        self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
+
+    def _reason(self, outcome: Outcome) -> tuple[bool, Cause]:
+        if isinstance(outcome, PoweredOff | DebugExit):
+            return True, "guest-shutdown"
+        if isinstance(outcome, Reset | Crashed):
+            return True, "guest-reset"
+        if isinstance(outcome, Panicked):
+            return True, "guest-panic"
+        return False, "host-qmp-quit" if self.quitted.is_set() else "host-signal"
+
+    def _reset(self, _: str) -> None:
+        why, self._why = self._why, None
+        self.emit("RESET", {"guest": why is None, "reason": why or "guest-reset"})
+
+    def _waiting(self, device: str, why: str) -> None:
+        plugged = self.machine.devices[device]
+        options = getattr(inner(plugged.device), "options", None)
+        if getattr(options, "rerror", "report") == "stop":
+            return  # nobody knows which it was, and a guess would be believed
+        self.emit(
+            "BLOCK_IO_ERROR",
+            {
+                "device": device,
+                "qom-path": f"/machine/peripheral/{device}",
+                "operation": "write",
+                "action": "stop",
+                "nospace": getattr(options, "werror", "") == "enospc",
+                "reason": why,
+            },
+        )
+
+    # peers
+
+    def join(self, peer: Peer) -> None:
+        """*peer* hears of events from now on."""
+        with self.lock:
+            self.peers.append(peer)
+
+    def leave(self, peer: Peer) -> None:
+        """*peer* has gone."""
+        with self.lock:
+            if peer in self.peers:
+                self.peers.remove(peer)
+
+
+def inner(device: Any) -> Any:
+    """The card's own object, where *device* is the transport before it."""
+    return getattr(device, "device", device)
+
+
+def _has_kvm(machine: Machine) -> bool:
+    """Whether this host can run a machine under KVM."""
+    if machine.accelerator.name == "kvm":
+        return True
+    offers = [one for one in machine.host.registry.offers(AcceleratorOffer) if one.name == "kvm"]
+    return any(one.load()().probe().usable for one in offers)
+
+
+def controls(machine: Machine) -> WeakKeyDictionary[Machine, Control]:
+    found: WeakKeyDictionary[Machine, Control] = machine.host.share("qmp:controls", WeakKeyDictionary)
+    return found
+
+
+def control_of(machine: Machine) -> Control:
+    """The monitor of *machine*, made when first asked for: a card emits its events there."""
+    found = controls(machine)
+    if machine not in found:
+        found[machine] = Control(machine)
+    return found[machine]
+
+
+def serve(machine: Machine) -> None:
+    """Let the machine's devices serve, until its end."""
+    control = control_of(machine)
+    servers: list[Qmp] = [one.device for one in machine.devices.values() if one.type == "qmp"]
+    for one in servers:
+        machine.defer(one.hang_up)
+        one.serve(control)

@@ -1,0 +1,361 @@
+"""Commands about a machine's parts: disks, character devices, the balloon, and the tree of objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NotRequired, TypedDict
+
+from cardcage.config import DeviceConfig
+from cardcage.machine import Machine, PluggedDevice
+
+from cardcage_qmp.control import inner
+from cardcage_qmp.errors import QmpError
+from cardcage_qmp.names import DEVICES, OBJECTS, qemu_name
+from cardcage_qmp.session import Session
+
+__all__ = [
+    "balloon",
+    "device_list_properties",
+    "qom_get",
+    "qom_list",
+    "qom_list_properties",
+    "qom_list_types",
+    "query_balloon",
+    "query_block",
+    "query_blockstats",
+    "query_chardev",
+    "query_named_block_nodes",
+]
+
+Cache = TypedDict("Cache", {"writeback": bool, "direct": bool, "no-flush": bool})
+ImageInfo = TypedDict("ImageInfo", {"filename": str, "format": str, "virtual-size": int})
+BlockDeviceInfo = TypedDict(
+    "BlockDeviceInfo",
+    {
+        "file": str,
+        "node-name": NotRequired[str],
+        "ro": bool,
+        "drv": str,
+        "backing_file_depth": int,
+        "encrypted": bool,
+        "detect_zeroes": Literal["off"],
+        "bps": int,
+        "bps_rd": int,
+        "bps_wr": int,
+        "iops": int,
+        "iops_rd": int,
+        "iops_wr": int,
+        "image": ImageInfo,
+        "cache": Cache,
+        "write_threshold": int,
+    },
+)
+BlockInfo = TypedDict(
+    "BlockInfo",
+    {
+        "device": str,
+        "qdev": NotRequired[str],
+        "type": str,
+        "removable": bool,
+        "locked": bool,
+        "inserted": NotRequired[BlockDeviceInfo],
+        "io-status": NotRequired[Literal["ok", "failed", "nospace"]],
+    },
+)
+
+
+class BlockDeviceStats(TypedDict):
+    """What a disk did since the machine was made."""
+
+    rd_bytes: int
+    wr_bytes: int
+    rd_operations: int
+    wr_operations: int
+    flush_operations: int
+    failed_rd_operations: int
+    failed_wr_operations: int
+    wr_highest_offset: int
+
+
+BlockStats = TypedDict("BlockStats", {"device": str, "node-name": str, "qdev": str, "stats": BlockDeviceStats})
+ChardevInfo = TypedDict("ChardevInfo", {"label": str, "filename": str, "frontend-open": bool})
+
+
+class BalloonInfo(TypedDict):
+    """Bytes that the guest has."""
+
+    actual: int
+
+
+class ObjectProperty(TypedDict):
+    """A property of an object, or an object below it."""
+
+    name: str
+    type: str
+
+
+class ObjectType(TypedDict):
+    """A type of objects."""
+
+    name: str
+    abstract: NotRequired[bool]
+    parent: NotRequired[str]
+
+
+class ObjectPropertyInfo(TypedDict):
+    name: str
+    type: str
+    description: NotRequired[str]
+
+
+TYPE: tuple[ObjectPropertyInfo, ...] = ({"name": "type", "type": "string"},)
+"""What each object has. libvirt 9 crashes where a list of properties is empty."""
+
+
+def configured(machine: Machine, plugged: PluggedDevice) -> DeviceConfig | None:
+    """The configuration of a device, None for one that the platform added."""
+    mine = [one for one in machine.config.devices if one.type == plugged.type]
+    named = {one.id: one for one in mine if one.id is not None}
+    if plugged.id in named:
+        return named[plugged.id]
+    nameless = [one for one in mine if one.id is None]
+    others = [one.id for one in machine.devices.values() if one.type == plugged.type and one.id not in named]
+    at = others.index(plugged.id)
+    return nameless[at] if at < len(nameless) else None
+
+
+def disks(machine: Machine) -> Iterator[tuple[PluggedDevice, Any]]:
+    """Devices with a block back end."""
+    for one in machine.devices.values():
+        for backend in one.slot.host.opened:
+            if hasattr(backend, "readv"):
+                yield one, backend
+                break
+
+
+def alias(session: Session, id: str) -> str:
+    """The name that who made the machine has for what stands behind device *id*."""
+    for one in session.machine.devices.values():
+        if one.type == "qmp" and id in one.device.options.names:
+            return str(one.device.options.names[id])
+    return id
+
+
+def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceInfo:
+    """What is known of a disk's image."""
+    config = configured(session.machine, plugged)
+    spec: Any = config.options.get("drive", "") if config is not None else ""
+    table = spec if isinstance(spec, dict) else {"file": str(spec)}
+    file, cache = str(table.get("file", table.get("path", ""))), table.get("cache", "writeback")
+    said = str(table.get("format", table.get("type", "auto")))
+    kind = type(backend).__name__.lower()
+    known = next((one for one in ("raw", "qcow2") if one in (said, kind) or one in kind), said)
+    return {
+        "file": file,
+        "node-name": alias(session, plugged.id),
+        "ro": bool(backend.info.readonly or getattr(inner(plugged.device), "readonly", False)),
+        "drv": known,
+        "backing_file_depth": 0,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "bps": 0,
+        "bps_rd": 0,
+        "bps_wr": 0,
+        "iops": 0,
+        "iops_rd": 0,
+        "iops_wr": 0,
+        "image": {"filename": file, "format": known, "virtual-size": backend.info.size},
+        "cache": {"writeback": True, "direct": cache == "none", "no-flush": cache == "unsafe"},
+        "write_threshold": 0,
+    }
+
+
+def query_block(session: Session) -> list[BlockInfo]:
+    """The disks."""
+    machine = session.machine
+    return [
+        {
+            "device": plugged.id,
+            "qdev": f"/machine/peripheral/{plugged.id}/virtio-backend",
+            "type": "unknown",
+            "removable": False,
+            "locked": False,
+            "io-status": "nospace" if plugged.id in machine.waiting else "ok",
+            "inserted": node(session, plugged, backend),
+        }
+        for plugged, backend in disks(machine)
+    ]
+
+
+def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockDeviceInfo]:
+    """The images of the disks."""
+    return [node(session, plugged, backend) for plugged, backend in disks(session.machine)]
+
+
+def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:
+    """What the disks did, as far as their devices count it."""
+    found: list[BlockStats] = []
+    for plugged, _ in disks(session.machine):
+        if (counts := getattr(inner(plugged.device), "counts", None)) is None:
+            continue
+        stats: BlockDeviceStats = {
+            "rd_bytes": counts.read_bytes,
+            "wr_bytes": counts.written_bytes,
+            "rd_operations": counts.reads,
+            "wr_operations": counts.writes,
+            "flush_operations": counts.flushes,
+            "failed_rd_operations": counts.failed_reads,
+            "failed_wr_operations": counts.failed_writes,
+            "wr_highest_offset": 0,
+        }
+        name, qdev = alias(session, plugged.id), f"/machine/peripheral/{plugged.id}/virtio-backend"
+        found.append({"device": plugged.id, "node-name": name, "qdev": qdev, "stats": stats})
+    return found
+
+
+def query_chardev(session: Session) -> list[ChardevInfo]:
+    """The character back ends."""
+    machine = session.machine
+    found: list[ChardevInfo] = []
+    for plugged in machine.devices.values():
+        backends = [one for one in plugged.slot.host.opened if hasattr(one, "start") and not hasattr(one, "send")]
+        config = configured(machine, plugged)
+        for at, backend in enumerate(backends):
+            id = f"{plugged.id}.{at}" if at else plugged.id
+            spec: Any = config.options.get("char", "null") if config is not None and not at else "null"
+            if plugged.slot.host.has_console:
+                spec = machine.config.machine.console
+            kind = str(spec.get("type") if isinstance(spec, dict) else spec.partition(":")[0])
+            where = getattr(backend, "path", None) if kind == "pty" else None
+            if where is None and isinstance(spec, dict):
+                where = spec.get("path")
+            elif where is None:
+                where = spec.partition(":")[2]
+            kind = {"socket": "unix", "none": "null"}.get(kind, kind)
+            found.append(
+                {
+                    "label": alias(session, id),
+                    "filename": f"{kind}:{where}" if where else kind,
+                    "frontend-open": True,
+                }
+            )
+    return found
+
+
+def query_balloon(session: Session) -> BalloonInfo:
+    """What the balloon leaves the guest. Raises QmpError without one."""
+    return {"actual": session.machine.config.machine.memory - inflated(session).size}
+
+
+def inflated(session: Session) -> Any:
+    """The machine's balloon. Raises QmpError without one."""
+    found = session.machine.services.get("balloon")
+    if found is None:
+        raise QmpError("No balloon device has been activated", "DeviceNotActive")
+    return found
+
+
+def balloon(session: Session, value: int) -> None:
+    """Ask the guest to make do with *value* bytes. It does so in its own time."""
+    device, machine = inflated(session), session.machine
+    memory = machine.config.machine.memory
+    if value <= 0:
+        raise QmpError("Parameter 'target' expects a size")
+    with machine.lock:
+        device.resize(max(memory - value, 0))
+
+
+# objects
+
+
+def tree(session: Session) -> dict[str, dict[str, tuple[str, Any]]]:
+    """The objects: path to properties, each a type and a value."""
+    machine = session.machine
+    config = machine.config.machine
+    found: dict[str, dict[str, tuple[str, Any]]] = {
+        "": {"type": ("string", "container"), "machine": ("child<machine>", None)},
+        "/machine": {"type": ("string", "none-machine" if config.platform == "none" else "pc-i440fx-7.2-machine")},
+        "/machine/peripheral": {"type": ("string", "container")},
+        "/machine/unattached": {"type": ("string", "container")},
+    }
+    for name in ("peripheral", "unattached"):
+        found["/machine"][name] = ("child<container>", None)
+    cpu = f"{config.cpu}-x86_64-cpu"
+    for vcpu in machine.vcpus:
+        name = f"device[{vcpu.index}]"
+        found["/machine/unattached"][name] = (f"child<{cpu}>", None)
+        found[f"/machine/unattached/{name}"] = {"type": ("string", cpu), "realized": ("bool", True)}
+    for plugged in machine.devices.values():
+        kind = qemu_name(plugged.type)
+        found["/machine/peripheral"][plugged.id] = (f"child<{kind}>", None)
+        mine: dict[str, tuple[str, Any]] = {"type": ("string", kind), "realized": ("bool", True)}
+        known = DEVICES.get(kind)
+        options = getattr(inner(plugged.device), "options", None)
+        for property, key in known.options.items() if known is not None else ():
+            if hasattr(options, key):
+                word = known.types.get(property, "str") if known is not None else "str"
+                mine[property] = (word, getattr(options, key))
+        found[f"/machine/peripheral/{plugged.id}"] = mine
+    return found
+
+
+def at_path(session: Session, path: str) -> dict[str, tuple[str, Any]]:
+    """The object at *path*. Raises QmpError."""
+    known = tree(session)
+    if path.startswith("/"):
+        found = known.get(path.rstrip("/"))
+    else:  # a part of one
+        found = next((one for at, one in known.items() if at and at.endswith(f"/{path}")), None)
+    if found is None:
+        raise QmpError(f"Device '{path:.100}' not found", "DeviceNotFound")
+    return found
+
+
+def qom_list(session: Session, path: str) -> list[ObjectProperty]:
+    """The properties of an object, and the objects below it."""
+    return [{"name": name, "type": kind} for name, (kind, _) in at_path(session, path).items()]
+
+
+def qom_get(session: Session, path: str, property: str) -> Any:
+    """The value of a property."""
+    found = at_path(session, path)
+    if property not in found:
+        raise QmpError(f"Property '{found['type'][1]}.{property:.100}' not found")
+    kind, value = found[property]
+    return f"{path.rstrip('/')}/{property}" if kind.startswith("child<") else value
+
+
+def qom_list_types(session: Session, implements: str | None = None, abstract: bool = False) -> list[ObjectType]:
+    """The types of what ``cardcage-qemu`` takes by ``-device`` and ``-object``."""
+    devices: list[ObjectType] = [{"name": name, "parent": one.parent} for name, one in DEVICES.items()]
+    objects: list[ObjectType] = [{"name": name, "parent": parent} for name, (parent, _) in OBJECTS.items()]
+    if implements == "device":
+        return devices
+    return [one for one in (*devices, *objects) if implements in (None, one["name"], one["parent"])]
+
+
+def device_list_properties(session: Session, typename: str) -> list[ObjectPropertyInfo]:
+    """The properties that ``cardcage-qemu -device`` takes for a type."""
+    known = DEVICES.get(typename)
+    if known is None:
+        raise QmpError(f"Device '{typename:.100}' not found", "DeviceNotFound")
+    found: list[ObjectPropertyInfo] = [*TYPE]
+    if known.parent == "virtio-pci":
+        found.append({"name": "addr", "type": "str"})
+    for one in (*known.options, *known.links):
+        found.append({"name": one, "type": known.types.get(one, "str")})
+    return found
+
+
+def qom_list_properties(session: Session, typename: str) -> list[ObjectPropertyInfo]:
+    """As ``device-list-properties``; a machine's or CPU's type has none that can be set."""
+    if typename in DEVICES:
+        return device_list_properties(session, typename)
+    if typename in OBJECTS:
+        found: list[ObjectPropertyInfo] = [*TYPE]
+        for name, kind in OBJECTS[typename][1].items():
+            found.append({"name": name, "type": kind})
+        return found
+    if typename.endswith(("-machine", "-x86_64-cpu")) or typename in ("memory-backend", "virtio-pci", "device"):
+        return [*TYPE]
+    raise QmpError(f"Class '{typename:.100}' not found", "DeviceNotFound")

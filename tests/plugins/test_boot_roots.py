@@ -1,0 +1,158 @@
+"""Images as the root of a guest: tar archives and OCI image layouts, damaged and hostile ones too."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage.errors import ConfigError
+from cardcage_boot import cpio, roots
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+File = tuple[str, dict[str, Any]]
+
+
+def archive(*files: File, mode: Any = "w") -> bytes:
+    """A tar archive of these names, each with its attributes; ``data`` is what is in it."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode=mode) as tar:
+        for name, keys in files:
+            data = keys.pop("data", b"")
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for key, value in keys.items():
+                setattr(member, key, value)
+            tar.addfile(member, io.BytesIO(data))
+    return made.getvalue()
+
+
+def layout(folder: Path, *layers: bytes, platform: Any = None, **more: Any) -> Path:
+    """An image layout of these layers."""
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def blob(data: bytes, **keys: Any) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"digest": f"sha256:{digest}", **keys}
+
+    manifest = blob(json.dumps({"layers": [blob(one, **more) for one in layers]}).encode(), platform=platform)
+    (folder / "oci-layout").write_text("{}")
+    (folder / "index.json").write_text(json.dumps({"manifests": [manifest]}))
+    return folder
+
+
+def found(path: Path) -> dict[str, cpio.Entry]:
+    """What comes into the initramfs, by its name in the image."""
+    return {one.name.removeprefix("image/"): one for one in cpio.parse(roots.image(path))}
+
+
+def test_a_tar_archive_is_a_root(tmp_path: Path) -> None:
+    """Files, links and devices keep their modes, owners and times."""
+    path = tmp_path / "root.tar.xz"
+    path.write_bytes(
+        archive(
+            ("./etc/name", {"data": b"alpha", "mode": 0o4750, "uid": 7, "gid": 8, "mtime": 9}),
+            ("/lib", {"type": tarfile.SYMTYPE, "linkname": "usr/lib"}),
+            ("same", {"type": tarfile.LNKTYPE, "linkname": "etc/name"}),
+            ("null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3, "mode": 0o666}),
+            mode="w:xz",
+        )
+    )
+    assert roots.is_image(path)
+    files = found(path)
+    assert (files["etc/name"].data, files["etc/name"].mode, files["etc/name"].uid) == (b"alpha", 0o104750, 7)
+    assert files["lib"].data == b"usr/lib"
+    assert files["same"].data == b"alpha"
+    assert (files["null"].mode, files["null"].device) == (0o020666, (1, 3))
+
+
+def test_layers_lie_upon_one_another(tmp_path: Path) -> None:
+    """Whiteouts remove what is below, opaque directories all of it, and a file replaces what was there."""
+    first = archive(
+        ("gone", {"data": b"1"}),
+        ("tree/a", {"data": b"1"}),
+        ("tree/b", {"data": b"1"}),
+        ("whole/a", {"data": b"1"}),
+        ("was/a/directory", {"data": b"1"}),
+        mode="w:gz",
+    )
+    second = archive(
+        (".wh.gone", {}),
+        ("tree/c", {"data": b"2"}),
+        ("tree/.wh..wh..opq", {}),
+        (".wh.whole", {}),
+        ("was", {"data": b"2"}),
+    )
+    path = layout(tmp_path, first, second, platform={"os": "linux", "architecture": "amd64"})
+    assert roots.is_image(path)
+    files = {name: one.data for name, one in found(path).items() if one.data}
+    assert files == {"tree/c": b"2", "was": b"2"}
+
+
+def test_what_is_no_image_is_refused_in_words(tmp_path: Path) -> None:
+    """Each error names the file; nothing is read that its digest does not vouch for."""
+    (tmp_path / "text").write_text("no archive")
+    (tmp_path / "out.tar").write_bytes(archive(("../out", {"data": b"x"})))
+    (tmp_path / "link.tar").write_bytes(archive(("a", {"type": tarfile.LNKTYPE, "linkname": "b"})))
+    for name, words in {
+        "text": "not a tar archive",
+        "out.tar": "expected a path inside the image",
+        "link.tar": "a link to b, which is not there",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as error:
+            roots.image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(ConfigError, match="expected a directory, a tar archive or an OCI image layout"):
+        roots.is_image(tmp_path / "none")
+    other = layout(tmp_path / "arm", b"", platform={"os": "linux", "architecture": "arm64"})
+    with pytest.raises(ConfigError, match="no image for linux/amd64"):
+        roots.image(other)
+    packed = layout(tmp_path / "zstd", b"x", mediaType="application/vnd.oci.image.layer.v1.tar+zstd")
+    with pytest.raises(ConfigError, match="compressed with zstd"):
+        roots.image(packed)
+    damaged = layout(tmp_path / "damaged", archive(("a", {"data": b"x"})))
+    for blob in (damaged / "blobs" / "sha256").iterdir():
+        if b'"layers"' not in blob.read_bytes():
+            blob.write_bytes(b"other")
+    with pytest.raises(ConfigError, match="its digest is not that of its name"):
+        roots.image(damaged)
+    (damaged / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="not the JSON of an OCI image layout"):
+        roots.image(damaged)
+    (damaged / "index.json").write_text(json.dumps({"manifests": [{"digest": "sha256:../../../etc/passwd"}]}))
+    with pytest.raises(ConfigError, match="expected sha256"):
+        roots.image(damaged)
+
+
+def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of an image, and their number, are bounded, whatever it unpacks to."""
+    path = tmp_path / "big.tar.gz"
+    path.write_bytes(archive(("a", {"data": bytes(1 << 20)}), ("b", {"data": b"x"}), mode="w:gz"))
+    monkeypatch.setattr(roots, "MOST", 1 << 20)
+    with pytest.raises(ConfigError, match="GiB of files"):
+        roots.image(path)
+    monkeypatch.setattr(roots, "MOST", 1 << 21)
+    monkeypatch.setattr(roots, "ENTRIES", 1)
+    with pytest.raises(ConfigError, match="more than 1 files"):
+        roots.image(path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 3000), data=st.binary(max_size=600), cut=st.integers(0, 12000))
+def test_a_damaged_archive_is_a_configuration_error(tmp_path: Path, at: int, data: bytes, cut: int) -> None:
+    """Whatever is overwritten or cut off, it is read or refused."""
+    whole = archive(
+        ("a/b", {"data": b"x" * 700}), ("l", {"type": tarfile.SYMTYPE, "linkname": "a"}), ("\u00e9" * 90, {})
+    )
+    path = tmp_path / "damaged.tar"
+    path.write_bytes((whole[:at] + data + whole[at + len(data) :])[:cut])
+    with suppress(ConfigError):
+        roots.image(path)

@@ -1,0 +1,137 @@
+"""``cardcage-qemu`` as a program in QEMU's place: the same words, the same guest; and those who drive it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cardcage_boot.cache import cache_root
+from cardcage_boot.fetch import Shelf
+from qmp_kit import Client
+
+PROGRAM = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
+UUID = "12345678-1234-1234-1234-123456789abc"
+ASKED = "uname -r; nproc; cat /proc/cmdline /sys/class/dmi/id/product_uuid; ls /sys/block; cat /sys/block/vda/size"
+OFF = bytes.fromhex("ba0406b80020eff4")
+"""A boot sector that powers off by ACPI."""
+
+
+@pytest.fixture(scope="session")
+def initramfs(kernel: Path) -> Path:
+    """cardcage's own, whose shell is on the serial port."""
+    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
+    return shelf.initramfs(shelf.kernel())
+
+
+@contextmanager
+def started(words: list[str], **keys: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive the block."""
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **keys) as process:
+        kill = threading.Timer(240, process.kill)
+        kill.start()
+        try:
+            yield process
+        finally:
+            kill.cancel()
+            process.kill()
+
+
+def conversation(words: list[str], command: str) -> list[str]:
+    """What a guest's shell on the serial port answers to *command*, before it powers off."""
+    with started(words) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = b""
+        while b"~ # " not in said:
+            data = os.read(process.stdout.fileno(), 65536)
+            assert data, said.decode("utf-8", "replace")[-2000:]
+            said += data
+        process.stdin.write(f"echo be''gin; {command}; echo e''nd; poweroff -f\n".encode())
+        process.stdin.flush()
+        said = process.stdout.read()
+        assert process.wait() == 0
+    text = said.decode("utf-8", "replace").replace("\r", "")
+    return text.partition("\nbegin\n")[2].partition("\nend\n")[0].splitlines()
+
+
+def test_the_same_words_are_the_same_guest(kernel: Path, initramfs: Path, tmp_path: Path) -> None:
+    """One command line boots the distribution's kernel under QEMU and under cardcage, and the guests find the same."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs qemu-system-x86_64")
+    with open(tmp_path / "disk.img", "wb") as disk:
+        disk.truncate(3 << 20)
+    words = f"""-machine pc,accel=tcg,usb=off -cpu max -m 256M -smp 2,sockets=2 -kernel {kernel} -initrd {initramfs}
+        -drive file={tmp_path}/disk.img,if=none,id=d,format=raw,cache=unsafe
+        -device virtio-blk-pci,drive=d,serial=S1,addr=0x5
+        -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r -uuid {UUID} -name guest=same
+        -nodefaults -display none -vga none -serial stdio -monitor none -no-reboot -append""".split()
+    words += ["console=ttyS0 panic=-1 no_timer_check quiet"]
+    ours, theirs = conversation([*PROGRAM, *words], ASKED), conversation(["qemu-system-x86_64", *words], ASKED)
+    assert ours == theirs
+    assert UUID in ours
+    assert ours[-2:] == ["vda", "6144"]
+
+
+@pytest.fixture
+def bios(tmp_path: Path) -> Path:
+    """A ROM whose reset vector jumps to code that powers off."""
+    code = OFF + b"\xf4\xeb\xfd"
+    rom = bytearray(b"\xf4" * 65536)
+    rom[: len(code)] = code
+    rom[0xFFF0:0xFFF5] = b"\xea\x00\x00\x00\xf0"
+    path = tmp_path / "rom.bin"
+    path.write_bytes(rom)
+    return path
+
+
+def test_a_probe_in_the_background(tmp_path: Path) -> None:
+    """libvirt's own words for its probe: the program returns once its socket is there, and goes on in the background
+    until it is told to quit; the number in its file is its own."""
+    words = f"""-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg
+        -qmp unix:{tmp_path}/qmp,server=on,wait=off -pidfile {tmp_path}/pid -daemonize""".split()
+    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    number = int((tmp_path / "pid").read_text())
+    with Client(tmp_path / "qmp") as peer:
+        assert peer.ask("query-status")["return"]["status"] == "prelaunch"
+        options = {one["option"] for one in peer.ask("query-command-line-options")["return"]}
+        assert {"machine", "drive", "mon"} <= options
+        assert Path(f"/proc/{number}").exists()
+        assert peer.ask("quit") == {"return": {}}
+        assert peer.event("SHUTDOWN")["data"]["reason"] == "host-qmp-quit"
+        assert peer.line() is None
+
+
+def test_a_failure_in_the_background(tmp_path: Path) -> None:
+    """What goes wrong before the start is the status and the error of the program that was called."""
+    words = ["-daemonize", "-machine", "none", "-qmp", f"unix:{tmp_path}/no/qmp,server=on"]
+    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 2
+    assert "No such file" in done.stderr
+
+
+def test_started_by_cont_and_kept_after_its_end(bios: Path, tmp_path: Path) -> None:
+    """With -S nothing runs before cont; with -no-shutdown the machine is there after its guest's power-off, until
+    quit."""
+    words = f"-S -no-shutdown -accel tcg -m 16M -bios {bios} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
+    with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "qmp").exists():
+            assert process.poll() is None
+        with Client(tmp_path / "qmp") as peer:
+            assert peer.ask("query-status")["return"]["status"] == "prelaunch"
+            assert peer.ask("cont") == {"return": {}}
+            assert peer.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
+            assert peer.ask("query-status")["return"]["status"] == "shutdown"
+            assert process.poll() is None
+            assert peer.ask("quit") == {"return": {}}
+        assert process.stderr is not None
+        assert b"outcome: the guest powered off" in process.stderr.read()
+        assert process.wait() == 0

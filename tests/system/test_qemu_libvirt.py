@@ -1,0 +1,128 @@
+"""libvirt's own daemon, unmodified, with ``cardcage-qemu`` as its emulator."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+Virsh = Callable[..., str]
+
+TOOLS = ("libvirtd", "virsh", "unshare")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+USER = [shutil.which("unshare", path=PATH) or "unshare", "--user", "--map-user=1000", "--map-group=1000"]
+"""A session daemon is an ordinary user's: whoever runs the tests is one in a namespace of its own."""
+MAGIC = 0x1BADB002
+HALT = struct.pack("<8I", MAGIC, 0x10000, -(MAGIC + 0x10000) & 0xFFFFFFFF, *(0x100000,) * 2, 0, 0, 0x100020)
+HALT += bytes.fromhex("f4ebfd")
+"""A Multiboot kernel, flat, that halts."""
+DOMAIN = """
+<domain type='qemu'>
+  <name>ours</name>
+  <uuid>12345678-1234-1234-1234-123456789abc</uuid>
+  <memory unit='MiB'>64</memory>
+  <vcpu>2</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type><kernel>{0}/halt</kernel></os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>{0}/cardcage-qemu</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='{0}/disk.img'/><target dev='vda' bus='virtio'/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <serial type='pty'/>
+    <memballoon model='virtio'/>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+  </devices>
+</domain>
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name, since names of sockets are short."""
+    with TemporaryDirectory(prefix="lv-", dir="/tmp") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def virsh(folder: Path) -> Iterator[Virsh]:
+    """Runs virsh against a session daemon of the test's own, with an emulator that is cardcage."""
+    if any(shutil.which(one, path=PATH) is None for one in TOOLS):
+        pytest.skip(f"needs {', '.join(TOOLS)}")
+    if subprocess.run([*USER, sys.executable, "-c", ""], capture_output=True).returncode:
+        pytest.skip("needs user namespaces")
+    virsh, libvirtd = (shutil.which(one, path=PATH) or one for one in ("virsh", "libvirtd"))
+    # libvirt probes each QEMU on its path, which takes long
+    environment = {**os.environ, "PATH": str(folder), "HOME": str(folder)}
+    for name in ("CONFIG", "CACHE", "DATA"):
+        environment[f"XDG_{name}_HOME"] = str(folder / name.lower())
+    runtime = folder / "run"
+    environment["XDG_RUNTIME_DIR"] = str(runtime)
+    runtime.mkdir(mode=0o700)
+    (folder / "config" / "libvirt").mkdir(parents=True)
+    (folder / "config" / "libvirt" / "qemu.conf").write_text('security_driver = "none"\n')
+    (folder / "halt").write_bytes(HALT.ljust(4096, b"\0"))
+    (folder / "disk.img").write_bytes(bytes(1 << 20))
+    emulator = folder / "cardcage-qemu"
+    emulator.write_text(f"#!{sys.executable}\nimport sys\nfrom cardcage_qemu import main\nsys.exit(main())\n")
+    emulator.chmod(0o755)
+    (folder / "domain.xml").write_text(DOMAIN.format(folder))
+
+    def run(*words: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [*USER, virsh, "-q", "-c", "qemu:///session", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+        )
+        logs = [one.read_text()[-3000:] for one in folder.glob("cache/libvirt/qemu/log/*.log")]
+        assert done.returncode == status, (done.stdout, done.stderr, logs)
+        return (done.stdout + done.stderr).strip()
+
+    with subprocess.Popen([*USER, libvirtd, "-t", "60"], env=environment, stderr=subprocess.DEVNULL) as daemon:
+        try:
+            while not (runtime / "libvirt" / "libvirt-sock").exists():
+                assert daemon.poll() is None
+            yield run
+        finally:
+            subprocess.run(
+                [*USER, virsh, "-q", "-c", "qemu:///session", "destroy", "ours"], env=environment, capture_output=True
+            )
+            daemon.terminate()
+            daemon.wait()
+
+
+def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
+    """libvirt probes the emulator, defines and starts a machine with it, and does to it what the page says works."""
+    found = virsh("domcapabilities", "--emulatorbin", str(folder / "cardcage-qemu"), "--virttype", "qemu")
+    assert "<machine>pc-i440fx-7.2</machine>" in found
+    virsh("define", str(folder / "domain.xml"))
+    virsh("start", "ours")
+    assert virsh("domstate", "ours") == "running"
+    virsh("suspend", "ours")
+    assert virsh("domstate", "ours", "--reason") == "paused (user)"
+    virsh("resume", "ours")
+    assert virsh("domstate", "ours", "--reason").startswith("running")
+    assert "CPU(s):         2" in virsh("dominfo", "ours")
+    assert str(folder / "disk.img") in virsh("domblklist", "ours")
+    assert "Capacity:       1048576" in virsh("domblkinfo", "ours", "vda")
+    assert "block.0.rd.bytes=0" in virsh("domstats", "ours")
+    assert virsh("ttyconsole", "ours").startswith("/dev/pts/")
+    assert "actual 65536" in virsh("dommemstat", "ours")
+    virsh("setmem", "ours", "60M", "--live")
+    virsh("reset", "ours")
+    assert virsh("qemu-monitor-command", "ours", "--hmp", "info status") == "VM status: running"
+    assert "has not been found" in virsh("save", "ours", str(folder / "saved"), status=1)
+    virsh("destroy", "ours")
+    assert virsh("domstate", "ours", "--reason") == "shut off (destroyed)"
+    virsh("undefine", "ours")
