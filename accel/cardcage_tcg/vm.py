@@ -99,6 +99,7 @@ class TcgVm:
         self.model = CpuModel(
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.clock.tsc_khz
         )
+        self.cpuid = self.model.told
         self.cr4_allowed = self._cr4()
         if self.lapic:
             shown = (("x2apic", L.H_LAPIC_X2), ("tsc-deadline", L.H_LAPIC_DEADLINE))
@@ -157,10 +158,6 @@ class TcgVm:
         return allowed
 
     # ---- the accelerator's seam ----
-
-    def cpuid(self, leaf: int, sub: int, /) -> tuple[int, int, int, int]:
-        """EAX, EBX, ECX, EDX that guests see, but for what depends on the processor and on what they set themselves."""
-        return self.model.leaf(leaf, sub, 0, cr4=0, apic=True, xcr0=1)
 
     def create_vcpu(self, index: int, /) -> TcgVCpu:
         mark_process()

@@ -161,7 +161,7 @@ class _Twin:
         kept = saved_and_loaded(state, self.who) if state is not None else None
         second = _Twin(make, self.regions, slot)
         second.slot.clock.skip(self.slot.clock.now())
-        second.slot.memory.write(0, self._ram())
+        second.slot.memory.ranges[0].block.view[:] = self._ram()
         if kept is not None:
             second.device.load(kept)
         elif has(self.device, Resettable):
@@ -174,7 +174,8 @@ class _Twin:
         return second
 
     def _ram(self) -> bytes:
-        return b"".join(self.slot.memory.read(one.address, one.size) for one in self.slot.memory.slots)
+        """RAM, which was there first; not the memory that devices show."""
+        return bytes(self.slot.memory.ranges[0].block.view)
 
     def _heard(self) -> dict[str, Any]:
         """All that the device did to others, in lists that grow."""

@@ -292,6 +292,7 @@ with Host() as host, counting(Path({folder!r}), host) as vm:
 """
 
 
+@pytest.mark.once
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, host: Host) -> None:
     """A process that is killed at any of its steps leaves the old snapshot or the new, whole; what else it left is
     removed by the next one."""

@@ -33,6 +33,7 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
+@pytest.mark.once
 def test_a_guest_at_work_is_saved_and_goes_on(kernel: Path, tmp_path: Path) -> None:
     """While it writes memory, disk and console, a guest on two processors is saved, restored, saved again from there,
     and restored from a compressed file: what was flushed is on the disk, its work goes on, the clock is right, no two
