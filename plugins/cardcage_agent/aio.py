@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """What *call* returns, from a thread of its own; when this is cancelled, the thread is left to itself."""
+    """The result of *call*, from a thread of its own; when this is cancelled, the thread is left to itself."""
     sniffio: Any = sys.modules.get("sniffio")  # which trio brings
     if sniffio is not None and sniffio.current_async_library() == "trio":
         trio: Any = sys.modules["trio"]
@@ -144,5 +144,5 @@ class Aio:
     close = _awaited(PlainMachine.close)
 
     async def call(self, function: Callable[P, T], /, *values: P.args, **keys: P.kwargs) -> T:
-        """What *function* returns, such as ``process.wait`` or ``vm.console.expect``, from a thread of its own."""
+        """The result of *function*, such as ``process.wait`` or ``vm.console.expect``, from a thread of its own."""
         return await in_thread(partial(function, *values, **keys))

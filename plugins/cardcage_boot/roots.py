@@ -36,7 +36,7 @@ TYPES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.F
 
 
 def is_image(path: Path) -> bool:
-    """Whether *path* is an OCI image layout or a file, which then has to be a tar archive; else it is shared.
+    """True for an OCI image layout and for a file, which then has to be a tar archive; a directory is shared.
 
     Raises ConfigError where nothing is there.
     """

@@ -72,7 +72,7 @@ def wanted(machine: Machine) -> str:
 
 
 def opened_later(machine: Machine) -> Needs:
-    """What ``security.open_later`` names, for files that nobody knows of yet. Raises ConfigError."""
+    """The paths that ``security.open_later`` names, for files that nobody knows of yet. Raises ConfigError."""
     place = machine.config.place("security.open_later")
     value = machine.config.guards.get("open_later", [])
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):

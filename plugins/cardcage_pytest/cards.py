@@ -80,7 +80,7 @@ class Contract(pytest.Item):
         self.check()
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """What was broken, in the kit's own words; a traceback for anything else."""
+        """The reason of a failure, in the kit's own words; a traceback for anything else."""
         if isinstance(excinfo.value, AssertionError | CardcageError):
             where = f"\n{self.offer.where}: offered here" if self.offer is not None and self.offer.where else ""
             return f"{excinfo.value}{where}"

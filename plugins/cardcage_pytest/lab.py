@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Guest", "Lab", "MachineFactory"]
 
 Guest = Machine
-"""What the fixtures give."""
+"""The guests that fixtures give."""
 LINES = 100
 """Lines of a console that a report shows."""
 COMMANDS = 20

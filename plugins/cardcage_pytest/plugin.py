@@ -27,7 +27,7 @@ KEYS = {
     "kernel": ("FILE", "kernel of a guest; by default the distribution's"),
     "append": ("TEXT", "text behind the kernel's command line of a guest"),
 }
-"""What holds for guests whose marker says nothing else: an option of the command line, and a key of the ini-file."""
+"""Defaults for guests whose marker says nothing else: an option of the command line, and a key of the ini-file."""
 LIMITS = {
     "boot_timeout": ("120", "seconds in which a guest has to be up"),
     "setup_timeout": ("", "seconds in which a test's fixtures have to be done, beside booting; by default no limit"),

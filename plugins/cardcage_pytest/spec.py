@@ -1,4 +1,4 @@
-"""What a test says about its guests: the marker's keys, over the command line's, over those of the ini-file."""
+"""A test's words about its guests: the marker's keys, over the command line's, over those of the ini-file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Spec:
 
 
 def spec_of(where: pytest.FixtureRequest | pytest.Item, given: dict[str, Any]) -> Spec:
-    """What holds for a test, or for a fixture of its scope: *given* over the nearest marker over what it stands in."""
+    """The keys for a test, or for a fixture of its scope: *given* over the nearest marker over what it stands in."""
     node = where.node if isinstance(where, pytest.FixtureRequest) else where
     config = where.config
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What stands behind devices on QEMU's command line: character devices, disks, networks, shares, as specs."""
+"""Back ends of devices on QEMU's command line: character devices, disks, networks, shares, as specs."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ REFUSED = {
 
 @define
 class Line:
-    """What was said so far, and what it comes to.
+    """The options so far, and their result.
 
     Attributes:
         machine, boot, memory, security: tables of the configuration. devices: its devices.
@@ -186,7 +186,7 @@ class Line:
                 self.names[f"{id}.{at}" if at else id] = ports[at][1]
 
     def notes(self) -> list[str]:
-        """What is no part of the configuration."""
+        """Options that are no part of the configuration."""
         found = []
         if self.freeze:
             found.append("-S: QMP's cont starts the machine")

@@ -1,4 +1,4 @@
-"""What there is: ``-device help`` and its like, and the options for QMP."""
+"""Lists of all that there is: ``-device help`` and its like, and the options for QMP."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def query_command_line_options(session: Session, option: str | None = None) -> l
 
 
 def answer(words: Sequence[str], host: Host) -> str | None:
-    """What is printed in place of a run; None where nothing was asked for."""
+    """The text that is printed in place of a run; None where nothing was asked for."""
     from cardcage_qemu.options import OPTIONS
 
     plain = [word[2:] if word.startswith("--") else word.removeprefix("-") for word in words]

@@ -215,7 +215,7 @@ def query_target(session: Session) -> TargetInfo:
 
 
 def query_kvm(session: Session) -> KvmInfo:
-    """Whether this machine uses KVM, and whether one could."""
+    """Tell if this machine uses KVM, and if one could."""
     machine = session.machine
     return {"enabled": machine.accelerator.name == "kvm", "present": session.control.has_kvm}
 

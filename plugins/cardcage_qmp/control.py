@@ -34,14 +34,14 @@ Cause = Literal[
 
 
 class Shutdown(TypedDict):
-    """Whether the guest did it, and why it was done."""
+    """Its origin, the guest or not, and its reason."""
 
     guest: bool
     reason: Cause
 
 
 class GuestPanicked(TypedDict):
-    """What is done about it."""
+    """The action that is taken."""
 
     action: Literal["pause", "poweroff", "run"]
 
@@ -98,7 +98,7 @@ class Control:
         return found
 
     def because(self, why: Cause) -> None:
-        """What is about to happen has this reason: a peer asked for it."""
+        """Note the reason of what is about to happen: a peer asked for it."""
         self._why = why
 
     @property

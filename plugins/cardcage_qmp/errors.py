@@ -1,4 +1,4 @@
-"""What a command tells its peer, in QEMU's error classes."""
+"""Errors of commands, in QEMU's error classes."""
 
 from __future__ import annotations
 

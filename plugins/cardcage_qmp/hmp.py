@@ -36,7 +36,7 @@ def human_monitor_command(session: Session, command_line: str, cpu_index: int | 
 
 
 def said(session: Session, line: str, cpu: int = 0) -> str:
-    """What *line* prints."""
+    """Run *line*; return what it prints."""
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -170,7 +170,7 @@ class Prompt:
         self._held = b""
 
     def greeting(self) -> bytes:
-        """What it is told first."""
+        """The greeting."""
         version = ".".join(str(one) for one in VERSION)
         return f"QEMU {version} monitor - type 'help' for more information\r\n(qemu) ".encode()
 
@@ -182,6 +182,6 @@ class Prompt:
         return lines
 
     def answer(self, line: bytes) -> bytes:
-        """What a line prints, and the next prompt."""
+        """Run a line; return what it prints, and the next prompt."""
         text = said(self._session, line.decode("utf-8", "replace").strip("\r"))
         return f"{text}(qemu) ".encode("utf-8", "replace")

@@ -89,7 +89,7 @@ def set_action(
     panic: Literal["pause", "shutdown", "exit-failure", "none"] | None = None,
     watchdog: Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"] | None = None,
 ) -> None:
-    """What the guest's doing leads to: what the machine was made for, and ``shutdown`` at any time.
+    """The action upon something that the guest did: what the machine was made for, and ``shutdown`` at any time.
 
     A machine that pauses at its end is there, with its memory, until it is told to quit.
     """

@@ -111,7 +111,7 @@ OBJECTS: dict[str, tuple[str, dict[str, str]]] = {
     "kvm-accel": ("accel", {}),
     "tcg-accel": ("accel", {}),
 }
-"""What ``-object`` and ``-accel`` take: QEMU's parent type, and properties with their types."""
+"""Types that ``-object`` and ``-accel`` take: QEMU's parent type, and properties with their types."""
 OTHERS = {"i440fx": "i440FX-pcihost", "rtc": "mc146818rtc", "pic": "isa-i8259", "pit": "isa-pit", "hpet": "hpet"}
 
 

@@ -65,7 +65,7 @@ BlockInfo = TypedDict(
 
 
 class BlockDeviceStats(TypedDict):
-    """What a disk did since the machine was made."""
+    """Counts of a disk's requests since the machine was made."""
 
     rd_bytes: int
     wr_bytes: int
@@ -109,7 +109,7 @@ class ObjectPropertyInfo(TypedDict):
 
 
 TYPE: tuple[ObjectPropertyInfo, ...] = ({"name": "type", "type": "string"},)
-"""What each object has. libvirt 9 crashes where a list of properties is empty."""
+"""Properties of each object. libvirt 9 crashes where a list of properties is empty."""
 
 
 def configured(machine: Machine, plugged: PluggedDevice) -> DeviceConfig | None:
@@ -142,7 +142,7 @@ def alias(session: Session, id: str) -> str:
 
 
 def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceInfo:
-    """What is known of a disk's image."""
+    """Facts about a disk's image."""
     config = configured(session.machine, plugged)
     spec: Any = config.options.get("drive", "") if config is not None else ""
     table = spec if isinstance(spec, dict) else {"file": str(spec)}
@@ -193,7 +193,7 @@ def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockD
 
 
 def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:
-    """What the disks did, as far as their devices count it."""
+    """Counts of the disks' requests, as far as their devices count it."""
     found: list[BlockStats] = []
     for plugged, _ in disks(session.machine):
         if (counts := getattr(inner(plugged.device), "counts", None)) is None:
@@ -243,7 +243,7 @@ def query_chardev(session: Session) -> list[ChardevInfo]:
 
 
 def query_balloon(session: Session) -> BalloonInfo:
-    """What the balloon leaves the guest. Raises QmpError without one."""
+    """Memory that the balloon leaves the guest. Raises QmpError without one."""
     return {"actual": session.machine.config.machine.memory - inflated(session).size}
 
 

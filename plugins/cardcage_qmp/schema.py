@@ -235,7 +235,7 @@ class Table:
 
     @cached_property
     def schema(self) -> list[dict[str, Any]]:
-        """What ``query-qmp-schema`` answers."""
+        """The answer to ``query-qmp-schema``."""
         schema = Schema()
         for command in self.commands.values():
             schema.add_command(command)

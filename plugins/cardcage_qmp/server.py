@@ -84,7 +84,7 @@ class Channel(Protocol):
         """The descriptor that is writable when something can go."""
 
     def receive(self) -> tuple[bytes, list[int]]:
-        """What came, with descriptors; empty at the end. Raises OSError."""
+        """Bytes that came, with descriptors; empty at the end. Raises OSError."""
 
     def send(self, data: bytes, /) -> int:
         """Send some of *data*; returns how much. Raises OSError."""

@@ -52,7 +52,7 @@ class Session:
         return self.control.machine
 
     def greeting(self) -> dict[str, Any]:
-        """What the peer is told first."""
+        """The greeting."""
         return {"QMP": {"version": version(), "capabilities": []}}
 
     def answer(self, text: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _WRITTEN = re.compile(r"\\(.)|\"", re.DOTALL)
 
 
 class JsonError(ValueError):
-    """What was read is no JSON."""
+    """The line is no JSON."""
 
 
 class TooMuch(Exception):
