@@ -28,7 +28,7 @@ NEEDS = {
     "cardcage_fleet": set(),
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": set(),
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
@@ -47,6 +47,7 @@ KITS = {
     "cardcage_virtio/testing.py",
     "cardcage_memory_policies/testing.py",
     "cardcage_fleet/testing.py",
+    "cardcage_snapshot/testing.py",
     "cardcage_pytest/cards.py",
 }
 """Contracts of a card's own, which may use the kit, and what runs them for strangers."""
