@@ -16,6 +16,7 @@ from cardcage.security import HasNeeds, Needs
 from cardcage.values import define
 
 from cardcage_virtio.device import OPTIONAL, VirtioDevice
+from cardcage_virtio.parking import AsksTheDevice
 from cardcage_virtio.queue.packed import PackedRing
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.split import SplitRing
@@ -95,7 +96,7 @@ def _checked_sizes(device: Any) -> Iterator[int]:
         yield size
 
 
-class Virtio:
+class Virtio(AsksTheDevice):
     """One virtio device between its transport and its author's object.
 
     Attributes:

@@ -26,6 +26,7 @@ NEEDS = {
         "cardcage_memory_policies",
     },
     "cardcage_fleet": set(),
+    "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
@@ -132,9 +133,10 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8605, 5260
-"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, and
-devices that come and go, 94 and 63."""
+LINES, CODE = 8760, 5362
+"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, devices
+that come and go, 94 and 63, and machines that are parked and forked (two protocols, two hooks, a loop that begins
+anew), 156 and 103."""
 
 
 def test_the_kernel_stays_small() -> None:

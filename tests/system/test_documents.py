@@ -432,6 +432,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(8)),
         *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
+    "moving.md": (python(prepare=lambda reader, one: fetch(reader)),) * 2,
     "pytest.md": (
         tests_of_a_guest,
         python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),
