@@ -102,6 +102,7 @@ class TcgVm(ParksThreads, LogsWrites, Forks):
         self.model = CpuModel(
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.clock.tsc_khz
         )
+        self.cpuid = self.model.told
         self.cr4_allowed = self._cr4()
         if self.lapic:
             shown = (("x2apic", L.H_LAPIC_X2), ("tsc-deadline", L.H_LAPIC_DEADLINE))

@@ -53,11 +53,7 @@ __all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "ren
 
 
 class GuestFailed(GuestError):
-    """A machine ended in another way than it should have: ``wait(check=True)``.
-
-    Attributes:
-        machine: its name. outcome: how it ended; ``str()`` has its words, for a panic those of the kernel.
-    """
+    """A machine, by name, ended with an *outcome* that it should not have (``wait(check=True)``), and these words."""
 
     def __init__(self, machine: str, outcome: outcomes.Outcome) -> None:
         self.machine, self.outcome = machine, outcome
@@ -94,12 +90,11 @@ class _Makers(type):
 
         def __getattr__(cls, name: str) -> Any:
             found = [] if name.startswith("_") else announced(MAKERS)
-            for one in found:
-                if one.name == name:
-                    try:
-                        return one.load().__get__(cls)
-                    except FAULTS as error:
-                        raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
+            for one in (one for one in found if one.name == name):
+                try:
+                    return one.load().__get__(cls)
+                except FAULTS as error:
+                    raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
             hint = near(name, [one.name for one in found])
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
 
@@ -109,18 +104,12 @@ def _said(self: Machine) -> str:
 
 
 def _restate(self: Machine | None) -> None:
-    """The configuration has what was added, and no longer what was taken out, since the machine was built.
-
-    Then each device has its id and its place on a bus: another machine that is built from it chooses no other.
-    """
-    if self is None or self._standard is None:
-        return
-    found = []
-    for one in self.devices.values():
-        if not any(one.config is other for other in self._standard):
-            where = one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None
-            found.append(evolve(one.config, id=one.id, address=where or one.config.address))
-    self.config = evolve(self.config, devices=tuple(found))
+    """Have the configuration list what is there now, by id and place: what is built from it is the same machine."""
+    if self is not None and self._standard is not None:
+        there = [one for one in self.devices.values() if not any(one.config is other for other in self._standard)]
+        places = [one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None for one in there]
+        found = [(one.config, one.id, at or one.config.address) for one, at in zip(there, places, strict=True)]
+        self.config = evolve(self.config, devices=tuple(evolve(one, id=id, address=at) for one, id, at in found))
 
 
 def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
@@ -256,10 +245,7 @@ class Machine(Parking, metaclass=_Makers):
         self.memory.report_to(self.vm)
         life.watch(block)
         self._board = board = Board(
-            self.name,
-            self.label,
-            self.mediator,
-            self.log,
+            *(self.name, self.label, self.mediator, self.log),
             life=life,
             observers=self.observers,
             vm=self.vm,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Door", "command", "find", "raised"]
 
 SUFFIX = ".control"
-DESCRIPTORS = 4
+DESCRIPTORS = 64
 """Descriptors that may come with a request."""
 CALLERS = 8
 """Commands that are heard at once; more are hung up on."""

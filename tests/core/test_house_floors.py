@@ -29,7 +29,7 @@ NEEDS = {
     "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": set(),
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
@@ -48,6 +48,7 @@ KITS = {
     "cardcage_virtio/testing.py",
     "cardcage_memory_policies/testing.py",
     "cardcage_fleet/testing.py",
+    "cardcage_snapshot/testing.py",
     "cardcage_pytest/cards.py",
 }
 """Contracts of a card's own, which may use the kit, and what runs them for strangers."""
