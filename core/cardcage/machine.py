@@ -30,6 +30,7 @@ from cardcage._machine.board import Board
 from cardcage._machine.faults import MISTAKES, Faults
 from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
+from cardcage._machine.parking import Parking
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.abilities import has
@@ -52,11 +53,7 @@ __all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "ren
 
 
 class GuestFailed(GuestError):
-    """A machine ended in another way than it should have: ``wait(check=True)``.
-
-    Attributes:
-        machine: its name. outcome: how it ended; ``str()`` has its words, for a panic those of the kernel.
-    """
+    """A machine, by name, ended with an *outcome* that it should not have (``wait(check=True)``), and these words."""
 
     def __init__(self, machine: str, outcome: outcomes.Outcome) -> None:
         self.machine, self.outcome = machine, outcome
@@ -93,12 +90,11 @@ class _Makers(type):
 
         def __getattr__(cls, name: str) -> Any:
             found = [] if name.startswith("_") else announced(MAKERS)
-            for one in found:
-                if one.name == name:
-                    try:
-                        return one.load().__get__(cls)
-                    except FAULTS as error:
-                        raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
+            for one in (one for one in found if one.name == name):
+                try:
+                    return one.load().__get__(cls)
+                except FAULTS as error:
+                    raise CardError(f"maker {name!r} ({one.project} {one.version}): {in_words(error)}") from error
             hint = near(name, [one.name for one in found])
             raise AttributeError(f"the class Machine has no attribute {name!r}, and no card makes one.{hint}")
 
@@ -108,18 +104,12 @@ def _said(self: Machine) -> str:
 
 
 def _restate(self: Machine | None) -> None:
-    """The configuration has what was added, and no longer what was taken out, since the machine was built.
-
-    Then each device has its id and its place on a bus: another machine that is built from it chooses no other.
-    """
-    if self is None or self._standard is None:
-        return
-    found = []
-    for one in self.devices.values():
-        if not any(one.config is other for other in self._standard):
-            where = one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None
-            found.append(evolve(one.config, id=one.id, address=where or one.config.address))
-    self.config = evolve(self.config, devices=tuple(found))
+    """Have the configuration list what is there now, by id and place: what is built from it is the same machine."""
+    if self is not None and self._standard is not None:
+        there = [one for one in self.devices.values() if not any(one.config is other for other in self._standard)]
+        places = [one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None for one in there]
+        found = [(one.config, one.id, at or one.config.address) for one, at in zip(there, places, strict=True)]
+        self.config = evolve(self.config, devices=tuple(evolve(one, id=id, address=at) for one, id, at in found))
 
 
 def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
@@ -136,7 +126,7 @@ def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
     return life.outcome
 
 
-class Machine(metaclass=_Makers):
+class Machine(Parking, metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
@@ -221,7 +211,7 @@ class Machine(metaclass=_Makers):
         self.memory = PhysicalMemory()
         self.vcpus: list[VCpu] = []
         self.mediator, self.label = Mediator(), self.name  # until the security cards were asked
-        self._closed = False
+        self._closed = self.is_parked = False
         self._end = ExitStack()
         self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
@@ -255,10 +245,7 @@ class Machine(metaclass=_Makers):
         self.memory.report_to(self.vm)
         life.watch(block)
         self._board = board = Board(
-            self.name,
-            self.label,
-            self.mediator,
-            self.log,
+            *(self.name, self.label, self.mediator, self.log),
             life=life,
             observers=self.observers,
             vm=self.vm,
@@ -499,12 +486,14 @@ class Machine(metaclass=_Makers):
 
 
 def rename(machine: Machine, name: str) -> None:
-    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit``.
+    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit`` or ``_forked``.
 
     Its label is the new name where nobody gave it one. Raises StateError once something was made in its name.
     """
-    if hasattr(machine, "vm"):
+    if hasattr(machine, "vm") and not machine.is_parked:
         raise StateError(f"{machine.name}: a machine is renamed while it is admitted, not later")
+    for one in machine.devices.values() if machine.is_parked else ():
+        one.slot.machine = one.slot._asking.machine = name
     if machine.config.machine.label is None and not machine.mediator.checkers:
         machine.label = name
     machine.name = name
