@@ -229,9 +229,13 @@ class Lab:
                 machine.open_console({"type": "socket", "path": str(path)})
                 print(f"\n{machine.name} is kept. Its console: socat -,raw,echo=0,escape=0x1d UNIX-CONNECT:{path}")
             print("Ctrl-C here ends it, and so does poweroff there.", flush=True)
-            for machine in self._kept:
-                with suppress(CardcageError):
-                    machine.wait()
+            try:
+                for machine in self._kept:
+                    with suppress(CardcageError):
+                        machine.wait()
+            finally:
+                for machine in self._kept:  # while their sockets' folder is there
+                    machine.close()
 
 
 def checkpoint(machine: Guest) -> Any:
