@@ -87,6 +87,13 @@ class KvmVm:
             found.add("irqchip-full")
         self.capabilities = frozenset(found)
 
+    def cpuid(self, leaf: int, sub: int, /) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX that guests see, but for what depends on the vCPU; zeros for a leaf that is not there."""
+        for one in self._cpuid:
+            if (one.function, one.index) == (leaf, sub):
+                return one.eax, one.ebx, one.ecx, one.edx
+        return 0, 0, 0, 0
+
     def create_vcpu(self, index: int, /) -> KvmVCpu:
         """Create processor *index*, 0 to ``cpus - 1``, in its state after reset."""
         if not 0 <= index < self.cpus or any(one.index == index for one in self.vcpus):

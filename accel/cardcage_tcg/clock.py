@@ -34,6 +34,14 @@ class Clock:
         """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
         return self._native.now()
 
+    def skip(self, since: tuple[int, int]) -> tuple[int, int]:
+        """Take out what passed *since* that pair: (ticks of the counter, nanoseconds)."""
+        tsc, now = self.pair()
+        ticks, elapsed = tsc - since[0], now - since[1]
+        self.tsc_zero += ticks
+        self.zero += elapsed
+        return ticks, elapsed
+
     def _frequency(self) -> int:
         """kHz of the time-stamp counter, measured once a process against CLOCK_MONOTONIC, from its library's load."""
         global _khz

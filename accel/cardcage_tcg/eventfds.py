@@ -85,12 +85,30 @@ class EventFds:
             raise AcceleratorError(f"tcg: descriptor {fd} is no eventfd")
         return kept
 
+    @property
+    def joined(self) -> bool:
+        """True with any doorbell, irqfd or ring of another process."""
+        return bool(self._bells or self._routes or self._rings)
+
+    def renew(self) -> None:
+        """This is a forked process: with descriptors of its own. Nothing is joined, and the thread is not running."""
+        if self._epoll is not None:
+            self._epoll.close()
+            os.close(self._end)
+            os.close(self._idle)
+            self._open()
+
     # doorbells
 
     @property
     def has_bells(self) -> bool:
         """True if there is any doorbell."""
         return bool(self._bells)
+
+    @property
+    def has_rings(self) -> bool:
+        """True if another process serves a ring."""
+        return bool(self._rings)
 
     def add_bell(self, fd: int, address: int, size: int, pio: bool, value: int | None) -> None:
         """See :class:`cardcage.accelerator.Doorbells`."""
@@ -161,18 +179,38 @@ class EventFds:
 
     def _start(self) -> select.epoll:
         """The epoll of the thread, which is started with the first route."""
-        if self._epoll is None:
-            self._epoll, self._end = select.epoll(), os.eventfd(0, os.EFD_CLOEXEC)
-            self._native.watch_eventfd(self._epoll.fileno(), self._end, END)
-            self._vm.set_half(L.VM_IRQ_EPOLL, self._epoll.fileno())
-            self._idle = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._native.watch_eventfd(self._epoll.fileno(), self._idle, IDLE)
-            self._vm.set_half(L.VM_IDLE_FD, self._idle)  # from here on a halted vCPU waits for irqfds too
+        if self._epoll is not None:
+            return self._epoll
+        epoll = self._open()
+        self.unpark()
+        return epoll
+
+    def _open(self) -> select.epoll:
+        """Make the thread's epoll, its end, and what wakes a halted vCPU there, which waits for irqfds too."""
+        epoll, self._end = select.epoll(), os.eventfd(0, os.EFD_CLOEXEC)
+        self._native.watch_eventfd(epoll.fileno(), self._end, END)
+        self._vm.set_half(L.VM_IRQ_EPOLL, epoll.fileno())
+        self._idle = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._native.watch_eventfd(epoll.fileno(), self._idle, IDLE)
+        self._vm.set_half(L.VM_IDLE_FD, self._idle)
+        self._epoll = epoll
+        return epoll
+
+    def park(self) -> None:
+        """End the thread, if there is one."""
+        if self._thread is not None:
+            os.eventfd_write(self._end, 1)
+            self._thread.join()
+            os.eventfd_read(self._end)
+            self._thread = None
+
+    def unpark(self) -> None:
+        """Start it, where there are routes."""
+        if self._epoll is not None:
             self._thread = threading.Thread(
                 target=self._native.irqfds, args=(self._vm.pointer,), name="tcg-irqfds", daemon=True
             )
             self._thread.start()
-        return self._epoll
 
     # rings of other processes
 
@@ -225,9 +263,8 @@ class EventFds:
 
     def close(self) -> None:
         """End the thread and give everything back."""
-        if self._thread is not None and self._epoll is not None:
-            os.eventfd_write(self._end, 1)
-            self._thread.join()
+        self.park()
+        if self._epoll is not None:
             self._epoll.close()
             os.close(self._end)
             os.close(self._idle)

@@ -16,7 +16,7 @@ from cardcage.errors import AcceleratorError
 from cardcage_tcg import CODE_MEMORY, NOT_BUILT
 from cardcage_tcg.native.build import digest
 
-__all__ = ["Area", "CodeBuffer", "Native", "load"]
+__all__ = ["Area", "CodeBuffer", "Native", "advise_areas", "load"]
 
 MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 """As Linux has them; Python's :mod:`mmap` does not."""
@@ -75,6 +75,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_watch_eventfd": (_INT, (_INT, _INT, _U64)),
     "tcg_look": (None, (_PTR, _U32)),
     "tcg_stub": (_U64, (_INT,)),
+    "tcg_freeze": (ctypes.c_long, (_INT, _PTR, _U64)),
+    "tcg_dirty_log": (None, (_PTR, _U64)),
+    "tcg_dirty_take": (_U64, (_PTR, _U64, _U64, _PTR)),
+    "tcg_dirty_revert": (_U64, (_PTR,)),
 }
 
 _SHORT = frozenset(
@@ -170,8 +174,18 @@ def is_ours(*packages: str) -> bool:
     return True
 
 
+_areas: dict[int, int] = {}
+"""Address to size of all that there are."""
+
+
+def advise_areas(advice: int) -> None:
+    """Give the kernel *advice* about all areas of this process: MADV_DOFORK around a fork whose child goes on."""
+    for address, size in list(_areas.items()):
+        _libc().madvise(address, size, advice)
+
+
 class Area:
-    """Zeroed anonymous memory at a fixed address, kept out of forks."""
+    """Zeroed anonymous memory at a fixed address, kept out of forks but for those of the machine."""
 
     def __init__(self, size: int) -> None:
         self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -179,6 +193,7 @@ class Area:
         self._export = ctypes.c_char.from_buffer(self.map)
         self.address = ctypes.addressof(self._export)
         self.view = memoryview(self.map)
+        _areas[self.address] = size
 
     def begin_with(self, fd: int, size: int) -> None:
         """Map the first *size* bytes of file *fd* over its beginning, copied on write."""
@@ -188,6 +203,7 @@ class Area:
 
     def close(self) -> None:
         """Unmap it; casts of its view must have been released."""
+        _areas.pop(self.address, None)
         self.view.release()
         del self._export
         self.map.close()
@@ -198,18 +214,41 @@ class CodeBuffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        fd = os.memfd_create(CODE_MEMORY, os.MFD_CLOEXEC)
+        self._own: tuple[int, Area] | None = None
+        fd = self.new_file()
         try:
-            try:
-                os.ftruncate(fd, size)
-            except OSError as error:
-                what = f"tcg: cannot make {size >> 20} MiB of executable memory: {error.strerror}"
-                hint = " (a limit of file sizes, ulimit -f)" if error.errno == errno.EFBIG else ""
-                raise AcceleratorError(f"{what}{hint}") from error
             self.rw = self._map(fd, mmap.PROT_READ | mmap.PROT_WRITE)
             self.rx = self._map(fd, mmap.PROT_READ | mmap.PROT_EXEC)
         finally:
             os.close(fd)
+
+    def new_file(self) -> int:
+        """A descriptor of an empty file for as much code. Raises AcceleratorError."""
+        fd = os.memfd_create(CODE_MEMORY, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, self.size)
+        except OSError as error:
+            os.close(fd)
+            what = f"tcg: cannot make {self.size >> 20} MiB of executable memory: {error.strerror}"
+            hint = " (a limit of file sizes, ulimit -f)" if error.errno == errno.EFBIG else ""
+            raise AcceleratorError(f"{what}{hint}") from error
+        return fd
+
+    def own(self, fd: int, state: Area) -> None:
+        """Copies of frozen code go to file *fd* from now on, as native *state* says (:mod:`cardcage_tcg.forking`)."""
+        self._disown()
+        self._own = fd, state
+
+    def _disown(self) -> None:
+        if self._own is not None:
+            os.close(self._own[0])
+            self._own[1].close()
+            self._own = None
+
+    def advise(self, advice: int) -> None:
+        """Give the kernel *advice* about both views."""
+        for address in (self.rw, self.rx):
+            _libc().madvise(address, self.size, advice)
 
     def _map(self, fd: int, protection: int) -> int:
         address = _mapped(None, self.size, protection, mmap.MAP_SHARED, fd)
@@ -220,5 +259,6 @@ class CodeBuffer:
 
     def close(self) -> None:
         """Unmap both views."""
+        self._disown()
         for address in (self.rw, self.rx):
             _libc().munmap(address, self.size)

@@ -40,6 +40,11 @@ class GuestMemory:
         self._starts: list[int] = []
         self._pages: dict[MemorySlot, Area] = {}
 
+    @property
+    def slots(self) -> list[MemorySlot]:
+        """The slots that there are."""
+        return list(self._slots)
+
     def map(self, slot: MemorySlot) -> None:
         """Add a slot. Raises AcceleratorError when there are too many."""
         if len(self._slots) >= L.MAX_SLOTS:
@@ -76,6 +81,7 @@ class GuestMemory:
             self._view[L.VM_SLOTS : L.VM_NSLOTS + 4] = table  # in one step: see library.py
             self._starts, self._ordered = [one.address for one in ordered], ordered
             self._vm.flush_translations()
+            self._vm.dirty.slots_changed(self._slots)
 
     def written(self, address: int, size: int) -> None:
         """Somebody else wrote there: code of it is forgotten."""

@@ -16,9 +16,12 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.clock import Clock
 from cardcage_tcg.cpu.cpuid import CpuModel
 from cardcage_tcg.cpu.vcpu import TcgVCpu
+from cardcage_tcg.dirty import DirtyPages, LogsWrites
 from cardcage_tcg.eventfds import EventFds
+from cardcage_tcg.forking import Forks
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.memory import GuestMemory
+from cardcage_tcg.parking import ParksThreads
 from cardcage_tcg.translate.recipes import mark_process
 from cardcage_tcg.translate.store import TemplateStore, store_path
 
@@ -64,7 +67,7 @@ def _hash_key() -> memoryview:
     return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
 
 
-class TcgVm:
+class TcgVm(ParksThreads, LogsWrites, Forks):
     """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
 
     def __init__(self, spec: VmSpec) -> None:
@@ -77,18 +80,18 @@ class TcgVm:
         self.lapic = spec.irqchip == "split"
         self._area = Area(L.SIZEOF_VM + 4096)
         self._hash, self._cross = Area(8 << HASH_BITS), Area(8 * L.MAX_CROSS)
-        self._code = CodeBuffer(options.code_cache << 20)
+        self.code = CodeBuffer(options.code_cache << 20)
         self.pointer = self._area.address
         q, d = self._area.view[: L.SIZEOF_VM].cast("Q"), self._area.view[: L.SIZEOF_VM].cast("I")
         self._q, self._d = q, d
         d[L.VM_NCPUS // 4] = spec.cpus
         d[L.VM_HAS_LAPIC // 4] = int(self.lapic)
         q[L.VM_CODE_RX // 8], q[L.VM_CODE_RW // 8], q[L.VM_CODE_SIZE // 8] = (
-            self._code.rx,
-            self._code.rw,
-            self._code.size,
+            self.code.rx,
+            self.code.rw,
+            self.code.size,
         )
-        self._marks = Area(4 * (self._code.size >> 16))
+        self._marks = Area(4 * (self.code.size >> 16))
         q[L.VM_MARKS // 8] = self._marks.address
         q[L.VM_HASH_KEY // 8 : L.VM_HASH_KEY // 8 + 4] = _hash_key()
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
@@ -99,6 +102,7 @@ class TcgVm:
         self.model = CpuModel(
             self.native, spec.cpu, dict(spec.features), spec.cpus, lapic=self.lapic, tsc_khz=self.clock.tsc_khz
         )
+        self.cpuid = self.model.told
         self.cr4_allowed = self._cr4()
         if self.lapic:
             shown = (("x2apic", L.H_LAPIC_X2), ("tsc-deadline", L.H_LAPIC_DEADLINE))
@@ -112,15 +116,12 @@ class TcgVm:
         self._stopped = 0
         self.memory = GuestMemory(self, self._area.view)
         self._cpus: list[TcgVCpu] = []
-        self._range = self.native.add_range(self._code.rx, self._code.rx + self._code.size)
+        self.range = self.native.add_range(self.code.rx, self.code.rx + self.code.size)
         self.native.signals()
-        self._ticker: threading.Thread | None = None
-        if self.lapic:
-            self._ticker = threading.Thread(
-                target=self.native.ticker, args=(self.pointer,), name="tcg-timer", daemon=True
-            )
         self.events = EventFds(self)
-        self.capabilities = frozenset({"doorbells", "foreign-rings", *(["irqfds"] if self.lapic else [])})
+        self.dirty = DirtyPages(self)
+        found = {"dirty-log", "doorbells", "foreign-rings", "parking", *(["irqfds"] if self.lapic else [])}
+        self.capabilities = frozenset(found)
         self._closed = False
         if self.store.is_new or self.store.recipes.names():  # on this thread, before the guest waits for it
             self.blocks.prepare()
@@ -164,8 +165,8 @@ class TcgVm:
         cpu.registers.set_field(L.TSC_OFFSET, -self.clock.tsc_zero & 0xFFFFFFFFFFFFFFFF)
         self._cpus.append(cpu)
         self._q[L.VM_CPUS // 8 + index] = cpu.pointer
-        if self._ticker is not None and self._ticker.ident is None:
-            self._ticker.start()
+        if self._ticker is None and self.lapic:
+            self.start_ticker()
         return cpu
 
     def map_memory(self, slot: MemorySlot, /) -> None:
@@ -247,9 +248,11 @@ class TcgVm:
         self._closed = True
         self.native.close(self.pointer)
         self.events.close()
-        if self._ticker is not None and self._ticker.ident is not None:
+        if self._ticker is not None:
             self._ticker.join()
-        self.native.remove_range(self._range)
+        self.native.freeze(self.range, None, 0)
+        self.native.remove_range(self.range)
+        self.dirty.close()
         for cpu in self._cpus:
             cpu.close()
         self._cpus = []
@@ -259,4 +262,4 @@ class TcgVm:
         self.memory.close()
         for area in (self._area, self._hash, self._cross, self._marks):
             area.close()
-        self._code.close()
+        self.code.close()

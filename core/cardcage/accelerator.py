@@ -25,6 +25,7 @@ __all__ = [
     "ForeignWriter",
     "IrqFds",
     "MemorySlot",
+    "Parkable",
     "Probe",
     "VmSpec",
     "WrittenMany",
@@ -94,7 +95,7 @@ class AcceleratedVm(Protocol):
 
     ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
     (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`), ``foreign-rings``
-    (:class:`ForeignRings`).
+    (:class:`ForeignRings`), ``parking`` (:class:`Parkable`).
     """
 
     capabilities: frozenset[str]
@@ -129,6 +130,20 @@ class AcceleratedVm(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent; no vCPU may be running."""
+
+
+class Parkable(Protocol):
+    """Capability ``parking`` of a VM, and an ability of devices: its threads can end and be started anew, in a forked
+    process too. A VM's clocks (TSC, timers) stand still meanwhile. Not under the machine's lock."""
+
+    def may_park(self) -> str:
+        """In one line why that cannot be now; empty when it can."""
+
+    def park(self) -> None:
+        """The machine is paused: end all threads."""
+
+    def unpark(self) -> None:
+        """Start them anew; the machine is still paused."""
 
 
 class WrittenMany(Protocol):
@@ -222,6 +237,7 @@ CAPABILITIES: dict[str, Any] = {
     "irqfds": IrqFds,
     "dirty-log": DirtyLog,
     "foreign-rings": ForeignRings,
+    "parking": Parkable,
 }
 """A capability that a VM may state, to the protocol that it then must have."""
 VM: tuple[Any, ...] = (AcceleratedVm, WrittenMany, *CAPABILITIES.values())

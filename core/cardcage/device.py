@@ -28,6 +28,7 @@ __all__ = [
     "DetachingBus",
     "Device",
     "DeviceBus",
+    "Forkable",
     "HasState",
     "HostSide",
     "HotplugBus",
@@ -144,6 +145,16 @@ class HasState(Protocol):
     def save(self) -> Any: ...
 
     def load(self, state: Any, /) -> None: ...
+
+
+class Forkable(Protocol):
+    """Holds something of the host (so do back ends), and can go on in two processes."""
+
+    def may_fork(self) -> str:
+        """In one line why it cannot now; empty when it can."""
+
+    def forked(self) -> None:
+        """This is the new process, and the machine is parked in it: make anew what the two must not share."""
 
 
 class PowerButton(Protocol):

@@ -1,4 +1,4 @@
-"""The hooks of cardcage, in the order of a host's and a machine's life. All but ``cardcage_needs`` return None.
+"""The hooks of cardcage, in the order of a host's and a machine's life. All but ``needs`` and ``forking`` return None.
 
 Hooks assemble, protocols operate: none of these is called while a guest runs. They go through pluggy's own caller, in
 the order that it knows: cards loaded later are called earlier, unless one asks for ``tryfirst`` or ``trylast``, and
@@ -60,6 +60,17 @@ class Hooks:
 
         Asked by who is about to take the rest away, before the first instruction.
         """
+
+    @hookspec
+    def cardcage_forking(self, machine: Any) -> str | None:
+        """Say in one line why the process of *machine* cannot go on as two; before anything stops, or raise to refuse.
+
+        Devices and back ends are asked by :class:`cardcage.device.Forkable`.
+        """
+
+    @hookspec
+    def cardcage_forked(self, machine: Any) -> None:
+        """This is the new process: make anew what the card holds for *machine*. The parent's files are the parent's."""
 
     @hookspec
     def cardcage_closing(self, machine: Any) -> None:

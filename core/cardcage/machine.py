@@ -30,6 +30,7 @@ from cardcage._machine.board import Board
 from cardcage._machine.faults import MISTAKES, Faults
 from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
+from cardcage._machine.parking import Parking
 from cardcage._machine.plugged import PluggedDevice, able
 from cardcage._machine.plugging import Plugging
 from cardcage.abilities import has
@@ -125,7 +126,7 @@ def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
     return life.outcome
 
 
-class Machine(metaclass=_Makers):
+class Machine(Parking, metaclass=_Makers):
     """A virtual machine. The arguments are shorthand for a configuration; :meth:`from_config` takes a whole one.
 
     Args:
@@ -210,7 +211,7 @@ class Machine(metaclass=_Makers):
         self.memory = PhysicalMemory()
         self.vcpus: list[VCpu] = []
         self.mediator, self.label = Mediator(), self.name  # until the security cards were asked
-        self._closed = False
+        self._closed = self.is_parked = False
         self._end = ExitStack()
         self._life = Life(config.machine, faults, self.observers, self.vcpus, self.memory.fault)
         self.lock, self.clock = self._life.lock, self._life.clock
@@ -485,12 +486,14 @@ class Machine(metaclass=_Makers):
 
 
 def rename(machine: Machine, name: str) -> None:
-    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit``.
+    """Call *machine* something else: for a card that tells machines apart, in ``cardcage_admit`` or ``_forked``.
 
     Its label is the new name where nobody gave it one. Raises StateError once something was made in its name.
     """
-    if hasattr(machine, "vm"):
+    if hasattr(machine, "vm") and not machine.is_parked:
         raise StateError(f"{machine.name}: a machine is renamed while it is admitted, not later")
+    for one in machine.devices.values() if machine.is_parked else ():
+        one.slot.machine = one.slot._asking.machine = name
     if machine.config.machine.label is None and not machine.mediator.checkers:
         machine.label = name
     machine.name = name

@@ -60,11 +60,12 @@ class PciHostOptions:
 
 @define
 class PciHostState:
-    """Saved state: the address register and each function by address."""
+    """Saved state: the address register, each function by address, and port 0xCF9."""
 
     version: ClassVar[int] = 1
     address: int = 0
     functions: dict[int, FunctionState] = field(factory=dict)
+    reset_control: int = 0
 
 
 class PciHost(ComingAndGoing):
@@ -244,12 +245,14 @@ class PciHost(ComingAndGoing):
 
     def save(self) -> PciHostState:
         return PciHostState(
-            address=self._address, functions={where: one.save() for where, one in self.functions.items()}
+            address=self._address,
+            functions={where: one.save() for where, one in self.functions.items()},
+            reset_control=self._reset_control,
         )
 
     def load(self, state: PciHostState, /) -> None:
         if set(state.functions) != set(self.functions):
             raise ConfigError("the saved PCI bus has different devices from this machine")
-        self._address = state.address
+        self._address, self._reset_control = state.address, state.reset_control & 0x0E
         for where, one in state.functions.items():
             self.functions[where].load(one)

@@ -3,7 +3,10 @@
 It has :class:`VirtioDevice`, and :class:`Serves` or :class:`Notified`; the other protocols are opt-in. Each is looked
 for once, by name and signature (:mod:`cardcage.abilities`), when the device is put behind a transport. So are
 ``plug(slot)``, ``unplug()``, ``pause()`` and ``resume()`` (rings are left alone without these two as well), ``save()``
-and ``load(state)`` of :mod:`cardcage.device`, and ``needs()`` of :class:`cardcage.security.HasNeeds`.
+and ``load(state)`` of :mod:`cardcage.device`, ``needs()`` of :class:`cardcage.security.HasNeeds`, and ``may_park()``,
+``park()`` and ``unpark()`` of :class:`cardcage.accelerator.Parkable`, without which a device that drains or pauses
+cannot be parked; and ``may_fork()`` and ``forked()`` of :class:`cardcage.device.Forkable`, without which one that has
+``unplug`` or ``needs`` cannot be forked.
 
 Attributes that it may have:
 
@@ -17,7 +20,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cardcage.device import HasState, Pausable, Pluggable, Unpluggable
+from cardcage.accelerator import Parkable
+from cardcage.device import Forkable, HasState, Pausable, Pluggable, Unpluggable
 from cardcage.security import HasNeeds
 
 if TYPE_CHECKING:
@@ -122,6 +126,8 @@ OPTIONAL: tuple[Any, ...] = (
     Pluggable,
     Unpluggable,
     Pausable,
+    Parkable,
+    Forkable,
     HasState,
     HasNeeds,
 )

@@ -301,6 +301,37 @@ class Bench:
             virtio.enable(index)
         virtio.set_status(15)
 
+    def moved(self, device: Any, *, backends: dict[str, Any] | None = None, through: Callable[[Any], Any]) -> Bench:
+        """Another bench, whose *device* goes on from this one's state, as in a machine that is restored.
+
+        The memory is copied, and the drivers go along with what they have in flight; this bench's are of no use then.
+
+        Args:
+            backends: of the new device. through: takes a saved state and gives what is loaded, such as by way of JSON.
+        """
+        self.virtio.pause()
+        state = through(self.virtio.save())
+        size = sum(one.size for one in self.memory.slots)
+        made = Bench(
+            device,
+            features=self._features,
+            size=self._size,
+            memory=size,
+            backends=backends,
+            start=False,
+            vm=self.slot.interrupts.vm,
+            **self._form,
+        )
+        for one in self.memory.slots:
+            made.memory.write(one.address, self.memory.read(one.address, one.size))
+        made.slot.clock.skip(self.slot.clock.now())
+        made.drivers = dict(self.drivers)
+        for driver in made.drivers.values():
+            driver.adopt(made.memory)
+        made.virtio.load(state)
+        made.virtio.resume()
+        return made
+
     def queue_interrupt(self, index: int) -> None:
         self.interrupts.append(index)
 

@@ -5,6 +5,7 @@ A device's author writes the methods of :mod:`cardcage_virtio.device`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from attrs import field
@@ -15,6 +16,7 @@ from cardcage.security import HasNeeds, Needs
 from cardcage.values import define
 
 from cardcage_virtio.device import OPTIONAL, VirtioDevice
+from cardcage_virtio.parking import AsksTheDevice
 from cardcage_virtio.queue.packed import PackedRing
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.split import SplitRing
@@ -94,7 +96,7 @@ def _checked_sizes(device: Any) -> Iterator[int]:
         yield size
 
 
-class Virtio:
+class Virtio(AsksTheDevice):
     """One virtio device between its transport and its author's object.
 
     Attributes:
@@ -368,15 +370,21 @@ class Virtio:
                 self.kick(index)
 
 
+@cache
+def _converter() -> Any:
+    from cattrs.preconf.json import make_converter
+
+    return make_converter(forbid_extra_keys=True)
+
+
 def _structured(saved: Any, cls: type, who: str) -> Any:
     """A device's own state, as its class again where it was plain values in between. Raises ConfigError."""
     if not isinstance(saved, dict):
         return saved
     from cattrs import transform_error
-    from cattrs.preconf.json import make_converter
 
     try:
-        return make_converter(forbid_extra_keys=True).structure(saved, cls)
+        return _converter().structure(saved, cls)
     except Exception as error:  # cattrs raises groups of whatever did not fit
         why = "; ".join(transform_error(error))
         raise ConfigError(f"{who}: the saved device's state does not fit: {why}") from error

@@ -98,7 +98,14 @@ class Call:
         return self.result is not None or ended or self.failure is not None
 
 
-class Link:
+class _Copied:
+    """What a copy of the machine has of a link (:class:`cardcage.device.Forkable`)."""
+
+    def may_fork(self) -> str:
+        return ""
+
+
+class Link(_Copied):
     """Char back end ``agent``, and the service of that name: the calls of one machine.
 
     All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
@@ -151,6 +158,20 @@ class Link:
     def close(self) -> None:
         """The device is gone."""
         self.fail(StateError("the machine was closed"))
+
+    def forked(self) -> None:
+        """The calls under way are the parent's: what they began in this guest is ended."""
+        self.changed = threading.Condition()  # a thread that is not here may have had it
+        for call in list(self._calls.values()):
+            self.cancel(call)
+
+    def reverted(self) -> None:
+        """The guest is at an earlier time (cardcage_fork): its agent is asked to greet anew."""
+        with self.changed:
+            self._drop(AgentError("the guest was put back to a checkpoint"))
+            self._parser, self._flying = Parser(), 0
+            self._ready = self._asked = False
+            self.changed.notify_all()
 
     def fail(self, error: CardcageError) -> None:
         """End all calls with *error*, and those to come. The first counts."""

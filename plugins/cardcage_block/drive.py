@@ -162,7 +162,7 @@ def _open_chain(
             allow(real, ("open", "read", "write") if write else ("open", "read"), **facts)
             file = HostFile(real, writable=write, direct=drive.cache == "none", stable=drive.cache != "unsafe")
             failing.callback(file.close)
-            file.path = shown(below.path)
+            file.path, file.shared = shown(below.path), drive.shared
             status = os.fstat(file.fd)
             if (status.st_dev, status.st_ino) in seen:
                 raise ConfigError("the backing chain loops: this image is its own backing file", file=file.path)

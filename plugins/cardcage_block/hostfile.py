@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cardcage.errors import ConfigError, HostError
 from cardcage.segments import Segments
 
+from cardcage_block import private
 from cardcage_block.vector import preadv, pwritev
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ class HostFile:
 
     def __init__(self, path: str, *, writable: bool, direct: bool = False, stable: bool = True) -> None:
         self.path, self._direct, self._stable = path, direct, stable
+        self.shared = False  # with other machines, which may write it too
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
         try:
             if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
@@ -195,6 +197,19 @@ class HostFile:
         self._nowait = self._nowait_writes = True
         self._lost: str | None = None
         self._doubt, self._doubts = CALM[0], CALM[0]
+
+    def may_fork(self) -> str:
+        """Why a forked process cannot have its own (:class:`~cardcage.device.Forkable`); empty when it can."""
+        return "" if self._stays else private.obstacle(self.fd, self.path)
+
+    def forked(self) -> None:
+        """This is a forked process: what was written so far is in its own file, which ends with it."""
+        if not self._stays:
+            private.replace(self.fd)
+
+    @property
+    def _stays(self) -> bool:
+        return self.shared or fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
     def _find_alignment(self) -> int:
         if self._device:

@@ -34,6 +34,7 @@ from cardcage_block.hostfile import TryFile, clear, scatter, take, zeros
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
+from cardcage_block.private import CopiedImage
 from cardcage_block.tables import sectors
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image:
+class Qcow2Image(CopiedImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:

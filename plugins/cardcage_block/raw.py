@@ -11,6 +11,7 @@ from cardcage.segments import total
 
 from cardcage_block.formats import EDGE, probe
 from cardcage_block.hostfile import take
+from cardcage_block.private import CopiedImage
 from cardcage_block.tables import read_bytes
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["RawImage"]
 
 
-class RawImage:
+class RawImage(CopiedImage):
     """A raw disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:

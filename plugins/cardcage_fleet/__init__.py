@@ -102,6 +102,22 @@ def cardcage_built(machine: Machine) -> None:
 
 
 @hookimpl
+def cardcage_forking(machine: Machine) -> None:
+    """Ask the admission policies about one machine more."""
+    from cardcage_fleet.membership import forking
+
+    forking(machine)
+
+
+@hookimpl(tryfirst=True)  # the others find the name that the copy has
+def cardcage_forked(machine: Machine) -> None:
+    """Put the copy on the roster, under a name of its own, and open its control socket."""
+    from cardcage_fleet.membership import forked
+
+    forked(machine)
+
+
+@hookimpl
 def cardcage_needs(machine: Machine) -> Needs:
     """The run directory, from which the machine's files are removed at its end."""
     from cardcage_fleet.membership import needs

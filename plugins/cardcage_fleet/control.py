@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Door", "command", "find", "raised"]
 
 SUFFIX = ".control"
-DESCRIPTORS = 4
+DESCRIPTORS = 64
 """Descriptors that may come with a request."""
 CALLERS = 8
 """Commands that are heard at once; more are hung up on."""
@@ -140,13 +140,23 @@ class Door:
             raise CardError(f"{offer.who}: {in_words(error)}") from error
         return found
 
+    def abandon(self) -> None:
+        """This is a forked process, and the door the parent's."""
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._lock = threading.Lock()  # a thread that is not here may have had it
+        for caller in self._callers.values():
+            caller.close()
+        self._callers.clear()
+
     def close(self) -> None:
         """Let commands that run end, and hang up on all others. Not under the machine's lock, nor in a command.
 
         Nothing more is heard of a caller; one that does not take its answer within seconds loses it.
         """
         with self._machine_lock:
-            self._loop.remove_reader(self._socket.fileno())
+            if self._socket.fileno() >= 0:
+                self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
         with self._lock:
             threads = list(self._callers)

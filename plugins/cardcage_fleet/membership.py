@@ -19,12 +19,15 @@ from cardcage_fleet.hostmemory import memory_group, memory_limits
 from cardcage_fleet.roster import Roster, RosterEntry, pid_namespace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from cardcage.host import Host
     from cardcage.machine import Machine
 
+    from cardcage_fleet.control import Door
     from cardcage_fleet.roster import Record
 
-__all__ = ["admit", "publish", "record_of"]
+__all__ = ["admit", "forked", "forking", "publish", "record_of"]
 
 
 def _records(host: Host) -> WeakKeyDictionary[Machine, Record]:
@@ -45,6 +48,10 @@ def admit(machine: Machine) -> None:
     """
     check_preallocation(machine)
     policies = admissions(machine)
+    _enroll(machine, policies, machine.log.warning if "machine.name" in machine.config.origins else machine.log.info)
+
+
+def _enroll(machine: Machine, policies: Sequence[Callable[..., None]], say: Callable[..., None]) -> None:
     with ExitStack() as held:
         try:
             roster = Roster(known=machine.host.share("fleet:known", dict))
@@ -56,11 +63,9 @@ def admit(machine: Machine) -> None:
             machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
             return
         roster.tidy(ended)
-        tell_apart(machine, {one.name for one in alive})
+        tell_apart(machine, {one.name for one in alive}, say)
         entry = entry_of(machine)
-        rooms = rooms_of(memory_limits(), alive) if policies else ()
-        for ask in policies:
-            ask(Starter(entry.name, entry.promised, entry.priority), rooms)
+        _ask(policies, entry, alive)
         try:
             record = roster.add(entry)
         except OSError as error:  # a full disk, or a limit of file sizes
@@ -72,8 +77,40 @@ def admit(machine: Machine) -> None:
         machine.defer(record.close)
 
 
-def tell_apart(machine: Machine, taken: set[str]) -> None:
-    """Give the machine a name that no other of this account has: a number is added, and said.
+def _ask(policies: Sequence[Callable[..., None]], entry: RosterEntry, alive: list[RosterEntry]) -> None:
+    rooms = rooms_of(memory_limits(), alive) if policies else ()
+    for ask in policies:
+        ask(Starter(entry.name, entry.promised, entry.priority), rooms)
+
+
+def forking(machine: Machine) -> None:
+    """Ask the admission policies about one machine more. Raises ConfigError when one refuses."""
+    if policies := admissions(machine):
+        roster = Roster(known=machine.host.share("fleet:known", dict))
+        with roster.locked():
+            _ask(policies, entry_of(machine), roster.read()[0])
+
+
+def forked(machine: Machine) -> None:
+    """This is a forked process: its machine has an entry and a door of its own, under a name that nobody has."""
+    record = record_of(machine)
+    if record is None:
+        return
+    if (door := _doors(machine.host).pop(machine, None)) is not None:
+        door.abandon()
+    if (fd := record.abandon()) >= 0:
+        machine.loop.remove_reader(fd)
+    _enroll(machine, (), machine.log.debug)
+    publish(machine)
+
+
+def _doors(host: Host) -> WeakKeyDictionary[Machine, Door]:
+    found: WeakKeyDictionary[Machine, Door] = host.share("fleet:doors", WeakKeyDictionary)
+    return found
+
+
+def tell_apart(machine: Machine, taken: set[str], say: Callable[..., None]) -> None:
+    """Give the machine a name that no other of this account has: a number is added, and said by *say*.
 
     Commands find machines by their names, and network cards have MAC addresses made from them.
     """
@@ -83,7 +120,6 @@ def tell_apart(machine: Machine, taken: set[str]) -> None:
     while f"{name}-{number}" in taken:
         number += 1
     rename(machine, f"{name}-{number}")
-    say = machine.log.warning if "machine.name" in machine.config.origins else machine.log.info  # nobody asked for it
     say("another machine of this account has the name: a number is added", name=name)
 
 
@@ -113,7 +149,8 @@ def publish(machine: Machine) -> None:
     if machine.host.registry.names(ControlOffer) or machine.host.registry.names(SessionOffer):
         from cardcage_fleet.control import Door  # most machines have no command to hear
 
-        machine.defer(Door(machine, record.entry).close)
+        door = _doors(machine.host)[machine] = Door(machine, record.entry)
+        machine.defer(door.close)
     balloon = machine.services.get("balloon")
     if balloon is not None:
         # Not the machine: the loop thread would keep one that nobody else holds.

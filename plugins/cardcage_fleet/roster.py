@@ -265,6 +265,17 @@ class Record:
                     caller.setblocking(False)
                     caller.send(json.dumps(tell()).encode())
 
+    def abandon(self) -> int:
+        """This is a forked process, and the entry the parent's: let go of it. The descriptor of its socket, or -1."""
+        self._leave.detach()
+        os.close(self._fd)
+        self._fd = -1  # the lock is the parent's alone: it was the open file's
+        peer, self._socket = self._socket, None
+        fd = -1 if peer is None else peer.fileno()
+        if peer is not None:
+            peer.close()
+        return fd
+
     def close(self) -> None:
         """Off the roster. Idempotent."""
         if self._fd < 0:

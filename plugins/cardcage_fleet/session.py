@@ -220,7 +220,7 @@ def converse(
 
     Args:
         timeout: seconds until it has answered the request.
-        fds: descriptors for it, up to 4, by which a machine in its jail gets files that its caller opened.
+        fds: descriptors for it, up to 64, by which a machine in its jail gets files that its caller opened.
     """
     request = json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n"
     try:

@@ -25,6 +25,13 @@ def cardcage_register(registry: Registry) -> None:
 
 
 @hookimpl
+def cardcage_forking(machine: Machine) -> str | None:
+    """No process leaves the jail, nor begins in it."""
+    entered = machine.host.share("jail:entered", dict).get("entered")
+    return 'its process is in a jail, in which no process begins (security.jail = "off")' if entered else None
+
+
+@hookimpl
 def cardcage_admit(machine: Machine) -> None:
     """Refuse wrong values before anything is taken."""
     from cardcage_jail.jail import opened_later, wanted

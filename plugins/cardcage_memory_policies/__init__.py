@@ -79,6 +79,12 @@ def cardcage_needs(machine: Machine) -> Needs | None:
 
 
 @hookimpl
+def cardcage_forking(machine: Machine) -> str | None:
+    """Policies run on threads of the process, which a new one has not."""
+    return "its memory policies (policy.memory) work for one process" if machine.config.policy.get("memory") else None
+
+
+@hookimpl
 def cardcage_closing(machine: Machine) -> None:
     """Take the machine from its policies."""
     if machine.config.policy.get("memory"):

@@ -44,6 +44,12 @@ class NullNet:
     def set_offloads(self, offloads: frozenset[str], vnet_header: int, /) -> None:
         """Nothing to agree on."""
 
+    def may_fork(self) -> str:
+        return ""
+
+    def forked(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing to close."""
 

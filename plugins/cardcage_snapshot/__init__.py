@@ -1,4 +1,14 @@
-"""Card ``snapshot``: the state of a machine, captured as values and JSON, and restored into another."""
+"""Card ``snapshot``: a machine in a directory, with its RAM and disks, and machines that go on from there.
+
+::
+
+    vm.snapshot("ready")
+
+    with Machine.restore("ready") as vm:
+        print(vm.run("uptime", text=True).stdout)
+
+Also its state without RAM, as values and JSON: :func:`capture` and :func:`restore`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +16,60 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
+from cardcage_fleet import ControlOffer, SessionOffer
 
 if TYPE_CHECKING:
+    from cardcage.machine import Machine as PlainMachine
     from cardcage.registry import Registry
 
+    from cardcage_snapshot.creating import Snapshot
     from cardcage_snapshot.state import DeviceState, MachineState, capture, dumps, loads, restore
+    from cardcage_snapshot.verbs import Machine, Verbs
 
-__all__ = ["DeviceState", "MachineState", "capture", "dumps", "loads", "restore"]
+__all__ = ["DeviceState", "Machine", "MachineState", "Snapshot", "Verbs", "capture", "dumps", "loads", "restore"]
 
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Nothing is named by configurations: programs call :func:`capture` and :func:`restore`."""
+    """Offer ``vm.snapshot``, the command ``snapshot``, and what restored machines are made of."""
+    registry.verb("snapshot", "cardcage_snapshot.creating:snapshot", help="save the machine, its RAM and its disks")
+    registry.memory(
+        "snapshot",
+        "cardcage_snapshot.backing:SnapshotRam",
+        options="cardcage_snapshot.backing:RamOptions",
+        help="a private map of a snapshot's RAM (Machine.restore)",
+    )
+    registry.boot(
+        "saved",
+        "cardcage_snapshot.restoring:SavedBoot",
+        options="cardcage_snapshot.restoring:SavedBootOptions",
+        help="what a restored machine boots once it is reset (Machine.restore)",
+    )
+    registry.add(
+        ControlOffer("snapshot-plan", "cardcage_snapshot.running:plan", help="files to save it in: {path: DIR}")
+    )
+    registry.add(SessionOffer("snapshot", "cardcage_snapshot.running:save", help="save the machine into these files"))
+    registry.command(
+        "snapshot",
+        "cardcage_snapshot.tool:run",
+        configure="cardcage_snapshot.tool:configure",
+        help="save a running machine with its RAM and disks, list, check and restore what was saved",
+    )
 
 
-_names: Any = lazy_names("cardcage_snapshot", state="DeviceState MachineState capture dumps loads restore")
+@hookimpl
+def cardcage_built(machine: PlainMachine) -> None:
+    """Take what a snapshot needs, before a jail shuts it out."""
+    if machine.host.owns_process or "jail" in machine.config.guards:
+        from cardcage_snapshot.running import before_jail
+
+        before_jail(machine)
+
+
+_names: Any = lazy_names(
+    "cardcage_snapshot",
+    creating="Snapshot",
+    state="DeviceState MachineState capture dumps loads restore",
+    verbs="Machine Verbs",
+)
 __getattr__ = _names

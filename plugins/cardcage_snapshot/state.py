@@ -2,29 +2,36 @@
 
 A card's state class may carry ``version: ClassVar[int]`` (1 without one) and follows one rule: fields are only added,
 with a default. So an older state loads into a newer card; a state with a field or version that this card does not know
-is refused, rather than loaded in part. RAM is not in here: how it is kept is a card's business (a file, a stream, a
-clone).
+is refused, rather than loaded in part. RAM is not in here: :mod:`cardcage_snapshot.creating` keeps it in a file.
 """
 
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import attrs
 from attrs import Factory, define
-from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, StateError, UsageError, in_words
 from cardcage.security import OPERATOR, Act
 from cardcage.x86 import VCpuState
 
+from cardcage_snapshot.processors import check_features, features_of, known_msrs
+from cardcage_snapshot.tables import ids_of
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
     from cattrs import Converter
 
 __all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore"]
 
 VERSION = 1
+_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+"""Of the states that devices of a class save."""
 
 
 @define
@@ -44,6 +51,7 @@ class MachineState:
         cpu, features, irqchip, memory: the machine must be made with the same; memory in bytes.
         clock: guest time, nanoseconds.
         vcpus: in the order of their numbers. devices: by id, those that have state.
+        cpuid: words of features that the guest was told of (:mod:`cardcage_snapshot.processors`), empty where unknown.
     """
 
     cpu: str
@@ -54,6 +62,7 @@ class MachineState:
     devices: dict[str, DeviceState]
     features: dict[str, bool] = Factory(dict)
     version: int = VERSION
+    cpuid: list[int] = Factory(list)
 
 
 @cache
@@ -84,13 +93,17 @@ def capture(machine: Machine) -> MachineState:
         clock = machine.clock.now()
     wanted = machine.config.machine
     vcpus = [vcpu.get_state() for vcpu in machine.vcpus]
-    return MachineState(wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, dict(wanted.features))
+    features, cpuid = dict(wanted.features), features_of(machine.vm)
+    return MachineState(
+        wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, features=features, cpuid=cpuid
+    )
 
 
-def restore(machine: Machine, state: MachineState) -> None:
+def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> None:
     """Give *machine* (built or paused, its RAM already in place) the *state*.
 
-    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change.
+    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change. With
+    *any_cpu* the processor may lack features that the guest was told of.
     Raises StateError while it runs, ConfigError when the machines differ or a device refuses its state.
     """
     if machine.state not in ("built", "paused"):
@@ -104,17 +117,39 @@ def restore(machine: Machine, state: MachineState) -> None:
         ("irqchip", state.irqchip, machine.irqchip),
         ("memory", state.memory, int(wanted.memory)),
         ("number of vCPUs", len(state.vcpus), len(machine.vcpus)),
-        ("devices with state", sorted(state.devices), sorted(_stateful(machine))),
+        ("devices with state", sorted(state.devices), sorted(_expected(machine, state))),
     ):
         if theirs != ours:
             raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
+    if not any_cpu:
+        check_features(state.cpuid, machine.vm)
     with machine.lock:
-        ready = [(_stateful(machine)[id], _device_state(machine, id, saved)) for id, saved in state.devices.items()]
+        stateful = _stateful(machine)
+        ready = [(id, stateful[id], _device_state(machine, id, one)) for id, one in state.devices.items()]
         machine.clock.set(state.clock)  # first: devices find their next alarms by it
-        for device, loaded in ready:
-            device.load(loaded)
+        for id, device, loaded in ready:
+            _told(f'the state of device "{id}"', partial(device.load, loaded))
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
-        vcpu.set_state(registers)
+        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, known_msrs(vcpu, registers, any_cpu=any_cpu)))
+
+
+def _told(what: str, load: Callable[[], None]) -> None:
+    """Raise ConfigError for what does not take its state: a state is a file's, and the file may be anybody's."""
+    try:
+        load()
+    except (ConfigError, UsageError) as error:
+        raise ConfigError(f"{what} does not fit: {error}") from error
+    except CardcageError:
+        raise
+    except FAULTS as error:
+        raise ConfigError(f"{what} does not fit: {in_words(error)}") from error
+
+
+def _expected(machine: Machine, state: MachineState) -> set[str]:
+    """The devices that the state has to have: not those that a later release's platform has besides; a guest that was
+    never told of one leaves it as it is after power-up."""
+    configured = set(ids_of(machine))
+    return {id for id in _stateful(machine) if id in state.devices or id in configured}
 
 
 def _stateful(machine: Machine) -> dict[str, Any]:
@@ -123,7 +158,9 @@ def _stateful(machine: Machine) -> dict[str, Any]:
 
 def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
     plugged = machine.devices[id]
-    cls = type(plugged.device.save())
+    cls = _classes.get(type(plugged.device))
+    if cls is None:
+        cls = _classes[type(plugged.device)] = type(plugged.device.save())
     known = getattr(cls, "version", 1)
     if saved.type != plugged.type or saved.version > known:
         raise ConfigError(
@@ -150,5 +187,6 @@ def loads(text: str) -> MachineState:
     except Exception as error:  # a damaged file can be wrong in every way that json and cattrs know
         from cattrs import transform_error
 
-        what = str(error) if isinstance(error, json.JSONDecodeError) else "; ".join(transform_error(error))
+        plain = isinstance(error, json.JSONDecodeError | RecursionError)
+        what = str(error) if plain else "; ".join(transform_error(error))
         raise ConfigError(f"not a machine state: {what}") from error

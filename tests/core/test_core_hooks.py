@@ -70,7 +70,8 @@ def test_every_phase_is_called_once_and_in_order(make_machine: Any) -> None:
     ran(make_machine(cards=(Card("one", calls),)))
     assert calls == [f"{name} one" for name in ("register", "admit", "built", "starting", "closing")]
     known = [name for name in vars(Hooks) if name.startswith("cardcage_")]
-    assert known == ["cardcage_register", *PHASES[:3], "cardcage_needs", PHASES[3]]
+    between = ["cardcage_needs", "cardcage_forking", "cardcage_forked"]
+    assert known == ["cardcage_register", *PHASES[:3], *between, PHASES[3]]
 
 
 def test_needs_are_asked_of_all_cards(make_machine: Any) -> None:

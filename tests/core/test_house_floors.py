@@ -26,9 +26,10 @@ NEEDS = {
         "cardcage_memory_policies",
     },
     "cardcage_fleet": set(),
+    "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": set(),
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
@@ -47,6 +48,7 @@ KITS = {
     "cardcage_virtio/testing.py",
     "cardcage_memory_policies/testing.py",
     "cardcage_fleet/testing.py",
+    "cardcage_snapshot/testing.py",
     "cardcage_pytest/cards.py",
 }
 """Contracts of a card's own, which may use the kit, and what runs them for strangers."""
@@ -131,9 +133,10 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8605, 5260
-"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, and
-devices that come and go, 94 and 63."""
+LINES, CODE = 8760, 5362
+"""The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, devices
+that come and go, 94 and 63, and machines that are parked and forked (two protocols, two hooks, a loop that begins
+anew), 156 and 103."""
 
 
 def test_the_kernel_stays_small() -> None:

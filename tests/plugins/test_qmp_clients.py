@@ -98,3 +98,14 @@ def test_a_strangers_command(tmp_path: Path) -> None:
             peer.ask("quit")
         assert json.dumps(process.stderr.read()).count("stopped by the host (quit)") == 1
         assert process.wait() == 0
+
+
+def test_under_the_policy_that_is_shipped(tmp_path: Path) -> None:
+    """With security = "default" the socket is there, and its commands are the operator's."""
+    monitor = {"type": "qmp", "socket": f"unix:{tmp_path}/qmp"}
+    keys = {"platform": "none", "accel": ["tcg"], "memory": "1M", "name": "vm"}
+    with (
+        Machine(machine=keys, devices=[monitor], fragments=[{"security": "default"}]),
+        Client(tmp_path / "qmp") as peer,
+    ):
+        assert peer.ask("query-name") == {"return": {"name": "vm"}}

@@ -106,6 +106,7 @@ def test_a_service_manager_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert (done.returncode, "the service manager cannot be told" in done.stderr) == (0, True)
 
 
+@pytest.mark.once
 def test_the_unit_is_one(tmp_path: Path) -> None:
     """systemd finds no fault in the example's unit."""
     if shutil.which("systemd-analyze") is None:
@@ -117,6 +118,7 @@ def test_the_unit_is_one(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completions_are_a_shells(shell: str, tmp_path: Path) -> None:
     """Each shell takes its completions; all commands are in them, and where the names of machines come from."""
@@ -132,6 +134,7 @@ def test_completions_are_a_shells(shell: str, tmp_path: Path) -> None:
     assert (told.returncode, told.stderr) == (0, "")
 
 
+@pytest.mark.once
 def test_bash_completes_commands() -> None:
     """In bash, the beginning of a command is completed by those there are."""
     pytest.importorskip("shtab")
@@ -143,6 +146,7 @@ def test_bash_completes_commands() -> None:
     assert done.stdout.split() == ["resume"], done.stderr
 
 
+@pytest.mark.once
 def test_manual_pages_are_whole(tmp_path: Path) -> None:
     """There is a page for each command, with its flags; roff warns of none; an unknown command is an error."""
     made = pages(parser_of(Host()))

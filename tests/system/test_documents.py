@@ -320,6 +320,14 @@ def guests_before(reader: Reader, _: Block) -> None:
     given(reader)
 
 
+def saved_web(reader: Reader, one: Block) -> None:
+    """A machine called web runs meanwhile."""
+    reader.write("up.bin", UP)
+    reader.write("up.toml", BASE.format("up.bin"))
+    with reader.background("cardcage run up.toml --set machine.name=web"):
+        assert ": no damage found" in reader.run(one.text)
+
+
 GUEST = "from cardcage_agent import Machine\nvm = Machine.debian(memory='512M').start()"
 
 ACCELERATORS = (
@@ -408,6 +416,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         ),
     ),
     "qemu.md": (
+        lambda reader, one: reader.console(one.text),
         machine(BASE.format("off.bin")),
         python(
             "from types import ModuleType\nfrom cardcage.host import Host\nfrom cardcage_qmp.schema import table_of",
@@ -420,11 +429,17 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         python("callback = print", "assert policy.compute_create", contexts),
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
     ),
+    "snapshots.md": (
+        python(),
+        saved_web,
+        python(),
+    ),
     "python.md": (
         python(prepare=lambda reader, one: fetch(reader)),
         *(python(GUEST, "vm.close()", prepare=lambda reader, one: fetch(reader)) for _ in range(8)),
         *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
+    "moving.md": (python(prepare=lambda reader, one: fetch(reader)),) * 2,
     "pytest.md": (
         tests_of_a_guest,
         python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),

@@ -129,6 +129,10 @@ class CpuModel:
             if (at, index) == (leaf, register) and name in self.features
         )
 
+    def told(self, leaf: int, sub: int, /) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX that guests see, but for what depends on the vCPU and on what they set themselves."""
+        return self.leaf(leaf, sub, 0, cr4=0, apic=True, xcr0=1)
+
     def leaf(self, leaf: int, sub: int, index: int, *, cr4: int, apic: bool, xcr0: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX of processor *index* for a leaf and subleaf; *apic*: APIC_BASE enables the local APIC."""
         if leaf == 0:

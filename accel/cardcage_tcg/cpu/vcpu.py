@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["TcgVCpu"]
 
 STACK = 512 << 10
+NEVER = (1 << 64) - 1
 SINGLE = L.BOUNCE + 4096
 """Where singles write; what they read from devices comes through the bounce buffer's first half."""
 UNSTORED = 1 | 1 << 3 | 1 << 4
@@ -251,6 +252,16 @@ class TcgVCpu:
             self.native.raise_(self.pointer, vector, error is not None, error or 0)
 
     # ---- state ----
+
+    def shift_clock(self, ticks: int, elapsed: int) -> None:
+        """The machine stood for so many ticks of the host's TSC, and nanoseconds: its TSC and APIC timer go on from
+        where they were."""
+        q = self.words
+        q[L.TSC_OFFSET // 8] = (q[L.TSC_OFFSET // 8] - ticks) & NEVER
+        for field in (L.LAPIC_TIMER_NEXT, L.LAPIC_TIMER_START):
+            at = (L.LAPIC + field) // 8
+            if q[at] not in (0, NEVER):
+                q[at] = min(q[at] + elapsed, NEVER - 1)
 
     def describe(self) -> str:
         """Registers and the bytes at RIP, for a person."""

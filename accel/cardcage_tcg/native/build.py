@@ -61,6 +61,8 @@ STRUCTS = {
     "ring": "RING_",
     "device": "DEVICE_",
     "device_access": "DEVICE_ACCESS_",
+    "dirty_log": "DIRTY_LOG_",
+    "dirty_area": "DIRTY_AREA_",
 }
 
 

@@ -229,6 +229,10 @@ struct route { u64 address; u32 data; s32 fd; u32 used, generation; };
 /* A split virtqueue that another process serves; seen: the used index up to which its writes are known; size 0: none. */
 struct ring { u64 table, used, avail, heads; u32 size, seen, made, pad; }; /* heads: u8 [size], how often available less how often used */
 
+/* host, size: RAM in this process; map: u8 a page, 1: in the log; base: bytes that a revert puts back. list: count host addresses of pages. */
+struct dirty_area { u64 host, size, map, base; };
+struct dirty_log { u64 areas, list, count; struct dirty_area area[]; };
+
 struct block;
 struct vm {
     struct slot slots[MAX_SLOTS];
@@ -258,6 +262,7 @@ struct vm {
     s32 irq_epoll, idle_fd;        /* idle_fd: -1 without irqfds; see irq_wait */
     u32 idler;                     /* a vCPU is in irq_wait */
     u32 stopper;                   /* futex: somebody has stopped the world */
+    u64 dirty;                     /* struct dirty_log *, 0 without one */
 };
 
 /* ---- mmu.c ---- */
@@ -277,6 +282,14 @@ void tlb_flush_page(struct cpu *c, u64 linear);
 void jc_flush(struct cpu *c);
 void smap_close(struct cpu *c);         /* RFLAGS.AC is clear again: drop what only AC let in */
 void set_pkru(struct cpu *c, u32 value);
+void tlb_unwrite_all(struct cpu *c);    /* no page is written but by way of the MMU */
+/* ---- dirty.c ---- */
+void note_written(struct vm *vm, u64 host);
+static inline void mark_dirty(struct vm *vm, const void *host)  /* a page is about to be written, or was */
+{
+    if (unlikely(vm->dirty))
+        note_written(vm, (u64)host);
+}
 /* ---- blocks.c ---- */
 void code_written(struct vm *vm, struct slot *s, u64 gpa, u32 size);  /* guest or host wrote RAM that may hold code */
 /* ---- eventfds.c ---- */

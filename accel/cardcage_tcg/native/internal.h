@@ -125,6 +125,7 @@ void futex_wake(u32 *word);
 void tcg_stop_world(struct vm *vm);
 void tcg_start_world(struct vm *vm);
 void ticker_kick(struct vm *vm, u64 deadline);
+int frozen_fault(u64 address);
 extern void stub_signal(void);
 extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);

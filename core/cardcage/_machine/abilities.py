@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import TellsNearMisses, has, near_misses, require
-from cardcage.accelerator import Accelerator
+from cardcage.accelerator import Accelerator, Parkable
 from cardcage.backends import BlockBackend, BlockInfo, CharBackend, NetBackend, NetFeatures, TryReads, TryWrites
 from cardcage.boot import BootContributor
 from cardcage.device import (
     DetachingBus,
     DeviceBus,
+    Forkable,
     HasState,
     Pausable,
     Pluggable,
@@ -38,6 +39,8 @@ ABILITIES: dict[str, Any] = {
     "power-button": PowerButton,
     "text-output": TextOutput,
     "pause": Pausable,
+    "park": Parkable,
+    "fork": Forkable,
     "needs": HasNeeds,
 }
 """A word for each ability of a device, to its protocol."""

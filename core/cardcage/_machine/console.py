@@ -21,7 +21,7 @@ class Console:
     """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; a CharBackend, passes on."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._kept = bytearray()
         self._start = 0  # bytes that were dropped from the front, so that positions stay valid
         self._read = 0
@@ -64,12 +64,12 @@ class Console:
         """Bytes from the guest."""
         if self.forward is not None:
             self.forward.write(data)
-        with self._changed:
+        with self.changed:
             self._kept += data
             drop = max(len(self._kept) - KEEP, 0)
             del self._kept[:drop]
             self._start += drop
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def close(self) -> None:
         """The device or the machine is done with it."""
@@ -80,26 +80,26 @@ class Console:
     @property
     def output(self) -> str:
         """What is kept of the guest's output, undecodable bytes replaced."""
-        with self._changed:
+        with self.changed:
             return self._kept.decode(errors="replace")
 
     def read(self, position: int, timeout: float | None = None) -> tuple[int, bytes]:
         """The position now, and what is kept behind *position* (0 is first), waited for up to *timeout* seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._start + len(self._kept) > position, timeout)
+        with self.changed:
+            self.changed.wait_for(lambda: self._ended or self._start + len(self._kept) > position, timeout)
             data = bytes(self._kept[max(position - self._start, 0) :])
             return self._start + len(self._kept), data
 
     def send(self, text: str | bytes) -> None:
         """Type *text* (no newline is added). Before the guest's port is up it waits there."""
-        with self._changed:
+        with self.changed:
             self._typed += text.encode() if isinstance(text, str) else text
         self._call_soon(self._deliver)
 
     def _deliver(self) -> None:
         if self._received is None or not self._typed:
             return
-        with self._changed:
+        with self.changed:
             data, self._typed = bytes(self._typed), bytearray()
         self._received(data)
 
@@ -118,7 +118,7 @@ class Console:
         overlap = len(wanted.encode()) - 1 if wanted is what else KEEP  # how far back a match may begin
         limit = None if timeout is None else time.monotonic() + timeout
         searched = 0
-        with self._changed:
+        with self.changed:
             while True:
                 begin = max(self._read - self._start, 0)
                 found = pattern.search(self._kept, max(begin, searched - self._start - overlap))
@@ -133,7 +133,7 @@ class Console:
                 left = None if limit is None else limit - time.monotonic()
                 if left is not None and left <= 0:
                     raise ConsoleTimeout(f"{wanted!r} did not come within {timeout:g} s{self._tail()}")
-                self._changed.wait(left)
+                self.changed.wait(left)
 
     def _tail(self) -> str:
         lines, words = self._kept.decode(errors="replace").splitlines(), self._last_words
@@ -143,6 +143,6 @@ class Console:
 
     def end(self, why: str, last_words: str = "") -> None:
         """The machine ended: nobody waits any longer. *last_words* end the line that says more than those after it."""
-        with self._changed:
+        with self.changed:
             self._ended, self._last_words = why, last_words
-            self._changed.notify_all()
+            self.changed.notify_all()

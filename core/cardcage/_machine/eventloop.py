@@ -46,15 +46,21 @@ class EventLoop:
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
         self.locked = locked
-        self._epoll = select.epoll()
+        self._name = name
         self._readers: dict[int, Owned] = {}
         self._turn = 0
         self._posts: deque[Callable[[], None]] = deque()
+        self.waking = threading.RLock()  # who has parked the machine holds it, and posts
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin anew after :meth:`close`, with descriptors of its own: this may be a forked process."""
+        self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._woken = self._ending = False
-        self._waking = threading.Lock()
-        self._epoll.register(self._wake, select.EPOLLIN)
-        self.thread = threading.Thread(target=self._main, name=f"{name}-loop", daemon=True)
+        for fd in (self._wake, *self._readers):
+            self._epoll.register(fd, select.EPOLLIN)
+        self.thread = threading.Thread(target=self._main, name=f"{self._name}-loop", daemon=True)
         self.thread.start()
 
     def _main(self) -> None:
@@ -83,7 +89,7 @@ class EventLoop:
         """
         self._posts.append(callback)
         if not self._woken:
-            with self._waking:
+            with self.waking:
                 if not self._ending:  # else the descriptor may be another file's by now
                     self._woken = True
                     os.eventfd_write(self._wake, 1)
@@ -97,8 +103,9 @@ class EventLoop:
 
         Any thread. Raises OSError for what cannot be waited for (a regular file).
         """
-        with suppress(FileExistsError):  # the earlier one's
-            self._epoll.register(fd, select.EPOLLIN)
+        if not self._ending:  # else it begins anew with it, or never
+            with suppress(FileExistsError):  # the earlier one's
+                self._epoll.register(fd, select.EPOLLIN)
         self._drop(fd)
         self._readers[fd] = Owned(callback, device, self._turn)
 
@@ -123,7 +130,7 @@ class EventLoop:
             os.close(self._wake)
 
     def _end(self) -> None:
-        with self._waking:
+        with self.waking:
             self._ending = True
 
 
@@ -165,18 +172,22 @@ class MachineClock:
     """
 
     def __init__(self, events: EventLoop) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._settime = libc.timerfd_settime
-        self._fd = libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._settime = self._libc.timerfd_settime
         self._events = events
         self._heap: list[tuple[int, int, MachineTimer]] = []
         self._order = itertools.count()
         self._stood = 0
         self._base: int | None = None
         self._alarm: int | None = None
-        events.add_reader(self._fd, self._expired, None)
+        self.start()
+
+    def start(self) -> None:
+        """Make the descriptor, or make it anew after :meth:`close`."""
+        self._fd = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._events.add_reader(self._fd, self._expired, None)
 
     def now(self) -> int:
         """Nanoseconds of guest time."""
@@ -246,5 +257,6 @@ class MachineClock:
     def close(self) -> None:
         """Give the descriptor back, after the loop thread has ended. Idempotent."""
         if self._fd >= 0:
+            self._events.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1

@@ -18,17 +18,19 @@ class Gate:
 
     def __init__(self, kick: Callable[[], None]) -> None:
         self._kick = kick
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._open = self._ended = False
         self._inside: set[int] = set()
         self.wakes = 0
+        self.halts: dict[int, int] = {}
+        """Of vCPUs whose threads ended in HLT without a local APIC: ``wakes`` when they went there."""
 
     def enter(self, index: int) -> bool:
         """Wait until the gate is open, and go in. False: the thread is to end. Leaves first where it was inside."""
-        with self._changed:
+        with self.changed:
             self._leave(index)
             while not self._open and not self._ended:
-                self._changed.wait()
+                self.changed.wait()
             if self._ended:
                 return False
             self._inside.add(index)
@@ -37,53 +39,53 @@ class Gate:
     def _leave(self, index: int) -> None:
         if index in self._inside:
             self._inside.discard(index)
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def leave(self, index: int) -> None:
         """The thread goes out for good."""
-        with self._changed:
+        with self.changed:
             self._leave(index)
 
     def open(self) -> None:
         """Let them in."""
-        with self._changed:
+        with self.changed:
             self._open = True
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def close(self, *, wait: bool = True) -> None:
         """Let no one in, get all out, and (with *wait*) wait until they are. Waiting is not for vCPU threads."""
-        with self._changed:
+        with self.changed:
             self._open = False
-            self._changed.notify_all()
+            self.changed.notify_all()
         self._kick()
         if wait:
-            with self._changed:
+            with self.changed:
                 while self._inside:
-                    self._changed.wait()
+                    self.changed.wait()
 
-    def end(self) -> None:
-        """All threads that are out, or come out, end."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+    def end(self, ended: bool = True) -> None:
+        """All threads that are out, or come out, end; with False, new ones may come."""
+        with self.changed:
+            self._ended = ended
+            self.changed.notify_all()
         self._kick()
 
     # waiting in HLT without a local APIC
 
     def wake(self) -> None:
         """An interrupt is pending, or the processors have new registers: those that wait in :meth:`halt` go on."""
-        with self._changed:
+        with self.changed:
             self.wakes += 1
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def halt(self, wakes: int, pending: Callable[[], bool]) -> bool:
         """Wait until *pending*, or a :meth:`wake` after ``gate.wakes`` was *wakes*.
 
         False when the gate closed meanwhile.
         """
-        with self._changed:
+        with self.changed:
             while self.wakes == wakes and not pending():
                 if not self._open or self._ended:
                     return False
-                self._changed.wait()
+                self.changed.wait()
             return True

@@ -151,9 +151,9 @@ REFUSED = {
 """What each kind of back end does for a device, and refuses in its own way: I/O errors, and bytes and frames lost."""
 
 HARMLESS = {
-    "char": ("close", "needs", "start"),
-    "block": ("close", "info", "needs"),
-    "net": ("close", "features", "needs", "resume", "set_offloads", "start"),
+    "char": ("close", "forked", "may_fork", "needs", "start"),
+    "block": ("close", "forked", "info", "may_fork", "needs"),
+    "net": ("close", "features", "forked", "may_fork", "needs", "resume", "set_offloads", "start"),
 }
 """What passes all the same: the end, what does not change, and what a back end has to know once it is open again.
 Nothing reaches a device that has called ``start``."""

@@ -94,7 +94,7 @@ class Life:
         self._closed = False
         self.lock = threading.RLock()
         self._config, self.faults, self._observers, self._vcpus, self._fault = config, faults, observers, vcpus, fault
-        self._ended, self._ending = threading.Event(), threading.Lock()
+        self._ended, self._ending = threading.Event(), threading.RLock()
         self._threads: list[threading.Thread] = []
         self._steps: Steps | None = None
         self.gate = Gate(self.kick)

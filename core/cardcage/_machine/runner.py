@@ -27,7 +27,7 @@ class Served(Protocol):
 def run_vcpu(life: Life, board: Served, observers: Observers, vcpu: VCpu) -> None:
     """The body of a vCPU's thread; returns once the machine has ended."""
     gate, index = life.gate, vcpu.index
-    halted, wakes = False, 0
+    halted, wakes = index in gate.halts, gate.halts.pop(index, 0)
     try:
         while gate.enter(index):
             if halted and not gate.halt(wakes, lambda: board.wiring.extint_level):
@@ -51,4 +51,6 @@ def run_vcpu(life: Life, board: Served, observers: Observers, vcpu: VCpu) -> Non
     except BaseException as error:  # whatever a card or the accelerator raised stops the machine; wait() raises it
         life.fail(error)
     finally:
+        if halted:
+            gate.halts[index] = wakes
         gate.leave(index)

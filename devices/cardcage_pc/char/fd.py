@@ -65,6 +65,12 @@ class Null:
     def write(self, data: bytes, /) -> None:
         """Forget *data*."""
 
+    def may_fork(self) -> str:
+        return ""
+
+    def forked(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -104,6 +110,12 @@ class FileSink:
 
     def write(self, data: bytes, /) -> None:
         self._sink.write(data)
+
+    def may_fork(self) -> str:
+        return "a file takes the output of one machine"
+
+    def forked(self) -> None:
+        """It never is."""
 
     def close(self) -> None:
         os.close(self._fd)

@@ -139,6 +139,16 @@ class Stdio:
         if self._sink is not None:
             self._sink.write(data)
 
+    def may_fork(self) -> str:
+        return ""
+
+    def forked(self) -> None:
+        """The terminal is the parent's: a copy has none."""
+        if self._saved is not None:
+            atexit.unregister(self._restore)
+            self._saved = None
+        self.close()
+
     def close(self) -> None:
         """Put the terminal back."""
         self._restore()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
 from attrs.validators import ge, le, optional
 from cardcage.device import Pio, Resource
-from cardcage.values import frozen
+from cardcage.values import define, frozen
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
 
-__all__ = ["DebugCon", "DebugConOptions", "IsaDebugExit", "Port80", "PvPanic"]
+__all__ = ["DebugCon", "DebugConOptions", "IsaDebugExit", "Port80", "Port80State", "PvPanic"]
 
 PANICKED, CRASH_LOADED = 1, 2
 
@@ -34,6 +34,14 @@ class PvPanic:
             self._log.warning("the guest panicked and goes on in its crash kernel")
 
 
+@define
+class Port80State:
+    """The last code."""
+
+    version: ClassVar[int] = 1
+    code: int = 0
+
+
 class Port80:
     """POST codes: the last one written can be read back, and each is logged (level debug)."""
 
@@ -42,6 +50,12 @@ class Port80:
 
     def plug(self, slot: Slot, /) -> None:
         self._log = slot.log
+
+    def save(self) -> Port80State:
+        return Port80State(self.code)
+
+    def load(self, state: Port80State, /) -> None:
+        self.code = state.code & 0xFF
 
     def read(self, offset: int, size: int, /) -> int:
         return self.code

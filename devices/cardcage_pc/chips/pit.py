@@ -188,6 +188,8 @@ class PitState:
     channels: list[Channel]
     speaker: bool = False
     disconnected: bool = False
+    due: int | None = None
+    """Clock at which channel 0 is looked at next."""
 
 
 def _fresh() -> PitState:
@@ -222,6 +224,8 @@ class Pit:
     def load(self, state: PitState, /) -> None:
         self.state = deepcopy(state)
         self._schedule()
+        if state.due is not None and self.state.due is not None:  # it was put off for a guest that asks too often
+            self._arm(state.due)
 
     def disconnect(self, off: bool) -> None:
         """Take channel 0 off interrupt 0: the HPET's legacy replacement."""
@@ -277,9 +281,14 @@ class Pit:
         self._irq.set(connected and channel.mode < 2 and channel.output(now))
         when = channel.next_rise(now) if connected else None
         if when is None:
+            self.state.due = None
             self._timer.cancel()
         else:
-            self._timer.arm(max(when, now + SHORTEST) if channel.mode in (2, 3) else when)
+            self._arm(max(when, now + SHORTEST) if channel.mode in (2, 3) else when)
+
+    def _arm(self, when: int) -> None:
+        self.state.due = when
+        self._timer.arm(when)
 
     def _rise(self) -> None:
         if self.state.channels[0].mode >= 2:

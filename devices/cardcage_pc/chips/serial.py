@@ -73,6 +73,10 @@ class SerialState:
     fifo: list[int] = field(factory=list)
     thre_pending: bool = False
     timeout_pending: bool = False
+    timeout: int | None = None
+    """Clock at which the character timeout comes."""
+    waiting: bytes = b""
+    """Bytes that came from outside and have no room in the FIFO yet: as saved."""
 
 
 class Serial:
@@ -103,13 +107,20 @@ class Serial:
         self._update()
 
     def save(self) -> SerialState:
-        return deepcopy(self.state)
+        state = deepcopy(self.state)
+        state.waiting = bytes(self.waiting)
+        return state
 
     def load(self, state: SerialState, /) -> None:
+        self.waiting = deque(state.waiting[:WAITING])
         self.state = deepcopy(state)
+        self.state.waiting = b""
         self._last = None
-        self._touched()
-        self.state.timeout_pending = state.timeout_pending
+        if state.timeout is not None and state.fifo:
+            self._timer.arm(state.timeout)
+        else:
+            self._timer.cancel()
+            self.state.timeout = None
         self._update()
 
     def read(self, offset: int, size: int, /) -> int:
@@ -149,12 +160,15 @@ class Serial:
         if s.fifo and s.fcr & FCR_ENABLE and len(s.fifo) < TRIGGER[s.fcr >> 6]:
             # four characters of start, five to eight data, parity and stop bits
             bits = 7 + (s.lcr & 3) + (s.lcr >> 2 & 1) + (s.lcr >> 3 & 1)
-            self._timer.arm(self._clock.now() + 4 * bits * max(s.divisor, 1) * 1_000_000_000 // BAUD_BASE)
-        else:
+            s.timeout = self._clock.now() + 4 * bits * max(s.divisor, 1) * 1_000_000_000 // BAUD_BASE
+            self._timer.arm(s.timeout)
+        elif s.timeout is not None:
+            s.timeout = None
             self._timer.cancel()
         self._update()
 
     def _timeout(self) -> None:
+        self.state.timeout = None
         if self.state.fifo:
             self.state.timeout_pending = True
             self._update()

@@ -11,6 +11,7 @@ from attrs import define, field, frozen
 from attrs.validators import ge
 from cardcage.memory import GuestMemoryReport
 
+from cardcage_virtio.parking import HasNoThread, HoldsNothing
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.virtio import DRIVER_OK
 
@@ -69,7 +70,7 @@ class BalloonState:
     poison: int = 0
 
 
-class Balloon:
+class Balloon(HasNoThread, HoldsNothing):
     """A balloon, which the machine's memory policies use too (:class:`~cardcage_memory_policies.policy.MemoryBalloon`).
 
     Attributes:

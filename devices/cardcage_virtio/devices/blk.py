@@ -19,6 +19,7 @@ from cardcage.segments import total
 from cardcage.values import define, frozen
 
 from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
+from cardcage_virtio.parking import HoldsNothing, ParksWorkers
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 
@@ -86,7 +87,7 @@ class Counts:
     failed_writes: int = 0
 
 
-class Blk:
+class Blk(ParksWorkers, HoldsNothing):
     """A disk.
 
     Attributes:

@@ -92,9 +92,7 @@ class Net:
     def plug(self, slot: Slot) -> None:
         options = self.options
         self._slot, self.backend = slot, slot.host.open("net", options.net)
-        name = f"{slot.machine}/{slot.id}"
-        self.mac = bytes.fromhex((options.mac or f"525400{sha256(name.encode()).hexdigest()[:6]}").replace(":", ""))
-        self._own_mac = self.mac
+        self.mac = self._own_mac = self._address()
         offered = self.backend.features
         self._vnet = bool(offered.vnet_header)
         large = options.mergeable or (self._vnet and options.offloads and {"tso4", "tso6"} & offered.offloads)
@@ -109,6 +107,20 @@ class Net:
             for name in offered.offloads & TO_GUEST.keys():
                 bits |= {TO_GUEST[name], FROM_GUEST[name]}
         self.features = sum(1 << bit for bit in bits) | options.packed << 34
+
+    def _address(self) -> bytes:
+        """The configured address, or one that is made from the machine's name."""
+        name = f"{self._slot.machine}/{self._slot.id}"
+        text = self.options.mac or f"525400{sha256(name.encode()).hexdigest()[:6]}"
+        return bytes.fromhex(text.replace(":", ""))
+
+    def may_fork(self) -> str:
+        return ""
+
+    def forked(self) -> None:
+        """The copy's own address; a driver that runs has the old one until it is started again, or is told."""
+        if self.mac == self._own_mac:
+            self.mac = self._own_mac = self._address()
 
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io

@@ -55,7 +55,8 @@ class Workers:
             Used for the first requests of a notification while all workers are idle: waking a worker costs more than a
             read from the host's page cache.
 
-    A device with workers calls :meth:`notify` in ``notified``, :meth:`drain` in ``drain``, :meth:`close` in ``unplug``.
+    A device with workers calls :meth:`notify` in ``notified``, :meth:`drain` in ``drain``, :meth:`close` in ``unplug``
+    and ``park``, :meth:`start` in ``unpark``.
     """
 
     def __init__(
@@ -77,7 +78,14 @@ class Workers:
         self._idle = Condition()
         self.active = 0
         self._draining = False
-        self._threads = [Thread(target=self._work, name=f"{name}-{at}", daemon=True) for at in range(threads)]
+        self._count, self._name = threads, name
+        self._threads: list[Thread] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start the threads, or start them anew after :meth:`close`."""
+        names = (f"{self._name}-{at}" for at in range(self._count))
+        self._threads = [Thread(target=self._work, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 

@@ -19,6 +19,7 @@ from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.security import Needs
 
+from cardcage_virtio.parking import ParksWorkers
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 from cardcage_virtio.share import fuse
@@ -91,7 +92,7 @@ class FsState:
     handles: list[tuple[int, int, int]] = field(factory=list)
 
 
-class Fs:
+class Fs(ParksWorkers):
     """The server. Requests are served one after another, on a thread of their own if they may have to wait."""
 
     device_id = 26

@@ -15,6 +15,7 @@ from attrs.validators import max_len, min_len
 from cardcage.config import HostPath
 from cardcage.security import Needs
 
+from cardcage_virtio.parking import ParksWorkers
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 from cardcage_virtio.share.hostcalls import most_files
@@ -71,7 +72,7 @@ class P9State:
     attributes: list[tuple[int, bytes, int, int, bytes, bool]] = field(factory=list)
 
 
-class P9:
+class P9(ParksWorkers):
     """The server. Requests are served one after another, on a thread of their own."""
 
     device_id = 9

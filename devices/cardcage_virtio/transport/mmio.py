@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cardcage.device import Resource
 from cardcage.values import define
 
+from cardcage_virtio.parking import AsksVirtio
 from cardcage_virtio.vhost.calls import CallThread
 from cardcage_virtio.virtio import Virtio, VirtioState, needs_of
 
@@ -33,7 +34,7 @@ class VirtioMmioState:
     selects: tuple[int, int, int] = (0, 0, 0)
 
 
-class MmioTransport:
+class MmioTransport(AsksVirtio):
     """A 512-byte register window around a virtio device, with one level-triggered interrupt.
 
     Args:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cardcage.values import define
 from cardcage_pci.spec import Bar, Capability, FunctionSpec
 
+from cardcage_virtio.parking import AsksVirtio
 from cardcage_virtio.transport.common import NO_VECTOR, CommonConfig
 from cardcage_virtio.transport.events import NOTIFY, BackEndEvents
 from cardcage_virtio.virtio import Virtio, VirtioState, needs_of
@@ -45,7 +46,7 @@ def _area(kind: int, offset: int, length: int, more: bytes = b"") -> Capability:
     return Capability(9, struct.pack("<BBB3xII", 16 + len(more), kind, 4, offset, length) + more)
 
 
-class PciTransport:
+class PciTransport(AsksVirtio):
     """A PCI function around a virtio device: what the machine plugs into its ``pci`` bus.
 
     Args:

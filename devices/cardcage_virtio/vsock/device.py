@@ -18,6 +18,7 @@ from cardcage.config import HostPath
 from cardcage.errors import ConfigError, Denied
 from cardcage.security import Needs
 
+from cardcage_virtio.parking import HasNoThread
 from cardcage_virtio.vsock.callers import Callers
 from cardcage_virtio.vsock.stream import RST, Header, Stream
 from cardcage_virtio.vsock.table import Streams
@@ -58,7 +59,7 @@ class VsockState:
     version: ClassVar[int] = 1
 
 
-class Vsock:
+class Vsock(HasNoThread):
     """The host's end of all streams of a guest."""
 
     device_id = 19

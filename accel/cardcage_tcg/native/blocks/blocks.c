@@ -491,7 +491,10 @@ EXPORTED void tcg_memory_written(struct vm *vm, u64 gpa, u64 size)
         u64 take = 4096 - (gpa & 0xfff);
         if (take > size)
             take = size;
-        if (phys_host(vm, gpa, &s) && s->pages[(gpa - s->gpa) >> 12].code)
+        void *host = phys_host(vm, gpa, &s);
+        if (host)
+            mark_dirty(vm, host);
+        if (host && s->pages[(gpa - s->gpa) >> 12].code)
             code_written(vm, s, gpa, (u32)take);
         gpa += take, size -= take;
     }

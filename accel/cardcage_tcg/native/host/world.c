@@ -190,6 +190,8 @@ static struct sigaction previous[32];
 
 static void handler(int sig, void *info, void *context)
 {
+    if (sig == 11 && frozen_fault(((u64 *)info)[2]))
+        return;
     u64 *gregs = (u64 *)((char *)context + 40); /* ucontext.uc_mcontext.gregs: R8..R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFL CSGSFS ERR TRAPNO */
     u64 rip = gregs[16];
     /* SIGBUS is the guest's only for alignment (BUS_ADRALN): else the host has no page, which is the core's to handle. */

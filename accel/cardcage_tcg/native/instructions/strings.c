@@ -30,7 +30,10 @@ static u64 write_host(struct cpu *c, u64 linear, struct slot **slot, u64 *phys)
     }
     *phys = (*phys & ~0xffful) | (linear & 0xfff);
     at = phys_host(c->vm, *phys, slot);
-    return at && !(*slot)->readonly ? (u64)at : 0;
+    if (!at || (*slot)->readonly)
+        return 0;
+    mark_dirty(c->vm, at);
+    return (u64)at;
 }
 
 /* How many elements from this one on stay in the page, in the segment, and do not wrap around the address size. */

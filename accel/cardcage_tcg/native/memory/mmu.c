@@ -57,6 +57,7 @@ static int set_bits(struct vm *vm, u64 table, u64 old, u64 bits, int wide)
     void *entry = phys_host(vm, table, &slot);
     if (!entry || slot->readonly)
         return 1;
+    mark_dirty(vm, entry);
     u32 narrow = (u32)old;
     int done = wide ? __atomic_compare_exchange_n((u64 *)entry, &old, old | bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
                     : __atomic_compare_exchange_n((u32 *)entry, &narrow, narrow | (u32)bits, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
@@ -384,6 +385,12 @@ void tlb_unwrite(struct cpu *c, u64 host_page)
                 tlb_drop(&c->tlb_w[m], at - 1);
 }
 
+void tlb_unwrite_all(struct cpu *c)
+{
+    tlb_clear(&c->tlb_w[0], 1);
+    tlb_clear(&c->tlb_w[1], 1);
+}
+
 /* ---- slow paths of translated accesses ---- */
 
 enum { ABORT_RAISE, ABORT_EXIT, ABORT_RETRY, ABORT_SINGLE };
@@ -448,6 +455,8 @@ static int data_page(struct cpu *c, u64 linear, int write, int user, u64 *phys, 
     *host = 0;
     if (!page)
         return 0;
+    if (write && !(*slot)->readonly)
+        mark_dirty(c->vm, page);
     if (unlikely(c->vm->watched) && is_watched(c->vm, *phys)) {
         *host = page; /* each access comes here */
         return 0;

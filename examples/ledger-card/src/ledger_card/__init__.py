@@ -40,6 +40,14 @@ def cardcage_admit(machine: Machine) -> None:
 
 
 @hookimpl
+def cardcage_forked(machine: Machine) -> None:
+    """A copy of a machine is in the ledger, too."""
+    from ledger_card.limits import forked
+
+    forked(machine)
+
+
+@hookimpl
 def cardcage_needs(machine: Machine) -> Needs:
     """The ledger is written when the machine's state changes."""
     from ledger_card.ledger import Ledger

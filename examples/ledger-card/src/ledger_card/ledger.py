@@ -77,13 +77,21 @@ class Record:
         self.update(entry.state)
 
     def update(self, state: str) -> None:
-        """Write the machine's state, in one piece."""
+        """Write the machine's state, in one piece; nothing once abandoned."""
+        if self._fd < 0:
+            return
         self.entry = evolve(self.entry, state=str(state))
         text = json.dumps(asdict(self.entry)).encode()
         os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
 
+    def abandon(self) -> None:
+        """This is a forked process: the entry, and its lock, are the parent's."""
+        os.close(self._fd)
+        self._fd = -1
+
     def close(self) -> None:
         """Take the machine off the ledger."""
-        with self._ledger.locked():
-            self._path.unlink(missing_ok=True)
-            os.close(self._fd)
+        if self._fd >= 0:
+            with self._ledger.locked():
+                self._path.unlink(missing_ok=True)
+                os.close(self._fd)

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from attrs import field, frozen
 from attrs.validators import ge
@@ -59,5 +60,20 @@ def admit(machine: Machine) -> None:
         for blamed, limit in limits:
             blamed(partial(limit.check, entry, others))
         record = Record(ledger, entry)
+    _keep(machine, record)
+
+
+def _keep(machine: Machine, record: Record) -> None:
+    machine.host.share("ledger:records", WeakKeyDictionary)[machine] = record
     machine.defer(record.close)
     machine.observers.add("state", record.update)
+
+
+def forked(machine: Machine) -> None:
+    """Enter a copy of a machine in its own process: the entry that is there is its parent's."""
+    known: WeakKeyDictionary[Machine, Record] = machine.host.share("ledger:records", WeakKeyDictionary)
+    if (record := known.get(machine)) is not None:
+        record.abandon()
+        ledger = Ledger()
+        with ledger.locked():
+            _keep(machine, Record(ledger, Entry(machine.name, os.getpid(), machine.config.machine.memory)))

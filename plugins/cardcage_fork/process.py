@@ -1,0 +1,219 @@
+"""The fork itself: the parent stands parked meanwhile, and the child goes on as a machine of its own."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import select
+import signal
+import socket
+import warnings
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import CardcageError, HostError, UsageError, in_words
+from cardcage.machine import rename
+from cardcage.security import OPERATOR, Act
+
+from cardcage_fork.plan import blocks_of, holders, refuse
+from cardcage_fork.serve import Server, leave_server
+from cardcage_fork.wire import Peer, pack_error, raise_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.machine import Machine
+
+__all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link"]
+
+MOST = 1000
+"""Copies at once."""
+PATIENCE = 60
+"""Seconds that a new process may take to be a machine of its own: it copies disks."""
+_links: set[socket.socket] = set()
+"""The ends of links to copies that this process holds: a new copy closes them."""
+
+
+class Made:
+    """A copy that was made: its process, its name, our end of the link to it."""
+
+    def __init__(self, pid: int, end: socket.socket) -> None:
+        self.pid, self.end, self.peer = pid, end, Peer(end)
+        self.name = ""
+
+
+def keep_link(end: socket.socket) -> None:
+    """*end* is of a link to a copy."""
+    _links.add(end)
+
+
+def forget_link(end: socket.socket) -> None:
+    """*end* is about to be closed."""
+    _links.discard(end)
+
+
+def forget_links() -> None:
+    """This is a new process: the links are its parent's."""
+    for end in _links:
+        end.close()
+    _links.clear()
+
+
+def fork_process(machine: Machine, count: int) -> list[Made]:
+    """Make *count* running copies of *machine*, 1 to 1000. Raises StateError, HostError or Denied; then there is none.
+
+    It returns in this process only.
+    """
+    if not 0 < count <= MOST:
+        raise UsageError(f"{count} copies: expected 1 to {MOST}")
+    facts = {"machine": machine.name, "copies": count}
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("fork",), facts))
+    refuse(machine)
+    made: list[Made] = []
+    born: Birth | None = None
+    waits = any(not one.info.readonly for one in _disks(machine))
+    try:
+        with machine.parked():
+            _lend(machine)
+            try:
+                for _ in range(count):
+                    if isinstance(one := _fork(machine), Birth):
+                        born = one
+                        break
+                    made.append(one)
+            finally:
+                if born is None:
+                    _keep(machine, child=False)
+            if born is not None:
+                born.settle()
+            elif waits:  # they copy what this machine would write
+                _await(made)
+        if born is not None:
+            born.live()
+    except BaseException as error:
+        if born is not None:
+            born.die(error)
+        _give_up(made)
+        raise
+    if not waits:
+        try:
+            _await(made)
+        except BaseException:
+            _give_up(made)
+            raise
+    return made
+
+
+def _disks(machine: Machine) -> list[Any]:
+    return [
+        backend for one in machine.devices.values() for backend in one.slot.host.opened if hasattr(backend, "writev")
+    ]
+
+
+def _lend(machine: Machine) -> None:
+    machine.vm.before_fork()  # type: ignore[attr-defined]  # refuse() has seen to it
+    for block in blocks_of(machine):
+        block.map.madvise(mmap.MADV_DOFORK)
+
+
+def _keep(machine: Machine, *, child: bool) -> None:
+    machine.vm.after_fork(child=child)  # type: ignore[attr-defined]
+    for block in blocks_of(machine):
+        block.map.madvise(mmap.MADV_DONTFORK)
+
+
+def _fork(machine: Machine) -> Made | Birth:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of threads: the machine's have ended, and others hold no lock of it.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+    except BaseException as error:
+        ours.close()
+        theirs.close()
+        if isinstance(error, OSError):
+            raise HostError(f"{machine.name} cannot be forked: {error.strerror}") from error
+        raise
+    if pid == 0:
+        ours.close()
+        return Birth(machine, theirs)
+    theirs.close()
+    keep_link(ours)
+    return Made(pid, ours)
+
+
+def _await(made: list[Made]) -> None:
+    """Wait until each copy is a machine of its own. Raises what went wrong in one."""
+    for one in made:
+        if not select.select([one.end], [], [], PATIENCE)[0]:
+            os.kill(one.pid, signal.SIGKILL)
+            raise HostError(f"a copy was not one within {PATIENCE} s (pid {one.pid})")
+        try:
+            message, _ = one.peer.receive()
+        except EOFError:
+            raise HostError(f"the process of a copy ended before it was one (pid {one.pid})") from None
+        if "error" in message:
+            raise_error(message["error"])
+        one.name = str(message.get("name"))
+
+
+def _give_up(made: list[Made]) -> None:
+    for one in made:
+        forget_link(one.end)
+        one.end.close()  # its process ends by that
+        with suppress(OSError):
+            os.waitpid(one.pid, 0)
+
+
+class Birth:
+    """The new process, whose only thread this is. It never returns to who called the fork."""
+
+    def __init__(self, machine: Machine, end: socket.socket) -> None:
+        self._machine, self._end, self._peer = machine, end, Peer(end)
+        self._told = False
+
+    def settle(self) -> None:
+        """Make anew what is the parent's, with the machine parked."""
+        machine = self._machine
+        with suppress(OSError):
+            os.setsid()  # a terminal's signals are for the parent
+        gc.freeze()  # whatever else the parent has is not ours to collect
+        forget_links()
+        leave_server()
+        _keep(machine, child=True)
+        name = machine.name
+        machine.host.phases.call("forked", machine)
+        if machine.name == name:  # there is no roster to find another by
+            rename(machine, f"{name}-{os.getpid()}")
+        for one in holders(machine):
+            one.forked()
+        machine.console.forward = None
+        self._peer.send({"name": machine.name})
+        self._told = True
+
+    def live(self) -> None:
+        """Serve the parent until it, or the guest, has had enough; then end the process."""
+        status = 1
+        with suppress(BaseException):
+            Server(self._machine, self._end).run()
+            status = 0
+        self._end_process(status)
+
+    def die(self, error: BaseException) -> None:
+        """End the process, with a word to the parent about why."""
+        if not self._told:
+            told = error if isinstance(error, (CardcageError, OSError)) else HostError(f"a copy: {in_words(error)}")
+            with suppress(OSError):
+                self._peer.send({"error": pack_error(told)})
+        else:
+            self._machine.log.error("a copy ended", error=in_words(error))
+        self._end_process(1)
+
+    def _end_process(self, status: int) -> None:
+        leave: tuple[Callable[[], object], ...] = (self._machine.dismantle,)
+        for one in leave:
+            with suppress(BaseException):
+                one()
+        os._exit(status)

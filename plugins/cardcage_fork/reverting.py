@@ -1,0 +1,229 @@
+"""A point in a machine's life to come back to, in the same process, at the cost of the pages written since."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import pickle
+import re
+from array import array
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cardcage.abilities import has
+from cardcage.accelerator import DirtyLog
+from cardcage.errors import CardError, StateError
+from cardcage.ram import PAGE, fenced
+from cardcage.security import OPERATOR, Act
+
+from cardcage_fork.plan import blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from weakref import WeakKeyDictionary
+
+    from cardcage.machine import Machine
+    from cardcage.ram import Backing, RamBlock
+    from cardcage.x86 import VCpuState
+
+__all__ = ["Checkpoint", "Reverted", "checkpoint", "revert"]
+
+PRESENT = 3 << 62
+"""A page that is in memory, or swapped out (Documentation/admin-guide/mm/pagemap.rst)."""
+
+
+class Reverted(Protocol):
+    """A back end that is to know when its device, and the guest, are back at an earlier time."""
+
+    def reverted(self) -> None:
+        """Forget what was under way with the guest: it never was. Under the machine's lock."""
+
+
+class RevertingVm(Protocol):
+    """A VM that puts pages back by itself."""
+
+    def set_revert_bases(self, bases: Sequence[tuple[int, int, int]], /) -> None:
+        """(host address of RAM, bytes, host address of the bytes to put back)."""
+
+    def revert_dirty_log(self) -> int:
+        """Put back what the log has, and empty it; returns how many pages."""
+
+
+class Base:
+    """The bytes that a block of RAM had."""
+
+    def __init__(self, block: RamBlock) -> None:
+        self.host, self.size = block.host_address, block.size
+        self._backing: Backing = fenced(block.size)
+        self._export = ctypes.c_char.from_buffer(self._backing.map)
+        self.address = ctypes.addressof(self._export) + self._backing.offset
+        for start, size in present(self.host, self.size):
+            ctypes.memmove(self.address + start, self.host + start, size)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._export
+        self._backing.map.close()
+
+
+def present(host: int, size: int) -> Iterator[tuple[int, int]]:
+    """The stretches of a mapping, (offset, bytes), that may not be zero: all of it where the kernel does not tell."""
+    entries = array("Q")
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(host // mmap.PAGESIZE * 8)
+            entries.frombytes(file.read(size // mmap.PAGESIZE * 8))
+    except OSError:
+        entries = array("Q")
+    if len(entries) != size // mmap.PAGESIZE:
+        yield 0, size
+        return
+    marks = bytes(1 if entry & PRESENT else 0 for entry in entries)
+    for run in re.finditer(b"\\x01+", marks):
+        yield run.start() * mmap.PAGESIZE, (run.end() - run.start()) * mmap.PAGESIZE
+
+
+class Checkpoint:
+    """The RAM, devices, processors and time of a machine. Made while it is paused."""
+
+    def __init__(self, machine: Machine) -> None:
+        vm: Any = machine.vm
+        self._devices: list[tuple[Any, bytes]] = []
+        with machine.lock:
+            for plugged in machine.devices.values():
+                if "state" in plugged.abilities:
+                    self._devices.append((plugged.device, _pickled(plugged.who, plugged.device.save())))
+            self._clock = machine.clock.now()
+        self._vcpus: list[bytes] = [pickle.dumps(one.get_state()) for one in machine.vcpus]
+        vm.start_dirty_log()
+        self._bases = [Base(block) for block in blocks_of(machine)]
+        self._itself = has(vm, RevertingVm)
+        if self._itself:
+            vm.set_revert_bases([(one.host, one.size, one.address) for one in self._bases])
+
+    def revert(self, machine: Machine) -> int:
+        """Put the paused *machine* back; returns how many pages that took."""
+        vm: Any = machine.vm
+        pages: int = vm.revert_dirty_log() if self._itself else self._put_back(machine)
+        with machine.lock:
+            machine.clock.set(self._clock)
+            for device, state in self._devices:
+                device.load(pickle.loads(state))
+            for plugged in machine.devices.values():
+                for backend in plugged.slot.host.opened:
+                    if has(backend, Reverted):
+                        backend.reverted()
+        for vcpu, state in zip(machine.vcpus, self._vcpus, strict=True):
+            registers: VCpuState = pickle.loads(state)
+            vcpu.set_state(registers)
+        return pages
+
+    def _put_back(self, machine: Machine) -> int:
+        vm: Any = machine.vm
+        count, written = 0, []
+        for slot in machine.memory.slots:
+            base = next(one for one in self._bases if 0 <= slot.host_address - one.host < one.size)
+            for page in pages_in(vm.fetch_dirty_log(slot)):
+                at = slot.host_address + page * PAGE
+                ctypes.memmove(at, base.address + at - base.host, PAGE)
+                written.append((slot.address + page * PAGE, PAGE))
+                count += 1
+        machine.memory.written_many(written)
+        for slot in machine.memory.slots:
+            vm.fetch_dirty_log(slot)  # of what was just told
+        return count
+
+    def close(self, machine: Machine) -> None:
+        """Forget it."""
+        vm: Any = machine.vm
+        vm.stop_dirty_log()
+        for base in self._bases:
+            base.close()
+
+
+def _pickled(who: str, state: Any) -> bytes:
+    try:
+        return pickle.dumps(state)
+    except Exception as error:  # a stranger's state may hold anything
+        raise CardError(f"{who}: its state cannot be kept: {error}") from error
+
+
+def pages_in(bitmap: bytes) -> Iterator[int]:
+    """Numbers of the bits that are set, in little-endian order."""
+    for found in re.finditer(rb"[^\0]", bitmap):
+        byte, at = found[0][0], found.start() * 8
+        yield from (at + bit for bit in range(8) if byte >> bit & 1)
+
+
+def _checkpoints(machine: Machine) -> WeakKeyDictionary[Machine, Checkpoint]:
+    from weakref import WeakKeyDictionary
+
+    found: WeakKeyDictionary[Machine, Checkpoint] = machine.host.share("fork:checkpoints", WeakKeyDictionary)
+    return found
+
+
+def checkpoint(machine: Machine) -> None:
+    """Keep what the machine is like now, for :func:`revert`; an earlier checkpoint is forgotten.
+
+    It costs a copy of the RAM that the guest has touched, and from then on the guest's first write to each page takes
+    longer. Raises StateError, in one line, where something could not be put back: a disk that the guest can write, an
+    accelerator without a dirty log, a log that somebody else has; Denied.
+    """
+    if why := _obstacle(machine):
+        raise StateError(f"{machine.name} cannot have a checkpoint: {why}")
+    facts = {"machine": machine.name}
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), facts))
+    forget(machine)
+    running = _pause(machine)
+    try:
+        kept = Checkpoint(machine)
+    finally:
+        if running:
+            machine.resume()
+    known = _checkpoints(machine)
+    if not any(one is machine for one in known):
+        machine.defer(lambda: forget(machine))
+    known[machine] = kept
+
+
+def _obstacle(machine: Machine) -> str:
+    if machine.state not in ("running", "paused"):
+        return f"it is {machine.state}"
+    if "dirty-log" not in machine.vm.capabilities or not has(machine.vm, DirtyLog):
+        return f'the accelerator "{machine.accelerator.name}" has no dirty log'
+    for plugged in machine.devices.values():
+        for backend in plugged.slot.host.opened:
+            info = getattr(backend, "info", None)
+            if info is not None and not info.readonly:
+                return f'the guest can write the drive of device "{plugged.id}", which would not be put back'
+        if "state" not in plugged.abilities and {"unplug", "needs"} & plugged.abilities:
+            return f"{plugged.who} does not say what its state is"
+    return ""
+
+
+def revert(machine: Machine) -> int:
+    """Put the machine back to its :func:`checkpoint`; returns how many pages of RAM that took.
+
+    It runs then, or is paused, as it was before. Raises StateError without a checkpoint, Denied.
+    """
+    kept = _checkpoints(machine).get(machine)
+    if kept is None:
+        raise StateError(f"{machine.name} has no checkpoint to go back to")
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
+    running = _pause(machine)
+    pages = kept.revert(machine)
+    if running:
+        machine.resume()
+    return pages
+
+
+def _pause(machine: Machine) -> bool:
+    if machine.state != "running":
+        return False
+    machine.pause()
+    return True
+
+
+def forget(machine: Machine) -> None:
+    """Drop the checkpoint, if there is one."""
+    if (kept := _checkpoints(machine).pop(machine, None)) is not None:
+        kept.close(machine)

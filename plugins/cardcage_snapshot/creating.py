@@ -1,0 +1,264 @@
+"""``vm.snapshot()``: all of a machine in a directory, at one point of its time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from attrs import frozen
+from cardcage.errors import HostError, StateError
+from cardcage.machine import State
+from cardcage.registry import DeviceOffer
+from cardcage.security import OPERATOR, Act
+from cardcage.units import say_size
+
+from cardcage_snapshot.disks import plan_disks, settle_disks
+from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, sealed, written
+from cardcage_snapshot.pages import held, runs_of
+from cardcage_snapshot.places import Publication, located
+from cardcage_snapshot.ram import Copy, chunk_size, compressor, finish
+from cardcage_snapshot.state import capture, dumps
+from cardcage_snapshot.tables import ids_of, tables_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cardcage.config import Config
+    from cardcage.machine import Machine
+    from cardcage.ram import RamBlock
+
+__all__ = ["STATE", "Plan", "Snapshot", "allowed", "completed", "original", "prepared", "roomy", "snapshot"]
+
+STATE = "state.json"
+SPARE = 16 << 20
+"""Bytes that a snapshot takes besides RAM and disks, at most."""
+_busy: WeakKeyDictionary[Machine, threading.Lock] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[Machine, dict[str, Any]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[Machine, tuple[Config, dict[str, Any], str]] = WeakKeyDictionary()
+
+
+@frozen
+class Snapshot:
+    """A snapshot that was made.
+
+    Attributes:
+        path: its directory. machine: name. memory: bytes of RAM. stored: bytes that it takes on the disk.
+        stood: seconds that the guest stood still for it.
+    """
+
+    path: Path
+    machine: str
+    memory: int
+    stored: int
+    stood: float
+
+
+def original(machine: Machine, tables: dict[str, Any]) -> None:
+    """*machine* was restored: its next snapshot has the configuration *tables*, not overlays and maps of this one."""
+    _originals[machine] = tables
+
+
+def snapshot(
+    self: Machine, where: str | os.PathLike[str], *, compress: bool = False, replace: bool = False
+) -> Snapshot:
+    """Save the machine, running or paused, and let it go on.
+
+    Args:
+        where: a name of letters, digits and ``. _ -``, kept below ``$XDG_STATE_HOME/cardcage/snapshots``; or the path
+            of a directory that is made.
+        compress: RAM with zstd (needs the extra ``zstd``): smaller, and read whole by who restores it.
+        replace: one that is there; it is either the old or the new at any moment.
+
+    The guest stands still while its state and the RAM that it ever touched are copied, and its disks.
+    Raises StateError for a machine that has not started or has ended, or a device that cannot be saved, before anything
+    is stopped; ConfigError where a snapshot is there already; HostError where the host has no room; Denied.
+    """
+    with _busy.setdefault(self, threading.Lock()):
+        return _snapshot(self, located(where), compress=compress, replace=replace)
+
+
+def _snapshot(machine: Machine, path: Path, *, compress: bool, replace: bool) -> Snapshot:
+    if compress:
+        compressor()
+    plan = Plan(machine)
+    allowed(machine, path)
+    with Publication(path, replace=replace) as into:
+        roomy(into, plan.room)
+        files = {name: into.create(name) for name in plan.names}
+        try:
+            manifest, stood = plan.take(files)
+        finally:
+            for fd in files.values():
+                os.close(fd)
+        return completed(into, manifest, stood, compress=compress)
+
+
+class Plan:
+    """All that is to be saved of a machine. Raises StateError for one that cannot be; nothing has happened by then.
+
+    Attributes:
+        names: of the files that :meth:`take` writes. room: bytes that they take, at most.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        if machine.state not in (State.RUNNING, State.PAUSED):
+            raise StateError(f"cannot save a snapshot: the machine is {machine.state}")
+        self._machine, self._block, self._disks = machine, savable(machine), plan_disks(machine)
+        self.names = ["ram", STATE, *(one.file for one in self._disks if one.file)]
+        runs, below = runs_of(self._block)
+        ram = held(runs) + (os.fstat(below).st_blocks * 512 if below >= 0 else 0)
+        self.room = ram + SPARE + sum(one.room for one in self._disks)
+
+    def take(self, files: Mapping[str, int]) -> tuple[Manifest, float]:
+        """Write *files*, by their names. Returns the manifest so far, and the seconds that the guest stood still.
+
+        Raises OSError, and what pausing and saving raise; the guest goes on then.
+        """
+        machine = self._machine
+        tables, seal = prepared(machine)
+        state = machine.state
+        copy = Copy(files["ram"], self._block)
+        try:
+            copy.prepare()
+            began = time.monotonic()
+            if state is State.RUNNING:
+                machine.pause()
+            try:
+                saved = capture(machine)
+                copy.take()
+                disks = [one.take(files.get(one.file, -1)) for one in self._disks]
+            finally:
+                if state is State.RUNNING and machine.state is State.PAUSED:
+                    machine.resume()
+            stood = time.monotonic() - began
+        finally:
+            copy.close()
+        text = dumps(saved).encode()
+        with open(files[STATE], "wb", closefd=False) as file:
+            file.write(text)
+        manifest = Manifest(
+            version("cardcage"),
+            time.time(),
+            machine.name,
+            machine.label,
+            int(machine.config.machine.memory),
+            len(machine.vcpus),
+            machine.accelerator.name,
+            tables,
+            _cards(machine),
+            File(len(text), hashlib.blake2b(text, digest_size=16).hexdigest()),
+            Ram("ram", "none", chunk_size(self._block.size)),
+            seal,
+            disks,
+            _has_agent(machine),
+            _processor(),
+            platform.release(),
+        )
+        return manifest, stood
+
+
+def completed(into: Publication, manifest: Manifest, stood: float, *, compress: bool) -> Snapshot:
+    """Finish the files that :meth:`Plan.take` wrote, and let them take their place. Raises OSError."""
+    fd = into.open(STATE)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    settle_disks(into, manifest.disks)
+    manifest.ram = finish(into, manifest.memory, compress=compress)
+    written(manifest, into)
+    stored = sum(os.stat(one, dir_fd=into.fd).st_blocks * 512 for one in os.listdir(into.fd))
+    into.commit()
+    return Snapshot(into.path, manifest.machine, manifest.memory, stored, stood)
+
+
+def allowed(machine: Machine, path: Path) -> None:
+    """Ask whether the machine may be saved there. Raises Denied."""
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
+    facts = {"machine": machine.name, "readonly": False}
+    machine.mediator.ask(Act(machine.label, machine.label, "image", ("create", "write"), facts), str(path))
+
+
+def prepared(machine: Machine) -> tuple[dict[str, Any], str]:
+    """The configuration of a machine as tables, and its seal: made before a jail where there is one."""
+    found = _prepared.get(machine)
+    if found is None or found[0] is not machine.config:
+        tables = _tables(machine)
+        found = machine.config, tables, sealed(tables, machine.label)
+        _prepared[machine] = found
+    return found[1], found[2]
+
+
+def _tables(machine: Machine) -> dict[str, Any]:
+    """The configuration; of a restored machine as it was, but for devices that were added or taken out since."""
+    tables = tables_of(machine.config, ids_of(machine))
+    before = _originals.get(machine)
+    if before is None:
+        return tables
+    devices = {one.get("id"): one for one in before.get("device", []) if isinstance(one, dict)}
+    found = [devices.get(one["id"], one) for one in tables["device"]]
+    return {**before, "device": found}
+
+
+def roomy(into: Publication, wanted: int) -> None:
+    """Raise HostError where the file system has not *wanted* bytes."""
+    there = os.fstatvfs(into.fd)
+    free = there.f_bavail * there.f_frsize
+    if wanted > free:
+        raise HostError(f"{into.path}: {say_size(wanted)} are needed, its file system has {say_size(free)} left")
+
+
+def savable(machine: Machine) -> RamBlock:
+    """The block of a machine's RAM. Raises StateError in one line for a machine that cannot be saved.
+
+    A device that has neither ``save`` nor ``reset`` has no state that a reset would put back, and needs none.
+    """
+    for one in machine.devices.values():
+        if "state" not in one.abilities and "reset" in one.abilities:
+            what = f'device "{one.id}" ({one.who.partition("(")[2].rstrip(")")}) cannot be saved'
+            raise StateError(f"{machine.name}: {what}: it has no save() and load()")
+    block = machine.memory.ranges[0].block
+    for shown in machine.memory.ranges:
+        if shown.block is not block and not shown.readonly:
+            raise StateError(f'{machine.name}: memory "{shown.block.name}" of a device cannot be saved')
+    return block
+
+
+def _cards(machine: Machine) -> list[DeviceCard]:
+    found = []
+    for one in machine.devices.values():
+        offer = machine.host.registry.get(DeviceOffer, one.type)
+        name, _, release = offer.distribution.partition(" ")
+        found.append(DeviceCard(one.id, one.type, offer.card, name, release))
+    return found
+
+
+def _has_agent(machine: Machine) -> bool:
+    """True once an agent has greeted."""
+    link = machine.services.get("agent")
+    if link is None:
+        return False
+    try:
+        link.await_agent(0)
+    except Exception:  # whatever a card's link says, it is that none answers
+        return False
+    return True
+
+
+def _processor() -> str:
+    """The host's CPU model (proc_cpuinfo(5))."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return ""

@@ -1,0 +1,269 @@
+"""The manifest: what a snapshot is of, what it is made of, and the sums by which damage is found.
+
+It is hostile input: bounded, typed, and each file that it names is one of the snapshot's own directory. Its
+*configuration* can name all that a machine may open on this host, so it is used by itself only where its *seal* says
+that it is that of a machine of this account: a keyed sum, by a key that only this account can read. A machine in a jail
+has the seal of its configuration from the time before, and can have none for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from functools import cache
+from hmac import compare_digest
+from typing import TYPE_CHECKING, Any
+
+from attrs import Factory, define, field
+from attrs.validators import and_, ge, in_, le, matches_re
+from cardcage.errors import CardcageError, ConfigError, HostError
+
+from cardcage_snapshot.places import state_directory
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+    from cardcage_snapshot.places import Folder, Publication
+
+__all__ = [
+    "CHUNKS",
+    "FORMAT",
+    "MANIFEST",
+    "DeviceCard",
+    "Disk",
+    "File",
+    "Manifest",
+    "Ram",
+    "converter",
+    "decoded",
+    "read",
+    "sealed",
+    "written",
+]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of the directory's layout; a reader takes its own and all before it."""
+MOST = 4 << 20
+"""Bytes of a manifest."""
+CHUNKS = 4096
+"""Pieces of RAM at most that have a sum of their own."""
+DEEPEST = 64
+SIZE = and_(ge(0), le(1 << 60))
+SUM = matches_re(r"[0-9a-f]{32}")
+
+
+@define
+class File:
+    """A small file that is read whole: its size in bytes, and its sum (blake2b of 16 bytes)."""
+
+    size: int = field(validator=SIZE)
+    sum: str = field(validator=SUM)
+
+
+@define
+class Ram:
+    """How RAM is kept.
+
+    Attributes:
+        file: its name in the directory.
+        compression: ``none``: the file is RAM byte for byte, with holes where that is zero; ``zstd``: a frame for each
+            piece that is not zero, one after another.
+        chunk: bytes of a piece, a power of two from 4 KiB.
+        chunks: of each piece that is not zero: its number, its offset and length in the file, its sum.
+    """
+
+    file: str
+    compression: str = field(validator=in_(("none", "zstd")))
+    chunk: int = field(validator=in_([1 << at for at in range(12, 49)]))
+    chunks: list[tuple[int, int, int, str]] = Factory(list)
+
+
+@define
+class Disk:
+    """A device's disk at the same point.
+
+    Attributes:
+        device: id. file: its name in the directory; empty for one that the guest only reads, which stays at *path*.
+        format: ``raw`` or ``qcow2``. size: bytes of the disk. length: of the file. modified: of *path*, nanoseconds.
+        sum: of the file. path: where the image was.
+    """
+
+    device: str
+    format: str = field(validator=in_(("raw", "qcow2")))
+    size: int = field(validator=SIZE)
+    length: int = field(validator=SIZE)
+    file: str = ""
+    sum: str = ""
+    path: str = ""
+    modified: int = 0
+
+
+@define
+class DeviceCard:
+    """Whose a device is: the type that a configuration names, its card, the card's distribution and that's release."""
+
+    id: str
+    type: str
+    card: str = ""
+    distribution: str = ""
+    release: str = ""
+
+
+@define
+class Manifest:
+    """All that is said about a snapshot.
+
+    Attributes:
+        cardcage: the version that made it. made: seconds since 1970. machine: name. label: security label.
+        memory: bytes. cpus: number. accelerator: that ran it. processor, kernel: of the host.
+        config: tables as of a TOML file, with ``defaults``: assignments to devices of the platform. seal: see above.
+        devices: those of the machine, in their order. agent: an agent answered in the guest.
+        state: the file ``state.json``. ram, disks: see there.
+    """
+
+    cardcage: str
+    made: float
+    machine: str
+    label: str
+    memory: int = field(validator=[ge(1 << 12), le(1 << 48)])
+    cpus: int = field(validator=[ge(1), le(255)])
+    accelerator: str
+    config: dict[str, Any]
+    devices: list[DeviceCard]
+    state: File
+    ram: Ram
+    seal: str = field(default="", validator=matches_re(r"([0-9a-f]{64})?"))
+    disks: list[Disk] = Factory(list)
+    agent: bool = False
+    processor: str = ""
+    kernel: str = ""
+
+    def check(self, where: str) -> None:
+        """Hold the parts to each other. Raises ConfigError."""
+        pieces = -(-self.memory // self.ram.chunk)
+        last, end = -1, 0
+        for number, offset, length, sum in self.ram.chunks:
+            fits = last < number < pieces and 0 < length <= self.ram.chunk + 4096 and len(sum) == 32
+            if not fits or offset < (end if self.ram.compression == "zstd" else 0):
+                raise ConfigError(f"piece {number} of RAM is out of place", file=where, key="ram.chunks")
+            if self.ram.compression == "none" and offset != number * self.ram.chunk:
+                raise ConfigError(f"piece {number} of RAM is out of place", file=where, key="ram.chunks")
+            last, end = number, offset + length
+        if pieces > CHUNKS:
+            raise ConfigError(f"{pieces} pieces of RAM: expected at most {CHUNKS}", file=where, key="ram.chunk")
+
+
+@cache
+def converter() -> Converter:
+    """The converter of attrs classes and JSON."""
+    from cattrs.preconf.json import make_converter
+
+    return make_converter(forbid_extra_keys=True)
+
+
+def decoded(data: bytes, where: str) -> Any:
+    """JSON in *data*. Raises ConfigError for anything else, and for what is nested too deeply."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}", file=where) from error
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        if not level:
+            return found
+    raise ConfigError(f"nested deeper than {DEEPEST}", file=where)
+
+
+def _canonical(table: Any) -> bytes:
+    return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _key(make: bool) -> bytes | None:
+    """The account's key, None where there is none and none is made. Raises HostError."""
+    path = state_directory() / "snapshot.key"
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(2):
+        with suppress(FileNotFoundError):
+            try:
+                with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
+                    if os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
+                        return None
+                    return file.read(64)
+            except PermissionError:
+                return None
+        if not make:
+            return None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            hidden = path.with_name(f".{path.name}.{os.getpid()}")
+            with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o600), "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(hidden, path)
+            os.unlink(hidden)
+        except OSError as error:
+            raise HostError(f"{path}: the key that seals snapshots cannot be made: {error.strerror}") from error
+    return None
+
+
+def sealed(config: dict[str, Any], label: str) -> str:
+    """The seal of a configuration; empty where this process cannot have the key."""
+    try:
+        key = _key(make=True)
+    except HostError:
+        return ""
+    return _seal(key, config, label) if key else ""
+
+
+def _seal(key: bytes, config: dict[str, Any], label: str) -> str:
+    return hashlib.blake2b(_canonical([config, label]), key=key[:64], digest_size=32).hexdigest()
+
+
+def written(manifest: Manifest, into: Publication) -> None:
+    """Write the manifest."""
+    table = converter().unstructure(manifest)
+    sum = hashlib.sha256(_canonical(table)).hexdigest()
+    text = json.dumps({"cardcage snapshot": FORMAT, "sum": sum, "manifest": table}, indent=1)
+    into.write(MANIFEST, text.encode())
+
+
+def read(folder: Folder) -> tuple[Manifest, bool]:
+    """The manifest, and whether its configuration is that of a machine of this account.
+
+    Raises ConfigError that names the file and what is wrong.
+    """
+    where = folder.where(MANIFEST)
+    outer = decoded(folder.read(MANIFEST, MOST), where)
+    version = outer.get("cardcage snapshot") if isinstance(outer, dict) else None
+    if type(version) is not int or version < 1:
+        raise ConfigError('no manifest of a snapshot: expected "cardcage snapshot" and its version', file=where)
+    table = outer.get("manifest")
+    if version > FORMAT:
+        by = table.get("cardcage") if isinstance(table, dict) else None
+        who = f" (written by cardcage {by!r:.40})" if isinstance(by, str) else ""
+        raise ConfigError(f"is of format {version}{who}: this cardcage reads format {FORMAT}", file=where)
+    sum = outer.get("sum")
+    if not isinstance(table, dict) or not isinstance(sum, str):
+        raise ConfigError("expected manifest and sum", file=where)
+    if hashlib.sha256(_canonical(table)).hexdigest() != sum:
+        raise ConfigError("is damaged: its sum is not that of its contents", file=where)
+    try:
+        found = converter().structure(table, Manifest)
+        found.check(where)
+    except CardcageError:
+        raise
+    except Exception as error:  # a damaged file can be wrong in every way that cattrs knows
+        from cattrs import transform_error
+
+        why = "; ".join(transform_error(error))
+        raise ConfigError(f"does not fit: {why[:500]}", file=where) from error
+    key = _key(make=False) if found.seal else None
+    ours = key is not None and compare_digest(_seal(key, found.config, found.label), found.seal)
+    return found, ours

@@ -1,0 +1,307 @@
+"""``Machine.restore()``: a machine that goes on from a snapshot."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import tempfile
+from contextlib import ExitStack
+from contextvars import ContextVar
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from attrs import evolve, field, frozen
+from cardcage.abilities import has
+from cardcage.boot import Firmware
+from cardcage.config import Draft
+from cardcage.errors import CardcageError, ConfigError, NotOffered
+from cardcage.host import Host
+from cardcage.registry import BootOffer, DeviceOffer
+from cardcage.security import Act
+
+from cardcage_snapshot.creating import STATE, original
+from cardcage_snapshot.disks import file_sum, overlays
+from cardcage_snapshot.manifest import read
+from cardcage_snapshot.places import Folder, located
+from cardcage_snapshot.ram import damaged, fill
+from cardcage_snapshot.state import loads
+from cardcage_snapshot.state import restore as load_state
+from cardcage_snapshot.tables import config_of, tables_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from cardcage.boot import BootContext, BootImage
+    from cardcage.machine import Machine
+    from cardcage.x86 import VCpuState
+
+    from cardcage_snapshot.manifest import Manifest
+    from cardcage_snapshot.state import MachineState
+
+    M = TypeVar("M", bound=Machine)
+
+__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "restore", "settle"]
+
+STATE_MOST = 64 << 20
+"""Bytes of ``state.json``."""
+PATIENCE = 5.0
+"""Seconds that the agent of a restored guest may take."""
+_host: ContextVar[Host] = ContextVar("cardcage_snapshot_host")
+
+
+def restore(
+    cls: type[M],
+    where: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    accel: str | Iterable[str] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    trust: bool = False,
+    verify: bool = False,
+    disks: str | os.PathLike[str] | None = None,
+    any_cpu: bool = False,
+    start: bool = True,
+    host: Host | None = None,
+) -> M:
+    """A machine that goes on where a snapshot was made; it runs when this returns.
+
+    Its RAM is mapped, not read: what the guest does not touch stays in the file. Where the guest had an agent, that is
+    found again, told the time, and given new randomness, before this returns.
+
+    Args:
+        where: a name or a path, as of ``vm.snapshot``.
+        name: of the machine, by default the saved one's; a number is added to one that is taken.
+        accel: accelerators to try, by default as the saved machine's configuration says.
+        config: the machine's configuration, a TOML file or tables, instead of the one in the snapshot.
+        trust: take the configuration of a snapshot that this account did not make. It can name any file of this host.
+        verify: read all of it first, and compare sums.
+        disks: a directory where the disks' overlays stay; one that holds them already is gone on with. By default what
+            the guest writes is thrown away with the machine.
+        any_cpu: go on also where the processor lacks features that the guest was told of.
+        start: False for a machine that is built and waits for ``start(boot=False)`` and :func:`settle`.
+        host: whose cards to use; by default a private one.
+
+    Raises ConfigError that names file, key or card for what does not fit or is damaged; and what Machine raises.
+    """
+    path = located(where)
+    with ExitStack() as failing, Folder(path) as folder:
+        manifest, ours = read(folder)
+        if config is None and not (ours or trust):
+            raise ConfigError(
+                "was not made by this account, and its configuration can name any file of this host: look at it "
+                '("cardcage snapshot show"), then trust it (--trust), or give another configuration (--config)',
+                file=str(path),
+            )
+        if verify:
+            check_files(folder, manifest)
+        saved = read_state(folder, manifest)
+        tables = _given(config) if config is not None else copy.deepcopy(manifest.config)
+        kept = copy.deepcopy(tables)
+        machine = tables.setdefault("machine", {})
+        if not isinstance(machine, dict):
+            raise ConfigError("expected a table", file=folder.where("manifest.json"), key="config.machine")
+        machine |= {"name": name or manifest.machine}
+        if accel is not None:
+            machine["accel"] = [accel] if isinstance(accel, str) else list(accel)
+        if manifest.label != manifest.machine:
+            machine["label"] = manifest.label
+        mapped = _memory(tables, manifest, path)
+        temporary = None
+        if manifest.disks:
+            target = _overlay_folder(disks, path)
+            if disks is None:
+                temporary = target
+                failing.callback(rmtree, target, ignore_errors=True)
+            overlays(folder, manifest, tables, target)
+        made = config_of(tables, folder.where("manifest.json"))
+        host = host or Host(security=made.security)
+        if made.boot:
+            jailed = host.owns_process or "jail" in made.guards  # in a jail files are opened before the guest runs
+            made = evolve(made, boot={"protocol": "saved", "table": made.boot, "now": jailed})
+        _cards_there(host, manifest, path)
+        token = _host.set(host)
+        try:
+            vm = cls.from_config(made, host=host)
+        finally:
+            _host.reset(token)
+        failing.callback(vm.dismantle)
+        if temporary is not None:
+            rmtree(temporary, ignore_errors=True)  # they are open: nothing of them is left, however the machine ends
+        original(vm, kept)
+        may_boot(vm, (made.boot or {}).get("table", {}))
+        if not mapped:
+            fill(vm.memory.ranges[0].block, folder, manifest.ram)
+        _load(vm, saved, folder.where(STATE), any_cpu)
+        if start:
+            vm.start(boot=False)
+            settle(vm, manifest.agent)
+        failing.pop_all()
+        return vm
+
+
+def read_state(folder: Folder, manifest: Manifest) -> MachineState:
+    """The state of devices and vCPUs. Raises ConfigError that names the file."""
+    data = folder.read(STATE, STATE_MOST)
+    if hashlib.blake2b(data, digest_size=16).hexdigest() != manifest.state.sum or len(data) != manifest.state.size:
+        raise ConfigError("is damaged: its sum is not that of the manifest", file=folder.where(STATE))
+    try:
+        return loads(data.decode())
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}", file=folder.where(STATE)) from error
+    except ConfigError as error:
+        raise ConfigError(error.problem, file=folder.where(STATE)) from error
+
+
+def _given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    draft = Draft()
+    if isinstance(config, str | os.PathLike):
+        draft.add_file(os.fspath(config))
+    else:
+        draft.add(config)
+    return tables_of(draft.config())
+
+
+def _memory(tables: dict[str, Any], manifest: Manifest, path: Path) -> bool:
+    """Say where RAM comes from; True when that is a map of the snapshot, False when it is to be filled."""
+    memory = tables.setdefault("memory", {})
+    if not isinstance(memory, dict):
+        raise ConfigError("expected a table", file=str(path), key="config.memory")
+    kind = memory.get("type", "anonymous")
+    if kind == "file":  # what the file holds is another machine's by now
+        tables["memory"] = memory = {"type": "memfd"}
+    if kind != "anonymous" or manifest.ram.compression != "none":
+        return False
+    memory |= {"type": "snapshot", "path": str(path), "file": manifest.ram.file}
+    return True
+
+
+def _overlay_folder(disks: str | os.PathLike[str] | None, path: Path) -> Path:
+    """The directory of the overlays, made where it is not there."""
+    try:
+        if disks is not None:
+            made = Path(os.path.abspath(disks))
+            made.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return made
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".disks", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(f"no overlay of a disk can be made there: {error.strerror}", file=error.filename) from error
+
+
+def _cards_there(host: Host, manifest: Manifest, path: Path) -> None:
+    """Raise ConfigError for a device whose card is not here."""
+    for one in manifest.devices:
+        try:
+            host.registry.get(DeviceOffer, one.type)
+        except NotOffered as error:
+            whose = f"card {one.card}, {one.distribution} {one.release}"
+            what = f'device "{one.id}" is of type "{one.type}" ({whose[:200]}), which is not installed here'
+            raise ConfigError(what, file=str(path)) from error
+
+
+def _load(vm: Machine, saved: MachineState, where: str, any_cpu: bool) -> None:
+    """Give the machine the state. Raises ConfigError that names the file; Denied."""
+    try:
+        load_state(vm, saved, any_cpu=any_cpu)
+    except ConfigError as error:
+        raise ConfigError(error.problem, file=where, key=error.key) from error
+
+
+def settle(machine: Machine, agent: bool) -> None:
+    """Tell the agent of a guest that goes on the time, and give it new randomness; say so where there is none."""
+    if agent and machine.services.get("agent") is not None:
+        try:
+            face: Any = machine
+            face.agent.wait(PATIENCE)
+            face.agent.reseed(timeout=PATIENCE)
+            face.agent.set_time(timeout=PATIENCE)
+            return
+        except (CardcageError, TimeoutError, OSError) as error:
+            why = f"its agent does not answer: {error}"
+    else:
+        why = "no agent runs in it"
+    machine.log.warning(
+        "the guest's clock stands where it was saved, and machines of one snapshot share their random numbers for a "
+        "while",
+        why=why,
+    )
+
+
+def check_files(folder: Folder, manifest: Manifest) -> None:
+    """Read all of a snapshot. Raises ConfigError that names the damaged part."""
+    read_state(folder, manifest)
+    for disk in manifest.disks:
+        if disk.file:
+            fd = folder.open(disk.file)
+            try:
+                if os.fstat(fd).st_size != disk.length or file_sum(fd) != disk.sum:
+                    what = f'the disk of device "{disk.device}" is damaged: its sum is another'
+                    raise ConfigError(what, file=folder.where(disk.file))
+            finally:
+                os.close(fd)
+    damaged(folder, manifest.ram, manifest.memory)
+
+
+# what a reset boots
+
+
+@frozen
+class SavedBootOptions:
+    """Options of boot protocol ``saved``.
+
+    Attributes:
+        table: ``[boot]`` as it was, which a reset of the restored machine boots.
+        now: open its files at once, where that can be; else at the first reset.
+    """
+
+    table: dict[str, Any] = field(factory=dict)
+    now: bool = False
+
+
+class SavedBoot:
+    """Opens what a restored machine boots when it is reset, and not before: most never are."""
+
+    def __init__(self, options: SavedBootOptions) -> None:
+        self._table, self._now, self._host = options.table, options.now, _host.get(None)
+        self._image: BootImage | None = None
+
+    def open(self) -> SavedBoot:
+        if self._host is None:
+            raise ConfigError('protocol "saved" is that of restored machines only', key="protocol")
+        if self._now:
+            try:
+                self._opened()
+            except CardcageError as error:  # it goes on all the same: most machines are never reset
+                self._host.log.warning("what a reset would boot cannot be opened", why=str(error))
+        return self
+
+    def _opened(self) -> BootImage:
+        if self._image is None:
+            assert self._host is not None
+            table = dict(self._table)
+            offer = self._host.registry.get(BootOffer, str(table.pop("protocol", "auto")))
+            options = self._host.options(offer, table, key="boot")
+            factory = offer.load()
+            loader = factory(options) if options is not None else factory()
+            self._image = loader.open()
+        return self._image
+
+    @property
+    def firmware(self) -> bool:
+        """See :class:`cardcage.boot.Firmware`."""
+        image = self._opened()
+        return has(image, Firmware) and image.firmware
+
+    def load(self, context: BootContext, /) -> VCpuState:
+        """See :class:`cardcage.boot.BootImage`."""
+        return self._opened().load(context)
+
+
+def may_boot(machine: Machine, table: Mapping[str, Any]) -> None:
+    """Ask for the files that *table* names. Raises Denied."""
+    for value in table.values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and os.path.lexists(text):
+                facts = {"machine": machine.name, "readonly": True}
+                machine.mediator.ask(Act(machine.label, machine.label, "image", ("open", "read"), facts), text)

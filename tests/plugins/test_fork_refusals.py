@@ -1,0 +1,179 @@
+"""Forks and checkpoints that are refused: in one line that names what is in the way, before anything stops."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cardcage.device import Pio
+from cardcage.errors import CardcageError, Denied, StateError, UsageError
+from cardcage.hookspecs import hookimpl
+from cardcage.host import Host
+from cardcage.machine import Machine
+from cardcage.security import Act, Mediator
+from cardcage_fork import checkpoint, fork
+from cardcage_fork.plan import refuse
+from cardcage_fork.wire import pack_error, pack_value, raise_error, unpack_value
+from hypothesis import given
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cardcage.registry import Registry
+
+
+class Holder:
+    """A device that has something to give back."""
+
+    def read(self, offset: int, size: int, /) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int, /) -> None:
+        """Nothing."""
+
+    def unplug(self) -> None:
+        """Give it back."""
+
+
+class Busy(Holder):
+    """A device that works of its own accord."""
+
+    def pause(self) -> None:
+        """Stop."""
+
+    def resume(self) -> None:
+        """Go on."""
+
+
+class Card:
+    """Offers both, and may refuse."""
+
+    __name__ = "holders"
+    why: str | None = None
+
+    @hookimpl
+    def cardcage_register(self, registry: Registry) -> None:
+        registry.device("holder", Holder, regions=(Pio(4, 0x500),))
+        registry.device("busy", Busy, regions=(Pio(4, 0x540),))
+
+    @hookimpl
+    def cardcage_forking(self, machine: Any) -> str | None:
+        return self.why
+
+
+def machine(*devices: dict[str, Any], card: Card | None = None, **keys: Any) -> Machine:
+    host = Host(cards=(card or Card(),), mediator=keys.pop("mediator", None))
+    return Machine(memory="16M", accel="tcg", devices=devices, host=host, **keys)
+
+
+def test_a_plain_machine_can_be_forked() -> None:
+    """A PC with a serial port, and virtio devices without a host's side, has nothing in the way."""
+    devices = [{"type": "virtio-net", "net": "null"}, {"type": "virtio-rng"}, {"type": "virtio-balloon"}]
+    with machine(*devices) as vm:
+        refuse(vm)
+        assert vm.why_not_parked() == ""
+        with pytest.raises(UsageError, match="1 to 1000"):
+            fork(vm, 0)
+
+
+def test_what_holds_the_host_is_named(tmp_path: Path) -> None:
+    """RAM that is shared, a share, vsock, a file that takes output, a stranger's device that does not say how, memory
+    policies and a card that refuses are each named in the line."""
+    refusing = Card()
+    refusing.why = "the stars are wrong"
+    memfd = {"memory": {"type": "memfd"}}
+    cases: list[tuple[str, Any]] = [
+        ("RAM of type memfd", {"fragments": [memfd]}),
+        ('"virtio-9p" holds', {"devices": ({"type": "virtio-9p", "path": str(tmp_path), "tag": "x"},)}),
+        ('"virtio-vsock" holds', {"devices": ({"type": "virtio-vsock", "cid": 3, "uds": str(tmp_path / "v")},)}),
+        ("a file takes", {"devices": ({"type": "virtio-console", "char": f"file:{tmp_path / 'out'}"},)}),
+        ('"holder" .* does not say', {"devices": ({"type": "holder"},)}),
+        ('"busy" .* of its own accord', {"devices": ({"type": "busy"},)}),
+        ("the stars are wrong", {"card": refusing}),
+    ]
+    for line, keys in cases:
+        with machine(*keys.pop("devices", ()), **keys) as vm:
+            before = vm.state
+            with pytest.raises(StateError, match=f"{vm.name} cannot be forked: .*{line}") as caught:
+                fork(vm)
+            assert "\n" not in str(caught.value)
+            assert vm.state is before
+
+
+def test_a_fork_is_asked_about_first() -> None:
+    """A checker hears of ``machine fork`` and may refuse; one that has let it does not say how it is in two processes,
+    and is named."""
+
+    class Checker:
+        asked: list[tuple[str, ...]] = []  # noqa: RUF012  one test's
+        refuses = True
+
+        def check(self, act: Act, /) -> None:
+            self.asked.append(act.permissions)
+            if self.refuses and "fork" in act.permissions:
+                raise Denied("no copies here")
+
+    checker = Checker()
+    with machine(mediator=Mediator((checker,))) as vm:
+        with pytest.raises(Denied, match="no copies here"):
+            fork(vm)
+        assert checker.asked[-1] == ("fork",)
+        checker.refuses = False
+        with pytest.raises(StateError, match="checker Checker is one process's"):
+            fork(vm)
+
+
+def test_a_checkpoint_is_refused_where_not_all_goes_back(tmp_path: Path) -> None:
+    """A disk that the guest can write, and a stranger's device without state, are named."""
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    drive = {"file": str(tmp_path / "disk.img"), "format": "raw"}
+    with (
+        machine({"type": "virtio-rng"}) as vm,
+        pytest.raises(StateError, match="cannot have a checkpoint: it is built"),
+    ):
+        checkpoint(vm)
+    for line, device in (
+        ('drive of device "virtio-blk"', {"type": "virtio-blk", "drive": drive}),
+        ('"holder" .* its state', {"type": "holder"}),
+    ):
+        with machine(device) as vm:
+            vm.start()
+            vm.pause()
+            with pytest.raises(StateError, match=f"cannot have a checkpoint: .*{line}"):
+                checkpoint(vm)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_values_pass_between_processes(value: Any) -> None:
+    """Each value comes out as it went in."""
+    assert unpack_value(pack_value(value)) == value
+
+
+ANSWERS = st.recursive(
+    st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+
+
+@given(ANSWERS)
+def test_an_answer_may_be_anything(packed: Any) -> None:
+    """What a copy's process says is a value, or an error of ours or the system's, whatever it is."""
+    with suppress(CardcageError):
+        unpack_value(packed)
+    with pytest.raises((CardcageError, OSError)):
+        raise_error(packed)
+
+
+def test_errors_pass_between_processes() -> None:
+    """An error of cardcage's has its class and words, one of the system its number."""
+    with pytest.raises(StateError, match="closed"):
+        raise_error(pack_error(StateError("closed")))
+    with pytest.raises(FileNotFoundError, match="/x"):
+        raise_error(pack_error(FileNotFoundError(2, "No such file", "/x")))
