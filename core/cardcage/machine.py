@@ -76,8 +76,7 @@ def _dropped(machine: Machine) -> None:
     warnings.warn(what, ResourceWarning, stacklevel=2, source=machine)
 
 
-MAKERS = "cardcage.makers"
-"""The entry points that are ways to make a machine: functions whose first argument is the class."""
+MAKERS = "cardcage.makers"  # entry points: ways to make a machine, functions whose first argument is the class
 
 
 class _Makers(type):

@@ -345,6 +345,12 @@ ACCELERATORS = (
     ),
 )
 
+HOT = """from cardcage_agent import Machine
+with open("scratch.img", "wb") as image:
+    image.truncate(1 << 20)
+vm = Machine.debian(memory="256M").start()
+vm.agent.wait(timeout=300)"""
+
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     "README.md": (
         by_ci(1),
@@ -376,6 +382,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         shell(),
     ),
     "networks.md": (machine(BASE.format("off.bin"), namespace, before=("unshare", "-n", "sh", "-c", NETWORK, "sh")),),
+    "pc.md": (python(HOT, "assert disk.id not in vm.devices\nvm.close()", prepare=lambda reader, one: fetch(reader)),),
     "policies.md": (
         machine(BASE.format("off.bin")),
         python(after="from cardcage_memory_policies.testing import check_policy\ncheck_policy(Policy)"),
