@@ -51,24 +51,8 @@ STRINGS = {K.MEMORY_SEG_RSI, K.MEMORY_SEG_RDI, K.MEMORY_ESRDI, K.MEMORY_SEG_ESI,
     K.MEMORY_SEG_DI,
     K.MEMORY_ESDI,
 }
-INTERESTING = (
-    0,
-    1,
-    2,
-    7,
-    8,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-    1 << 63,
-    (1 << 63) - 1,
-)
+EDGES = (0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF)
+INTERESTING = (*EDGES, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 63, (1 << 63) - 1)
 FLOATS = (
     0,
     1 << 63,

@@ -402,6 +402,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         machine(BASE.format("off.bin"), with_card("capability-card", site_policy)),
         machine(BASE.format("off.bin")),
         python("from cardcage.security import Needs", "assert Disk().needs().sockets == ('unix',)"),
+        machine(BASE.format("off.bin"), lambda reader, one: Path("/var/lib/images").mkdir(exist_ok=True)),
         python(
             "from cardcage.machine import Machine\nfrom cardcage_selinux.card import Selinux\n"
             "vm = Machine(accel='tcg', memory='1M', machine={'platform': 'none'}, fragments=[{'security': 'default'}])",
