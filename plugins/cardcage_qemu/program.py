@@ -93,26 +93,26 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     from cardcage.config import Draft
     from cardcage.machine import Machine
     from cardcage_cli import SWITCH_INTERVAL, run_machine
-    from cardcage_qmp import control_of
+    from cardcage_qmp.control import MEANT, control_of
 
     sys.setswitchinterval(SWITCH_INTERVAL)
     draft = Draft()
     draft.add(tables, origin="QEMU's words")
     with ExitStack() as end:
+        host.share(MEANT, dict).update(held=line.freeze or line.bare, lingers=line.linger)
         machine = Machine.from_config(draft.config(), host=host)
         end.callback(machine.close)
         control = control_of(machine)
-        control.held, control.lingers = line.freeze or line.bare, line.linger
         if line.pidfile:
             end.callback(_pidfile(line.pidfile))
         stopped = threading.Event()
         machine.observers.add("state", lambda state: stopped.set() if state == "stopped" else None)
         if line.daemonize:
             _detach()
-        if control.held:
+        if line.freeze or line.bare:
             while not (control.began.wait(3600) or stopped.is_set()):
                 pass
-        else:
+        if not line.bare and not stopped.is_set() and not control.quitted.is_set():
             machine.start()
         if machine.state == "running" or machine.state == "paused":
             outcome = machine.wait()

@@ -59,6 +59,10 @@ BlockIoError = TypedDict(
 )
 
 
+MEANT = "qmp:meant"
+"""The key by which a host shares what its next machine's monitor begins with: ``held`` and ``lingers``."""
+
+
 class Control:
     """A machine's monitor, which its ``qmp`` devices and all their peers share.
 
@@ -78,8 +82,10 @@ class Control:
         self.table = table_of(machine.host)
         self.lock = threading.Lock()
         self.peers: list[Peer] = []
-        self.began, self.quitted = threading.Event(), threading.Event()
-        self.held = self.lingers = self.migration_events = False
+        self.began, self.quitted, self.ran = threading.Event(), threading.Event(), threading.Event()
+        meant: dict[str, bool] = machine.host.share(MEANT, dict)  # before a peer can ask for anything
+        self.held, self.lingers = meant.get("held", False), meant.get("lingers", False)
+        self.migration_events = False
         self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
         self.fdsets: dict[int, list[tuple[int, str]]] = {}
         self._why: Cause | None = None
@@ -138,6 +144,7 @@ class Control:
             one.tell(event)
 
     def _state(self, state: str) -> None:
+        self.ran.set()
         if state == "running":
             self.emit("RESUME")
         elif state == "paused":

@@ -54,8 +54,8 @@ def cont(session: Session) -> None:
     elif machine.state is State.BUILT:
         if session.control.held:
             session.control.held = False
-            machine.start()
-        session.control.began.set()
+            session.control.began.set()  # who has the machine starts it, on a thread of its own
+            session.control.ran.wait(60)
     elif machine.state is State.STOPPED:
         raise ended(machine)
 

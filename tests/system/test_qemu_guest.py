@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -20,8 +21,6 @@ from qmp_kit import Client
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 UUID = "12345678-1234-1234-1234-123456789abc"
 ASKED = "uname -r; nproc; cat /proc/cmdline /sys/class/dmi/id/product_uuid; ls /sys/block; cat /sys/block/vda/size"
-OFF = bytes.fromhex("ba0406b80020eff4")
-"""A boot sector that powers off by ACPI."""
 
 
 @pytest.fixture(scope="session")
@@ -81,14 +80,12 @@ def test_the_same_words_are_the_same_guest(kernel: Path, initramfs: Path, tmp_pa
 
 
 @pytest.fixture
-def bios(tmp_path: Path) -> Path:
-    """A ROM whose reset vector jumps to code that powers off."""
-    code = OFF + b"\xf4\xeb\xfd"
-    rom = bytearray(b"\xf4" * 65536)
-    rom[: len(code)] = code
-    rom[0xFFF0:0xFFF5] = b"\xea\x00\x00\x00\xf0"
-    path = tmp_path / "rom.bin"
-    path.write_bytes(rom)
+def off(tmp_path: Path) -> Path:
+    """A Multiboot kernel that powers off by ACPI."""
+    magic, flags = 0x1BADB002, 0x10000
+    head = struct.pack("<8I", magic, flags, -(magic + flags) & 0xFFFFFFFF, *(0x100000,) * 2, 0, 0, 0x100020)
+    path = tmp_path / "off"
+    path.write_bytes((head + bytes.fromhex("66ba040666b8002066eff4ebfd")).ljust(4096, b"\0"))
     return path
 
 
@@ -118,10 +115,10 @@ def test_a_failure_in_the_background(tmp_path: Path) -> None:
     assert "No such file" in done.stderr
 
 
-def test_started_by_cont_and_kept_after_its_end(bios: Path, tmp_path: Path) -> None:
+def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> None:
     """With -S nothing runs before cont; with -no-shutdown the machine is there after its guest's power-off, until
     quit."""
-    words = f"-S -no-shutdown -accel tcg -m 16M -bios {bios} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
+    words = f"-S -no-shutdown -accel tcg -m 16M -kernel {off} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
     with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
         while not (tmp_path / "qmp").exists():
             assert process.poll() is None
