@@ -230,9 +230,10 @@ class Link(_Copied):
             case Kind.END if one.stream == 0:
                 call.deaf = True
             case Kind.CREDIT if one.stream == 0:
-                call.credit += number(one.payload)
-                if call.credit > BUFFER:
+                more = number(one.payload)
+                if call.credit + more > BUFFER:
                     raise ProtocolError("more credit than its buffer has room")
+                call.credit += more
             case Kind.STARTED if call.verb is Verb.RUN and call.pid is None:
                 call.pid = number(one.payload)
             case Kind.EXITED if call.pid is not None and call.status is None:

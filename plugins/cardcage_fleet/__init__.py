@@ -79,8 +79,8 @@ def cardcage_register(registry: Registry) -> None:
     registry.policy_key("admission", help="the admission policies that a machine must be let in by")
     registry.command(
         "stats",
-        "cardcage_fleet.command:run",
-        configure="cardcage_fleet.command:configure",
+        "cardcage_fleet.stats:run",
+        configure="cardcage_fleet.stats:configure",
         help="show what the memory of each running machine costs the host",
     )
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from attrs import field, frozen
+from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.ram import PAGE, Backing
 from cardcage.units import say_size
@@ -28,7 +29,7 @@ class RamOptions:
         path: the snapshot's directory. file: of its RAM, in it.
     """
 
-    path: str
+    path: HostPath
     file: str = field(default="ram")
 
 

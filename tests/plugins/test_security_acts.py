@@ -26,6 +26,7 @@ from cardcage.registry import DeviceOffer, Registry
 from cardcage.security import CLASSES, Act
 from cardcage_cli import main
 from cardcage_fleet.roster import Roster, ask
+from cardcage_fork import fork
 from cardcage_memory_policies import MachineMemory
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
 from cardcage_snapshot.state import capture, restore
@@ -154,6 +155,7 @@ ELSEWHERE = {
     "card load": "test_loading_a_card",
     "management command": "test_commands",
     "interrupt route": "test_messages",
+    "machine fork": "test_copies",
     "policy load": "test_changes_of_the_policy",
     "policy setbool": "test_changes_of_the_policy",
     "policy setenforce": "test_changes_of_the_policy",
@@ -295,6 +297,17 @@ def test_messages(recorder: Recorder) -> None:
         slot(vm).interrupts.msi(0xFEE00000, 2)
         assert sent == []
         assert not recorder.asked
+
+
+def test_copies(recorder: Recorder) -> None:
+    """A machine that may not be copied is not, and goes on."""
+    with Host(security=Draft.of({"security": "recorder"}).config().security) as host:
+        vm = Machine(host=host, machine={"platform": "none", "memory": "2M", "accel": "tcg"})
+        recorder.refused = ("machine", "fork")
+        with pytest.raises(Denied, match="fork"):
+            fork(vm)
+        assert vm.state == "built"
+        vm.close()
 
 
 def test_what_other_processes_ask(recorder: Recorder) -> None:

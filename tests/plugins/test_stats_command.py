@@ -18,10 +18,10 @@ from cardcage.machine import Machine
 from cardcage_cli import main
 from cardcage_fleet import stats_of
 from cardcage_fleet.accounting import MachineStats, Sampler, measure
-from cardcage_fleet.command import look, table
 from cardcage_fleet.plot import KINDS, kinds_of
 from cardcage_fleet.record import Sample
 from cardcage_fleet.roster import Roster, RosterEntry
+from cardcage_fleet.stats import look, table
 
 MIB = 1 << 20
 SWAPPED = b"""7f0000000000-7f0000400000 rw-p 00000000 00:00 0

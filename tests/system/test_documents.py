@@ -156,7 +156,7 @@ def with_pytest(reader: Reader, _: Block) -> None:
     program.chmod(0o755)
 
 
-def tests_of_a_guest(reader: Reader, one: Block) -> None:
+def guest_tests(reader: Reader, one: Block) -> None:
     """Run by pytest, as a module of tests."""
     fetch(reader)
     reader.write("test_page.py", one.text)
@@ -442,7 +442,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "moving.md": (python(prepare=lambda reader, one: fetch(reader)),) * 2,
     "pytest.md": (
-        tests_of_a_guest,
+        guest_tests,
         python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),
         shell(prepare=with_pytest),
     ),
@@ -458,9 +458,10 @@ def every() -> Iterator[Block]:
 
 
 def marked() -> Iterator[Any]:
-    """Pages that change settings of the host's kernel keep to one process."""
+    """Blocks that change settings of the host's kernel keep to one process."""
     for one in every():
-        yield pytest.param(one, marks=[pytest.mark.xdist_group("host")] if one.page == "memory.md" else [])
+        host = one.page == "memory.md" or '"ksm"' in one.text
+        yield pytest.param(one, marks=[pytest.mark.xdist_group("host")] if host else [])
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ MISTAKE = """
 
 def test_a_mistake(module_guest: Guest) -> None:
     module_guest.run("echo from the guest; echo to its console > /dev/ttyS0; exit 3")
+    module_guest.console.expect("to its console", timeout=60)
     assert not get(module_guest, "vm.swappiness")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -64,7 +65,8 @@ class DeviceLoop:
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
-        self._events.call_soon(Owned(lambda: None if self._closed else callback(), self._device))
+        unless_closed = update_wrapper(lambda: None if self._closed else callback(), callback)  # blame is the card's
+        self._events.call_soon(Owned(unless_closed, self._device))
 
     def close(self) -> None:
         """No more calls, of what was asked for already either."""
