@@ -161,8 +161,9 @@ def _read(machine: Machine, arguments: dict[str, Any], session: Session, write: 
         if data:
             session.send(Kind.DATA, data)
         elif machine.state is State.STOPPED:
-            return ending(machine)
-    return {}
+            break
+    # The end of the machine shuts the session too, and may be noticed first.
+    return ending(machine) if arguments.get("follow", True) and machine.state is State.STOPPED else {}
 
 
 def resized(machine: Machine, rows: int, columns: int) -> None:
