@@ -41,8 +41,8 @@ class Host:
     """Owns the plugin manager and the registry, and closes the machines made with it. Nothing is a module global.
 
     Attributes:
-        sealed: the reason why devices that are added late open nothing of the host any more; empty where they may. Set
-            by who shuts the process in.
+        sealed: tells by class and name of an object (a file, a socket) why a device that is added late may not open it;
+            empty where it may. Set by who shuts the process in.
 
     Args:
         cards: modules (or any objects with hooks) to load besides the installed cards.
@@ -74,7 +74,7 @@ class Host:
         self.log = Log(self.log_sink)
         self.mediator = mediator or Mediator()
         self.security, self.owns_process = security, owns_process
-        self.sealed = ""
+        self.sealed: Callable[[str, str], str] = lambda tclass, name: ""
         self._shared: dict[str, Any] = {}
         self._told = 0
         self._shared_lock = threading.Lock()

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def enter(machine: Machine) -> None:
     if "seccomp" not in missing:
         seccomp.confine(children(), needs.sockets)
     machine.host.share("jail:entered", dict)["entered"] = True
-    machine.host.sealed = "the process is in its jail, and opens nothing that it was not started with"
+    machine.host.sealed = partial(sealed, later.write)
 
     def told() -> None:
         for call in refusals.read():
@@ -122,6 +123,15 @@ def enter(machine: Machine) -> None:
 
     machine.loop.add_reader(refusals.fd, told)
     machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
+
+
+def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
+    """The reason why the object *name* of class *tclass* is out of reach for a device that is added in the jail."""
+    real = os.path.realpath(name)
+    if tclass == "image" and any(os.path.commonpath((real, one)) == one for one in map(os.path.realpath, later)):
+        return ""
+    how = "name it in security.open_later" if tclass == "image" else "plug it in before the guest starts"
+    return f"the process is in its jail, and opens nothing that it was not started with ({how})"
 
 
 COMMON = Needs(read=OF_THE_HOST)

@@ -83,9 +83,11 @@ def test_arguments_of_strangers_are_checked(vm: Machine) -> None:
 
 def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
     """The refusal names what the device needs and the jail; the machine goes on, and a device that needs nothing of the
-    host is added all the same."""
+    host is added all the same; so is a disk whose directory ``security.open_later`` names."""
     keys = f'name = "inside"\nmemory = "16M"\naccel = ["tcg"]\n[boot]\nprotocol = "raw"\nimage = "{where / "image"}"\n'
-    (where / "vm.toml").write_text(f"[machine]\n{keys}")
+    (where / "later").mkdir()
+    (where / "later" / "disk.img").write_bytes(bytes(1 << 20))
+    (where / "vm.toml").write_text(f'[machine]\n{keys}[security]\nopen_later = ["later"]\n')
     command = [*PROGRAM, "run", str(where / "vm.toml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
@@ -98,6 +100,8 @@ def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
             ):
                 status, text = device(where, "add", "inside", wanted)
                 assert (status, f"needs {what}" in text, "is in its jail" in text) == (70, True, True), text
+            assert device(where, "add", "inside", "virtio-blk,drive=later/disk.img") == (0, "virtio-blk at 02.0\n")
+            assert device(where, "remove", "inside", "virtio-blk") == (0, "")
             assert device(where, "add", "inside", "virtio-rng") == (0, "virtio-rng at 02.0\n")
             assert device(where, "remove", "inside", "virtio-rng") == (0, "")
         finally:

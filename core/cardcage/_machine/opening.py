@@ -44,15 +44,15 @@ class DeviceHost:
         self._asking, self._host, self._memory, self._services = asking, host, memory, services
         self._console = console
         self._place, self._slot = place, slot
-        self.sealed = ""
+        self.sealed: Callable[[str, str], str] = lambda tclass, name: ""
         self.has_console = False
         self.opened: list[Any] = []
         self._provided: list[str] = []
 
     def ask(self, tclass: str, name: str, permissions: tuple[str, ...], /, *more: Any, **facts: Any) -> Any:
         """See :meth:`cardcage.device.HostSide.ask`. Raises HostError where it is :attr:`sealed`."""
-        if self.sealed and tclass != "backend":
-            raise HostError(f'device "{self._asking.device}" needs {tclass} {name}: {self.sealed}')
+        if tclass != "backend" and (why := self.sealed(tclass, name)):
+            raise HostError(f'device "{self._asking.device}" needs {tclass} {name}: {why}')
         return self._asking.ask(tclass, name, permissions, *more, **facts)
 
     def share(self, key: str, make: Callable[[], Any], /) -> Any:

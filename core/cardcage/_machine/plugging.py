@@ -96,7 +96,7 @@ class Plugging:
                 )
             place.blamed(offer.who, lambda: carrier.check_arrival(address))
         slot = self._slot(config, offer, name, label)
-        slot.host.sealed = self._host.sealed if late else ""
+        slot.host.sealed = self._host.sealed if late else slot.host.sealed
         who = f'device "{name}" (card {offer.card}, {offer.distribution})'
         factory = offer.load()
         device, attached = None, False
