@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DirtyPages", "LogsWrites"]
 
 PAGE = 4096
+UNKNOWN = (1 << 64) - 1
 
 
 class DirtyPages:
@@ -68,13 +69,14 @@ class DirtyPages:
             raise StateError("the dirty log was not started")
         self._collect()
         pages = -(-slot.size // PAGE)
-        bitmap = bytearray(-(-pages // 8))
-        target = (Area(len(bitmap)),)
-        with self._vm.quiesce():
-            self._vm.native.dirty_take(self._vm.pointer, slot.host_address, slot.size, target[0].address)
-        bitmap[:] = target[0].view[: len(bitmap)]
-        target[0].close()
-        return bytes(bitmap)
+        size = -(-pages // 8)
+        target = Area(size)
+        try:
+            with self._vm.quiesce():
+                self._vm.native.dirty_take(self._vm.pointer, slot.host_address, slot.size, target.address)
+            return bytes(target.view[:size])
+        finally:
+            target.close()
 
     def _collect(self) -> None:
         for writer in self._writers:
@@ -98,10 +100,12 @@ class DirtyPages:
 
     def revert(self) -> int:
         """Put the pages in the log back as they were, and forget what was derived of them; returns how many. The
-        machine stands still."""
+        machine stands still. Raises StateError, and puts none back, where one has no base."""
         self._collect()
         with self._vm.quiesce():
             count: int = self._vm.native.dirty_revert(self._vm.pointer)
+        if count == UNKNOWN:
+            raise StateError("RAM that came since has no bytes to go back to")
         return count
 
     def slots_changed(self, slots: Sequence[MemorySlot]) -> None:
@@ -144,10 +148,10 @@ class DirtyPages:
 
 
 def joined(slots: Sequence[MemorySlot]) -> list[tuple[int, int]]:
-    """The stretches of host memory, (address, size), that slots show: in order, and none twice."""
+    """The stretches of host memory, (address, size), that slots show: in order, none twice, and each in one block."""
     found: list[tuple[int, int]] = []
     for host, size in sorted((one.host_address, one.size) for one in slots):
-        if found and host <= sum(found[-1]):
+        if found and host < sum(found[-1]):
             found[-1] = found[-1][0], max(sum(found[-1]), host + size) - found[-1][0]
         else:
             found.append((host, size))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.device import Pio
-from cardcage.errors import CardcageError, Denied, StateError, UsageError
+from cardcage.errors import CardcageError, Denied, HostError, StateError, UsageError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.security import Act, Mediator
-from cardcage_fork import checkpoint, fork
+from cardcage_fork import checkpoint, fork, revert, reverting
 from cardcage_fork.plan import refuse
 from cardcage_fork.wire import pack_error, pack_value, raise_error, unpack_value
 from hypothesis import given, settings
@@ -143,6 +143,32 @@ def test_a_checkpoint_is_refused_where_not_all_goes_back(tmp_path: Path) -> None
             vm.pause()
             with pytest.raises(StateError, match=f"cannot have a checkpoint: .*{line}"):
                 checkpoint(vm)
+
+
+def test_a_machine_of_other_parts_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that came since the checkpoint is said, and nothing is put back; a checkpoint for which there is no
+    memory leaves no log behind."""
+    with machine({"type": "virtio-rng"}) as vm:
+        vm.start()
+        vm.pause()
+        with monkeypatch.context() as patch:
+            patch.setattr(reverting, "fenced", _no_room)
+            with pytest.raises(HostError, match="no memory for a checkpoint"):
+                checkpoint(vm)
+        checkpoint(vm)
+        vm.memory.write(0x5000, b"kept")
+        vm.add("virtio-rng", id="late")
+        with pytest.raises(StateError, match=f"{vm.name} cannot go back: devices or memory came, or went"):
+            revert(vm)
+        assert vm.memory.read(0x5000, 4) == b"kept"
+        checkpoint(vm)
+        vm.memory.write(0x5000, b"gone")
+        assert revert(vm) >= 1
+        assert vm.memory.read(0x5000, 4) == b"kept"
+
+
+def _no_room(size: int) -> None:
+    raise OSError(12, "Cannot allocate memory")
 
 
 VALUES = st.recursive(
