@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cardcage_tcg.vm import TcgVm
 
-__all__ = ["DirtyPages", "LogsWrites"]
+__all__ = ["DirtyPages"]
 
 PAGE = 4096
 UNKNOWN = (1 << 64) - 1
@@ -156,37 +156,3 @@ def joined(slots: Sequence[MemorySlot]) -> list[tuple[int, int]]:
         else:
             found.append((host, size))
     return found
-
-
-class LogsWrites:
-    """The log of a :class:`~cardcage_tcg.vm.TcgVm`."""
-
-    dirty: DirtyPages
-
-    def add_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask *writer* too what it wrote."""
-        self.dirty.add_writer(writer)
-
-    def remove_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask it no more."""
-        self.dirty.remove_writer(writer)
-
-    def start_dirty_log(self) -> None:
-        """From now on remember which pages are written."""
-        self.dirty.start()
-
-    def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:
-        """Bitmap of the slot's pages written since the last fetch, which it clears."""
-        return self.dirty.fetch(slot)
-
-    def stop_dirty_log(self) -> None:
-        """Stop remembering."""
-        self.dirty.stop()
-
-    def set_revert_bases(self, bases: Sequence[tuple[int, int, int]], /) -> None:
-        """Where :meth:`revert_dirty_log` finds bytes: (host address of RAM, size, host address of its bytes)."""
-        self.dirty.set_bases(bases)
-
-    def revert_dirty_log(self) -> int:
-        """Put the pages in the log back as they were, and out of the log; returns how many. The machine is paused."""
-        return self.dirty.revert()
