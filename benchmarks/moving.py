@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -99,15 +98,16 @@ def qemu(kernel: Path, initrd: Path, memory: str, runs: int) -> None:
             *("-serial", f"file:{folder}/console", "-drive", f"if=none,id=d,file={image}", "-monitor", "stdio"),
         ]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
+            said, heard = process.stdin, process.stdout
+            assert said is not None
+            assert heard is not None
 
             def ask(command: str) -> float:
                 began = time.monotonic()
-                process.stdin.write(command + "\n")  # type: ignore[union-attr]  # asserted above
+                said.write(command + "\n")
                 text = ""
                 while not text.rstrip().endswith("(qemu)") or command not in text:
-                    text += process.stdout.read(1)  # type: ignore[union-attr]
+                    text += heard.read(1)
                 return time.monotonic() - began
 
             until = time.monotonic() + 120
@@ -115,7 +115,7 @@ def qemu(kernel: Path, initrd: Path, memory: str, runs: int) -> None:
                 time.sleep(0.2)
             row("QEMU: savevm", [ask("savevm a") for _ in range(min(runs, 5))])
             row("QEMU: loadvm", [ask("loadvm a") for _ in range(min(runs, 5))])
-            process.stdin.write("quit\n")
+            said.write("quit\n")
 
 
 def main() -> None:
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,11 +22,16 @@ from statistics import median
 from typing import Any
 
 from cardcage.host import Host
-from cardcage_agent import Machine
+from cardcage_agent import Machine as AgentMachine
+from cardcage_snapshot import Verbs
 
 COUNTER = bytes.fromhex("31c08ed866ff060050ebf9")
 """xor ax, ax; mov ds, ax; again: inc dword [0x5000]; jmp again."""
 BUSY = "while :; do dd if=/dev/zero of=/tmp/busy bs=1M count=64 conv=notrunc 2>/dev/null; done"
+
+
+class Machine(Verbs, AgentMachine):
+    """A machine with the verbs of both cards."""
 
 
 def row(name: str, values: list[float], unit: str = "ms") -> None:
@@ -47,16 +52,16 @@ def stops(host: Host, folder: Path, runs: int, accel: str) -> None:
     with Machine.debian(accel=accel, host=host, name="bench") as vm:
         vm.start()
         vm.run("true", check=True)
-        vm.snapshot(folder / "debian", replace=True)  # type: ignore[operator]  # a verb
-        for words, keys, command in (
-            ("idle", {}, ""),
-            ("idle, zstd", {"compress": True}, ""),
-            ("writing all the time", {}, BUSY),
+        vm.snapshot(folder / "debian", replace=True)
+        for words, compress, command in (
+            ("idle", False, ""),
+            ("idle, zstd", True, ""),
+            ("writing all the time", False, BUSY),
         ):
             process = vm.popen(command) if command else None
             time.sleep(0.5)
             taken = [
-                timed(lambda keys=keys: vm.snapshot(folder / "again", replace=True, **keys))  # type: ignore[operator]
+                timed(lambda compress=compress: vm.snapshot(folder / "again", replace=True, compress=compress))
                 for _ in range(runs)
             ]
             row(f"stop, Debian 512 MiB, {words}", [1000 * one.stood for _, one in taken])
@@ -67,7 +72,7 @@ def stops(host: Host, folder: Path, runs: int, accel: str) -> None:
                 process.wait()
     restored, answers = [], []
     for _ in range(runs):
-        took, vm = timed(lambda: Machine.restore(folder / "debian", host=host))  # type: ignore[attr-defined]
+        took, vm = timed(lambda: Machine.restore(folder / "debian", host=host))
         with vm:
             restored.append(took)
             answers.append(took + timed(lambda vm=vm: vm.run("true", check=True))[0])
@@ -85,10 +90,10 @@ def restores(host: Host, folder: Path, runs: int, accel: str) -> None:
         with Machine(memory=memory, accel=accel, boot=boot, host=host, name="tiny") as vm:
             vm.start()
             time.sleep(0.1)
-            vm.snapshot(folder / memory, replace=True)  # type: ignore[operator]
+            vm.snapshot(folder / memory, replace=True)
 
         def once(memory: str = memory) -> Any:
-            vm: Any = Machine.restore(folder / memory, host=host, start=False)  # type: ignore[attr-defined]
+            vm: Any = Machine.restore(folder / memory, host=host, start=False)
             counter = vm.memory.view(0x5000, 4)
             before = bytes(counter)
             vm.start(boot=False)

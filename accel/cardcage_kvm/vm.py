@@ -20,7 +20,7 @@ from cardcage_kvm.vcpu import KvmVCpu
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cardcage.accelerator import ForeignWriter, MemorySlot, VmSpec
+    from cardcage.accelerator import MemorySlot, VmSpec
 
 # Three pages for the TSS and one for the identity map that Intel processors without unrestricted guest need, in the
 # firmware hole below 4 GiB where QEMU has them too.
@@ -42,7 +42,9 @@ class KvmVm:
         self.vcpus: list[KvmVCpu] = []
         self.slots, self.gate = Slots(), Gate()
         self.extint = False
-        self.dirty = DirtyPages(self, dirty_ring)
+        self.dirty = log = DirtyPages(self, dirty_ring)
+        self.add_writer, self.remove_writer = log.add_writer, log.remove_writer
+        self.start_dirty_log, self.fetch_dirty_log, self.stop_dirty_log = log.start, log.fetch, log.stop
         try:
             self._create(spec)
         except BaseException:
@@ -200,26 +202,6 @@ class KvmVm:
         """Take the route of :meth:`add_irqfd` away."""
         abi.ioctl(self.fd, abi.IRQFD, abi.IrqFd(fd=fd, gsi=route, flags=abi.IRQFD_DEASSIGN))
         self._routes.remove(route)
-
-    def add_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask *writer* too what it wrote."""
-        self.dirty.add_writer(writer)
-
-    def remove_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask it no more."""
-        self.dirty.remove_writer(writer)
-
-    def start_dirty_log(self) -> None:
-        """From now on remember which pages are written."""
-        self.dirty.start()
-
-    def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:
-        """Bitmap of the slot's pages written since the last fetch, which it clears."""
-        return self.dirty.fetch(slot)
-
-    def stop_dirty_log(self) -> None:
-        """Stop remembering."""
-        self.dirty.stop()
 
     def close(self) -> None:
         """Release everything. Idempotent; no vCPU may be running."""

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from cardcage_tcg.vm import TcgVm
 
-__all__ = ["DirtyPages", "LogsWrites"]
+__all__ = ["DirtyPages"]
 
 PAGE = 4096
+UNKNOWN = (1 << 64) - 1
 
 
 class DirtyPages:
@@ -68,13 +69,14 @@ class DirtyPages:
             raise StateError("the dirty log was not started")
         self._collect()
         pages = -(-slot.size // PAGE)
-        bitmap = bytearray(-(-pages // 8))
-        target = (Area(len(bitmap)),)
-        with self._vm.quiesce():
-            self._vm.native.dirty_take(self._vm.pointer, slot.host_address, slot.size, target[0].address)
-        bitmap[:] = target[0].view[: len(bitmap)]
-        target[0].close()
-        return bytes(bitmap)
+        size = -(-pages // 8)
+        target = Area(size)
+        try:
+            with self._vm.quiesce():
+                self._vm.native.dirty_take(self._vm.pointer, slot.host_address, slot.size, target.address)
+            return bytes(target.view[:size])
+        finally:
+            target.close()
 
     def _collect(self) -> None:
         for writer in self._writers:
@@ -98,10 +100,12 @@ class DirtyPages:
 
     def revert(self) -> int:
         """Put the pages in the log back as they were, and forget what was derived of them; returns how many. The
-        machine stands still."""
+        machine stands still. Raises StateError, and puts none back, where one has no base."""
         self._collect()
         with self._vm.quiesce():
             count: int = self._vm.native.dirty_revert(self._vm.pointer)
+        if count == UNKNOWN:
+            raise StateError("RAM that came since has no bytes to go back to")
         return count
 
     def slots_changed(self, slots: Sequence[MemorySlot]) -> None:
@@ -144,45 +148,11 @@ class DirtyPages:
 
 
 def joined(slots: Sequence[MemorySlot]) -> list[tuple[int, int]]:
-    """The stretches of host memory, (address, size), that slots show: in order, and none twice."""
+    """The stretches of host memory, (address, size), that slots show: in order, none twice, and each in one block."""
     found: list[tuple[int, int]] = []
     for host, size in sorted((one.host_address, one.size) for one in slots):
-        if found and host <= sum(found[-1]):
+        if found and host < sum(found[-1]):
             found[-1] = found[-1][0], max(sum(found[-1]), host + size) - found[-1][0]
         else:
             found.append((host, size))
     return found
-
-
-class LogsWrites:
-    """The log of a :class:`~cardcage_tcg.vm.TcgVm`."""
-
-    dirty: DirtyPages
-
-    def add_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask *writer* too what it wrote."""
-        self.dirty.add_writer(writer)
-
-    def remove_writer(self, writer: ForeignWriter, /) -> None:
-        """Ask it no more."""
-        self.dirty.remove_writer(writer)
-
-    def start_dirty_log(self) -> None:
-        """From now on remember which pages are written."""
-        self.dirty.start()
-
-    def fetch_dirty_log(self, slot: MemorySlot, /) -> bytes:
-        """Bitmap of the slot's pages written since the last fetch, which it clears."""
-        return self.dirty.fetch(slot)
-
-    def stop_dirty_log(self) -> None:
-        """Stop remembering."""
-        self.dirty.stop()
-
-    def set_revert_bases(self, bases: Sequence[tuple[int, int, int]], /) -> None:
-        """Where :meth:`revert_dirty_log` finds bytes: (host address of RAM, size, host address of its bytes)."""
-        self.dirty.set_bases(bases)
-
-    def revert_dirty_log(self) -> int:
-        """Put the pages in the log back as they were, and out of the log; returns how many. The machine is paused."""
-        return self.dirty.revert()

@@ -16,7 +16,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.clock import Clock
 from cardcage_tcg.cpu.cpuid import CpuModel
 from cardcage_tcg.cpu.vcpu import TcgVCpu
-from cardcage_tcg.dirty import DirtyPages, LogsWrites
+from cardcage_tcg.dirty import DirtyPages
 from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.forking import Forks
 from cardcage_tcg.library import Area, CodeBuffer, load
@@ -67,7 +67,7 @@ def _hash_key() -> memoryview:
     return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
 
 
-class TcgVm(ParksThreads, LogsWrites, Forks):
+class TcgVm(ParksThreads, Forks):
     """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
 
     def __init__(self, spec: VmSpec) -> None:
@@ -119,7 +119,10 @@ class TcgVm(ParksThreads, LogsWrites, Forks):
         self.range = self.native.add_range(self.code.rx, self.code.rx + self.code.size)
         self.native.signals()
         self.events = EventFds(self)
-        self.dirty = DirtyPages(self)
+        self.dirty = log = DirtyPages(self)
+        self.add_writer, self.remove_writer = log.add_writer, log.remove_writer
+        self.start_dirty_log, self.fetch_dirty_log, self.stop_dirty_log = log.start, log.fetch, log.stop
+        self.set_revert_bases, self.revert_dirty_log = log.set_bases, log.revert
         found = {"dirty-log", "doorbells", "foreign-rings", "parking", *(["irqfds"] if self.lapic else [])}
         self.capabilities = frozenset(found)
         self._closed = False

@@ -38,6 +38,13 @@ class CopiedImage:
         if has(file := self._copied(), Forkable):
             file.forked()
 
+    def is_at(self, path: str) -> bool:
+        """True where *path* is the open image's: not once it was replaced there, nor in a forked process."""
+        try:
+            return os.path.samestat(os.fstat(self._copied().fd), os.stat(path))
+        except OSError:
+            return False
+
     def _copied(self) -> Any:
         return vars(self)["_file"]
 

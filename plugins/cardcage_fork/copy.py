@@ -8,14 +8,15 @@ import socket
 import threading
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from subprocess import PIPE, CalledProcessError, CompletedProcess
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import HostError, StateError
 from cardcage.machine import State
 
-from cardcage_fork.process import Made, forget_link, fork_process, keep_link
-from cardcage_fork.wire import pack_value, raise_error, unpack_value
+from cardcage_fork.process import Made, await_readable, forget_link, fork_process, keep_link
+from cardcage_fork.wire import close_all, pack_value, raise_error, unpack_value
 
 if TYPE_CHECKING:
     import re
@@ -96,14 +97,17 @@ class Copy(_Verbs):
         self._end, self._peer = made.end, made.peer
         self._changed = threading.Condition()
         self._answers: dict[int, tuple[dict[str, Any], list[int]]] = {}
-        self._last, self._reading, self._gone = 0, False, False
+        self._waiting: set[int] = set()
+        self._last, self._reading, self._gone, self._pidfd = 0, False, False, made.pidfd
         self.console = CopyConsole(self)
         self.agent = CopyAgent(self)
 
     # the link
 
     def _call(self, verb: str, *values: Any, **keys: Any) -> Any:
-        return unpack_value(self._ask(verb, values, keys)[0].get("return"))
+        answer, descriptors = self._ask(verb, values, keys)
+        close_all(descriptors)  # nobody asked for any
+        return unpack_value(answer.get("return"))
 
     def _ask(self, verb: str, values: Sequence[Any], keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         message = {"do": verb, "with": [pack_value(one) for one in values], "keys": pack_value(dict(keys))}
@@ -116,8 +120,13 @@ class Copy(_Verbs):
                 self._peer.send({"id": number, **message})
             except OSError as error:
                 raise self._lost() from error
-        answer, descriptors = self._await(number)
+            self._waiting.add(number)
+        try:
+            answer, descriptors = self._await(number)
+        finally:
+            self._waiting.discard(number)
         if "error" in answer:
+            close_all(descriptors)
             raise_error(answer["error"])
         return answer, descriptors
 
@@ -142,8 +151,10 @@ class Copy(_Verbs):
                     self._reading = False
                     if found is None:
                         self._gone = True
-                    else:
-                        self._answers[found[0].get("id", 0)] = found
+                    elif type(of := found[0].get("id")) is int and of in self._waiting:
+                        self._answers[of] = found
+                    else:  # of one who waits no longer, or of nobody
+                        close_all(found[1])
                     self._changed.notify_all()
 
     def _lost(self) -> HostError:
@@ -197,19 +208,39 @@ class Copy(_Verbs):
         self._call("inject_nmi", cpu)
 
     def fork(self, n: int = 1) -> list[Copy]:
-        """Copies of this copy, as :func:`fork` makes them of a machine."""
+        """Copies of this copy, as :func:`fork` makes them of a machine, at most 250 at once."""
         answer, descriptors = self._ask("fork", [n], {})
-        ends = [socket.socket(fileno=fd) for fd in descriptors]
-        rows = unpack_value(answer.get("return"))
-        if not isinstance(rows, list) or len(rows) != len(ends):
-            raise HostError(f"{self.name}: {n} copies were asked for, and {len(ends)} came")
-        found = []
-        for (pid, name), end in zip(rows, ends, strict=True):
-            made = Made(int(pid), end)
-            made.name = str(name)
-            keep_link(end)
-            found.append(Copy(made))
+        found: list[Copy] = []
+        try:
+            rows = unpack_value(answer.get("return"))
+            if not isinstance(rows, list) or len(rows) != len(descriptors):
+                raise HostError(f"{self.name}: {n} copies were asked for, and {len(descriptors)} came")
+            for row in rows:
+                found.append(self._child(row, descriptors[0]))
+                del descriptors[0]
+        except BaseException:
+            close_all(descriptors)  # they end by that
+            for one in found:
+                one.kill()
+            raise
         return found
+
+    def _child(self, row: Any, fd: int) -> Copy:
+        """The copy that *row* tells of, whose link is *fd*. Raises HostError for a process that is not its child."""
+        match row:
+            case [int(pid), str(name)] if pid > 1:
+                with suppress(OSError):
+                    pidfd = os.pidfd_open(pid)
+                    try:
+                        if _parent(pid) != self.pid:
+                            raise OSError
+                        end = socket.socket(fileno=fd)
+                    except BaseException:
+                        os.close(pidfd)
+                        raise
+                    keep_link(end, pidfd)
+                    return Copy(Made(pid, end, name, pidfd))
+        raise HostError(f"{self.name}: a copy of it has ended, or is none")
 
     # its end
 
@@ -218,7 +249,7 @@ class Copy(_Verbs):
         if self._end.fileno() >= 0:
             self._call("detach")
             self._hang_up()
-            threading.Thread(target=_reap, args=(self.pid, True), name=f"{self.name}-reap", daemon=True).start()
+            threading.Thread(target=self._reap, name=f"{self.name}-reap", daemon=True).start()
 
     def close(self) -> None:
         """Stop it and give everything back; its process has ended then. Idempotent."""
@@ -227,15 +258,27 @@ class Copy(_Verbs):
         with suppress(HostError, StateError):
             self._call("close")
         self._hang_up()
-        _reap(self.pid, wait=True)
+        self._reap()
 
     def kill(self) -> None:
         """End its process at once, whatever it does."""
         if self._end.fileno() >= 0:
             self._hang_up()
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            _reap(self.pid, wait=True)
+                if self._pidfd >= 0:
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                else:
+                    os.kill(self.pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> None:
+        """Wait for the end of its process; that of a copy's copy is not this process's child, and reaped over there."""
+        if self._pidfd >= 0:
+            await_readable(self._pidfd, None)
+            os.close(self._pidfd)
+        else:
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
 
     def _hang_up(self) -> None:
         with self._changed:
@@ -262,10 +305,9 @@ class Copy(_Verbs):
         return f"<Copy {self.name!r} pid {self.pid}>"
 
 
-def _reap(pid: int, wait: bool) -> None:
-    """Take note of the end of a process; a copy's copy is not this process's child, and taken note of over there."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, 0 if wait else os.WNOHANG)
+def _parent(pid: int) -> int:
+    """The parent of a process (proc_pid_stat(5)). Raises OSError."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
 
 
 class CopyConsole:

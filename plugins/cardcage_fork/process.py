@@ -21,8 +21,6 @@ from cardcage_fork.serve import Server, leave_server
 from cardcage_fork.wire import Peer, pack_error, raise_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cardcage.machine import Machine
 
 __all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link"]
@@ -31,33 +29,41 @@ MOST = 1000
 """Copies at once."""
 PATIENCE = 60
 """Seconds that a new process may take to be a machine of its own: it copies disks."""
-_links: set[socket.socket] = set()
-"""The ends of links to copies that this process holds: a new copy closes them."""
+_links: dict[socket.socket, int] = {}
+"""The ends of links to copies that this process holds, and descriptors of their processes: a new copy closes them."""
 
 
 class Made:
-    """A copy that was made: its process, its name, our end of the link to it."""
+    """A copy that was made: its process, name, our end of the link to it. *pidfd*: of one that is no child, else -1."""
 
-    def __init__(self, pid: int, end: socket.socket) -> None:
-        self.pid, self.end, self.peer = pid, end, Peer(end)
-        self.name = ""
+    def __init__(self, pid: int, end: socket.socket, name: str = "", pidfd: int = -1) -> None:
+        self.pid, self.end, self.peer, self.name, self.pidfd = pid, end, Peer(end), name, pidfd
 
 
-def keep_link(end: socket.socket) -> None:
+def keep_link(end: socket.socket, pidfd: int = -1) -> None:
     """*end* is of a link to a copy."""
-    _links.add(end)
+    _links[end] = pidfd
 
 
 def forget_link(end: socket.socket) -> None:
     """*end* is about to be closed."""
-    _links.discard(end)
+    _links.pop(end, None)
 
 
 def forget_links() -> None:
     """This is a new process: the links are its parent's."""
-    for end in _links:
+    for end, pidfd in _links.items():
         end.close()
+        if pidfd >= 0:
+            os.close(pidfd)
     _links.clear()
+
+
+def await_readable(fd: int, seconds: float | None) -> bool:
+    """Wait until *fd*, of any number, has something to read; False when the time is over."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def fork_process(machine: Machine, count: int) -> list[Made]:
@@ -76,8 +82,8 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
     waits = any(not one.info.readonly for one in _disks(machine))
     try:
         with machine.parked():
-            _lend(machine)
             try:
+                _lend(machine)
                 for _ in range(count):
                     if isinstance(one := _fork(machine), Birth):
                         born = one
@@ -115,19 +121,24 @@ def _disks(machine: Machine) -> list[Any]:
 
 
 def _lend(machine: Machine) -> None:
-    machine.vm.before_fork()  # type: ignore[attr-defined]  # refuse() has seen to it
+    vm: Any = machine.vm  # a ForkableVm: refuse() has seen to it
+    vm.before_fork()
     for block in blocks_of(machine):
         block.map.madvise(mmap.MADV_DOFORK)
 
 
 def _keep(machine: Machine, *, child: bool) -> None:
-    machine.vm.after_fork(child=child)  # type: ignore[attr-defined]
+    vm: Any = machine.vm
+    vm.after_fork(child=child)
     for block in blocks_of(machine):
         block.map.madvise(mmap.MADV_DONTFORK)
 
 
 def _fork(machine: Machine) -> Made | Birth:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise HostError(f"{machine.name} cannot be forked: {error.strerror}") from error
     try:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of threads: the machine's have ended, and others hold no lock of it.
@@ -150,7 +161,7 @@ def _fork(machine: Machine) -> Made | Birth:
 def _await(made: list[Made]) -> None:
     """Wait until each copy is a machine of its own. Raises what went wrong in one."""
     for one in made:
-        if not select.select([one.end], [], [], PATIENCE)[0]:
+        if not await_readable(one.end.fileno(), PATIENCE):
             os.kill(one.pid, signal.SIGKILL)
             raise HostError(f"a copy was not one within {PATIENCE} s (pid {one.pid})")
         try:
@@ -198,11 +209,8 @@ class Birth:
 
     def live(self) -> None:
         """Serve the parent until it, or the guest, has had enough; then end the process."""
-        status = 1
-        with suppress(BaseException):
-            Server(self._machine, self._end).run()
-            status = 0
-        self._end_process(status)
+        Server(self._machine, self._end).run()
+        self._end_process(0)
 
     def die(self, error: BaseException) -> None:
         """End the process, with a word to the parent about why."""
@@ -215,8 +223,6 @@ class Birth:
         self._end_process(1)
 
     def _end_process(self, status: int) -> None:
-        leave: tuple[Callable[[], object], ...] = (self._machine.dismantle,)
-        for one in leave:
-            with suppress(BaseException):
-                one()
+        with suppress(BaseException):  # the process ends, whatever is in the way
+            self._machine.dismantle()
         os._exit(status)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.abilities import has
 from cardcage.accelerator import DirtyLog
-from cardcage.errors import CardError, StateError
+from cardcage.errors import CardError, HostError, StateError
 from cardcage.ram import PAGE, fenced
 from cardcage.security import OPERATOR, Act
 
@@ -94,11 +94,25 @@ class Checkpoint:
                     self._devices.append((plugged.device, _pickled(plugged.who, plugged.device.save())))
             self._clock = machine.clock.now()
         self._vcpus: list[bytes] = [pickle.dumps(one.get_state()) for one in machine.vcpus]
-        vm.start_dirty_log()
-        self._bases = [Base(block) for block in blocks_of(machine)]
+        self._parts = _parts(machine)
+        self._bases: list[Base] = []
         self._itself = has(vm, RevertingVm)
-        if self._itself:
-            vm.set_revert_bases([(one.host, one.size, one.address) for one in self._bases])
+        vm.start_dirty_log()
+        try:
+            self._bases += map(Base, blocks_of(machine))
+            if self._itself:
+                vm.set_revert_bases([(one.host, one.size, one.address) for one in self._bases])
+        except BaseException as error:
+            self.close(machine)
+            if isinstance(error, OSError):
+                raise HostError(f"{machine.name}: no memory for a checkpoint: {error.strerror}") from error
+            raise
+
+    def obstacle(self, machine: Machine) -> str:
+        """Why the paused machine cannot be put back, empty when it can: a guest may eject devices, too."""
+        now = _parts(machine)
+        same = len(now) == len(self._parts) and all(one is two for one, two in zip(now, self._parts, strict=True))
+        return "" if same else "devices or memory came, or went, since its checkpoint"
 
     def revert(self, machine: Machine) -> int:
         """Put the paused *machine* back; returns how many pages that took."""
@@ -121,7 +135,9 @@ class Checkpoint:
         vm: Any = machine.vm
         count, written = 0, []
         for slot in machine.memory.slots:
-            base = next(one for one in self._bases if 0 <= slot.host_address - one.host < one.size)
+            base = next((one for one in self._bases if 0 <= slot.host_address - one.host < one.size), None)
+            if base is None:  # what only shows since then, and is not written
+                continue
             for page in pages_in(vm.fetch_dirty_log(slot)):
                 at = slot.host_address + page * PAGE
                 ctypes.memmove(at, base.address + at - base.host, PAGE)
@@ -138,6 +154,12 @@ class Checkpoint:
         vm.stop_dirty_log()
         for base in self._bases:
             base.close()
+
+
+def _parts(machine: Machine) -> list[object]:
+    """The devices and the blocks of memory that are written."""
+    blocks = {id(one.block): one.block for one in machine.memory.ranges if not one.readonly}
+    return [*(one.device for one in machine.devices.values()), *blocks.values()]
 
 
 def _pickled(who: str, state: Any) -> bytes:
@@ -203,13 +225,18 @@ def _obstacle(machine: Machine) -> str:
 def revert(machine: Machine) -> int:
     """Put the machine back to its :func:`checkpoint`; returns how many pages of RAM that took.
 
-    It runs then, or is paused, as it was before. Raises StateError without a checkpoint, Denied.
+    It runs then, or is paused, as it was before. Raises StateError without a checkpoint, or where devices or memory
+    came or went since; Denied.
     """
     kept = _checkpoints(machine).get(machine)
     if kept is None:
         raise StateError(f"{machine.name} has no checkpoint to go back to")
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
     running = _pause(machine)
+    if why := kept.obstacle(machine):
+        if running:
+            machine.resume()
+        raise StateError(f"{machine.name} cannot go back: {why}")
     pages = kept.revert(machine)
     if running:
         machine.resume()

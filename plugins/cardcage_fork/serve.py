@@ -10,9 +10,9 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, HostError, in_words
+from cardcage.errors import CardcageError, HostError, UsageError, in_words
 
-from cardcage_fork.wire import Peer, pack_error, pack_value, unpack_value
+from cardcage_fork.wire import DESCRIPTORS, Peer, pack_error, pack_value, unpack_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,8 +163,10 @@ class Server:
 
         with self._sending:  # a copy of this one has the lock's state; it makes its own
             try:
+                if type(count) is int and count > DESCRIPTORS:
+                    raise UsageError(f"{count} copies of a copy: expected at most {DESCRIPTORS} at once")
                 made = fork_process(self._machine, count)
-            except Exception as error:  # told, as above
+            except Exception as error:  # whatever it was, it is told, and this copy goes on
                 answer: dict[str, Any] = {"id": number, "error": pack_error(error)}
                 made = []
             else:

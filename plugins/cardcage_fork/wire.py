@@ -20,12 +20,16 @@ from attrs import asdict
 from cardcage import errors, outcome
 from cardcage.errors import CardcageError, HostError
 
-__all__ = ["Peer", "pack_error", "pack_value", "raise_error", "unpack_value"]
+__all__ = ["DESCRIPTORS", "Peer", "close_all", "pack_error", "pack_value", "raise_error", "unpack_value"]
 
 HEAD = struct.Struct("<IB")
 MOST = 256 << 20
 """Bytes of a message."""
 DESCRIPTORS = 250
+"""Of a message: the kernel takes 253."""
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error)
+"""What values raise that are none."""
+NONSENSE = "a forked machine's process gave an answer that cannot be understood"
 OUTCOMES = {name: getattr(outcome, name) for name in outcome.__all__ if name != "Outcome"}
 
 
@@ -59,11 +63,11 @@ class Peer:
             found = json.loads(self._exactly(size))
             if not isinstance(found, dict):
                 raise HostError("a forked machine's process sent what is no message")
-        except ValueError as error:
-            _close(descriptors)
+        except (ValueError, RecursionError) as error:
+            close_all(descriptors)
             raise HostError(f"a forked machine's process sent what is no message: {error}") from error
         except BaseException:
-            _close(descriptors)
+            close_all(descriptors)
             raise
         return found, descriptors
 
@@ -80,7 +84,7 @@ class Peer:
         try:
             return data + self._exactly(HEAD.size - len(data), begun=bool(data)), list(found)
         except BaseException:
-            _close(list(found))
+            close_all(list(found))
             raise
 
     def _exactly(self, size: int, *, begun: bool = True) -> bytes:
@@ -100,7 +104,8 @@ class Peer:
         self._end.close()
 
 
-def _close(descriptors: list[int]) -> None:
+def close_all(descriptors: list[int]) -> None:
+    """Close descriptors that came."""
     for one in descriptors:
         os.close(one)
 
@@ -133,8 +138,8 @@ def unpack_value(value: Any) -> Any:
     """The value again. Raises HostError for what none can be."""
     try:
         return _unpack(value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise HostError(f"a forked machine's process gave an answer that cannot be understood: {error}") from error
+    except BROKEN as error:
+        raise HostError(f"{NONSENSE}: {error}") from error
 
 
 def _unpack(value: Any) -> Any:
@@ -169,14 +174,15 @@ def pack_error(error: BaseException) -> dict[str, Any]:
 
 def raise_error(packed: Any) -> None:
     """Raise what was raised there: of the classes that :mod:`cardcage.errors` has, and those of a command's end."""
-    if not isinstance(packed, dict):
-        raise HostError("a forked machine's process gave an answer that cannot be understood")
-    if "timeout" in packed:
-        raise TimeoutExpired(*unpack_value(packed["timeout"]))
-    if "os" in packed:
-        number, name = unpack_value(packed["os"])
-        if number in errno.errorcode:
-            raise OSError(number, os.strerror(number), str(name) or None)
+    match packed:
+        case {"timeout": [_, int() | float(), _, _]}:
+            raise TimeoutExpired(*unpack_value(packed["timeout"]))
+        case {"os": [int(number), str(name)]} if number in errno.errorcode:
+            raise OSError(number, os.strerror(number), name or None)
+        case {"class": _, "text": _}:
+            pass
+        case _:
+            raise HostError(NONSENSE)
     kind = getattr(errors, str(packed.get("class")), None) if packed.get("class") in errors.__all__ else None
     text = "".join(one if one.isprintable() or one == "\n" else "?" for one in str(packed.get("text")))
     raise kind(text) if isinstance(kind, type) and issubclass(kind, CardcageError) else HostError(text)

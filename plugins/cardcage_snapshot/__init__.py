@@ -66,6 +66,15 @@ def cardcage_built(machine: PlainMachine) -> None:
         before_jail(machine)
 
 
+@hookimpl
+def cardcage_forked(machine: PlainMachine) -> None:
+    """Take it of this process, where there is any: what is open tells of the parent's memory."""
+    import sys
+
+    if (watching := sys.modules.get("cardcage_snapshot.watching")) is not None:  # else there is none, nor time to load
+        watching.renew()
+
+
 _names: Any = lazy_names(
     "cardcage_snapshot",
     creating="Snapshot",

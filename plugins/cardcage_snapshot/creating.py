@@ -20,10 +20,10 @@ from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
 
 from cardcage_snapshot.disks import plan_disks, settle_disks
-from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, sealed, written
+from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, chunk_size, sealed, written
 from cardcage_snapshot.pages import held, runs_of
 from cardcage_snapshot.places import Publication, located
-from cardcage_snapshot.ram import Copy, chunk_size, compressor, finish
+from cardcage_snapshot.ram import Copy, compressor, finish
 from cardcage_snapshot.state import capture, dumps
 from cardcage_snapshot.tables import ids_of, tables_of
 

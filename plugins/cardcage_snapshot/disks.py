@@ -18,6 +18,7 @@ from cardcage.backends import BlockBackend
 from cardcage.config import beside
 from cardcage.errors import ConfigError, StateError
 from cardcage_block.make import Qcow2Shape, create_qcow2
+from cardcage_block.private import CopiedImage
 
 from cardcage_snapshot.hostcalls import clone, copy_range
 from cardcage_snapshot.manifest import Disk
@@ -133,6 +134,8 @@ def _plan(id: str, backend: Any, spec: Any, options: dict[str, Any]) -> DiskCopy
     if isinstance(spec, str) and (head := spec.partition(":")[0]) in IMAGES and not os.path.lexists(beside(spec)):
         kind, table = head, {"file": spec.removeprefix(f"{head}:")}
     path = beside(table["file"]) if kind in IMAGES and isinstance(table.get("file"), str) else ""
+    if path and isinstance(backend, CopiedImage) and not backend.is_at(path):
+        path = ""  # a forked machine's own copy, or replaced since: what is there now is another's
     readonly = backend.info.readonly or bool(options.get("readonly"))
     if not path or not os.path.lexists(path):
         return DiskCopy(id, backend, "", "raw", False, False)

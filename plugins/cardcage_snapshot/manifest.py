@@ -36,6 +36,7 @@ __all__ = [
     "File",
     "Manifest",
     "Ram",
+    "chunk_size",
     "converter",
     "decoded",
     "read",
@@ -50,9 +51,18 @@ MOST = 4 << 20
 """Bytes of a manifest."""
 CHUNKS = 4096
 """Pieces of RAM at most that have a sum of their own."""
+LEAST = 1 << 20
 DEEPEST = 64
 SIZE = and_(ge(0), le(1 << 60))
 SUM = matches_re(r"[0-9a-f]{32}")
+
+
+def chunk_size(size: int) -> int:
+    """Bytes of a piece that has a sum of its own: 1 MiB, more where RAM would have too many."""
+    chunk = LEAST
+    while -(-size // chunk) > CHUNKS:
+        chunk *= 2
+    return chunk
 
 
 @define
@@ -147,11 +157,17 @@ class Manifest:
         last, end = -1, 0
         for number, offset, length, sum in self.ram.chunks:
             fits = last < number < pieces and 0 < length <= self.ram.chunk + 4096 and len(sum) == 32
-            if not fits or offset < (end if self.ram.compression == "zstd" else 0):
+            if (
+                not fits
+                or offset > self.memory + pieces * 4096
+                or offset < (end if self.ram.compression == "zstd" else 0)
+            ):
                 raise ConfigError(f"piece {number} of RAM is out of place", file=where, key="ram.chunks")
             if self.ram.compression == "none" and offset != number * self.ram.chunk:
                 raise ConfigError(f"piece {number} of RAM is out of place", file=where, key="ram.chunks")
             last, end = number, offset + length
+        if self.ram.chunk > (most := chunk_size(self.memory)):
+            raise ConfigError(f"pieces of {self.ram.chunk} bytes: expected at most {most}", file=where, key="ram.chunk")
         if pieces > CHUNKS:
             raise ConfigError(f"{pieces} pieces of RAM: expected at most {CHUNKS}", file=where, key="ram.chunk")
 

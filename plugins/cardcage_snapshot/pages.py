@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cardcage.ram import RamBlock
 
-__all__ = ["SCAN_WRITTEN", "file_runs", "held", "keep_pagemap", "runs_of", "scanned", "touched"]
+__all__ = ["SCAN_WRITTEN", "file_runs", "held", "keep_pagemap", "renew_pagemap", "runs_of", "scanned", "touched"]
 
 PAGEMAP_SCAN = 0xC0606610
 WRITTEN, FILE, PRESENT, SWAPPED, ZERO = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
@@ -51,6 +51,13 @@ def keep_pagemap() -> None:
     if not _kept:
         with suppress(OSError):
             _kept.append(open("/proc/self/pagemap", "rb", buffering=0))  # noqa: SIM115  for good
+
+
+def renew_pagemap() -> None:
+    """This is a forked process: the file that is held open is of its parent."""
+    if _kept:
+        _kept.pop().close()
+        keep_pagemap()
 
 
 def _pagemap() -> Any:

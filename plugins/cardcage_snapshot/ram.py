@@ -16,7 +16,7 @@ from cardcage.ram import PAGE, Anonymous
 
 from cardcage_snapshot.backing import SnapshotRam
 from cardcage_snapshot.hostcalls import copy_range, punch
-from cardcage_snapshot.manifest import CHUNKS, Ram
+from cardcage_snapshot.manifest import Ram, chunk_size
 from cardcage_snapshot.pages import file_runs, held, runs_of
 from cardcage_snapshot.watching import WriteWatch
 
@@ -28,21 +28,12 @@ if TYPE_CHECKING:
     from cardcage_snapshot.pages import Run
     from cardcage_snapshot.places import Folder, Publication
 
-__all__ = ["Copy", "chunk_size", "compressor", "damaged", "fill", "finish"]
+__all__ = ["Copy", "compressor", "damaged", "fill", "finish"]
 
-LEAST = 1 << 20
 ZEROS = bytes(PAGE)
 LEVEL = 3
 PASSES, LITTLE = 5, 1 << 20
 """Passes over what was written meanwhile, at most; bytes that are left for the stop."""
-
-
-def chunk_size(size: int) -> int:
-    """Bytes of a piece that has a sum of its own: 1 MiB, more where RAM would have too many."""
-    chunk = LEAST
-    while -(-size // chunk) > CHUNKS:
-        chunk *= 2
-    return chunk
 
 
 def compressor() -> Any:
@@ -195,10 +186,10 @@ def damaged(folder: Folder, ram: Ram, size: int) -> None:
 
 def _pieces(fd: int, where: str, ram: Ram, size: int, *, sums: bool) -> Iterator[tuple[int, int, bytes]]:
     """Number, offset in the file and bytes of each piece that is not zero."""
-    unpack = compressor() if ram.compression == "zstd" else None
+    unpack, end = compressor() if ram.compression == "zstd" else None, os.fstat(fd).st_size
     for number, offset, length, sum in ram.chunks:
         whole = min(ram.chunk, size - number * ram.chunk)
-        data = os.pread(fd, length, offset)
+        data = os.pread(fd, length, offset) if offset + length <= end else b""
         if len(data) != length or ((sums or unpack) and digest(data) != sum):
             raise _damage(where, number, ram, "its sum is another" if len(data) == length else "the file ends before")
         if unpack is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import evolve, field, frozen
 from cardcage.abilities import has
+from cardcage.backends import NetBackend
 from cardcage.boot import Firmware
 from cardcage.config import Draft
 from cardcage.errors import CardcageError, ConfigError, NotOffered
@@ -28,7 +29,7 @@ from cardcage_snapshot.places import Folder, located
 from cardcage_snapshot.ram import damaged, fill
 from cardcage_snapshot.state import loads
 from cardcage_snapshot.state import restore as load_state
-from cardcage_snapshot.tables import config_of, tables_of
+from cardcage_snapshot.tables import config_of, ids_of, tables_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -48,6 +49,8 @@ STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
 PATIENCE = 5.0
 """Seconds that the agent of a restored guest may take."""
+ALONE = ("null", "user")
+"""Networks on which a guest is by itself."""
 _host: ContextVar[Host] = ContextVar("cardcage_snapshot_host")
 
 
@@ -134,6 +137,8 @@ def restore(
         if not mapped:
             fill(vm.memory.ranges[0].block, folder, manifest.ram)
         _load(vm, saved, folder.where(STATE), any_cpu)
+        if vm.name != manifest.machine:
+            _same_addresses(vm)
         if start:
             vm.start(boot=False)
             settle(vm, manifest.agent)
@@ -206,6 +211,19 @@ def _load(vm: Machine, saved: MachineState, where: str, any_cpu: bool) -> None:
         load_state(vm, saved, any_cpu=any_cpu)
     except ConfigError as error:
         raise ConfigError(error.problem, file=where, key=error.key) from error
+
+
+def _same_addresses(vm: Machine) -> None:
+    """Say which network cards may meet those of other machines of the snapshot, which have the same address."""
+    options = dict(zip(ids_of(vm), (one.options for one in vm.config.devices), strict=True))
+    for one in vm.devices.values():
+        net = options.get(one.id, {}).get("net", "")
+        kind = net.get("type") if isinstance(net, dict) else str(net).partition(":")[0]
+        if kind not in ALONE and any(has(backend, NetBackend) for backend in one.slot.host.opened):
+            vm.log.warning(
+                "a network card has the MAC address of the saved machine, and so have all others of this snapshot",
+                device=one.id,
+            )
 
 
 def settle(machine: Machine, agent: bool) -> None:

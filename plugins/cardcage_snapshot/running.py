@@ -13,9 +13,9 @@ from cardcage_fleet import command, converse
 from cardcage_fleet.control import DESCRIPTORS
 
 from cardcage_snapshot.creating import Plan, allowed, completed, prepared, roomy
-from cardcage_snapshot.manifest import Manifest, converter
+from cardcage_snapshot.manifest import Manifest, chunk_size, converter
 from cardcage_snapshot.places import Publication
-from cardcage_snapshot.ram import chunk_size, compressor
+from cardcage_snapshot.ram import compressor
 from cardcage_snapshot.watching import keep_open
 
 if TYPE_CHECKING:

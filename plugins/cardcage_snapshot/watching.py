@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from cardcage_snapshot.pages import SCAN_WRITTEN, keep_pagemap, scanned
+from cardcage_snapshot.pages import SCAN_WRITTEN, keep_pagemap, renew_pagemap, scanned
 
 if TYPE_CHECKING:
     from typing import Self
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cardcage_snapshot.pages import Run
 
-__all__ = ["WriteWatch", "keep_open", "opened"]
+__all__ = ["WriteWatch", "keep_open", "opened", "renew"]
 
 USERFAULTFD = 323
 USER_MODE_ONLY = 1
@@ -56,6 +56,21 @@ def keep_open(machine: Machine) -> None:
         _kept[block] = opened()
         machine.defer(partial(os.close, _kept[block]))
     keep_pagemap()
+
+
+def renew() -> None:
+    """This is a forked process: what was kept open tells of its parent's memory, and is opened anew in its place."""
+    for block, fd in list(_kept.items()):
+        try:
+            _replace(fd, opened())
+        except OSError:  # it stays for who closes it, and is not used
+            del _kept[block]
+    renew_pagemap()
+
+
+def _replace(fd: int, made: int) -> None:
+    os.dup2(made, fd, inheritable=False)
+    os.close(made)
 
 
 class WriteWatch:

@@ -129,10 +129,28 @@ def test_a_revert_puts_all_back(writes: list[tuple[int, bytes]]) -> None:
         memory.close()
 
 
+def test_ram_that_came_since_is_not_put_back(parts: tuple[TcgVm, PhysicalMemory]) -> None:
+    """A page that was written and has no bytes to go back to is refused, and stays in the log; nothing is put back."""
+    vm, memory = parts
+    block = memory.ranges[0].block
+    base = ctypes.create_string_buffer(block.size)
+    vm.start_dirty_log()
+    vm.set_revert_bases([(block.host_address, block.size, ctypes.addressof(base))])
+    memory.add(RamRange(2 << 20, 8192, RamBlock(8192)))
+    memory.write(5 * 4096, b"x")
+    assert vm.revert_dirty_log() == 1
+    memory.write(5 * 4096, b"y")
+    memory.write(2 << 20, b"z")
+    with pytest.raises(StateError, match="came since"):
+        vm.revert_dirty_log()
+    assert (memory.read(5 * 4096, 1), memory.read(2 << 20, 1)) == (b"y", b"z")
+    assert written(vm, memory) == [5]
+
+
 def test_stretches_are_joined() -> None:
-    """Slots that overlap or touch in host memory are one stretch of the log."""
+    """Slots that overlap in host memory are one stretch of the log; those that touch are two: maybe of two blocks."""
     slots = [SimpleNamespace(host_address=at, size=size) for at, size in ((0, 8), (4, 8), (12, 4), (32, 4), (33, 1))]
-    assert joined(slots) == [(0, 16), (32, 4)]  # type: ignore[arg-type]  # as much of slots as it looks at
+    assert joined(slots) == [(0, 12), (12, 4), (32, 4)]  # type: ignore[arg-type]  # as much of slots as it looks at
 
 
 def test_a_parked_vm_has_no_thread_and_no_time(parts: tuple[TcgVm, PhysicalMemory]) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
+import socket
+import struct
+import subprocess
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.device import Pio
-from cardcage.errors import CardcageError, Denied, StateError, UsageError
+from cardcage.errors import CardcageError, Denied, HostError, StateError, UsageError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.security import Act, Mediator
-from cardcage_fork import checkpoint, fork
+from cardcage_fork import Copy, checkpoint, fork, process, revert, reverting
 from cardcage_fork.plan import refuse
-from cardcage_fork.wire import pack_error, pack_value, raise_error, unpack_value
-from hypothesis import given, settings
+from cardcage_fork.process import Made
+from cardcage_fork.wire import Peer, pack_error, pack_value, raise_error, unpack_value
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
@@ -167,6 +174,32 @@ def test_a_checkpoint_is_refused_where_not_all_goes_back(tmp_path: Path) -> None
                 checkpoint(vm)
 
 
+def test_a_machine_of_other_parts_does_not_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that came since the checkpoint is said, and nothing is put back; a checkpoint for which there is no
+    memory leaves no log behind."""
+    with machine({"type": "virtio-rng"}) as vm:
+        vm.start()
+        vm.pause()
+        with monkeypatch.context() as patch:
+            patch.setattr(reverting, "fenced", _no_room)
+            with pytest.raises(HostError, match="no memory for a checkpoint"):
+                checkpoint(vm)
+        checkpoint(vm)
+        vm.memory.write(0x5000, b"kept")
+        vm.add("virtio-rng", id="late")
+        with pytest.raises(StateError, match=f"{vm.name} cannot go back: devices or memory came, or went"):
+            revert(vm)
+        assert vm.memory.read(0x5000, 4) == b"kept"
+        checkpoint(vm)
+        vm.memory.write(0x5000, b"gone")
+        assert revert(vm) >= 1
+        assert vm.memory.read(0x5000, 4) == b"kept"
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -180,19 +213,78 @@ def test_values_pass_between_processes(value: Any) -> None:
     assert unpack_value(pack_value(value)) == value
 
 
+KINDS = st.sampled_from("bytes table pattern completed outcome timeout os class text".split())
 ANSWERS = st.recursive(
-    st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.integers() | st.text() | st.sampled_from(["Stopped", "(", "a{99999999999}", "HostError"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KINDS | st.text(), inner, max_size=2),
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(ANSWERS)
+@example({"outcome": []})
+@example({"pattern": ["(", 0]})
+@example({"pattern": ["", 1 << 80]})
+@example({"os": 5})
+@example({"timeout": [1]})
 def test_an_answer_may_be_anything(packed: Any) -> None:
     """What a copy's process says is a value, or an error of ours or the system's, whatever it is."""
     with suppress(CardcageError):
         unpack_value(packed)
-    with pytest.raises((CardcageError, OSError)):
+    with pytest.raises((CardcageError, OSError, subprocess.TimeoutExpired)):
         raise_error(packed)
+
+
+def nested() -> Any:
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    return deep
+
+
+def test_a_message_may_be_anything() -> None:
+    """A copy's process that sends what nobody asked for, or what is nested without end, makes nothing grow here."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        copy, peer = Copy(Made(os.getpid(), ours)), Peer(theirs)
+        for number in (7, 1, "1", None, [1]):
+            peer.send({"id": number, "return": 1}, (theirs.fileno(),) * 3)
+        opened = len(os.listdir("/proc/self/fd"))
+        assert copy._call("born") == 1
+        for number in (2, {}):
+            peer.send({"id": number, "return": [[1, "init"]]}, (theirs.fileno(),))
+        with pytest.raises(HostError, match="has ended, or is none"):
+            copy.fork()
+        assert not copy._answers
+        assert len(os.listdir("/proc/self/fd")) == opened
+        data = b"[" * 100_000
+        theirs.sendall(struct.pack("<IB", len(data), 0) + data)
+        with pytest.raises(HostError, match="no message"):
+            copy._call("born")
+        copy._hang_up()
+    with pytest.raises(HostError, match="cannot be understood"):
+        unpack_value(nested())
+
+
+def test_a_descriptor_may_have_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link whose number is beyond what select(2) takes is waited for; a process without a descriptor to spare is told
+    so in one line."""
+    ours, theirs = socket.socketpair()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+        try:
+            number = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 2000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        made = Made(1, socket.socket(fileno=number))
+        Peer(theirs).send({"name": "high"})
+        process._await([made])
+        assert made.name == "high"
+        made.end.close()
+    monkeypatch.setattr(socket, "socketpair", _no_room)
+    with machine() as vm, pytest.raises(HostError, match=f"{vm.name} cannot be forked: Cannot allocate memory"):
+        fork(vm)
 
 
 def test_errors_pass_between_processes() -> None:

@@ -79,6 +79,23 @@ def test_a_saved_machine_goes_on_many_times(tmp_path: Path, host: Host, compress
         counts_on(vm, count(vm))
 
 
+def test_network_cards_that_have_one_address_are_named(
+    tmp_path: Path, host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A machine of another name than the saved one's names its network cards that others of the snapshot may meet, as
+    they all have one MAC address; not those that are by themselves, nor where no other machine has the name."""
+    devices = [{"type": "virtio-net", "id": one, "net": net} for one, net in (("far", "switch:x"), ("near", "null"))]
+    with counting(tmp_path, host, memory="16M", platform="pc", devices=devices) as vm:
+        vm.start()
+        save(vm, "networked")
+        capfd.readouterr()
+        with restored("networked", host=host, start=False):
+            (line,) = (one for one in capfd.readouterr().err.splitlines() if "MAC address" in one)
+            assert "far" in line
+    with restored("networked", host=host, start=False):
+        assert "MAC address" not in capfd.readouterr().err
+
+
 def test_ram_is_mapped_and_not_read(tmp_path: Path, host: Host) -> None:
     """A restored machine's RAM is a private map of the file: hardly a page of it is there before the guest runs, and
     what a guest writes is not in the file."""

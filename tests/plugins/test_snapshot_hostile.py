@@ -194,6 +194,21 @@ def test_only_regular_files_are_parts(one: Path, host: Host, tmp_path: Path, kin
         (tmp_path / file).rename(one / file)
 
 
+@pytest.mark.parametrize(
+    ("memory", "ram", "line"),
+    [
+        (4 << 20, {"chunk": 1 << 20, "chunks": [[0, 10**30, 100, "0" * 32]]}, "piece 0 of RAM is out of place"),
+        (1 << 48, {"chunk": 1 << 48, "chunks": [[0, 0, 1 << 48, "0" * 32]]}, "ram.chunk: .*expected at most"),
+        (1 << 48, {"chunk": 1 << 36, "chunks": [[0, 0, 1 << 36, "0" * 32]]}, "the file ends before"),
+    ],
+)
+def test_pieces_of_any_size_take_no_memory(one: Path, memory: int, ram: dict[str, Any], line: str) -> None:
+    """A piece of RAM that is said to be far away, larger than pieces are, or than the file, is refused unread."""
+    rewrite(one, lambda table: table.update(memory=memory, ram={"file": "ram", "compression": "zstd", **ram}))
+    with Folder(one) as folder, pytest.raises(ConfigError, match=line):
+        check_files(folder, manifest.read(folder)[0])
+
+
 def test_a_bomb_is_not_unpacked(one: Path, host: Host) -> None:
     """A frame that says, or turns out, to hold more than its piece of RAM is refused before it is unpacked."""
     for data in (zstandard.ZstdCompressor().compress(bytes(64 << 20)), bomb(), b"no frame at all"):

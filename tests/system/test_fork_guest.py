@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from cardcage.errors import GuestError, HostError, StateError
+from cardcage.errors import GuestError, HostError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.outcome import PoweredOff, Stopped
 from cardcage_agent import Machine
@@ -109,6 +109,10 @@ def test_a_copy_of_a_copy(vm: Machine) -> None:
     (first,) = fork(vm)
     with first.fork()[0] as at_once:  # while its agent is asked for the first time
         assert word(at_once) == "before"
+        with pytest.raises(UsageError, match="at most 250"):
+            first.fork(251)
+    status = Path(f"/proc/{at_once.pid}/stat")  # it has ended, and is reaped by the process of the first
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
     first.run("echo -n first >/tmp/word")
     second, third = first.fork(2)
     with second, third:

@@ -57,11 +57,16 @@ EXPORTED u64 tcg_dirty_take(struct vm *vm, u64 host, u64 size, u8 *bitmap)
     return taken;
 }
 
-/* Each page in the log gets the bytes that it has in the area's base, and is no longer in the log; what was derived of it is forgotten. */
+/* Each page in the log gets the bytes that it has in the area's base, and is no longer in the log; what was derived of it is forgotten.
+ * Returns how many; all ones, and nothing has happened, where a page has no base. */
 EXPORTED u64 tcg_dirty_revert(struct vm *vm)
 {
     struct dirty_log *log = (struct dirty_log *)vm->dirty;
     u64 count = log->count;
+    for (u64 i = 0; i < count; i++)
+        for (u32 n = 0; n < log->areas; n++)
+            if (((u64 *)log->list)[i] - log->area[n].host < log->area[n].size && !log->area[n].base)
+                return ~0ul;
     for (u64 i = 0; i < count; i++) {
         u64 page = ((u64 *)log->list)[i];
         for (u32 n = 0; n < log->areas; n++) {
