@@ -450,6 +450,14 @@ def test_bounds_of_the_wire() -> None:
         load(b'{"a": ' + b"9" * 100_000 + b"}")
 
 
+@pytest.mark.parametrize("text", [b"{" + b"\\'" * (MOST // 2 - 1) + b"}", b"'" + b'\\"' * (MOST // 2 - 1)])
+def test_quotes_without_an_end(text: bytes) -> None:
+    """A value full of quotes that are never closed is refused as soon as any other of its length, which is short of
+    hours."""
+    with pytest.raises(JsonError):
+        load(text)
+
+
 @settings(max_examples=20)
 @given(
     st.lists(
