@@ -360,8 +360,12 @@ def test_a_socket_that_connects_and_one_that_is_waited_for(make: Callable[..., M
         ("file", "expected unix:PATH"),
         ("stdio:x", "expected unix:PATH"),
         ("tcp:localhost", "expected tcp:HOST:PORT"),
+        ("tcp:localhost:²", "expected tcp:HOST:PORT"),
+        ("tcp:localhost:65536", "expected tcp:HOST:PORT"),
         ("fd:99999", "Bad file descriptor"),
         ("fd:x", "expected fd:N"),
+        ("fd:³", "expected fd:N"),
+        ("fd:" + "9" * 5000, "expected fd:N"),
         ("unix:/no/such/folder/q", "No such file"),
         ("unix:{}/file", "exists and is not a socket"),
         ("unix:" + "x" * 200, "too long"),
@@ -373,6 +377,28 @@ def test_sockets_that_cannot_be(make: Callable[..., Machine], tmp_path: Path, so
     with pytest.raises(ConfigError, match=error) as caught:
         make({"type": "qmp", "socket": socket_.format(tmp_path), "id": "second"})
     assert caught.value.key == "socket"
+
+
+def test_descriptors_of_sockets(make: Callable[..., Machine]) -> None:
+    """A socket that is handed over listens, or is connected, as its options say; else it stays its owner's."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(ConfigError, match="that listens"):
+            make({"type": "qmp", "socket": f"fd:{theirs.fileno()}", "id": "second"})
+        make({"type": "qmp", "socket": f"fd:{theirs.detach()}", "server": False, "id": "second"})
+        assert b"QMP" in ours.recv(4096)
+
+
+def test_descriptors_in_sets_end_with_the_machine(make: Callable[..., Machine], tmp_path: Path) -> None:
+    """A descriptor that a peer left in a set is closed once its machine is."""
+    machine = make()
+    ours, theirs = socket.socketpair()
+    with ours, Client(tmp_path / "qmp") as peer:
+        socket.send_fds(peer.socket, [b'{"execute": "add-fd"}'], [theirs.fileno()])
+        theirs.close()
+        assert "return" in peer.answer()
+        machine.close()
+        assert ours.recv(1) == b""
 
 
 def test_the_flag() -> None:
