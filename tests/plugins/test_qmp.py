@@ -237,6 +237,9 @@ def test_memory_is_saved(make: Callable[..., Machine], tmp_path: Path) -> None:
     with Client(tmp_path / "qmp") as peer:
         assert peer.ask("pmemsave", val=0x1FFE, size=11, filename=f"{tmp_path}/m") == {"return": {}}
         assert (tmp_path / "m").read_bytes() == b"over a page"
+        machine.memory.write((2 << 20) - 4096, b"last")
+        assert peer.ask("pmemsave", val=1, size=(2 << 20) - 1, filename=f"{tmp_path}/m") == {"return": {}}
+        assert (tmp_path / "m").read_bytes() == machine.memory.read(1, (2 << 20) - 1)
         assert "Invalid addr 0x200000" in peer.ask("pmemsave", val=(2 << 20) - 1, size=2, filename=no)["error"]["desc"]
         assert "at most the machine's memory" in peer.ask("pmemsave", val=0, size=1 << 62, filename=no)["error"]["desc"]
         assert "stop it first" in peer.ask("memsave", val=0, size=1, filename=no)["error"]["desc"]
