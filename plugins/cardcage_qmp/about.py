@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any, Literal, NotRequired, TypedDict
 
-from cardcage_qmp.control import RunState
+from cardcage_qmp.control import RunState, present
 from cardcage_qmp.session import Session, VersionInfo
 from cardcage_qmp.session import version as version_of
 
@@ -189,7 +189,7 @@ def query_name(session: Session) -> NameInfo:
 
 def query_uuid(session: Session) -> UuidInfo:
     """The UUID that the guest finds in its SMBIOS tables."""
-    for one in session.machine.devices.values():
+    for one in present(session.machine):
         if one.type == "smbios" and (found := getattr(getattr(one.device, "options", None), "uuid", "")):
             return {"UUID": str(found).lower()}
     return {"UUID": NO_UUID}

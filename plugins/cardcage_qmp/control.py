@@ -15,7 +15,7 @@ from cardcage.registry import AcceleratorOffer
 from cardcage_qmp.schema import table_of
 
 if TYPE_CHECKING:
-    from cardcage.machine import Machine
+    from cardcage.machine import Machine, PluggedDevice
     from cardcage.outcome import Outcome
 
     from cardcage_qmp.server import Peer, Qmp
@@ -208,6 +208,11 @@ class Control:
         with self.lock:
             if peer in self.peers:
                 self.peers.remove(peer)
+
+
+def present(machine: Machine) -> list[PluggedDevice]:
+    """The devices of this moment. One may come or go while a command looks at them."""
+    return list(machine.devices.values())
 
 
 def inner(device: Any) -> Any:
