@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf
+from iso import make_iso
 from qmp_kit import Client
 
+ROM = Path("/usr/share/seabios/bios-256k.bin")
+SAYS_AND_ENDS = bytes.fromhex("baf803 b063 ee b064 ee b00a ee ba0406 b80020 ef f4")
+"""Writes "cd" to COM1, and powers off."""
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 UUID = "12345678-1234-1234-1234-123456789abc"
 ASKED = "uname -r; nproc; cat /proc/cmdline /sys/class/dmi/id/product_uuid; ls /sys/block; cat /sys/block/vda/size"
@@ -77,6 +81,37 @@ def test_the_same_words_are_the_same_guest(kernel: Path, initramfs: Path, tmp_pa
     assert ours == theirs
     assert UUID in ours
     assert ours[-2:] == ["vda", "6144"]
+
+
+@pytest.mark.skipif(not ROM.exists(), reason="needs Debian's package seabios")
+@pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="needs qemu-nbd")
+def test_a_disc_that_is_booted_beside_a_disk_of_qemu_nbd(tmp_path: Path) -> None:
+    """-cdrom is booted by SeaBIOS, and a disk of qemu-nbd is a disk; QMP tells of both, and of a tray."""
+    (tmp_path / "cd.iso").write_bytes(make_iso(SAYS_AND_ENDS, b""))
+    with open(tmp_path / "disk.img", "wb") as disk:
+        disk.truncate(1 << 20)
+    server = ["qemu-nbd", "-f", "raw", "-k", str(tmp_path / "nbd"), "-x", "e", str(tmp_path / "disk.img")]
+    words = f"""-S -accel tcg -m 32M -bios {ROM} -cdrom {tmp_path}/cd.iso -serial stdio -monitor none -boot order=d
+        -drive file=nbd:unix:{tmp_path}/nbd:exportname=e,format=raw,if=virtio,id=n
+        -qmp unix:{tmp_path}/qmp,server=on,wait=on""".split()
+    with started(server) as nbd:
+        while not (tmp_path / "nbd").exists():
+            assert nbd.poll() is None
+        with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
+            while not (tmp_path / "qmp").exists():
+                assert process.poll() is None
+            with Client(tmp_path / "qmp") as peer:
+                found = {one["device"]: one for one in peer.ask("query-block")["return"]}
+                assert found["n"]["inserted"]["drv"] == "nbd"
+                assert found["n"]["inserted"]["image"]["virtual-size"] == 1 << 20
+                assert found["n"]["inserted"]["file"] == f"nbd+unix:///e?socket={tmp_path}/nbd"
+                assert (found["n"]["removable"], found["cd0"]["removable"]) == (False, True)
+                assert found["cd0"]["inserted"]["file"] == f"{tmp_path}/cd.iso"
+                assert "not locked" in peer.ask("human-monitor-command", command_line="info block")["return"]
+                peer.ask("cont")
+            assert process.stdout is not None
+            assert process.stdout.read().endswith(b"cd\n")
+            assert process.wait() == 0
 
 
 @pytest.fixture
