@@ -39,6 +39,7 @@ class Card:
         registry.security("guard", lambda: self)
         registry.add(QmpCommand("echo", echo))
         registry.add(QmpCommand("break", broken))
+        registry.add(QmpCommand("either", either))
         registry.add(QmpCommand("unheard-of", untyped))
         registry.add(QmpEvent("NOTHING"))
 
@@ -54,6 +55,10 @@ def echo(session: Session, text: str, times: int = 1) -> list[str]:
 
 def broken(session: Session) -> None:
     raise ZeroDivisionError("a card's mistake")
+
+
+def either(session: Session, what: int | str) -> int | str:
+    return what
 
 
 def untyped(session: Session, what: bytes) -> None: ...
@@ -103,6 +108,7 @@ def test_a_conversation(make: Callable[..., Machine], tmp_path: Path) -> None:
         ('{"execute": "echo", "arguments": {"text": "", "times": true}}', "expected: integer"),
         ('{"execute": "echo", "arguments": {"text": "", "times": 1e99}}', "expected: integer"),
         ('{"execute": "echo", "arguments": {"text": "", "t": 1}}', "Parameter 't' is unexpected"),
+        ('{"execute": "either", "arguments": {"what": []}}', "expected: int | str"),
         ('{"execute": "break"}', "a card's mistake"),
         ('{"execute": "x", "execute": "y"}', "duplicate key"),
         ('{"execute": NaN}', "JSON parse error"),
