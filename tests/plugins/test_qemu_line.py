@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from cardcage.config import Draft
 from cardcage.errors import ConfigError
+from cardcage.host import Host
 from cardcage_qemu import translate
 from cardcage_qemu.keyval import parse, size_of, split
 from cardcage_qemu.line import QUIET, REFUSED
+from cardcage_qemu.listing import answer
 from cardcage_qemu.options import OPTIONS
 from cardcage_qemu.toml import dump
 from hypothesis import given
@@ -332,6 +334,18 @@ def test_flags_of_the_process() -> None:
     line = translate([*KERNEL, "-S", "-no-shutdown", "-daemonize", "-pidfile", "p"])
     assert (line.freeze, line.linger, line.daemonize, line.pidfile) == (True, True, True, "p")
     assert [one.partition(":")[0] for one in line.notes()] == ["-S", "-no-shutdown"]
+
+
+def test_lists() -> None:
+    """A list is printed where an option asks for it; what is another option's value asks for nothing."""
+    host = Host()
+    said = {"-device help": 'name "virtio-blk-pci"', "-M help": "pc-i440fx-7.2", "-cpu ?": "x86-64-v2"}
+    said |= {"-accel help": "tcg", "--version": "QEMU emulator version 7.2.0", "-S -h": "-cdrom ..."}
+    said |= {"-device virtio-blk-pci,help": "drive=<str>", "-name h -machine help": "Supported machines"}
+    for words, part in said.items():
+        assert part in (answer(words.split(), host) or ""), words
+    for words in ("-name h", "-append version", "-append help", "-name -version", "-kernel help", "-m"):
+        assert answer(words.split(), host) is None, words
 
 
 # what is refused
