@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from cardcage.errors import ConfigError
 
 if TYPE_CHECKING:
     from cardcage_qemu.keyval import Options
 
-__all__ = ["block_nodes", "chardev", "drive", "monitor_socket", "netdev", "share", "word_chardev"]
+__all__ = ["block_nodes", "chardev", "drive", "monitor_socket", "nbd_place", "netdev", "share", "word_chardev"]
 
 FDSET = re.compile(r"/dev/fdset/(\d{1,9})")
 
@@ -76,8 +77,10 @@ def word_chardev(options: Options) -> dict[str, Any] | None:
     if head == "file" and rest:
         return {"type": "file", "path": rest}
     if head == "unix" and rest:
-        options.pairs[:1] = [("path", rest.split(",")[0])]
-        return _socket(options, {})
+        options.pairs.append(("path", options.first().removeprefix("unix:")))
+        found = _socket(options, {})
+        options.end()
+        return found
     raise options.error("cardcage has none, null, stdio, mon:stdio, pty, file:PATH, unix:PATH and chardev:ID")
 
 
@@ -115,6 +118,7 @@ def device_spec(options: Options, table: dict[str, Any]) -> dict[str, Any]:
 
 # disks
 
+NBD_PORT = 10809
 CACHES = {"writeback": "writeback", "none": "none", "unsafe": "unsafe"}
 
 
@@ -127,10 +131,12 @@ def drive(options: Options, fdsets: dict[int, int]) -> tuple[dict[str, Any], dic
     file = options.take("file.filename", "file", "filename")
     if not file:
         raise options.error("expected file=..., a path")
+    if file.startswith(("nbd:", "nbd+")) and driver in (None, "nbd", "raw") and format in (None, "raw"):
+        return _nbd_spec(options, nbd_place(options, file)), _device_keys(options)
     if driver not in (None, "raw", "qcow2", "file") or options.take("file.driver") not in (None, "file", "host_device"):
         raise options.error(f"driver={driver}: cardcage has raw and qcow2 images")
     if ":" in file.split("/")[0]:
-        raise options.error(f"{file}: cardcage has files and block devices alone")
+        raise options.error(f"{file}: cardcage has files, block devices and NBD")
     spec["file"] = host_path(options, file, fdsets)
     format = format or (driver if driver != "file" else None)
     if format is not None:
@@ -146,11 +152,58 @@ def drive(options: Options, fdsets: dict[int, int]) -> tuple[dict[str, Any], dic
         spec["discard"] = "ignore"
     if (locking := options.take("file.locking")) is not None:
         spec["locking"] = locking
-    device: dict[str, Any] = {}
-    for key in ("serial", "werror", "rerror"):
-        if (value := options.take(key)) is not None:
-            device[key] = value
-    return spec, device
+    return spec, _device_keys(options)
+
+
+def _device_keys(options: Options) -> dict[str, Any]:
+    """Keys of a drive that are its device's."""
+    found = {key: options.take(key) for key in ("serial", "werror", "rerror")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def nbd_place(options: Options, text: str) -> dict[str, Any]:
+    """Keys of a block spec for a disk of an NBD server by QEMU's names for it, an URI or ``nbd:HOST:PORT``."""
+    wrong = options.error(
+        f"{text}: expected nbd:HOST:PORT or nbd:unix:PATH, with :exportname=NAME or not; or "
+        "nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH"
+    )
+    if text.startswith(("nbd://", "nbd+")):
+        try:
+            parts = urlsplit(text)
+            host, port, query = parts.hostname, parts.port, dict(parse_qsl(parts.query))
+        except ValueError:
+            raise wrong from None
+        export, path = unquote(parts.path.removeprefix("/")), query.pop("socket", "")
+        if (
+            parts.scheme not in ("nbd", "nbd+tcp", "nbd+unix")
+            or query
+            or (parts.scheme == "nbd+unix") is not bool(path)
+        ):
+            raise wrong
+        found: dict[str, Any] = {"path": path} if path else {"host": host or "", "port": port or NBD_PORT}
+    else:
+        where, _, export = text.removeprefix("nbd:").partition(":exportname=")
+        if where.startswith("unix:"):
+            found = {"path": where.removeprefix("unix:")}
+        else:
+            host, _, said = where.rpartition(":")
+            if not (said.isascii() and said.isdigit() and len(said) <= 5):
+                raise wrong
+            found = {"host": (host or "").strip("[]"), "port": int(said)}
+    if not found.get("path", found.get("host")):
+        raise wrong
+    return {**found, "export": export} if export else found
+
+
+def _nbd_spec(options: Options, place: dict[str, Any]) -> dict[str, Any]:
+    """The block spec of a disk at *place*: the server has the cache, and is sent discards and flushes."""
+    spec: dict[str, Any] = {"type": "nbd", **place}
+    _cache(options)
+    if options.truth("readonly", "read-only"):
+        spec["readonly"] = True
+    if (discard := options.take("discard")) not in (None, "unmap", "on"):
+        raise options.error(f"discard={discard}: cardcage sends the guest's discards to an NBD server: say unmap")
+    return spec
 
 
 def _cache(options: Options) -> dict[str, Any]:
@@ -177,6 +230,18 @@ def block_nodes(options: Options, nodes: dict[str, dict[str, Any]], fdsets: dict
     options.harmless(auto_read_only="", detect_zeroes="off", force_share="off", aio="threads native io_uring")
     options.harmless(file__aio="", file__auto_read_only="", file__node_name="")
     spec: dict[str, Any] = {}
+    if driver == "nbd":
+        if (kind := options.need("server.type")) not in ("unix", "inet"):
+            raise options.error(f"server.type={kind}: cardcage has unix and inet")
+        place: dict[str, Any] = (
+            {"path": options.need("server.path")}
+            if kind == "unix"
+            else {"host": options.need("server.host"), "port": options.number("server.port") or NBD_PORT}
+        )
+        if export := options.take("export"):
+            place["export"] = export
+        nodes[name] = _nbd_spec(options, place)
+        return
     if driver in ("file", "host_device"):
         spec["file"] = host_path(options, options.need("filename"), fdsets)
     elif driver in ("raw", "qcow2"):
@@ -186,6 +251,11 @@ def block_nodes(options: Options, nodes: dict[str, dict[str, Any]], fdsets: dict
             if below not in nodes:
                 raise options.error(f"file={below}: no -blockdev before it has this node-name")
             spec |= nodes[below]
+            if spec.get("type") == "nbd":
+                if driver != "raw":
+                    raise options.error(f"driver={driver}: cardcage has raw disks of NBD servers")
+                nodes[name] = spec | _nbd_spec(options, {})
+                return
         elif inner in ("file", "host_device"):
             spec["file"] = host_path(options, options.need("file.filename"), fdsets)
         else:
@@ -195,9 +265,11 @@ def block_nodes(options: Options, nodes: dict[str, dict[str, Any]], fdsets: dict
             if backing not in nodes:
                 raise options.error(f"backing={backing}: no -blockdev before it has this node-name")
             below_it = nodes[backing]
+            if "file" not in below_it:
+                raise options.error(f"backing={backing}: cardcage has backing files alone")
             spec["backing"] = [below_it["file"], *below_it.get("backing", [])]
     else:
-        raise options.error(f"driver={driver}: cardcage has file, host_device, raw and qcow2")
+        raise options.error(f"driver={driver}: cardcage has file, host_device, nbd, raw and qcow2")
     if options.truth("read-only", "readonly"):
         spec["readonly"] = True
     spec |= _cache(options)

@@ -65,7 +65,8 @@ def add_device(line: Line, options: Options) -> None:
     label = _links(line, options, full, device)
     for property, key in known.options.items():
         if key in device and property in ("rx_queue_size", "tx_queue_size"):
-            options.take(property)
+            if options.number(property) not in (None, device[key]):
+                raise options.error("rx_queue_size, tx_queue_size: cardcage has one size for both")
             continue
         if known.types.get(property) == "bool":
             value: Any = options.truth(property)

@@ -127,6 +127,11 @@ class Options:
         values = [self.all(key) for key in keys]
         return next((one[-1] for one in values if one), None)
 
+    def first(self) -> str:
+        """The part before the first comma as it stands, an equals sign and all. Takes it."""
+        del self.pairs[:1]
+        return split(self.text)[0]
+
     def need(self, *keys: str) -> str:
         """The same. Raises ConfigError where there is none."""
         found = self.take(*keys)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field
 from cardcage.errors import ConfigError, near
 from cardcage.values import define
+from cardcage_qmp.about import MODELS
 
 from cardcage_qemu import backends
 from cardcage_qemu.keyval import Options, parse
@@ -15,13 +16,12 @@ from cardcage_qemu.keyval import Options, parse
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["QUIET", "Line", "translate"]
+__all__ = ["MODELS", "QUIET", "Line", "translate"]
 
 COM = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 """Port and interrupt of the serial ports, in their order."""
 BIOS = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
 """Where distributions have SeaBIOS, which a machine without a kernel starts."""
-MODELS = ("max", "host", "x86-64-v2")
 QUIET: dict[str, str | None] = {
     "nodefaults": None,
     "no-user-config": None,
@@ -47,14 +47,12 @@ GLOBALS = (
 REFUSED = {
     "hda": "cardcage has no IDE disks: say -drive file=...,if=virtio",
     "hdb": "cardcage has no IDE disks: say -drive file=...,if=virtio",
-    "cdrom": "cardcage has no CD-ROM: say -drive file=...,if=virtio,readonly=on",
     "fda": "cardcage has no floppy disks",
-    "incoming": "cardcage takes no migration",
-    "loadvm": "cardcage loads no state",
+    "incoming": "cardcage takes no migration of QEMU's",
+    "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
     "s": "cardcage has no gdb stub",
     "gdb": "cardcage has no gdb stub",
     "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
-    "pflash": "cardcage has no flash: say -bios",
     "tpmdev": "cardcage has no TPM",
     "watchdog": "cardcage has no watchdog",
     "vnc": "cardcage has no display",
@@ -70,6 +68,7 @@ class Line:
         machine, boot, memory, security: tables of the configuration. devices: its devices.
         accelerators: names, in the order to try.
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
+        flash: chips by their unit.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
         warnings: lines about what is not quite what was asked for.
@@ -97,6 +96,7 @@ class Line:
     smbios: dict[str, str] = field(factory=dict)
     firmware: dict[str, Any] = field(factory=dict)
     rtc: dict[str, str] = field(factory=dict)
+    flash: dict[int, dict[str, Any]] = field(factory=dict)
     later: list[Callable[[], None]] = field(factory=list)
     warnings: list[str] = field(factory=list)
     serials: int = 0
@@ -135,6 +135,40 @@ class Line:
         if device.get("char") == "stdio" and not self.console:
             device["char"], self.console = "console", True
 
+    def disc_drive(self, options: Options, spec: dict[str, Any], more: dict[str, Any], id: str | None) -> None:
+        """A CD-ROM drive with the image of *spec* in it. Raises ConfigError."""
+        if "file" not in spec or more.keys() - {"serial"}:
+            raise options.error("a CD-ROM drive: cardcage has it with a file, without werror and rerror")
+        name = id or f"cd{sum(one['type'] == 'virtio-cdrom' for one in self.devices)}"
+        drive = {"format": "raw", **spec, "readonly": True}
+        drive.pop("discard", None)
+        self.warnings.append(f"{options.option}: the guest finds its CD-ROM drive behind virtio SCSI, not on IDE")
+        self.names[name] = name
+        self.devices.append({"type": "virtio-cdrom", "id": name, "drive": drive, **more})
+
+    def flash_chip(self, options: Options, spec: dict[str, Any], unit: int | None) -> None:
+        """Flash: chip 0 ends at 4 GiB and is what the machine boots, chip 1 lies below it. Raises ConfigError."""
+        at = len(self.flash) if unit is None else unit
+        if at not in (0, 1) or at in self.flash:
+            raise options.error(f"unit={at}: expected two chips at most, 0 and 1, each once")
+        if "file" not in spec or spec.get("format", "raw") != "raw":
+            raise options.error("flash: cardcage has it in raw files")
+        self.flash[at] = spec
+
+    def _flash(self) -> None:
+        if self.flash and 0 not in self.flash:
+            raise ConfigError("expected unit=0, which the machine boots", file="-drive if=pflash")
+        for at, spec in sorted(self.flash.items()):
+            chip = {"type": "pflash", "file": spec["file"]}
+            if at:
+                chip["below"] = self.flash[0]["file"]
+            else:
+                self.boot["firmware"] = spec["file"]
+            if not spec.get("readonly"):
+                self.devices.append(chip)
+            elif at:
+                self.devices.append({**chip, "readonly": True})
+
     def serial_bus(self, id: str, device: dict[str, Any]) -> None:
         """A virtio console, whose ports come."""
         self.buses[id], self.hosts[id] = {}, device
@@ -148,6 +182,7 @@ class Line:
         for one in self.later:
             one()
         self.later.clear()
+        self._flash()
         self._consoles()
         if self.bare:
             self.machine["platform"], self.machine["memory"] = "none", "1M"

@@ -65,17 +65,21 @@ def answer(words: Sequence[str], host: Host) -> str | None:
     """The text that is printed in place of a run; None where nothing was asked for."""
     from cardcage_qemu.options import OPTIONS
 
-    plain = [word[2:] if word.startswith("--") else word.removeprefix("-") for word in words]
-    if "version" in plain:
-        from cardcage import __version__
+    rest = iter(words)
+    for word in rest:
+        option = word[2:] if word.startswith("--") else word[1:]
+        if not word.startswith("-"):
+            continue
+        if option == "version":
+            from cardcage import __version__
 
-        return f"QEMU emulator version {'.'.join(map(str, VERSION))} (cardcage {__version__})"
-    if "h" in plain or "help" in [one for one, word in zip(plain, words, strict=True) if word.startswith("-")]:
-        rows = [f"-{name}{' ...' if takes else ''}" for name, (takes, *_) in OPTIONS.items()]
-        return "\n".join(["usage: cardcage-qemu [options], as qemu-system-x86_64 has them (docs/qemu.md):", *rows])
-    for option, value in zip(plain, words[1:], strict=False):
-        first, _, rest = value.partition(",")
-        if "help" not in (first, rest) and "?" not in (first, rest):
+            return f"QEMU emulator version {'.'.join(map(str, VERSION))} (cardcage {__version__})"
+        if option in ("h", "help"):
+            rows = [f"-{name}{' ...' if takes else ''}" for name, (takes, *_) in OPTIONS.items()]
+            return "\n".join(["usage: cardcage-qemu [options], as qemu-system-x86_64 has them (docs/qemu.md):", *rows])
+        value = next(rest, "") if option in OPTIONS and OPTIONS[option][0] else ""
+        first, _, more = value.partition(",")
+        if {"help", "?"}.isdisjoint((first, more)):
             continue
         if option in ("machine", "M"):
             rows = [

@@ -9,7 +9,7 @@ from cardcage.errors import ConfigError
 
 from cardcage_qemu import backends
 from cardcage_qemu.devices import add_device
-from cardcage_qemu.keyval import Options, parse
+from cardcage_qemu.keyval import Options
 from cardcage_qemu.line import GLOBALS, MODELS, QUIET, Line
 
 if TYPE_CHECKING:
@@ -43,9 +43,14 @@ def on_machine(line: Line, options: Options) -> None:
             line.machine["irqchip"] = known[chip]
     if (memory := options.take("memory-backend")) is not None:
         line.later.append(lambda: _memory(line, options, memory))
-    for key, ours in (("kernel", "kernel"), ("initrd", "initrd"), ("append", "append"), ("firmware", "firmware")):
+    for key in ("kernel", "initrd", "append", "firmware"):
         if (value := options.take(key)) is not None:
-            line.boot[ours] = value
+            line.boot[key] = value
+    for unit in (0, 1):
+        if (node := options.take(f"pflash{unit}")) is not None:
+            if node not in line.nodes:
+                raise backends.unknown(options, "-blockdev", node, line.nodes)
+            line.flash_chip(options, line.nodes[node], unit)
     options.end()
 
 
@@ -121,10 +126,22 @@ def on_smp(line: Line, options: Options) -> None:
 
 def on_drive(line: Line, options: Options) -> None:
     kind, id = options.take("if") or "ide", options.take("id")
-    if kind not in ("none", "virtio"):
+    if kind == "pflash":
+        unit = options.number("unit", "index")
+        spec, device = backends.drive(options, line.fdsets)
+        options.end()
+        line.flash_chip(options, spec, unit)
+        return
+    disc = kind == "ide" and ("media", "cdrom") in options.pairs
+    if kind not in ("none", "virtio") and not disc:
         raise options.error(f"if={kind}: cardcage has virtio disks alone: say if=virtio")
+    if disc:
+        options.all("media")
     spec, device = backends.drive(options, line.fdsets)
     options.end()
+    if disc:
+        line.disc_drive(options, spec, device, id)
+        return
     name = id or f"drive{len(line.drives)}"
     if name in line.drives:
         raise options.error(f"the id {name} is taken")
@@ -132,6 +149,14 @@ def on_drive(line: Line, options: Options) -> None:
     if kind == "virtio":
         line.names[name] = name
         line.devices.append({"type": "virtio-blk", "id": name, "drive": spec, **device})
+
+
+def on_cdrom(line: Line, options: Options) -> None:
+    line.disc_drive(options, {"file": options.text}, {}, None)
+
+
+def on_pflash(line: Line, options: Options) -> None:
+    line.flash_chip(options, {"file": options.text}, None)
 
 
 def on_blockdev(line: Line, options: Options) -> None:
@@ -203,16 +228,14 @@ def _monitor(line: Line, options: Options, **keys: Any) -> None:
     elif text == "stdio":
         line.monitors.append({"socket": "stdio", **keys})
     elif head in ("unix", "tcp") and rest:
-        where, *more = rest.split(",")
-        found = parse(options.option, ",".join(["x", *more]), "x")
-        found.take("x")
-        table: dict[str, Any] = {"type": "socket", "server": bool(found.truth("server")), "path": where}
-        wait = found.truth("wait")
+        socket = options.first()
+        table: dict[str, Any] = {"type": "socket", "server": bool(options.truth("server")), "path": ""}
+        wait = options.truth("wait")
         table["wait"] = table["server"] if wait is None else wait
-        found.harmless(nodelay="", ipv4="", ipv6="", delay="")
-        found.end()
+        options.harmless(nodelay="", ipv4="", ipv6="", delay="")
+        options.end()
         device = backends.monitor_socket(options, table)
-        line.monitors.append({**device, "socket": f"{head}:{where}", **keys})
+        line.monitors.append({**device, "socket": socket, **keys})
     else:
         raise options.error("cardcage has none, stdio, unix:PATH, tcp:HOST:PORT and chardev:ID")
 
@@ -326,7 +349,9 @@ def on_boot(line: Line, options: Options) -> None:
     options.harmless(strict="", reboot_timeout="", splash_time="")
     options.end()
     if order is not None:
-        line.rtc["boot"] = order[:3]
+        if len(order) > 3:
+            raise options.error(f"order={order:.40}: the machine's clock has room for three letters")
+        line.rtc["boot"] = order
     if menu is not None:
         line.firmware["boot_menu"] = menu
 
@@ -360,10 +385,6 @@ def setting(name: str) -> Callable[[Line, Options], None]:
         line.boot[name] = options.text
 
     return handler
-
-
-def on_bios(line: Line, options: Options) -> None:
-    line.boot["firmware"] = options.text
 
 
 def on_uuid(line: Line, options: Options) -> None:
@@ -415,8 +436,10 @@ OPTIONS: dict[str, Option] = {
     "kernel": (True, setting("kernel"), None),
     "initrd": (True, setting("initrd"), None),
     "append": (True, setting("append"), None),
-    "bios": (True, on_bios, None),
+    "bios": (True, setting("firmware"), None),
     "drive": (True, on_drive, "file"),
+    "cdrom": (True, on_cdrom, None),
+    "pflash": (True, on_pflash, None),
     "blockdev": (True, on_blockdev, "driver"),
     "netdev": (True, on_netdev, "type"),
     "nic": (True, on_nic, "type"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +90,10 @@ def _first_usable(host: Host, names: list[str]) -> list[str]:
 
 def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     from cardcage.config import Draft
+    from cardcage.errors import StateError
     from cardcage.machine import Machine
     from cardcage_cli import SWITCH_INTERVAL, run_machine
+    from cardcage_cli.running import STRAYS, threads_watched
     from cardcage_qmp.control import MEANT, control_of
 
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -105,15 +106,21 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
         control = control_of(machine)
         if line.pidfile:
             end.callback(_pidfile(line.pidfile))
-        stopped = threading.Event()
-        machine.observers.add("state", lambda state: stopped.set() if state == "stopped" else None)
+        strays: list[BaseException] = host.share(STRAYS, list)
+        end.enter_context(threads_watched(strays, machine))
+        machine.observers.add("state", lambda state: control.began.set() if state == "stopped" else None)
         if line.daemonize:
             _detach()
         if line.freeze or line.bare:
-            while not (control.began.wait(3600) or stopped.is_set()):
-                pass
-        if not line.bare and not stopped.is_set() and not control.quitted.is_set():
-            machine.start()
+            control.began.wait()
+        if not line.bare and machine.state == "built" and not control.quitted.is_set():
+            try:
+                machine.start()
+            except StateError:
+                if (
+                    not strays and not control.quitted.is_set()
+                ):  # else it has ended meanwhile, and run_machine() says how
+                    raise
         if machine.state == "running" or machine.state == "paused":
             outcome = machine.wait()
             if control.lingers and outcome.status == 0 and not control.quitted.is_set():

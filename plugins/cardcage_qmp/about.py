@@ -6,24 +6,11 @@ import os
 import threading
 from typing import Any, Literal, NotRequired, TypedDict
 
-from cardcage_qmp.control import RunState
-from cardcage_qmp.session import Session
+from cardcage_qmp.control import RunState, present
+from cardcage_qmp.session import Session, VersionInfo
 from cardcage_qmp.session import version as version_of
 
 # A name with a dash takes the functional form of TypedDict.
-
-
-class Triple(TypedDict):
-    major: int
-    minor: int
-    micro: int
-
-
-class VersionInfo(TypedDict):
-    """QEMU's version, and ours as the package."""
-
-    qemu: Triple
-    package: str
 
 
 class CommandInfo(TypedDict):
@@ -176,8 +163,7 @@ MACHINE_TYPES: tuple[MachineInfo, ...] = (
 
 def query_version(session: Session) -> VersionInfo:
     """The version."""
-    found: VersionInfo = version_of()  # type: ignore[assignment]
-    return found
+    return version_of()
 
 
 def query_commands(session: Session) -> list[CommandInfo]:
@@ -203,7 +189,7 @@ def query_name(session: Session) -> NameInfo:
 
 def query_uuid(session: Session) -> UuidInfo:
     """The UUID that the guest finds in its SMBIOS tables."""
-    for one in session.machine.devices.values():
+    for one in present(session.machine):
         if one.type == "smbios" and (found := getattr(getattr(one.device, "options", None), "uuid", "")):
             return {"UUID": str(found).lower()}
     return {"UUID": NO_UUID}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
@@ -14,7 +15,7 @@ from cardcage.registry import AcceleratorOffer
 from cardcage_qmp.schema import table_of
 
 if TYPE_CHECKING:
-    from cardcage.machine import Machine
+    from cardcage.machine import Machine, PluggedDevice
     from cardcage.outcome import Outcome
 
     from cardcage_qmp.server import Peer, Qmp
@@ -188,6 +189,13 @@ class Control:
             },
         )
 
+    def close(self) -> None:
+        """Close the descriptors in sets. After the last peer has gone."""
+        with self.lock:
+            sets, self.fdsets = self.fdsets, {}
+        for fd, _ in (one for there in sets.values() for one in there):
+            os.close(fd)
+
     # peers
 
     def join(self, peer: Peer) -> None:
@@ -200,6 +208,11 @@ class Control:
         with self.lock:
             if peer in self.peers:
                 self.peers.remove(peer)
+
+
+def present(machine: Machine) -> list[PluggedDevice]:
+    """The devices of this moment. One may come or go while a command looks at them."""
+    return list(machine.devices.values())
 
 
 def inner(device: Any) -> Any:
@@ -231,6 +244,7 @@ def control_of(machine: Machine) -> Control:
 def serve(machine: Machine) -> None:
     """Let the machine's devices serve, until its end."""
     control = control_of(machine)
+    machine.defer(control.close)  # deferred first, called last
     servers: list[Qmp] = [one.device for one in machine.devices.values() if one.type == "qmp"]
     for one in servers:
         machine.defer(one.hang_up)

@@ -95,10 +95,14 @@ def _kvm(session: Session, _: int) -> str:
 def _block(session: Session, _: int) -> str:
     lines = []
     for one in session.run("query-block", {}):
-        image = one["inserted"]
-        readonly = ", read-only" if image["ro"] else ""
-        lines.append(f"{one['device']}: {image['file']} ({image['drv']}{readonly})\n")
+        what = "[not inserted]"
+        if image := one.get("inserted"):
+            what = f"{image['file']} ({image['drv']}{', read-only' if image['ro'] else ''})"
+        lines.append(f"{one['device']}: {what}\n")
         lines.append(f"    Attached to:      {one['qdev']}\n")
+        if one["removable"]:
+            state = f"{'' if one['locked'] else 'not '}locked, tray {'open' if one['tray_open'] else 'closed'}"
+            lines.append(f"    Removable device: {state}\n")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 PIECE = 1 << 20
+"""Bytes that are read at once, and a page more."""
 
 
 def quit(session: Session) -> None:
@@ -141,14 +142,18 @@ def _save(session: Session, address: int, size: int, filename: str, physical: Ca
         Act(OPERATOR, machine.label, "image", ("create", "write"), {"path": filename, "machine": machine.name}),
         filename,
     )
-    pieces = []
+    pieces: list[tuple[int, int]] = []
     while size:
         length = min(size, 4096 - address % 4096)
         try:
             where = physical(address)
             if where is None or not machine.memory.contains(where, length):
                 raise QmpError(f"Invalid addr 0x{address:x} specified")
-            pieces.append((where, length))
+            before, held = pieces[-1] if pieces else (0, 0)
+            if 0 < held < PIECE and before + held == where and machine.memory.contains(before, held + length):
+                pieces[-1] = before, held + length
+            else:
+                pieces.append((where, length))
         except GuestMemoryError as error:
             raise QmpError(f"Invalid addr 0x{address:x} specified") from error
         address, size = address + length, size - length

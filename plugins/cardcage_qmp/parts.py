@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from cardcage.config import DeviceConfig
 from cardcage.machine import Machine, PluggedDevice
 
-from cardcage_qmp.control import inner
+from cardcage_qmp.control import inner, present
 from cardcage_qmp.errors import QmpError
 from cardcage_qmp.names import DEVICES, OBJECTS, qemu_name
 from cardcage_qmp.session import Session
@@ -58,6 +58,7 @@ BlockInfo = TypedDict(
         "type": str,
         "removable": bool,
         "locked": bool,
+        "tray_open": NotRequired[bool],
         "inserted": NotRequired[BlockDeviceInfo],
         "io-status": NotRequired[Literal["ok", "failed", "nospace"]],
     },
@@ -119,14 +120,23 @@ def configured(machine: Machine, plugged: PluggedDevice) -> DeviceConfig | None:
     if plugged.id in named:
         return named[plugged.id]
     nameless = [one for one in mine if one.id is None]
-    others = [one.id for one in machine.devices.values() if one.type == plugged.type and one.id not in named]
-    at = others.index(plugged.id)
+    others = [one.id for one in present(machine) if one.type == plugged.type and one.id not in named]
+    at = others.index(plugged.id) if plugged.id in others else len(nameless)  # it may have gone since
     return nameless[at] if at < len(nameless) else None
 
 
+def tray(plugged: PluggedDevice) -> Any:
+    """A CD-ROM drive, None for another device."""
+    return inner(plugged.device).drive if plugged.type == "virtio-cdrom" else None
+
+
 def disks(machine: Machine) -> Iterator[tuple[PluggedDevice, Any]]:
-    """Devices with a block back end."""
-    for one in machine.devices.values():
+    """Devices with a block back end, and that: None for a CD-ROM drive without a disc."""
+    for one in present(machine):
+        if (drive := tray(one)) is not None:
+            disc = drive.disc
+            yield one, disc and disc.image
+            continue
         for backend in one.slot.host.opened:
             if hasattr(backend, "readv"):
                 yield one, backend
@@ -135,10 +145,20 @@ def disks(machine: Machine) -> Iterator[tuple[PluggedDevice, Any]]:
 
 def alias(session: Session, id: str) -> str:
     """The name that who made the machine has for what stands behind device *id*."""
-    for one in session.machine.devices.values():
+    for one in present(session.machine):
         if one.type == "qmp" and id in one.device.options.names:
             return str(one.device.options.names[id])
     return id
+
+
+def _place(table: dict[str, Any]) -> str:
+    """What the configuration says of where an image is; a disk of an NBD server by its URI."""
+    export = table.get("export", "")
+    if table.get("type") != "nbd":
+        return str(table.get("file", table.get("path", "")))
+    if "path" in table:
+        return f"nbd+unix:///{export}?socket={table['path']}"
+    return f"nbd://{table.get('host', '')}:{table.get('port', 10809)}/{export}"
 
 
 def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceInfo:
@@ -146,10 +166,12 @@ def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceI
     config = configured(session.machine, plugged)
     spec: Any = config.options.get("drive", "") if config is not None else ""
     table = spec if isinstance(spec, dict) else {"file": str(spec)}
-    file, cache = str(table.get("file", table.get("path", ""))), table.get("cache", "writeback")
+    file, cache = _place(table), table.get("cache", "writeback")
+    if backend not in plugged.slot.host.opened:
+        file, table = "", {}  # a disc that came later, by a descriptor
     said = str(table.get("format", table.get("type", "auto")))
     kind = type(backend).__name__.lower()
-    known = next((one for one in ("raw", "qcow2") if one in (said, kind) or one in kind), said)
+    known = next((one for one in ("raw", "qcow2", "nbd") if one in (said, kind) or one in kind), said)
     return {
         "file": file,
         "node-name": alias(session, plugged.id),
@@ -173,23 +195,28 @@ def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceI
 def query_block(session: Session) -> list[BlockInfo]:
     """The disks."""
     machine = session.machine
-    return [
-        {
+    found: list[BlockInfo] = []
+    for plugged, backend in disks(machine):
+        drive = tray(plugged)
+        one: BlockInfo = {
             "device": plugged.id,
             "qdev": f"/machine/peripheral/{plugged.id}/virtio-backend",
             "type": "unknown",
-            "removable": False,
-            "locked": False,
+            "removable": drive is not None,
+            "locked": drive is not None and drive.locked,
             "io-status": "nospace" if plugged.id in machine.waiting else "ok",
-            "inserted": node(session, plugged, backend),
         }
-        for plugged, backend in disks(machine)
-    ]
+        if drive is not None:
+            one["tray_open"] = drive.open
+        if backend is not None:
+            one["inserted"] = node(session, plugged, backend)
+        found.append(one)
+    return found
 
 
 def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockDeviceInfo]:
     """The images of the disks."""
-    return [node(session, plugged, backend) for plugged, backend in disks(session.machine)]
+    return [node(session, plugged, backend) for plugged, backend in disks(session.machine) if backend is not None]
 
 
 def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:
@@ -217,7 +244,7 @@ def query_chardev(session: Session) -> list[ChardevInfo]:
     """The character back ends."""
     machine = session.machine
     found: list[ChardevInfo] = []
-    for plugged in machine.devices.values():
+    for plugged in present(machine):
         backends = [one for one in plugged.slot.host.opened if hasattr(one, "start") and not hasattr(one, "send")]
         config = configured(machine, plugged)
         for at, backend in enumerate(backends):
@@ -285,7 +312,7 @@ def tree(session: Session) -> dict[str, dict[str, tuple[str, Any]]]:
         name = f"device[{vcpu.index}]"
         found["/machine/unattached"][name] = (f"child<{cpu}>", None)
         found[f"/machine/unattached/{name}"] = {"type": ("string", cpu), "realized": ("bool", True)}
-    for plugged in machine.devices.values():
+    for plugged in present(machine):
         kind = qemu_name(plugged.type)
         found["/machine/peripheral"][plugged.id] = (f"child<{kind}>", None)
         mine: dict[str, tuple[str, Any]] = {"type": ("string", kind), "realized": ("bool", True)}

@@ -144,7 +144,7 @@ def check(value: Any, kind: Any, name: str) -> None:
     else:
         wanted = (int, float) if kind is float else kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise QmpError(f"Invalid parameter type for '{name}', expected: {WORDS.get(kind, kind.__name__)}")
+            raise QmpError(f"Invalid parameter type for '{name}', expected: {WORDS.get(kind, kind)}")
         if kind is int and not -(1 << 63) <= value < 1 << 64:
             raise QmpError(f"Parameter '{name}' expects an integer of 64 bits")
 

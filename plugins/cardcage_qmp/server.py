@@ -10,11 +10,12 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from errno import EAGAIN, ECONNREFUSED
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attrs import field
 from cardcage.config import beside
-from cardcage.errors import ConfigError, in_words
+from cardcage.errors import FAULTS, ConfigError, in_words
 from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.security import Needs
 from cardcage.values import frozen
@@ -184,7 +185,7 @@ class Peer:
             self._talk()
         except OSError:  # it went away
             pass
-        except Exception as error:  # whatever a peer did, it ends no machine
+        except FAULTS as error:  # whatever a peer did, it ends no machine
             self._control.log.error("a QMP peer was hung up on", error=in_words(error))
         finally:
             self._control.leave(self)
@@ -271,7 +272,7 @@ class Peer:
     def _finish(self) -> None:
         """Say what is left, for a while."""
         until = time.monotonic() + PATIENCE
-        while not self._prompt and self._events:
+        while self._events:
             self._say(self._line(self._events.popleft()))
         poll = select.poll()
         poll.register(self._channel.write_to(), select.POLLOUT)
@@ -326,26 +327,26 @@ class Qmp:
         """The socket, listening or connected. Raises OSError or ConfigError."""
         if self._kind == "fd":
             return self._inherited()
+        address: Any = self._where
         if self._kind == "unix":
-            made, address = socket.socket(socket.AF_UNIX), self._where
+            made = socket.socket(socket.AF_UNIX)
         else:
-            host, _, port = self._where.rpartition(":")
-            if not port.isdigit():
-                raise ConfigError(f'expected tcp:HOST:PORT, got "{self.options.socket}"', key="socket")
-            found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]  # type: ignore[assignment]
+            host, _, port = address.rpartition(":")
+            number = self._number(port, 65535, "tcp:HOST:PORT")
+            found = socket.getaddrinfo(host or None, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
             made = socket.socket(family, kind, protocol)
         try:
             if not self.options.server:
                 made.connect(address)
                 return made
             if self._kind == "unix":
-                remove_stale(address)
+                remove_stale(self._where)
             else:
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
             if self._kind == "unix":
-                found_there = os.stat(address)
+                found_there = os.stat(self._where)
                 self._name = (found_there.st_dev, found_there.st_ino)
             made.listen(PEERS)
         except BaseException:
@@ -354,13 +355,21 @@ class Qmp:
         return made
 
     def _inherited(self) -> socket.socket:
-        if not self._where.isdigit():
-            raise ConfigError(f'expected fd:N, got "{self.options.socket}"', key="socket")
-        fd = int(self._where)
+        fd = self._number(self._where, (1 << 31) - 1, "fd:N")
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ConfigError(f"descriptor {fd} is no socket", key="socket")
-        os.set_inheritable(fd, False)
-        return socket.socket(fileno=fd)
+        made = socket.socket(fileno=fd)
+        if bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is not self.options.server:
+            made.detach()  # it stays its owner's
+            kind = "that listens" if self.options.server else "that is connected, with server=off"
+            raise ConfigError(f"descriptor {fd}: expected a socket {kind}", key="socket")
+        made.set_inheritable(False)
+        return made
+
+    def _number(self, text: str, most: int, form: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= most):
+            raise ConfigError(f'expected {form}, got "{self.options.socket}"', key="socket")
+        return int(text)
 
     def needs(self) -> Needs:
         """The socket's name is removed at the end."""
@@ -396,8 +405,8 @@ class Qmp:
             self._peers[peer] = None
             if len(self._peers) >= PEERS and self._listening is not None:
                 self._slot.loop.remove_reader(self._listening.fileno())
+            self._control.join(peer)  # before its thread, which may leave at once
             peer.thread.start()
-        self._control.join(peer)
         self._came.set()
 
     def _gone(self, peer: Peer) -> None:
@@ -443,13 +452,10 @@ def remove_stale(path: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path}: exists and is not a socket", key="socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}", key="socket") from error
-        else:
-            raise ConfigError(f"{path}: another process listens there", key="socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(path)
+    if code in (0, EAGAIN):  # EAGAIN: more wait for it than it lets in
+        raise ConfigError(f"{path}: another process listens there", key="socket")
+    if code != ECONNREFUSED:
+        raise OSError(code, os.strerror(code), path)
+    os.unlink(path)

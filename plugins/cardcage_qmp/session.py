@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from cardcage import __version__
 from cardcage.errors import FAULTS, CardcageError, in_words
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cardcage_qmp.control import Control
 
-__all__ = ["VERSION", "Session", "version"]
+__all__ = ["VERSION", "Session", "VersionInfo", "version"]
 
 VERSION = (7, 2, 0)
 """The version of QEMU whose words these are."""
@@ -27,7 +27,20 @@ FDS = 64
 """Descriptors that a peer may leave here: on the way, and by name."""
 
 
-def version() -> dict[str, Any]:
+class Triple(TypedDict):
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(TypedDict):
+    """QEMU's version, and ours as the package."""
+
+    qemu: Triple
+    package: str
+
+
+def version() -> VersionInfo:
     """The version, as the greeting and ``query-version`` tell it: QEMU's, with ours as the package."""
     major, minor, micro = VERSION
     return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": f"cardcage {__version__}"}

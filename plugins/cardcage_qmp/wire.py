@@ -16,7 +16,8 @@ MOST = 1 << 20
 """Bytes of one value."""
 DEEPEST = 64
 _SPECIAL = re.compile(rb"[\[\]{}\"'\\]")
-_TEXTS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'", re.DOTALL)
+_TEXTS = re.compile(r"'((?:[^'\\]|\\.)*+)'|\"(?:[^\"\\]|\\.)*+\"|['\"].*", re.DOTALL)
+"""Texts; one without an end takes all the rest, so that the time grows with the length alone."""
 _WRITTEN = re.compile(r"\\(.)|\"", re.DOTALL)
 
 
@@ -97,10 +98,9 @@ def load(text: bytes) -> Any:
 
 
 def _doubled(found: re.Match[str]) -> str:
-    text = found[0]
-    if text[0] == '"':
-        return text
-    inner = _WRITTEN.sub(lambda one: '\\"' if one[0] == '"' else "'" if one[1] == "'" else one[0], text[1:-1])
+    if found[1] is None:  # in double quotes, or without an end
+        return found[0]
+    inner = _WRITTEN.sub(lambda one: '\\"' if one[0] == '"' else "'" if one[1] == "'" else one[0], found[1])
     return f'"{inner}"'
 
 

@@ -233,9 +233,19 @@ def test_socket_names_that_are_taken(loop: Any, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
-        other.listen()
+        other.listen(1)
         with pytest.raises(ConfigError, match="another process listens"):
             Socket(loop, SocketOptions(str(path)))
+        peers = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(8)]
+        while not peers[0].connect_ex(str(path)):  # until it lets nobody in any more
+            peers.append(peers.pop(0))
+        with pytest.raises(ConfigError, match="another process listens"):
+            Socket(loop, SocketOptions(str(path)))
+        for one in peers:
+            one.close()
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ConfigError, match="not a socket"):
+        Socket(loop, SocketOptions(f"{tmp_path}/link"))
     Socket(loop, SocketOptions(str(path))).close()
     path.write_text("precious")
     with pytest.raises(ConfigError, match="not a socket"):

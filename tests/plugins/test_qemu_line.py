@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from cardcage.config import Draft
 from cardcage.errors import ConfigError
+from cardcage.host import Host
 from cardcage_qemu import translate
 from cardcage_qemu.keyval import parse, size_of, split
 from cardcage_qemu.line import QUIET, REFUSED
+from cardcage_qemu.listing import answer
 from cardcage_qemu.options import OPTIONS
 from cardcage_qemu.toml import dump
 from hypothesis import given
@@ -199,6 +201,54 @@ def test_disks() -> None:
     assert one == {"type": "virtio-blk", "id": "disk", "address": "1f.7", "drive": spec}
 
 
+def test_disks_of_nbd_servers() -> None:
+    """-drive by QEMU's four ways to name one, and -blockdev, are disks of an NBD server."""
+    unix = {"type": "nbd", "path": "/a b", "export": "x:y"}
+    for text, spec in {
+        "nbd:unix:/a b:exportname=x:y": unix,
+        "nbd+unix:///x:y?socket=/a%20b": unix,
+        "nbd:h:7": {"type": "nbd", "host": "h", "port": 7},
+        "nbd:[::1]:7:exportname=e": {"type": "nbd", "host": "::1", "port": 7, "export": "e"},
+        "nbd://[::1]/e": {"type": "nbd", "host": "::1", "port": 10809, "export": "e"},
+    }.items():
+        (one,) = devices("-drive", f"file={text},if=virtio,format=raw,cache=none,readonly=on,id=d,serial=S")
+        assert one == {"type": "virtio-blk", "id": "d", "drive": {**spec, "readonly": True}, "serial": "S"}
+    node = '{"driver":"nbd","server":{"type":"inet","host":"h","port":"7"},"export":"e","node-name":"s"}'
+    (one,) = devices(
+        *("-blockdev", node, "-blockdev", '{"driver":"raw","node-name":"f","file":"s","read-only":true}'),
+        *("-device", "virtio-blk-pci,drive=f"),
+    )
+    assert one["drive"] == {"type": "nbd", "host": "h", "port": 7, "export": "e", "readonly": True}
+
+
+@given(st.text(max_size=30))
+def test_any_name_of_an_nbd_disk(text: str) -> None:
+    """Whatever stands behind nbd, it is a disk's place or refused by the option's name."""
+    for head in ("nbd:", "nbd://", "nbd+unix://", "nbd+"):
+        error = refusal(*KERNEL, "-drive", f"if=virtio,file={head}{text.replace(',', ',,')}")
+        assert error is None or error.startswith("-drive")
+
+
+def test_discs_and_flash() -> None:
+    """A CD-ROM is a drive behind virtio SCSI, which is said; flash is the firmware, and keeps what is written to it."""
+    read = {"format": "raw", "readonly": True}
+    line = translate(["-bios", "b", "-cdrom", "a,b.iso", "-drive", "file=c.iso,media=cdrom,id=c,serial=S"])
+    assert line.config()["device"] == [
+        {"type": "virtio-cdrom", "id": "c", "drive": {"file": "c.iso", **read}, "serial": "S"},
+        {"type": "virtio-cdrom", "id": "cd1", "drive": {"file": "a,b.iso", **read}},
+    ]
+    assert [one.partition(":")[0] for one in line.warnings] == ["-drive", "-cdrom"]
+    words = "-drive if=pflash,format=raw,unit=1,file=vars -drive if=pflash,format=raw,unit=0,readonly=on,file=code"
+    tables = translate(words.split()).config()
+    assert tables["boot"] == {"firmware": "code"}
+    assert tables["device"] == [{"type": "pflash", "file": "vars", "below": "code"}]
+    node = "driver=file,read-only=on,node-name=c,filename=code"
+    words = ["-machine", "pc,pflash0=c,pflash1=v", "-blockdev", node, "-blockdev", "file,filename=vars,node-name=v"]
+    assert translate(words).config()["device"] == tables["device"]
+    tables = translate(["-pflash", "both"]).config()
+    assert (tables["boot"], tables["device"]) == ({"firmware": "both"}, [{"type": "pflash", "file": "both"}])
+
+
 def test_networks() -> None:
     """-netdev and -nic are virtio network cards."""
     (one,) = devices(
@@ -249,6 +299,9 @@ def test_monitors() -> None:
     assert devices("-qmp", "unix:/q,server=on")[0]["wait"] is True
     assert devices("-qmp", "unix:/q")[0] == {"type": "qmp", "socket": "unix:/q", "server": False}
     assert devices("-monitor", "none") == []
+    assert devices("-qmp", "unix:/a,,b=c,server=on,wait=off")[0] == {"type": "qmp", "socket": "unix:/a,b=c"}
+    (port,) = devices("-serial", "unix:/a,,b=c,server=on,wait=off")
+    assert port["char"] == {"type": "socket", "server": True, "path": "/a,b=c"}
 
 
 def test_shares_memory_and_the_rest() -> None:
@@ -283,6 +336,18 @@ def test_flags_of_the_process() -> None:
     assert [one.partition(":")[0] for one in line.notes()] == ["-S", "-no-shutdown"]
 
 
+def test_lists() -> None:
+    """A list is printed where an option asks for it; what is another option's value asks for nothing."""
+    host = Host()
+    said = {"-device help": 'name "virtio-blk-pci"', "-M help": "pc-i440fx-7.2", "-cpu ?": "x86-64-v2"}
+    said |= {"-accel help": "tcg", "--version": "QEMU emulator version 7.2.0", "-S -h": "-cdrom ..."}
+    said |= {"-device virtio-blk-pci,help": "drive=<str>", "-name h -machine help": "Supported machines"}
+    for words, part in said.items():
+        assert part in (answer(words.split(), host) or ""), words
+    for words in ("-name h", "-append version", "-append help", "-name -version", "-kernel help", "-m"):
+        assert answer(words.split(), host) is None, words
+
+
 # what is refused
 
 
@@ -294,6 +359,7 @@ def test_flags_of_the_process() -> None:
         "-m",
         "-machine microvm",
         "-machine pc,sev=on",
+        "-machine pc,pflash0=none",
         "-accel hvf",
         "-cpu Haswell",
         "-cpu max,vendor=x",
@@ -306,6 +372,17 @@ def test_flags_of_the_process() -> None:
         "-drive file=a,if=virtio,format=vmdk",
         "-drive file=a,if=virtio,cache=writethrough",
         "-drive file=a,if=virtio,media=cdrom",
+        "-drive file=a,media=cdrom,werror=report",
+        "-drive file=nbd:h:7,media=cdrom",
+        "-drive file=nbd:h:7,if=virtio,format=qcow2",
+        "-drive file=nbd:h:7,if=virtio,discard=ignore",
+        "-drive file=nbd://h/e?tls=on,if=virtio",
+        "-drive file=a,if=pflash,unit=1",
+        "-drive file=a,if=pflash,unit=2",
+        "-drive file=a,if=pflash,format=qcow2",
+        "-blockdev driver=nbd,node-name=a,server.type=vsock",
+        "-boot order=cdna",
+        "-serial unix:/a,server=on,wait=off,colour=red",
         "-drive file=a,if=virtio,throttling.iops-total=4",
         "-drive file=/dev/fdset/4,if=virtio",
         "-device e1000",
@@ -342,6 +419,13 @@ def test_what_cardcage_has_not_is_refused_by_name(words: str) -> None:
         config(*given_)
     assert str(caught.value).startswith(given_[0])
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_of_a_network_cards_queues() -> None:
+    """Both queues have one size; two sizes are refused."""
+    words = ["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,rx_queue_size=512,tx_queue_size="]
+    assert devices(*words[:-1], f"{words[-1]}512")[0]["queue_size"] == 512
+    assert "one size for both" in (refusal(*KERNEL, *words[:-1], f"{words[-1]}256") or "")
 
 
 def test_what_changes_nothing_is_listed() -> None:

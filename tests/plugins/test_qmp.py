@@ -39,6 +39,7 @@ class Card:
         registry.security("guard", lambda: self)
         registry.add(QmpCommand("echo", echo))
         registry.add(QmpCommand("break", broken))
+        registry.add(QmpCommand("either", either))
         registry.add(QmpCommand("unheard-of", untyped))
         registry.add(QmpEvent("NOTHING"))
 
@@ -54,6 +55,10 @@ def echo(session: Session, text: str, times: int = 1) -> list[str]:
 
 def broken(session: Session) -> None:
     raise ZeroDivisionError("a card's mistake")
+
+
+def either(session: Session, what: int | str) -> int | str:
+    return what
 
 
 def untyped(session: Session, what: bytes) -> None: ...
@@ -103,6 +108,7 @@ def test_a_conversation(make: Callable[..., Machine], tmp_path: Path) -> None:
         ('{"execute": "echo", "arguments": {"text": "", "times": true}}', "expected: integer"),
         ('{"execute": "echo", "arguments": {"text": "", "times": 1e99}}', "expected: integer"),
         ('{"execute": "echo", "arguments": {"text": "", "t": 1}}', "Parameter 't' is unexpected"),
+        ('{"execute": "either", "arguments": {"what": []}}', "expected: int | str"),
         ('{"execute": "break"}', "a card's mistake"),
         ('{"execute": "x", "execute": "y"}', "duplicate key"),
         ('{"execute": NaN}', "JSON parse error"),
@@ -237,6 +243,9 @@ def test_memory_is_saved(make: Callable[..., Machine], tmp_path: Path) -> None:
     with Client(tmp_path / "qmp") as peer:
         assert peer.ask("pmemsave", val=0x1FFE, size=11, filename=f"{tmp_path}/m") == {"return": {}}
         assert (tmp_path / "m").read_bytes() == b"over a page"
+        machine.memory.write((2 << 20) - 4096, b"last")
+        assert peer.ask("pmemsave", val=1, size=(2 << 20) - 1, filename=f"{tmp_path}/m") == {"return": {}}
+        assert (tmp_path / "m").read_bytes() == machine.memory.read(1, (2 << 20) - 1)
         assert "Invalid addr 0x200000" in peer.ask("pmemsave", val=(2 << 20) - 1, size=2, filename=no)["error"]["desc"]
         assert "at most the machine's memory" in peer.ask("pmemsave", val=0, size=1 << 62, filename=no)["error"]["desc"]
         assert "stop it first" in peer.ask("memsave", val=0, size=1, filename=no)["error"]["desc"]
@@ -360,8 +369,12 @@ def test_a_socket_that_connects_and_one_that_is_waited_for(make: Callable[..., M
         ("file", "expected unix:PATH"),
         ("stdio:x", "expected unix:PATH"),
         ("tcp:localhost", "expected tcp:HOST:PORT"),
+        ("tcp:localhost:²", "expected tcp:HOST:PORT"),
+        ("tcp:localhost:65536", "expected tcp:HOST:PORT"),
         ("fd:99999", "Bad file descriptor"),
         ("fd:x", "expected fd:N"),
+        ("fd:³", "expected fd:N"),
+        ("fd:" + "9" * 5000, "expected fd:N"),
         ("unix:/no/such/folder/q", "No such file"),
         ("unix:{}/file", "exists and is not a socket"),
         ("unix:" + "x" * 200, "too long"),
@@ -373,6 +386,28 @@ def test_sockets_that_cannot_be(make: Callable[..., Machine], tmp_path: Path, so
     with pytest.raises(ConfigError, match=error) as caught:
         make({"type": "qmp", "socket": socket_.format(tmp_path), "id": "second"})
     assert caught.value.key == "socket"
+
+
+def test_descriptors_of_sockets(make: Callable[..., Machine]) -> None:
+    """A socket that is handed over listens, or is connected, as its options say; else it stays its owner's."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(ConfigError, match="that listens"):
+            make({"type": "qmp", "socket": f"fd:{theirs.fileno()}", "id": "second"})
+        make({"type": "qmp", "socket": f"fd:{theirs.detach()}", "server": False, "id": "second"})
+        assert b"QMP" in ours.recv(4096)
+
+
+def test_descriptors_in_sets_end_with_the_machine(make: Callable[..., Machine], tmp_path: Path) -> None:
+    """A descriptor that a peer left in a set is closed once its machine is."""
+    machine = make()
+    ours, theirs = socket.socketpair()
+    with ours, Client(tmp_path / "qmp") as peer:
+        socket.send_fds(peer.socket, [b'{"execute": "add-fd"}'], [theirs.fileno()])
+        theirs.close()
+        assert "return" in peer.answer()
+        machine.close()
+        assert ours.recv(1) == b""
 
 
 def test_the_flag() -> None:
@@ -448,6 +483,14 @@ def test_bounds_of_the_wire() -> None:
         Splitter().feed(b"x" * (MOST + 1))
     with pytest.raises(JsonError):
         load(b'{"a": ' + b"9" * 100_000 + b"}")
+
+
+@pytest.mark.parametrize("text", [b"{" + b"\\'" * (MOST // 2 - 1) + b"}", b"'" + b'\\"' * (MOST // 2 - 1)])
+def test_quotes_without_an_end(text: bytes) -> None:
+    """A value full of quotes that are never closed is refused as soon as any other of its length, which is short of
+    hours."""
+    with pytest.raises(JsonError):
+        load(text)
 
 
 @settings(max_examples=20)

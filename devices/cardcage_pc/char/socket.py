@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from errno import ENAMETOOLONG
+from contextlib import suppress
+from errno import EAGAIN, ECONNREFUSED, ENAMETOOLONG
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -122,25 +123,26 @@ class Socket:
         if listening is not None:
             self._slot.loop.remove_reader(listening.fileno())
             listening.close()
-            os.unlink(self._options.path)
+            with suppress(FileNotFoundError):
+                os.unlink(self._options.path)
         self._drop()
 
 
 def _remove_stale(path: str) -> None:
     """Remove the socket of a process that has gone. Raises ConfigError when it is alive, or no socket."""
     try:
-        mode = os.stat(path).st_mode
+        mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path}: exists and is not a socket", key="path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise ConfigError(f"{path}: another process listens there", key="path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(path)
+    if code in (0, EAGAIN):  # EAGAIN: more wait for it than it lets in
+        raise ConfigError(f"{path}: another process listens there", key="path")
+    if code != ECONNREFUSED:
+        raise OSError(code, os.strerror(code), path)
+    os.unlink(path)
 
 
 def open_socket(slot: Slot, options: SocketOptions) -> Socket:
