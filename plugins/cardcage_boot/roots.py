@@ -29,6 +29,8 @@ IMAGE = "image"
 MOST = 2 << 30
 """Bytes of all files of an image: it lies in the guest's memory."""
 ENTRIES = 1_000_000
+PATH_MAX = 4096 - len("image/") - 4
+"""Bytes of a name: Linux passes over longer ones of an initramfs without a word."""
 JSON_MOST = 4 << 20
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError)
@@ -58,6 +60,7 @@ class Tree:
 
     def __init__(self) -> None:
         self._files: dict[str, cpio.Entry] = {}
+        self._below: dict[str, set[str]] = {}
         self._left = MOST
 
     def entries(self) -> Iterator[cpio.Entry]:
@@ -78,6 +81,8 @@ class Tree:
             raise ConfigError(f"not a tar archive that can be read: {error}", file=str(path), key="root") from error
 
     def _member(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, new: set[str]) -> None:
+        if member.size < 0:  # before tarfile looks for the next one behind it
+            raise tarfile.ReadError(f"{member.name}: a size of {member.size} bytes")
         name = _clean(path, member.name)
         folder, _, last = name.rpartition("/")
         if last == OPAQUE:
@@ -92,6 +97,9 @@ class Tree:
             self._remove(name, new)
         new.add(name)
         self._files[name] = self._entry(path, archive, member, f"{IMAGE}/{name}")
+        while name and name not in (beside := self._below.setdefault(name.rpartition("/")[0], set())):
+            beside.add(name)
+            name = name.rpartition("/")[0]
         return None
 
     def _entry(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> cpio.Entry:
@@ -100,10 +108,12 @@ class Tree:
             mode |= stat.S_IFDIR
         elif member.issym():
             mode, data = stat.S_IFLNK | 0o777, os.fsencode(member.linkname)
+            self._take(path, len(data))
         elif member.islnk():
             linked = self._files.get(_clean(path, member.linkname))
             if linked is None:
                 raise ConfigError(f"{member.name}: a link to {member.linkname}, which is not there", file=str(path))
+            self._take(path, len(linked.data))  # an archive has it once for each name
             mode, data = linked.mode, linked.data
         elif member.isreg():
             self._take(path, member.size)
@@ -111,6 +121,8 @@ class Tree:
             data = file.read() if file is not None else b""
         elif member.type in TYPES:
             mode, device = mode | TYPES[member.type], (member.devmajor, member.devminor)
+            if not all(0 <= one <= cpio.FIELD_MAX for one in device):
+                raise tarfile.ReadError(f"{member.name}: a device {device[0]}:{device[1]}")
         else:
             raise ConfigError(f"{member.name}: a file of a type {member.type!r}", file=str(path), key="root")
         uid, gid, when = (min(max(int(one), 0), cpio.FIELD_MAX) for one in (member.uid, member.gid, member.mtime))
@@ -123,17 +135,22 @@ class Tree:
 
     def _remove(self, name: str, new: set[str], *, below: bool = False) -> None:
         """Remove what lower layers have at *name*, or only what they have below it."""
-        start = f"{name}/" if name else ""
-        gone = [one for one in self._files if one not in new and (one.startswith(start) or (one == name and not below))]
-        for one in gone:
-            del self._files[one]
+        found = [name]
+        for one in found:  # and what is below that, until no more is added
+            found += self._below.get(one, ())
+        for one in reversed(found[1:] if below else found):
+            if one not in new:
+                self._files.pop(one, None)
+            if one not in self._files and not self._below.get(one):
+                self._below.pop(one, None)
+                self._below.get(one.rpartition("/")[0], set()).discard(one)
 
 
 def _clean(path: Path, name: str) -> str:
     """A member's name as a relative path. Raises ConfigError for one that leads out."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts or "\0" in name:
-        raise ConfigError(f"a file called {name!r}: expected a path inside the image", file=str(path), key="root")
+    if ".." in parts or "\0" in name or len(os.fsencode(name)) > PATH_MAX:
+        raise ConfigError(f"a file called {name[:100]!r}: expected a path inside the image", file=str(path), key="root")
     return "/".join(parts)
 
 
