@@ -330,7 +330,7 @@ class Verbs:
         lets it. Symbolic links are copied as they are, and none is followed; devices, sockets and FIFOs are left out.
 
         Args:
-            limit: bytes of all; AgentError is raised for more. By default what the disk holds.
+            limit: bytes of all files, names and links; AgentError is raised for more. By default what the disk holds.
             timeout: seconds without a byte.
         """
         path, files = os.fspath(source), Files(link_of(self, "get", timeout))

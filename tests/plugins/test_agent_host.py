@@ -350,6 +350,7 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
     (source / "deep" / "er").mkdir(parents=True)
     (source / "deep" / "file").write_bytes(os.urandom(3 * WINDOW))
     (source / "deep" / "file").chmod(0o750)
+    (source / "deep").chmod(0o750)
     (source / "empty").write_bytes(b"")
     (source / "out").symlink_to("/etc/passwd")
     os.mkfifo(source / "fifo")
@@ -358,7 +359,9 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
     (there / "kept").write_text("kept")
     vm.put(source, there)
     assert (there / "kept").read_text() == "kept"
+    assert (there / "deep").stat().st_mode & 0o777 == 0o750
     vm.get(there, tmp_path / "back")
+    assert (tmp_path / "back" / "deep").stat().st_mode & 0o777 == 0o750
     assert (tmp_path / "back" / "deep" / "file").read_bytes() == (source / "deep" / "file").read_bytes()
     assert (tmp_path / "back" / "deep" / "file").stat().st_mode & 0o777 == 0o750
     assert os.readlink(tmp_path / "back" / "out") == "/etc/passwd"
@@ -367,6 +370,12 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
         vm.get(there, tmp_path / "back")
     with pytest.raises(AgentError, match="more than 1000 bytes"):
         vm.get(there, tmp_path / "less", limit=1000)
+    many = tmp_path / "source" / "many"
+    many.mkdir()
+    for number in range(100):
+        (many / f"{number:03}").touch()
+    with pytest.raises(AgentError, match="more than 399 bytes"):  # files without contents
+        vm.get(many, tmp_path / "less", limit=399)
     assert sorted(one.name for one in tmp_path.iterdir() if one.name not in ("back", "source", "there")) == []
     with pytest.raises(FileNotFoundError, match="'vm:/none'"):
         vm.get("/none", tmp_path / "none")
