@@ -69,6 +69,7 @@ def _awaited(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[A
 
 def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The same for ``run``, whose command is killed when its task is cancelled."""
+    act: Callable[..., T] = method  # which has a keyword that its callers do not see
 
     @wraps(method)
     async def wait(self: Any, /, *values: P.args, **keys: P.kwargs) -> T:
@@ -81,7 +82,7 @@ def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
                 process.close()
 
         try:
-            return await in_thread(partial(method, self._of(), *values, **keys, _started=started))  # type: ignore[arg-type]  # ours alone
+            return await in_thread(partial(act, self._of(), *values, **keys, _started=started))
         except BaseException:
             given_up.set()
             for one in begun:

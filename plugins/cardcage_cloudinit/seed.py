@@ -9,6 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from attrs import field
 from cardcage.backends import BlockInfo
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError
@@ -54,7 +55,7 @@ class SeedOptions:
 
     source: HostPath = ""
     ssh_keys: tuple[HostPath, ...] = ()
-    key_files: dict[str, bool] = {}  # noqa: RUF012  an attrs class: nobody changes it
+    key_files: dict[str, bool] = field(factory=dict)
 
 
 def parse_source(text: str) -> dict[str, object]:

@@ -210,6 +210,14 @@ def test_has_none():
     assert "\x1b[31mline" not in text
 
 
+def test_a_setting_that_is_no_number_is_a_usage_error(pytester: pytest.Pytester) -> None:
+    """One line says which, before any test runs."""
+    pytester.makeini("[pytest]\ncardcage_booted = many\n")
+    done = run(pytester, "def test_it(): pass")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: cardcage_booted: expected a number of guests, from 1, got 'many'"])
+
+
 def test_keep_wants_a_process_of_its_own(pytester: pytest.Pytester) -> None:
     """It waits at the terminal, which workers do not have."""
     done = run(pytester, "def test_it(): pass", "--cardcage-keep", "-n", "2")
