@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import threading
@@ -306,9 +307,10 @@ def test_a_fifo_without_a_peer_holds_nothing_up(vm: Any, tmp_path: Path) -> None
 
 
 def test_arguments_of_the_agents_own_calls(vm: Any) -> None:
-    """A time before 1970 and an empty seed are refused here."""
-    with pytest.raises(UsageError, match="seconds since 1970"):
-        vm.agent.set_time(-1)
+    """A time before 1970, or that is no number, and an empty seed are refused here."""
+    for seconds in (-1, 1e10, math.inf, math.nan):
+        with pytest.raises(UsageError, match="seconds since 1970"):
+            vm.agent.set_time(seconds)
     with pytest.raises(UsageError, match="1 to 512"):
         vm.agent.reseed(b"")
 
