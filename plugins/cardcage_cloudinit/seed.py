@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -10,11 +9,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from attrs import field
-from cardcage.backends import BlockInfo
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.files import read_file
 from cardcage.values import frozen
+from cardcage_block.readonly import ReadOnly
 
 from cardcage_cloudinit.fat import make_fat
 
@@ -73,12 +72,12 @@ def parse_key_flag(text: str) -> dict[str, Any]:
     return {"policy": {"cloud_init": {"key_files": {text: True}}}}
 
 
-class Seed:
+class Seed(ReadOnly):
     """The disk, in memory. Satisfies :class:`cardcage.backends.BlockBackend`, and refuses to be written."""
 
     def __init__(self, data: bytes) -> None:
+        super().__init__(len(data), "the seed of cloud-init")
         self._data = memoryview(data)
-        self.info = BlockInfo(len(data), readonly=True)
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the writable *buffers* one after another."""
@@ -90,24 +89,6 @@ class Seed:
         """The same: it is in memory."""
         self.readv(offset, buffers)
         return True
-
-    def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the seed of cloud-init is read-only")
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def discard(self, offset: int, length: int, /) -> None:
-        """Refuse."""
-        self.writev(offset, ())
-
-    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
-        """Refuse."""
-        self.writev(offset, ())
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def open_seed(slot: Slot, options: SeedOptions) -> Seed:
