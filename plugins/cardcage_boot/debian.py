@@ -116,8 +116,9 @@ def _shares(share: str | os.PathLike[str] | Mapping[str, Any] | None) -> list[di
     named = share if isinstance(share, Mapping) else {"share": share}
     tables = []
     for tag, value in named.items():
-        if not re.fullmatch(r"[\w.-]{1,36}", tag, re.ASCII):
-            raise ConfigError(f'"{tag}": expected letters, digits, "_", "." and "-", at most 36', key="share")
+        if not re.fullmatch(r"\w[\w.-]{,35}", tag, re.ASCII) or tag == ROOT:  # ".." would be mounted over the root
+            words = 'letters, digits, "_", "." and "-", at most 36, the first no "." or "-"'
+            raise ConfigError(f'"{tag}": expected {words}', key="share")
         keys = dict(value) if isinstance(value, Mapping) else {"path": os.fspath(value)}
         if "tag" in keys:
             raise ConfigError("expected no tag: it is the name by which the directory is shared", key=f"share.{tag}")

@@ -224,8 +224,8 @@ class Lab:
     def _show(self) -> None:
         """Say how to reach the guests that are kept, and wait until they have ended or for Ctrl-C."""
         with tempfile.TemporaryDirectory(prefix="cardcage-") as folder, suppress(KeyboardInterrupt):
-            for machine in self._kept:
-                path = Path(folder, machine.name)
+            for number, machine in enumerate(self._kept):
+                path = Path(folder, f"{machine.name}-{number}")  # two may have one name
                 machine.open_console({"type": "socket", "path": str(path)})
                 print(f"\n{machine.name} is kept. Its console: socat -,raw,echo=0,escape=0x1d UNIX-CONNECT:{path}")
             print("Ctrl-C here ends it, and so does poweroff there.", flush=True)
