@@ -92,11 +92,15 @@ def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
     return wait
 
 
-class AioFiles:
-    """:class:`~cardcage_agent.files.Files` for ``await``."""
+class _Awaited:
+    """Calls of what *of* gives, which is asked for in their threads: it may have to wait for the agent."""
 
-    def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Files] = lambda: machine.files
+    def __init__(self, of: Callable[[], Any]) -> None:
+        self._of = of
+
+
+class AioFiles(_Awaited):
+    """:class:`~cardcage_agent.files.Files` for ``await``."""
 
     read = _awaited(Files.read)
     read_text = _awaited(Files.read_text)
@@ -111,11 +115,8 @@ class AioFiles:
     remove = _awaited(Files.remove)
 
 
-class AioAgent:
+class AioAgent(_Awaited):
     """:class:`~cardcage_agent.verbs.Agent` for ``await``."""
-
-    def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Agent] = lambda: machine.agent
 
     wait = _awaited(Agent.wait)
     ping = _awaited(Agent.ping)
@@ -125,12 +126,12 @@ class AioAgent:
     thaw = _awaited(Agent.thaw)
 
 
-class Aio:
+class Aio(_Awaited):
     """The calls of a machine that wait, for ``await``: the same names, arguments, results and errors."""
 
     def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Any] = lambda: machine
-        self.files, self.agent = AioFiles(machine), AioAgent(machine)
+        super().__init__(lambda: machine)
+        self.files, self.agent = AioFiles(lambda: machine.files), AioAgent(lambda: machine.agent)
 
     run = _run(Verbs.run)
     popen = _awaited(Verbs.popen)
