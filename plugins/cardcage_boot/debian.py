@@ -19,7 +19,6 @@ from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE, given_kernel
 from cardcage_boot.fetch import Shelf
 from cardcage_boot.initramfs import programs_of
-from cardcage_boot.roots import IMAGE, image, is_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -128,6 +127,8 @@ def _shares(share: str | os.PathLike[str] | Mapping[str, Any] | None) -> list[di
 
 def _root(root: Path, settings: dict[str, str], shares: list[dict[str, Any]], scratch: Path) -> list[Path]:
     """Say in *settings* what the root is, share a directory, and return what comes into the initramfs."""
+    from cardcage_boot.roots import IMAGE, image, is_image  # which most machines do without, as without its archives
+
     if is_image(root):
         settings["root"] = f"/{IMAGE}"
         (scratch / "image.cpio").write_bytes(image(root))

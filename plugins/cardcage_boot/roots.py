@@ -5,13 +5,16 @@ An image layout is that of the OCI image specification 1.0: ``oci-layout``, ``in
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import stat
 import tarfile
 import zlib
-from lzma import LZMAError
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +32,23 @@ IMAGE = "image"
 MOST = 2 << 30
 """Bytes of all files of an image: it lies in the guest's memory."""
 ENTRIES = 1_000_000
+"""Members of all archives."""
+HEADER_MOST = 1 << 20
+"""Bytes of a member's headers: tarfile keeps them, whatever size they say they have."""
+PIECE = 1 << 19
+"""Bytes of a file that are read at once."""
 PATH_MAX = 4096 - len("image/") - 4
 """Bytes of a name: Linux passes over longer ones of an initramfs without a word."""
 JSON_MOST = 4 << 20
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
-DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError)
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+OPENERS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ", lzma.open),
+    (b"\x5d\0\0", lzma.open),
+)
+"""The beginnings of compressed archives."""
 TYPES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
 
 
@@ -61,7 +76,7 @@ class Tree:
     def __init__(self) -> None:
         self._files: dict[str, cpio.Entry] = {}
         self._below: dict[str, set[str]] = {}
-        self._left = MOST
+        self._left, self._members = MOST, 0
 
     def entries(self) -> Iterator[cpio.Entry]:
         """All, directories before what is in them."""
@@ -71,16 +86,21 @@ class Tree:
     def add(self, path: Path) -> None:
         """Put a layer on top."""
         try:
-            with tarfile.open(path) as archive:
-                new: set[str] = set()
+            with _opened(path) as opened:
+                file: Any = Bounded(opened)
+                archive, new = tarfile.TarFile(fileobj=file), set[str]()
                 for member in archive:
                     self._member(path, archive, member, new)
+                    file.left = HEADER_MOST
         except ConfigError:
             raise
         except DAMAGED as error:
             raise ConfigError(f"not a tar archive that can be read: {error}", file=str(path), key="root") from error
 
     def _member(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, new: set[str]) -> None:
+        self._members += 1
+        if self._members > ENTRIES:
+            raise ConfigError(f"more than {ENTRIES} files", file=str(path), key="root")
         if member.size < 0:  # before tarfile looks for the next one behind it
             raise tarfile.ReadError(f"{member.name}: a size of {member.size} bytes")
         name = _clean(path, member.name)
@@ -91,8 +111,6 @@ class Tree:
             return self._remove(f"{folder}/{last.removeprefix(WHITEOUT)}".lstrip("/"), new)
         if not name:
             return None
-        if len(self._files) >= ENTRIES:
-            raise ConfigError(f"more than {ENTRIES} files", file=str(path), key="root")
         if not member.isdir():
             self._remove(name, new)
         new.add(name)
@@ -117,8 +135,7 @@ class Tree:
             mode, data = linked.mode, linked.data
         elif member.isreg():
             self._take(path, member.size)
-            mode, file = mode | stat.S_IFREG, archive.extractfile(member)
-            data = file.read() if file is not None else b""
+            mode, data = mode | stat.S_IFREG, _contents(archive, member)
         elif member.type in TYPES:
             mode, device = mode | TYPES[member.type], (member.devmajor, member.devminor)
             if not all(0 <= one <= cpio.FIELD_MAX for one in device):
@@ -144,6 +161,39 @@ class Tree:
             if one not in self._files and not self._below.get(one):
                 self._below.pop(one, None)
                 self._below.get(one.rpartition("/")[0], set()).discard(one)
+
+
+class Bounded:
+    """What tarfile reads: at most *left* bytes until somebody allows more."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.left = file, HEADER_MOST
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes. Raises ReadError for more than are left, or all."""
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"headers of more than {HEADER_MOST} bytes")
+        self.left -= size
+        return bytes(self._file.read(size))
+
+
+def _opened(path: Path) -> Any:
+    """The file, as its decompressor has it."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return next((make(path) for begins, make in OPENERS if head.startswith(begins)), None) or path.open("rb")
+
+
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    data, file = bytearray(), archive.extractfile(member)
+    below: Any = archive.fileobj
+    while file is not None:
+        below.left = HEADER_MOST
+        if not (piece := file.read(PIECE)):
+            break
+        data += piece
+    return bytes(data)
 
 
 def _clean(path: Path, name: str) -> str:

@@ -162,6 +162,24 @@ def test_numbers_that_no_file_has_are_refused(tmp_path: Path) -> None:
             roots.image(tmp_path / f"{name}.tar")
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """However an archive is compressed, its files come whole, and its headers are not kept whatever their size."""
+    data = bytes(range(256)) * 9000
+    path = tmp_path / "a.tar"
+    path.write_bytes(archive(("a", {"data": data}), ("b" * 300, {"data": b"x", "uid": 5}), mode=mode))
+    files = found(path)
+    assert files["a"].data == data
+    assert files["b" * 300].uid == 5
+    path.write_bytes(archive(("a", {"pax_headers": {"comment": "x" * (2 << 20)}}), mode=mode))
+    with pytest.raises(ConfigError, match="headers of more than 1048576 bytes"):
+        roots.image(path)
+    path.write_bytes(archive(*((".wh.a", {}) for _ in range(20)), mode=mode))
+    monkeypatch.setattr(roots, "ENTRIES", 19)
+    with pytest.raises(ConfigError, match="more than 19 files"):  # those that remove count, too
+        roots.image(path)
+
+
 def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of an image, and their number, are bounded, whatever it unpacks to."""
     path = tmp_path / "big.tar.gz"
