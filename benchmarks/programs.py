@@ -1,6 +1,6 @@
 """Programs that people run, in a Debian guest: cardcage's translator, QEMU's with two processor models, and this host.
 
-    python benchmarks/programs.py [--rounds 3] [--only sqlite,gzip] [--cpus 1] [--only-boot]
+    python benchmarks/programs.py [--rounds 3] [--only sqlite,gzip] [--cpus 1] [--code-cache 256] [--only-boot]
 
 A Debian root file system is made once, by mmdebstrap, in the cache folder (root, some minutes, 1 GB): the guests have
 it on a virtio disk of which nothing is written back, the host runs the same binaries by chroot(2). In each round all
@@ -198,12 +198,13 @@ class Runner:
         return Measured(self.cpu() - cpu, time.monotonic() - wall, output)
 
 
-def config_of(machine: Debian, folder: Path, cpus: int, char: str = "stdio") -> Path:
+def config_of(machine: Debian, folder: Path, options: argparse.Namespace, char: str = "stdio") -> Path:
     """A configuration of cardcage with the disk below an overlay."""
     disk, file = folder / "disk.qcow2", folder / "machine.toml"
     create_qcow2(str(disk), SIZE, Qcow2Shape(backing_file=str(machine.disk), backing_format="raw"))
     file.write_text(
-        f'[machine]\naccel = ["tcg"]\nmemory = "1G"\ncpus = {cpus}\n[boot]\nkernel = "{machine.kernel}"\n'
+        f'[machine]\naccel = ["tcg"]\nmemory = "1G"\ncpus = {options.cpus}\n[accel.tcg]\n'
+        f'code_cache = {options.code_cache}\n[boot]\nkernel = "{machine.kernel}"\n'
         f'initrd = "{machine.initrd}"\nappend = "{APPEND}"\n[[device]]\ntype = "isa-serial"\nport = 0x3f8\nirq = 4\n'
         f'char = "{char}"\n[[device]]\ntype = "virtio-blk"\ndrive = {{ file = "{disk}", backing = "{machine.disk}" }}\n'
     )
@@ -211,7 +212,7 @@ def config_of(machine: Debian, folder: Path, cpus: int, char: str = "stdio") -> 
 
 
 @contextmanager
-def running(kind: str, made: Debian, cpus: int) -> Iterator[Runner]:
+def running(kind: str, made: Debian, options: argparse.Namespace) -> Iterator[Runner]:
     """Start it, wait until /bench is ready, and end it."""
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name:
         folder = Path(name)
@@ -219,11 +220,21 @@ def running(kind: str, made: Debian, cpus: int) -> Iterator[Runner]:
             command = ["chroot", str(made.root), "/bench"]
         elif kind == "cardcage":
             program = "import sys; from cardcage_cli import main; sys.exit(main())"
-            command = [sys.executable, "-c", program, "run", str(config_of(made, folder, cpus))]
+            command = [sys.executable, "-c", program, "run", str(config_of(made, folder, options))]
         else:
             command = [
                 *(find_qemu(), "-accel", "tcg,thread=multi", "-cpu", kind.split()[-1], "-machine", "pc", "-m", "1024"),
-                *("-smp", str(cpus), "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-snapshot"),
+                *(
+                    "-smp",
+                    str(options.cpus),
+                    "-nodefaults",
+                    "-display",
+                    "none",
+                    "-no-reboot",
+                    "-serial",
+                    "stdio",
+                    "-snapshot",
+                ),
                 *("-kernel", str(made.kernel), "-initrd", str(made.initrd), "-append", APPEND),
                 *("-drive", f"file={made.disk},format=raw,if=virtio"),
             ]
@@ -241,11 +252,11 @@ def running(kind: str, made: Debian, cpus: int) -> Iterator[Runner]:
                     shutil.rmtree(made.root / "tmp/b", ignore_errors=True)
 
 
-def own(made: Debian, cpus: int) -> int:
+def own(made: Debian, options: argparse.Namespace) -> int:
     """Bytes of the VMM beside the guest's RAM, its share of what others have too, once the guest has booted."""
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name, Host() as host:
         draft = Draft()
-        draft.add_file(config_of(made, Path(name), cpus, "console"))
+        draft.add_file(config_of(made, Path(name), options, "console"))
         with Machine.from_config(draft.config(), host=host) as machine:
             machine.start()
             machine.console.expect("@ready", timeout=300)
@@ -260,7 +271,7 @@ def measure(made: Debian, chosen: list[str], arguments: argparse.Namespace) -> d
     found: dict[tuple[str, str], list[Measured]] = {}
     for at in range(arguments.rounds):
         for kind in KINDS:
-            with running(kind, made, arguments.cpus) as runner:
+            with running(kind, made, arguments) as runner:
                 for program in chosen:
                     runner.run(program)
                     found.setdefault((kind, program), []).append(runner.run(program))
@@ -294,13 +305,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="parts of the names of programs, with commas between")
     parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--code-cache", type=int, default=256, help="MiB of cardcage's translated code")
     parser.add_argument("--only-boot", action="store_true", help="only the VMM's own memory when the guest has booted")
     arguments = parser.parse_args()
     if os.geteuid() or not shutil.which("mmdebstrap"):
         sys.exit("this benchmark makes a Debian and runs its programs by chroot: it needs root, and mmdebstrap")
     made = debian()
     if arguments.only_boot:
-        print(f"the VMM's own memory: {own(made, arguments.cpus) >> 20} MiB")
+        print(f"the VMM's own memory: {own(made, arguments) >> 20} MiB")
         return
     wanted = [one for one in arguments.only.split(",") if one]
     tables = [

@@ -85,12 +85,13 @@ _SHORT = frozenset(
     f"tcg_{name}"
     for name in (
         "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite fetch walk once raise "
-        "deliver_interrupt single_step load_pdptes look"
+        "deliver_interrupt single_step load_pdptes look dirty_log dirty_take dirty_revert"
     ).split()
 )
 """Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it
 back from others takes up to the switch interval. All that look at memory slots from outside native code must be here:
-slots change in one step with the GIL held, so that nobody sees half a table, or memory that is gone."""
+slots change in one step with the GIL held, so that nobody sees half a table, or memory that is gone. So must all that
+change the dirty log: other threads tell it of writes."""
 
 
 class Native:

@@ -63,10 +63,7 @@ class Hooks:
 
     @hookspec
     def cardcage_forking(self, machine: Any) -> str | None:
-        """Say in one line why the process of *machine* cannot go on as two; before anything stops, or raise to refuse.
-
-        Devices and back ends are asked by :class:`cardcage.device.Forkable`.
-        """
+        """Say in one line why *machine*'s process cannot become two (devices are :class:`cardcage.device.Forkable`)."""
 
     @hookspec
     def cardcage_forked(self, machine: Any) -> None:

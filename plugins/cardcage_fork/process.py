@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, HostError, UsageError, in_words
-from cardcage.machine import rename
+from cardcage.machine import State, rename
 from cardcage.security import OPERATOR, Act
 
 from cardcage_fork.plan import blocks_of, holders, refuse
@@ -72,6 +72,7 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
     refuse(machine)
     made: list[Made] = []
     born: Birth | None = None
+    running = machine.state is State.RUNNING
     waits = any(not one.info.readonly for one in _disks(machine))
     try:
         with machine.parked():
@@ -90,6 +91,8 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
             elif waits:  # they copy what this machine would write
                 _await(made)
         if born is not None:
+            if running:
+                machine.resume()
             born.live()
     except BaseException as error:
         if born is not None:

@@ -66,6 +66,31 @@ def test_the_log_has_what_is_told(parts: tuple[TcgVm, PhysicalMemory]) -> None:
     assert switched == [True, False]
 
 
+def test_a_write_that_meets_a_fetch_is_in_this_or_the_next(parts: tuple[TcgVm, PhysicalMemory]) -> None:
+    """While a thread of the host tells of 100,000 writes, fetches one after another lose none of their pages."""
+    vm, memory = parts
+    vm.start_dirty_log()
+    seen = [0] * PAGES
+    done = threading.Event()
+
+    def write() -> None:
+        for at in range(100_000):
+            vm.memory_written(at % (PAGES - 2) * 4096, 1)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        written(vm, memory)
+    writer.join()
+    written(vm, memory)
+    for page in range(PAGES):  # one that was marked, but is in no list, would never be told of again
+        vm.memory_written(page * 4096, 1)
+    for page in written(vm, memory):
+        seen[page] += 1
+    assert seen == [1] * PAGES
+
+
 def test_the_log_outlives_a_change_of_what_shows(parts: tuple[TcgVm, PhysicalMemory]) -> None:
     """Pages in the log stay in it when RAM is shown elsewhere, and new RAM comes in clean."""
     vm, memory = parts

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cardcage import Machine
 from cardcage.errors import ConfigError
-from cardcage_pc.chips.flash import Flash, FlashOptions
+from cardcage_pc.chips.flash import Flash, FlashOptions, FlashState
 from cardcage_pc.chips.piix import PowerManagement
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +63,19 @@ def test_bytes_are_programmed_and_sectors_erased(file: Path) -> None:
         assert file.read_bytes()[8192:8195] == b"\xff" * 3
         put(vm, (8192, 0xD0), (0, 0xFF))
         assert file.read_bytes()[8192:8196] == b"\1\2\3\xff"
+
+
+def test_a_state_out_of_a_file_reaches_no_further_than_the_chip(file: Path) -> None:
+    """Bytes to be programmed beyond it, values that are none, and endless commands of a saved state do nothing."""
+    with machine(file=str(file)) as vm:
+        flash = vm.devices["pflash"].device
+        with vm.lock:
+            flash.load(FlashState(0xE8, 1, 0x180, {-1: 0, -5: 7, SIZE: 7, 1 << 70: 7, 3: 0x1FF, 4: -1}))
+        put(vm, (0, 0xD0), (0, 0xFF))
+        assert file.read_bytes() == b"\xff" * SIZE
+        with vm.lock:
+            flash.load(FlashState(0xE8, 1 << 70, 0, {-1: 0}))
+        assert flash.state.left < 4096
 
 
 def test_a_driver_finds_out_that_it_is_flash(file: Path) -> None:

@@ -78,6 +78,28 @@ def test_a_plain_machine_can_be_forked() -> None:
             fork(vm, 0)
 
 
+def test_a_machine_goes_on_when_parking_it_or_what_followed_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that fails to park, and an exception while it is parked, leave a machine that ran running."""
+    (tmp_path / "endless").write_bytes(bytes.fromhex("ebfe"))
+    boot = {"protocol": "raw", "image": str(tmp_path / "endless")}
+    with Machine(memory="1M", accel="tcg", machine={"platform": "none"}, boot=boot) as vm:
+        vm.start()
+        with pytest.raises(ZeroDivisionError), vm.parked():
+            raise ZeroDivisionError
+        assert vm.state == "running"
+        with monkeypatch.context() as patch:
+            patch.setattr(vm.vm, "park", lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError), vm.parked():
+                pytest.fail("it is not parked")
+        assert vm.state == "running"
+        vm.pause()
+        with vm.parked():
+            pass
+        assert vm.state == "paused"
+
+
 def test_what_holds_the_host_is_named(tmp_path: Path) -> None:
     """RAM that is shared, a share, vsock, a file that takes output, a stranger's device that does not say how, memory
     policies and a card that refuses are each named in the line."""

@@ -70,8 +70,7 @@ class Board:
         self.wiring = Wiring(vm, irqchip, life.gate.wake)
         self.lines = self.wiring.lines
         self.devices: dict[str, PluggedDevice] = {}
-        self.changed = threading.Condition(life.lock)
-        """Notified when a device was taken out, after :attr:`taken_out` was called."""
+        self.changed = threading.Condition(life.lock)  # notified when a device was taken out, after taken_out()
         self.taken_out: Callable[[], None] = lambda: None
         self.services = Services()
         self._image: BootImage | None = None

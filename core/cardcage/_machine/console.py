@@ -87,8 +87,7 @@ class Console:
         """The position now, and what is kept behind *position* (0 is first), waited for up to *timeout* seconds."""
         with self.changed:
             self.changed.wait_for(lambda: self._ended or self._start + len(self._kept) > position, timeout)
-            data = bytes(self._kept[max(position - self._start, 0) :])
-            return self._start + len(self._kept), data
+            return self._start + len(self._kept), bytes(self._kept[max(position - self._start, 0) :])
 
     def send(self, text: str | bytes) -> None:
         """Type *text* (no newline is added). Before the guest's port is up it waits there."""

@@ -96,9 +96,7 @@ class Faults:
         """The card that a callable is of, and where it begins."""
         while isinstance(act, partial):
             act = act.func
-        code = getattr(getattr(act, "__wrapped__", act), "__code__", None) or getattr(
-            type(act).__call__, "__code__", None
-        )
+        code = getattr(act, "__code__", None) or getattr(type(act).__call__, "__code__", None)
         package = str(getattr(act, "__module__", "")).partition(".")[0]
         card = next((one for one in self._cards if package_of(one.module) == package), None)
         name = getattr(act, "__qualname__", type(act).__qualname__)

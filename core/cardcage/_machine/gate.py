@@ -22,8 +22,7 @@ class Gate:
         self._open = self._ended = False
         self._inside: set[int] = set()
         self.wakes = 0
-        self.halts: dict[int, int] = {}
-        """Of vCPUs whose threads ended in HLT without a local APIC: ``wakes`` when they went there."""
+        self.halts: dict[int, int] = {}  # of vCPUs whose threads ended in HLT without a local APIC: wakes at that time
 
     def enter(self, index: int) -> bool:
         """Wait until the gate is open, and go in. False: the thread is to end. Leaves first where it was inside."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from cardcage.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cardcage._machine.building import Choice
     from cardcage._machine.life import Life
     from cardcage._machine.plugged import PluggedDevice
     from cardcage.accelerator import AcceleratedVm
@@ -22,39 +22,39 @@ class Parking:
     """A machine without threads, its time standing still."""
 
     name: str
-    accelerator: Choice
+    accelerator: Any
     vm: AcceleratedVm
     devices: dict[str, PluggedDevice]
     is_parked: bool
     _life: Life
+    pause: Callable[[], None]
+    resume: Callable[[], None]
 
     @contextmanager
     def parked(self) -> Iterator[None]:
         """The machine stands still without a thread while the block runs, in which the process may fork.
 
-        What ran goes on then, and its clocks, TSC and timers with it, as if no time had passed. Raises StateError for
-        one that has ended, on its own threads, and before anything stops where a part cannot be parked.
+        What ran goes on then, its clocks, TSC and timers as if no time had passed; in a forked process it stays paused.
+        Raises StateError for one that has ended, on its own threads, and where a part cannot be parked.
         """
         life = self._life
-        if life.state is State.STOPPED or life.here:
-            raise StateError(f"{self.name}: it cannot be parked once it is stopped, nor on a thread of its own")
-        if why := self.why_not_parked():
+        here = "it is stopped, or this is a thread of its own" if life.state is State.STOPPED or life.here else ""
+        if why := here or self.why_not_parked():
             raise StateError(f"{self.name} cannot be parked: {why}")
+        process = os.getpid()
         if running := life.state is State.RUNNING:
             self.pause()
-        with ExitStack() as end:
-            for one in [*able(self.devices, "park"), self.vm]:
-                one.park()
-                end.callback(one.unpark)
-            self._end_threads()
-            end.callback(self._start_threads)
-            self.is_parked = True
-            try:
+        try:
+            with ExitStack() as end:
+                for one in [*able(self.devices, "park"), self.vm]:
+                    one.park()
+                    end.callback(one.unpark)
+                self._end_threads()
+                end.callback(self._start_threads)
                 yield
-            finally:
-                self.is_parked = False
-        if running and life.state is State.PAUSED:
-            self.resume()
+        finally:
+            if running and life.state is State.PAUSED and os.getpid() == process:
+                self.resume()
 
     def why_not_parked(self) -> str:
         """In one line why :meth:`parked` would refuse now: what the accelerator or a device says; else empty."""
@@ -63,8 +63,7 @@ class Parking:
         for one in self.devices.values():
             if "park" not in one.abilities and "pause" in one.abilities:
                 return f"{one.who} works of its own accord, and cannot be parked"
-        parts: list[Any] = [self.vm, *able(self.devices, "park")]
-        return next((why for one in parts if (why := one.may_park())), "")
+        return next((why for one in [*able(self.devices, "park"), self.vm] if (why := one.may_park())), "")
 
     def _end_threads(self) -> None:
         """End the machine's own, and hold its locks: a forked process has only the thread that forked."""
@@ -76,10 +75,12 @@ class Parking:
         life.loop.close()
         for lock in self._locks():
             lock.acquire()
+        self.is_parked = True
 
     def _start_threads(self) -> None:
         """Start them anew, with descriptors of their own. Whatever ended the machine meanwhile is carried out now."""
         life = self._life
+        self.is_parked = False
         for lock in self._locks():
             lock.release()
         life.loop.start()
@@ -94,6 +95,3 @@ class Parking:
     def _locks(self) -> tuple[Any, ...]:
         life = self._life
         return life.lock, life._ending, life.loop.waking, life.gate.changed, life.console.changed
-
-    pause: Callable[[], None]
-    resume: Callable[[], None]

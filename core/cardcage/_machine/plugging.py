@@ -91,9 +91,7 @@ class Plugging:
         carrier = board.carrier(offer.bus, config.bus) if offer.bus != "system" else None
         if late := board.life.state is not State.BUILT:
             if not has(carrier, HotplugBus):
-                raise StateError(
-                    f'a device of type "{offer.name}" is added before the machine starts: no guest is told'
-                )
+                raise StateError(f'type "{offer.name}" is added before the machine starts: no guest is told')
             place.blamed(offer.who, lambda: carrier.check_arrival(address))
         slot = self._slot(config, offer, name, label)
         slot.host.sealed = self._host.sealed if late else slot.host.sealed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -40,6 +39,17 @@ class DeviceClock:
             timer.callback = lambda: None
 
 
+class _Soon(Owned):
+    """A callback of the device of *loop*, unless that is taken out meanwhile."""
+
+    __slots__ = ("loop",)
+    loop: DeviceLoop
+
+    def __call__(self) -> None:
+        if not self.loop._closed:
+            self.callback()
+
+
 class DeviceLoop:
     """The machine's loop thread as one device uses it; satisfies :class:`~cardcage.device.Loop`."""
 
@@ -65,8 +75,9 @@ class DeviceLoop:
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         """Run *callback* on the loop thread under the machine's lock. Thread-safe; nothing once closed."""
-        unless_closed = update_wrapper(lambda: None if self._closed else callback(), callback)  # blame is the card's
-        self._events.call_soon(Owned(unless_closed, self._device))
+        act = _Soon(callback, self._device)
+        act.loop = self
+        self._events.call_soon(act)
 
     def close(self) -> None:
         """No more calls, of what was asked for already either."""

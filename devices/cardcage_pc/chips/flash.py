@@ -134,7 +134,11 @@ class Flash:
         return FlashState(state.command, state.left, state.status, dict(state.pending))
 
     def load(self, state: FlashState, /) -> None:
-        self.state = FlashState(state.command, state.left, state.status, dict(state.pending))
+        size = len(self._block.view)
+        pending = {
+            at: value & 0xFF for at, value in state.pending.items() if -1 <= at < size
+        }  # a file may say anything
+        self.state = FlashState(state.command, max(0, min(state.left, BUFFER + 1)), state.status & 0xFF, pending)
         self._show(state.command == ARRAY)
 
     def _show(self, on: bool) -> None:
