@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.host import Host
 from cardcage.machine import State
 from cardcage.security import Mediator
-from cardcage_agent import Machine
+from cardcage_agent import PORT, Machine
 from cardcage_agent.link import Link
 from cardcage_agent.verbs import Verbs
 from cardcage_boot.cache import cache_root
@@ -33,8 +33,6 @@ from paired import find_qemu, median
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-PORT = "org.cardcage.agent.0"
 
 
 class Beside(Verbs):

@@ -232,7 +232,7 @@ def calls(name: str) -> str:
     (node,) = (one for one in ast.parse((ROOT / place).read_text()).body if getattr(one, "name", "") == name)
     assert isinstance(node, ast.ClassDef)
     said = plain(ast.get_docstring(node))
-    node.body = [
+    methods = [
         one
         for one in node.body
         if isinstance(one, ast.FunctionDef)
@@ -240,10 +240,11 @@ def calls(name: str) -> str:
         and one.name not in others
         and not any(ast.unparse(decorator) == "overload" for decorator in one.decorator_list)
     ]
-    for one in node.body:
-        shown = [(at, default) for at, default in enumerate(one.args.kwonlyargs) if default.arg.startswith("_")]  # type: ignore[attr-defined]  # functions alone are left
-        for at, _ in reversed(shown):
-            del one.args.kwonlyargs[at], one.args.kw_defaults[at]  # type: ignore[attr-defined]
+    for one in methods:
+        pairs = zip(one.args.kwonlyargs, one.args.kw_defaults, strict=True)
+        shown = [(key, default) for key, default in pairs if not key.arg.startswith("_")]
+        one.args.kwonlyargs, one.args.kw_defaults = [key for key, _ in shown], [default for _, default in shown]
+    node.body = [*methods]
     text = "\n".join([said, "", *members(node)]).replace("(: Any, ", "(").replace("(cls, ", "(")
     for word, value in DEFAULTS.items():
         text = text.replace(f"={word}", f"={value}")

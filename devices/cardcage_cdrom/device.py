@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
 from attrs.validators import max_len
-from cardcage.backends import BlockInfo
 from cardcage.values import define, frozen
+from cardcage_block.readonly import ReadOnly
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 
@@ -67,12 +67,12 @@ class CdromState:
     open: bool = False
 
 
-class OpenFile:
+class OpenFile(ReadOnly):
     """An image by a descriptor that somebody opened. Satisfies :class:`cardcage.backends.BlockBackend`; read only."""
 
     def __init__(self, fd: int) -> None:
+        super().__init__(-(-os.fstat(fd).st_size // 512) * 512, "a disc")
         self._fd = fd
-        self.info = BlockInfo(-(-os.fstat(fd).st_size // 512) * 512, readonly=True)
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the *buffers*, with zeros behind the file's end."""
@@ -80,21 +80,6 @@ class OpenFile:
             done = os.preadv(self._fd, [one], offset)
             one[done:] = bytes(len(one) - done)
             offset += len(one)
-
-    def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "a disc is only read")
-
-    def flush(self) -> None:
-        """Nothing was written."""
-
-    def discard(self, offset: int, length: int, /) -> None:
-        """Refuse."""
-        self.writev(offset, ())
-
-    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
-        """Refuse."""
-        self.writev(offset, ())
 
     def close(self) -> None:
         """Close the descriptor."""

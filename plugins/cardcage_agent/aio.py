@@ -69,6 +69,7 @@ def _awaited(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[A
 
 def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """The same for ``run``, whose command is killed when its task is cancelled."""
+    act: Callable[..., T] = method  # which has a keyword that its callers do not see
 
     @wraps(method)
     async def wait(self: Any, /, *values: P.args, **keys: P.kwargs) -> T:
@@ -81,7 +82,7 @@ def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
                 process.close()
 
         try:
-            return await in_thread(partial(method, self._of(), *values, **keys, _started=started))  # type: ignore[arg-type]  # ours alone
+            return await in_thread(partial(act, self._of(), *values, **keys, _started=started))
         except BaseException:
             given_up.set()
             for one in begun:
@@ -91,11 +92,15 @@ def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
     return wait
 
 
-class AioFiles:
-    """:class:`~cardcage_agent.files.Files` for ``await``."""
+class _Awaited:
+    """Calls of what *of* gives, which is asked for in their threads: it may have to wait for the agent."""
 
-    def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Files] = lambda: machine.files
+    def __init__(self, of: Callable[[], Any]) -> None:
+        self._of = of
+
+
+class AioFiles(_Awaited):
+    """:class:`~cardcage_agent.files.Files` for ``await``."""
 
     read = _awaited(Files.read)
     read_text = _awaited(Files.read_text)
@@ -110,11 +115,8 @@ class AioFiles:
     remove = _awaited(Files.remove)
 
 
-class AioAgent:
+class AioAgent(_Awaited):
     """:class:`~cardcage_agent.verbs.Agent` for ``await``."""
-
-    def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Agent] = lambda: machine.agent
 
     wait = _awaited(Agent.wait)
     ping = _awaited(Agent.ping)
@@ -124,12 +126,12 @@ class AioAgent:
     thaw = _awaited(Agent.thaw)
 
 
-class Aio:
+class Aio(_Awaited):
     """The calls of a machine that wait, for ``await``: the same names, arguments, results and errors."""
 
     def __init__(self, machine: Any) -> None:
-        self._of: Callable[[], Any] = lambda: machine
-        self.files, self.agent = AioFiles(machine), AioAgent(machine)
+        super().__init__(lambda: machine)
+        self.files, self.agent = AioFiles(lambda: machine.files), AioAgent(lambda: machine.agent)
 
     run = _run(Verbs.run)
     popen = _awaited(Verbs.popen)

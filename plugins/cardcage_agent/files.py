@@ -181,7 +181,7 @@ class Files:
         except BaseException:
             self._link.cancel(call)
             raise
-        return Watch(self._link, call, self.name_of(path))
+        return Watch(self._link, call, self.name_of(path), lambda: self._check(call, path))
 
     def rename(self, source: Name, target: Name, *, timeout: float | None = SILENCE) -> None:
         """Rename, as rename(2): a file that was *target* is replaced."""

@@ -98,14 +98,7 @@ class Call:
         return self.result is not None or ended or self.failure is not None
 
 
-class _Copied:
-    """What a copy of the machine has of a link (:class:`cardcage.device.Forkable`)."""
-
-    def may_fork(self) -> str:
-        return ""
-
-
-class Link(_Copied):
+class Link:
     """Char back end ``agent``, and the service of that name: the calls of one machine.
 
     All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
@@ -158,6 +151,10 @@ class Link(_Copied):
     def close(self) -> None:
         """The device is gone."""
         self.fail(StateError("the machine was closed"))
+
+    def may_fork(self) -> str:
+        """A copy of the machine has a link of its own (:class:`cardcage.device.Forkable`)."""
+        return ""
 
     def forked(self) -> None:
         """The calls under way are the parent's: what they began in this guest is ended."""

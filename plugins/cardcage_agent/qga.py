@@ -19,10 +19,11 @@ from subprocess import CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, StateError, UsageError
-from cardcage.machine import State
-from cardcage.security import OPERATOR, Act
 
 from cardcage_agent.errors import AgentError, AgentTimeout, NoAgent, ProtocolError
+from cardcage_agent.files import SILENCE
+from cardcage_agent.process import LIMIT
+from cardcage_agent.reach import nanoseconds, reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +41,6 @@ REQUEST_MAX = 3 << 16
 """Bytes of a request: a virtio console drops what is beyond a little more than that while the guest does not read."""
 PIECE = 1 << 16
 """Bytes of a file in one request."""
-SILENCE = 30.0
-LIMIT = 256 << 20
 POLLS = (0.002, 0.05)
 """Seconds between two looks whether a command has ended: the first, and the most."""
 
@@ -173,17 +172,8 @@ class Qga:
         return found.get("return")
 
     def _link(self, command: str) -> QgaLink:
-        machine = self._machine
-        facts = {"machine": machine.name, "command": f"qga {command}"}
-        machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
-        link: QgaLink | None = machine.services.get("qga")
-        if link is None:
-            raise StateError(
-                f"{machine.name}: no port for QEMU's guest agent: a virtio-console port named "
-                f'"{PORT}" with char = "qemu-agent" is one'
-            )
-        if machine.state is State.BUILT:
-            raise StateError(f"{machine.name}: the machine was not started, so that no agent runs")
+        missing = f'QEMU\'s guest agent: a virtio-console port named "{PORT}" with char = "qemu-agent" is one'
+        link: QgaLink = reach(self._machine, "qga", f"qga {command}", missing)
         return link
 
     def _synchronize(self, link: QgaLink, timeout: float, deadline: float) -> None:
@@ -212,8 +202,7 @@ class Qga:
 
     def set_time(self, seconds: float | None = None, timeout: float = SILENCE) -> None:
         """Set the guest's clock: seconds since 1970; by default this host's time."""
-        now = time.time_ns() if seconds is None else int(seconds * 1e9)
-        self.execute("guest-set-time", {"time": now}, timeout=timeout)
+        self.execute("guest-set-time", {"time": nanoseconds(seconds)}, timeout=timeout)
 
     def freeze(self, timeout: float = SILENCE) -> int:
         """Freeze the guest's file systems; how many. Until :meth:`thaw`, the agent refuses most other commands."""

@@ -48,7 +48,7 @@ def put_tree(files: Files, source: str, target: str, timeout: float | None, dept
     """Copy what is in directory *source* of this host into *target* of the guest, which is made where there is none."""
     if depth == DEPTH:
         raise AgentError(f"{source}: more than {DEPTH} levels of directories")
-    files.mkdir(target, parents=True, timeout=timeout)
+    files.mkdir(target, mode=stat.S_IMODE(os.stat(source).st_mode), parents=True, timeout=timeout)
     for one in sorted(os.scandir(source), key=lambda entry: entry.name):
         path = f"{target.rstrip('/')}/{one.name}"
         if one.is_symlink():
@@ -98,12 +98,15 @@ def _fetch(files: Files, source: str, target: str, budget: Budget, timeout: floa
         raise AgentError(f"{files.name_of(source)}: more than {DEPTH} levels of directories")
     for one in files.list(source, timeout=timeout):
         path, here = f"{source.rstrip('/')}/{one.name}", os.path.join(target, one.name)
-        budget.take(0 if one.is_file else len(one.name) + 1)
+        budget.take(len(one.name) + 1)  # so that empty files are bounded, too
         if one.is_symlink:
-            os.symlink(files.readlink(path, timeout=timeout), here)
+            link = files.readlink(path, timeout=timeout)
+            budget.take(len(link))
+            os.symlink(link, here)
         elif one.is_dir:
             os.mkdir(here)
             _fetch(files, path, here, budget, timeout, depth + 1)
+            os.chmod(here, one.mode & 0o777 & ~_umask() | 0o700)
         elif one.is_file:
             with open(here, "xb") as file:
                 for piece in files.chunks(path, timeout=timeout):

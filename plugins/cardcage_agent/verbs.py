@@ -8,16 +8,15 @@ import time
 from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from cardcage.errors import StateError, UsageError
+from cardcage.errors import UsageError
 from cardcage.machine import Machine as PlainMachine
-from cardcage.machine import State
-from cardcage.security import OPERATOR, Act
 
 from cardcage_agent.errors import AgentError
 from cardcage_agent.files import SILENCE, Files
 from cardcage_agent.frames import Verb
 from cardcage_agent.link import nobody as _nobody
 from cardcage_agent.process import LIMIT, PATIENCE, REQUEST, Popen, guest_error, strings
+from cardcage_agent.reach import nanoseconds, reach
 from cardcage_agent.trees import get_file, get_tree, put_file, put_tree
 
 if TYPE_CHECKING:
@@ -43,17 +42,11 @@ def link_of(machine: PlainMachine, verb: str, timeout: float | None) -> Link:
     Raises StateError for a machine that has no port for it, or is not running; NoAgent after *timeout* seconds, by
     default 60; Denied; what ended the machine.
     """
-    machine.mediator.check(
-        Act(OPERATOR, machine.label, "management", ("reach",), {"machine": machine.name, "command": verb})
+    missing = (
+        "an agent: Machine.debian() makes a machine that has one, "
+        'and so does a virtio-console port named "org.cardcage.agent.0" with char = "agent"'
     )
-    link: Link | None = machine.services.get("agent")
-    if link is None:
-        raise StateError(
-            f"{machine.name}: no port for an agent: Machine.debian() makes a machine that has one, "
-            'and so does a virtio-console port named "org.cardcage.agent.0" with char = "agent"'
-        )
-    if machine.state is State.BUILT:
-        raise StateError(f"{machine.name}: the machine was not started, so that no agent runs")
+    link: Link = reach(machine, "agent", verb, missing)
     link.await_agent(PATIENCE if timeout is None else min(timeout, PATIENCE))
     return link
 
@@ -78,10 +71,7 @@ class Agent:
     def set_time(self, seconds: float | None = None, timeout: float | None = SILENCE) -> None:
         """Set the guest's clock: seconds since 1970, from 0; by default this host's time."""
         link = link_of(self._machine, "set_time", timeout)
-        nanoseconds = time.time_ns() if seconds is None else int(seconds * 1e9)
-        if not 0 <= nanoseconds < 1 << 63:
-            raise UsageError(f"a time of {seconds} s: expected seconds since 1970, from 0")
-        self._ask(link, Verb.TIME, b"", nanoseconds, timeout)
+        self._ask(link, Verb.TIME, b"", nanoseconds(seconds), timeout)
 
     def reseed(self, data: bytes | None = None, timeout: float | None = SILENCE) -> None:
         """Give the guest's kernel new randomness: *data*, 1 to 512 bytes, by default 256 of this host's.
@@ -330,7 +320,7 @@ class Verbs:
         lets it. Symbolic links are copied as they are, and none is followed; devices, sockets and FIFOs are left out.
 
         Args:
-            limit: bytes of all; AgentError is raised for more. By default what the disk holds.
+            limit: bytes of all files, names and links; AgentError is raised for more. By default what the disk holds.
             timeout: seconds without a byte.
         """
         path, files = os.fspath(source), Files(link_of(self, "get", timeout))

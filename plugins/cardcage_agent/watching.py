@@ -13,6 +13,7 @@ from cardcage_agent.errors import AgentError, AgentTimeout, ProtocolError
 from cardcage_agent.frames import WINDOW
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
     from cardcage_agent.link import Call, Link
@@ -31,6 +32,7 @@ KINDS = {
     0x200: "delete",
     0x400: "delete_self",
     0x800: "move_self",
+    0x2000: "unmount",
     0x4000: "overflow",
     0x8000: "ignored",
 }
@@ -43,8 +45,8 @@ class FileEvent:
 
     Attributes:
         kind: ``create``, ``modify``, ``close_write`` (a file that was open for writing was closed), ``attrib``,
-            ``delete``, ``moved_from``, ``moved_to``, ``delete_self``, ``move_self``, ``overflow`` (events were lost),
-            or ``ignored``: nothing more comes.
+            ``delete``, ``moved_from``, ``moved_to``, ``delete_self``, ``move_self``, ``unmount`` (its file system
+            was), ``overflow`` (events were lost), or ``ignored``: nothing more comes.
         name: the last part of its path, in a directory; empty for what is watched itself.
         is_dir: it is about a directory. cookie: the same for the two of a move, else 0.
     """
@@ -58,12 +60,15 @@ class FileEvent:
 class Watch:
     """Changes as they come, an iterator: it ends when what is watched is gone. Close it, or use it in a ``with``."""
 
-    def __init__(self, link: Link, call: Call, name: str) -> None:
-        self._link, self._call, self._name = link, call, name
-        self._kept = b""
+    def __init__(self, link: Link, call: Call, name: str, check: Callable[[], None]) -> None:
+        self._link, self._call, self._name, self._check = link, call, name, check
+        self._kept, self._closed = b"", False
 
     def get(self, timeout: float | None = None) -> FileEvent | None:
-        """The next change; None when none comes any more. Raises AgentTimeout after *timeout* seconds."""
+        """The next change; None when what is watched is gone, or this is closed.
+
+        Raises AgentTimeout after *timeout* seconds, and what ended the machine or its agent.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         inbox = self._call.inboxes[0]
         while True:
@@ -74,6 +79,8 @@ class Watch:
             if piece := self._link.receive(self._call, 1, WINDOW):
                 self._kept += piece
             elif over:
+                if not self._closed:
+                    self._check()
                 return None
             elif not self._link.wait(self._call, lambda: bool(inbox.kept), deadline):
                 raise AgentTimeout(f"{self._name}: no change within {timeout:g} s")
@@ -100,6 +107,7 @@ class Watch:
 
     def close(self) -> None:
         """Watch no more. Idempotent."""
+        self._closed = True
         self._link.cancel(self._call)
 
     def __iter__(self) -> Self:

@@ -19,7 +19,6 @@ from cardcage_boot.cache import cache_root
 from cardcage_boot.command import COMMAND_LINE, given_kernel
 from cardcage_boot.fetch import Shelf
 from cardcage_boot.initramfs import programs_of
-from cardcage_boot.roots import IMAGE, image, is_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,8 +115,9 @@ def _shares(share: str | os.PathLike[str] | Mapping[str, Any] | None) -> list[di
     named = share if isinstance(share, Mapping) else {"share": share}
     tables = []
     for tag, value in named.items():
-        if not re.fullmatch(r"[\w.-]{1,36}", tag, re.ASCII):
-            raise ConfigError(f'"{tag}": expected letters, digits, "_", "." and "-", at most 36', key="share")
+        if not re.fullmatch(r"\w[\w.-]{,35}", tag, re.ASCII) or tag == ROOT:  # ".." would be mounted over the root
+            words = 'letters, digits, "_", "." and "-", at most 36, the first no "." or "-"'
+            raise ConfigError(f'"{tag}": expected {words}', key="share")
         keys = dict(value) if isinstance(value, Mapping) else {"path": os.fspath(value)}
         if "tag" in keys:
             raise ConfigError("expected no tag: it is the name by which the directory is shared", key=f"share.{tag}")
@@ -127,6 +127,8 @@ def _shares(share: str | os.PathLike[str] | Mapping[str, Any] | None) -> list[di
 
 def _root(root: Path, settings: dict[str, str], shares: list[dict[str, Any]], scratch: Path) -> list[Path]:
     """Say in *settings* what the root is, share a directory, and return what comes into the initramfs."""
+    from cardcage_boot.roots import IMAGE, image, is_image  # which most machines do without, as without its archives
+
     if is_image(root):
         settings["root"] = f"/{IMAGE}"
         (scratch / "image.cpio").write_bytes(image(root))

@@ -5,13 +5,16 @@ An image layout is that of the OCI image specification 1.0: ``oci-layout``, ``in
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import stat
 import tarfile
 import zlib
-from lzma import LZMAError
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +32,23 @@ IMAGE = "image"
 MOST = 2 << 30
 """Bytes of all files of an image: it lies in the guest's memory."""
 ENTRIES = 1_000_000
+"""Members of all archives."""
+HEADER_MOST = 1 << 20
+"""Bytes of a member's headers: tarfile keeps them, whatever size they say they have."""
+PIECE = 1 << 19
+"""Bytes of a file that are read at once."""
+PATH_MAX = 4096 - len("image/") - 4
+"""Bytes of a name: Linux passes over longer ones of an initramfs without a word."""
 JSON_MOST = 4 << 20
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
-DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError)
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+OPENERS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ", lzma.open),
+    (b"\x5d\0\0", lzma.open),
+)
+"""The beginnings of compressed archives."""
 TYPES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
 
 
@@ -58,7 +75,8 @@ class Tree:
 
     def __init__(self) -> None:
         self._files: dict[str, cpio.Entry] = {}
-        self._left = MOST
+        self._below: dict[str, set[str]] = {}
+        self._left, self._members = MOST, 0
 
     def entries(self) -> Iterator[cpio.Entry]:
         """All, directories before what is in them."""
@@ -68,16 +86,23 @@ class Tree:
     def add(self, path: Path) -> None:
         """Put a layer on top."""
         try:
-            with tarfile.open(path) as archive:
-                new: set[str] = set()
+            with _opened(path) as opened:
+                file: Any = Bounded(opened)
+                archive, new = tarfile.TarFile(fileobj=file), set[str]()
                 for member in archive:
                     self._member(path, archive, member, new)
+                    file.left = HEADER_MOST
         except ConfigError:
             raise
         except DAMAGED as error:
             raise ConfigError(f"not a tar archive that can be read: {error}", file=str(path), key="root") from error
 
     def _member(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, new: set[str]) -> None:
+        self._members += 1
+        if self._members > ENTRIES:
+            raise ConfigError(f"more than {ENTRIES} files", file=str(path), key="root")
+        if member.size < 0:  # before tarfile looks for the next one behind it
+            raise tarfile.ReadError(f"{member.name}: a size of {member.size} bytes")
         name = _clean(path, member.name)
         folder, _, last = name.rpartition("/")
         if last == OPAQUE:
@@ -86,12 +111,13 @@ class Tree:
             return self._remove(f"{folder}/{last.removeprefix(WHITEOUT)}".lstrip("/"), new)
         if not name:
             return None
-        if len(self._files) >= ENTRIES:
-            raise ConfigError(f"more than {ENTRIES} files", file=str(path), key="root")
         if not member.isdir():
             self._remove(name, new)
         new.add(name)
         self._files[name] = self._entry(path, archive, member, f"{IMAGE}/{name}")
+        while name and name not in (beside := self._below.setdefault(name.rpartition("/")[0], set())):
+            beside.add(name)
+            name = name.rpartition("/")[0]
         return None
 
     def _entry(self, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> cpio.Entry:
@@ -100,17 +126,20 @@ class Tree:
             mode |= stat.S_IFDIR
         elif member.issym():
             mode, data = stat.S_IFLNK | 0o777, os.fsencode(member.linkname)
+            self._take(path, len(data))
         elif member.islnk():
             linked = self._files.get(_clean(path, member.linkname))
             if linked is None:
                 raise ConfigError(f"{member.name}: a link to {member.linkname}, which is not there", file=str(path))
+            self._take(path, len(linked.data))  # an archive has it once for each name
             mode, data = linked.mode, linked.data
         elif member.isreg():
             self._take(path, member.size)
-            mode, file = mode | stat.S_IFREG, archive.extractfile(member)
-            data = file.read() if file is not None else b""
+            mode, data = mode | stat.S_IFREG, _contents(archive, member)
         elif member.type in TYPES:
             mode, device = mode | TYPES[member.type], (member.devmajor, member.devminor)
+            if not all(0 <= one <= cpio.FIELD_MAX for one in device):
+                raise tarfile.ReadError(f"{member.name}: a device {device[0]}:{device[1]}")
         else:
             raise ConfigError(f"{member.name}: a file of a type {member.type!r}", file=str(path), key="root")
         uid, gid, when = (min(max(int(one), 0), cpio.FIELD_MAX) for one in (member.uid, member.gid, member.mtime))
@@ -123,17 +152,55 @@ class Tree:
 
     def _remove(self, name: str, new: set[str], *, below: bool = False) -> None:
         """Remove what lower layers have at *name*, or only what they have below it."""
-        start = f"{name}/" if name else ""
-        gone = [one for one in self._files if one not in new and (one.startswith(start) or (one == name and not below))]
-        for one in gone:
-            del self._files[one]
+        found = [name]
+        for one in found:  # and what is below that, until no more is added
+            found += self._below.get(one, ())
+        for one in reversed(found[1:] if below else found):
+            if one not in new:
+                self._files.pop(one, None)
+            if one not in self._files and not self._below.get(one):
+                self._below.pop(one, None)
+                self._below.get(one.rpartition("/")[0], set()).discard(one)
+
+
+class Bounded:
+    """What tarfile reads: at most *left* bytes until somebody allows more."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.left = file, HEADER_MOST
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes. Raises ReadError for more than are left, or all."""
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"headers of more than {HEADER_MOST} bytes")
+        self.left -= size
+        return bytes(self._file.read(size))
+
+
+def _opened(path: Path) -> Any:
+    """The file, as its decompressor has it."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return next((make(path) for begins, make in OPENERS if head.startswith(begins)), None) or path.open("rb")
+
+
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    data, file = bytearray(), archive.extractfile(member)
+    below: Any = archive.fileobj
+    while file is not None:
+        below.left = HEADER_MOST
+        if not (piece := file.read(PIECE)):
+            break
+        data += piece
+    return bytes(data)
 
 
 def _clean(path: Path, name: str) -> str:
     """A member's name as a relative path. Raises ConfigError for one that leads out."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts or "\0" in name:
-        raise ConfigError(f"a file called {name!r}: expected a path inside the image", file=str(path), key="root")
+    if ".." in parts or "\0" in name or len(os.fsencode(name)) > PATH_MAX:
+        raise ConfigError(f"a file called {name[:100]!r}: expected a path inside the image", file=str(path), key="root")
     return "/".join(parts)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from cardcage.backends import BlockInfo
+from attrs import field
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError
 from cardcage.files import read_file
 from cardcage.values import frozen
+from cardcage_block.readonly import ReadOnly
 
 from cardcage_cloudinit.fat import make_fat
 
@@ -54,7 +54,7 @@ class SeedOptions:
 
     source: HostPath = ""
     ssh_keys: tuple[HostPath, ...] = ()
-    key_files: dict[str, bool] = {}  # noqa: RUF012  an attrs class: nobody changes it
+    key_files: dict[str, bool] = field(factory=dict)
 
 
 def parse_source(text: str) -> dict[str, object]:
@@ -72,12 +72,12 @@ def parse_key_flag(text: str) -> dict[str, Any]:
     return {"policy": {"cloud_init": {"key_files": {text: True}}}}
 
 
-class Seed:
+class Seed(ReadOnly):
     """The disk, in memory. Satisfies :class:`cardcage.backends.BlockBackend`, and refuses to be written."""
 
     def __init__(self, data: bytes) -> None:
+        super().__init__(len(data), "the seed of cloud-init")
         self._data = memoryview(data)
-        self.info = BlockInfo(len(data), readonly=True)
 
     def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
         """Fill the writable *buffers* one after another."""
@@ -89,24 +89,6 @@ class Seed:
         """The same: it is in memory."""
         self.readv(offset, buffers)
         return True
-
-    def writev(self, offset: int, buffers: Sequence[memoryview], /) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the seed of cloud-init is read-only")
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def discard(self, offset: int, length: int, /) -> None:
-        """Refuse."""
-        self.writev(offset, ())
-
-    def write_zeroes(self, offset: int, length: int, /, *, unmap: bool) -> None:
-        """Refuse."""
-        self.writev(offset, ())
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def open_seed(slot: Slot, options: SeedOptions) -> Seed:

@@ -41,6 +41,7 @@ PORT, ADDRESS, IRQ = 0x2A0, 0xD0000000, 10
 def collected(session: pytest.Session, distribution: str) -> list[pytest.Item]:
     """The tests of *distribution*. Raises UsageError where none of the installed cards is of it."""
     host = Host()
+    session.config.add_cleanup(host.close)
     offers = [one for one in host.registry if _plain(one.distribution) == _plain(distribution)]
     broken = [one for one in host.broken if _plain(one.distribution) == _plain(distribution)]
     if not offers and not broken:

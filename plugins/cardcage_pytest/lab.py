@@ -20,7 +20,7 @@ from cardcage_pytest.spec import Spec, spec_of
 from cardcage_pytest.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Guest", "Lab", "MachineFactory"]
 
@@ -88,8 +88,8 @@ class Lab:
     def __init__(self, config: pytest.Config) -> None:
         self._keep = bool(config.option.cardcage_keep)
         self._kept: list[Guest] = []
-        self._most = max(int(config.getini("cardcage_booted")), 1)
-        self._booted: OrderedDict[str, tuple[Guest, Any]] = OrderedDict()
+        self._most = int(config.getini("cardcage_booted"))
+        self._booted: OrderedDict[str, tuple[Guest, Callable[[], object]]] = OrderedDict()
         self._seen: list[Seen] = []
         self._watch = Watch()
 
@@ -103,21 +103,21 @@ class Lab:
         if machine is None:
             machine = self.make(spec, request)
             self.boot(machine, spec)
-            point = checkpoint(machine) if single else None
-            if point is not None:
+            back = checkpoint(machine) if single else None
+            if back is not None:
                 while len(self._booted) >= self._most:
                     self._booted.popitem(last=False)[1][0].close()
-                self._booted[spec.key] = machine, point
+                self._booted[spec.key] = machine, back
         return machine
 
     def _again(self, key: str, request: pytest.FixtureRequest) -> Guest | None:
         """The guest that is kept for *key*, as it was when it had booted; None when it cannot be had again."""
         if key not in self._booted:
             return None
-        machine, point = self._booted[key]
+        machine, back = self._booted[key]
         try:
             with self._watch.aside():
-                revert(machine, point)
+                revert(machine, back)
         except CardcageError:  # it cannot go back any more: another is booted
             del self._booted[key]
             machine.close()
@@ -224,8 +224,8 @@ class Lab:
     def _show(self) -> None:
         """Say how to reach the guests that are kept, and wait until they have ended or for Ctrl-C."""
         with tempfile.TemporaryDirectory(prefix="cardcage-") as folder, suppress(KeyboardInterrupt):
-            for machine in self._kept:
-                path = Path(folder, machine.name)
+            for number, machine in enumerate(self._kept):
+                path = Path(folder, f"{machine.name}-{number}")  # two may have one name
                 machine.open_console({"type": "socket", "path": str(path)})
                 print(f"\n{machine.name} is kept. Its console: socat -,raw,echo=0,escape=0x1d UNIX-CONNECT:{path}")
             print("Ctrl-C here ends it, and so does poweroff there.", flush=True)
@@ -238,22 +238,22 @@ class Lab:
                     machine.close()
 
 
-def checkpoint(machine: Guest) -> Any:
-    """A point that *machine* can go back to; None where it has no such verb, or cannot."""
+def checkpoint(machine: Guest) -> Callable[[], object] | None:
+    """A point of *machine*, and what goes back to it; None where it has no such verbs, or cannot."""
     take, back = getattr(machine, "checkpoint", None), getattr(machine, "revert", None)
     if take is None or back is None:
         return None
     try:
-        point = take()
+        take()
     except CardcageError:
         return None
-    return point if point is not None else ()
+    found: Callable[[], object] = back
+    return found
 
 
-def revert(machine: Guest, point: Any) -> None:
-    """Go back to *point*, and see that the guest runs and answers."""
-    back: Any = machine.revert  # type: ignore[attr-defined]  # a verb of another card
-    back(point) if point != () else back()
+def revert(machine: Guest, back: Callable[[], object]) -> None:
+    """Go *back*, and see that the guest runs and answers."""
+    back()
     if machine.state is State.PAUSED:
         machine.resume()
     machine.agent.set_time()

@@ -66,6 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The marker; and without named tests, the contracts of a card are the whole suite."""
     config.addinivalue_line("markers", MARKER)
+    booted = config.getini("cardcage_booted")
+    if not (booted.isascii() and booted.isdigit() and int(booted)):
+        raise pytest.UsageError(f"cardcage_booted: expected a number of guests, from 1, got {booted!r}")
     if config.option.cardcage_card and config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = []
     if config.option.cardcage_keep and (hasattr(config, "workerinput") or getattr(config.option, "numprocesses", None)):

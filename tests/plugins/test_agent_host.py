@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import threading
@@ -306,9 +307,10 @@ def test_a_fifo_without_a_peer_holds_nothing_up(vm: Any, tmp_path: Path) -> None
 
 
 def test_arguments_of_the_agents_own_calls(vm: Any) -> None:
-    """A time before 1970 and an empty seed are refused here."""
-    with pytest.raises(UsageError, match="seconds since 1970"):
-        vm.agent.set_time(-1)
+    """A time before 1970, or that is no number, and an empty seed are refused here."""
+    for seconds in (-1, 1e10, math.inf, math.nan):
+        with pytest.raises(UsageError, match="seconds since 1970"):
+            vm.agent.set_time(seconds)
     with pytest.raises(UsageError, match="1 to 512"):
         vm.agent.reseed(b"")
 
@@ -350,6 +352,7 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
     (source / "deep" / "er").mkdir(parents=True)
     (source / "deep" / "file").write_bytes(os.urandom(3 * WINDOW))
     (source / "deep" / "file").chmod(0o750)
+    (source / "deep").chmod(0o750)
     (source / "empty").write_bytes(b"")
     (source / "out").symlink_to("/etc/passwd")
     os.mkfifo(source / "fifo")
@@ -358,7 +361,9 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
     (there / "kept").write_text("kept")
     vm.put(source, there)
     assert (there / "kept").read_text() == "kept"
+    assert (there / "deep").stat().st_mode & 0o777 == 0o750
     vm.get(there, tmp_path / "back")
+    assert (tmp_path / "back" / "deep").stat().st_mode & 0o777 == 0o750
     assert (tmp_path / "back" / "deep" / "file").read_bytes() == (source / "deep" / "file").read_bytes()
     assert (tmp_path / "back" / "deep" / "file").stat().st_mode & 0o777 == 0o750
     assert os.readlink(tmp_path / "back" / "out") == "/etc/passwd"
@@ -367,6 +372,12 @@ def test_trees_go_in_and_out(vm: Any, tmp_path: Path) -> None:
         vm.get(there, tmp_path / "back")
     with pytest.raises(AgentError, match="more than 1000 bytes"):
         vm.get(there, tmp_path / "less", limit=1000)
+    many = tmp_path / "source" / "many"
+    many.mkdir()
+    for number in range(100):
+        (many / f"{number:03}").touch()
+    with pytest.raises(AgentError, match="more than 399 bytes"):  # files without contents
+        vm.get(many, tmp_path / "less", limit=399)
     assert sorted(one.name for one in tmp_path.iterdir() if one.name not in ("back", "source", "there")) == []
     with pytest.raises(FileNotFoundError, match="'vm:/none'"):
         vm.get("/none", tmp_path / "none")

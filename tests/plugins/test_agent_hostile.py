@@ -224,6 +224,24 @@ def test_names_of_a_list_are_names() -> None:
         guest.vm.files.list("/")
 
 
+def test_a_watch_ends_with_its_machine_by_the_reason() -> None:
+    """What ended the machine, or its agent, is raised, also when nobody waited then; the kernel's own end is None."""
+    ended = AgentError("vm: the machine ended")
+    kernels = struct.pack("<iIII", 1, 0x2000, 0, 0) + struct.pack("<iIII", 1, 0x8000, 0, 0)
+    for event, after in ((b"", ended), (kernels, None)):
+        guest = greeted()
+        sent = frame(2, Kind.RESULT, 0, bytes(5)) + (frame(1, Kind.DATA, 1, event) if event else b"")
+        guest.link.start(lambda data, guest=guest, sent=sent: guest.link.write(sent) if b"\x0b\0" in data else None)
+        watch = guest.vm.files.watch("/")
+        if after is not None:
+            guest.link.fail(after)
+            with pytest.raises(AgentError, match="the machine ended"):
+                watch.get()
+        else:
+            assert [change.kind for change in watch] == ["unmount", "ignored"]
+            assert watch.get() is None
+
+
 def test_events_are_those_of_inotify() -> None:
     """A guest whose event is about a path, is none, or has a name without end, loses its watch, by an AgentError."""
     for event in (

@@ -92,6 +92,8 @@ def test_programs_run_by_it(vm: QgaMachine) -> None:
         vm.qga.run(["/bin/sleep", "2"], timeout=0.05)
     with pytest.raises(AgentError, match="nonesuch"):
         vm.qga.run(["/nonesuch"])
+    with pytest.raises(UsageError, match="seconds since 1970"):
+        vm.qga.set_time(-1)
     with pytest.raises(UsageError, match="expected a list"):
         vm.qga.run("text")
     with pytest.raises(AgentError, match="a request of"):

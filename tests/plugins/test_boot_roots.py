@@ -132,6 +132,54 @@ def test_what_is_no_image_is_refused_in_words(tmp_path: Path) -> None:
         roots.image(damaged)
 
 
+def test_a_lower_layer_is_removed_however_it_was_made(tmp_path: Path) -> None:
+    """A whiteout removes directories that no entry made; in the layer of their own, files are left alone by one."""
+    first = archive(("a/b/c/d", {"data": b"1"}), ("a/b/e", {"data": b"1"}), ("k", {"data": b"1"}))
+    second = archive(("a/b/n", {"data": b"2"}), ("a/.wh.b", {}), (".wh.nothing", {}))
+    third = archive(("a/b/c/d", {"data": b"3"}))
+    files = {name: one.data for name, one in found(layout(tmp_path, first, second, third)).items() if one.data}
+    assert files == {"a/b/n": b"2", "a/b/c/d": b"3", "k": b"1"}
+
+
+def test_numbers_that_no_file_has_are_refused(tmp_path: Path) -> None:
+    """A negative size, a device number of more than 32 bits and a path longer than Linux takes are errors."""
+    device = {"type": tarfile.CHRTYPE, "devmajor": -1, "devminor": 3}
+    with tarfile.open(tmp_path / "device.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("null")
+        for key, value in device.items():
+            setattr(member, key, value)
+        tar.addfile(member)
+    member = tarfile.TarInfo("a")
+    member.size = -512
+    (tmp_path / "size.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    (tmp_path / "long.tar").write_bytes(archive(("a/" * 3000, {"data": b"x"})))
+    for name, words in {
+        "device": "null: a device -1:3",
+        "size": "a: a size of -512 bytes",
+        "long": "a file called",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            roots.image(tmp_path / f"{name}.tar")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """However an archive is compressed, its files come whole, and its headers are not kept whatever their size."""
+    data = bytes(range(256)) * 9000
+    path = tmp_path / "a.tar"
+    path.write_bytes(archive(("a", {"data": data}), ("b" * 300, {"data": b"x", "uid": 5}), mode=mode))
+    files = found(path)
+    assert files["a"].data == data
+    assert files["b" * 300].uid == 5
+    path.write_bytes(archive(("a", {"pax_headers": {"comment": "x" * (2 << 20)}}), mode=mode))
+    with pytest.raises(ConfigError, match="headers of more than 1048576 bytes"):
+        roots.image(path)
+    path.write_bytes(archive(*((".wh.a", {}) for _ in range(20)), mode=mode))
+    monkeypatch.setattr(roots, "ENTRIES", 19)
+    with pytest.raises(ConfigError, match="more than 19 files"):  # those that remove count, too
+        roots.image(path)
+
+
 def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of an image, and their number, are bounded, whatever it unpacks to."""
     path = tmp_path / "big.tar.gz"
@@ -139,6 +187,10 @@ def test_more_than_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(roots, "MOST", 1 << 20)
     with pytest.raises(ConfigError, match="GiB of files"):
         roots.image(path)
+    links = [(name, {"type": tarfile.LNKTYPE, "linkname": "a"}) for name in "bcd"]
+    (tmp_path / "links.tar").write_bytes(archive(("a", {"data": bytes(1 << 19)}), *links))
+    with pytest.raises(ConfigError, match="GiB of files"):  # each link is a copy in the guest's memory
+        roots.image(tmp_path / "links.tar")
     monkeypatch.setattr(roots, "MOST", 1 << 21)
     monkeypatch.setattr(roots, "ENTRIES", 1)
     with pytest.raises(ConfigError, match="more than 1 files"):

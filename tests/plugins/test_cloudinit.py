@@ -8,10 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cardcage.abilities import has
+from cardcage.device import Forkable
 from cardcage.errors import ConfigError
 from cardcage_cli import main
 from cardcage_cloudinit.fat import LARGEST, make_fat
-from cardcage_cloudinit.seed import SeedOptions, files_of
+from cardcage_cloudinit.seed import Seed, SeedOptions, files_of
+from cardcage_testing import check_block_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,3 +142,19 @@ def test_flags_add_one_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(words) == 0, capsys.readouterr().err
     assert main([*words, "--ssh-key", str(tmp_path / "none")]) == 2
     assert "none: public key cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_the_disk_is_only_read_and_a_copy_of_its_machine_has_it_too() -> None:
+    """It keeps the contract of block back ends, refuses each change, and can be forked."""
+    image = make_fat({"user-data": b"#cloud-config\n"}, "CIDATA", 1)
+    check_block_backend(lambda: Seed(image))
+    seed = Seed(image)
+    for change in (
+        lambda: seed.writev(0, [memoryview(bytes(512))]),
+        lambda: seed.discard(0, 512),
+        lambda: seed.write_zeroes(0, 512, unmap=True),
+    ):
+        with pytest.raises(OSError, match="the seed of cloud-init is only read"):
+            change()
+    assert has(seed, Forkable)
+    assert seed.may_fork() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,11 +211,57 @@ def test_has_none():
     assert "\x1b[31mline" not in text
 
 
+def test_a_setting_that_is_no_number_is_a_usage_error(pytester: pytest.Pytester) -> None:
+    """One line says which, before any test runs."""
+    pytester.makeini("[pytest]\ncardcage_booted = many\n")
+    done = run(pytester, "def test_it(): pass")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: cardcage_booted: expected a number of guests, from 1, got 'many'"])
+
+
 def test_keep_wants_a_process_of_its_own(pytester: pytest.Pytester) -> None:
     """It waits at the terminal, which workers do not have."""
     done = run(pytester, "def test_it(): pass", "--cardcage-keep", "-n", "2")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert "--cardcage-keep waits at this terminal: omit -n" in done.stderr.str()
+
+
+def test_guests_of_a_failure_are_kept(pytester: pytest.Pytester) -> None:
+    """The run stops, each guest's console is a socket of its own, though two have one name, and all are closed then."""
+    source = (
+        FAKE
+        + """
+class Kept(Fake):
+    def open_console(self, spec):
+        assert spec["type"] == "socket"
+        open(spec["path"], "x").close()
+
+    def wait(self):
+        print("waited for", self.state)
+
+    def close(self):
+        print("closed")
+
+def kept(cls, **keys):
+    one = Kept(**keys)
+    one.name = "same"
+    return one
+
+@pytest.mark.cardcage(maker=kept)
+def test_fails(machine_factory):
+    machine_factory.boot(), machine_factory.boot()
+    raise ValueError
+
+def test_is_not_run():
+    pass
+"""
+    )
+    done = run(pytester, source, "--cardcage-keep")
+    done.assert_outcomes(failed=1)
+    text = done.stdout.str()
+    assert len(set(re.findall(r"same is kept\. Its console: socat \S+ UNIX-CONNECT:(\S+)", text))) == 2, text
+    assert text.count("waited for running") == 2
+    assert text.index("closed") > text.rindex("waited for")
 
 
 # contracts
