@@ -21,7 +21,20 @@ __all__ = ["configure_completion", "configure_man", "pages", "run_completion", "
 
 SHELLS = ("bash", "zsh", "fish")
 MACHINES = "cardcage ps -q 2> /dev/null"
-OF_MACHINES = ("stop", "shutdown", "kill", "pause", "resume", "inspect", "console", "exec", "logs", "stats", "cdrom")
+OF_MACHINES = (
+    "stop",
+    "shutdown",
+    "kill",
+    "pause",
+    "resume",
+    "inspect",
+    "console",
+    "exec",
+    "logs",
+    "stats",
+    "cdrom",
+    "device",
+)
 """Commands whose NAME is a machine's."""
 FILES, FOLDERS = ("FILE", "PATH", "VM.toml", "IMAGE"), ("DIR", "FOLDER")
 STATUSES = (
