@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detaching", "detach", "detaching"]
 
-KEY = "cardcage_cli.leavinging"
+KEY = "cardcage_cli.leaving"
 
 
 class Detaching:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
@@ -100,6 +101,7 @@ class Cdrom:
         self.options = options
         self._sizes = [SENSE, CDB]
         self._own: OpenFile | None = None
+        self._busy = threading.Lock()  # a command is carried out, or the disc is changed
 
     def plug(self, slot: Slot) -> None:
         self._slot = slot
@@ -121,19 +123,18 @@ class Cdrom:
         Raises ValueError where the guest has locked the tray, unless *force*.
         """
         image = None if fd is None else OpenFile(fd)
-        self._workers.drain()
-        try:
-            self.drive.change(None if image is None else Disc(image), force=force)
-        except ValueError:
-            if image is not None:
-                image.close()
-            raise
-        finally:
-            for index in range(COMMANDS, len(self.queue_sizes)):
-                self._workers.notify(index)
-        before, self._own = self._own, image
-        if before is not None:
-            before.close()
+        # Draining the workers does not do: the guest's next notification would wake one, to read from a descriptor that
+        # is closed here, and may be another file's by then.
+        with self._busy:
+            try:
+                self.drive.change(None if image is None else Disc(image), force=force)
+            except ValueError:
+                if image is not None:
+                    image.close()
+                raise
+            before, self._own = self._own, image
+            if before is not None:
+                before.close()
 
     # configuration
 
@@ -182,6 +183,10 @@ class Cdrom:
 
     def _process(self, request: Request) -> int | None:
         """Carry one command out; returns the bytes written to the guest."""
+        with self._busy:
+            return self._carry_out(request)
+
+    def _carry_out(self, request: Request) -> int:
         sense_size, cdb_size = self._sizes
         head = request.read()[: 19 + cdb_size] if request.readable_size <= PIECE else b""
         room = request.writable_size - HEAD.size - sense_size

@@ -26,7 +26,7 @@ __all__ = ["change", "configure", "run"]
 def drives(machine: Machine) -> dict[str, tuple[Cdrom, Slot]]:
     """The CD-ROM drives of a machine by their ids."""
     found: dict[str, tuple[Cdrom, Slot]] = {}
-    for name, one in machine.devices.items():
+    for name, one in list(machine.devices.items()):
         inner = getattr(getattr(one.device, "virtio", None), "device", None)
         if isinstance(inner, Cdrom):
             found[name] = inner, one.slot

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cardcage.values import define
 
-__all__ = ["HeldFile", "hold", "is_held", "is_locked"]
+__all__ = ["HeldFile", "hold", "is_held", "is_held_by", "is_locked"]
 
 
 @define(eq=False)
@@ -65,4 +66,24 @@ def is_locked(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    return False
+
+
+def is_held_by(pid: int, path: Path) -> bool:
+    """True when process *pid* has the file at *path* open, and it was that process that locked it.
+
+    Both by the kernel's word (``fdinfo`` in proc(5)): what the file says of its holder may be anybody's. False for a
+    process that is gone, or that is not ours to look at.
+    """
+    try:
+        there = os.lstat(path)
+        numbers = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    for number in numbers:
+        with suppress(OSError):  # it has closed this one meanwhile
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), there):
+                lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
+                if any(line.startswith("lock:") and line.split()[2:6:3] == ["FLOCK", str(pid)] for line in lines):
+                    return True
     return False

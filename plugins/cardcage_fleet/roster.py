@@ -34,6 +34,8 @@ __all__ = ["Record", "Roster", "RosterEntry", "ask", "connected", "is_ours", "li
 
 MOST = 16384
 """Bytes of an entry or an answer: what is longer is not ours."""
+PID_MAX = 1 << 22
+"""Linux has no higher process id."""
 KEPT = 24 * 3600
 """Seconds that an entry of a machine that was killed waits for somebody to read of it."""
 
@@ -195,7 +197,7 @@ def parse_entry(text: bytes, file: str = "") -> RosterEntry:
             raise ValueError(f"{one.name}: out of range")
         values[one.name] = printable(value) if isinstance(value, str) else value
     missing = [name for name in ("name", "pid", "size") if name not in values]
-    if missing or values["pid"] <= 0 or values["size"] < 0 or values.get("start", 0) < 0:
+    if missing or not 0 < values["pid"] <= PID_MAX or values["size"] < 0 or values.get("start", 0) < 0:
         raise ValueError(f"{', '.join(missing) or 'pid, size or start'}: expected, or out of range")
     return RosterEntry(**values, file=file)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["configure", "run"]
 
+WORDS = ("type", "id", "serial", "format", "cache", "name")
+"""Keys whose values are no paths, whatever lies in the directory that the command is given in."""
 SLACK = 60
 """Seconds that the machine has for its answer, besides the guest's time."""
 
@@ -67,24 +69,26 @@ def _table(host: Host, text: str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f'"{text}": {error}') from error
     kinds = {name.partition(":")[2] for name in host.registry.names(BackendOffer)}
-    return {key: _whole(value, kinds) for key, value in table.items()}
+    return {key: _whole(value, kinds, key) for key, value in table.items()}
 
 
-def _whole(value: Any, kinds: set[str]) -> Any:
+def _whole(value: Any, kinds: set[str], key: str = "") -> Any:
     """*value* with paths that are there made whole: the machine's process is in another directory.
 
-    A word that is the name of a back end is one.
+    A word that is the name of a back end is one, and :data:`WORDS` never name a file.
     """
     if isinstance(value, dict):
-        return {key: _whole(one, kinds) for key, one in value.items()}
+        return {name: _whole(one, kinds, name) for name, one in value.items()}
     if isinstance(value, list):
         return [_whole(one, kinds) for one in value]
-    if not isinstance(value, str) or value in kinds:
+    if not isinstance(value, str) or value in kinds or key in WORDS:
         return value
     if os.path.lexists(value):
         return os.path.abspath(value)
     parts = [part.rpartition("=") for part in split_pairs(value)]
-    return join_pairs(f"{key}{equals}{_whole(path, kinds)}" for key, equals, path in parts) if len(parts) > 1 else value
+    if len(parts) == 1:
+        return value
+    return join_pairs(f"{name}{equals}{_whole(path, kinds, name)}" for name, equals, path in parts)
 
 
 def _seconds(text: str) -> float:

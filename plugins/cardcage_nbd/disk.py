@@ -86,6 +86,7 @@ class Pending:
         self.kind, self.offset, self.size, self.flags, self.buffers = kind, offset, size, flags, buffers
         self.sent = buffers if kind is Kind.WRITE else ()
         self.done = False
+        self.covers = 0  # writes that had been answered when it was made: what a flush answers for
         self.begin()
 
     def begin(self) -> None:
@@ -123,6 +124,9 @@ class NbdDisk:
         self._pending: dict[int, Pending] = {}
         self._last = 0
         self._closed = False
+        self._until = 0.0  # when requests fail that wait for a connection; 0 while one does
+        self._written = self._stable = 0  # writes that were answered, and those of them that a flush answered for
+        self._lost = False  # the rest of them may be gone with a server, and nobody was told yet
         self._wire: Wire | None
         try:
             self._peer, self._wire, self._export = self._connect()
@@ -164,6 +168,7 @@ class NbdDisk:
                     if self._closed:
                         return
                     self._wire = None
+                    self._lose()
                 self._peer.close()
                 why = error.strerror or str(error)
                 self._log.warning("the connection to the NBD server is lost", disk=self._name, why=why)
@@ -203,36 +208,67 @@ class NbdDisk:
             if chunk.done:
                 if one.left and not one.error:
                     raise BrokenServer("a reply that is over before all has come")
+                self._until = 0.0
+                if one.kind in (Kind.WRITE, Kind.WRITE_ZEROES) and not one.error:
+                    self._written += 1
+                elif one.kind is Kind.FLUSH and not one.error:
+                    self._stable = max(self._stable, one.covers)
                 one.done = True
                 self._pending.pop(chunk.handle, None)
                 self._changed.notify_all()
 
+    def _lose(self) -> None:
+        """The server went, perhaps with what it had written and not flushed: one flush fails, under way or the next."""
+        if self._written > self._stable:
+            flushes = {handle: one for handle, one in self._pending.items() if one.kind is Kind.FLUSH}
+            for handle, one in flushes.items():
+                one.error, one.done = errno.EIO, True
+                del self._pending[handle]
+            self._lost = all(one.covers < self._written for one in flushes.values())
+            self._stable = self._written
+            self._changed.notify_all()
+
+    def _check_lost(self) -> None:
+        if self._lost:
+            self._lost = False
+            raise OSError(errno.EIO, f"{self._name}: the server went before it had flushed all that was written")
+
     def _again(self) -> bool:
         """Connect again, and send what was under way. Requests fail that waited too long; False once closed."""
-        until = time.monotonic() + self._options.reconnect
-        while True:
-            with self._changed:
-                if self._closed:
-                    return False
+        with self._changed:
+            failed = self._until > 0  # the connection before broke with nothing answered
+            if not failed:
+                self._until = time.monotonic() + self._options.reconnect
+        while not failed or self._pause():
+            failed = True
             try:
                 peer, wire, export = self._connect()
-                if (export.size, export.flags) != (self._export.size, self._export.flags):
+                try:
+                    if (export.size, export.flags) != (self._export.size, self._export.flags):
+                        raise RefusedExport("another disk is there now")
+                    self._resend(peer, wire)
+                except BaseException:
                     peer.close()
-                    raise RefusedExport("another disk is there now")
-                self._resend(peer, wire)
+                    raise
             except OSError as error:
                 self._log.warning("no connection to the NBD server", disk=self._name, why=error.strerror or str(error))
                 with self._changed:
                     self._wire = None
-                    if time.monotonic() < until:
-                        self._changed.wait_for(lambda: self._closed, PAUSE)
-                        continue
-                    self._fail(errno.EIO)
-                    self._changed.wait_for(lambda: self._closed or self._pending)
-                    until = time.monotonic() + self._options.reconnect
                 continue
             self._log.warning("the connection to the NBD server is there again", disk=self._name)
             return True
+        return False
+
+    def _pause(self) -> bool:
+        """Wait before the next try: a moment, or for a request where all waited too long. False once closed."""
+        with self._changed:
+            if time.monotonic() < self._until:
+                self._changed.wait_for(lambda: self._closed, PAUSE)
+            else:
+                self._fail(errno.EIO)
+                self._changed.wait_for(lambda: self._closed or self._pending)
+                self._until = time.monotonic() + self._options.reconnect
+            return not self._closed
 
     def _fail(self, error: int) -> None:
         for one in self._pending.values():
@@ -244,6 +280,8 @@ class NbdDisk:
         """Go on by another connection: send what was under way. Raises OSError."""
         with self._sending:
             with self._changed:
+                if self._closed:  # meanwhile: nobody would hang up on this one
+                    raise OSError(errno.ESHUTDOWN, "closed")
                 self._peer, self._wire = peer, wire
                 # Writes first: their replies are short, and nobody reads any before all is sent.
                 waiting = sorted(self._pending.items(), key=lambda one: one[1].kind is Kind.READ)
@@ -259,6 +297,11 @@ class NbdDisk:
             with self._changed:
                 if self._closed:
                     raise OSError(errno.ESHUTDOWN, f"{self._name}: closed")
+                if kind is Kind.FLUSH:
+                    self._check_lost()
+                one.covers = self._written
+                if self._wire is not None and not self._pending:
+                    self._until = 0.0  # however long ago the connection was made again
                 self._last += 1
                 handle = self._last
                 self._pending[handle] = one
@@ -290,9 +333,16 @@ class NbdDisk:
             self._do(Kind.WRITE, at, size, 0, parts)
 
     def flush(self) -> None:
-        """Have the server bring all that was written to stable storage, where it can."""
+        """Have the server bring all that was written to stable storage, where it can.
+
+        Raises OSError, once, where it went before that: it may have kept what it had answered in memory.
+        """
         if self._export.flags & Flag.FLUSH and not self.info.readonly:
             self._do(Kind.FLUSH, 0, 0)
+        else:
+            with self._changed:
+                self._check_lost()
+                self._stable = self._written
 
     def discard(self, offset: int, length: int, /) -> None:
         """The server may forget what is there."""
@@ -364,13 +414,12 @@ def open_nbd(slot: Slot, options: NbdOptions) -> NbdDisk:
     if bool(options.host) == bool(options.path):
         raise ConfigError("nbd: expected a host, or the path of a Unix socket")
     timeout = min(options.timeout, 10.0)
-    family: socket.AddressFamily
-    where: Any
+    places: list[tuple[socket.AddressFamily, Any]]
     if options.path:
         name = f"nbd+unix:///{options.export}?socket={options.path}"
         if len(os.fsencode(options.path)) > 107:
             raise ConfigError(f'"{options.path}": expected the path of a socket, 107 bytes at most')
-        family, where = socket.AF_UNIX, str(options.path)
+        places = [(socket.AF_UNIX, str(options.path))]
         slot.host.ask("socket", f"unix:{options.path}", ("connect",))
     else:
         name = f"nbd://{options.host}:{options.port}/{options.export}"
@@ -378,19 +427,27 @@ def open_nbd(slot: Slot, options: NbdOptions) -> NbdDisk:
             found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
-        family, where = found[0][0], found[0][4]
+        places = [(one[0], one[4]) for one in found]
         slot.host.ask("socket", f"{options.host}:{options.port}", ("connect",))
 
     def dial() -> socket.socket:
-        peer = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            peer.settimeout(timeout)
-            peer.connect(where)
-            if family != socket.AF_UNIX:
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except BaseException:
-            peer.close()
-            raise
-        return peer
+        for family, where in places[:-1]:  # a name such as localhost may be ::1 first, where only 127.0.0.1 is served
+            with suppress(OSError):
+                return connected(family, where, timeout)
+        return connected(*places[-1], timeout)
 
     return NbdDisk(dial, options, name, slot.log)
+
+
+def connected(family: socket.AddressFamily, where: Any, timeout: float) -> socket.socket:
+    """A socket that is connected to *where*. Raises OSError."""
+    peer = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        peer.settimeout(timeout)
+        peer.connect(where)
+        if family != socket.AF_UNIX:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        peer.close()
+        raise
+    return peer

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, ConfigError, HostError, UsageError
 from cardcage.units import Duration
 from cardcage_fleet.control import command, find
-from cardcage_fleet.held import is_held
+from cardcage_fleet.held import is_held, is_held_by
 from cardcage_fleet.roster import Roster
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def run_kill(host: Host, arguments: Namespace) -> int:
 
 
 def kill(entry: RosterEntry) -> None:
-    """End one. Raises UsageError for a process that hangs and holds other machines too."""
+    """End one. Raises UsageError for a process that hangs, and holds other machines too or is not the machine's."""
     try:
         command(entry, "kill", {}, PATIENCE)
     except HostError:  # it does not answer
@@ -95,14 +97,29 @@ def kill(entry: RosterEntry) -> None:
         if others or not entry.here:
             whose = f"its process, which has {', '.join(others)} too" if others else "its process, of another namespace"
             raise UsageError(f"machine {entry.name} does not answer, and {whose}, is left alone") from None
-        process = os.pidfd_open(entry.pid)
-        try:
-            if not _released(entry):  # the process that holds the entry is the one of that pid
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-                print(f"{entry.name}: did not answer, and was killed (pid {entry.pid})", file=sys.stderr)
-        finally:
-            os.close(process)
+        _slay(entry)
     await_gone(entry)
+
+
+def _slay(entry: RosterEntry) -> None:
+    """Kill the process that *entry* names, if it is the one that holds the entry: the file's word alone counts nothing.
+
+    A machine that an intruder has taken over may write to the run directory.
+    """
+    process = -1
+    with suppress(ProcessLookupError):
+        process = os.pidfd_open(entry.pid)  # first: what is found out below is of this process, or of none
+    try:
+        if process >= 0 and is_held_by(entry.pid, Path(entry.file)):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            print(f"{entry.name}: did not answer, and was killed (pid {entry.pid})", file=sys.stderr)
+        elif not _released(entry):
+            what = f"process {entry.pid}, which the roster names, is not the one that holds {entry.file}"
+            raise UsageError(f"machine {entry.name} does not answer, and {what}: it is left alone")
+    finally:
+        if process >= 0:
+            os.close(process)
 
 
 def run_pause(host: Host, arguments: Namespace) -> int:
@@ -162,8 +179,6 @@ def await_gone(entry: RosterEntry) -> None:
 
 
 def _released(entry: RosterEntry) -> bool:
-    from pathlib import Path
-
     return not is_held(Path(entry.file))
 
 

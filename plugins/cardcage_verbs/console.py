@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,12 @@ from cardcage_fleet.control import find
 from cardcage_fleet.session import converse
 
 from cardcage_verbs.acts import MACHINE
-from cardcage_verbs.terminal import DETACHED, Terminal
+from cardcage_verbs.terminal import Terminal, is_terminal
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
     from cardcage.host import Host
-    from cardcage_fleet.session import Frame
 
 __all__ = ["configure_console", "key", "run_console"]
 
@@ -49,17 +47,17 @@ def run_console(host: Host, arguments: Namespace) -> int:
     leave, write = key(arguments.detach_key), not arguments.read_only
     history = 1 << 20 if arguments.history else HISTORY
     entry = find(arguments.name)
-    raw = os.isatty(0) and os.isatty(1)
+    raw = is_terminal()
     with converse(entry, "console", {"write": write, "history": history, "follow": True}) as talk:
         if raw:
             how = f"{arguments.detach_key} leaves" if leave else "no key leaves"
             print(f"cardcage: the console of {entry.name}; {how}", file=sys.stderr, flush=True)
-        last = Terminal(talk, read=write or raw, raw=raw, leave=leave).run()
-        if last is DETACHED:
+        terminal = Terminal(talk, read=write or raw, raw=raw, leave=leave)
+        last = terminal.run()
+        if terminal.left:
             print(f"\ncardcage: left {entry.name}, which goes on", file=sys.stderr)
             return 0
-        frame: Frame | None = last  # type: ignore[assignment]  # it is no other object
-        outcome = talk.result(frame).get("outcome")
+        outcome = talk.result(last).get("outcome")
         if outcome:
             print(f"cardcage: {entry.name} ended: {outcome}", file=sys.stderr)
     return 0

@@ -18,7 +18,6 @@ from cardcage_verbs.terminal import Terminal, is_terminal, size
 
 if TYPE_CHECKING:
     from cardcage.host import Host
-    from cardcage_fleet.session import Frame
 
 __all__ = ["configure_exec", "run_exec"]
 
@@ -77,8 +76,7 @@ def run_exec(host: Host, arguments: argparse.Namespace) -> int:
             return NOT_FOUND if talk.told["errno"] == errno.ENOENT else NOT_RUN
         raw = tty and os.isatty(0)
         terminal = Terminal(talk, read=not arguments.no_stdin, raw=raw, window=WINDOW, interrupt=True)
-        last: Frame | None = terminal.run()  # type: ignore[assignment]  # no key leaves
-        status = talk.result(last).get("status")
+        status = talk.result(terminal.run()).get("status")
     if not isinstance(status, int):
         raise ConfigError("the machine gave no status", file="exec")
     return status & 0xFF if status >= 0 else min(128 - status, 255)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cardcage.host import Host
-    from cardcage_fleet.session import Frame
 
 __all__ = ["configure_logs", "run_logs"]
 
@@ -57,8 +56,7 @@ def run_logs(host: Host, arguments: Namespace) -> int:
         print(f"cardcage: the console of {entry.name}; it says the rest where it was started", file=sys.stderr)
     asked = {"write": False, "history": 1 << 20, "follow": bool(arguments.follow)}
     with converse(entry, "console", asked) as talk:
-        last: Frame | None = Terminal(talk, read=False, raw=False).run()  # type: ignore[assignment]  # no key leaves
-        talk.result(last)
+        talk.result(Terminal(talk, read=False, raw=False).run())
     return 0
 
 

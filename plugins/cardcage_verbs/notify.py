@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cardcage.machine import State
+from cardcage.security import HOST, OPERATOR, Act
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine
@@ -18,8 +19,12 @@ VARIABLE = "NOTIFY_SOCKET"
 
 
 def notify(machine: Machine) -> None:
-    """Tell ``$NOTIFY_SOCKET`` of *machine* from now on; a log line says where nobody can be told."""
+    """Tell ``$NOTIFY_SOCKET`` of *machine* from now on; a log line says where nobody can be told.
+
+    Raises Denied.
+    """
     address = os.environ[VARIABLE]
+    machine.mediator.ask(Act(OPERATOR, HOST, "socket", ("connect",)), f"unix:{address}")
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         peer.connect(f"\0{address[1:]}" if address.startswith("@") else address)

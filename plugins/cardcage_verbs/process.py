@@ -10,6 +10,7 @@ from attrs import field
 from attrs.validators import ge, le, optional
 from cardcage.config import HostPath
 from cardcage.errors import HostError
+from cardcage.security import HOST, OPERATOR, Act
 from cardcage.values import frozen
 
 from cardcage_verbs import ProcessOffer
@@ -54,7 +55,10 @@ def parse_cpus(text: str) -> set[int]:
 
 
 def apply(machine: Machine) -> None:
-    """Give this process what the configuration says. Raises ConfigError, or HostError where the host refuses."""
+    """Give this process what the configuration says.
+
+    Raises ConfigError, Denied, or HostError where the host refuses.
+    """
     place = machine.config.place("policy.process")
     offer = machine.host.registry.get(ProcessOffer, "process")
     table = machine.config.policy["process"]
@@ -64,7 +68,7 @@ def apply(machine: Machine) -> None:
     if not machine.host.owns_process:
         raise place.error("only for a process that is there for its machine, as the command line's is")
     if options.cgroup:
-        _enter(options.cgroup, place.below("cgroup"))
+        _enter(machine, options.cgroup, place.below("cgroup"))
     threads = [int(one) for one in os.listdir("/proc/self/task")]  # those to come are as the one that starts them
     if options.cpus:
         _confine(options.cpus, threads, place.below("cpus"))
@@ -90,8 +94,10 @@ def _confine(text: str, threads: list[int], place: Place) -> None:
         raise place.error(f"this process may not run on CPU {', '.join(map(str, sorted(missing)))}")
 
 
-def _enter(path: str, place: Place) -> None:
+def _enter(machine: Machine, path: str, place: Place) -> None:
     folder = Path(path)
+    acts = ("write",) if folder.exists() else ("create", "write")
+    machine.mediator.ask(Act(OPERATOR, HOST, "image", acts, {"readonly": False}), path)
     try:
         if not (folder.parent / "cgroup.procs").exists():
             raise place.error(f"{path}: expected a directory of a cgroup file system")

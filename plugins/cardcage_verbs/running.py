@@ -13,6 +13,8 @@ from cardcage_fleet.session import Kind
 from cardcage_verbs.machine import only
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     from cardcage.machine import Machine
     from cardcage_fleet.session import Frame, Session
 
@@ -33,13 +35,15 @@ class _Input:
         self._size, self._over = 0, False
 
     def put(self, data: bytes) -> None:
-        """Add *data*; empty for the end. More than there is room for ends the session."""
+        """Add *data*; empty for the end, behind which nothing counts. More than there is room for ends the session."""
         with self._changed:
+            if self._over:
+                return
             self._size += len(data)
             if self._size > WINDOW:
                 self._session.hang_up()
                 return
-            self._over = self._over or not data
+            self._over = not data
             self._kept.append(data)
             self._changed.notify()
 
@@ -124,9 +128,9 @@ def _carry(process: Any, session: Session, takes: bool) -> int:
         elif frame.kind is Kind.RESIZE and len(frame.data) == 4 and takes:
             process.resize(int.from_bytes(frame.data[:2], "little"), int.from_bytes(frame.data[2:], "little"))
 
-    def pump(stream: IO[bytes], number: int) -> None:
+    def pump(stream: BufferedReader, number: int) -> None:
         try:
-            while data := stream.read1(PIECE):  # type: ignore[attr-defined]  # of a BufferedReader
+            while data := stream.read1(PIECE):
                 session.send(Kind.DATA, data, number)
             session.send(Kind.END, stream=number)
         except OSError:  # nobody hears it any more

@@ -21,7 +21,20 @@ __all__ = ["configure_completion", "configure_man", "pages", "run_completion", "
 
 SHELLS = ("bash", "zsh", "fish")
 MACHINES = "cardcage ps -q 2> /dev/null"
-OF_MACHINES = ("stop", "shutdown", "kill", "pause", "resume", "inspect", "console", "exec", "logs", "stats", "cdrom")
+OF_MACHINES = (
+    "stop",
+    "shutdown",
+    "kill",
+    "pause",
+    "resume",
+    "inspect",
+    "console",
+    "exec",
+    "logs",
+    "stats",
+    "cdrom",
+    "device",
+)
 """Commands whose NAME is a machine's."""
 FILES, FOLDERS = ("FILE", "PATH", "VM.toml", "IMAGE"), ("DIR", "FOLDER")
 STATUSES = (
@@ -65,12 +78,11 @@ def run_completion(host: Host, arguments: argparse.Namespace) -> int:
     parser = parser_of(host)
     for name, command in subcommands(parser).items():
         for action in (one for made in (command, *subcommands(command).values()) for one in made._actions):
-            if action.metavar == "NAME" and name in OF_MACHINES and not action.option_strings:
-                action.complete = shtab.cmd(MACHINES)  # type: ignore[attr-defined]  # shtab's way
-            elif action.metavar in FILES:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
-            elif action.metavar in FOLDERS:
-                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            choices = {**dict.fromkeys(FILES, shtab.FILE), **dict.fromkeys(FOLDERS, shtab.DIRECTORY)}
+            if name in OF_MACHINES and not action.option_strings:
+                choices["NAME"] = shtab.cmd(MACHINES)
+            if action.metavar in choices:
+                action.complete = choices[action.metavar]  # type: ignore[attr-defined]  # shtab's way
     print(shtab.complete(parser, shell=arguments.shell))
     return 0
 

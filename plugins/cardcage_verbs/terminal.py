@@ -17,11 +17,9 @@ from cardcage_fleet.session import Kind
 if TYPE_CHECKING:
     from cardcage_fleet.session import Conversation, Frame
 
-__all__ = ["DETACHED", "Terminal", "is_terminal", "size"]
+__all__ = ["Terminal", "is_terminal", "size"]
 
 PIECE = 16384
-DETACHED = object()
-"""The result of :meth:`Terminal.run` when its user left by the key."""
 
 
 def is_terminal() -> bool:
@@ -47,6 +45,9 @@ class Terminal:
         leave: the byte that leaves, empty for none; only where *raw*.
         window: bytes of input that may be on their way, None for as many as the socket takes.
         interrupt: Ctrl-C, where it is not a key, is sent as a signal, once.
+
+    Attributes:
+        left: its user left by the key.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Terminal:
     ) -> None:
         self._talk, self._reads, self._raw, self._leave = talk, read, raw, leave if raw else b""
         self._window, self._interrupt = window, interrupt
+        self.left = False
         self._saved: list[Any] | None = None
         self._told, self._tells = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def run(self) -> Frame | object | None:
-        """Until the session's last frame, which is returned; None when the machine hung up, or :data:`DETACHED`."""
+    def run(self) -> Frame | None:
+        """Until the session's last frame, which is returned; None when the machine hung up or the user :attr:`left`."""
         before: Any = None
         if self._raw:
             self._saved = termios.tcgetattr(0)
@@ -99,7 +101,7 @@ class Terminal:
     def _resize(self) -> None:
         self._talk.send(Kind.RESIZE, struct.pack("<HH", *size()))
 
-    def _loop(self) -> Frame | object | None:
+    def _loop(self) -> Frame | None:
         poll = select.poll()
         poll.register(self._talk.fileno(), select.POLLIN)
         poll.register(self._told, select.POLLIN)
@@ -125,8 +127,10 @@ class Terminal:
                 if frame is None or frame.kind in (Kind.RESULT, Kind.ERROR):
                     return frame
                 self._heard(frame)
-            if 0 in ready and not self._typed():
-                return DETACHED
+            if 0 in ready:
+                self._typed()
+            if self.left:
+                return None
 
     def _heard(self, frame: Frame) -> None:
         if frame.kind is Kind.DATA:
@@ -136,21 +140,20 @@ class Terminal:
         elif frame.kind is Kind.CREDIT and self._window is not None:
             self._window += int.from_bytes(frame.data, "little")
 
-    def _typed(self) -> bool:
-        """Send what was typed; False when the user left."""
+    def _typed(self) -> None:
+        """Send what was typed, up to the key that leaves."""
         try:
             data = os.read(0, PIECE if self._window is None else min(PIECE, self._window))
         except OSError:  # the terminal hung up
             data = b""
-        left = bool(self._leave) and self._leave in data
-        if left:
+        self.left = bool(self._leave) and self._leave in data
+        if self.left:
             data = data.partition(self._leave)[0]
         with suppress(OSError):  # the machine hung up: its last frame is what counts
             if data:
                 self._talk.send(Kind.DATA, data)
                 if self._window is not None:
                     self._window -= len(data)
-            elif not left:
+            elif not self.left:
                 self._reads = False
                 self._talk.send(Kind.END)
-        return not left

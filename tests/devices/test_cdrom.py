@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import cardcage_cdrom
@@ -128,6 +130,41 @@ def test_a_read_is_carried_out(tmp_path: Path) -> None:
         request = Request(bytes(lun).ljust(19, b"\0") + command, HEAD.size + SENSE)
         device._process(request)  # type: ignore[arg-type]
         assert request.room[11] == 3
+
+
+def test_a_disc_stays_while_it_is_read(tmp_path: Path) -> None:
+    """A disc is changed between two commands, whatever the guest notifies: its descriptor is not closed in a read."""
+    (tmp_path / "disc").write_bytes(bytes(SECTOR))
+    reading, go, order = threading.Event(), threading.Event(), []
+
+    class Slow(OpenFile):
+        def readv(self, offset: int, buffers: Sequence[memoryview], /) -> None:
+            reading.set()
+            assert go.wait(60)
+            super().readv(offset, buffers)
+            order.append("read")
+
+        def close(self) -> None:
+            order.append("closed")
+            super().close()
+
+    device = Cdrom(CdromOptions())
+    device._own = Slow(os.open(tmp_path / "disc", os.O_RDONLY))
+    device.drive = Drive(Disc(device._own))
+    command = cdb(0x28, 0, 0, 0, 0, 0, 0, 0, 1).ljust(CDB, b"\0")
+    request = Request(bytes([1, 0, 0x40, 0]).ljust(19, b"\0") + command, HEAD.size + SENSE + SECTOR)
+    acts = [
+        threading.Thread(target=device._process, args=(request,)),
+        threading.Thread(target=device.change, args=(None,)),
+    ]
+    acts[0].start()
+    assert reading.wait(60)
+    acts[1].start()
+    assert not device._busy.acquire(timeout=0.05)
+    go.set()
+    for one in acts:
+        one.join()
+    assert order == ["read", "closed"]
 
 
 def test_running_machines_change_discs(runtime: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cardcage import Machine
 from cardcage.errors import UsageError
+from cardcage.host import Host
+from cardcage_hotplug.command import _table
 from cardcage_hotplug.control import add_device, list_device, remove_device
 from installed import PROGRAM
 
@@ -50,6 +52,18 @@ def test_a_disk_is_added_listed_and_removed(where: Path, vm: Machine) -> None:
     assert {"id": "i440fx", "type": "i440fx", "address": "00.0"} in listed
     assert device(where, "remove", "hot", "spare", "--timeout", "50s") == (0, "")
     assert "spare" not in device(where, "list", "hot")[1]
+
+
+def test_only_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is called as an id, a serial number or a format does not make a path of it."""
+    for name in ("disk", "raw", "a.img"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with Host() as host:
+        made = _table(host, "virtio-blk,drive=a.img,id=disk,serial=disk,format=raw")
+    assert (made["type"], made["id"], made["serial"]) == ("virtio-blk", "disk", "disk")
+    assert str(tmp_path / "a.img") in str(made["drive"])
+    assert str(tmp_path / "raw") not in str(made)
 
 
 def test_what_is_wrong_is_one_line(where: Path, vm: Machine) -> None:

@@ -147,6 +147,69 @@ def test_requests_wait_for_a_server_that_comes_back(image: Path, tmp_path: Path)
         two.close()
 
 
+def test_a_flush_fails_once_when_a_server_went_with_what_was_written(image: Path, tmp_path: Path) -> None:
+    """Writes that were answered and not flushed may be gone with the server: one flush fails; flushed ones are not."""
+    path = tmp_path / "s"
+    with serving("qemu-nbd", image, path):
+        one = disk(path=str(path), export="disk", reconnect=60)
+        write(one, 0, bytes(4096))
+    try:
+        with serving("qemu-nbd", image, path):
+            with pytest.raises(OSError, match=r"Input/output|went before it had flushed"):
+                one.flush()
+            one.flush()
+            write(one, 0, b"x" * 4096)
+            one.flush()
+        with serving("qemu-nbd", image, path):
+            assert read(one, 0, 4096) == b"x" * 4096
+            one.flush()
+    finally:
+        one.close()
+
+
+def test_a_server_that_only_greets_does_not_keep_requests() -> None:
+    """One that takes each connection and breaks it is not tried in a loop: a request fails after ``reconnect``."""
+    servers: list[Server] = []
+
+    def dial() -> socket.socket:
+        servers.append(Server(HELLO + EXPORT, [b"no reply"]))
+        return servers[-1].dial()
+
+    options = NbdOptions(path="x", reconnect=0.3)  # type: ignore[arg-type]  # seconds
+    one = NbdDisk(dial, options, "greets", TestSlot().log)
+    try:
+        with pytest.raises(OSError, match="Input/output error"):
+            read(one, 0, 512)
+        assert len(servers) <= 6
+    finally:
+        one.close()
+        for server in servers:
+            server.close()
+
+
+def test_each_address_of_a_name_is_tried(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's first address may be one where no server listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        found = [(*stream, ("127.0.0.2", port)), (*stream, ("127.0.0.1", port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+        def greet() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.sendall(HELLO + EXPORT)
+                while peer.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        one = disk(host="server", port=port, reconnect=0)
+        assert one.info.size == MIB
+        one.close()
+        thread.join()
+
+
 class Server:
     """A server that greets with *hello*, and answers each request with the next of *replies*; then it hangs up."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cardcage_verbs.console import key
 from cardcage_verbs.keep import KeptFile
 from cardcage_verbs.listing import duration
 from cardcage_verbs.machine import _writers
+from cardcage_verbs.running import _Input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from verbs_kit import Front, entry, front, machine
@@ -257,6 +259,21 @@ def test_a_kept_file_is_bounded(tmp_path: Path) -> None:
     made.close()
     assert kept[-600:] == b"00099\n" * 100
     assert 8192 <= len(kept) <= 3 * 8192
+
+
+def test_input_ends_once() -> None:
+    """Behind the end of a command's input nothing is kept, however many ends and bytes a caller sends."""
+    written = BytesIO()
+    given = _Input(Never(), written)  # type: ignore[arg-type]  # as much of a session as is asked
+    for data in (b"", b"late", *[b""] * 100):
+        given.put(data)
+    assert list(given._kept) == [b""]
+    given.carry()
+    assert written.closed
+
+
+class Never:
+    """A session that nothing is sent on."""
 
 
 def test_keys_and_times_are_read() -> None:

@@ -9,9 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cardcage.errors import ConfigError
+from cardcage.config import Place
+from cardcage.errors import ConfigError, Denied
 from cardcage.host import Host
-from cardcage_verbs.process import parse_cpus
+from cardcage.security import Act
+from cardcage_verbs.notify import notify
+from cardcage_verbs.process import _enter, parse_cpus
 from cardcage_verbs.shell import pages, parser_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,13 +100,48 @@ def test_a_service_manager_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
         manager.bind(str(folder / "notify"))
         manager.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
-        done = cardcage("run", "vm.toml", "--name", "lab", "--set", "security.jail=require", folder=folder)
+        words = ("--name", "lab", "--set", "security.jail=require", "--set", 'policy.security="default"')
+        done = cardcage("run", "vm.toml", *words, folder=folder)
         assert done.returncode == 0, done.stderr
         assert manager.recv(100) == b"STATUS=machine lab runs\nREADY=1"
         assert manager.recv(100) == b"STATUS=machine lab has ended\nSTOPPING=1"
     monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "none"))
     done = cardcage("run", "vm.toml", folder=folder)
     assert (done.returncode, "the service manager cannot be told" in done.stderr) == (0, True)
+
+
+class Refusing:
+    """A security card's checker that refuses what it is asked, and keeps it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, tuple[str, ...], object]] = []
+
+    def check(self, act: Act, /) -> None:
+        self.asked.append((act.tclass, act.permissions, act.facts["name"]))
+        raise Denied(str(act))
+
+
+@pytest.mark.usefixtures("runtime")
+def test_what_the_host_gives_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control group and the service manager's socket are acts of the operator's: refused, neither is touched."""
+    (tmp_path / "cgroup.procs").touch()
+    monkeypatch.setenv("NOTIFY_SOCKET", "@manager")
+    refusing = Refusing()
+    with machine() as vm:
+        with monkeypatch.context() as patched:
+            patched.setattr(vm.mediator, "checkers", (refusing,))
+            for group in (tmp_path, tmp_path / "new"):
+                with pytest.raises(Denied):
+                    _enter(vm, str(group), Place())
+            with pytest.raises(Denied):
+                notify(vm)
+        assert refusing.asked == [
+            ("image", ("write",), str(tmp_path)),
+            ("image", ("create", "write"), str(tmp_path / "new")),
+            ("socket", ("connect",), "unix:@manager"),
+        ]
+    assert (tmp_path / "cgroup.procs").read_text() == ""
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from attrs import field, frozen
+from cardcage_fleet.roster import pid_namespace
 from installed import PROGRAM, cardcage
 
 LISTENS = bytes.fromhex("ba0206 b80001 ef ba0006 ed f6c401 74fa")
@@ -154,3 +157,21 @@ def test_a_process_that_hangs_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert (process.wait(60), done.returncode) == (-signal.SIGKILL, 0), done.stderr
     assert done.stderr == f"lab: did not answer, and was killed (pid {process.pid})\n"
     process.communicate()
+
+
+@pytest.mark.parametrize("who", ["another", "heir", "nobody"])
+def test_a_pid_that_only_the_roster_names_is_not_killed(lab: Lab, who: str) -> None:
+    """``kill`` leaves a process alone that an entry names and that did not lock it, whoever wrote the entry."""
+    folder = lab.folder / "cardcage"
+    folder.mkdir(mode=0o700)
+    forged = folder / "1-0.json"
+    with forged.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        inherited = (held.fileno(),) if who == "heir" else ()  # it has the open file, but did not lock it
+        with subprocess.Popen(["sleep", "600"], pass_fds=inherited) as bystander:
+            pid = 1 << 22 if who == "nobody" else bystander.pid
+            forged.write_text(json.dumps({"name": "lab", "pid": pid, "size": 1, "namespace": pid_namespace()}))
+            done = lab.run("kill", "lab")
+            alive = bystander.poll() is None
+            bystander.kill()
+    assert (done.returncode, "is not the one that holds" in done.stderr, alive) == (2, True, True), done.stderr
