@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
 from cardcage.segments import Segments
 
 from cardcage_block import private
@@ -201,6 +202,10 @@ class HostFile:
     def may_fork(self) -> str:
         """Why a forked process cannot have its own (:class:`~cardcage.device.Forkable`); empty when it can."""
         return "" if self._stays else private.obstacle(self.fd, self.path)
+
+    def needs(self) -> Needs:
+        """The folder in which a forked process makes its own (:class:`~cardcage.security.HasNeeds`)."""
+        return Needs() if self._stays else Needs(scratch=(private.folder_of(self.fd),))
 
     def forked(self) -> None:
         """This is a forked process: what was written so far is in its own file, which ends with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,8 @@ from cardcage.config import beside
 from cardcage.errors import CardError, HostError
 from cardcage.security import HasNeeds, Needs
 
-from cardcage_jail import landlock, seccomp
+from cardcage_jail import landlock, outside, seccomp
+from cardcage_jail.broker import begin
 from cardcage_jail.threads import in_all_threads
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from cardcage.machine import Machine
 
-__all__ = ["CAPABILITIES", "enter", "joined", "wanted"]
+__all__ = ["CAPABILITIES", "enter", "forked", "forking", "joined", "wanted"]
 
 CHOICES = ("on", "off", "require")
 CAPABILITIES = (
@@ -91,7 +93,8 @@ def enter(machine: Machine) -> None:
     Raises ConfigError for a wrong value, HostError where the jail is required and the host has none.
     """
     choice, later = wanted(machine), opened_later(machine)
-    if choice == "off" or machine.host.share("jail:entered", dict).get("entered"):
+    entered = machine.host.share("jail:entered", dict)
+    if choice == "off" or entered:
         return
     missing = [name for name, there in (("Landlock", landlock.abi()), ("seccomp", seccomp.is_offered())) if not there]
     if missing:
@@ -102,6 +105,8 @@ def enter(machine: Machine) -> None:
     needs = joined([COMMON, later, *needs_of(machine)])
     refusals = seccomp.Refusals()
     no_core_dumps()
+    ours = children()
+    way = begin(machine, needs, refusals.write)
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(needs.capabilities)]
     ruleset = -1
     if "Landlock" not in missing:
@@ -112,17 +117,44 @@ def enter(machine: Machine) -> None:
     finally:
         if ruleset >= 0:
             os.close(ruleset)
+    listener = -1
     if "seccomp" not in missing:
-        seccomp.confine(children(), needs.sockets)
-    machine.host.share("jail:entered", dict)["entered"] = True
+        listener = seccomp.confine(ours, needs.sockets, forks=needs.processes > 0)
+    socket.send_fds(way, [b"begin"], [listener] if listener >= 0 else [])
+    if listener >= 0:
+        os.close(listener)
+    outside.join(way)
+    entered.update(refusals=refusals, forks=listener >= 0 or "seccomp" in missing, needed=needs.processes)
     machine.host.sealed = partial(sealed, later.write)
+    _hear(machine, refusals)
+    machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
 
+
+def _hear(machine: Machine, refusals: seccomp.Refusals) -> None:
     def told() -> None:
         for call in refusals.read():
             machine.log.warning(f"jail: refused {call}")
 
     machine.loop.add_reader(refusals.fd, told)
-    machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
+
+
+def forking(machine: Machine) -> str | None:
+    """See :func:`cardcage_jail.cardcage_forking`."""
+    entered = machine.host.share("jail:entered", dict)
+    if not entered or entered["forks"]:
+        return None
+    if entered["needed"]:
+        return "its process is in a jail, in which the host's kernel does not ask about forks (Linux 5.7 or later does)"
+    return 'its process is in a jail, in which no process begins (security.jail = "off")'
+
+
+def forked(machine: Machine) -> None:
+    """See :func:`cardcage_jail.cardcage_forked`."""
+    if entered := machine.host.share("jail:entered", dict):
+        refusals = entered["refusals"]
+        machine.loop.remove_reader(refusals.fd)
+        refusals.renew()
+        _hear(machine, refusals)
 
 
 def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
@@ -163,6 +195,8 @@ def joined(needs: Iterable[Needs]) -> Needs:
         remove=texts("remove"),
         sockets=texts("sockets"),
         capabilities=texts("capabilities"),
+        scratch=texts("scratch"),
+        processes=sum(one.processes for one in all_of),
     )
 
 

@@ -25,11 +25,12 @@ NEEDS = {
         "cardcage_fleet",
         "cardcage_memory_policies",
     },
-    "cardcage_fleet": set(),
-    "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
+    "cardcage_block": {"cardcage_jail"},  # what is opened in the jail
+    "cardcage_fleet": {"cardcage_jail"},
+    "cardcage_fork": {"cardcage_fleet", "cardcage_jail"},  # the command to the machine's process
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
