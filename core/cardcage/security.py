@@ -103,6 +103,7 @@ class Needs:
         capabilities: names out of capabilities(7) in lower case, such as ``chown``; kept where the process has them.
         scratch: directories in which it makes files without a name (``cardcage_jail.open_file`` with ``O_TMPFILE``).
         processes: as many may be forked and alive at once. They run no other program, and have these same needs.
+        programs: command lines that it starts again (``cardcage_jail.start_program``): ``{fd}`` is a socket's number.
     """
 
     read: tuple[str, ...] = ()
@@ -112,6 +113,7 @@ class Needs:
     capabilities: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
     processes: int = 0
+    programs: tuple[tuple[str, ...], ...] = ()
 
 
 class HasNeeds(Protocol):

@@ -3,7 +3,7 @@
 ``[security] jail`` is ``"on"``, ``"off"`` or ``"require"``. It is on where the process exists for its machines, as the
 command line's does; ``open_later`` names files that may be opened in it all the same. docs/security.md says what is
 given up, and :class:`cardcage.security.Needs` how a card states what it needs. What a card opens in the jail after all
-comes by :func:`open_file` and :func:`listen_at` from a broker outside, by what was stated.
+comes by :func:`open_file`, :func:`listen_at` and :func:`start_program` from a broker outside, by what was stated.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.registry import Registry
 
-    from cardcage_jail.outside import is_inside, listen_at, open_file
+    from cardcage_jail.outside import is_inside, listen_at, open_file, start_program
 
-__all__ = ["is_inside", "listen_at", "open_file"]
+__all__ = ["is_inside", "listen_at", "open_file", "start_program"]
 
 
 @hookimpl
@@ -63,5 +63,5 @@ def cardcage_starting(machine: Machine) -> None:
     enter(machine)
 
 
-_names: Any = lazy_names("cardcage_jail", outside="is_inside listen_at open_file")
+_names: Any = lazy_names("cardcage_jail", outside="is_inside listen_at open_file start_program")
 __getattr__ = _names

@@ -34,6 +34,9 @@ from cardcage_jail.calls import NUMBERS
 from cardcage_jail.outside import bound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from subprocess import Popen
+
     from cardcage.machine import Machine
     from cardcage.security import Needs
 
@@ -43,17 +46,21 @@ REQUEST = 8192
 """Bytes of a request: a path has at most 4096."""
 NAME = 100
 """Bytes of a socket's name."""
+ROOM = 1 << 20
+"""Bytes of the buffers of a socket that a program is given, each way."""
 OF_A_PROCESS = frozenset(f"/proc/self/{name}" for name in ("maps", "pagemap"))
 """Opened for the process that asks, of its own."""
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 NOTIF_RECV, NOTIF_SEND, NOTIF_ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
 CONTINUE = 1
 NAMES = {number: name for name, number in NUMBERS.items() if name in ("clone", "kill", "setsid", "tgkill")}
 
 
-def begin(machine: Machine, needs: Needs, log: int) -> socket.socket:
+def begin(machine: Machine, stated: list[tuple[str, Needs]], log: int) -> socket.socket:
     """Start the broker of a process that is about to enter its jail; return the way to it.
 
     Args:
+        stated: what may be asked for, and with whose label.
         log: descriptor that numbers of refused calls go to, as the handler of SIGSYS writes them.
 
     Raises HostError.
@@ -79,7 +86,7 @@ def begin(machine: Machine, needs: Needs, log: int) -> socket.socket:
         gc.freeze()
         gc.disable()
         _alone(theirs.fileno(), log)
-        Broker(theirs, machine, needs, log, root).run()
+        Broker(theirs, machine, stated, log, root).run()
         status = 0
     finally:
         os._exit(status)  # nothing of the machine's is this process's to end
@@ -89,7 +96,7 @@ def _alone(*kept: int) -> None:
     """Close what is the machine's, leave its terminal, and heed none of its signals."""
     os.setsid()
     signal.set_wakeup_fd(-1)
-    for one in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
+    for one in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(one, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -108,12 +115,17 @@ def _alone(*kept: int) -> None:
 class Broker:
     """The process's life. A request is served whole before the next one, and none of them waits for anybody."""
 
-    def __init__(self, way: socket.socket, machine: Machine, needs: Needs, log: int, root: int) -> None:
+    def __init__(
+        self, way: socket.socket, machine: Machine, stated: list[tuple[str, Needs]], log: int, root: int
+    ) -> None:
         way.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._way, self._log = way, log
         self._mediator, self._label, self._machine = machine.mediator, machine.label, machine.name
-        self._scratch, self._writable = _folders(needs.scratch), _folders(needs.write)
-        self._room, self._begun = needs.processes + 1, 1
+        self._scratch = _folders((path, label) for label, one in stated for path in one.scratch)
+        self._writable = _folders((path, label) for label, one in stated for path in one.write)
+        self._programs = {words: label for label, one in stated for words in one.programs}
+        self._running: dict[tuple[str, ...], Popen[bytes]] = {}
+        self._room, self._begun = sum(one.processes for _, one in stated) + 1, 1
         self._known = {root: os.pidfd_open(root)}
         self._listener = -1
 
@@ -193,19 +205,40 @@ class Broker:
                 return self._nameless(path, flags)
             case {"do": "listen", "path": str(path), **rest} if not rest:
                 return self._listening(path)
+            case {"do": "start", "program": list(words), **rest} if not rest:
+                return self._started(tuple(words))
         raise PermissionError(errno.EACCES, "")
 
-    def _asked(self, tclass: str, name: str, *permissions: str) -> None:
-        """Ask the security checkers. Raises Denied."""
-        facts = {"machine": self._machine, "name": name}
-        self._mediator.ask(Act(self._label, self._label, tclass, permissions, facts), name)
+    def _act(self, label: str, tclass: str, name: str, *permissions: str) -> Act:
+        return Act(label, self._label, tclass, permissions, {"machine": self._machine, "name": name})
 
     def _nameless(self, path: str, flags: int) -> int:
-        folder = self._scratch.get(path)
-        if folder is None or flags not in (os.O_TMPFILE | os.O_RDWR, os.O_TMPFILE | os.O_WRONLY):
+        label, folder = self._scratch.get(path, ("", -1))
+        if folder < 0 or flags not in (os.O_TMPFILE | os.O_RDWR, os.O_TMPFILE | os.O_WRONLY):
             raise PermissionError(errno.EACCES, "")
-        self._asked("image", path, "create", "write")
+        self._mediator.check(self._act(label, "image", path, "create", "write"))  # it has the machine's own label
         return nameless(folder)
+
+    def _started(self, words: tuple[str, ...]) -> int:
+        """One of the programs that were stated, anew: what is left of it from before is ended."""
+        from subprocess import DEVNULL, Popen
+
+        label = self._programs.get(words)
+        if label is None:
+            raise PermissionError(errno.EACCES, "")
+        self._mediator.ask(self._act(label, "program", words[0], "start"), words[0])
+        if (before := self._running.pop(words, None)) is not None:
+            before.kill()
+            before.wait()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            for one in (SO_SNDBUFFORCE, SO_RCVBUFFORCE):
+                with suppress(PermissionError):
+                    theirs.setsockopt(socket.SOL_SOCKET, one, ROOM)
+            fd = theirs.fileno()
+            made = [word.replace("{fd}", str(fd)) for word in words]
+            self._running[words] = Popen(made, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, pass_fds=(fd,), cwd="/")
+            return ours.detach()
 
     def _of_a_process(self, path: str, flags: int, pid: int) -> int:
         """A file of the process that asks, and of no other that has its number meanwhile."""
@@ -220,13 +253,13 @@ class Broker:
 
     def _listening(self, path: str) -> int:
         where, name = os.path.split(path)
-        folder = self._writable.get(where)
-        if folder is None or name in ("", ".", "..") or "\0" in name or len(os.fsencode(name)) > NAME:
+        label, folder = self._writable.get(where, ("", -1))
+        if folder < 0 or name in ("", ".", "..") or "\0" in name or len(os.fsencode(name)) > NAME:
             raise PermissionError(errno.EACCES, "")
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                 raise PermissionError(errno.EACCES, "")
-        self._asked("socket", f"unix:{path}", "listen")
+        self._mediator.check(self._act(label, "socket", f"unix:{path}", "listen"))
         return bound(folder, name).detach()
 
     # the kernel's questions
@@ -311,12 +344,12 @@ def nameless(folder: int) -> int:
     return made
 
 
-def _folders(paths: tuple[str, ...]) -> dict[str, int]:
-    """Those of *paths* that are directories, opened."""
-    found: dict[str, int] = {}
-    for path in paths:
+def _folders(paths: Iterable[tuple[str, str]]) -> dict[str, tuple[str, int]]:
+    """Those paths that are directories: label and open directory of each."""
+    found: dict[str, tuple[str, int]] = {}
+    for path, label in paths:
         with suppress(OSError):
-            found[os.path.abspath(path)] = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            found[os.path.abspath(path)] = label, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     return found
 
 

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import has
 from cardcage.config import beside
@@ -102,11 +102,12 @@ def enter(machine: Machine) -> None:
         if choice == "require":
             raise HostError(f'security.jail = "require": {text}')
         machine.log.warning("no jail, or half a jail", why=text)
-    needs = joined([COMMON, later, *needs_of(machine)])
+    stated = needs_of(machine)
+    needs = joined([COMMON, later, *(one for _, one in stated)])
     refusals = seccomp.Refusals()
     no_core_dumps()
     ours = children()
-    way = begin(machine, needs, refusals.write)
+    way = begin(machine, stated, refusals.write)
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(needs.capabilities)]
     ruleset = -1
     if "Landlock" not in missing:
@@ -169,14 +170,21 @@ def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
 COMMON = Needs(read=OF_THE_HOST)
 
 
-def needs_of(machine: Machine) -> list[Needs]:
-    """The needs of the machine's cards, devices, back ends, memory and checkers. Raises CardError."""
-    owners = [(one, "memory back end or checker") for one in (machine.memory_backend, *machine.mediator.checkers)]
-    for one in machine.devices.values():
-        owners += [(owner, one.who) for owner in (one.device, *one.slot.host.opened)]
-    found = machine.host.phases.call("needs", machine)
-    found += [one.needs() for one, who in owners if has(one, HasNeeds, who)]
-    for one in found:
+def needs_of(machine: Machine) -> list[tuple[str, Needs]]:
+    """The needs of the machine's cards, devices, back ends, memory and checkers, each with the label of who will ask.
+
+    Raises CardError.
+    """
+    who, own = "memory back end or checker", machine.label
+    owners: list[tuple[str, Any, str]] = [
+        (own, one, who) for one in (machine.memory_backend, *machine.mediator.checkers)
+    ]
+    for plugged in machine.devices.values():
+        parts = (plugged.device, *plugged.slot.host.opened)
+        owners += [(plugged.slot.label, one, plugged.who) for one in parts]
+    found = [(own, one) for one in machine.host.phases.call("needs", machine)]
+    found += [(label, one.needs()) for label, one, who in owners if has(one, HasNeeds, who)]
+    for _, one in found:
         if not isinstance(one, Needs):
             raise CardError(f"needs: expected a cardcage.security.Needs, got {one!r}")
     return found
@@ -197,6 +205,7 @@ def joined(needs: Iterable[Needs]) -> Needs:
         capabilities=texts("capabilities"),
         scratch=texts("scratch"),
         processes=sum(one.processes for one in all_of),
+        programs=tuple(dict.fromkeys(words for one in all_of for words in one.programs)),
     )
 
 

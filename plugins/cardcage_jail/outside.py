@@ -14,7 +14,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["ask", "is_inside", "join", "listen_at", "open_file"]
+__all__ = ["ask", "is_inside", "join", "listen_at", "open_file", "start_program"]
 
 PATIENCE = 10.0
 """Seconds that the broker may take for its answer."""
@@ -88,6 +88,14 @@ def listen_at(path: str) -> socket.socket:
         return bound(at, name)
     finally:
         os.close(at)
+
+
+def start_program(words: tuple[str, ...]) -> socket.socket:
+    """In a jail, have the broker start a program of ``Needs.programs``; return a stream socket whose other end it has.
+
+    One that it started before by the same words is ended. Raises OSError.
+    """
+    return socket.socket(fileno=ask({"do": "start", "program": words}))
 
 
 def bound(folder: int, name: str) -> socket.socket:

@@ -33,6 +33,7 @@ NEEDS = {
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
+    "cardcage_net": {"cardcage_jail"},  # an engine that is started again
     "cardcage_qmp": set(),
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ CARD = '''
 
 import json, os
 from cardcage.device import Pio
+from cardcage.errors import Denied
 from cardcage.hookspecs import hookimpl
 from cardcage.security import Needs
 
@@ -33,7 +36,8 @@ class Hole:
         self._power = slot.power
 
     def needs(self):
-        return Needs(write=(os.environ["OWN"],), scratch=(os.environ["OWN"],), processes=3)
+        own, *scratch = json.loads(os.environ["STATED"])
+        return Needs(write=(own,), scratch=tuple(scratch), processes=3, programs=(("/bin/false", "{fd}"),))
 
     def read(self, offset, size):
         return 0
@@ -45,6 +49,19 @@ class Hole:
         self._power.exit(0)
 
 
+class Strict:
+    """Refuses programs, and files without a name in one folder."""
+
+    def check(self, act):
+        if act.tclass == "program" or str(act.facts.get("name")).endswith("/refused"):
+            raise Denied("not this")
+
+
+@hookimpl
+def cardcage_built(machine):
+    machine.mediator.checkers = (*machine.mediator.checkers, Strict())
+
+
 @hookimpl
 def cardcage_register(registry):
     registry.device("hole", Hole, regions=(Pio(8, base=0xF4),))
@@ -54,7 +71,7 @@ ACTS = '''
 """What an intruder does with forks and with the broker; each result is an error in words, or "done"."""
 
 import ctypes, json, os, select, socket, signal
-from cardcage_jail import listen_at, open_file, outside
+from cardcage_jail import listen_at, open_file, outside, start_program
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,6 +84,10 @@ def tried(act, *values):
     if isinstance(found, int) and found > 2:
         os.close(found)
     return "done"
+
+
+def asked(path, flags):
+    return tried(outside.ask, {"do": "open", "path": path, "flags": flags})
 
 
 def call(number, *values):
@@ -130,7 +151,7 @@ def in_a_copy(given):
             "have another's memory told": tried(open_file, f"/proc/{given['victim']}/maps", os.O_RDONLY),
             "write its memory": tried(open_file, "/proc/self/mem", os.O_RDWR),
             "its own memory told": tried(open_file, "/proc/self/maps", os.O_RDONLY),
-            "a file without a name": tried(open_file, given["own"], os.O_TMPFILE | os.O_RDWR),
+            "a file without a name": tried(open_file, given["scratch"], os.O_TMPFILE | os.O_RDWR),
             "signal its own thread": call(234, os.getpid(), os.getpid(), 0),
         }
         os.write(writer, json.dumps(found).encode())
@@ -170,10 +191,9 @@ def all_of_them(given):
             "write a file": tried(open_file, given["secret"], os.O_RDWR),
             "make a file": tried(open_file, other + "/new", os.O_RDWR | os.O_CREAT),
             "a file without a name in another folder": tried(open_file, other, os.O_TMPFILE | os.O_RDWR),
-            "by a way around": tried(open_file, own + "/../other", os.O_TMPFILE | os.O_RDWR),
-            "by a link": (os.symlink(other, own + "/link"),
-                tried(outside.ask, {"do": "open", "path": own + "/link", "flags": os.O_TMPFILE | os.O_RDWR}))[1],
-            "with other flags": tried(outside.ask, {"do": "open", "path": own, "flags": os.O_DIRECTORY}),
+            "by a way around": asked(given["scratch"] + "/../other", os.O_TMPFILE | os.O_RDWR),
+            "by a link": (os.symlink(other, own + "/link"), asked(own + "/link", os.O_TMPFILE | os.O_RDWR))[1],
+            "with other flags": asked(given["scratch"], os.O_DIRECTORY),
             "another's memory": tried(open_file, f"/proc/{given['victim']}/maps", os.O_RDONLY),
             "listen elsewhere": tried(listen_at, other + "/s"),
             "listen by a way around": tried(outside.ask, {"do": "listen", "path": own + "/../other/s"}),
@@ -186,12 +206,17 @@ def all_of_them(given):
             "make a machine": call(83, (os.path.dirname(os.path.dirname(entry)) + "/7-0+web").encode(), 0o700),
             "hold the roster's lock": call(257, -100, given["lock"].encode(), os.O_RDONLY),
             "signal the broker": call(62, given["broker"], 9),
+            "start a program": tried(start_program, ["/bin/true"]),
+            "start a program otherwise": tried(start_program, ["/bin/false", "{fd}", "more"]),
+            "start nothing": tried(start_program, [[], 1, None]),
+            "start what policy refuses": tried(start_program, ["/bin/false", "{fd}"]),
+            "make a file that policy refuses": tried(open_file, given["refused"], os.O_TMPFILE | os.O_RDWR),
         },
         "copy": in_a_copy(given),
         "known": bomb(True),
         "again": bomb(True),
         "nonsense": nonsense(),
-        "still there": tried(open_file, own, os.O_TMPFILE | os.O_RDWR),
+        "still there": tried(open_file, given["scratch"], os.O_TMPFILE | os.O_RDWR),
         "listens": tried(listen_at, own + "/socket"),
         "unknown": bomb(False),
         "in the end": bomb(True),
@@ -201,10 +226,11 @@ def all_of_them(given):
 
 def test_an_intruder_with_forks_gets_nowhere(tmp_path: Path, runtime: Path) -> None:
     """Forks end at the bound, whoever forks and whether the broker knows the processes; a copy runs no program and has
-    no right more; of the broker comes what was stated and nothing else; no other's entry is touched; 35 acts."""
+    no right more; of the broker comes what was stated and nothing else; no other's entry is touched; 40 acts."""
     home, own, other = tmp_path / "home", tmp_path / "own", tmp_path / "other"
     entry = runtime / "machines" / "1-0+web" / "1-0.json"
-    for one in (home, own, other, entry.parent):
+    stated = [str(own), str(tmp_path / "scratch"), str(tmp_path / "refused")]
+    for one in (home, other, entry.parent, *map(Path, stated)):
         one.mkdir(parents=True)
     runtime.chmod(0o700)
     entry.write_text(json.dumps({"name": "web", "pid": 1, "size": 1}))
@@ -218,13 +244,24 @@ def test_an_intruder_with_forks_gets_nowhere(tmp_path: Path, runtime: Path) -> N
         'image = "guest.bin"\n[[device]]\ntype = "hole"\n'
     )
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
-        given = {"own": str(own), "other": str(other), "secret": str(other / "secret"), "entry": str(entry)}
-        given |= {"lock": str(runtime / "lock"), "victim": victim.pid, "broker": 0}
+        given: dict[str, object] = {
+            "own": str(own),
+            "other": str(other),
+            "secret": str(other / "secret"),
+            "entry": str(entry),
+        }
+        given |= {
+            "lock": str(runtime / "lock"),
+            "victim": victim.pid,
+            "broker": 0,
+            "scratch": stated[1],
+            "refused": stated[2],
+        }
         reader, writer = os.pipe()
         done = subprocess.run(
             [sys.executable, "run.py", "run", "vm.toml"],
             cwd=home,
-            env={**os.environ, "ACTS": json.dumps(given), "TOLD": str(writer), "OWN": str(own)},
+            env={**os.environ, "ACTS": json.dumps(given), "TOLD": str(writer), "STATED": json.dumps(stated)},
             pass_fds=(writer,),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -258,6 +295,12 @@ def test_an_intruder_with_forks_gets_nowhere(tmp_path: Path, runtime: Path) -> N
         assert f"jail: refused {call}" in done.stderr
 
 
+def brokers(pid: int) -> list[int]:
+    """The brokers among a process's children."""
+    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [one for one in found if status(one).get("Name") == "jail-broker"]
+
+
 def status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -285,8 +328,7 @@ def test_a_machine_of_the_command_line_is_forked(
 
     assert cardcage("run", "--detach", "vm.toml") == "count\n"
     first = int(next((runtime / "machines").rglob("*.json")).stem.partition("-")[0])
-    (broker,) = (int(one) for one in Path(f"/proc/{first}/task/{first}/children").read_text().split())
-    assert status(broker)["Name"] == "jail-broker"
+    (broker,) = brokers(first)
     with open(os.pidfd_open(broker), "rb", buffering=0) as ended:
         copies = [line.split("\t") for line in cardcage("fork", "count", "-n", "2").splitlines()]
         copies += [list(one.values()) for one in command(find(copies[0][0]), "fork", {"copies": 1})["copies"]]
@@ -306,3 +348,39 @@ def test_a_machine_of_the_command_line_is_forked(
             os.kill(pid, signal.SIGKILL)
         assert select.select([ended], [], [], 60)[0]
     assert Roster().read()[0] == []
+
+
+@pytest.mark.skipif(not shutil.which("passt"), reason="needs passt")
+def test_a_networks_engine_is_started_again(tmp_path: Path, runtime: Path) -> None:
+    """When the engine of user networking dies, a machine in its jail has a new one, from the broker; and a newer one
+    when that dies. They end with the machine."""
+    (tmp_path / "vm.toml").write_text(
+        f"""
+        machine = {{ name = "net", memory = "16M", accel = ["tcg"] }}
+        boot = {{ protocol = "raw", image = "{image(tmp_path)}", address = 0x7C00, mode = 16 }}
+        device = [{{ type = "virtio-net", net = "user" }}]
+        """
+    )
+
+    def engine(parent: int) -> list[int]:
+        found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return [int(one) for one in found if "passt" in status(int(one)).get("Name", "")]
+
+    with subprocess.Popen([*PROGRAM, "run", str(tmp_path / "vm.toml")], stderr=subprocess.PIPE) as process:
+        try:
+            while not (children := brokers(process.pid)):
+                assert process.poll() is None
+                time.sleep(0.01)
+            (parent,), (last,) = children, engine(process.pid)
+            for _ in range(2):
+                os.kill(last, signal.SIGKILL)
+                while not (new := [one for one in engine(parent) if one != last]):
+                    time.sleep(0.01)
+                (last,) = new
+            with open(os.pidfd_open(last), "rb", buffering=0) as ended:
+                process.terminate()
+                assert select.select([ended], [], [], 60)[0]
+        finally:
+            process.terminate()
+            _, said = process.communicate()
+    assert said.count(b"user networking ended, restarting it") == 2
