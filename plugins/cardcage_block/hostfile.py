@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cardcage.errors import ConfigError, HostError
 from cardcage.security import Needs
 from cardcage.segments import Segments
+from cardcage_jail import open_file
 
 from cardcage_block import private
 from cardcage_block.vector import preadv, pwritev
@@ -180,7 +181,7 @@ class HostFile:
         try:
             if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
                 raise ConfigError("neither a regular file nor a block device", file=path)
-            self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+            self.fd = open_file(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
                 raise HostError(f"{path}: its file system has no direct I/O: use cache=writeback") from error

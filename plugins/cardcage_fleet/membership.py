@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +13,13 @@ from cardcage.errors import HostError, StateError
 from cardcage.machine import rename
 from cardcage.security import OPERATOR, Act, Needs
 from cardcage.units import say_size
-from cardcage_jail import is_inside
+from cardcage_jail import is_inside, listen_at
 
 from cardcage_fleet import ControlOffer, SessionOffer
 from cardcage_fleet.admission import Starter, admissions, rooms_of
 from cardcage_fleet.hostmemory import memory_group, memory_limits
-from cardcage_fleet.roster import Roster, RosterEntry, pid_namespace
+from cardcage_fleet.roster import BROKERS, Roster, RosterEntry, pid_namespace
+from cardcage_fleet.rundir import run_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -192,7 +193,14 @@ def publish(machine: Machine) -> None:
 def needs(machine: Machine) -> Needs:
     """See :func:`cardcage_fleet.cardcage_needs`."""
     record = record_of(machine)
-    return Needs() if record is None else Needs(write=(str(record.folder),))
+    if record is None:
+        return Needs()
+    with suppress(OSError, HostError):  # then files are lent nowhere
+        run_directory(BROKERS)
+        place = os.path.abspath(record.entry.broker)
+        lenders: list[Any] = machine.host.share("jail:lenders", list)
+        lenders.append((listen_at(place), place))
+    return Needs(write=(str(record.folder),))
 
 
 def entry_of(machine: Machine) -> RosterEntry:

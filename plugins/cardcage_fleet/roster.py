@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import stat
-import struct
 import time
 import weakref
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, evolve, field, fields
 from cardcage.values import frozen
-from cardcage_jail import listen_at
+from cardcage_jail import is_ours, listen_at
 
 from cardcage_fleet.held import is_locked
 from cardcage_fleet.rundir import run_directory
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-__all__ = ["Record", "Roster", "RosterEntry", "ask", "connected", "is_ours"]
+__all__ = ["BROKERS", "Record", "Roster", "RosterEntry", "ask", "connected", "is_ours"]
 
 MOST = 16384
 """Bytes of an entry or an answer: what is longer is not ours."""
@@ -43,6 +42,8 @@ PID_MAX = 1 << 22
 """Linux has no higher process id."""
 MACHINES = "machines"
 """Of the run directory: with the machines' folders, whose names are a process, a number, this mark, and a name."""
+BROKERS = "brokers"
+"""Of the run directory, with the sockets of jails' brokers."""
 MARK, MARKED = "+", 180
 FILES = 4096
 """Files of a folder that are looked at: a machine and a thousand copies have three each."""
@@ -87,6 +88,12 @@ class RosterEntry:
     namespace: str = ""
     code: str = ""
     file: str = field(default="", eq=False)
+
+    @property
+    def broker(self) -> str:
+        """Where files are lent to the machine (:func:`cardcage_jail.lend`), by the name of its folder, not its word."""
+        folder = Path(self.file).parent
+        return str(folder.parent.parent / BROKERS / folder.name.partition(MARK)[0])
 
     @property
     def here(self) -> bool:
@@ -167,8 +174,8 @@ class Roster:
         return alive, ended, problems
 
     def _folders(self) -> list[Path]:
-        """The machines' folders."""
-        with suppress(FileNotFoundError), os.scandir(self.directory / MACHINES) as found:
+        """The machines' folders; none for a process in its jail."""
+        with suppress(FileNotFoundError, PermissionError), os.scandir(self.directory / MACHINES) as found:
             return sorted(Path(one.path) for one in found if MARK in one.name)
         return []
 
@@ -199,7 +206,7 @@ def mark_of(name: str) -> str:
     """A machine's name, or the beginning of a long one, as the name of its folder has it."""
     from urllib.parse import quote
 
-    return quote(name, safe=" ")[:MARKED]
+    return quote(printable(name), safe=" ")[:MARKED]
 
 
 def is_marked(folder: str, name: str) -> bool:
@@ -375,14 +382,6 @@ def connected(path: Path, timeout: float) -> socket.socket:
     finally:
         os.close(folder)
     return peer
-
-
-def is_ours(peer: socket.socket) -> bool:
-    """True when the other end is a process of this user's, or root's."""
-    import socket
-
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", credentials)[1] in (os.geteuid(), 0)
 
 
 def ask(entry: RosterEntry, timeout: float = 0.2) -> dict[str, int] | None:

@@ -5,6 +5,10 @@ guest's first instruction (:class:`cardcage.security.Needs`), and is looked up b
 below directories that were opened then; the machine's security checkers, as they were then, are asked before each act.
 Nothing of a request outlives it.
 
+An operator's process may lend it open files for the machine (:func:`cardcage_jail.lend`), for as long as it stays
+connected: whoever has a file open could hand it over anyway. The checkers are asked whether the operator may ``add`` to
+the machine.
+
 A process is begun in the jail by leave of the broker only, which the kernel asks it for (seccomp_unotify(2)): it counts
 them. A new one is known from its setsid(2) on, which comes here in the same way, so that its end is noticed; one that
 never calls it is counted for ever.
@@ -27,11 +31,11 @@ from pathlib import Path
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import HostError
-from cardcage.security import Act
+from cardcage.errors import CardcageError, HostError
+from cardcage.security import OPERATOR, Act
 
 from cardcage_jail.calls import NUMBERS
-from cardcage_jail.outside import bound
+from cardcage_jail.outside import FILES, bound, is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,6 +50,10 @@ REQUEST = 8192
 """Bytes of a request: a path has at most 4096."""
 NAME = 100
 """Bytes of a socket's name."""
+LENDERS = 8
+"""Operators' processes that may lend files at once."""
+BORROWED = os.O_NONBLOCK | os.O_DIRECT | os.O_DSYNC | os.O_NOFOLLOW
+"""Flags that a lent file may be opened with, besides the way that it is read or written."""
 ROOM = 1 << 20
 """Bytes of the buffers of a socket that a program is given, each way."""
 OF_A_PROCESS = frozenset(f"/proc/self/{name}" for name in ("maps", "pagemap"))
@@ -60,7 +68,8 @@ def begin(machine: Machine, stated: list[tuple[str, Needs]], log: int) -> socket
     """Start the broker of a process that is about to enter its jail; return the way to it.
 
     Args:
-        stated: what may be asked for, and with whose label.
+        stated: what may be asked for, and with whose label. Where a card put sockets that listen, and their paths,
+            into the host's share ``jail:lenders``, files are lent there.
         log: descriptor that numbers of refused calls go to, as the handler of SIGSYS writes them.
 
     Raises HostError.
@@ -80,16 +89,24 @@ def begin(machine: Machine, stated: list[tuple[str, Needs]], log: int) -> socket
         raise HostError(f"jail: no broker can be started: {error.strerror}") from error
     if pid:
         theirs.close()
+        for one, _ in lenders_of(machine):
+            one.close()
         return ours
     status = 1
     try:
         gc.freeze()
         gc.disable()
-        _alone(theirs.fileno(), log)
+        _alone(theirs.fileno(), log, *(one.fileno() for one, _ in lenders_of(machine)))
         Broker(theirs, machine, stated, log, root).run()
         status = 0
     finally:
         os._exit(status)  # nothing of the machine's is this process's to end
+
+
+def lenders_of(machine: Machine) -> list[tuple[socket.socket, str]]:
+    """Sockets at which files are lent, and where they are."""
+    found: list[tuple[socket.socket, str]] = machine.host.share("jail:lenders", list)
+    return found
 
 
 def _alone(*kept: int) -> None:
@@ -128,23 +145,29 @@ class Broker:
         self._room, self._begun = sum(one.processes for _, one in stated) + 1, 1
         self._known = {root: os.pidfd_open(root)}
         self._listener = -1
+        self._poll = select.poll()
+        self._lenders = {one.fileno(): (one, path) for one, path in lenders_of(machine)}
+        self._lent: dict[int, tuple[socket.socket, dict[str, int]]] = {}
 
     def run(self) -> None:
         """Serve until nobody is left inside."""
         self._listener = self._first()
-        poll = select.poll()
-        poll.register(self._way, select.POLLIN)
-        if self._listener >= 0:
-            poll.register(self._listener, select.POLLIN)
+        for one in (self._way.fileno(), *self._lenders, *([self._listener] if self._listener >= 0 else [])):
+            self._poll.register(one, select.POLLIN)
         while True:
-            for fd, event in poll.poll():
-                if fd != self._listener:
+            for fd, event in self._poll.poll():
+                if fd in self._lenders:
+                    self._lender(self._lenders[fd][0])
+                elif fd in self._lent:
+                    self._lending(fd)
+                elif fd != self._listener:
                     if not self._heard():
+                        self._close()
                         return
                 elif event & select.POLLIN:
                     self._notified()
                 else:
-                    poll.unregister(fd)
+                    self._poll.unregister(fd)
 
     def _first(self) -> int:
         """The kernel's questions come from this descriptor: the first message, from before the guest ran."""
@@ -202,11 +225,15 @@ class Broker:
             case {"do": "open", "path": str(path), "flags": int(flags), **rest} if not rest:
                 if path in OF_A_PROCESS:
                     return self._of_a_process(path, flags, pid)
+                if (lent := self._borrowed(path, flags)) >= 0:
+                    return lent
                 return self._nameless(path, flags)
             case {"do": "listen", "path": str(path), **rest} if not rest:
                 return self._listening(path)
             case {"do": "start", "program": list(words), **rest} if not rest:
                 return self._started(tuple(words))
+            case {"do": "close", **rest} if not rest:
+                return self._close()
         raise PermissionError(errno.EACCES, "")
 
     def _act(self, label: str, tclass: str, name: str, *permissions: str) -> Act:
@@ -261,6 +288,79 @@ class Broker:
                 raise PermissionError(errno.EACCES, "")
         self._mediator.check(self._act(label, "socket", f"unix:{path}", "listen"))
         return bound(folder, name).detach()
+
+    # files that are lent
+
+    def _lender(self, listener: socket.socket) -> None:
+        """Somebody has files to lend."""
+        with suppress(OSError):  # it went away
+            peer, _ = listener.accept()
+            if len(self._lent) >= LENDERS or not is_ours(peer):
+                peer.close()
+                return
+            peer.setblocking(False)
+            self._lent[peer.fileno()] = peer, {}
+            self._poll.register(peer, select.POLLIN)
+
+    def _lending(self, lender: int) -> None:
+        """A file comes, with its path; or the end, and the files are given back."""
+        peer, files = self._lent[lender]
+        try:
+            data, fds, flags, _ = socket.recv_fds(peer, REQUEST, 1, socket.MSG_CMSG_CLOEXEC)
+            answer = self._taken(files, data, fds, whole=not flags & socket.MSG_CTRUNC) if data else b""
+            if answer:
+                peer.send(answer, socket.MSG_NOSIGNAL)
+                return
+        except OSError:
+            pass
+        self._poll.unregister(lender)
+        for fd in files.values():
+            os.close(fd)
+        del self._lent[lender]
+        peer.close()
+
+    def _taken(self, files: dict[str, int], data: bytes, fds: list[int], *, whole: bool) -> bytes:
+        """Keep a file; the answer, none to hang up."""
+        try:
+            path = json.loads(data)["lend"]
+            if not whole or not isinstance(path, str) or path in files or len(files) >= FILES:
+                raise ValueError
+            (fd,) = fds
+            if stat.S_IFMT(os.fstat(fd).st_mode) not in (stat.S_IFREG, stat.S_IFBLK):
+                raise ValueError
+            act = Act(OPERATOR, self._label, "machine", ("add",), {"machine": self._machine, "name": path})
+            self._mediator.check(act)
+        except CardcageError as error:
+            refusal = {"error": str(error)}
+        except Exception:  # whatever somebody sent
+            refusal = {"error": "expected a file, and its path"}
+        else:
+            files[path] = fd
+            return b'{"error": ""}\n'
+        for fd in fds:
+            os.close(fd)
+        return json.dumps(refusal).encode() + b"\n"
+
+    def _borrowed(self, path: str, flags: int) -> int:
+        """A lent file, opened once more, with no right that it was not lent with. -1 when there is none."""
+        for _, files in self._lent.values():
+            if (fd := files.get(path)) is None:
+                continue
+            may = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if flags & ~(os.O_ACCMODE | BORROWED) or may not in (os.O_RDWR, flags & os.O_ACCMODE):
+                break
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        return -1
+
+    def _close(self) -> int:
+        """Nothing more is lent."""
+        for fd, (listener, path) in self._lenders.items():
+            self._poll.unregister(fd)
+            listener.close()
+            with suppress(OSError):
+                os.unlink(path)
+        self._lenders.clear()
+        return -1
 
     # the kernel's questions
 

@@ -129,6 +129,13 @@ def enter(machine: Machine) -> None:
     machine.host.sealed = partial(sealed, later.write)
     _hear(machine, refusals)
     machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
+    machine.defer(_close)
+
+
+def _close() -> None:
+    """Nothing more is lent to this machine."""
+    with suppress(OSError):  # the broker is gone
+        outside.ask({"do": "close"})
 
 
 def _hear(machine: Machine, refusals: seccomp.Refusals) -> None:
@@ -163,6 +170,10 @@ def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
     real = os.path.realpath(name)
     if tclass == "image" and any(os.path.commonpath((real, one)) == one for one in map(os.path.realpath, later)):
         return ""
+    if tclass == "image":
+        with suppress(OSError):
+            os.close(outside.open_file(real, os.O_RDONLY | os.O_NONBLOCK))  # it is lent
+            return ""
     how = "name it in security.open_later" if tclass == "image" else "plug it in before the guest starts"
     return f"the process is in its jail, and opens nothing that it was not started with ({how})"
 

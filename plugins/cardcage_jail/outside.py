@@ -11,14 +11,22 @@ import errno
 import json
 import os
 import socket
-from contextlib import suppress
-from typing import Any
+import struct
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ask", "is_inside", "join", "listen_at", "open_file", "start_program"]
+from cardcage.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["ask", "is_inside", "is_ours", "join", "lend", "listen_at", "open_file", "start_program"]
 
 PATIENCE = 10.0
 """Seconds that the broker may take for its answer."""
 ANSWER = 4096
+FILES = 64
+"""Files that a process may lend at once."""
 _ways: list[socket.socket] = []
 
 
@@ -60,9 +68,9 @@ def ask(request: dict[str, Any]) -> int:
 def open_file(path: str, flags: int, mode: int = 0o600) -> int:
     """As :func:`os.open`, closed on exec; in a jail, what may not be opened there is asked of the broker.
 
-    It opens what a card stated: files without a name (``O_TMPFILE``) in the directories of ``Needs.scratch``, and the
-    calling process's own ``/proc/self/maps`` and ``pagemap``, which one that was forked in the jail may not open. Fits
-    ``open(path, opener=open_file)``. Raises OSError.
+    It opens what an operator lends (:func:`lend`), and what a card stated: files without a name (``O_TMPFILE``) in the
+    directories of ``Needs.scratch``, and the calling process's own ``/proc/self/maps`` and ``pagemap``, which one that
+    was forked in the jail may not open. Fits ``open(path, opener=open_file)``. Raises OSError.
     """
     try:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -96,6 +104,55 @@ def start_program(words: tuple[str, ...]) -> socket.socket:
     One that it started before by the same words is ended. Raises OSError.
     """
     return socket.socket(fileno=ask({"do": "start", "program": words}))
+
+
+@contextmanager
+def lend(place: str, paths: Mapping[str, bool]) -> Iterator[None]:
+    """Lend files to the jailed machine whose broker listens at *place*, while the block runs: an operator's process
+    does.
+
+    *paths* are absolute; with True, one is opened for writing too where this process may. Nothing where no broker
+    listens. Raises OSError for a file that cannot be opened, HostError when the broker refuses or is not there.
+    """
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(PATIENCE)
+        try:
+            at = os.open(os.path.dirname(place), os.O_PATH | os.O_CLOEXEC)
+            try:
+                peer.connect(f"/proc/self/fd/{at}/{os.path.basename(place)}")
+            finally:
+                os.close(at)
+        except (FileNotFoundError, ConnectionRefusedError):
+            yield  # it is in no jail
+            return
+        for path, writable in paths.items():
+            fd = _opened(path, writable=writable)
+            try:
+                socket.send_fds(peer, [json.dumps({"lend": path}).encode()], [fd])
+                why = json.loads(peer.recv(ANSWER) or b'{"error": "it hung up"}')["error"]
+            except OSError as error:
+                why = str(error)
+            finally:
+                os.close(fd)
+            if why:
+                raise HostError(f"{path}: the machine's broker does not take it: {why}")
+        yield
+
+
+def _opened(path: str, *, writable: bool) -> int:
+    if writable:
+        try:
+            return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def is_ours(peer: socket.socket) -> bool:
+    """True when the other end is a process of this user's, or root's."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] in (os.geteuid(), 0)
 
 
 def bound(folder: int, name: str) -> socket.socket:

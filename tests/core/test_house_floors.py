@@ -28,7 +28,8 @@ NEEDS = {
     "cardcage_block": {"cardcage_jail"},  # what is opened in the jail
     "cardcage_fleet": {"cardcage_jail"},
     "cardcage_fork": {"cardcage_fleet", "cardcage_jail"},  # the command to the machine's process
-    "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
+    # commands to running machines, files that these are lent, and what images stand on
+    "cardcage_hotplug": {"cardcage_fleet", "cardcage_jail", "cardcage_block"},
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
     "cardcage_new": set(),
