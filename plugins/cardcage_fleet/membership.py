@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["admit", "forked", "forking", "publish", "record_of"]
 
 GROUP = ("group", "group_folder", "group_version", "oom_kills")
-"""What an entry has of the process's memory cgroup."""
+"""Attributes of an entry about the process's memory cgroup."""
 
 
 def _records(host: Host) -> WeakKeyDictionary[Machine, Record]:
