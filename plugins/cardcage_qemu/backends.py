@@ -298,6 +298,12 @@ def netdev(options: Options, kind: str) -> dict[str, Any]:
             found["gateway"] = host
     elif kind in ("tap", "bridge"):
         found["type"] = "tap"
+        options.harmless(vhostfd="", vhostfds="")
+        if (fds := options.take("fd", "fds")) is not None:
+            if not re.fullmatch(r"\d{1,9}(:\d{1,9})*", fds):
+                raise options.error(f"fd={fds}: expected numbers of open descriptors")
+            found["fds"] = [int(one) for one in fds.split(":")]
+            found["queues"] = len(found["fds"])
         if (name := options.take("ifname")) is not None:
             found["ifname"] = name
         if (bridge := options.take("br")) is not None or kind == "bridge":

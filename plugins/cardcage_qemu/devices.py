@@ -114,6 +114,8 @@ def _links(line: Line, options: Options, full: str, device: dict[str, Any]) -> s
         if name not in line.netdevs:
             raise backends.unknown(options, "-netdev", name, line.netdevs)
         device["net"] = line.netdevs[name]
+        if "id" in device:
+            line.cards[device["id"]] = name
         if (queues := line.netdevs[name].get("queues", 1)) > 1:
             device["queues"] = queues
     elif full == "virtio-9p-pci":

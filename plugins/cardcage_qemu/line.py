@@ -68,7 +68,8 @@ class Line:
         machine, boot, memory, security: tables of the configuration. devices: its devices.
         accelerators: names, in the order to try.
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
-        flash: chips by their unit.
+        flash: chips by their unit. below: the nodes that a node of -blockdev stands on, by its name.
+        cards: what -netdev each network card has, by the card's id.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
         warnings: lines about what is not quite what was asked for.
@@ -89,6 +90,7 @@ class Line:
     netdevs: dict[str, dict[str, Any]] = field(factory=dict)
     shares: dict[str, dict[str, Any]] = field(factory=dict)
     objects: dict[str, dict[str, Any]] = field(factory=dict)
+    cards: dict[str, str] = field(factory=dict)
     fdsets: dict[int, int] = field(factory=dict)
     buses: dict[str, dict[int, tuple[dict[str, Any], str, str]]] = field(factory=dict)
     hosts: dict[str, dict[str, Any]] = field(factory=dict)
@@ -97,6 +99,7 @@ class Line:
     firmware: dict[str, Any] = field(factory=dict)
     rtc: dict[str, str] = field(factory=dict)
     flash: dict[int, dict[str, Any]] = field(factory=dict)
+    below: dict[str, set[str]] = field(factory=dict)
     later: list[Callable[[], None]] = field(factory=list)
     warnings: list[str] = field(factory=list)
     serials: int = 0

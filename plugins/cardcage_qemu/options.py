@@ -160,11 +160,13 @@ def on_pflash(line: Line, options: Options) -> None:
 
 
 def on_blockdev(line: Line, options: Options) -> None:
-    before = set(line.nodes)
-    backends.block_nodes(options, line.nodes, line.fdsets)
+    nodes = dict(line.nodes)
+    below = {value for key, value in options.pairs if key in ("file", "backing") and value}
+    backends.block_nodes(options, nodes, line.fdsets)
     options.end()
-    for name in set(line.nodes) - before:
-        line.drives[name] = line.nodes[name], {}
+    for name in nodes.keys() - line.nodes.keys():
+        line.drives[name], line.below[name] = (nodes[name], {}), below
+    line.nodes = nodes
 
 
 def on_netdev(line: Line, options: Options) -> None:
@@ -374,6 +376,8 @@ def on_global(line: Line, options: Options) -> None:
 def on_sandbox(line: Line, options: Options) -> None:
     on = options.truth("enable")
     options.harmless(obsolete="", elevateprivileges="", spawn="", resourcecontrol="")
+    if later := options.all("open_later"):  # cardcage's own
+        line.security["open_later"] = [*line.security.get("open_later", []), *later]
     options.end()
     line.security["jail"] = "on" if on else "off"
 

@@ -27,10 +27,13 @@ class QmpCommand(Offer):
     """A command: ``factory(session, ...)``, whose parameters are its arguments, by the names that QMP has for them.
 
     The annotations are the schema, and resolve in the function's module: ``str``, ``int`` (64 bits), ``float``,
-    ``bool``, ``object`` (anything), ``Literal`` of texts, ``list`` of one of these, and ``TypedDict``. A parameter with
-    a default is optional. An underscore is a dash, and one at the end is none. What it returns is checked by types
-    alone; None is an empty object. It runs on its peer's thread, without the machine's lock; :class:`Session` has the
-    machine. It raises :exc:`QmpError`, or any error of :mod:`cardcage.errors`, for the peer to hear.
+    ``bool``, ``object`` (anything), ``Literal`` of texts, ``list`` of one of these, ``TypedDict``, and unions of
+    these: several ``TypedDict`` are told apart by a member that is a ``Literal`` of other texts in each. A parameter
+    with a default is optional. An underscore is a dash, and one at the end is none. One parameter may stand before a
+    slash: a ``TypedDict``, or a union of such, is all the arguments as one object; a ``dict[str, Any]`` has those
+    that no other parameter takes. What it returns is checked by types alone; None is an empty object. It runs on its
+    peer's thread, without the machine's lock; :class:`Session` has the machine. It raises :exc:`QmpError`, or any
+    error of :mod:`cardcage.errors`, for the peer to hear.
     """
 
     kind: ClassVar[str] = "qmp command"
@@ -68,6 +71,8 @@ EVENTS = {
     "RESET": "cardcage_qmp.control:Shutdown",
     "GUEST_PANICKED": "cardcage_qmp.control:GuestPanicked",
     "BLOCK_IO_ERROR": "cardcage_qmp.control:BlockIoError",
+    "DEVICE_DELETED": "cardcage_qmp.control:DeviceGone",
+    "DEVICE_UNPLUG_GUEST_ERROR": "cardcage_qmp.control:DeviceGone",
 }
 
 
@@ -87,6 +92,8 @@ def cardcage_register(registry: Registry) -> None:
         for name in names.split():
             spelt = name if name in WITH_UNDERSCORES else name.replace("_", "-")
             registry.add(QmpCommand(spelt, f"cardcage_qmp.{module}:{name}"))
+    registry.add(QmpCommand("device_del", "cardcage_qmp.removals:device_del"))
+    registry.add(QmpCommand("query-pci", "cardcage_qmp.pci:query_pci"))
     registry.add(QmpCommand("human-monitor-command", "cardcage_qmp.hmp:human_monitor_command"))
     for name, data in EVENTS.items():
         registry.add(QmpEvent(name, data))

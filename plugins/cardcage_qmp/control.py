@@ -12,6 +12,7 @@ from cardcage.errors import StateError, UsageError
 from cardcage.outcome import Crashed, DebugExit, Panicked, PoweredOff, Reset
 from cardcage.registry import AcceleratorOffer
 
+from cardcage_qmp.removals import Removals
 from cardcage_qmp.schema import table_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from cardcage_qmp.server import Peer, Qmp
 
-__all__ = ["BlockIoError", "Control", "GuestPanicked", "RunState", "Shutdown", "control_of", "serve"]
+__all__ = ["BlockIoError", "Control", "DeviceGone", "GuestPanicked", "RunState", "Shutdown", "control_of", "serve"]
 
 RunState = Literal["prelaunch", "running", "paused", "io-error", "shutdown", "guest-panicked", "internal-error"]
 Cause = Literal[
@@ -60,6 +61,13 @@ BlockIoError = TypedDict(
 )
 
 
+class DeviceGone(TypedDict):
+    """A device by its id, and its path in the tree of objects."""
+
+    device: NotRequired[str]
+    path: str
+
+
 MEANT = "qmp:meant"
 """The key by which a host shares what its next machine's monitor begins with: ``held`` and ``lingers``."""
 
@@ -74,6 +82,7 @@ class Control:
         held: the machine is started by ``cont`` (QEMU's -S). lingers: it is kept after its guest has powered it off,
             until ``quit`` (-no-shutdown).
         fdsets: descriptors by set, of all peers.
+        names: what a peer called what stands behind a device that came later, by the device's id.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -89,12 +98,15 @@ class Control:
         self.migration_events = False
         self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
         self.fdsets: dict[int, list[tuple[int, str]]] = {}
+        self.names: dict[str, str] = {}
+        self.removals = Removals(self)
         self._why: Cause | None = None
         self._started = False
         machine.observers.add("state", self._state)
         machine.observers.add("outcome", self._outcome)
         machine.observers.add("reset", self._reset)
         machine.observers.add("waiting", self._waiting)
+        machine.observers.add("device", self._device)
 
     @property
     def machine(self) -> Machine:
@@ -189,8 +201,15 @@ class Control:
             },
         )
 
+    def _device(self, id: str, there: bool) -> None:
+        if not there:
+            self.removals.gone(id)
+            self.names.pop(id, None)
+            self.emit("DEVICE_DELETED", {"device": id, "path": f"/machine/peripheral/{id}"})
+
     def close(self) -> None:
-        """Close the descriptors in sets. After the last peer has gone."""
+        """Close the descriptors in sets, and wait for no guest. After the last peer has gone."""
+        self.removals.close()
         with self.lock:
             sets, self.fdsets = self.fdsets, {}
         for fd, _ in (one for there in sets.values() for one in there):

@@ -144,7 +144,9 @@ def disks(machine: Machine) -> Iterator[tuple[PluggedDevice, Any]]:
 
 
 def alias(session: Session, id: str) -> str:
-    """The name that who made the machine has for what stands behind device *id*."""
+    """The name that who made the machine, or added the device, has for what stands behind device *id*."""
+    if id in session.control.names:
+        return session.control.names[id]
     for one in present(session.machine):
         if one.type == "qmp" and id in one.device.options.names:
             return str(one.device.options.names[id])
