@@ -58,11 +58,11 @@ ABOUT = (
     "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities migrate_set_capabilities"
 )
 PARTS = (
-    "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon "
+    "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon block_resize "
     "qom_list qom_get qom_list_types qom_list_properties device_list_properties"
 )
 FILES = "getfd closefd add_fd remove_fd query_fdsets"
-WITH_UNDERSCORES = {"system_reset", "system_powerdown"}
+WITH_UNDERSCORES = {"system_reset", "system_powerdown", "block_resize"}
 EVENTS = {
     "STOP": None,
     "RESUME": None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 from cardcage.errors import CardcageError
 from cardcage.machine import State
 from cardcage.pairs import parse_repeated
+from cardcage.units import Size
 
 from cardcage_qmp.errors import QmpError
 from cardcage_qmp.schema import members_of, tables_of, tag_of
@@ -68,6 +69,9 @@ def _carried_out(session: Session, words: list[str], cpu: int) -> str:
     if name == "balloon" and len(rest) == 1 and rest[0].isascii() and rest[0].isdigit() and len(rest[0]) < 12:
         session.run("balloon", {"value": int(rest[0]) << 20})
         return ""
+    if name == "block_resize" and len(rest) == 2:
+        session.run("block_resize", {"device": rest[0], "size": _size(rest[1])})
+        return ""
     if name in OF_ID and len(rest) == 1:
         session.run(OF_ID[name], {"id": rest[0]})
         return ""
@@ -80,7 +84,7 @@ def _carried_out(session: Session, words: list[str], cpu: int) -> str:
         session.run(command, _arguments(session, command, pairs))
         return ""
     if name in ("help", "?"):
-        rows = [*sorted(WORDS), "balloon MEGABYTES", *(f"{one} ID" for one in OF_ID)]
+        rows = [*sorted(WORDS), "balloon MEGABYTES", "block_resize DEVICE SIZE", *(f"{one} ID" for one in OF_ID)]
         rows += [f"{one} {first.upper()},KEY=VALUE..." for one, (_, first) in OF_PAIRS.items()]
         return "".join(f"{one}\n" for one in (*rows, *(f"info {at}" for at in INFO)))
     if name == "info" and rest:
@@ -88,6 +92,14 @@ def _carried_out(session: Session, words: list[str], cpu: int) -> str:
             return INFO[rest[0]](session, cpu)
         return f"unknown command: 'info {rest[0]:.60}'\n"
     return f"unknown command: '{name:.60}'\n"
+
+
+def _size(text: str) -> int:
+    """Bytes; of a number alone, megabytes."""
+    try:
+        return int(Size(f"{text}M" if text.isascii() and text.isdigit() else text))
+    except ValueError as error:
+        raise QmpError(str(error)) from error
 
 
 def _arguments(session: Session, command: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from cardcage.config import DeviceConfig
 from cardcage.machine import Machine, PluggedDevice
+from cardcage_hotplug.control import grow_drive
 
 from cardcage_qmp.control import inner, present
 from cardcage_qmp.errors import QmpError
@@ -15,6 +16,7 @@ from cardcage_qmp.session import Session
 
 __all__ = [
     "balloon",
+    "block_resize",
     "device_list_properties",
     "qom_get",
     "qom_list",
@@ -240,6 +242,18 @@ def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockS
         name, qdev = alias(session, plugged.id), f"/machine/peripheral/{plugged.id}/virtio-backend"
         found.append({"device": plugged.id, "node-name": name, "qdev": qdev, "stats": stats})
     return found
+
+
+def block_resize(session: Session, size: int, device: str | None = None, node_name: str | None = None) -> None:
+    """Make a disk larger, and tell the guest; by its device, or the name of its node."""
+    if (device is None) is (node_name is None):
+        raise QmpError("expected one of 'device' and 'node-name'")
+    wanted = device if device is not None else node_name
+    for plugged, backend in disks(session.machine):
+        if backend is not None and wanted in (plugged.id, alias(session, plugged.id)):
+            grow_drive(session.machine, plugged.id, size)
+            return
+    raise QmpError(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'", "DeviceNotFound")
 
 
 def query_chardev(session: Session) -> list[ChardevInfo]:

@@ -32,7 +32,7 @@ NEEDS = {
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
-    "cardcage_qmp": set(),
+    "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},

@@ -19,8 +19,6 @@ from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.registry import Registry
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
 from cardcage_qemu import translate
 from cardcage_qemu.program import _run
 from iso import make_iso
@@ -32,13 +30,6 @@ SAYS_AND_ENDS = bytes.fromhex("baf803 b063 ee b064 ee b00a ee ba0406 b80020 ef f
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 UUID = "12345678-1234-1234-1234-123456789abc"
 ASKED = "uname -r; nproc; cat /proc/cmdline /sys/class/dmi/id/product_uuid; ls /sys/block; cat /sys/block/vda/size"
-
-
-@pytest.fixture(scope="session")
-def initramfs(kernel: Path) -> Path:
-    """cardcage's own, whose shell is on the serial port."""
-    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
-    return shelf.initramfs(shelf.kernel())
 
 
 @contextmanager
