@@ -54,7 +54,6 @@ REFUSED = {
     "gdb": "cardcage has no gdb stub",
     "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
     "tpmdev": "cardcage has no TPM",
-    "watchdog": "cardcage has no watchdog",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
 }
@@ -70,6 +69,7 @@ class Line:
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
         flash: chips by their unit. below: the nodes that a node of -blockdev stands on, by its name.
         cards: what -netdev each network card has, by the card's id.
+        watchdogs: of the devices. expiry: what they do.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
         warnings: lines about what is not quite what was asked for.
@@ -100,6 +100,8 @@ class Line:
     rtc: dict[str, str] = field(factory=dict)
     flash: dict[int, dict[str, Any]] = field(factory=dict)
     below: dict[str, set[str]] = field(factory=dict)
+    watchdogs: list[dict[str, Any]] = field(factory=list)
+    expiry: str = "reset"
     later: list[Callable[[], None]] = field(factory=list)
     warnings: list[str] = field(factory=list)
     serials: int = 0
@@ -187,6 +189,8 @@ class Line:
         self.later.clear()
         self._flash()
         self._consoles()
+        for watchdog in self.watchdogs if self.expiry != "reset" else ():
+            watchdog["action"] = self.expiry
         if self.bare:
             self.machine["platform"], self.machine["memory"] = "none", "1M"
         elif not self.boot:

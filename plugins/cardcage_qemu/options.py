@@ -19,6 +19,8 @@ __all__ = ["OPTIONS"]
 
 PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
 Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
+WATCHDOG = ("reset", "shutdown", "poweroff", "pause", "debug", "none")
+"""What a watchdog can do, of QEMU's words."""
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 
 
@@ -412,6 +414,42 @@ def on_no_reboot(line: Line, options: Options) -> None:
     line.machine["on_reset"] = "stop"
 
 
+def on_action(line: Line, options: Options) -> None:
+    reboot, shutdown, panic = (options.take(key) for key in ("reboot", "shutdown", "panic"))
+    expiry = options.take("watchdog")
+    options.end()
+    for name, value, known in (
+        ("reboot", reboot, ("reset", "shutdown")),
+        ("shutdown", shutdown, ("poweroff", "pause")),
+        ("panic", panic, ("shutdown", "exit-failure", "none")),
+    ):
+        if value not in (None, *known):
+            raise options.error(f"{name}={value}: cardcage has {', '.join(known)}")
+    if reboot is not None:
+        line.machine["on_reset"] = "stop" if reboot == "shutdown" else "reset"
+    if shutdown is not None:
+        line.linger = shutdown == "pause"
+    if panic is not None:
+        line.machine["on_panic"] = "ignore" if panic == "none" else "stop"
+    if expiry is not None:
+        _expiry(line, options, expiry)
+
+
+def on_watchdog_action(line: Line, options: Options) -> None:
+    _expiry(line, options, options.text)
+
+
+def _expiry(line: Line, options: Options, action: str) -> None:
+    if action not in WATCHDOG:
+        raise options.error(f"{action}: cardcage's watchdog has {', '.join(WATCHDOG)}")
+    line.expiry = action
+
+
+def on_watchdog(line: Line, options: Options) -> None:
+    options.pairs = [("driver", options.text)]
+    add_device(line, options)
+
+
 def quiet(name: str) -> Callable[[Line, Options], None]:
     """A handler of an option that changes nothing."""
 
@@ -470,6 +508,9 @@ OPTIONS: dict[str, Option] = {
     "sandbox": (True, on_sandbox, "enable"),
     "pidfile": (True, on_pidfile, None),
     "daemonize": (False, flag("daemonize"), ""),
+    "action": (True, on_action, ""),
+    "watchdog-action": (True, on_watchdog_action, None),
+    "watchdog": (True, on_watchdog, None),
     "no-reboot": (False, on_no_reboot, ""),
     "no-shutdown": (False, flag("linger"), ""),
     "S": (False, flag("freeze"), ""),

@@ -71,6 +71,7 @@ EVENTS = {
     "RESET": "cardcage_qmp.control:Shutdown",
     "GUEST_PANICKED": "cardcage_qmp.control:GuestPanicked",
     "BLOCK_IO_ERROR": "cardcage_qmp.control:BlockIoError",
+    "WATCHDOG": "cardcage_qmp.control:Watchdog",
     "DEVICE_DELETED": "cardcage_qmp.control:DeviceGone",
     "DEVICE_UNPLUG_GUEST_ERROR": "cardcage_qmp.control:DeviceGone",
 }

@@ -21,9 +21,21 @@ if TYPE_CHECKING:
 
     from cardcage_qmp.server import Peer, Qmp
 
-__all__ = ["BlockIoError", "Control", "DeviceGone", "GuestPanicked", "RunState", "Shutdown", "control_of", "serve"]
+__all__ = [
+    "BlockIoError",
+    "Control",
+    "DeviceGone",
+    "Expiry",
+    "GuestPanicked",
+    "RunState",
+    "Shutdown",
+    "control_of",
+    "serve",
+]
 
-RunState = Literal["prelaunch", "running", "paused", "io-error", "shutdown", "guest-panicked", "internal-error"]
+RunState = Literal[
+    "prelaunch", "running", "paused", "io-error", "watchdog", "shutdown", "guest-panicked", "internal-error"
+]
 Cause = Literal[
     "host-error",
     "host-qmp-quit",
@@ -59,6 +71,15 @@ BlockIoError = TypedDict(
         "reason": str,
     },
 )
+
+
+Expiry = Literal["reset", "shutdown", "poweroff", "pause", "debug", "none"]
+
+
+class Watchdog(TypedDict):
+    """The action that is taken."""
+
+    action: Expiry
 
 
 class DeviceGone(TypedDict):
@@ -107,6 +128,8 @@ class Control:
         machine.observers.add("reset", self._reset)
         machine.observers.add("waiting", self._waiting)
         machine.observers.add("device", self._device)
+        self._expiry: Expiry | None = None
+        self._watchdog: Any = None
 
     @property
     def machine(self) -> Machine:
@@ -129,6 +152,8 @@ class Control:
         if machine.state == "built":
             return "prelaunch"
         if machine.state == "paused":
+            if any(inner(one.device) is self._watchdog for one in present(machine) if one.id in machine.waiting):
+                return "watchdog"
             return "io-error" if machine.waiting else "paused"
         if isinstance(machine.outcome, Panicked):
             return "guest-panicked"
@@ -187,8 +212,8 @@ class Control:
     def _waiting(self, device: str, why: str) -> None:
         plugged = self.machine.devices[device]
         options = getattr(inner(plugged.device), "options", None)
-        if getattr(options, "rerror", "report") == "stop":
-            return  # nobody knows which it was, and a guess would be believed
+        if getattr(options, "rerror", "stop") == "stop":
+            return  # it is no disk, or nobody knows which it was, and a guess would be believed
         self.emit(
             "BLOCK_IO_ERROR",
             {
@@ -201,7 +226,26 @@ class Control:
             },
         )
 
+    # the watchdog
+
+    def watch(self) -> None:
+        """Listen to the machine's watchdog, if it has one. Under the machine's lock."""
+        found = self.machine.services.get("watchdog")
+        if found is not None and found is not self._watchdog:
+            found.listeners.append(lambda action: self.emit("WATCHDOG", {"action": action}))
+            if self._expiry is not None:
+                found.set_action(self._expiry)
+        self._watchdog = found
+
+    def set_expiry(self, action: Expiry) -> None:
+        """What the watchdog does, one that comes later too."""
+        with self.machine.lock:
+            self._expiry = action
+            if self._watchdog is not None:
+                self._watchdog.set_action(action)
+
     def _device(self, id: str, there: bool) -> None:
+        self.watch()
         if not there:
             self.removals.gone(id)
             self.names.pop(id, None)
@@ -263,6 +307,8 @@ def control_of(machine: Machine) -> Control:
 def serve(machine: Machine) -> None:
     """Let the machine's devices serve, until its end."""
     control = control_of(machine)
+    with machine.lock:
+        control.watch()
     machine.defer(control.close)  # deferred first, called last
     servers: list[Qmp] = [one.device for one in machine.devices.values() if one.type == "qmp"]
     for one in servers:

@@ -11,7 +11,7 @@ from cardcage_hotplug.control import grow_drive
 
 from cardcage_qmp.control import inner, present
 from cardcage_qmp.errors import QmpError
-from cardcage_qmp.names import DEVICES, OBJECTS, qemu_name
+from cardcage_qmp.names import DEVICES, OBJECTS, ON_PCI, qemu_name
 from cardcage_qmp.session import Session
 
 __all__ = [
@@ -383,7 +383,7 @@ def device_list_properties(session: Session, typename: str) -> list[ObjectProper
     if known is None:
         raise QmpError(f"Device '{typename:.100}' not found", "DeviceNotFound")
     found: list[ObjectPropertyInfo] = [*TYPE]
-    if known.parent == "virtio-pci":
+    if known.parent in ON_PCI:
         found.append({"name": "addr", "type": "str"})
     for one in (*known.options, *known.links):
         found.append({"name": one, "type": known.types.get(one, "str")})

@@ -39,6 +39,7 @@ NEEDS = {
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_cloudinit": {"cardcage_block"},  # a disk that is only read
     "cardcage_nbd": set(),
+    "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
