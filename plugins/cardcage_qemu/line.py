@@ -45,14 +45,11 @@ GLOBALS = (
 )
 """Properties of devices by their type that say what is so anyway."""
 REFUSED = {
-    "hda": "cardcage has no IDE disks: say -drive file=...,if=virtio",
-    "hdb": "cardcage has no IDE disks: say -drive file=...,if=virtio",
     "fda": "cardcage has no floppy disks",
     "incoming": "cardcage takes no migration of QEMU's",
     "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
     "s": "cardcage has no gdb stub",
     "gdb": "cardcage has no gdb stub",
-    "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
     "tpmdev": "cardcage has no TPM",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
@@ -73,7 +70,7 @@ class Line:
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
         warnings: lines about what is not quite what was asked for.
-        freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
+        temporary: -snapshot. freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
         console: standard input and output are the console's.
     """
 
@@ -105,6 +102,7 @@ class Line:
     later: list[Callable[[], None]] = field(factory=list)
     warnings: list[str] = field(factory=list)
     serials: int = 0
+    temporary: bool = False
     freeze: bool = False
     linger: bool = False
     daemonize: bool = False
@@ -189,6 +187,9 @@ class Line:
         self.later.clear()
         self._flash()
         self._consoles()
+        for disk in self.devices if self.temporary else ():
+            if disk["type"] == "virtio-blk" and not any(disk["drive"] is one for one in self.nodes.values()):
+                backends.make_temporary(disk["drive"])
         for watchdog in self.watchdogs if self.expiry != "reset" else ():
             watchdog["action"] = self.expiry
         if self.bare:

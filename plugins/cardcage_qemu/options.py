@@ -153,6 +153,13 @@ def on_drive(line: Line, options: Options) -> None:
         line.devices.append({"type": "virtio-blk", "id": name, "drive": spec, **device})
 
 
+def on_hd(line: Line, options: Options) -> None:
+    name = options.option.removeprefix("-")
+    line.warnings.append(f"{options.option}: the guest finds its disk behind virtio (/dev/vda), not on IDE")
+    line.names[name] = name
+    line.devices.append({"type": "virtio-blk", "id": name, "drive": {"file": options.text, "discard": "ignore"}})
+
+
 def on_cdrom(line: Line, options: Options) -> None:
     line.disc_drive(options, {"file": options.text}, {}, None)
 
@@ -480,6 +487,8 @@ OPTIONS: dict[str, Option] = {
     "append": (True, setting("append"), None),
     "bios": (True, setting("firmware"), None),
     "drive": (True, on_drive, "file"),
+    **dict.fromkeys(("hda", "hdb", "hdc", "hdd"), (True, on_hd, None)),
+    "snapshot": (False, flag("temporary"), ""),
     "cdrom": (True, on_cdrom, None),
     "pflash": (True, on_pflash, None),
     "blockdev": (True, on_blockdev, "driver"),
