@@ -122,7 +122,7 @@ class Control:
         self.names: dict[str, str] = {}
         self.removals = Removals(self)
         self._why: Cause | None = None
-        self._started = False
+        self._started = self._told_off = False
         machine.observers.add("state", self._state)
         machine.observers.add("outcome", self._outcome)
         machine.observers.add("reset", self._reset)
@@ -152,12 +152,28 @@ class Control:
         if machine.state == "built":
             return "prelaunch"
         if machine.state == "paused":
-            if any(inner(one.device) is self._watchdog for one in present(machine) if one.id in machine.waiting):
+            if self.kept() is not None:
+                return "shutdown"
+            waiting = [inner(one.device) for one in present(machine) if one.id in machine.waiting]
+            if any(one is self._watchdog for one in waiting):
                 return "watchdog"
-            return "io-error" if machine.waiting else "paused"
+            return "io-error" if any(not hasattr(one, "keeps") for one in waiting) else "paused"
         if isinstance(machine.outcome, Panicked):
             return "guest-panicked"
         return "internal-error" if machine.outcome is None else "shutdown"
+
+    def keep(self, on: bool) -> None:
+        """Keep the machine once its guest has powered it off, or do not: it can be reset then, and go on."""
+        self.lingers = on
+        for one in present(self.machine):
+            if hasattr(one.device, "keeps"):
+                one.device.keeps = on
+
+    def kept(self) -> Any:
+        """The device by which the guest has powered off a machine that is kept; None for one that is on."""
+        waiting = self.machine.waiting
+        found = (one.device for one in present(self.machine) if one.id in waiting)
+        return next((one for one in found if getattr(one, "is_off", False)), None)
 
     def linger(self) -> None:
         """Wait until a peer has said ``quit``."""
@@ -186,6 +202,9 @@ class Control:
         if state == "running":
             self.emit("RESUME")
         elif state == "paused":
+            if self.kept() is not None and not self._told_off:
+                self._told_off = True
+                self.emit("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
             self.emit("STOP")
         elif state == "stopped" and self.machine.outcome is None:
             self.emit("SHUTDOWN", {"guest": False, "reason": "host-error"})
@@ -197,7 +216,7 @@ class Control:
         self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
 
     def _reason(self, outcome: Outcome) -> tuple[bool, Cause]:
-        if isinstance(outcome, PoweredOff | DebugExit):
+        if isinstance(outcome, PoweredOff | DebugExit) and not self._told_off:
             return True, "guest-shutdown"
         if isinstance(outcome, Reset | Crashed):
             return True, "guest-reset"
@@ -207,10 +226,13 @@ class Control:
 
     def _reset(self, _: str) -> None:
         why, self._why = self._why, None
+        self._told_off = False
         self.emit("RESET", {"guest": why is None, "reason": why or "guest-reset"})
 
     def _waiting(self, device: str, why: str) -> None:
         plugged = self.machine.devices[device]
+        if getattr(plugged.device, "is_off", False):
+            return  # told once it is paused
         options = getattr(inner(plugged.device), "options", None)
         if getattr(options, "rerror", "stop") == "stop":
             return  # it is no disk, or nobody knows which it was, and a guess would be believed
@@ -309,6 +331,7 @@ def serve(machine: Machine) -> None:
     control = control_of(machine)
     with machine.lock:
         control.watch()
+    control.keep(control.lingers)
     machine.defer(control.close)  # deferred first, called last
     servers: list[Qmp] = [one.device for one in machine.devices.values() if one.type == "qmp"]
     for one in servers:

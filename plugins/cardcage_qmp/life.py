@@ -36,6 +36,8 @@ def quit(session: Session) -> None:
     control = session.control
     control.quitted.set()
     control.began.set()
+    if (device := control.kept()) is not None:
+        device.end()
     session.machine.stop("quit")
 
 
@@ -52,6 +54,8 @@ def cont(session: Session) -> None:
     """Go on after a pause, or start a machine that waits for this."""
     machine = session.machine
     if machine.state is State.PAUSED:
+        if session.control.kept() is not None:
+            raise QmpError("Resetting the Virtual Machine is required: the guest powered itself off")
         machine.resume()
     elif machine.state is State.BUILT:
         if session.control.held:
@@ -107,7 +111,7 @@ def set_action(
     if watchdog is not None:
         session.control.set_expiry(watchdog)
     if shutdown is not None:
-        session.control.lingers = shutdown == "pause"
+        session.control.keep(shutdown == "pause")
 
 
 def inject_nmi(session: Session) -> None:

@@ -205,7 +205,7 @@ def test_a_cards_thread_that_breaks(tmp_path: Path) -> None:
 
 def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> None:
     """With -S nothing runs before cont; with -no-shutdown the machine is there after its guest's power-off, until
-    quit."""
+    quit, and a reset and cont start it again."""
     words = f"-S -no-shutdown -accel tcg -m 16M -kernel {off} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
     with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
         while not (tmp_path / "qmp").exists():
@@ -215,6 +215,12 @@ def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> No
             assert peer.ask("cont") == {"return": {}}
             assert peer.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert peer.ask("query-status")["return"]["status"] == "shutdown"
+            assert "Resetting" in peer.ask("cont")["error"]["desc"]
+            assert peer.ask("system_reset") == {"return": {}}
+            peer.event("RESET")
+            assert peer.ask("query-status")["return"]["status"] == "paused"
+            assert peer.ask("cont") == {"return": {}}
+            assert peer.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert process.poll() is None
             assert peer.ask("quit") == {"return": {}}
         assert process.stderr is not None

@@ -170,6 +170,8 @@ def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
     guest.wait("! grep 52:54:00:00:00:07 /sys/class/net/*/address")
     assert virsh("qemu-monitor-command", "ours", "--hmp", "info status") == "VM status: running"
     assert "has not been found" in virsh("save", "ours", str(folder / "saved"), status=1)
+    virsh("reboot", "ours", "--mode", "acpi")
+    guest.until(b"~ # ")
     virsh("shutdown", "ours")
     while (state := virsh("domstate", "ours", "--reason")) != "shut off (shutdown)":
         assert state.startswith(("running", "in shutdown")), state
