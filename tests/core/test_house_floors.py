@@ -37,13 +37,14 @@ NEEDS = {
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
-    "cardcage_qmp": set(),
+    "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_cloudinit": {"cardcage_block"},  # a disk that is only read
     "cardcage_nbd": set(),
+    "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
