@@ -28,6 +28,7 @@ from cardcage.errors import ConfigError
 from cardcage.segments import total
 
 from cardcage_block import compressed
+from cardcage_block.handing import HandedImage
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
 from cardcage_block.health import Health
 from cardcage_block.hostfile import TryFile, clear, scatter, take, zeros
@@ -51,7 +52,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image(CopiedImage):
+class Qcow2Image(CopiedImage, HandedImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -424,6 +425,11 @@ class Qcow2Image(CopiedImage):
                 run += 1
             self._file.punch(free[at] << self._bits, run << self._bits)
             at += run
+
+    def complete(self) -> None:
+        """Commit, and count what ``lazy_refcounts`` left for the close. No request is under way. Raises OSError."""
+        with self._committing:
+            self._settle()
 
     def close(self) -> None:
         """Commit and close. Idempotent. What cannot be committed is said by a warning: no flush has promised it."""
