@@ -25,7 +25,7 @@ from cardcage_snapshot.state import capture, dumps
 
 from cardcage_migrate.disks import checked, held_disks
 from cardcage_migrate.hold import Hold, recoverable
-from cardcage_migrate.pages import Written, bodies, why_not
+from cardcage_migrate.pages import Written, bodies, joined, why_not
 from cardcage_migrate.passport import Passport, boot_id
 from cardcage_migrate.progress import current, new_progress
 from cardcage_migrate.reach import connect, parse
@@ -161,6 +161,8 @@ class Outgoing:
         self._tables, self._seal = prepared(machine)
         self._disks = held_disks(machine)
         checked(self._disks, self._tables)
+        self._due: list[Run] = []
+        """What was written before the last pass, and has not gone over."""
         self._left: list[tuple[Any, Stamp | None]] = []
         machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("migrate_out",), {"machine": machine.name}))
         self._running = machine.state is State.RUNNING
@@ -285,7 +287,7 @@ class Outgoing:
                 link = max(size, PIECE) / max(took - waited, 1e-6)
             if not self._running:
                 return
-            runs = self._written.fetch()
+            runs = self._due = self._written.fetch()
             progress.remaining = left = held(runs)
             progress.dirtied = left / took if took else 0.0
             progress.expected = left / link + self._fixed
@@ -349,7 +351,7 @@ class Outgoing:
         if machine.state is not State.PAUSED:
             raise StateError(f"{machine.name} ended: {machine.outcome}")
         state = dumps(capture(machine)).encode()
-        self._send(self._written.fetch(), zeros=True)
+        self._send(joined([*self._due, *self._written.fetch()]), zeros=True)
         for at in range(0, len(state), PIECE):
             channel.send(Kind.STATE, state[at : at + PIECE])
         channel.send(Kind.END)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cardcage_migrate.wire import Frame
 
-__all__ = ["Written", "bodies", "put", "runs_of_bitmap", "why_not"]
+__all__ = ["Written", "bodies", "joined", "put", "runs_of_bitmap", "why_not"]
 
 BITS = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
 ZEROS = bytes(PAGE)
