@@ -37,7 +37,19 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["HEAD", "PIECE", "PREFACE", "RUN", "VERSION", "BrokenStream", "Channel", "Frame", "Kind", "LinkLost"]
+__all__ = [
+    "HEAD",
+    "LARGEST",
+    "PIECE",
+    "PREFACE",
+    "RUN",
+    "VERSION",
+    "BrokenStream",
+    "Channel",
+    "Frame",
+    "Kind",
+    "LinkLost",
+]
 __all__ += ["Peer", "Pipe", "Refused"]
 
 PREFACE = b"cardcage-move"
