@@ -14,13 +14,13 @@ from cardcage.security import OPERATOR, Act
 from cardcage_snapshot.creating import original
 from cardcage_snapshot.manifest import is_ours
 from cardcage_snapshot.restoring import STATE_MOST, given, machine_of, may_boot
-from cardcage_snapshot.state import capture, loads
+from cardcage_snapshot.state import capture, dumps, loads
 from cardcage_snapshot.state import restore as load_state
 
 from cardcage_migrate.announce import announce
 from cardcage_migrate.disks import arrivals, replaced
 from cardcage_migrate.hold import Hold, recoverable
-from cardcage_migrate.pages import put
+from cardcage_migrate.pages import put, uncollected
 from cardcage_migrate.passport import Passport, Stamp, structured
 from cardcage_migrate.progress import new_progress
 from cardcage_migrate.reach import DIAL, Waiting, parse
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from cardcage.host import Host
     from cardcage.machine import Machine
-    from cardcage_snapshot.state import MachineState
 
 M = TypeVar("M", bound="Machine")
 
@@ -194,11 +193,24 @@ class Arrival(Generic[M]):
         if not channel.one_way:
             channel.send(Kind.ACCEPT, argument=self._rehearsed())
         progress.status = "active"
-        saved = self._receive()
+        state = self._receive()
+        with uncollected():
+            self._switch(state)
+        progress.status, progress.total = "completed", time.monotonic() - began
+        if not channel.one_way:
+            try:
+                channel.send(Kind.STARTED)
+            except LinkLost:  # the source stands still and says how to find out
+                vm.log.warning("the source could not be told that the machine runs here: it stands still there")
+        self._settle()
+
+    def _switch(self, state: bytes) -> None:
+        """Load what came, and run once the source has given the machine up."""
+        vm, channel, progress = self._vm, self._channel, self._progress
         try:
-            load_state(vm, saved, any_cpu=self._any_cpu)
-        except ConfigError as error:
-            raise HostError(f"{vm.name}: {error}") from error
+            load_state(vm, loads(state.decode()), any_cpu=self._any_cpu)
+        except (ConfigError, UnicodeDecodeError, RecursionError) as error:
+            raise BrokenStream(f"{vm.name}: {error}") from error
         progress.status = "waiting"
         if not channel.one_way:
             channel.send(Kind.READY)
@@ -208,13 +220,6 @@ class Arrival(Generic[M]):
         except FAULTS as error:
             progress.status, progress.error = "failed", str(error)
             raise
-        progress.status, progress.total = "completed", time.monotonic() - began
-        if not channel.one_way:
-            try:
-                channel.send(Kind.STARTED)
-            except LinkLost:  # the source stands still and says how to find out
-                vm.log.warning("the source could not be told that the machine runs here: it stands still there")
-        self._settle()
 
     def _build(self) -> None:
         passport, given = self._passport, self._given
@@ -259,13 +264,14 @@ class Arrival(Generic[M]):
 
     def _rehearsed(self) -> int:
         """Nanoseconds that it takes to load a state. What is loaded is the machine's own, from before it ran."""
-        state = capture(self._vm)
-        load_state(self._vm, state)  # once, so that nothing is done for the first time at the switch
+        for _ in range(2):  # nothing is done for the first time at the switch
+            load_state(self._vm, loads(dumps(capture(self._vm))))
+        text = dumps(capture(self._vm))
         began = time.monotonic_ns()
-        load_state(self._vm, state)
+        load_state(self._vm, loads(text))
         return time.monotonic_ns() - began
 
-    def _receive(self) -> MachineState:
+    def _receive(self) -> bytes:
         """RAM, and then the state."""
         channel, block = self._channel, self._vm.memory.ranges[0].block
         state = bytearray()
@@ -281,11 +287,7 @@ class Arrival(Generic[M]):
                 if len(state) > STATE_MOST or not frame.body:
                     raise BrokenStream(f"a state of more than {STATE_MOST} bytes")
             else:
-                break
-        try:
-            return loads(state.decode())
-        except (ConfigError, UnicodeDecodeError, RecursionError) as error:
-            raise BrokenStream(str(error)) from error
+                return bytes(state)
 
     def _await_commit(self) -> list[Stamp]:
         """The source's last word. LinkLost has the machine, which stands still."""

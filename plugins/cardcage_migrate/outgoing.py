@@ -21,11 +21,11 @@ from cardcage.units import say_size
 from cardcage_snapshot.creating import cards_of, has_agent, prepared, savable
 from cardcage_snapshot.manifest import converter
 from cardcage_snapshot.pages import held
-from cardcage_snapshot.state import capture, dumps
+from cardcage_snapshot.state import capture, dumps, warm
 
 from cardcage_migrate.disks import checked, held_disks
 from cardcage_migrate.hold import Hold, recoverable
-from cardcage_migrate.pages import Written, bodies, joined, why_not
+from cardcage_migrate.pages import Written, bodies, joined, uncollected, why_not
 from cardcage_migrate.passport import Passport, boot_id
 from cardcage_migrate.progress import current, new_progress
 from cardcage_migrate.reach import connect, parse
@@ -223,6 +223,7 @@ class Outgoing:
         channel, progress = self._channel, self._progress
         channel.begin()
         channel.send(Kind.HELLO, self._passport().written())
+        warm(self._machine)
         if not channel.one_way:
             self._fixed += channel.receive(Kind.ACCEPT).argument / 1e9
             self._fixed += 3 * self._ping()
@@ -234,7 +235,8 @@ class Outgoing:
         self._throttle = Throttle(self._machine)
         try:
             self._converge()
-            self._switch()
+            with uncollected():
+                self._switch()
         finally:
             self._throttle.close()
             if self._machine.state is not State.STOPPED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from attrs import Factory, define, field
 from attrs.validators import ge, le, matches_re, max_len
@@ -88,7 +88,12 @@ class Passport:
 def structured(data: bytes, kind: Any) -> Any:
     """An object of attrs class *kind*, or a list of such, from JSON. Raises BrokenStream."""
     try:
-        return converter().structure(decoded(data, WHERE), kind)
+        found = decoded(data, WHERE)
+        if get_origin(kind) is list and not isinstance(found, list):
+            raise BrokenStream(f"{WHERE} does not fit: expected a list")
+        return converter().structure(found, kind)
+    except BrokenStream:
+        raise
     except ConfigError as error:
         raise BrokenStream(str(error)) from error
     except Exception as error:  # what is not trusted can be wrong in every way that cattrs knows
