@@ -206,14 +206,12 @@ class Arrival(Generic[M]):
 
     def _switch(self, state: bytes) -> None:
         """Load what came, and run once the source has given the machine up."""
-        vm, channel, progress = self._vm, self._channel, self._progress
+        vm, progress = self._vm, self._progress
         try:
             load_state(vm, loads(state.decode()), any_cpu=self._any_cpu)
         except (ConfigError, UnicodeDecodeError, RecursionError) as error:
             raise BrokenStream(f"{vm.name}: {error}") from error
         progress.status = "waiting"
-        if not channel.one_way:
-            channel.send(Kind.READY)
         stamps = self._await_commit()
         try:
             self._go_on(stamps)
@@ -290,9 +288,11 @@ class Arrival(Generic[M]):
                 return bytes(state)
 
     def _await_commit(self) -> list[Stamp]:
-        """The source's last word. LinkLost has the machine, which stands still."""
+        """Say that all is here, and hear the source's last word. LinkLost has the machine, which stands still."""
         vm, channel = self._vm, self._channel
         try:
+            if not channel.one_way:
+                channel.send(Kind.READY)
             body = bytes(channel.receive(Kind.COMMIT).body)
         except (LinkLost, BrokenStream) as error:
             if channel.one_way:  # a stream that was cut short; there is another copy
