@@ -30,7 +30,8 @@ class HandedImage:
     def let_go(self) -> None:
         """Make all that was written stable, also what the format keeps in memory, and take the lock off."""
         file = self._handed()
-        self.complete()
+        image: Any = self
+        getattr(image, "settle", image.flush)()
         unlock_image(file.fd)
 
     def take_back(self) -> None:
@@ -42,11 +43,6 @@ class HandedImage:
             except HostError:
                 unlock_image(file.fd)  # of two who try, the other is to have it
                 raise
-
-    def complete(self) -> None:
-        """Bring the file into the state that closing the image leaves. Raises OSError."""
-        image: Any = self
-        image.flush()
 
     def _handed(self) -> Any:
         return vars(self)["_file"]

@@ -426,11 +426,6 @@ class Qcow2Image(CopiedImage, HandedImage):
             self._file.punch(free[at] << self._bits, run << self._bits)
             at += run
 
-    def complete(self) -> None:
-        """Commit, and count what ``lazy_refcounts`` left for the close. No request is under way. Raises OSError."""
-        with self._committing:
-            self._settle()
-
     def close(self) -> None:
         """Commit and close. Idempotent. What cannot be committed is said by a warning: no flush has promised it."""
         below: Image | None = self
@@ -447,13 +442,14 @@ class Qcow2Image(CopiedImage, HandedImage):
             self._closed = True
             try:
                 if not self._readonly and self._health.broken is None:
-                    self._settle()
+                    self.settle()
             except OSError as error:
                 self._warn(f"{self._file.path}: unflushed writes are lost: {error}")
             finally:
                 self._file.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Commit, and count what ``lazy_refcounts`` left for the end. No request is under way. Raises OSError."""
         self._commit()
         self._lazy = False
         while self._limbo or self._l2.dirty or self.tables.dirty_l1 or self.tables.refcounts.is_dirty():

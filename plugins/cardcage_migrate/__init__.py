@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenStream", "LinkLost", "Machine", "Movable", "Progress", "Refused", "Verbs"]
 
+QMP = "migrate migrate_cancel migrate_set_parameters query_migrate query_migrate_parameters"
+
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer the verbs, the commands ``migrate`` and ``incoming``, and what stands for disks that are on their way."""
     from cardcage_fleet import ControlOffer, SessionOffer
+    from cardcage_qmp import QmpCommand, QmpEvent
 
     out = "cardcage_migrate.outgoing"
     registry.verb("migrate", f"{out}:migrate", help="move the running machine to who waits for it")
@@ -59,6 +62,10 @@ def cardcage_register(registry: Registry) -> None:
     )
     serve = "cardcage_migrate.serve"
     registry.add(SessionOffer("migrate", f"{serve}:migrate", help="move the machine over this connection"))
+    for name in QMP.split():
+        spelt = name if name == "migrate_cancel" else name.replace("_", "-")
+        registry.add(QmpCommand(spelt, f"cardcage_migrate.qmp:{name}"))
+    registry.add(QmpEvent("MIGRATION", "cardcage_migrate.qmp:MigrationEvent"))
     registry.add(ControlOffer("migrate-act", f"{serve}:act", help="cancel, show or recover a migration: {act: NAME}"))
 
 

@@ -53,7 +53,7 @@ class Held:
         self._gone = False
 
     def described(self) -> MovedDisk:
-        """What the destination is told."""
+        """The disk as the destination is told of it."""
         info, file = self.backend.info, []
         if self.path:
             about = os.stat(self.path)
@@ -78,7 +78,7 @@ class Held:
 
 
 def stamp(device: str, path: str) -> Stamp | None:
-    """What tells if the image was changed; None for no regular file that can be looked at."""
+    """Marks by which a change of the image is seen; None for no regular file that can be looked at."""
     try:
         about = os.stat(path)
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def held_disks(machine: Machine) -> list[Held]:
 
 
 def original_spec(spec: Any) -> Any:
-    """What names the disk itself, also of a machine that has moved here."""
+    """The drive itself, also of a machine that has moved here."""
     while isinstance(spec, dict) and spec.get("type") == "arriving":
         spec = spec.get("disk")
     return spec

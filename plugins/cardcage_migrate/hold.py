@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Hold", "migrate_recover", "recoverable"]
 
 STOPPED = frozenset({"start", "resume", "reset", "add", "fork"})
-"""What is refused of a machine meanwhile."""
+"""Acts that are refused of a machine meanwhile."""
 _ways: WeakKeyDictionary[Machine, Callable[[], None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 

@@ -65,7 +65,7 @@ class Cancelled(StateError):
 
 @frozen
 class Limits:
-    """What a migration may cost.
+    """The cost that a migration may have.
 
     Attributes:
         bandwidth: bytes a second while the guest runs, None for all there is. downtime: seconds that the guest may
@@ -162,7 +162,7 @@ class Outgoing:
         self._disks = held_disks(machine)
         checked(self._disks, self._tables)
         self._due: list[Run] = []
-        """What was written before the last pass, and has not gone over."""
+        """Pages that were written before the last pass, and have not gone over."""
         self._left: list[tuple[Any, Stamp | None]] = []
         machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("migrate_out",), {"machine": machine.name}))
         self._running = machine.state is State.RUNNING
@@ -381,6 +381,7 @@ class Outgoing:
         progress.downtime = time.monotonic() - self._stopped
         progress.status, progress.remaining = "completed", 0
         machine.log.info("migrated", to=self._where, downtime=f"{progress.downtime * 1000:.0f} ms")
+        self._report(now=True)
         machine.stop(f"migrated to {self._where}")
 
     # when it goes wrong

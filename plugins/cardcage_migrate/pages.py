@@ -49,7 +49,7 @@ def why_not(machine: Machine) -> str:
 
 
 class Written:
-    """What is written in *block* from now on, by vCPUs, devices and other processes, until it is closed.
+    """The pages of *block* that are written from now on, by vCPUs, devices and other processes, until it is closed.
 
     Raises StateError where somebody else has the machine's dirty log.
     """
@@ -66,7 +66,7 @@ class Written:
         return joined([*runs, *(file_runs(below, self._block.size) if below >= 0 else ())])
 
     def fetch(self) -> list[Run]:
-        """What was written since the last call: sorted runs of whole pages."""
+        """The pages that were written since the last call: sorted runs of whole pages."""
         found: list[Run] = []
         for slot in self._machine.memory.slots:
             base = slot.host_address - self._block.host_address

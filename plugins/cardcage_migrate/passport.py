@@ -103,7 +103,7 @@ def structured(data: bytes, kind: Any) -> Any:
 
 
 def boot_id() -> str:
-    """What tells this host, since it was booted, from all others (random(4)); empty where the kernel does not say."""
+    """The number that this host has since it was booted, and no other (random(4)); empty where none is told."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

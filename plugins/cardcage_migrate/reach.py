@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cardcage_migrate.wire import Peer
 
-__all__ = ["Place", "Waiting", "connect", "parse"]
+__all__ = ["Place", "Waiting", "adopted", "connect", "parse"]
 
 DIAL = 10.0
 """Seconds that a connection may take, and the first word on it."""
@@ -202,11 +202,16 @@ def _other(place: Place, *, writes: bool) -> tuple[Peer, bool]:
             fd = os.dup(int(place.rest))
         except OSError as error:
             raise HostError(f"{place}: {error.strerror}") from error
-        if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return socket.socket(fileno=fd), False
-        return Pipe(fd), True
+        return adopted(fd)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if writes else os.O_RDONLY
     return Pipe(os.open(place.rest, flags | os.O_CLOEXEC, 0o600)), True
+
+
+def adopted(fd: int) -> tuple[Peer, bool]:
+    """A connection of this descriptor, which it closes, and whether nothing can come back on it."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return socket.socket(fileno=fd), False
+    return Pipe(fd), True
 
 
 class Program:
@@ -250,7 +255,7 @@ def _may_tls(place: Place) -> None:
 
 
 def tls_context(folder: str | os.PathLike[str], *, server: bool) -> ssl.SSLContext:
-    """What both sides show and want, from a directory with QEMU's file names. Raises ConfigError that names it."""
+    """Certificates, those shown and those wanted, by QEMU's names. Raises ConfigError that names the file."""
     import ssl
 
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +13,13 @@ from cardcage_fleet.session import Kind as SessionKind
 from cardcage_migrate.hold import migrate_recover
 from cardcage_migrate.outgoing import Limits, Outgoing, migrate_cancel
 from cardcage_migrate.progress import current
-from cardcage_migrate.reach import parse
-from cardcage_migrate.wire import Pipe
+from cardcage_migrate.reach import adopted, parse
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage_fleet import Session
 
     from cardcage_migrate.progress import Progress
-    from cardcage_migrate.wire import Peer
 
 __all__ = ["act", "migrate"]
 
@@ -60,15 +56,9 @@ def migrate(machine: Machine, arguments: dict[str, Any], session: Session) -> di
         with suppress(CardcageError):  # it is over, or too late
             outgoing.cancel()
 
-    def link() -> tuple[Peer, bool]:
-        fd = os.dup(session.fds[0])
-        if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return socket.socket(fileno=fd), False
-        return Pipe(fd), True
-
     session.begin()
     session.listen(lambda frame: None, hung_up)
-    return outgoing.over(link).table()
+    return outgoing.over(lambda: adopted(os.dup(session.fds[0]))).table()
 
 
 def act(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:

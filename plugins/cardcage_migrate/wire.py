@@ -93,7 +93,7 @@ _KINDS = {int(one): one for one in Kind}
 
 
 class BrokenStream(HostError):
-    """What came is no stream of a machine, or is damaged."""
+    """Bytes that are no stream of a machine, or a damaged one."""
 
 
 class LinkLost(HostError):

@@ -285,6 +285,6 @@ def read(folder: Folder) -> tuple[Manifest, bool]:
 
 
 def is_ours(config: dict[str, Any], label: str, seal: str) -> bool:
-    """Whether the *seal* says that the configuration is that of a machine of this account."""
+    """True where the *seal* says that the configuration is that of a machine of this account."""
     key = _key(make=False) if seal else None
     return key is not None and compare_digest(_seal(key, config, label), seal)

@@ -32,7 +32,7 @@ NEEDS = {
     "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
-    "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_cli"},
+    "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_cli", "cardcage_qmp"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
