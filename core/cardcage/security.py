@@ -51,7 +51,7 @@ HOST = "host"
 """The label of the host program itself."""
 
 CLASSES = {
-    "machine": ("create", "start", "pause", "resume", "reset", "stop", "destroy", "add", "save", "load", "fork"),
+    "machine": (*"create start pause resume reset stop destroy add save load fork migrate_out migrate_in".split(),),
     "card": ("load",),
     "device": ("attach", "configure", "detach"),
     "memory": ("map", "share", "merge", "reclaim", "execmem", "dma_read", "dma_write"),
