@@ -50,8 +50,6 @@ REFUSED = {
     "fda": "cardcage has no floppy disks",
     "incoming": "cardcage takes no migration of QEMU's",
     "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
-    "s": "cardcage has no gdb stub",
-    "gdb": "cardcage has no gdb stub",
     "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
     "tpmdev": "cardcage has no TPM",
     "watchdog": "cardcage has no watchdog",
@@ -224,7 +222,7 @@ class Line:
         """Options that are no part of the configuration."""
         found = []
         if self.freeze:
-            found.append("-S: QMP's cont starts the machine")
+            found.append("-S: QMP's cont, or gdb's continue, starts the machine")
         if self.linger:
             found.append("-no-shutdown: the machine stays after its guest's power-off, until QMP's quit")
         return found

@@ -33,6 +33,7 @@ NEEDS = {
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_qmp": set(),
+    "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
