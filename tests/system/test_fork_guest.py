@@ -15,6 +15,7 @@ from cardcage.machine import State
 from cardcage.outcome import PoweredOff, Stopped
 from cardcage_agent import Machine
 from cardcage_fleet import command, find
+from cardcage_fleet.roster import Roster
 from cardcage_fleet.rundir import run_directory
 from cardcage_fork import Copy, fork
 from installed import PROGRAM
@@ -180,23 +181,25 @@ def test_random_numbers_differ(vm: Machine) -> None:
 def test_forks_leave_nothing(vm: Machine) -> None:
     """Forks one after another leave no descriptor, process, thread, file or entry on the roster."""
     count = 1000 if LONG else 25
+    pids = [os.getpid()]
 
     def left() -> tuple[object, ...]:
         tasks = os.listdir("/proc/self/task")
         children = [one for task in tasks for one in Path(f"/proc/self/task/{task}/children").read_text().split()]
-        return sorted(descriptors().values()), children, threading.active_count(), sorted(os.listdir(run_directory()))
+        entries = sorted(path.name for pid in pids for path in run_directory().glob(f"{pid}-*"))
+        return sorted(descriptors().values()), children, threading.active_count(), entries
 
     fork(vm)[0].close()
     before = left()
     for at in range(count):
         (copy,) = fork(vm)
+        pids.append(copy.pid)
         if at % 5 == 0:
             copy.run("true")
         copy.kill() if at % 7 == 3 else copy.close()
-    for path in run_directory().glob("*.json"):  # of those that were killed: whoever looks next forgets them
-        if not Path(f"/proc/{path.name.partition('-')[0]}").exists():
-            for suffix in (".json", ".control", ".sock"):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+    for entry in (roster := Roster()).read()[1]:  # of those that were killed: whoever looks next forgets them
+        if entry.pid in pids:
+            roster.forget(entry)
     assert left() == before
 
 
