@@ -22,7 +22,7 @@ from cardcage.x86 import Segment
 if TYPE_CHECKING:
     from cardcage.accelerator import Accelerator
 
-__all__ = ["check_guest_debug"]
+__all__ = ["Debugged", "check_guest_debug"]
 
 START = 0x1000
 CODE = bytes.fromhex("b80100 40 a30020 8b1e0020 ff060020 40 cd20 ebef")
@@ -52,7 +52,7 @@ class _NoDevices:
     def end_of_interrupt(self, vector: int, /) -> None: ...
 
 
-class _Debugged:
+class Debugged:
     """The program on a processor of its own."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -112,7 +112,7 @@ def check_guest_debug(accelerator: Accelerator) -> str:
 
     Raises AssertionError for what is wrong. An accelerator may refuse watchpoints by AcceleratorError.
     """
-    one = _Debugged(accelerator)
+    one = Debugged(accelerator)
     try:
         if "guest-debug" not in one.vm.capabilities:
             return f"{accelerator.name} has no guest-debug"
@@ -124,14 +124,14 @@ def check_guest_debug(accelerator: Accelerator) -> str:
         one.close()
 
 
-def _steps(one: _Debugged) -> None:
+def _steps(one: Debugged) -> None:
     assert one.step(17) == [*LOOP, *LOOP, INC], "steps go elsewhere"
     flags = one.vcpu.get_state()
     assert not flags.registers.rflags & 0x100, "the guest's trap flag is set"
     assert flags.debug[5] == 0x400, "the guest's DR7 changed"
 
 
-def _breakpoints(one: _Debugged) -> None:
+def _breakpoints(one: Debugged) -> None:
     points = [("execute", LOAD, 1), ("execute", AGAIN, 1)]
     one.debug.set_breakpoints(points)
     for point in points * 2:
@@ -145,7 +145,7 @@ def _breakpoints(one: _Debugged) -> None:
     one.go(Exit.KICKED, kick=0.05)
 
 
-def _holds(one: _Debugged) -> None:
+def _holds(one: Debugged) -> None:
     before = one.vcpu.get_state().registers
     one.debug.set_stepping(0, "hold")
     one.go(Exit.KICKED, kick=0.05)
@@ -154,7 +154,7 @@ def _holds(one: _Debugged) -> None:
     one.debug.set_stepping(0, "run")
 
 
-def _watchpoints(one: _Debugged) -> str:
+def _watchpoints(one: Debugged) -> str:
     try:
         one.debug.set_breakpoints([("write", 0x2000, 2)])
     except AcceleratorError as error:
