@@ -235,8 +235,8 @@ class DirtyLog(Protocol):
 
 class GuestDebug(Protocol):
     """Capability ``guest-debug``: stops for a debugger, as :attr:`~cardcage.vcpu.Exit.DEBUG`, which no guest sees.
-    Called while no vCPU runs. A point is (kind, linear address, size in bytes): ``execute`` stops before an instruction
-    there, ``write``, ``read`` and ``access`` behind one that does so to one of the bytes."""
+    For the device that provides the service ``guest-debug``, while no vCPU runs. A point is (kind, linear address,
+    size): ``execute`` stops before an instruction; ``write``, ``read``, ``access`` behind one that does so to a byte."""
 
     def set_breakpoints(self, points: Sequence[tuple[str, int, int]], /) -> None:
         """Stop at these, on each vCPU, and at no others. Raises AcceleratorError for more than it can; none change."""

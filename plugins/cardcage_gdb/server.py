@@ -184,6 +184,7 @@ class Gdb:
         self._slot = slot
         if "guest-debug" not in getattr(slot.interrupts.vm, "capabilities", ()):
             raise ConfigError("this machine's accelerator cannot debug guests: it has no guest-debug")
+        slot.host.provide("guest-debug", self)  # points have one owner: another debugger is refused
         made = self._endpoint.open(slot)
         made.setblocking(False)
         self._listening = made

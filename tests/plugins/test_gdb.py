@@ -482,13 +482,16 @@ def test_a_checker_refuses_gdb() -> None:
 
 
 def test_an_accelerator_without_guest_debug() -> None:
-    """A stranger's accelerator that cannot debug refuses the device in one line; a machine that runs takes none."""
+    """A stranger's accelerator that cannot debug refuses the device in one line; a machine that runs, or has a debugger,
+    takes none."""
     with pytest.raises(ConfigError, match="cannot debug guests: it has no guest-debug"):
         Machine(
             host=Host([Scripted(), __import__("cardcage_gdb"), __import__("cardcage_qmp")], installed=False),
             machine={"platform": "none", "memory": "2M", "accel": "scripted"},
             devices=[{"type": "gdb", "socket": "tcp:127.0.0.1:0"}],
         )
+    with machine("tcg", start=False) as vm, pytest.raises(ConfigError, match="has a guest-debug already"):
+        vm.gdb()
     with machine("tcg") as vm, pytest.raises(StateError, match="before the machine starts"):
         vm.gdb()
 
