@@ -236,7 +236,7 @@ class DirtyLog(Protocol):
 class GuestDebug(Protocol):
     """Capability ``guest-debug``: stops for a debugger, as :attr:`~cardcage.vcpu.Exit.DEBUG`, which no guest sees.
     For the device that provides the service ``guest-debug``, while no vCPU runs. A point is (kind, linear address,
-    size): ``execute`` stops before an instruction; ``write``, ``read``, ``access`` behind one that does so to a byte."""
+    size): ``execute`` before an instruction; ``write``, ``read``, ``access`` behind one that does it to a byte."""
 
     def set_breakpoints(self, points: Sequence[tuple[str, int, int]], /) -> None:
         """Stop at these, on each vCPU, and at no others. Raises AcceleratorError for more than it can; none change."""

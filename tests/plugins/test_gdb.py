@@ -482,7 +482,7 @@ def test_a_checker_refuses_gdb() -> None:
 
 
 def test_an_accelerator_without_guest_debug() -> None:
-    """A stranger's accelerator that cannot debug refuses the device in one line; a machine that runs, or has a debugger,
+    """A stranger's accelerator that cannot debug refuses the device in one line; one that runs, or has a debugger,
     takes none."""
     with pytest.raises(ConfigError, match="cannot debug guests: it has no guest-debug"):
         Machine(
