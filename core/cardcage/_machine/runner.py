@@ -37,6 +37,7 @@ def run_vcpu(life: Life, wiring: Wiring, ops: Callable[[], Ops], observers: Obse
             elif reason is Exit.RESET:
                 life.request_reset("the processor asked")
             elif reason is Exit.DEBUG:
+                gate.leave(index)  # nobody has to wait for it
                 life.debug_stop(index)
             else:
                 raise AcceleratorError(leave.detail or f"cpu {index}: the accelerator cannot go on")
