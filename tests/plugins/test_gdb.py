@@ -23,6 +23,7 @@ from cardcage_gdb.registers import REGISTERS, read, write
 from cardcage_gdb.server import parse_gdb, place
 from cardcage_gdb.stub import Stub
 from cardcage_gdb.wire import INTERRUPT, MOST, Splitter, TooMuch, frame, hexadecimal, unescape
+from cardcage_qemu import translate
 from cardcage_qmp import control_of
 from gdb_kit import Client, gdb, machine, needs_gdb, values
 from hypothesis import given, settings
@@ -503,6 +504,10 @@ def test_the_flag() -> None:
     assert [place(one) for one in ("1234", "tcp::1234", "tcp:10.0.0.1:1", "unix:x")] == [
         *("tcp:127.0.0.1:1234", "tcp:127.0.0.1:1234", "tcp:10.0.0.1:1", "unix:x")
     ]
+    for words, where in ((["-s"], "tcp:127.0.0.1:1234"), (["-gdb", "unix:x,server=on,wait=off"], "unix:x")):
+        assert {"type": "gdb", "socket": where} in translate(["-bios", "rom", *words]).config()["device"]
+    with pytest.raises(ConfigError, match="cardcage has none, unix:PATH and tcp:HOST:PORT"):
+        translate(["-gdb", "stdio"])
     with pytest.raises(ValueError, match="expected a port"):
         parse_gdb("")
     for wrong in ("nothing", "tcp:127.0.0.1:x", "tcp:127.0.0.1:70000"):
