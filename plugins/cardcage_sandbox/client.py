@@ -56,17 +56,17 @@ class Sandbox:
     """A guest of one's own, without a network. Leaving a ``with`` ends it; else its time does, or :meth:`kill`.
 
     Attributes:
-        id: its name. commands, files, pty: what is in it.
+        id: its name. made: what there was to know of it at first. commands, files, pty: what is in it.
     """
 
     def __init__(self, keeper: RosterEntry, told: dict[str, Any]) -> None:
         self._keeper, self._envs = keeper, {str(name): str(value) for name, value in told.pop("envs", {}).items()}
-        self._info = SandboxInfo(**told)
-        self.id = self._info.id
-        entry = find(str(self._info.pid))
-        self.commands = Commands(entry, self.id, self._info.user, self._envs)
-        self.files = Files(entry, self.id, self._info.user)
-        self.pty = Pty(entry, self.id, self._info.user, self._envs)
+        self.made = SandboxInfo(**told)
+        self.id = self.made.id
+        entry = find(str(self.made.pid))
+        self.commands = Commands(entry, self.id, self.made.user, self._envs)
+        self.files = Files(entry, self.id, self.made.user)
+        self.pty = Pty(entry, self.id, self.made.user, self._envs)
 
     @classmethod
     def create(
@@ -131,8 +131,7 @@ class Sandbox:
         """What there is to know of it now. Raises UsageError when it has ended."""
         told = _asked(self._keeper, "get", id=self.id)
         del told["envs"]
-        self._info = SandboxInfo(**told)
-        return self._info
+        return SandboxInfo(**told)
 
     @property
     def is_running(self) -> bool:
@@ -177,7 +176,7 @@ class Sandbox:
         self.kill()
 
     def __repr__(self) -> str:
-        return f"<Sandbox {self.id} of {self._info.template}>"
+        return f"<Sandbox {self.id} of {self.made.template}>"
 
 
 def _asked(keeper: RosterEntry, do: str, **keys: Any) -> Any:

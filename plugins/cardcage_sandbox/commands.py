@@ -164,7 +164,8 @@ class _Acts:
     def __init__(self, entry: RosterEntry, name: str, user: str, envs: Mapping[str, str]) -> None:
         self._entry, self._name, self._user, self._envs = entry, name, user, dict(envs)
 
-    def _start(self, words: list[str], envs: Mapping[str, str] | None, user: str | None, **keys: Any) -> Talk:
+    def starting(self, words: list[str], envs: Mapping[str, str] | None, user: str | None, **keys: Any) -> Talk:
+        """A command that starts: the act of :meth:`run` as it is."""
         return Talk(
             self._entry,
             self._name,
@@ -175,9 +176,13 @@ class _Acts:
             **keys,
         )
 
+    def attaching(self, pid: int) -> Talk:
+        """The act of :meth:`connect` as it is."""
+        return Talk(self._entry, self._name, "attach", pid=pid)
+
     def connect(self, pid: int) -> Command:
-        """A command that runs, by its number: its output from now on. Raises UsageError."""
-        return Command(self, f"command {pid}", Talk(self._entry, self._name, "attach", pid=pid))
+        """A command that runs, by its number: its output from now on. Raises ProcessLookupError."""
+        return Command(self, f"command {pid}", self.attaching(pid))
 
     def list(self) -> list[RunningCommand]:
         """What runs of the commands that were started."""
@@ -192,9 +197,10 @@ class _Acts:
 
     def send_signal(self, pid: int, signal: int) -> bool:
         """Send a command's process group a signal, 1 to 64; False when it has ended."""
-        if pid not in [one.pid for one in self.list()]:
+        try:
+            act(self._entry, self._name, "signal", pid=pid, signal=signal)
+        except ProcessLookupError:
             return False
-        act(self._entry, self._name, "signal", pid=pid, signal=signal)
         return True
 
     def kill(self, pid: int) -> bool:
@@ -269,7 +275,7 @@ class Commands(_Acts):
         Raises OSErrors as the guest's kernel has them about the program, TimeoutExpired, UsageError.
         """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        talk = self._start(words, envs, user, cwd=cwd, input=stdin, limit=timeout, keep=background)
+        talk = self.starting(words, envs, user, cwd=cwd, input=stdin, limit=timeout, keep=background)
         started = Command(self, command, talk, limit)
         if background:
             return started
@@ -295,4 +301,4 @@ class Pty(_Acts):
         """Start a program with a terminal, which goes on when nobody listens: all its output is standard output."""
         given = {"TERM": "xterm-256color", **(envs or {})}
         keys = {"cwd": cwd, "pty": [rows, columns], "limit": timeout, "keep": True}
-        return Command(self, list(command), self._start(list(command), given, user, **keys), limit)
+        return Command(self, list(command), self.starting(list(command), given, user, **keys), limit)

@@ -57,18 +57,23 @@ class Watch:
     """Changes of a directory as they come, an iterator. Close it, or use it in a ``with``."""
 
     def __init__(self, talk: Talk) -> None:
-        self._talk = talk
+        self.talk = talk
         self._lines = self._read()
 
+    @staticmethod
+    def parsed(data: bytes) -> Iterator[Change]:
+        """The changes in a frame."""
+        for line in data.splitlines():
+            yield Change(**json.loads(line))
+
     def _read(self) -> Iterator[Change]:
-        for frame in self._talk.frames():
-            for line in frame.data.splitlines():
-                yield Change(**json.loads(line))
+        for frame in self.talk.frames():
+            yield from self.parsed(frame.data)
 
     def close(self) -> None:
         """Watch no more."""
-        self._talk.hang_up()
-        self._talk.close()
+        self.talk.hang_up()
+        self.talk.close()
 
     def __iter__(self) -> Self:
         return self
@@ -123,6 +128,10 @@ class Files:
         )
         pieces = (one[at : at + PIECE] for one in given for at in range(0, len(one), PIECE))
         return Entry(**self._act("write", path, user, pieces)[1]["entry"])
+
+    def writing(self, path: str, *, user: str | None = None) -> Talk:
+        """A file to write piece by piece, whose table at the end has its ``entry``."""
+        return Talk(self._entry, self._name, "write", path=path, user=user or self._user)
 
     def list(self, path: str = "", *, depth: int = 1, user: str | None = None) -> list[Entry]:
         """The entries of a directory, by name, and of those in it down to *depth*; 10,000 at most."""

@@ -186,7 +186,8 @@ def serve(machine: Machine, arguments: dict[str, Any], session: Session) -> dict
     except TimeoutExpired as error:
         raise UsageError(f"{machine.name}: the command did not start within {error.timeout:g} s") from error
     except OSError as error:
-        return {"errno": error.errno or errno.EIO, "path": str(error.filename or request.get("path", ""))}
+        where = str(error.filename or request.get("path", "")).removeprefix(f"{machine.name}:")
+        return {"errno": error.errno or errno.EIO, "path": where}
 
 
 def _guest(machine: Machine, request: dict[str, Any]) -> tuple[Guest, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -45,10 +46,10 @@ class Table:
         self._starting = 0
 
     def find(self, pid: int) -> Running:
-        """The one with this number. Raises UsageError."""
+        """The one with this number. Raises ProcessLookupError."""
         with self._lock:
             if (found := self._running.get(pid)) is None:
-                raise UsageError(f"no command {pid} was found")
+                raise ProcessLookupError(errno.ESRCH, "No such process", f"command {pid}")
             return found
 
     def rows(self) -> list[dict[str, Any]]:

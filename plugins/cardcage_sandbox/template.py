@@ -59,7 +59,7 @@ class Template:
     """
 
     name: str = field(default="base", validator=matches_re(NAME))
-    memory: Size = field(default=Size("256M"), converter=Size, validator=ge(64 << 20))
+    memory: Size = field(default=Size("256M"), converter=Size, validator=ge(Size("64M")))
     cpus: int = field(default=1, validator=[ge(1), le(64)])
     disk: Size = field(default=Size(0), converter=Size)
     root: HostPath = ""
