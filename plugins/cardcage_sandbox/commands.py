@@ -227,6 +227,7 @@ class Commands(_Acts):
         cwd: str | None = None,
         user: str | None = None,
         stdin: bool = False,
+        tag: str | None = None,
         timeout: float | None = 60,
         check: bool = False,
         limit: int = LIMIT,
@@ -242,6 +243,7 @@ class Commands(_Acts):
         cwd: str | None = None,
         user: str | None = None,
         stdin: bool = False,
+        tag: str | None = None,
         timeout: float | None = 60,
         limit: int = LIMIT,
     ) -> Command: ...
@@ -257,6 +259,7 @@ class Commands(_Acts):
         cwd: str | None = None,
         user: str | None = None,
         stdin: bool = False,
+        tag: str | None = None,
         timeout: float | None = 60,
         check: bool = False,
         limit: int = LIMIT,
@@ -267,7 +270,7 @@ class Commands(_Acts):
             command: text for ``/bin/sh -c``, or a list of a program and its arguments.
             on_stdout, on_stderr: called with each piece of output, as it comes.
             envs: variables, besides the sandbox's and a login's. cwd, user: by default the user's home, the template's.
-            stdin: it has an input, for ``send_stdin``.
+            stdin: it has an input, for ``send_stdin``. tag: a name of your own for it, which :meth:`list` tells.
             timeout: seconds, after which it is killed; None for none.
             check: raise CommandFailed for another status than 0.
             limit: bytes of each output; a command with more is killed.
@@ -275,7 +278,7 @@ class Commands(_Acts):
         Raises OSErrors as the guest's kernel has them about the program, TimeoutExpired, UsageError.
         """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        talk = self.starting(words, envs, user, cwd=cwd, input=stdin, limit=timeout, keep=background)
+        talk = self.starting(words, envs, user, cwd=cwd, input=stdin, tag=tag, limit=timeout, keep=background)
         started = Command(self, command, talk, limit)
         if background:
             return started

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -37,6 +38,8 @@ DAY = 86400.0
 DEFAULT = 300.0
 LOOK = 5.0
 """Seconds between two looks at sandboxes whose guests may have ended."""
+PATIENCE = 5.0
+"""Seconds that a sandbox may take to end."""
 METADATA, ENVS = 4096, 8192
 """Bytes of JSON."""
 FORKS = 100
@@ -91,8 +94,8 @@ class Pool:
             self._kept.clear()
         with self._forking:  # who was making one has ended it
             pass
-        for one in copies:
-            one.kill()
+        if copies:
+            _each(copies, _end)
         self._held.close()
 
     def abandon(self) -> None:
@@ -157,7 +160,7 @@ class Pool:
                     else:  # the agent gives each randomness before it does anything else
                         _each(copies, lambda one: one.agent.wait())
                 except BaseException:
-                    _each(copies, lambda one: one.kill())
+                    _each(copies, _end)
                     raise
             return self._keep(copies, until, dict(kept.metadata), dict(kept.envs), kept.on_timeout)
         finally:
@@ -165,6 +168,7 @@ class Pool:
 
     def rows(self) -> list[dict[str, Any]]:
         """All that live."""
+        self._look(now=True)
         with self._changed:
             kept = list(self._kept.values())
         return [self._told(one) for one in kept]
@@ -180,7 +184,7 @@ class Pool:
             kept = self._find(id)
             del self._kept[id]
             self._changed.notify_all()
-        kept.copy.kill()
+        _end(kept.copy)
 
     def extend(self, id: str, timeout: float, *, longer: bool = False) -> None:
         """Let it live *timeout* seconds from now; with *longer* only where that is later."""
@@ -234,7 +238,7 @@ class Pool:
         try:
             _each(copies, _wake)
         except BaseException:
-            copies[0].kill()
+            _end(copies[0])
             raise
         return copies
 
@@ -254,7 +258,7 @@ class Pool:
                 if not self._stopped:
                     self._spare.append(copy)
                     continue
-            copy.kill()
+            _end(copy)
 
     def _keep(
         self, copies: list[Copy], until: float, metadata: dict[str, str], envs: dict[str, str], on_timeout: str
@@ -262,7 +266,7 @@ class Pool:
         made = [Kept(secrets.token_hex(10), one, time.time(), until, metadata, envs, on_timeout) for one in copies]
         with self._changed:
             if self._stopped:
-                _each(copies, lambda one: one.kill())
+                _each(copies, _end)
                 raise StateError(f'template "{self._template.name}" is ending')
             self._kept.update({one.id: one for one in made})
             self._changed.notify_all()
@@ -303,9 +307,9 @@ class Pool:
             else:
                 self.kill(one.id)
 
-    def _look(self) -> None:
+    def _look(self, *, now: bool = False) -> None:
         """Forget those whose guests, or processes, have ended."""
-        if time.monotonic() - self._looked < LOOK:
+        if not now and time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
         with self._changed:
@@ -325,6 +329,28 @@ def _wake(copy: Copy) -> None:
     copy.resume()
     copy.agent.reseed()
     copy.agent.set_time()
+
+
+def _end(copy: Copy) -> None:
+    """End a copy, which takes itself off the roster; one that does not within seconds is killed."""
+    try:
+        fd = os.pidfd_open(copy.pid)
+    except ProcessLookupError:  # it has ended
+        copy.close()
+        return
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+    timer = threading.Timer(PATIENCE, kill)
+    timer.start()
+    try:
+        copy.close()
+    finally:
+        timer.cancel()
+        timer.join()
+        os.close(fd)
 
 
 def _each(copies: list[Copy], act: Callable[[Copy], object]) -> None:
