@@ -155,10 +155,8 @@ class Pool:
             with kept.lock:
                 copies = kept.copy.fork(count)
                 try:
-                    if kept.paused:
-                        _each(copies, _wake)
-                    else:  # the agent gives each randomness before it does anything else
-                        _each(copies, lambda one: one.agent.wait())
+                    # before anybody has a command run: what forks has its parent's random numbers
+                    _each(copies, _wake if kept.paused else lambda one: one.agent.reseed())
                 except BaseException:
                     _each(copies, _end)
                     raise

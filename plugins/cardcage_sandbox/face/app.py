@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from cardcage_sandbox.client import Sandbox
 from cardcage_sandbox.face.control import Control, Refused
-from cardcage_sandbox.face.guard import Guard, Keys
+from cardcage_sandbox.face.guard import Guard, Keys, TooLarge, too_large
 from cardcage_sandbox.face.insides import Insides
 from cardcage_sandbox.template import Template
 
@@ -100,7 +100,7 @@ class Face:
 
 def application(face_of: Callable[[], Face], hosts: frozenset[str]) -> ASGIApp:
     """The application. *face_of* is called in its loop; *hosts* are the names that it answers to, all when empty."""
-    app = Starlette()
+    app = Starlette(exception_handlers={TooLarge: too_large})
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

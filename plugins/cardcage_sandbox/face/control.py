@@ -138,6 +138,7 @@ class Control:
         query = request.query_params
         rows = await self._face.thread(Sandbox.list)
         wanted = {unquote(name): unquote(value) for name, value in parse_qsl(query.get("metadata", ""))}
+        since = _moment(query.get("startedAfter"))
         states = [one for one in query.get("state", "").split(",") if one]
         rows = [
             one
@@ -145,7 +146,7 @@ class Control:
             if wanted.items() <= one.metadata.items()
             and (not states or one.state in states)
             and query.get("template", one.template) == one.template
-            and one.started >= _moment(query.get("startedAfter"))
+            and one.started >= since
         ]
         if query.get("order") != "asc":
             rows.reverse()

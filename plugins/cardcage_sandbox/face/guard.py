@@ -12,9 +12,11 @@ from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers, QueryParams
+    from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["BODY", "UPLOAD", "Guard", "Keys", "TooLarge"]
+__all__ = ["BODY", "UPLOAD", "Guard", "Keys", "TooLarge", "too_large"]
 
 BODY = 1 << 20
 """Bytes of a request's body."""
@@ -83,7 +85,7 @@ class Guard:
             await _refuse(413, f"a body of more than {most} bytes")(scope, receive, send)
             return
         streams = headers.get(b"content-type", b"").startswith(b"application/connect+")
-        left, begun = most, False
+        left = most
 
         async def received() -> Message:
             nonlocal left
@@ -93,16 +95,12 @@ class Guard:
                 raise TooLarge
             return message
 
-        async def sent(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
+        await self._app(scope, received, send)
 
-        try:
-            await self._app(scope, received, sent)
-        except TooLarge:
-            if not begun:
-                await _refuse(413, f"a body of more than {most} bytes")(scope, receive, send)
+
+async def too_large(request: Request, error: Exception) -> Response:
+    """The answer where more came than is read."""
+    return _refuse(413, "the body is too long")
 
 
 def _refuse(status: int, why: str) -> JSONResponse:
