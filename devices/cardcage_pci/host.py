@@ -169,6 +169,7 @@ class PciHost(ComingAndGoing):
                 function.close()
                 del self.functions[where]
                 self._homeless.discard(where)
+                self._house()
                 if self._controller is not None and not self.occupants(where >> 3):
                     self._controller.emptied(where >> 3)
         self._presets = {where: one for where, one in self._presets.items() if where in self.functions}
@@ -200,9 +201,11 @@ class PciHost(ComingAndGoing):
             self._homeless.add(function.address)
             return
         self._homeless.discard(function.address)
-        for where in list(self._homeless):  # room may have been made for one that found none before
-            if self.functions[where].place():
-                self._homeless.discard(where)
+        self._house()
+
+    def _house(self) -> None:
+        """Room may have been made for a BAR that found none before."""
+        self._homeless = {where for where in self._homeless if not self.functions[where].place()}
 
     def read_address(self, offset: int, size: int) -> int:
         if size == 4:
@@ -256,3 +259,5 @@ class PciHost(ComingAndGoing):
         self._address, self._reset_control = state.address, state.reset_control & 0x0E
         for where, one in state.functions.items():
             self.functions[where].load(one)
+        # One may have found its place taken by another, which has its own only now; one saved without room waits.
+        self._homeless = {where for where, one in self.functions.items() if not one.place()}

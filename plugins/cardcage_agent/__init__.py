@@ -53,6 +53,7 @@ VERBS = {
     "popen": "start a command in the guest, as subprocess.Popen",
     "put": "copy a file or a directory into the guest",
     "get": "copy a file or a directory out of the guest",
+    "ssh_config": "OpenSSH's configuration for the guest, which needs no network",
 }
 
 

@@ -97,6 +97,38 @@ class Call:
         ended = self.status is not None and all(one.ended for one in self.inboxes)
         return self.result is not None or ended or self.failure is not None
 
+    def take(self, one: Frame) -> None:
+        """A frame of this call from the guest. Raises ProtocolError."""
+        match one.kind:
+            case Kind.DATA if one.stream in (1, 2):
+                inbox = self.inboxes[one.stream - 1]
+                inbox.allowed -= len(one.payload)
+                if inbox.allowed < 0 or inbox.ended or not one.payload:
+                    raise ProtocolError("more output than it has credit for")
+                inbox.kept += one.payload
+            case Kind.END if one.stream in (1, 2):
+                self.inboxes[one.stream - 1].ended = True
+            case Kind.END if one.stream == 0:
+                self.deaf = True
+            case Kind.CREDIT if one.stream == 0:
+                more = number(one.payload)
+                if self.credit + more > BUFFER:
+                    raise ProtocolError("more credit than its buffer has room")
+                self.credit += more
+            case Kind.STARTED if self.verb is Verb.RUN and self.pid is None:
+                self.pid = number(one.payload)
+            case Kind.EXITED if self.pid is not None and self.status is None:
+                self.status = number(one.payload)
+                if self.status > 256 + 64:
+                    raise ProtocolError(f"status {self.status}")
+            case Kind.RESULT:
+                error = number(one.payload[:4])
+                if error > ERRNO_MAX:
+                    raise ProtocolError(f"error number {error}")
+                self.result = error, one.payload[4:]
+            case _:
+                raise ProtocolError(f"a frame of kind {one.kind}, stream {one.stream}, in a call of {self.verb.name}")
+
 
 class Link:
     """Char back end ``agent``, and the service of that name: the calls of one machine.
@@ -201,7 +233,7 @@ class Link:
             if not 0 < one.call <= self._last:
                 raise ProtocolError(f"call {one.call}, which nobody made")
             return None  # given up, while this was on its way
-        self._serve(call, one)
+        call.take(one)
         if call.over:
             del self._calls[call.id]
         return None
@@ -213,37 +245,6 @@ class Link:
         self._drop(AgentError("the guest's agent began anew: the guest was reset, or it was ended"))
         self._flying, self._ready = 0, True
         self._queue(frame(0, Kind.WELCOME, 0, nonce))
-
-    def _serve(self, call: Call, one: Frame) -> None:
-        match one.kind:
-            case Kind.DATA if one.stream in (1, 2):
-                inbox = call.inboxes[one.stream - 1]
-                inbox.allowed -= len(one.payload)
-                if inbox.allowed < 0 or inbox.ended or not one.payload:
-                    raise ProtocolError("more output than it has credit for")
-                inbox.kept += one.payload
-            case Kind.END if one.stream in (1, 2):
-                call.inboxes[one.stream - 1].ended = True
-            case Kind.END if one.stream == 0:
-                call.deaf = True
-            case Kind.CREDIT if one.stream == 0:
-                more = number(one.payload)
-                if call.credit + more > BUFFER:
-                    raise ProtocolError("more credit than its buffer has room")
-                call.credit += more
-            case Kind.STARTED if call.verb is Verb.RUN and call.pid is None:
-                call.pid = number(one.payload)
-            case Kind.EXITED if call.pid is not None and call.status is None:
-                call.status = number(one.payload)
-                if call.status > 256 + 64:
-                    raise ProtocolError(f"status {call.status}")
-            case Kind.RESULT:
-                error = number(one.payload[:4])
-                if error > ERRNO_MAX:
-                    raise ProtocolError(f"error number {error}")
-                call.result = error, one.payload[4:]
-            case _:
-                raise ProtocolError(f"a frame of kind {one.kind}, stream {one.stream}, in a call of {call.verb.name}")
 
     # towards the guest
 

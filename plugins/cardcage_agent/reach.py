@@ -1,4 +1,4 @@
-"""What both agents of a guest have in common for their callers: the way to the port, and times."""
+"""Common ground of both agents of a guest for their callers: the way to the port, and times."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from cardcage_agent.trees import get_file, get_tree, put_file, put_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
     from typing import Self
 
     from cardcage.host import Host
@@ -326,6 +327,23 @@ class Verbs:
         path, files = os.fspath(source), Files(link_of(self, "get", timeout))
         copy = get_tree if files.stat(path, timeout=timeout).is_dir else get_file
         copy(files, path, os.fspath(target), limit, timeout)
+
+    def ssh_config(self: Any, *, user: str = "root", server: str = "/usr/sbin/sshd") -> Path:
+        """The path of a configuration for ``ssh -F``, ``scp -F`` and what runs them; the host is the machine's name.
+
+        The connection is a command of the agent's (``cardcage exec``): the guest needs no network, and its OpenSSH
+        server is run for each, with keys of their own for both sides. They are there until the machine is closed.
+
+        Args:
+            user: who to be in the guest.
+            server: the guest's ``sshd``.
+
+        Raises StateError where the guest has none; HostError where this host has no ``ssh-keygen``; what
+        :meth:`run` raises.
+        """
+        from cardcage_agent.ssh import ssh_config
+
+        return ssh_config(self, user, server)
 
 
 def _ran(

@@ -177,7 +177,7 @@ if [ -f /cardcage/exec ]; then
     fi
     # Not a FIFO for its input: opened again after the end of input, as /dev/stdin, one would wait for a writer.
     {
-        while mark more >&7 && read -r size <&7 && [ "$size" -gt 0 ] && head -c "$size" <&7; do
+        while mark more >&7 && read -r size <&7 && [ "$size" -gt 0 ] && dd bs="$size" count=1 iflag=fullblock <&7; do
             :
         done 2> /dev/null &
     } | setsid sh /cardcage/exec > /cardcage/out 2> $errors 5>&- 6>&- 7>&- 8>&- 9>&-

@@ -164,7 +164,7 @@ class Tree:
 
 
 class Bounded:
-    """What tarfile reads: at most *left* bytes until somebody allows more."""
+    """The file that tarfile reads: at most *left* bytes until somebody allows more."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.left = file, HEADER_MOST

@@ -34,8 +34,8 @@ BROKEN_PIPE = 141
 LEAD = b"\0cardcage-"
 MARK_MAX = 1024
 """Bytes of the longest mark; what begins like one and goes on is output."""
-PIECE_PORT = 32768
-"""A port keeps more than this for a guest that does not read."""
+PIECE_PORT = 240 << 10
+"""A port keeps more than this for a guest that does not read; and the guest starts a program for each piece."""
 
 
 @frozen
@@ -153,8 +153,14 @@ class StandardInput:
         if self._fd is not None:
             try:
                 data = os.read(self._fd, self._piece)
+                # A pipe in packet mode (O_DIRECT) loses the rest of what does not fit: none is longer than PIPE_BUF.
+                while data and len(data) <= self._piece - select.PIPE_BUF and _has_more(self._fd):
+                    if not (more := os.read(self._fd, self._piece - len(data))):
+                        break  # told again when it is asked for
+                    data += more
             except (BlockingIOError, InterruptedError):
-                return
+                if not data:
+                    return
             except OSError:  # the terminal hung up: the same as its end
                 pass
         self._asked = False
@@ -238,6 +244,13 @@ def _in_background(fd: int) -> bool:
         return os.tcgetpgrp(fd) != os.getpgrp()
     except OSError:  # no terminal, or not the one that controls us
         return False
+
+
+def _has_more(fd: int) -> bool:
+    """True if reading *fd* now would not wait: a pipe gives a part of a piece at a time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def _pollable(fd: int) -> bool:

@@ -216,7 +216,7 @@ class Copy(_Verbs):
             if not isinstance(rows, list) or len(rows) != len(descriptors):
                 raise HostError(f"{self.name}: {n} copies were asked for, and {len(descriptors)} came")
             for row in rows:
-                found.append(self._child(row, descriptors[0]))
+                found.append(_child(self, row, descriptors[0]))
                 del descriptors[0]
         except BaseException:
             close_all(descriptors)  # they end by that
@@ -224,23 +224,6 @@ class Copy(_Verbs):
                 one.kill()
             raise
         return found
-
-    def _child(self, row: Any, fd: int) -> Copy:
-        """The copy that *row* tells of, whose link is *fd*. Raises HostError for a process that is not its child."""
-        match row:
-            case [int(pid), str(name)] if pid > 1:
-                with suppress(OSError):
-                    pidfd = os.pidfd_open(pid)
-                    try:
-                        if _parent(pid) != self.pid:
-                            raise OSError
-                        end = socket.socket(fileno=fd)
-                    except BaseException:
-                        os.close(pidfd)
-                        raise
-                    keep_link(end, pidfd)
-                    return Copy(Made(pid, end, name, pidfd))
-        raise HostError(f"{self.name}: a copy of it has ended, or is none")
 
     # its end
 
@@ -303,6 +286,24 @@ class Copy(_Verbs):
 
     def __repr__(self) -> str:
         return f"<Copy {self.name!r} pid {self.pid}>"
+
+
+def _child(copy: Copy, row: Any, fd: int) -> Copy:
+    """The copy that *row* tells of, whose link is *fd*. Raises HostError for a process that is not *copy*'s child."""
+    match row:
+        case [int(pid), str(name)] if pid > 1:
+            with suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                try:
+                    if _parent(pid) != copy.pid:
+                        raise OSError
+                    end = socket.socket(fileno=fd)
+                except BaseException:
+                    os.close(pidfd)
+                    raise
+                keep_link(end, pidfd)
+                return Copy(Made(pid, end, name, pidfd))
+    raise HostError(f"{copy.name}: a copy of it has ended, or is none")
 
 
 def _parent(pid: int) -> int:

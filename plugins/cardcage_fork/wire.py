@@ -28,7 +28,7 @@ MOST = 256 << 20
 DESCRIPTORS = 250
 """Of a message: the kernel takes 253."""
 BROKEN = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error)
-"""What values raise that are none."""
+"""Exceptions of values that are none."""
 NONSENSE = "a forked machine's process gave an answer that cannot be understood"
 OUTCOMES = {name: getattr(outcome, name) for name in outcome.__all__ if name != "Outcome"}
 

@@ -11,7 +11,7 @@ from cardcage_kvm.accel import Kvm
 from kvm_bench import Bench, MakeBench
 from tcg_cpu import Cpu, load
 
-EVERYWHERE = {f"test_{name}.py" for name in "check_kvm check_tcg conformance_table kvm tcg_boundary tcg_store".split()}
+EVERYWHERE = {f"test_{name}.py" for name in "check_tcg kvm tcg_store".split()}
 """Modules that run on each Python version: the conformance programs, and where Python and native code meet. The others
 are about translated code, which knows no Python."""
 

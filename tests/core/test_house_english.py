@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 ROOMS = sorted(one for shelf in ("core", "accel", "devices", "plugins") for one in (ROOT / shelf).glob("cardcage*"))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 SHELVES = {"core": "core", "accel": "accel", "devices": "devices", "plugins": "plugins"}
 NEEDS = {

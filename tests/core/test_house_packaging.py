@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from cardcage_tcg.native import build
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
 SHELVES = ("core", "accel", "devices", "plugins")

@@ -344,6 +344,34 @@ def test_reset_and_state_bring_everything_back(cage: Cage) -> None:
     assert cage.host.save() == used
 
 
+def test_bars_that_changed_places_are_brought_back(cage: Cage) -> None:
+    """Each BAR is where it was saved, though another has that place when the state is loaded."""
+    for slot, place in ((3, 0xE8000000), (4, 0xE9000000)):
+        cage.add(Plain(), f"0{slot}.0")
+        cage.put(slot, 4, 2, 2)
+        cage.put(slot, 0x10, place)
+    saved = cage.host.save()
+    for slot, place in ((3, 0xEA000000), (4, 0xE8000000), (3, 0xE9000000)):
+        cage.put(slot, 0x10, place)
+    cage.host.load(saved)
+    assert [cage.host.functions[slot << 3].mappings[0].address for slot in (3, 4)] == [0xE8000000, 0xE9000000]
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_bar_without_room_waits_for_an_unplugged_one_too(cage: Cage, restored: bool) -> None:
+    """A BAR that overlaps another comes up once that is unplugged, also after the bus was saved and loaded."""
+    first = Plain()
+    cage.add(first, "03.0")
+    cage.add(Plain(), "04.0")
+    for slot in (3, 4):
+        cage.put(slot, 4, 2, 2)
+        cage.put(slot, 0x10, 0xE8000000)
+    if restored:
+        cage.host.load(cage.host.save())
+    cage.host.detach(first)
+    assert cage.host.functions[4 << 3].mappings[0].address == 0xE8000000
+
+
 ACCESS = st.tuples(
     st.sampled_from(["pio", "ecam", "msix"]),
     st.integers(0, 4095),

@@ -157,6 +157,23 @@ def test_input_is_read_when_it_is_asked_for() -> None:
     slot.close()
 
 
+def test_a_piece_is_as_much_as_there_is() -> None:
+    """What came into a pipe in parts is sent in one piece, as far as that goes: the guest does much for each."""
+    read, write = os.pipe2(os.O_DIRECT)  # each write is a packet: read(2) gives no more than one
+    parts = [bytes([65 + at]) * 3000 for at in range(4)]
+    for part in parts:
+        os.write(write, part)
+    source, slot, sent = pieces(read, 8192)
+    for _ in range(2):
+        source.ask()
+        slot.loop.poll()
+    assert sent == [b"6000\n" + parts[0] + parts[1], b"6000\n" + parts[2] + parts[3]]
+    source.close()
+    for fd in (read, write):
+        os.close(fd)
+    slot.close()
+
+
 def test_input_from_a_file_and_from_nothing() -> None:
     """A regular file, which epoll does not take, is read to its end; a closed descriptor is at its end."""
     with tempfile.TemporaryFile() as file:

@@ -79,6 +79,7 @@ def all_of(end: socket.socket) -> tuple[bytes, bool]:
     return data, True
 
 
+@pytest.mark.once
 @needs_root
 @needs_passt
 @pytest.mark.parametrize(("way", "size"), [("out", 1000), ("out", 2 << 20), ("in", 2 << 20)])

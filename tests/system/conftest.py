@@ -9,7 +9,7 @@ from cardcage.errors import HostError
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf, distribution
 
-EVERYWHERE = {f"test_{name}.py" for name in "debian_boot exec_guest pc_guest system_outcomes virtio_guest".split()}
+EVERYWHERE = {f"test_{name}.py" for name in "debian_boot pc_guest system_outcomes".split()}
 """Modules whose guests boot on each Python version. Those of the others take minutes, and say the same on each."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import TimeoutExpired
+from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 import pytest
@@ -132,6 +133,29 @@ def check_qemus_agent(vm: TypedMachine) -> None:
         process.kill()
 
 
+def check_ssh(vm: TypedMachine, folder: Path) -> None:
+    """OpenSSH's own client runs commands and copies files by ssh_config(), without a network; a stranger has no key."""
+
+    ours, other = vm.ssh_config(), vm.ssh_config()
+
+    def client(*words: str, program: str = "ssh", config: Path = ours) -> CompletedProcess[str]:
+        text = [program, "-F", str(config), *words]
+        return subprocess.run(text, input="given", capture_output=True, text=True, timeout=120, check=False)
+
+    done = client(vm.name, "cat; echo $USER; echo told >&2; exit 3")
+    assert (done.stdout, done.stderr, done.returncode) == ("givenroot\n", "told\n", 3)
+    assert client(f"{vm.name}:/etc/cardcage-test", str(folder / "copied"), program="scp").returncode == 0
+    assert (folder / "copied").read_text() == "of the guest\n"
+    (folder / "copied").unlink()
+    stranger = ours.with_name("stranger")
+    stranger.write_text(ours.read_text().replace(f"{ours.parent}/user", f"{other.parent}/user"))
+    done = client(vm.name, "true", config=stranger)
+    assert done.returncode == 255
+    assert "Permission denied" in done.stderr
+    with pytest.raises(StateError, match="no OpenSSH server at /sbin/none in the guest"):
+        vm.ssh_config(server="/sbin/none")
+
+
 def test_the_hosts_root_is_a_guests(kernel: Path, tmp_path: Path) -> None:
     """Its programs run there and its files are read; what the guest writes stays in the guest, but for a share."""
     (tmp_path / "given").write_text("given")
@@ -148,6 +172,8 @@ def test_the_hosts_root_is_a_guests(kernel: Path, tmp_path: Path) -> None:
         assert vm.files.read("/etc/cardcage-test") == b"of the guest\n"
         if Path("/usr/sbin/qemu-ga").exists():
             check_qemus_agent(vm)
+        if Path("/usr/sbin/sshd").exists():
+            check_ssh(vm, tmp_path)
     assert not Path("/etc/cardcage-test").exists()
     assert sorted(os.listdir(tmp_path)) == ["back", "given"]
 
