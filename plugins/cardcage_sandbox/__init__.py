@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 POOL = "sandbox:pool"
-"""What a host shares under this name is the pool of a template's process."""
+"""The name under which a host shares the pool of a template's process."""
 TABLE = "sandbox:processes"
-"""And under this one, the commands that run in a sandbox."""
+"""And the one for commands that run in a sandbox."""
 
 
 class TemplateOffer(Offer):

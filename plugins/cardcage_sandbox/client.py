@@ -31,7 +31,7 @@ NO_NETWORK = (
 
 @frozen
 class SandboxInfo:
-    """What there is to know of a sandbox.
+    """Facts of a sandbox.
 
     Attributes:
         id: its name. template: its template's. pid: of its process. state: ``running`` or ``paused``.
@@ -128,7 +128,7 @@ class Sandbox:
         return sorted(found, key=lambda one: one.started)
 
     def info(self) -> SandboxInfo:
-        """What there is to know of it now. Raises UsageError when it has ended."""
+        """Facts of it now. Raises UsageError when it has ended."""
         told = _asked(self._keeper, "get", id=self.id)
         del told["envs"]
         return SandboxInfo(**told)

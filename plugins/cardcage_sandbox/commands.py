@@ -159,7 +159,7 @@ class Command:
 
 
 class _Acts:
-    """What commands and terminals have in common."""
+    """Acts that commands and terminals have in common."""
 
     def __init__(self, entry: RosterEntry, name: str, user: str, envs: Mapping[str, str]) -> None:
         self._entry, self._name, self._user, self._envs = entry, name, user, dict(envs)
@@ -185,7 +185,7 @@ class _Acts:
         return Command(self, f"command {pid}", self.attaching(pid))
 
     def list(self) -> list[RunningCommand]:
-        """What runs of the commands that were started."""
+        """The commands that were started, and run."""
         lines, _ = act(self._entry, self._name, "processes")
         return [RunningCommand(**json.loads(line)) for line in lines.splitlines()]
 

@@ -100,7 +100,7 @@ class Guest:
         return {"PATH": path, "HOME": who.home or "/", "USER": who.name, "LOGNAME": who.name, **given}
 
     def entry(self, path: str, info: FileInfo | None = None) -> dict[str, Any]:
-        """What there is to know of a file."""
+        """Facts of a file."""
         info = self.files.stat(path, follow=False) if info is None else info
         told = {
             "name": posixpath.basename(path),
@@ -345,4 +345,4 @@ ACTS: dict[str, tuple[dict[str, Any], Any]] = {
     "signal": ({"pid": int, "signal": int}, _signal),
     "resize": ({"pid": int, "pty": list}, _resize),
 }
-"""What can be done: the types of its keys, and the function."""
+"""Acts: the types of their keys, and the function."""

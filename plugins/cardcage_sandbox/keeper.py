@@ -48,7 +48,7 @@ if grep -q '^rootfs / ' /proc/mounts; then
     for place in /run /dev/shm; do mount -o remount,size={small},mode=1777 $place; done
 fi
 """
-"""What each template is given: its user, a ``bash`` for who asks for one, and the limit of its files."""
+"""Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ class Pool:
         return [self._told(one) for one in kept]
 
     def get(self, id: str) -> dict[str, Any]:
-        """What there is to know of one, with its variables."""
+        """Facts of one, with its variables."""
         kept = self._find(id)
         return {**self._told(kept), "envs": kept.envs}
 
@@ -384,7 +384,7 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "resume": {"id": (str,), "timeout": (int, float)},
     "stop": {},
 }
-"""What can be done, and the types of its keys."""
+"""Acts, and the types of their keys."""
 
 
 def answer(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:

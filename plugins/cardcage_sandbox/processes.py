@@ -53,7 +53,7 @@ class Table:
             return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """What there is to know of each."""
+        """Facts of each."""
         with self._lock:
             return [one.told for one in self._running.values()]
 

@@ -42,7 +42,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,30}")
 
 @frozen
 class Template:
-    """What a sandbox is made of. One process for each, which starts with its first sandbox, has it booted and paused.
+    """A recipe for sandboxes. One process for each, which starts with its first sandbox, has it booted and paused.
 
     Attributes:
         name: lower-case letters, digits, ``_``, ``.`` and ``-``, at most 31.

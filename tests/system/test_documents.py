@@ -439,7 +439,11 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
     ),
     "sandbox.md": (
-        python(APART, "from cardcage_sandbox import stop_templates\nstop_templates()", lambda reader, one: fetch(reader)),
+        python(
+            APART,
+            "from cardcage_sandbox import stop_templates\nstop_templates()",
+            lambda reader, one: fetch(reader),
+        ),
         sandbox_template,
     ),
     "snapshots.md": (

@@ -11,9 +11,11 @@ from cardcage.errors import CardcageError, HostError, UsageError
 from starlette.applications import Starlette
 
 from cardcage_sandbox.client import Sandbox
+from cardcage_sandbox.face.commandcalls import CommandCalls
 from cardcage_sandbox.face.control import Control, Refused
+from cardcage_sandbox.face.filecalls import FileCalls
 from cardcage_sandbox.face.guard import Guard, Keys, TooLarge, too_large
-from cardcage_sandbox.face.insides import Insides
+from cardcage_sandbox.face.reach import Reach
 from cardcage_sandbox.template import Template
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ KNOWN = 4096
 
 
 class Face:
-    """What the calls have in common.
+    """State that the calls have in common.
 
     Args:
         key: what the control calls must know. templates: by the names that they are asked for.
@@ -105,12 +107,13 @@ def application(face_of: Callable[[], Face], hosts: frozenset[str]) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         face = face_of()
-        insides = Insides(face)
-        app.router.routes += [*Control(face).routes(), *insides.routes()]
+        reach = Reach(face)
+        files = FileCalls(reach)
+        app.router.routes += [*Control(face).routes(), *files.routes(), *CommandCalls(reach).routes()]
         try:
             yield
         finally:
-            insides.close()
+            files.close()
             await face.close()
 
     app.router.lifespan_context = lifespan

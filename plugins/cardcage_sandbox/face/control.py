@@ -156,7 +156,7 @@ class Control:
         return JSONResponse([listed(one) for one in page], headers=more)
 
     async def info(self, request: Request) -> Response:
-        """What there is to know of one."""
+        """Facts of one."""
         sandbox = await self._sandbox(request)
         info = await self._face.thread(sandbox.info)
         return JSONResponse({**listed(info), **self._told(sandbox, info), "allowInternetAccess": False})
@@ -232,7 +232,7 @@ class Control:
         raise Refused(400, "snapshots: a sandbox is copied by fork, not kept")
 
     async def metrics(self, request: Request) -> Response:
-        """What one uses now: of its processors since it began, of memory as its kernel has it."""
+        """Use of one now: of its processors since it began, of memory as its kernel has it."""
         sandbox = await self._sandbox(request)
         info = await self._face.thread(sandbox.info)
         text = await self._face.thread(lambda: sandbox.files.read("/proc/meminfo", user="root"))

@@ -57,7 +57,7 @@ class Watcher:
         self.over = True
 
     def take(self) -> list[dict[str, Any]]:
-        """What it has kept."""
+        """Changes since the last time."""
         self.asked = time.monotonic()
         found = []
         with suppress(IndexError):
