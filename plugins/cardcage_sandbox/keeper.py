@@ -15,6 +15,7 @@ from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, ConfigError, HostError, in_words
+from cardcage.host import Host
 from cardcage_agent import Machine
 from cardcage_boot.roots import is_image
 from cardcage_fleet.held import hold
@@ -75,6 +76,11 @@ def _keep(template: Template, held: HeldFile, told: int) -> None:
     keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
     if template.root and not is_image(Path(template.root)):
         raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
+    if template.cgroup:
+        # No process begins in a jail: a fork is one.
+        policy = {"process": {"cgroup": template.cgroup}}
+        keys["host"] = Host(owns_process=True)
+        keys["fragments"] = [{"policy": policy, "security": {"jail": "off"}}]
     with Machine.debian(
         name=f"sandbox.{template.name}", memory=template.memory, cpus=template.cpus, accel="tcg", **keys
     ) as machine:

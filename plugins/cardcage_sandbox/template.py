@@ -51,6 +51,8 @@ class Template:
             guest's root could lift this limit, up to the RAM; ``user`` cannot.
         root: the guest's root: a tar archive or an OCI image layout, which lies in the RAM; without, an initramfs
             with busybox. kernel: a bzImage or vmlinux in place of the distribution's.
+        cgroup: a control group's directory, such as ``/sys/fs/cgroup/sandboxes``, made where only it is missing: all
+            sandboxes of the template are in it, and share what it is given of processors, memory and processes.
         user: whose commands and files are meant when nobody is named; made where the guest has none of that name.
         setup: commands of a shell that root runs, once, before the first sandbox.
         envs: variables of each command.
@@ -64,6 +66,7 @@ class Template:
     disk: Size = field(default=Size(0), converter=Size)
     root: HostPath = ""
     kernel: HostPath = ""
+    cgroup: HostPath = ""
     user: str = field(default="user", validator=matches_re(r"[a-z_][a-z0-9_-]{0,30}"))
     setup: tuple[str, ...] = field(default=(), converter=tuple)
     envs: dict[str, str] = field(factory=dict)

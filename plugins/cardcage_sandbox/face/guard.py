@@ -1,4 +1,4 @@
-"""What stands before each request: who may ask, and how much may be sent."""
+"""A guard before each request: who may ask, and how much may be sent."""
 
 from __future__ import annotations
 
