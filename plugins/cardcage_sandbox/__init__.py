@@ -57,6 +57,12 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_sandbox.command:configure",
         help="make, list and end sandboxes, and serve them to the e2b SDK",
     )
+    registry.command(
+        "mcp",
+        "cardcage_sandbox.mcp:run",
+        configure="cardcage_sandbox.mcp:configure",
+        help="serve a sandbox to a model, by the Model Context Protocol",
+    )
     registry.add(
         ControlOffer("sandbox-pool", "cardcage_sandbox.pool:answer", help="make and end a template's sandboxes")
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cardcage.host import Host
 
-__all__ = ["configure", "run"]
+__all__ = ["add_template", "configure", "create", "run"]
 
 NOT_FOUND, LATE = 127, 124
 """Statuses for a program that is not there, and for a command whose time is over."""
@@ -30,12 +30,12 @@ def configure(parser: ArgumentParser) -> None:
     """The arguments."""
     acts = parser.add_subparsers(dest="act", metavar="ACT", required=True)
     create = acts.add_parser("create", help="make a sandbox, and print its name")
-    _template(create)
+    add_template(create)
     create.add_argument("--timeout", metavar="TIME", default="5m", help="how long it lives (5m)")
     create.add_argument("--metadata", metavar="NAME=VALUE", action="append", default=[], help="may be repeated")
     acts.add_parser("list", help="the sandboxes that there are")
     run = acts.add_parser("run", help="run a command in a sandbox, or in a new one that ends with it")
-    _template(run)
+    add_template(run)
     run.add_argument("--in", dest="id", metavar="ID", help="the sandbox")
     run.add_argument("--timeout", metavar="TIME", default="60s", help="how long the command may take (60s)")
     run.add_argument("--user", "-u", metavar="USER", help="the guest's user")
@@ -51,7 +51,8 @@ def configure(parser: ArgumentParser) -> None:
     serve.add_argument("--debug", action="store_true", help="a sandbox for whoever asks, on port 49983 (E2B_DEBUG)")
 
 
-def _template(parser: ArgumentParser) -> None:
+def add_template(parser: ArgumentParser) -> None:
+    """The arguments that say of what a sandbox is made."""
     parser.add_argument("--template", metavar="FILE", default="base", help="base, or a TOML file")
     for name, text in (("memory", "size of its RAM"), ("disk", "size of its files, which are in the RAM")):
         parser.add_argument(f"--{name}", metavar="SIZE", help=text)
@@ -62,7 +63,7 @@ def run(host: Host, arguments: Namespace) -> int:
     """Do what is asked for."""
     match arguments.act:
         case "create":
-            print(_create(arguments, arguments.timeout, dict(_pair(one) for one in arguments.metadata)).id)
+            print(create(arguments, arguments.timeout, dict(_pair(one) for one in arguments.metadata)).id)
         case "list":
             _list()
         case "run":
@@ -81,7 +82,8 @@ def run(host: Host, arguments: Namespace) -> int:
     return 0
 
 
-def _create(arguments: Namespace, timeout: str, metadata: dict[str, str] | None = None) -> Sandbox:
+def create(arguments: Namespace, timeout: str, metadata: dict[str, str] | None = None) -> Sandbox:
+    """A sandbox as the arguments of :func:`add_template` have it."""
     limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus")}
     return Sandbox.create(arguments.template, timeout=timeout, metadata=metadata, **limits)
 
@@ -111,7 +113,7 @@ def _run(arguments: Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"--timeout: {error}") from error
     words = arguments.words[0] if len(arguments.words) == 1 else arguments.words
-    sandbox = Sandbox.connect(arguments.id) if arguments.id else _create(arguments, f"{min(timeout + 60, 86400)}s")
+    sandbox = Sandbox.connect(arguments.id) if arguments.id else create(arguments, f"{min(timeout + 60, 86400)}s")
     try:
         with sandbox.commands.run(words, background=True, user=arguments.user, timeout=timeout) as command:
             done = command.wait(on_stdout=_writer(sys.stdout), on_stderr=_writer(sys.stderr))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -385,6 +386,42 @@ def test_the_commands(template: Path) -> None:
     cardcage("kill", id)
     with pytest.raises(UsageError):
         Sandbox.connect(id)
+
+
+def test_a_model_s_tools(template: Path) -> None:
+    """``cardcage mcp`` gives a client of the official SDK a sandbox of its own, which ends with it."""
+    from mcp import Client, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+
+    words = [*PROGRAM, "mcp", "--template", str(template)]
+
+    async def talk() -> list[Any]:
+        server = StdioServerParameters(command=words[0], args=words[1:], env=dict(os.environ))
+        async with Client(stdio_client(server)) as client:
+            tools = {one.name for one in (await client.list_tools()).tools}
+            assert tools == {"run_command", "read_file", "write_file", "list_files"}
+            calls: list[tuple[str, dict[str, Any]]] = [
+                ("write_file", {"path": "in/word", "text": "hello"}),
+                ("run_command", {"command": "cat in/word -; exit 3", "stdin": " there"}),
+                ("read_file", {"path": "in/word"}),
+                ("list_files", {"path": "in"}),
+                ("read_file", {"path": "none"}),
+                ("run_command", {"command": "sleep 100", "timeout": 0.2}),
+                ("run_command", {"command": "true", "timeout": -1}),
+            ]
+            found = [await client.call_tool(name, given) for name, given in calls]
+            assert len(Sandbox.list()) == 1
+            return found
+
+    wrote, ran, read, listed, none, late, wrong = asyncio.run(talk())
+    assert wrote.content[0].text == "/home/user/in/word"
+    assert ran.structured_content == {"exit_code": 3, "stdout": "hello there", "stderr": ""}
+    assert read.content[0].text == "hello"
+    assert "word" in listed.content[0].text
+    assert [one.is_error for one in (wrote, ran, read, listed, none, late, wrong)] == [False] * 4 + [True] * 3
+    assert "No such file" in none.content[0].text
+    assert "was killed" in late.content[0].text
+    assert Sandbox.list() == []
 
 
 @pytest.fixture
