@@ -49,6 +49,8 @@ NEEDS = {
     "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
+    # machines with an agent, forked; the processes that hold them, and acts in them
+    "cardcage_sandbox": {"cardcage_agent", "cardcage_boot", "cardcage_fork", "cardcage_fleet", "cardcage_verbs"},
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
