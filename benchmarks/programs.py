@@ -7,7 +7,7 @@ it on a virtio disk of which nothing is written back, the host runs the same bin
 guests boot in turn, each program runs twice in each, and the second run counts; figures are medians of the rounds.
 ``native``, ``cardcage``, ``qemu64`` and ``max`` are seconds of processor time, of all the VMM's threads; ``wall`` is
 the time until cardcage's guest had answered. Ratios are those to the faster of QEMU's models. Outputs are compared: a
-row in which one differs from the others is marked ``DIFFERS``.
+row in which one differs from native is marked ``DIFFERS``, with which.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ PROGRAMS = {
     "sqlite": "sqlite3 :memory: < /programs/example.sql",
     "zstd": "zstd -q -3 -c binary | cksum",
     "xz": "head -c 2500000 binary | xz -T1 -6 -c | cksum",
-    "gzip": "gzip -6 -c binary | cksum",
+    "gzip": "gzip -6 -n -c binary | cksum",
     "gunzip": "[ -e g.gz ] || gzip -1 -c binary > g.gz; for i in 1 2 3; do gunzip -c g.gz; done | cksum",
     "sort": "for i in 1 2; do sort -r text | cksum; done",
 }
@@ -285,14 +285,17 @@ def show(found: dict[tuple[str, str], list[Measured]], programs: list[str]) -> N
     for program in programs:
         cpu = {kind: max(median([one.cpu for one in found[kind, program]]), 0.005) for kind in KINDS}
         wall = {kind: median([one.wall for one in found[kind, program]]) for kind in KINDS}
-        outputs = {one.output for kind in KINDS for one in found[kind, program]}
+        outputs = {kind: {one.output for one in found[kind, program]} for kind in KINDS}
+        others = [kind for kind in KINDS if outputs[kind] != outputs["native"] or len(outputs[kind]) > 1]
         qemu = min(KINDS[2:], key=lambda kind: cpu[kind])
         ratios["cpu"].append(cpu[qemu] / cpu["cardcage"])
         ratios["wall"].append(min(wall[one] for one in KINDS[2:]) / wall["cardcage"])
         ratios["native"].append(cpu["native"] / cpu["cardcage"])
         cells = [f"{cpu[kind]:.2f}" for kind in KINDS]
         cells += [f"{wall['cardcage']:.2f}", *(f"{all_[-1]:.2f}" for all_ in ratios.values())]
-        rows.append([program, *cells, "DIFFERS" if len(outputs) > 1 else ""])
+        rows.append([program, *cells, f"DIFFERS: {', '.join(others)}" if others else ""])
+        for kind in ("native", *others) if others else ():
+            print(f"{program}, output of {kind}: {sorted(outputs[kind])}", file=sys.stderr)
     means = [f"{math.exp(sum(map(math.log, all_)) / len(all_)):.2f}" for all_ in ratios.values()]
     rows.append(["geometric mean", "", "", "", "", "", *means, ""])
     head = ["program", "native", "cardcage", "qemu64", "max", "wall", "QEMU/ours", "by wall", "native/ours", ""]
