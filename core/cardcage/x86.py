@@ -167,8 +167,7 @@ class Events:
         interrupt: vector of an external interrupt already accepted, or ``None``.
         nmi_pending, nmi_blocked: non-maskable interrupt state.
         interrupt_shadow: the instruction after STI or MOV SS.
-        halted: waiting in HLT.
-        startup: ``"running"``, ``"wait-for-sipi"`` or ``"init"``.
+        halted: waiting in HLT. startup: ``"running"``, ``"wait-for-sipi"`` or ``"init"``.
     """
 
     exception: int | None = None

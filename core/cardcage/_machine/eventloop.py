@@ -87,7 +87,7 @@ class EventLoop:
         Thread-safe; nothing once closed.
         """
         self._posts.append(callback)
-        if not self._woken:
+        if not self._woken and not self.here:  # it looks before it waits
             with self.waking:
                 if not self._ending:  # else the descriptor may be another file's by now
                     self._woken = True
