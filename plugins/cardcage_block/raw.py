@@ -11,6 +11,7 @@ from cardcage.backends import BlockInfo
 from cardcage.segments import total
 
 from cardcage_block.formats import EDGE, probe
+from cardcage_block.handing import HandedImage
 from cardcage_block.hostfile import take
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import read_bytes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["RawImage"]
 
 
-class RawImage(CopiedImage):
+class RawImage(CopiedImage, HandedImage):
     """A raw disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:

@@ -48,8 +48,6 @@ REFUSED = {
     "fda": "cardcage has no floppy disks",
     "incoming": "cardcage takes no migration of QEMU's",
     "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
-    "s": "cardcage has no gdb stub",
-    "gdb": "cardcage has no gdb stub",
     "tpmdev": "cardcage has no TPM",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
@@ -232,7 +230,7 @@ class Line:
         """Options that are no part of the configuration."""
         found = []
         if self.freeze:
-            found.append("-S: QMP's cont starts the machine")
+            found.append("-S: QMP's cont, or gdb's continue, starts the machine")
         if self.linger:
             found.append("-no-shutdown: the machine stays after its guest's power-off, until QMP's quit")
         return found

@@ -262,6 +262,22 @@ def on_mon(line: Line, options: Options) -> None:
     line.monitors.append({**backends.monitor_socket(options, table), **keys})
 
 
+def on_gdb(line: Line, options: Options) -> None:
+    if options.text == "none":
+        return
+    head, _, rest = options.text.partition(":")
+    if head not in ("unix", "tcp") or not rest:
+        raise options.error("cardcage has none, unix:PATH and tcp:HOST:PORT, at which it listens")
+    socket = options.first()
+    options.harmless(server="on", wait="off", nodelay="", ipv4="", ipv6="", delay="")
+    options.end()
+    line.devices.append({"type": "gdb", "socket": socket})
+
+
+def on_s(line: Line, options: Options) -> None:
+    line.devices.append({"type": "gdb", "socket": "tcp:127.0.0.1:1234"})
+
+
 def on_virtfs(line: Line, options: Options) -> None:
     tag, id = options.need("mount_tag"), options.take("id")
     device = {"type": "virtio-9p", **({"id": id} if id else {}), "tag": tag, **backends.share(options)}
@@ -502,6 +518,8 @@ OPTIONS: dict[str, Option] = {
     "qmp": (True, lambda line, options: _monitor(line, options), "text"),
     "qmp-pretty": (True, lambda line, options: _monitor(line, options, pretty=True), "text"),
     "mon": (True, on_mon, "chardev"),
+    "gdb": (True, on_gdb, "text"),
+    "s": (False, on_s, ""),
     "virtfs": (True, on_virtfs, "fsdriver"),
     "fsdev": (True, on_fsdev, "fsdriver"),
     "object": (True, on_object, "qom-type"),

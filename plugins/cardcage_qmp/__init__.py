@@ -54,7 +54,7 @@ LIFE = "quit stop cont system_reset system_powerdown set_action inject_nmi memsa
 ABOUT = (
     "query_version query_commands query_qmp_schema query_status query_name query_uuid query_target query_kvm "
     "query_machines query_current_machine query_cpu_definitions query_cpus_fast query_hotpluggable_cpus "
-    "query_iothreads query_memory_size_summary query_memory_devices query_memdev query_migrate query_jobs "
+    "query_iothreads query_memory_size_summary query_memory_devices query_memdev query_jobs "
     "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities migrate_set_capabilities"
 )
 PARTS = (
