@@ -171,6 +171,7 @@ def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
     assert virsh("qemu-monitor-command", "ours", "--hmp", "info status") == "VM status: running"
     assert "has not been found" in virsh("save", "ours", str(folder / "saved"), status=1)
     virsh("reboot", "ours", "--mode", "acpi")
+    guest.until(b"Enter 'help'")  # the shell of the second start
     guest.until(b"~ # ")
     virsh("shutdown", "ours")
     while (state := virsh("domstate", "ours", "--reason")) != "shut off (shutdown)":
