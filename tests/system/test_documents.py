@@ -424,6 +424,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             "slot.close()",
         ),
     ),
+    "gdb.md": (machine(BASE.format("off.bin")), python()),
     "qemu.md": (
         lambda reader, one: reader.console(one.text),
         machine(BASE.format("off.bin")),
