@@ -57,7 +57,7 @@ def main() -> None:
     template = Template(**json.load(sys.stdin))
     if os.fork():
         os._exit(0)
-    told = os.dup(1)
+    told = Told(os.dup(1))
     os.dup2(2, 1)
     try:
         held = hold(run_directory(FOLDER) / f"{template.key}.pid")
@@ -67,12 +67,26 @@ def main() -> None:
         _keep(template, held, told)
     except (CardcageError, OSError) as error:
         kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in ("ConfigError", "UsageError")), "")
-        with suppress(OSError):
-            os.write(told, json.dumps([kind, str(error) or in_words(error)]).encode())
+        told.say(json.dumps([kind, str(error) or in_words(error)]).encode())
         raise SystemExit(f"cardcage: {error}") from error
 
 
-def _keep(template: Template, held: HeldFile, told: int) -> None:
+class Told:
+    """The pipe to who started this process, which hears one line, and waits for its end."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def say(self, line: bytes) -> None:
+        """Say it, once."""
+        if self._fd >= 0:
+            with suppress(OSError):  # nobody waits any longer
+                os.write(self._fd, line)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _keep(template: Template, held: HeldFile, told: Told) -> None:
     keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
     if template.root and not is_image(Path(template.root)):
         raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
@@ -89,9 +103,8 @@ def _keep(template: Template, held: HeldFile, told: int) -> None:
         machine.pause()
         pool = Pool(machine, template, held)
         machine.host.share(POOL, dict)["pool"] = pool
+        told.say(b"ready\n")  # before anything is forked, which would have the pipe too
         with pool:
-            os.write(told, b"ready\n")
-            os.close(told)
             pool.run()
 
 

@@ -139,6 +139,9 @@ class Pool:
             self._making += 1
             self._changed.notify_all()
         try:
+            if copy is not None and not _runs(copy):
+                _end(copy)
+                copy = None
             (copy,) = (copy,) if copy is not None else self._forked()
             return self._keep([copy], until, metadata, {**self._template.envs, **envs}, on_timeout)[0]
         finally:
@@ -327,6 +330,14 @@ def _wake(copy: Copy) -> None:
     copy.resume()
     copy.agent.reseed()
     copy.agent.set_time()
+
+
+def _runs(copy: Copy) -> bool:
+    """True while its guest runs."""
+    try:
+        return copy.state == State.RUNNING
+    except CardcageError:
+        return False
 
 
 def _end(copy: Copy) -> None:

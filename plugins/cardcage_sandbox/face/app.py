@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
+    from cardcage_sandbox.client import SandboxInfo
+
     T = TypeVar("T")
 
 __all__ = ["DEBUG", "Face", "application"]
@@ -71,19 +73,23 @@ class Face:
 
     async def sandbox(self, id: str) -> Sandbox:
         """The sandbox *id*, which has not ended. Raises Refused."""
+        return (await self.looked(id))[0]
+
+    async def looked(self, id: str) -> tuple[Sandbox, SandboxInfo]:
+        """The sandbox *id*, and its facts now. Raises Refused."""
         if self.debug and id == DEBUG:
-            return await self._debug()
+            made = await self._debug()
+            return made, made.made
         try:
             found = self._known.get(id)
             if found is None:
                 found = await self.thread(lambda: Sandbox.connect(id))
                 self.know(found)
-            else:
-                await self.thread(found.info)
+                return found, found.made
+            return found, await self.thread(found.info)
         except (UsageError, HostError) as error:
             self.forget(id)
             raise Refused(404, f"sandbox {id[:60]!r} was not found") from error
-        return found
 
     async def _debug(self) -> Sandbox:
         async with self._lock:

@@ -84,11 +84,10 @@ class Reach:
         if not allowed and not (act and face.keys.is_signed(id, act, request.query_params)):
             raise Refused(401, "X-Access-Token: expected the sandbox's token")
         try:
-            sandbox = await face.sandbox("debug_sandbox_id" if debug else id)
-            running = await face.thread(lambda: sandbox.is_running)
+            sandbox, info = await face.looked("debug_sandbox_id" if debug else id)
         except Refused as refused:
             raise Refused(502, refused.why) from refused
-        if not running:
+        if info.state != "running":
             raise Refused(502, f"the sandbox {id} was not found: it is paused, or has ended")
         return sandbox
 
