@@ -21,6 +21,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -125,6 +126,8 @@ def _alone(*kept: int) -> None:
         at = fd + 1
     os.closerange(at, 1 << 30)
     os.chdir("/")
+    with suppress(OSError, ValueError):  # a descriptor for each process, and for each file that is lent
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with suppress(OSError):
         Path("/proc/self/comm").write_text("jail-broker")
 
