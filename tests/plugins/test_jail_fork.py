@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cardcage_fleet import Roster, command, find
 from cardcage_snapshot.running import create
-from installed import PROGRAM
+from installed import PROGRAM, open_files
 from snapshot_kit import image
 
 pytestmark = pytest.mark.once
@@ -337,7 +337,7 @@ def test_a_machine_of_the_command_line_is_forked(
         for pid in pids:
             for key in ("NoNewPrivs", "Seccomp", "Seccomp_filters", "CapEff", "CapPrm", "CapBnd"):
                 assert status(pid)[key] == status(first)[key]
-            files = [os.readlink(f"/proc/{pid}/fd/{one}") for one in os.listdir(f"/proc/{pid}/fd")]
+            files = open_files(pid)
             assert not [one for one in files if one.endswith("disk.raw")]
             assert [one for one in files if one.endswith(f"{pid}-0.json")]
         assert {one.name for one in Roster().read()[0]} == {"count", *(name for name, _ in copies)}
