@@ -31,6 +31,7 @@ PROTOCOLS = {
     "cardcage.security": "Security",
     "cardcage_memory_policies.policy": "Memory policies",
     "cardcage_fleet.admission": "Admission",
+    "cardcage_migrate.disks": "Migration",
 }
 
 

@@ -62,7 +62,9 @@ class DirtyPages:
             self._rings.append((ring, (abi.DirtyGfn * self._entries).from_buffer(ring), [0]))
 
     def start(self) -> None:
-        """Begin, with every page clean."""
+        """Begin, with every page clean. Raises StateError while there is a log: it is one reader's."""
+        if self._vm.slots.logging:
+            raise StateError("the dirty log is in use already: by a checkpoint, a snapshot or a migration")
         self._vm.slots.logging = True
         self._pages, self._reported = {}, {}
         self._vm.slots.refresh()

@@ -192,6 +192,7 @@ def _open_chain(
 def _lock(file: HostFile, drive: Drive, write: bool, warn: Callable[[str], object]) -> None:
     if drive.locking == "off" or drive.shared:
         return
+    file.lock = write, drive.locking == "on"
     if not lock_image(file.fd, file.path, write=write, required=drive.locking == "on"):
         warn(f"{file.path}: its file system has no locks: nothing prevents another machine from writing to it")
 

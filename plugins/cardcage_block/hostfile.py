@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
 import threading
 from functools import cache
@@ -31,6 +32,7 @@ __all__ = ["File", "HostFile", "Image", "TryFile", "clear", "scatter", "take", "
 
 SECTOR = 512
 IOV_MAX = 1024
+OWN = re.compile(r"/proc/self/fd/([0-9]{1,9})")
 WAITED = 0.001
 """Seconds: a write into the page cache that takes longer has waited for something."""
 CALM = (64, 4096)
@@ -159,6 +161,21 @@ def _fits(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
+def _open(path: str, flags: int) -> int:
+    """As :func:`open_file`; a descriptor of this process by its name (``/proc/self/fd/N``) also where it is all that
+    the process may use of the file, as in a jail: what both say of the file is then shared. Raises OSError."""
+    try:
+        return open_file(path, flags)
+    except PermissionError:
+        if (found := OWN.fullmatch(path)) is None:
+            raise
+        fd = int(found[1])
+        status = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if status & os.O_ACCMODE not in (os.O_RDWR, flags & os.O_ACCMODE) or (flags & ~status) & os.O_DIRECT:
+            raise
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
 class HostFile:
     """A regular file or block device. Thread-safe.
 
@@ -175,13 +192,14 @@ class HostFile:
     """
 
     def __init__(self, path: str, *, writable: bool, direct: bool = False, stable: bool = True) -> None:
-        self.path, self._direct, self._stable = path, direct, stable
+        self.path, self._direct, self.stable = path, direct, stable
         self.shared = False  # with other machines, which may write it too
+        self.lock: tuple[bool, bool] | None = None  # against readers too, and whether one is insisted on
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
         try:
             if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
                 raise ConfigError("neither a regular file nor a block device", file=path)
-            self.fd = open_file(path, flags | (os.O_DIRECT if direct else 0))
+            self.fd = _open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
                 raise HostError(f"{path}: its file system has no direct I/O: use cache=writeback") from error
@@ -192,7 +210,7 @@ class HostFile:
         if not _fits(mode):
             os.close(self.fd)
             raise ConfigError("neither a regular file nor a block device", file=path)
-        self._device = stat.S_ISBLK(mode)
+        self.device = stat.S_ISBLK(mode)
         self.alignment = self._find_alignment() if direct else 1
         self._edges = threading.Lock()  # read-modify-write of blocks that a request covers in part
         self._closing = threading.Lock()
@@ -218,7 +236,7 @@ class HostFile:
         return self.shared or fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
     def _find_alignment(self) -> int:
-        if self._device:
+        if self.device:
             return max(SECTOR, int(unpack("i", fcntl.ioctl(self.fd, BLKSSZGET, bytes(4)))[0]))
         with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view, view[:SECTOR] as sector:
             try:
@@ -345,7 +363,7 @@ class HostFile:
                 if done % self.alignment:
                     raise OSError(errno.EIO, "the host wrote part of a block")
             # Only what the widening itself added goes: the file may meanwhile have grown by another's write.
-            if not self._device and before < high and offset + length < high == self.size():
+            if not self.device and before < high and offset + length < high == self.size():
                 os.ftruncate(self.fd, max(before, offset + length))
 
     def _widen(self, offset: int, length: int) -> tuple[int, int]:
@@ -354,7 +372,7 @@ class HostFile:
 
     def sync(self) -> None:
         """fdatasync(2), unless the file was opened as not stable. Raises OSError (EIO), from then on each time."""
-        if not self._stable:
+        if not self.stable:
             return
         if self._lost is None:
             try:
@@ -368,13 +386,13 @@ class HostFile:
 
     def size(self) -> int:
         """Bytes in the file or device."""
-        if self._device:
+        if self.device:
             return int(unpack("Q", fcntl.ioctl(self.fd, BLKGETSIZE64, bytes(8)))[0])
         return os.fstat(self.fd).st_size
 
     def truncate(self, size: int, /) -> None:
         """Set the size of a regular file; a device has to be large enough already (ENOSPC)."""
-        if not self._device:
+        if not self.device:
             os.ftruncate(self.fd, size)
         elif size > self.size():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,7 +13,7 @@ from struct import Struct
 
 from cardcage.errors import HostError
 
-__all__ = ["lock_image"]
+__all__ = ["lock_image", "unlock_image"]
 
 CONSISTENT_READ, WRITE, RESIZE = 0, 1, 3
 USED, UNSHARED = 100, 200
@@ -53,3 +53,12 @@ def lock_image(fd: int, path: str, *, write: bool, required: bool) -> bool:
             return False
         raise HostError(f"{path}: cannot be locked: {error.strerror}") from error
     return True
+
+
+def unlock_image(fd: int) -> None:
+    """Take all of :func:`lock_image`'s locks off *fd*; none is there on a file system without them."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, USED, 2 * (UNSHARED - USED), 0))
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise

@@ -28,6 +28,8 @@ from cardcage.errors import ConfigError
 from cardcage.segments import total
 
 from cardcage_block import compressed
+from cardcage_block.growing import grow_qcow2
+from cardcage_block.handing import HandedImage
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
 from cardcage_block.health import Health
 from cardcage_block.hostfile import TryFile, clear, scatter, take, zeros
@@ -51,7 +53,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image(CopiedImage):
+class Qcow2Image(CopiedImage, HandedImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -356,6 +358,10 @@ class Qcow2Image(CopiedImage):
             if len(self._l2.dirty) >= COMMIT_AT:
                 self.flush()
 
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, more than now; what is added reads as zeros. Raises OSError."""
+        grow_qcow2(self, size)
+
     # committing
 
     def flush(self) -> None:
@@ -441,13 +447,14 @@ class Qcow2Image(CopiedImage):
             self._closed = True
             try:
                 if not self._readonly and self._health.broken is None:
-                    self._settle()
+                    self.settle()
             except OSError as error:
                 self._warn(f"{self._file.path}: unflushed writes are lost: {error}")
             finally:
                 self._file.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Commit, and count what ``lazy_refcounts`` left for the end. No request is under way. Raises OSError."""
         self._commit()
         self._lazy = False
         while self._limbo or self._l2.dirty or self.tables.dirty_l1 or self.tables.refcounts.is_dirty():

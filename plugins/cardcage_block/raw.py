@@ -6,10 +6,12 @@ import errno
 import threading
 from typing import TYPE_CHECKING
 
+from attrs import evolve
 from cardcage.backends import BlockInfo
 from cardcage.segments import total
 
 from cardcage_block.formats import EDGE, probe
+from cardcage_block.handing import HandedImage
 from cardcage_block.hostfile import take
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import read_bytes
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["RawImage"]
 
 
-class RawImage(CopiedImage):
+class RawImage(CopiedImage, HandedImage):
     """A raw disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -94,6 +96,16 @@ class RawImage(CopiedImage):
             problem = "refused to turn a disk that is assumed to be raw into another format: use format=raw"
             raise OSError(errno.EPERM, f"{self._file.path}: {problem}")
         return [memoryview(first), *take(buffers, head, length - head - tail), memoryview(last)]
+
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, more than now; a host's device has to be that large already.
+
+        What is added to a file reads as zeros. Raises OSError.
+        """
+        if self._readonly:
+            raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
+        self._file.truncate(size)
+        self.info = evolve(self.info, size=size)
 
     def flush(self) -> None:
         """Return once all earlier completed writes are on stable storage."""

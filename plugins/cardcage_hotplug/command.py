@@ -1,4 +1,4 @@
-"""``cardcage device``: list, add and remove devices of a machine that runs."""
+"""``cardcage device``: list, add, remove and resize devices of a machine that runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.errors import CardcageError, UsageError
 from cardcage.pairs import join_pairs, split_pairs
 from cardcage.registry import BackendOffer, FlagOffer
-from cardcage.units import Duration
+from cardcage.units import Duration, Size
 from cardcage_fleet import command, find
 from cardcage_jail import lend
 
@@ -32,7 +32,7 @@ SLACK = 60
 
 def configure(parser: ArgumentParser) -> None:
     """The arguments."""
-    acts = parser.add_subparsers(dest="act", required=True, metavar="list|add|remove")
+    acts = parser.add_subparsers(dest="act", required=True, metavar="list|add|remove|resize")
     listed = acts.add_parser("list", help="show the devices of a machine")
     listed.add_argument("name", metavar="NAME", help="the machine, by name or pid")
     listed.add_argument("--json", action="store_true", help="a table of JSON")
@@ -45,6 +45,10 @@ def configure(parser: ArgumentParser) -> None:
     removed.add_argument("name", metavar="NAME", help="the machine, by name or pid")
     removed.add_argument("id", metavar="ID", help="the device")
     removed.add_argument("--timeout", metavar="TIME", default="30s", help="how long the guest may take (30s)")
+    resized = acts.add_parser("resize", help="make the disk of a device larger")
+    resized.add_argument("name", metavar="NAME", help="the machine, by name or pid")
+    resized.add_argument("id", metavar="ID", help="the device")
+    resized.add_argument("size", metavar="SIZE", help="bytes, or with K, M, G, T; no less than the disk has")
 
 
 def run(host: Host, arguments: Namespace) -> int:
@@ -62,6 +66,12 @@ def run(host: Host, arguments: Namespace) -> int:
         with lend(entry.broker, _files(table)):
             added = command(entry, "device-add", table)
         print(f"{added['id']} at {added['address']}")
+    elif arguments.act == "resize":
+        try:
+            size = int(Size(arguments.size))
+        except ValueError as error:
+            raise UsageError(f"size: {error}") from error
+        command(find(arguments.name), "device-resize", {"id": arguments.id, "size": size}, SLACK)
     else:
         seconds = _seconds(arguments.timeout)
         command(find(arguments.name), "device-remove", {"id": arguments.id, "timeout": seconds}, seconds + SLACK)

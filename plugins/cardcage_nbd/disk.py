@@ -373,6 +373,17 @@ class NbdDisk:
             return Needs()
         return Needs(sockets=("unix" if self._options.path else "inet",))
 
+    def may_move(self) -> str:
+        """A server keeps no lock for its clients: the same disk can be had from elsewhere."""
+        return ""
+
+    def let_go(self) -> None:
+        """Nobody writes any more; what was written is stable (``cardcage_migrate.Movable``)."""
+        self.flush()
+
+    def take_back(self) -> None:
+        """It was never anybody else's alone."""
+
     def close(self) -> None:
         """Take leave of the server."""
         with self._changed:

@@ -105,10 +105,6 @@ class MigrationCapabilityStatus(TypedDict):
     state: bool
 
 
-class Migration(TypedDict):
-    """Nothing: no migration was asked for."""
-
-
 __all__ = [
     "migrate_set_capabilities",
     "query_block_jobs",
@@ -124,7 +120,6 @@ __all__ = [
     "query_memdev",
     "query_memory_devices",
     "query_memory_size_summary",
-    "query_migrate",
     "query_migrate_capabilities",
     "query_name",
     "query_qmp_schema",
@@ -281,13 +276,8 @@ def query_memdev(session: Session) -> list[Any]:
     return []
 
 
-def query_migrate(session: Session) -> Migration:
-    """No migration was asked for."""
-    return {}
-
-
 def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStatus]:
-    """Events, which say that a migration's state changes: there is none."""
+    """Events, which say that a migration's state changes."""
     return [{"capability": "events", "state": session.control.migration_events}]
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.ram import RamBlock
 
-__all__ = ["STATE", "Plan", "Snapshot", "allowed", "completed", "original", "prepared", "roomy", "snapshot"]
+__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "original", "prepared"]
+__all__ += ["roomy", "savable", "snapshot"]
 
 STATE = "state.json"
 SPARE = 16 << 20
@@ -152,12 +153,12 @@ class Plan:
             len(machine.vcpus),
             machine.accelerator.name,
             tables,
-            _cards(machine),
+            cards_of(machine),
             File(len(text), hashlib.blake2b(text, digest_size=16).hexdigest()),
             Ram("ram", "none", chunk_size(self._block.size)),
             seal,
             disks,
-            _has_agent(machine),
+            has_agent(machine),
             _processor(),
             platform.release(),
         )
@@ -231,7 +232,8 @@ def savable(machine: Machine) -> RamBlock:
     return block
 
 
-def _cards(machine: Machine) -> list[DeviceCard]:
+def cards_of(machine: Machine) -> list[DeviceCard]:
+    """Whose the devices are."""
     found = []
     for one in machine.devices.values():
         offer = machine.host.registry.get(DeviceOffer, one.type)
@@ -240,7 +242,7 @@ def _cards(machine: Machine) -> list[DeviceCard]:
     return found
 
 
-def _has_agent(machine: Machine) -> bool:
+def has_agent(machine: Machine) -> bool:
     """True once an agent has greeted."""
     link = machine.services.get("agent")
     if link is None:

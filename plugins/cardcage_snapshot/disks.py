@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cardcage_snapshot.manifest import Manifest
     from cardcage_snapshot.places import Folder, Publication
 
-__all__ = ["DiskCopy", "file_sum", "overlays", "plan_disks", "settle_disks"]
+__all__ = ["DiskCopy", "file_sum", "image_of", "overlays", "plan_disks", "settle_disks"]
 
 KEY = "drive"
 """The option of a device that names its block back end."""
@@ -128,12 +128,17 @@ def plan_disks(machine: Machine) -> list[DiskCopy]:
     return found
 
 
-def _plan(id: str, backend: Any, spec: Any, options: dict[str, Any]) -> DiskCopy:
+def image_of(spec: Any) -> tuple[str, dict[str, Any], str]:
+    """The kind of a drive, its options, and the path of its image; that is empty where it is another card's."""
     table = {"file": spec} if isinstance(spec, str) else dict(spec)
     kind = str(table.get("type", "drive"))
     if isinstance(spec, str) and (head := spec.partition(":")[0]) in IMAGES and not os.path.lexists(beside(spec)):
         kind, table = head, {"file": spec.removeprefix(f"{head}:")}
-    path = beside(table["file"]) if kind in IMAGES and isinstance(table.get("file"), str) else ""
+    return kind, table, beside(table["file"]) if kind in IMAGES and isinstance(table.get("file"), str) else ""
+
+
+def _plan(id: str, backend: Any, spec: Any, options: dict[str, Any]) -> DiskCopy:
+    kind, table, path = image_of(spec)
     if path and isinstance(backend, CopiedImage) and not backend.is_at(path):
         path = ""  # a forked machine's own copy, or replaced since: what is there now is another's
     readonly = backend.info.readonly or bool(options.get("readonly"))

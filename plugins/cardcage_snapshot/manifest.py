@@ -39,6 +39,7 @@ __all__ = [
     "chunk_size",
     "converter",
     "decoded",
+    "is_ours",
     "read",
     "sealed",
     "written",
@@ -280,6 +281,10 @@ def read(folder: Folder) -> tuple[Manifest, bool]:
 
         why = "; ".join(transform_error(error))
         raise ConfigError(f"does not fit: {why[:500]}", file=where) from error
-    key = _key(make=False) if found.seal else None
-    ours = key is not None and compare_digest(_seal(key, found.config, found.label), found.seal)
-    return found, ours
+    return found, is_ours(found.config, found.label, found.seal)
+
+
+def is_ours(config: dict[str, Any], label: str, seal: str) -> bool:
+    """True where the *seal* says that the configuration is that of a machine of this account."""
+    key = _key(make=False) if seal else None
+    return key is not None and compare_digest(_seal(key, config, label), seal)

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.x86 import VCpuState
 
-    from cardcage_snapshot.manifest import Manifest
+    from cardcage_snapshot.manifest import DeviceCard, Manifest
     from cardcage_snapshot.state import MachineState
 
     M = TypeVar("M", bound=Machine)
 
-__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "restore", "settle"]
+__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "given", "machine_of", "may_boot", "restore", "settle"]
 
 STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
@@ -100,7 +100,7 @@ def restore(
         if verify:
             check_files(folder, manifest)
         saved = read_state(folder, manifest)
-        tables = _given(config) if config is not None else copy.deepcopy(manifest.config)
+        tables = given(config) if config is not None else copy.deepcopy(manifest.config)
         kept = copy.deepcopy(tables)
         machine = tables.setdefault("machine", {})
         if not isinstance(machine, dict):
@@ -118,22 +118,12 @@ def restore(
                 temporary = target
                 failing.callback(rmtree, target, ignore_errors=True)
             overlays(folder, manifest, tables, target)
-        made = config_of(tables, folder.where("manifest.json"))
-        host = host or Host(security=made.security)
-        if made.boot:
-            jailed = host.owns_process or "jail" in made.guards  # in a jail files are opened before the guest runs
-            made = evolve(made, boot={"protocol": "saved", "table": made.boot, "now": jailed})
-        _cards_there(host, manifest, path)
-        token = _host.set(host)
-        try:
-            vm = cls.from_config(made, host=host)
-        finally:
-            _host.reset(token)
+        vm = machine_of(cls, tables, manifest.devices, folder.where("manifest.json"), str(path), host)
         failing.callback(vm.dismantle)
         if temporary is not None:
             rmtree(temporary, ignore_errors=True)  # they are open: nothing of them is left, however the machine ends
         original(vm, kept)
-        may_boot(vm, (made.boot or {}).get("table", {}))
+        may_boot(vm, (vm.config.boot or {}).get("table", {}))
         if not mapped:
             fill(vm.memory.ranges[0].block, folder, manifest.ram)
         _load(vm, saved, folder.where(STATE), any_cpu)
@@ -144,6 +134,26 @@ def restore(
             settle(vm, manifest.agent)
         failing.pop_all()
         return vm
+
+
+def machine_of(
+    cls: type[M], tables: dict[str, Any], devices: list[DeviceCard], where: str, path: str, host: Host | None
+) -> M:
+    """A machine of the configuration *tables* (of *where*), which opens what it boots once it is reset.
+
+    Raises ConfigError for a device of *devices* whose card is not here, and what Machine raises.
+    """
+    made = config_of(tables, where)
+    host = host or Host(security=made.security)
+    if made.boot:
+        jailed = host.owns_process or "jail" in made.guards  # in a jail files are opened before the guest runs
+        made = evolve(made, boot={"protocol": "saved", "table": made.boot, "now": jailed})
+    _cards_there(host, devices, path)
+    token = _host.set(host)
+    try:
+        return cls.from_config(made, host=host)
+    finally:
+        _host.reset(token)
 
 
 def read_state(folder: Folder, manifest: Manifest) -> MachineState:
@@ -159,7 +169,8 @@ def read_state(folder: Folder, manifest: Manifest) -> MachineState:
         raise ConfigError(error.problem, file=folder.where(STATE)) from error
 
 
-def _given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+def given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a configuration, a TOML file or tables."""
     draft = Draft()
     if isinstance(config, str | os.PathLike):
         draft.add_file(os.fspath(config))
@@ -194,15 +205,15 @@ def _overlay_folder(disks: str | os.PathLike[str] | None, path: Path) -> Path:
         raise ConfigError(f"no overlay of a disk can be made there: {error.strerror}", file=error.filename) from error
 
 
-def _cards_there(host: Host, manifest: Manifest, path: Path) -> None:
+def _cards_there(host: Host, devices: list[DeviceCard], path: str) -> None:
     """Raise ConfigError for a device whose card is not here."""
-    for one in manifest.devices:
+    for one in devices:
         try:
             host.registry.get(DeviceOffer, one.type)
         except NotOffered as error:
             whose = f"card {one.card}, {one.distribution} {one.release}"
             what = f'device "{one.id}" is of type "{one.type}" ({whose[:200]}), which is not installed here'
-            raise ConfigError(what, file=str(path)) from error
+            raise ConfigError(what, file=path) from error
 
 
 def _load(vm: Machine, saved: MachineState, where: str, any_cpu: bool) -> None:

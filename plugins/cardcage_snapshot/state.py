@@ -8,6 +8,7 @@ is refused, rather than loaded in part. RAM is not in here: :mod:`cardcage_snaps
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cattrs import Converter
 
-__all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore"]
+__all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore", "warm"]
 
 VERSION = 1
 _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
@@ -97,6 +98,20 @@ def capture(machine: Machine) -> MachineState:
     return MachineState(
         wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, features=features, cpuid=cpuid
     )
+
+
+def warm(machine: Machine) -> None:
+    """Make what turns states into plain values, which takes some 50 ms once in a process: a guest that stands still
+    should not wait for it. No device is touched: the classes are those named ``...State`` in the packages of devices.
+    """
+    packages = {type(one.device).__module__.partition(".")[0] for one in machine.devices.values()}
+    kinds = {MachineState, DeviceState, VCpuState}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in packages:
+            kinds |= {one for key, one in vars(module).items() if key.endswith("State") and isinstance(one, type)}
+    for kind in kinds:
+        if attrs.has(kind):
+            _converter().get_unstructure_hook(kind)
 
 
 def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> None:

@@ -14,10 +14,8 @@ from cardcage.host import Host
 from cardcage_fleet import command, find
 from cardcage_hotplug.command import _table
 from cardcage_hotplug.control import add_device, list_device, remove_device
+from hotplug_kit import LETS_GO
 from installed import PROGRAM, open_files
-
-LETS_GO = b"\x66\xb9\0\0\x10\0\x67\xe2\xfd\xba\x04\xae\x66\xed\x66\x85\xc0\x74\xed\xba\x08\xae\x66\xef\xeb\xe6"
-"""Counts to a million, reads *down* of the hot-plug registers, and writes what there is in it to *eject*."""
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def test_only_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     with Host() as host:
-        made = _table(host, "virtio-blk,drive=a.img,id=disk,serial=disk,format=raw")
+        made = _table(host, "virtio-blk,drive.file=a.img,id=disk,serial=disk,drive.format=raw")
     assert (made["type"], made["id"], made["serial"]) == ("virtio-blk", "disk", "disk")
     assert str(tmp_path / "a.img") in str(made["drive"])
     assert str(tmp_path / "raw") not in str(made)

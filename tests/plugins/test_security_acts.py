@@ -28,8 +28,11 @@ from cardcage_cli import main
 from cardcage_fleet.roster import Roster, ask
 from cardcage_fork import fork
 from cardcage_memory_policies import MachineMemory
+from cardcage_migrate import Refused
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
 from cardcage_snapshot.state import capture, restore
+from migrate_kit import Coming, over
+from snapshot_kit import count, counting, counts_on
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
@@ -156,6 +159,8 @@ ELSEWHERE = {
     "management command": "test_commands",
     "interrupt route": "test_messages",
     "machine fork": "test_copies",
+    "machine migrate_in": "test_moves",
+    "machine migrate_out": "test_moves",
     "policy load": "test_changes_of_the_policy",
     "policy setbool": "test_changes_of_the_policy",
     "policy setenforce": "test_changes_of_the_policy",
@@ -308,6 +313,22 @@ def test_copies(recorder: Recorder) -> None:
             fork(vm)
         assert vm.state == "built"
         vm.close()
+
+
+def test_moves(recorder: Recorder, tmp_path: Path) -> None:
+    """A machine that may not leave, or may not come in, does not, and goes on where it is."""
+    security = Draft.of({"security": "recorder"}).config().security
+    with Host(security=security) as host, counting(tmp_path, host) as vm:
+        vm.start()
+        with Coming(host) as there:
+            recorder.refused = ("machine", "migrate_out")
+            with pytest.raises(Denied, match="migrate_out"):
+                over(vm, there.link)
+            recorder.refused = ("machine", "migrate_in")
+            with pytest.raises(Refused, match="migrate_in"):
+                over(vm, there.link)
+            assert isinstance(there.done().error, Denied)
+        counts_on(vm, count(vm))
 
 
 def test_what_other_processes_ask(recorder: Recorder) -> None:

@@ -1,0 +1,79 @@
+"""Card ``migrate``: a running machine moves to another process or host, and hardly stands still for it.
+
+::
+
+    vm.migrate("tcp:192.0.2.7:4444", tls_dir="/etc/pki/cardcage")      # here
+
+    with Machine.incoming("tcp:0.0.0.0:4444", tls_dir="/etc/pki/cardcage") as vm:  # there
+        vm.wait()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cardcage.hookspecs import hookimpl
+from cardcage.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cardcage.registry import Registry
+
+    from cardcage_migrate.disks import Movable
+    from cardcage_migrate.progress import Progress
+    from cardcage_migrate.verbs import Machine, Verbs
+    from cardcage_migrate.wire import BrokenStream, LinkLost, Refused
+
+__all__ = ["BrokenStream", "LinkLost", "Machine", "Movable", "Progress", "Refused", "Verbs"]
+
+QMP = "migrate migrate_cancel migrate_set_parameters query_migrate query_migrate_parameters"
+
+
+@hookimpl
+def cardcage_register(registry: Registry) -> None:
+    """Offer the verbs, the commands ``migrate`` and ``incoming``, and what stands for disks that are on their way."""
+    from cardcage_fleet import ControlOffer, SessionOffer
+    from cardcage_qmp import QmpCommand, QmpEvent
+
+    out = "cardcage_migrate.outgoing"
+    registry.verb("migrate", f"{out}:migrate", help="move the running machine to who waits for it")
+    registry.verb("migrate_cancel", f"{out}:migrate_cancel", help="give a migration up; the machine goes on here")
+    registry.verb("migrate_progress", "cardcage_migrate.progress:migrate_progress", help="how far a migration is")
+    registry.verb(
+        "migrate_recover", "cardcage_migrate.hold:migrate_recover", help="go on with a copy that stands still"
+    )
+    registry.backend(
+        "block",
+        "arriving",
+        "cardcage_migrate.disks:open_arriving",
+        options="cardcage_migrate.disks:ArrivingOptions",
+        help="a disk that another machine still has (Machine.incoming)",
+    )
+    registry.command(
+        "migrate",
+        "cardcage_migrate.command:run",
+        configure="cardcage_migrate.command:configure",
+        help="move a running machine to another process or host; cancel, show, recover",
+    )
+    registry.command(
+        "incoming",
+        "cardcage_migrate.command:run_incoming",
+        configure="cardcage_migrate.command:configure_incoming",
+        help="wait for a machine that is moved here, and run it",
+    )
+    serve = "cardcage_migrate.serve"
+    registry.add(SessionOffer("migrate", f"{serve}:migrate", help="move the machine over this connection"))
+    for name in QMP.split():
+        spelt = name if name == "migrate_cancel" else name.replace("_", "-")
+        registry.add(QmpCommand(spelt, f"cardcage_migrate.qmp:{name}"))
+    registry.add(QmpEvent("MIGRATION", "cardcage_migrate.qmp:MigrationEvent"))
+    registry.add(ControlOffer("migrate-act", f"{serve}:act", help="cancel, show or recover a migration: {act: NAME}"))
+
+
+_names: Any = lazy_names(
+    "cardcage_migrate",
+    disks="Movable",
+    progress="Progress",
+    verbs="Machine Verbs",
+    wire="BrokenStream LinkLost Refused",
+)
+__getattr__ = _names

@@ -1,0 +1,361 @@
+"""``Machine.incoming()``: a machine that comes from another process or host, and goes on here."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, UsageError, in_words
+from cardcage.machine import State
+from cardcage.security import OPERATOR, Act
+from cardcage_snapshot.creating import original
+from cardcage_snapshot.manifest import is_ours
+from cardcage_snapshot.restoring import STATE_MOST, given, machine_of, may_boot
+from cardcage_snapshot.state import capture, dumps, loads
+from cardcage_snapshot.state import restore as load_state
+
+from cardcage_migrate.announce import announce
+from cardcage_migrate.disks import arrivals, replaced
+from cardcage_migrate.hold import Hold, recoverable
+from cardcage_migrate.pages import put, uncollected
+from cardcage_migrate.passport import Passport, Stamp, structured
+from cardcage_migrate.progress import new_progress
+from cardcage_migrate.reach import DIAL, Waiting, parse
+from cardcage_migrate.wire import BrokenStream, Channel, Kind, LinkLost, Refused
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Mapping
+
+    from cardcage.host import Host
+    from cardcage.machine import Machine
+
+M = TypeVar("M", bound="Machine")
+
+__all__ = ["Arrival", "incoming"]
+
+SILENT = 60.0
+"""Seconds that a source may be silent once it has said what machine it sends."""
+AGENT = 5.0
+"""Seconds that the agent of the guest may take to hear what time it is."""
+
+
+def incoming(
+    cls: type[M],
+    uri: str,
+    *,
+    name: str | None = None,
+    accel: str | Iterable[str] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    trust: bool = False,
+    any_cpu: bool = False,
+    tls_dir: str | os.PathLike[str] | None = None,
+    timeout: float | None = None,
+    waiting: Callable[[Waiting], object] | None = None,
+    host: Host | None = None,
+) -> M:
+    """Wait at *uri* for a machine that is migrated here; it runs when this returns (or is built, where it was paused:
+    then ``start(boot=False)`` goes on with it).
+
+    Args:
+        uri: ``unix:PATH``, ``tcp:HOST:PORT`` (port 0: a free one), ``exec:COMMAND``, ``fd:NUMBER``, ``file:PATH``.
+        name: of the machine, by default that of the source's; a number is added to one that is taken.
+        accel: accelerators to try, by default as the source's configuration says.
+        config: the machine's configuration, a TOML file or tables, instead of the one that comes along.
+        trust: take the configuration of a machine that is not this account's. It can name any file of this host.
+        any_cpu: go on also where the processor lacks features that the guest was told of.
+        tls_dir: directory with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``; the source has to show a
+            certificate of that authority.
+        timeout: seconds until somebody connects, None for as long as it takes.
+        waiting: called once there is somebody to connect to.
+        host: whose cards to use; by default a private one.
+
+    Raises ConfigError, HostError, Denied: it goes on at the source then, which is told why. LinkLost with the attribute
+    ``machine`` has a copy that is complete and stands still, because nobody knows whether the source goes on: its
+    ``migrate_recover`` goes on here; else close it.
+    """
+    arrival: Arrival[M] = Arrival(cls, uri, name, accel, config, trust, any_cpu, host)
+    arrival.wait(tls_dir, timeout, waiting)
+    return arrival.machine()
+
+
+class Arrival(Generic[M]):
+    """One machine that comes. The arguments are those of :func:`incoming`.
+
+    Args:
+        console: char back end for its console, where a device has that.
+        may_pause: take one that was paused at its source, which is then built, and not started.
+    """
+
+    def __init__(
+        self,
+        cls: type[M],
+        uri: str,
+        name: str | None = None,
+        accel: str | Iterable[str] | None = None,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        trust: bool = False,
+        any_cpu: bool = False,
+        host: Host | None = None,
+        *,
+        console: str | None = None,
+        may_pause: bool = True,
+    ) -> None:
+        self._console, self._may_pause = console, may_pause
+        self._cls, self._name, self._accel, self._host = cls, name, accel, host
+        self._place, self._trust, self._any_cpu = parse(uri), trust, any_cpu
+        self._given = None if config is None else given(config)
+        self._channel: Channel
+        self._passport: Passport
+        self._hold: Hold
+        self._vm: M
+        self._going_on = threading.Lock()
+        self._goes_on = threading.Event()
+
+    def wait(
+        self,
+        tls_dir: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+        waiting: Callable[[Waiting], object] | None = None,
+    ) -> None:
+        """Wait for a source that says what machine it sends. Raises HostError, BrokenStream, LinkLost."""
+        place = self._place
+        if self._host is not None:
+            place.ask(self._host.mediator, OPERATOR, self._name or "", listen=True)
+        door = Waiting(place, tls_dir)
+        try:
+            if waiting is not None:
+                waiting(door)
+            until = None if timeout is None else time.monotonic() + timeout
+            while True:
+                try:
+                    peer, one_way = door.accept(None if until is None else max(until - time.monotonic(), 0.001))
+                except TimeoutError as error:
+                    raise LinkLost(f"{place}: nobody came within {timeout:g} s") from error
+                except HostError as error:
+                    self._strange(door, error)
+                    continue
+                self._channel = Channel(peer, patience=DIAL, one_way=one_way)
+                try:
+                    self._channel.meet()
+                    self._passport = Passport.read(bytes(self._channel.receive(Kind.HELLO).body))
+                    if one_way and not self._passport.one_way:
+                        raise BrokenStream(f"{place}: the source waits for answers, which go nowhere")
+                    return
+                except HostError as error:
+                    self._channel.close()
+                    self._strange(door, error)
+        finally:
+            door.close()
+
+    def _strange(self, door: Waiting, error: HostError) -> None:
+        """Go on waiting after somebody who is no source, unless nobody else can come."""
+        if door.only_one:
+            raise error
+        if self._host is not None:
+            self._host.log.warning("who connected sent no machine", where=str(self._place), why=str(error))
+
+    def machine(self) -> M:
+        """Take it. Raises as :func:`incoming`."""
+        channel = self._channel
+        channel.one_way = channel.one_way or self._passport.one_way
+        try:
+            self._take()
+        except LinkLost as error:
+            if not hasattr(error, "machine"):
+                self._drop(error)
+            raise
+        except BaseException as error:
+            self._drop(error)
+            raise
+        finally:
+            channel.close()
+        return self._vm
+
+    def _drop(self, error: BaseException) -> None:
+        """Nothing is left here, and the source hears why."""
+        if not self._channel.one_way and not isinstance(error, Refused | LinkLost):
+            with suppress(HostError):  # it finds out
+                self._channel.say(Kind.FAILED, str(error) if isinstance(error, CardcageError) else in_words(error))
+        if hasattr(self, "_vm"):
+            self._vm.dismantle()
+
+    def _take(self) -> None:
+        channel = self._channel
+        self._build()
+        vm = self._vm
+        self._progress = progress = new_progress(vm, str(self._place))
+        began = time.monotonic()
+        channel.set_patience(SILENT)
+        if not channel.one_way:
+            channel.send(Kind.ACCEPT, argument=self._rehearsed())
+        progress.status = "active"
+        state = self._receive()
+        with uncollected():
+            self._switch(state)
+        progress.status, progress.total = "completed", time.monotonic() - began
+        if not channel.one_way:
+            try:
+                channel.send(Kind.STARTED)
+            except LinkLost:  # the source stands still and says how to find out
+                vm.log.warning("the source could not be told that the machine runs here: it stands still there")
+        self._settle()
+
+    def _switch(self, state: bytes) -> None:
+        """Load what came, and run once the source has given the machine up."""
+        vm, progress = self._vm, self._progress
+        try:
+            load_state(vm, loads(state.decode()), any_cpu=self._any_cpu)
+        except (ConfigError, UnicodeDecodeError, RecursionError) as error:
+            raise BrokenStream(f"{vm.name}: {error}") from error
+        progress.status = "waiting"
+        stamps = self._await_commit()
+        try:
+            self._go_on(stamps)
+        except FAULTS as error:
+            progress.status, progress.error = "failed", str(error)
+            raise
+
+    def _build(self) -> None:
+        passport, given = self._passport, self._given
+        if passport.paused and not self._may_pause:
+            raise ConfigError("the machine is paused: let it go on first, or take it in Python (Machine.incoming)")
+        if given is None and not (self._trust or is_ours(passport.config, passport.label, passport.seal)):
+            raise ConfigError(
+                "the machine is not this account's, and its configuration can name any file of this host: trust it "
+                "(--trust), or give another configuration (--config)"
+            )
+        tables = copy.deepcopy(passport.config if given is None else given)
+        kept = copy.deepcopy(tables)
+        machine, memory = tables.setdefault("machine", {}), tables.setdefault("memory", {})
+        if not isinstance(machine, dict) or not isinstance(memory, dict):
+            raise ConfigError("expected tables", key="machine, memory")
+        machine |= {"name": self._name or passport.machine}
+        if self._accel is not None:
+            machine["accel"] = [self._accel] if isinstance(self._accel, str) else list(self._accel)
+        if given is None and passport.label != passport.machine:
+            machine["label"] = passport.label
+        if memory.get("type") == "file":  # the source's RAM, on this host
+            tables["memory"] = {"type": "memfd"}
+        where = "the configuration that came along" if given is None else "the given configuration"
+        replaced(tables, passport.disks, passport.host)
+        vm = machine_of(self._cls, tables, passport.devices, where, where, self._host)
+        self._vm = vm
+        original(vm, kept)
+        self._hold = Hold(vm, f"it is on its way here from {self._place}")
+        vm.mediator.check(Act(OPERATOR, vm.label, "machine", ("migrate_in",), {"machine": vm.name}))
+        if self._console is not None and vm.console.claimed:
+            vm.open_console(self._console)
+        may_boot(vm, (vm.config.boot or {}).get("table", {}))
+        if int(vm.config.machine.memory) != passport.memory or len(vm.vcpus) != passport.cpus:
+            there, here = (
+                f"{memory} bytes of memory and {cpus} vCPUs"
+                for memory, cpus in (
+                    (passport.memory, passport.cpus),
+                    (int(vm.config.machine.memory), len(vm.vcpus)),
+                )
+            )
+            raise ConfigError(f"the source has {there}, this machine {here}")
+
+    def _rehearsed(self) -> int:
+        """Nanoseconds that it takes to load a state. What is loaded is the machine's own, from before it ran."""
+        for _ in range(2):  # nothing is done for the first time at the switch
+            load_state(self._vm, loads(dumps(capture(self._vm))))
+        text = dumps(capture(self._vm))
+        began = time.monotonic_ns()
+        load_state(self._vm, loads(text))
+        return time.monotonic_ns() - began
+
+    def _receive(self) -> bytes:
+        """RAM, and then the state."""
+        channel, block = self._channel, self._vm.memory.ranges[0].block
+        state = bytearray()
+        while True:
+            expected = (Kind.STATE, Kind.END) if state else (Kind.PAGES, Kind.PING, Kind.STATE)
+            frame = channel.receive(*expected)
+            if frame.kind is Kind.PAGES:
+                put(block, frame)
+            elif frame.kind is Kind.PING:
+                channel.send(Kind.PONG)
+            elif frame.kind is Kind.STATE:
+                state += frame.body
+                if len(state) > STATE_MOST or not frame.body:
+                    raise BrokenStream(f"a state of more than {STATE_MOST} bytes")
+            else:
+                return bytes(state)
+
+    def _await_commit(self) -> list[Stamp]:
+        """Say that all is here, and hear the source's last word. LinkLost has the machine, which stands still."""
+        vm, channel = self._vm, self._channel
+        try:
+            if not channel.one_way:
+                channel.send(Kind.READY)
+            body = bytes(channel.receive(Kind.COMMIT).body)
+        except (LinkLost, BrokenStream) as error:
+            if channel.one_way:  # a stream that was cut short; there is another copy
+                raise
+            self._hold.drop()
+            self._hold = Hold(vm, 'its source may run: "cardcage migrate recover" goes on with it here')
+            recoverable(vm, self._recover)
+            self._progress.error = str(error)
+            lost = Incomplete(
+                f"{error}: {vm.name} is here and complete, but stands still: its source may go on with it. If it does "
+                'not, "cardcage migrate recover" (migrate_recover) goes on here; else end this one'
+            )
+            lost.machine = vm
+            raise lost from error
+        found: list[Stamp] = structured(body, list[Stamp])
+        return found
+
+    def await_recovery(self) -> bool:
+        """Wait until a copy that stands still goes on; False when it was ended instead."""
+        while self._vm.state is State.BUILT:
+            self._goes_on.wait(0.2)
+        return self._goes_on.wait(AGENT) and self._vm.state is not State.STOPPED
+
+    def _recover(self) -> None:
+        with self._going_on:
+            if self._vm.state is not State.BUILT:
+                raise UsageError(f"{self._vm.name} was recovered already")
+            self._go_on([])
+        recoverable(self._vm, None)
+        self._progress.status = "completed"
+        self._goes_on.set()
+        self._vm.log.warning("recovered: it goes on here", migration=str(self._place))
+        self._settle()
+
+    def _go_on(self, stamps: list[Stamp]) -> None:
+        """Take the disks, and run."""
+        arrivals(self._vm, stamps)
+        self._hold.drop()
+        if not self._passport.paused:
+            self._vm.start(boot=False)
+
+    def _settle(self) -> None:
+        """Tell the network where it is, and the guest what time it is."""
+        vm: Any = self._vm
+        if self._passport.paused:
+            return
+        announce(vm)
+        if self._passport.agent and vm.services.get("agent") is not None:
+            try:
+                vm.agent.wait(AGENT)
+                vm.agent.set_time(timeout=AGENT)
+                return
+            except (CardcageError, TimeoutError, OSError) as error:
+                vm.log.warning("the guest's clock is behind by as long as it stood still", why=str(error))
+        else:
+            vm.log.info("the guest's clock is behind by as long as it stood still: no agent runs in it")
+
+
+class Incomplete(LinkLost):
+    """The link broke after all had come, and before the source gave the machine up, as far as is known here.
+
+    Attributes:
+        machine: it stands still; ``migrate_recover`` goes on with it, ``close`` throws it away.
+    """
+
+    machine: Any

@@ -1,0 +1,443 @@
+"""``vm.migrate()``: RAM goes over while the guest runs, and then the guest.
+
+The machine is the source's until it says COMMIT, and from there on the destination's. Whatever goes wrong before, the
+source goes on. What goes wrong after that leaves at most one copy running: the source stands still, and goes on only
+when the destination says that it has not run and never will, or when somebody who knows says so (``migrate_recover``).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from attrs import frozen
+from cardcage.errors import CardcageError, HostError, StateError, UsageError
+from cardcage.machine import State
+from cardcage.security import OPERATOR, Act
+from cardcage.units import say_size
+from cardcage_snapshot.creating import cards_of, has_agent, prepared, savable
+from cardcage_snapshot.manifest import converter
+from cardcage_snapshot.pages import held
+from cardcage_snapshot.state import capture, dumps, warm
+
+from cardcage_migrate.disks import checked, held_disks
+from cardcage_migrate.hold import Hold, recoverable
+from cardcage_migrate.pages import Written, bodies, joined, uncollected, why_not
+from cardcage_migrate.passport import Passport, boot_id
+from cardcage_migrate.progress import current, new_progress
+from cardcage_migrate.reach import connect, parse
+from cardcage_migrate.throttle import Throttle
+from cardcage_migrate.wire import PIECE, Channel, Kind, LinkLost, Refused
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from cardcage.machine import Machine
+    from cardcage_snapshot.pages import Run
+
+    from cardcage_migrate.passport import Stamp
+    from cardcage_migrate.progress import Progress
+    from cardcage_migrate.wire import Peer
+
+__all__ = ["Cancelled", "Limits", "Outgoing", "migrate", "migrate_cancel"]
+
+OWN = 0.02
+"""Seconds that the source itself takes at the switch."""
+DISK = 0.005
+"""Seconds that a disk takes to change hands."""
+SLOW = 0.5
+"""Of the bytes that went over in a pass: where the guest writes more meanwhile, it is held up."""
+PATIENT = 3
+"""Passes before it is held up."""
+TELL = 0.1
+"""Seconds between two words about the progress."""
+_busy: WeakKeyDictionary[Machine, Outgoing] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class Cancelled(StateError):
+    """The migration was given up; the machine goes on here."""
+
+
+@frozen
+class Limits:
+    """The cost that a migration may have.
+
+    Attributes:
+        bandwidth: bytes a second while the guest runs, None for all there is. downtime: seconds that the guest may
+            stand still. timeout: seconds until it stops trying to get there, None for never; then the *strategy* says
+            whether it is given up (``cancel``) or the guest stands still for longer (``force``).
+        throttle: hold up vCPUs that write faster than it sends.
+        patience: seconds that the other side may be silent.
+    """
+
+    bandwidth: int | None = None
+    downtime: float = 0.3
+    timeout: float | None = 3600.0
+    strategy: Literal["cancel", "force"] = "cancel"
+    throttle: bool = True
+    patience: float = 30.0
+
+    def __attrs_post_init__(self) -> None:
+        if self.bandwidth is not None and self.bandwidth < 4096:
+            raise UsageError(f"a bandwidth of {self.bandwidth} bytes a second: expected 4096 at least")
+        if self.strategy not in ("cancel", "force"):
+            raise UsageError(f'timeout_strategy "{self.strategy}": expected cancel or force')
+        for what in ("downtime", "timeout", "patience"):
+            value = getattr(self, what)
+            if value is not None and not 0 < value < 1e9:
+                raise UsageError(f"{what}: expected seconds, more than 0, got {value!r}")
+
+
+def migrate(
+    self: Machine,
+    uri: str,
+    *,
+    bandwidth: int | None = None,
+    downtime: float = 0.3,
+    timeout: float | None = 3600.0,
+    timeout_strategy: Literal["cancel", "force"] = "cancel",
+    throttle: bool = True,
+    patience: float = 30.0,
+    tls_dir: str | os.PathLike[str] | None = None,
+    tls_hostname: str = "",
+    progress: Callable[[Progress], object] | None = None,
+) -> Progress:
+    """Move the machine, running or paused, to who waits at *uri* (``Machine.incoming``); it ends here.
+
+    Args:
+        uri: ``unix:PATH``, ``tcp:HOST:PORT``, ``exec:COMMAND`` (its standard input and output are the connection),
+            ``fd:NUMBER``; a pipe, or ``file:PATH``, takes it one way: nothing is heard, and the machine stands still
+            here until it is ended, or recovered.
+        bandwidth: bytes a second while the guest runs. downtime: seconds that the guest may stand still.
+        timeout: seconds until that has to be possible; then *timeout_strategy*: ``cancel``, or ``force`` a longer stop.
+        throttle: hold up vCPUs that write faster than it sends; the log says so.
+        patience: seconds that the other side may be silent before it counts as lost.
+        tls_dir: directory with ``ca-cert.pem``, ``client-cert.pem``, ``client-key.pem``. tls_hostname: the name that
+            the destination's certificate has to have, by default the host of ``tcp:``.
+        progress: called now and then, on this thread.
+
+    Disks stay where they are, on storage that both sides share. Raises, and the machine goes on: StateError for one
+    that cannot be moved, before anything is stopped; :exc:`Cancelled`; :exc:`~cardcage_migrate.wire.Refused` with the
+    destination's words; HostError, LinkLost. LinkLost after the machine was given up leaves it standing still: then
+    ``migrate_progress().status`` is ``given up``, and ``migrate_recover`` goes on here, if it does not run there.
+    """
+    limits = Limits(bandwidth, downtime, timeout, timeout_strategy, throttle, patience)
+    place = parse(uri)
+
+    def link() -> tuple[Peer, bool]:
+        place.ask(self.mediator, self.label, self.name, listen=False)
+        return connect(place, tls_dir, tls_hostname)
+
+    return Outgoing(self, str(place), limits, progress).over(link)
+
+
+def migrate_cancel(self: Machine) -> None:
+    """Give the machine's migration up; ``migrate`` raises Cancelled. Raises StateError without one, or too late."""
+    with _lock:
+        found = _busy.get(self)
+    if found is None:
+        raise StateError(f"{self.name} is not being migrated")
+    found.cancel()
+
+
+class Outgoing:
+    """One migration of *machine*, which has to be all that moves it. Raises StateError, in one line, for a machine that
+    cannot be moved; nothing has happened then."""
+
+    def __init__(
+        self, machine: Machine, where: str, limits: Limits, tell: Callable[[Progress], object] | None = None
+    ) -> None:
+        if machine.state not in (State.RUNNING, State.PAUSED):
+            raise StateError(f"cannot migrate: the machine is {machine.state}")
+        self._machine, self._where, self._limits, self._tell = machine, where, limits, tell
+        self._block = savable(machine)
+        if why := why_not(machine):
+            raise StateError(f"{machine.name} cannot be migrated: {why}")
+        self._tables, self._seal = prepared(machine)
+        self._disks = held_disks(machine)
+        checked(self._disks, self._tables)
+        self._due: list[Run] = []
+        """Pages that were written before the last pass, and have not gone over."""
+        self._left: list[tuple[Any, Stamp | None]] = []
+        machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("migrate_out",), {"machine": machine.name}))
+        self._running = machine.state is State.RUNNING
+        self._cancelled, self._given_up = threading.Event(), False
+        self._hold: Hold | None = None
+        self._written: Written | None = None
+        self._throttle: Throttle | None = None
+        self._channel: Channel
+        self._began = self._stopped = self._told = 0.0
+        self._fixed = OWN + DISK * len(self._disks)
+
+    def cancel(self) -> None:
+        """Give it up. Any thread. Raises StateError once the machine is the destination's."""
+        with _lock:
+            if self._given_up:
+                raise StateError(f"{self._machine.name}: too late: it was given up to {self._where}")
+            self._cancelled.set()
+
+    def over(self, link: Callable[[], tuple[Peer, bool]]) -> Progress:
+        """Make the connection and carry the machine over it. See :func:`migrate`."""
+        with _lock:
+            before = current(self._machine)
+            if self._machine in _busy or (before is not None and before.status == "given up"):
+                raise StateError(f"{self._machine.name} is being migrated already")
+            _busy[self._machine] = self
+        try:
+            return self._over(link)
+        finally:
+            with _lock:
+                del _busy[self._machine]
+
+    def _over(self, link: Callable[[], tuple[Peer, bool]]) -> Progress:
+        self._progress = progress = new_progress(self._machine, self._where)
+        self._began = time.monotonic()
+        try:
+            peer, one_way = link()
+            self._channel = Channel(peer, patience=self._limits.patience, one_way=one_way)
+            try:
+                self._carry()
+            except BaseException as error:
+                self._undo(error)
+                raise
+            finally:
+                self._channel.close()
+        except BaseException as error:
+            if not self._given_up:
+                progress.status = "cancelled" if isinstance(error, Cancelled) else "failed"
+            progress.error = progress.error or str(error)
+            raise
+        finally:
+            progress.total = time.monotonic() - self._began
+            self._report(now=True)
+        return progress
+
+    # while the guest runs
+
+    def _carry(self) -> None:
+        channel, progress = self._channel, self._progress
+        channel.begin()
+        channel.send(Kind.HELLO, self._passport().written())
+        warm(self._machine)
+        if not channel.one_way:
+            self._fixed += channel.receive(Kind.ACCEPT).argument / 1e9
+            self._fixed += 3 * self._ping()
+            if self._fixed > self._limits.downtime and self._running:
+                least, most = (f"{one * 1000:.0f} ms" for one in (self._fixed, self._limits.downtime))
+                raise UsageError(f"the guest would stand still for about {least} at the least: downtime is {most}")
+        progress.status = "active"
+        self._written = Written(self._machine, self._block)
+        self._throttle = Throttle(self._machine)
+        try:
+            self._converge()
+            with uncollected():
+                self._switch()
+        finally:
+            self._throttle.close()
+            if self._machine.state is not State.STOPPED:
+                self._written.close()
+
+    def _passport(self) -> Passport:
+        machine = self._machine
+        from importlib.metadata import version
+
+        return Passport(
+            version("cardcage"),
+            machine.name,
+            machine.label,
+            int(machine.config.machine.memory),
+            len(machine.vcpus),
+            machine.accelerator.name,
+            self._tables,
+            cards_of(machine),
+            self._seal,
+            [one.described() for one in self._disks],
+            boot_id(),
+            has_agent(machine),
+            self._channel.one_way,
+            not self._running,
+        )
+
+    def _ping(self) -> float:
+        """Seconds until the other side has taken all that was sent."""
+        began = time.monotonic()
+        if not self._channel.one_way:
+            self._channel.send(Kind.PING)
+            self._channel.receive(Kind.PONG)
+        return time.monotonic() - began
+
+    def _converge(self) -> None:
+        """Pass after pass, until what is left is little enough."""
+        assert self._written is not None
+        assert self._throttle is not None
+        progress, limits = self._progress, self._limits
+        runs, link, said = self._written.touched(), 0.0, False
+        while True:
+            progress.passes += 1
+            progress.remaining = held(runs)
+            began = time.monotonic()
+            size, waited = self._send(runs, zeros=progress.passes > 1, limit=limits.bandwidth)
+            self._ping()
+            took = time.monotonic() - began
+            progress.rate = size / took if took else 0.0
+            if size >= PIECE or not link:
+                link = max(size, PIECE) / max(took - waited, 1e-6)
+            if not self._running:
+                return
+            runs = self._due = self._written.fetch()
+            progress.remaining = left = held(runs)
+            progress.dirtied = left / took if took else 0.0
+            progress.expected = left / link + self._fixed
+            self._report()
+            if progress.expected <= limits.downtime:
+                return
+            if limits.timeout is not None and time.monotonic() - self._began > limits.timeout:
+                if limits.strategy == "force":
+                    self._machine.log.warning(
+                        "the migration does not converge: the guest stands still for longer than it should",
+                        expected=f"{progress.expected:.3f} s",
+                    )
+                    return
+                raise Cancelled(
+                    f"{self._machine.name}: after {limits.timeout:g} s the guest would still stand still for "
+                    f"{progress.expected:.2f} s: the migration is given up"
+                )
+            if limits.throttle and progress.passes >= PATIENT and left > SLOW * size and self._throttle.more():
+                progress.throttle = self._throttle.percent
+                self._machine.log.warning(
+                    "the migration does not converge: the guest writes too much, and its vCPUs are held up",
+                    percent=progress.throttle,
+                    written=f"{say_size(int(progress.dirtied))}/s",
+                    sent=f"{say_size(int(progress.rate))}/s",
+                )
+            elif not said and progress.passes >= PATIENT and left > SLOW * size:
+                said = True
+                self._machine.log.warning("the migration does not converge: the guest writes more than can be sent")
+
+    def _send(self, runs: list[Run], *, zeros: bool, limit: int | None = None) -> tuple[int, float]:
+        """Send these; returns bytes, and seconds of waiting for the sake of the *limit*."""
+        piece = PIECE if limit is None else min(PIECE, max(limit // 20 // 4096 * 4096, 4096))
+        began, waited, size, first = time.monotonic(), 0.0, 0, self._channel.sent
+        for number, body in bodies(self._block, runs, piece=piece, zeros=zeros):
+            if self._cancelled.is_set():
+                raise Cancelled(f"{self._machine.name}: the migration was cancelled")
+            if self._machine.state is State.STOPPED:
+                raise StateError(f"{self._machine.name} ended: {self._machine.outcome}")
+            self._channel.send(Kind.PAGES, body, argument=number)
+            size = self._channel.sent - first
+            self._report()
+            if limit is not None and (ahead := size / limit - (time.monotonic() - began)) > 0:
+                self._cancelled.wait(ahead)
+                waited += ahead
+        return size, waited
+
+    # while it stands still
+
+    def _switch(self) -> None:
+        assert self._written is not None
+        assert self._throttle is not None
+        machine, channel, progress = self._machine, self._channel, self._progress
+        for one in self._disks:
+            one.backend.flush()  # the guest runs: little is left for later
+        self._throttle.close()
+        progress.status = "switching"
+        self._hold = Hold(machine, f"it is on its way to {self._where}")
+        self._stopped = time.monotonic()
+        if self._running:
+            machine.pause()
+        if machine.state is not State.PAUSED:
+            raise StateError(f"{machine.name} ended: {machine.outcome}")
+        state = dumps(capture(machine)).encode()
+        self._send(joined([*self._due, *self._written.fetch()]), zeros=True)
+        for at in range(0, len(state), PIECE):
+            channel.send(Kind.STATE, state[at : at + PIECE])
+        channel.send(Kind.END)
+        if not channel.one_way:
+            channel.receive(Kind.READY)
+        for one in self._disks:
+            self._left.append((one, None))
+            self._left[-1] = one, one.let_go()
+        with _lock:  # from here on it is too late to cancel
+            if self._cancelled.is_set():
+                raise Cancelled(f"{machine.name}: the migration was cancelled")
+            if machine.state is not State.PAUSED:
+                raise StateError(f"{machine.name} ended: {machine.outcome}")
+            self._given_up = True
+        progress.status = "given up"
+        import json
+
+        stamps = [converter().unstructure(left) for _, left in self._left if left is not None]
+        channel.send(Kind.COMMIT, json.dumps(stamps).encode())
+        if channel.one_way:
+            progress.downtime = time.monotonic() - self._stopped
+            self._stay("it was sent to " + self._where)
+            return
+        channel.receive(Kind.STARTED)
+        progress.downtime = time.monotonic() - self._stopped
+        progress.status, progress.remaining = "completed", 0
+        machine.log.info("migrated", to=self._where, downtime=f"{progress.downtime * 1000:.0f} ms")
+        self._report(now=True)
+        machine.stop(f"migrated to {self._where}")
+
+    # when it goes wrong
+
+    def _undo(self, error: BaseException) -> None:
+        """Go on here if nobody else can have the machine; else stand still, and say so in *error*."""
+        if self._progress.status == "completed":  # only its end here went wrong
+            return
+        if self._given_up and not isinstance(error, Refused):
+            self._stay(f"it was given up to {self._where}, and nobody answered")
+            raise LinkLost(
+                f"{error}: {self._machine.name} was given up to {self._where} and stands still here. If it runs there, "
+                f'end it here; if it does not, "cardcage migrate recover" (migrate_recover) goes on with one of them'
+            ) from error
+        self._given_up = False
+        if not isinstance(error, Refused | LinkLost) and not self._channel.one_way:
+            with suppress(HostError):  # it will find out
+                self._channel.say(Kind.ABORT, "the source goes on with it")
+        try:
+            self._go_on()
+        except CardcageError as other:
+            self._given_up = True
+            self._progress.status = "given up"
+            self._stay(f"it cannot go on after its migration failed: {other}")
+            raise
+
+    def _stay(self, why: str) -> None:
+        """Stand still until it is recovered."""
+        assert self._hold is not None
+        self._hold.drop()
+        self._hold = Hold(self._machine, f'{why}; "cardcage migrate recover" goes on with it here')
+        recoverable(self._machine, self._recover)
+        self._progress.status = "given up"
+
+    def _recover(self) -> None:
+        self._go_on()
+        recoverable(self._machine, None)
+        self._progress.status = "failed"
+        self._machine.log.warning("recovered: it goes on here", migration=self._where)
+
+    def _go_on(self) -> None:
+        """Take the disks back, and run if it ran. Raises HostError where a disk is another's now."""
+        while self._left:
+            one, left = self._left[-1]
+            one.take_back(left)
+            self._left.pop()
+        if self._hold is not None:
+            self._hold.drop()
+            if self._running and self._machine.state is State.PAUSED:
+                self._machine.resume()
+
+    def _report(self, *, now: bool = False) -> None:
+        progress, moment = self._progress, time.monotonic()
+        progress.total = moment - self._began
+        if hasattr(self, "_channel"):
+            progress.sent = self._channel.sent
+        if self._tell is not None and (now or moment - self._told > TELL):
+            self._told = moment
+            self._tell(progress)

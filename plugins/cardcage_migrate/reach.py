@@ -1,0 +1,288 @@
+"""Where a machine moves: ``unix:PATH``, ``tcp:HOST:PORT``, ``exec:COMMAND``, ``fd:NUMBER``, ``file:PATH``; TLS."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+from cardcage.errors import ConfigError, HostError, UsageError
+from cardcage.security import Act
+from cardcage_fleet.roster import connected, is_ours, listening
+
+from cardcage_migrate.wire import Pipe
+
+if TYPE_CHECKING:
+    import ssl
+
+    from cardcage.security import Mediator
+    from typing_extensions import Buffer
+
+    from cardcage_migrate.wire import Peer
+
+__all__ = ["Place", "Waiting", "adopted", "connect", "parse"]
+
+DIAL = 10.0
+"""Seconds that a connection may take, and the first word on it."""
+SCHEMES = {
+    "unix": "unix:PATH",
+    "tcp": "tcp:HOST:PORT, tcp:[ADDRESS]:PORT for IPv6",
+    "exec": "exec:COMMAND",
+    "fd": "fd:NUMBER",
+    "file": "file:PATH",
+}
+LAST = 10.0
+"""Seconds that a program may take to end once its connection is closed."""
+
+
+@frozen
+class Place:
+    """Where to, or from.
+
+    Attributes:
+        scheme: one of :data:`SCHEMES`. rest: path, command or number. host, port: of ``tcp``.
+    """
+
+    scheme: str
+    rest: str
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.rest}"
+
+    def ask(self, mediator: Mediator, label: str, machine: str, *, listen: bool) -> None:
+        """Ask for what is about to be opened. Raises Denied."""
+        asked = {
+            "unix": ("socket", ("listen" if listen else "connect",)),
+            "tcp": ("socket", ("listen" if listen else "connect",)),
+            "exec": ("program", ("start",)),
+            "file": ("image", ("open", "read") if listen else ("create", "write")),
+        }
+        if self.scheme in asked:
+            tclass, permissions = asked[self.scheme]
+            facts = {"machine": machine, **({"readonly": listen} if tclass == "image" else {})}
+            mediator.ask(Act(label, label, tclass, permissions, facts), self.rest)
+
+
+def parse(uri: str) -> Place:
+    """Raises UsageError for what is no place."""
+    scheme, colon, rest = uri.partition(":")
+    if scheme not in SCHEMES or not colon or not rest or "\0" in uri:
+        raise UsageError(f'"{uri}": expected {", ".join(SCHEMES.values())}')
+    if scheme == "tcp":
+        found = re.fullmatch(r"(?:\[([^]]+)\]|([^:\[\]]+)):([0-9]{1,5})", rest)
+        if not found or int(found[3]) > 65535:
+            raise UsageError(f'"{uri}": expected {SCHEMES[scheme]}')
+        return Place(scheme, rest, found[1] or found[2], int(found[3]))
+    if scheme == "fd" and not (rest.isascii() and rest.isdigit() and len(rest) < 10):
+        raise UsageError(f'"{uri}": expected {SCHEMES[scheme]}')
+    return Place(scheme, rest)
+
+
+def connect(place: Place, tls_dir: str | os.PathLike[str] | None = None, tls_hostname: str = "") -> tuple[Peer, bool]:
+    """A connection to who waits there, and whether nothing can come back on it.
+
+    Args:
+        tls_dir: directory with ``ca-cert.pem``, ``client-cert.pem`` and ``client-key.pem``; the other side has to show
+            a certificate that this authority signed for *tls_hostname*, by default the host of ``tcp:``.
+
+    Raises HostError, ConfigError that names the file.
+    """
+    context = None if tls_dir is None else tls_context(tls_dir, server=False)
+    name = tls_hostname or place.host
+    if context is not None:
+        _may_tls(place)
+        if not name:
+            raise UsageError("TLS needs the name in the destination's certificate here (tls_hostname, --tls-hostname)")
+    with _told(place):
+        if place.scheme == "unix":
+            peer = connected(Path(os.path.abspath(place.rest)), DIAL)
+        elif place.scheme == "tcp":
+            peer = socket.create_connection((place.host, place.port), DIAL)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            return _other(place, writes=True)
+        return (peer, False) if context is None else (_secure(context, peer, name), False)
+
+
+class Waiting:
+    """Waits for who connects. Raises HostError, ConfigError that names the file.
+
+    Args:
+        tls_dir: directory with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``; who connects has to show a
+            certificate that this authority signed.
+    """
+
+    def __init__(self, place: Place, tls_dir: str | os.PathLike[str] | None = None) -> None:
+        self.place, self._socket = place, None
+        self._context = None if tls_dir is None else tls_context(tls_dir, server=True)
+        if self._context is not None:
+            _may_tls(place)
+        with _told(place):
+            if place.scheme == "unix":
+                path = Path(os.path.abspath(place.rest))
+                if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+                    raise ConfigError("is there already, and no socket", file=str(path))
+                self._socket = listening(path)
+                self._socket.setblocking(True)
+            elif place.scheme == "tcp":
+                kind = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+                self._socket = socket.create_server((place.host, place.port), family=kind, backlog=4)
+
+    @property
+    def port(self) -> int:
+        """The port of ``tcp:``, also where 0 was asked for."""
+        assert self._socket is not None
+        return int(self._socket.getsockname()[1])
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 where there is none."""
+        return -1 if self._socket is None else self._socket.fileno()
+
+    @property
+    def only_one(self) -> bool:
+        """True where only one can come, once."""
+        return self._socket is None
+
+    def accept(self, timeout: float | None = None) -> tuple[Peer, bool]:
+        """The next who comes, and whether nothing can be said back. Raises HostError; TimeoutError."""
+        if self._socket is None:
+            return _other(self.place, writes=False)
+        self._socket.settimeout(timeout)
+        peer, _ = self._socket.accept()
+        with _told(self.place):
+            peer.settimeout(DIAL)
+            if self.place.scheme == "tcp":
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            elif not is_ours(peer):
+                peer.close()
+                raise HostError(f"{self.place}: somebody else's process connected")
+            return (peer, False) if self._context is None else (_secure(self._context, peer, None), False)
+
+    def close(self) -> None:
+        """Wait no longer. Idempotent."""
+        if self._socket is not None:
+            if self._socket.fileno() >= 0 and self.place.scheme == "unix":
+                with suppress(OSError):
+                    os.unlink(os.path.abspath(self.place.rest))
+            self._socket.close()
+
+
+class _told:
+    """Errors of the system name the place."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import ssl
+
+        if isinstance(error, ssl.SSLError):
+            why = getattr(error, "verify_message", "") or error.reason or error
+            raise HostError(f"{self._place}: TLS: {str(why).replace('_', ' ').lower()}") from error
+        if isinstance(error, OSError):
+            raise HostError(f"{self._place}: {error.strerror or error}") from error
+
+
+def _other(place: Place, *, writes: bool) -> tuple[Peer, bool]:
+    if place.scheme == "exec":
+        return Program(place.rest), False
+    if place.scheme == "fd":
+        try:
+            fd = os.dup(int(place.rest))
+        except OSError as error:
+            raise HostError(f"{place}: {error.strerror}") from error
+        return adopted(fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if writes else os.O_RDONLY
+    return Pipe(os.open(place.rest, flags | os.O_CLOEXEC, 0o600)), True
+
+
+def adopted(fd: int) -> tuple[Peer, bool]:
+    """A connection of this descriptor, which it closes, and whether nothing can come back on it."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return socket.socket(fileno=fd), False
+    return Pipe(fd), True
+
+
+class Program:
+    """A command of the shell, whose standard input and output are the connection."""
+
+    def __init__(self, command: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=theirs.fileno(), stdout=theirs.fileno())
+        self._peer = ours
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """See :class:`~cardcage_migrate.wire.Peer`."""
+        return self._peer.recv_into(buffer)
+
+    def sendall(self, data: Buffer, /) -> None:
+        """See :class:`~cardcage_migrate.wire.Peer`."""
+        self._peer.sendall(data)
+
+    def settimeout(self, seconds: float | None, /) -> None:
+        """See :class:`~cardcage_migrate.wire.Peer`."""
+        self._peer.settimeout(seconds)
+
+    def fileno(self) -> int:
+        """The descriptor of this end."""
+        return self._peer.fileno()
+
+    def close(self) -> None:
+        """Hang up; a program that does not end by that is ended."""
+        self._peer.close()
+        try:
+            self._process.wait(LAST)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+
+
+def _may_tls(place: Place) -> None:
+    if place.scheme not in ("tcp", "unix"):
+        raise UsageError(f"{place}: TLS is for tcp: and unix:")
+
+
+def tls_context(folder: str | os.PathLike[str], *, server: bool) -> ssl.SSLContext:
+    """Certificates, those shown and those wanted, by QEMU's names. Raises ConfigError that names the file."""
+    import ssl
+
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.verify_mode = ssl.CERT_REQUIRED
+    side = "server" if server else "client"
+    where = Path(folder)
+    for names, load in (
+        (("ca-cert.pem",), made.load_verify_locations),
+        ((f"{side}-cert.pem", f"{side}-key.pem"), made.load_cert_chain),
+    ):
+        for name in names:
+            if not (where / name).is_file():
+                raise ConfigError("expected a file in PEM", file=str(where / name))
+        try:
+            load(*(str(where / name) for name in names))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot be used: {why}", file=str(where / names[0])) from error
+    return made
+
+
+def _secure(context: ssl.SSLContext, peer: socket.socket, name: str | None) -> ssl.SSLSocket:
+    try:
+        if name is None:
+            return context.wrap_socket(peer, server_side=True)
+        return context.wrap_socket(peer, server_hostname=name)
+    except BaseException:
+        peer.close()
+        raise
