@@ -302,7 +302,10 @@ def brokers(pid: int) -> list[int]:
 
 
 def status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return {}
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
