@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ def cardcage(*words: str, sites: tuple[Path, ...] = (), folder: Path | None = No
         timeout=120,
         check=False,
     )
+
+
+def open_files(pid: int) -> list[str]:
+    """What process *pid* has open; what it closes meanwhile is left out."""
+    found = []
+    for one in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{one}"))
+    return found
 
 
 def install(project: Path, site: Path) -> Path:

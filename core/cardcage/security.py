@@ -98,8 +98,7 @@ class Needs:
 
     Attributes:
         read, write: paths that are opened later: files, or directories with all that is below them.
-        remove: directories in which it removes a file of its own at the end.
-        sockets: families, ``unix`` and ``inet``, of sockets that it makes later.
+        remove: directories in which it removes a file at the end. sockets: families, ``unix`` and ``inet``, made later.
         capabilities: names out of capabilities(7) in lower case, such as ``chown``; kept where the process has them.
         scratch: directories in which it makes files without a name (``cardcage_jail.open_file`` with ``O_TMPFILE``).
         processes: as many may be forked and alive at once. They run no other program, and have these same needs.

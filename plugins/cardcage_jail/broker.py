@@ -21,6 +21,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -125,6 +126,8 @@ def _alone(*kept: int) -> None:
         at = fd + 1
     os.closerange(at, 1 << 30)
     os.chdir("/")
+    with suppress(OSError, ValueError):  # a descriptor for each process, and for each file that is lent
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with suppress(OSError):
         Path("/proc/self/comm").write_text("jail-broker")
 
@@ -343,8 +346,8 @@ class Broker:
 
     def _borrowed(self, path: str, flags: int) -> int:
         """A lent file, opened once more, with no right that it was not lent with. -1 when there is none."""
-        for _, files in self._lent.values():
-            if (fd := files.get(path)) is None:
+        for peer, files in self._lent.values():
+            if (fd := files.get(path)) is None or _ended(peer.fileno(), select.POLLRDHUP):
                 continue
             may = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             if flags & ~(os.O_ACCMODE | BORROWED) or may not in (os.O_RDWR, flags & os.O_ACCMODE):
@@ -453,9 +456,9 @@ def _folders(paths: Iterable[tuple[str, str]]) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _ended(pidfd: int) -> bool:
+def _ended(fd: int, event: int = select.POLLIN) -> bool:
     poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
+    poll.register(fd, event)
     return bool(poll.poll(0))
 
 

@@ -129,13 +129,14 @@ def enter(machine: Machine) -> None:
     machine.host.sealed = partial(sealed, later.write)
     _hear(machine, refusals)
     machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
-    machine.defer(_close)
+    machine.defer(partial(_close, os.getpid()))
 
 
-def _close() -> None:
-    """Nothing more is lent to this machine."""
-    with suppress(OSError):  # the broker is gone
-        outside.ask({"do": "close"})
+def _close(pid: int) -> None:
+    """Nothing more is lent to the machine of process *pid*; the end of a copy changes nothing."""
+    if os.getpid() == pid:
+        with suppress(OSError):  # the broker is gone
+            outside.ask({"do": "close"})
 
 
 def _hear(machine: Machine, refusals: seccomp.Refusals) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from cardcage_fleet import command, find
 from cardcage_hotplug.command import _table
 from cardcage_hotplug.control import add_device, list_device, remove_device
 from hotplug_kit import LETS_GO
-from installed import PROGRAM
+from installed import PROGRAM, open_files
 
 
 @pytest.fixture
@@ -122,8 +121,7 @@ def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
             assert device(where, "add", "inside", "virtio-blk,drive=later/disk.img") == (0, "virtio-blk at 02.0\n")
             assert device(where, "remove", "inside", "virtio-blk") == (0, "")
             assert device(where, "add", "inside", "virtio-blk,drive=over.qcow2") == (0, "virtio-blk at 02.0\n")
-            files = [os.readlink(f"/proc/{process.pid}/fd/{one}") for one in os.listdir(f"/proc/{process.pid}/fd")]
-            assert {str(where / one) for one in ("over.qcow2", "disk.img")} <= set(files)
+            assert {str(where / one) for one in ("over.qcow2", "disk.img")} <= set(open_files(process.pid))
             assert device(where, "remove", "inside", "virtio-blk") == (0, "")
             with pytest.raises(HostError, match="is in its jail"):
                 command(entry, "device-add", disk)

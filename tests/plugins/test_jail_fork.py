@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cardcage_fleet import Roster, command, find
 from cardcage_snapshot.running import create
-from installed import PROGRAM
+from installed import PROGRAM, open_files
 from snapshot_kit import image
 
 pytestmark = pytest.mark.once
@@ -302,7 +302,10 @@ def brokers(pid: int) -> list[int]:
 
 
 def status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return {}
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
@@ -337,7 +340,7 @@ def test_a_machine_of_the_command_line_is_forked(
         for pid in pids:
             for key in ("NoNewPrivs", "Seccomp", "Seccomp_filters", "CapEff", "CapPrm", "CapBnd"):
                 assert status(pid)[key] == status(first)[key]
-            files = [os.readlink(f"/proc/{pid}/fd/{one}") for one in os.listdir(f"/proc/{pid}/fd")]
+            files = open_files(pid)
             assert not [one for one in files if one.endswith("disk.raw")]
             assert [one for one in files if one.endswith(f"{pid}-0.json")]
         assert {one.name for one in Roster().read()[0]} == {"count", *(name for name, _ in copies)}
