@@ -177,7 +177,7 @@ class Qcow2Image(CopiedImage, HandedImage):
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            host = self._own_place(offset, length)
+            host = _own_place(self, offset, length)
             if host:
                 self._file.write(host, buffers, length)
                 return
@@ -197,14 +197,10 @@ class Qcow2Image(CopiedImage, HandedImage):
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            host = self._own_place(offset, length)
+            host = _own_place(self, offset, length)
             return bool(host and self._try_write is not None and self._try_write(host, buffers, length))
         finally:
             self._inflight.pop(me, None)
-
-    def _own_place(self, offset: int, length: int) -> int:
-        """Where in the file a range may be written over, 0 when that takes more."""
-        return 0 if self._readonly or self._health.broken is not None else self._map.overwritable(offset, length)
 
     def _prepare(self) -> None:
         """Before any change of the mapping."""
@@ -463,6 +459,11 @@ class Qcow2Image(CopiedImage, HandedImage):
             self._header.incompatible &= ~INCOMPAT_DIRTY
             self.tables.write_header()
             self._health.sync()
+
+
+def _own_place(image: Qcow2Image, offset: int, length: int) -> int:
+    """Where in the file a range may be written over, 0 when that takes more."""
+    return 0 if image._readonly or image._health.broken is not None else image._map.overwritable(offset, length)
 
 
 def _read_chain(image: Image, offset: int, buffers: Sequence[memoryview], length: int) -> None:

@@ -45,7 +45,7 @@ MOST = 1024
 
 
 class Added:
-    """What a machine was made of, and what was added to it; under a lock, that no callback of the machine takes."""
+    """All that a machine was made of, and that was added to it; under a lock, that no callback of the machine takes."""
 
     def __init__(self, line: Line) -> None:
         self.line, self.lock = line, threading.Lock()
@@ -60,7 +60,7 @@ class Added:
 
 
 def added(machine: Machine) -> Added:
-    """What *machine* is made of, in QEMU's words."""
+    """All that *machine* is made of, in QEMU's words."""
     known: WeakKeyDictionary[Machine, Added] = machine.host.share("qemu:added", WeakKeyDictionary)
     with machine.lock:
         if machine not in known:
@@ -71,7 +71,7 @@ def added(machine: Machine) -> Added:
 
 @contextmanager
 def changed(session: Session) -> Iterator[Added]:
-    """What the machine is made of, for a change that no other peer makes meanwhile."""
+    """All that the machine is made of, for a change that no other peer makes meanwhile."""
     found = added(session.machine)
     with found.lock:
         yield found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.errors import ConfigError
 
 from cardcage_qemu import backends
+from cardcage_qemu.actions import on_action, on_gdb, on_s, on_watchdog, on_watchdog_action
 from cardcage_qemu.devices import add_device
 from cardcage_qemu.keyval import Options
 from cardcage_qemu.line import GLOBALS, MODELS, QUIET, Line
@@ -19,8 +20,6 @@ __all__ = ["OPTIONS"]
 
 PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
 Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
-WATCHDOG = ("reset", "shutdown", "poweroff", "pause", "debug", "none")
-"""What a watchdog can do, of QEMU's words."""
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 
 
@@ -262,22 +261,6 @@ def on_mon(line: Line, options: Options) -> None:
     line.monitors.append({**backends.monitor_socket(options, table), **keys})
 
 
-def on_gdb(line: Line, options: Options) -> None:
-    if options.text == "none":
-        return
-    head, _, rest = options.text.partition(":")
-    if head not in ("unix", "tcp") or not rest:
-        raise options.error("cardcage has none, unix:PATH and tcp:HOST:PORT, at which it listens")
-    socket = options.first()
-    options.harmless(server="on", wait="off", nodelay="", ipv4="", ipv6="", delay="")
-    options.end()
-    line.devices.append({"type": "gdb", "socket": socket})
-
-
-def on_s(line: Line, options: Options) -> None:
-    line.devices.append({"type": "gdb", "socket": "tcp:127.0.0.1:1234"})
-
-
 def on_virtfs(line: Line, options: Options) -> None:
     tag, id = options.need("mount_tag"), options.take("id")
     device = {"type": "virtio-9p", **({"id": id} if id else {}), "tag": tag, **backends.share(options)}
@@ -435,42 +418,6 @@ def flag(name: str) -> Callable[[Line, Options], None]:
 
 def on_no_reboot(line: Line, options: Options) -> None:
     line.machine["on_reset"] = "stop"
-
-
-def on_action(line: Line, options: Options) -> None:
-    reboot, shutdown, panic = (options.take(key) for key in ("reboot", "shutdown", "panic"))
-    expiry = options.take("watchdog")
-    options.end()
-    for name, value, known in (
-        ("reboot", reboot, ("reset", "shutdown")),
-        ("shutdown", shutdown, ("poweroff", "pause")),
-        ("panic", panic, ("shutdown", "exit-failure", "none")),
-    ):
-        if value not in (None, *known):
-            raise options.error(f"{name}={value}: cardcage has {', '.join(known)}")
-    if reboot is not None:
-        line.machine["on_reset"] = "stop" if reboot == "shutdown" else "reset"
-    if shutdown is not None:
-        line.linger = shutdown == "pause"
-    if panic is not None:
-        line.machine["on_panic"] = "ignore" if panic == "none" else "stop"
-    if expiry is not None:
-        _expiry(line, options, expiry)
-
-
-def on_watchdog_action(line: Line, options: Options) -> None:
-    _expiry(line, options, options.text)
-
-
-def _expiry(line: Line, options: Options, action: str) -> None:
-    if action not in WATCHDOG:
-        raise options.error(f"{action}: cardcage's watchdog has {', '.join(WATCHDOG)}")
-    line.expiry = action
-
-
-def on_watchdog(line: Line, options: Options) -> None:
-    options.pairs = [("driver", options.text)]
-    add_device(line, options)
 
 
 def quiet(name: str) -> Callable[[Line, Options], None]:

@@ -260,7 +260,7 @@ class Control:
         self._watchdog = found
 
     def set_expiry(self, action: Expiry) -> None:
-        """What the watchdog does, one that comes later too."""
+        """Set the watchdog's action, of one that comes later too."""
         with self.machine.lock:
             self._expiry = action
             if self._watchdog is not None:

@@ -145,7 +145,7 @@ def tables_of(kind: Any) -> list[Any]:
 
 
 def tag_of(tables: list[Any]) -> tuple[str, dict[str, Any]]:
-    """What tells *tables* apart: a member of each, a ``Literal`` of other texts in each; and the tables by those texts.
+    """The tag of *tables*: a member of each, a ``Literal`` of other texts in each; and the tables by those texts.
 
     Raises TypeError where there is none.
     """
