@@ -32,12 +32,15 @@ SHADOW_STI = 2
 X2APIC_USE_32BIT_IDS, X2APIC_DISABLE_BROADCAST_QUIRK = 1, 2
 DIRTY_RING_PAGE_OFFSET = 64
 DIRTY_GFN_DIRTY, DIRTY_GFN_RESET = 1, 2
+GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP = 1, 2
+GUESTDBG_USE_HW_BP, GUESTDBG_INJECT_DB, GUESTDBG_BLOCKIRQ = 1 << 17, 1 << 18, 1 << 20
 
 
 class Cap(IntEnum):
     """Capabilities asked for with KVM_CHECK_EXTENSION."""
 
     USER_MEMORY = 3
+    SET_GUEST_DEBUG = 23
     IOEVENTFD = 36
     VCPU_EVENTS = 41
     XSAVE = 55
@@ -47,6 +50,7 @@ class Cap(IntEnum):
     X2APIC_API = 129
     IMMEDIATE_EXIT = 136
     DIRTY_LOG_RING = 192
+    SET_GUEST_DEBUG2 = 195
     XSAVE2 = 208
     DIRTY_LOG_RING_ACQ_REL = 223
 
@@ -217,6 +221,10 @@ class DebugRegs(Structure):
     ]
 
 
+class GuestDebug(Structure):
+    _fields_ = [("control", c_uint32), ("pad", c_uint32), ("debugreg", c_uint64 * 8)]
+
+
 class Interrupt(Structure):
     _fields_ = [("irq", c_uint32)]
 
@@ -363,6 +371,7 @@ SET_LAPIC = _iow(0x8F, "KVM_SET_LAPIC", LapicState)
 SET_CPUID2 = _iow(0x90, "KVM_SET_CPUID2", Cpuid)
 GET_MP_STATE = _ior(0x98, "KVM_GET_MP_STATE", MpStateStruct)
 SET_MP_STATE = _iow(0x99, "KVM_SET_MP_STATE", MpStateStruct)
+SET_GUEST_DEBUG = _iow(0x9B, "KVM_SET_GUEST_DEBUG", GuestDebug)
 NMI = _io(0x9A, "KVM_NMI")
 GET_VCPU_EVENTS = _ior(0x9F, "KVM_GET_VCPU_EVENTS", VcpuEvents)
 SET_VCPU_EVENTS = _iow(0xA0, "KVM_SET_VCPU_EVENTS", VcpuEvents)

@@ -66,7 +66,8 @@ class Kvm:
         options = spec.options
         if options is not None and not isinstance(options, KvmOptions):
             raise ConfigError(f"accelerator kvm: options of {type(options).__name__}; expected KvmOptions")
-        return KvmVm(_open(self._device), spec, options.dirty_ring if options else 0)
+        ring = options.dirty_ring if options else 0
+        return KvmVm(_open(self._device), spec, ring, lambda: _probe(self._device).speed == "emulated")
 
 
 def _open(device: str) -> int:

@@ -48,6 +48,7 @@ class KvmVCpu:
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
         self.power_up: tuple[dict[int, int], bytes | None] = ({}, None)
+        self.held: threading.Event | None = None  # a debugger holds it: set by a kick
 
     def close(self) -> None:
         """Release the descriptor and the shared page. Idempotent."""
@@ -64,6 +65,8 @@ class KvmVCpu:
         """Make the current, or else the next, :meth:`run` return ``KICKED`` soon."""
         self._kicked = True
         self.interrupt()
+        if (held := self.held) is not None:
+            held.set()
 
     def interrupt(self) -> None:
         """Bring the thread out of guest code and through :meth:`_attend`, without ending :meth:`run`."""
@@ -85,6 +88,10 @@ class KvmVCpu:
         """Run guest code until something ends the loop; see :class:`cardcage.vcpu.VCpu`."""
         # The loop is written for speed: everything it needs is local, and one OUT or IN is served in place. ioctl is
         # called without its third argument, which Python would try as a buffer and as bytes first (1.3 µs).
+        if (held := self.held) is not None:
+            held.wait()
+            held.clear()
+            return VCpuExit(Exit.KICKED)
         fd, ioctl, longs, words, gate = self.fd, fcntl.ioctl, self._longs, self._words, self._gate
         reason_at, io_at, data_at, views = EXIT_REASON // 4, UNION // 8, UNION // 8 + 1, self._views
         pio_read, pio_write = ops.pio_read, ops.pio_write
@@ -211,7 +218,8 @@ class KvmVCpu:
             case codes.SHUTDOWN:
                 return VCpuExit(Exit.SHUTDOWN, report.describe(self, "triple fault"))
             case codes.DEBUG:
-                return VCpuExit(Exit.DEBUG, f"at {self._words[UNION // 8 + 1]:#x}")
+                if self.vm.debug.stopped(self, self._words[UNION // 8 + 2]):
+                    return VCpuExit(Exit.DEBUG, f"at {self._words[UNION // 8 + 1]:#x}")
             case codes.SYSTEM_EVENT:
                 return self._system_event(self._longs[UNION // 4])
             case _:

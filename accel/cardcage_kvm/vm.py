@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageError
 
 from cardcage_kvm import abi, cpuid, state
+from cardcage_kvm.debug import DebugStops
 from cardcage_kvm.dirty import DirtyPages
 from cardcage_kvm.gate import Gate
 from cardcage_kvm.kick import kick_signal
@@ -18,7 +19,7 @@ from cardcage_kvm.slots import Slots
 from cardcage_kvm.vcpu import KvmVCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cardcage.accelerator import MemorySlot, VmSpec
 
@@ -34,17 +35,22 @@ class KvmVm:
     Args:
         system_fd: ``/dev/kvm``, owned by this object from now on. spec: what the machine asks for.
         dirty_ring: entries of each vCPU's dirty ring, 0 for the dirty log.
+        emulated: tells whether this KVM emulates instructions.
     """
 
-    def __init__(self, system_fd: int, spec: VmSpec, dirty_ring: int = 0) -> None:
+    def __init__(
+        self, system_fd: int, spec: VmSpec, dirty_ring: int = 0, emulated: Callable[[], bool] = lambda: False
+    ) -> None:
         self.system_fd, self.irqchip, self.cpus = system_fd, spec.irqchip, spec.cpus
-        self.fd = -1
+        self.fd, self.emulated = -1, emulated
         self.vcpus: list[KvmVCpu] = []
         self.slots, self.gate = Slots(), Gate()
         self.extint = False
         self.dirty = log = DirtyPages(self, dirty_ring)
         self.add_writer, self.remove_writer = log.add_writer, log.remove_writer
         self.start_dirty_log, self.fetch_dirty_log, self.stop_dirty_log = log.start, log.fetch, log.stop
+        self.debug = stops = DebugStops(self)
+        self.set_breakpoints, self.set_stepping, self.debug_stop = stops.set_points, stops.set_how, stops.stop_of
         try:
             self._create(spec)
         except BaseException:
@@ -81,6 +87,8 @@ class KvmVm:
         self._routes = Routes(self.fd, spec.irqchip)
         self.dirty.enable()
         found = {"dirty-log"}
+        if self.debug.usable():
+            found.add("guest-debug")
         if _extension(self.fd, abi.Cap.IOEVENTFD):
             found.add("doorbells")
         if spec.irqchip != "none":

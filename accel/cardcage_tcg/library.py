@@ -72,6 +72,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "tcg_ring_bell": (_INT, (_PTR, _U32, _U64, _U32, _U64)),
     "tcg_irqfds": (None, (_PTR,)),
     "tcg_set_route": (None, (_PTR, _U32, _PTR)),
+    "tcg_points_changed": (None, (_PTR,)),
+    "tcg_unlink_pages": (None, (_PTR,)),
     "tcg_watch_eventfd": (_INT, (_INT, _INT, _U64)),
     "tcg_look": (None, (_PTR, _U32)),
     "tcg_stub": (_U64, (_INT,)),

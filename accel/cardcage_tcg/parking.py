@@ -23,7 +23,7 @@ class ParksThreads:
     pointer: int
     clock: Clock
     events: EventFds
-    _cpus: list[TcgVCpu]
+    cpus: list[TcgVCpu]
     _d: memoryview
     _ticker: threading.Thread | None = None
     _stood_at = 0, 0
@@ -49,7 +49,7 @@ class ParksThreads:
     def unpark(self) -> None:
         """Start them anew: the guest's time goes on where it stood."""
         ticks, elapsed = self.clock.skip(self._stood_at)
-        for cpu in self._cpus:
+        for cpu in self.cpus:
             cpu.shift_clock(ticks, elapsed)
         self.events.unpark()
         if self._ticker is not None:

@@ -16,6 +16,7 @@ from cardcage_tcg import layout as L
 from cardcage_tcg.clock import Clock
 from cardcage_tcg.cpu.cpuid import CpuModel
 from cardcage_tcg.cpu.vcpu import TcgVCpu
+from cardcage_tcg.debug import DebugStops
 from cardcage_tcg.dirty import DirtyPages
 from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.forking import Forks
@@ -115,7 +116,7 @@ class TcgVm(ParksThreads, Forks):
         Python: stopping the world keeps vCPUs out of native code only. Never held while a device is called."""
         self._stopped = 0
         self.memory = GuestMemory(self, self._area.view)
-        self._cpus: list[TcgVCpu] = []
+        self.cpus: list[TcgVCpu] = []
         self.range = self.native.add_range(self.code.rx, self.code.rx + self.code.size)
         self.native.signals()
         self.events = EventFds(self)
@@ -123,8 +124,10 @@ class TcgVm(ParksThreads, Forks):
         self.add_writer, self.remove_writer = log.add_writer, log.remove_writer
         self.start_dirty_log, self.fetch_dirty_log, self.stop_dirty_log = log.start, log.fetch, log.stop
         self.set_revert_bases, self.revert_dirty_log = log.set_bases, log.revert
-        found = {"dirty-log", "doorbells", "foreign-rings", "parking", *(["irqfds"] if self.lapic else [])}
-        self.capabilities = frozenset(found)
+        self.stops = stops = DebugStops(self)
+        self.set_breakpoints, self.set_stepping, self.debug_stop = stops.set_points, stops.set_how, stops.stop_of
+        found = {"dirty-log", "doorbells", "foreign-rings", "guest-debug", "parking"}
+        self.capabilities = frozenset(found | {"irqfds"} if self.lapic else found)
         self._closed = False
         if self.store.is_new or self.store.recipes.names():  # on this thread, before the guest waits for it
             self.blocks.prepare()
@@ -166,7 +169,7 @@ class TcgVm(ParksThreads, Forks):
         mark_process()
         cpu = TcgVCpu(self, index)
         cpu.registers.set_field(L.TSC_OFFSET, -self.clock.tsc_zero & 0xFFFFFFFFFFFFFFFF)
-        self._cpus.append(cpu)
+        self.cpus.append(cpu)
         self._q[L.VM_CPUS // 8 + index] = cpu.pointer
         if self._ticker is None and self.lapic:
             self.start_ticker()
@@ -180,7 +183,7 @@ class TcgVm(ParksThreads, Forks):
 
     def flush_translations(self) -> None:
         """Empty all soft TLBs; the world is stopped."""
-        for cpu in self._cpus:
+        for cpu in self.cpus:
             self.native.tlb_flush(cpu.pointer)
 
     def memory_written(self, address: int, size: int, /) -> None:
@@ -203,8 +206,8 @@ class TcgVm(ParksThreads, Forks):
                     self.native.start_world(self.pointer)
 
     def set_extint(self, level: bool, /) -> None:
-        if self._cpus:
-            self.native.set_extint(self._cpus[0].pointer, level)
+        if self.cpus:
+            self.native.set_extint(self.cpus[0].pointer, level)
 
     def set_irq(self, gsi: int, level: bool, /) -> None:
         raise UsageError(f"tcg: line {gsi} ({level}): this accelerator has no PIC or IOAPIC of its own")
@@ -213,7 +216,7 @@ class TcgVm(ParksThreads, Forks):
         self.native.apic_message(self.pointer, address, data)
 
     def inject_nmi(self, index: int, /) -> None:
-        self.native.inject_nmi(self._cpus[index].pointer)
+        self.native.inject_nmi(self.cpus[index].pointer)
 
     # ---- capabilities ----
 
@@ -256,9 +259,10 @@ class TcgVm(ParksThreads, Forks):
         self.native.freeze(self.range, None, 0)
         self.native.remove_range(self.range)
         self.dirty.close()
-        for cpu in self._cpus:
+        self.stops.close()
+        for cpu in self.cpus:
             cpu.close()
-        self._cpus = []
+        self.cpus = []
         self._q.release()
         self._d.release()
         self.store.close()

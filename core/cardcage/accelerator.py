@@ -23,6 +23,7 @@ __all__ = [
     "Doorbells",
     "ForeignRings",
     "ForeignWriter",
+    "GuestDebug",
     "IrqFds",
     "MemorySlot",
     "Parkable",
@@ -95,7 +96,7 @@ class AcceleratedVm(Protocol):
 
     ``capabilities`` names the opt-in abilities that this VM really has: ``irqchip-full``, ``doorbells``
     (:class:`Doorbells`), ``irqfds`` (:class:`IrqFds`), ``dirty-log`` (:class:`DirtyLog`), ``foreign-rings``
-    (:class:`ForeignRings`), ``parking`` (:class:`Parkable`).
+    (:class:`ForeignRings`), ``parking`` (:class:`Parkable`), ``guest-debug`` (:class:`GuestDebug`).
     """
 
     capabilities: frozenset[str]
@@ -232,12 +233,28 @@ class DirtyLog(Protocol):
     def stop_dirty_log(self) -> None: ...
 
 
+class GuestDebug(Protocol):
+    """Capability ``guest-debug``: stops for a debugger, as :attr:`~cardcage.vcpu.Exit.DEBUG`, which no guest sees.
+    For the device that provides the service ``guest-debug``, while no vCPU runs. A point is (kind, linear address,
+    size): ``execute`` before an instruction; ``write``, ``read``, ``access`` behind one that does it to a byte."""
+
+    def set_breakpoints(self, points: Sequence[tuple[str, int, int]], /) -> None:
+        """Stop at these, on each vCPU, and at no others. Raises AcceleratorError for more than it can; none change."""
+
+    def set_stepping(self, cpu: int, how: str, /) -> None:
+        """Have *cpu* ``run``, ``step`` (stop behind its next instruction; no interrupt comes between) or ``hold``."""
+
+    def debug_stop(self, cpu: int, /) -> tuple[str, int, int] | None:
+        """The point that *cpu* stopped at last; None for a step, or when it did not stop."""
+
+
 CAPABILITIES: dict[str, Any] = {
     "doorbells": Doorbells,
     "irqfds": IrqFds,
     "dirty-log": DirtyLog,
     "foreign-rings": ForeignRings,
     "parking": Parkable,
+    "guest-debug": GuestDebug,
 }
 """A capability that a VM may state, to the protocol that it then must have."""
 VM: tuple[Any, ...] = (AcceleratedVm, WrittenMany, *CAPABILITIES.values())

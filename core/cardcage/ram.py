@@ -203,8 +203,7 @@ class RamBlock:
         except (OSError, ValueError, OverflowError) as error:
             raise HostError(f"{name}: the host cannot give {size} bytes of memory: {error}") from error
         self.map, self.fd, self.page = self._backing.map, self._backing.fd, self._backing.page
-        self._release = self._backing.release
-        self.offset = self._backing.offset
+        self._release, self.offset = self._backing.release, self._backing.offset
         self._export = ctypes.c_char.from_buffer(self.map)
         self.host_address = ctypes.addressof(self._export) + self.offset
         self.view = memoryview(self.map)[self.offset : self.offset + self.size]

@@ -100,8 +100,10 @@ class Needs:
         read, write: paths that are opened later: files, or directories with all that is below them.
         remove: directories in which it removes a file of its own at the end.
         sockets: families, ``unix`` and ``inet``, of sockets that it makes later.
-        capabilities: names out of capabilities(7) in lower case, such as ``chown``; they are kept where the process has
-            them.
+        capabilities: names out of capabilities(7) in lower case, such as ``chown``; kept where the process has them.
+        scratch: directories in which it makes files without a name (``cardcage_jail.open_file`` with ``O_TMPFILE``).
+        processes: as many may be forked and alive at once. They run no other program, and have these same needs.
+        programs: command lines that it starts again (``cardcage_jail.start_program``): ``{fd}`` is a socket's number.
     """
 
     read: tuple[str, ...] = ()
@@ -109,6 +111,9 @@ class Needs:
     remove: tuple[str, ...] = ()
     sockets: tuple[str, ...] = ()
     capabilities: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
+    processes: int = 0
+    programs: tuple[tuple[str, ...], ...] = ()
 
 
 class HasNeeds(Protocol):

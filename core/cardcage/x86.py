@@ -5,7 +5,7 @@ Every class here is a value: it is read whole from a vCPU, changed, and set whol
 
 from __future__ import annotations
 
-from attrs import Factory, evolve
+from attrs import Factory
 
 from cardcage.values import define, frozen
 
@@ -79,11 +79,9 @@ class Segment:
         selector: visible selector, 16 bits.
         base: linear base, 64 bits.
         limit: in bytes (granularity already applied), 32 bits.
-        type: descriptor type field, 4 bits.
-        s: 1 for code or data, 0 for a system segment.
+        type: descriptor type field, 4 bits. s: 1 for code or data, 0 for a system segment.
         dpl: privilege level, 0 to 3.
-        present, avl, l, db, g: descriptor bits.
-        unusable: loaded with a null selector.
+        present, avl, l, db, g: descriptor bits. unusable: loaded with a null selector.
     """
 
     selector: int = 0
@@ -151,12 +149,9 @@ class SystemRegisters:
 
 @define
 class Fpu:
-    """x87, SSE and extended state in the standard (not compacted) XSAVE format (Intel SDM vol. 1, 13.4).
-
-    Attributes:
-        xsave: at least 576 bytes: the legacy FXSAVE area, the header and then components by their CPUID offsets.
-        xcr0: components enabled by the guest.
-    """
+    """x87, SSE and extended state in the standard (not compacted) XSAVE format (Intel SDM vol. 1, 13.4): *xsave* has at
+    least 576 bytes, the legacy FXSAVE area, the header and then components by their CPUID offsets; *xcr0* says which
+    components the guest has enabled."""
 
     xsave: bytes = b"\x7f\x03" + bytes(22) + b"\x80\x1f\0\0\xff\xff\0\0" + bytes(544)
     xcr0: int = 1
@@ -215,9 +210,6 @@ def reset_state(*, bootstrap: bool = True) -> VCpuState:
     Args:
         bootstrap: the boot processor starts at F000:FFF0; the others wait for a SIPI.
     """
-    state = VCpuState()
-    state.registers = Registers(rip=0xFFF0, rdx=0x600)
-    state.system = SystemRegisters(apic_base=0xFEE00900 if bootstrap else 0xFEE00800)
-    if not bootstrap:
-        state.events = evolve(state.events, startup="wait-for-sipi")
-    return state
+    system = SystemRegisters(apic_base=0xFEE00900 if bootstrap else 0xFEE00800)
+    events = Events(startup="running" if bootstrap else "wait-for-sipi")
+    return VCpuState(Registers(rip=0xFFF0, rdx=0x600), system, events=events)

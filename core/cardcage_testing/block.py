@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from attrs import evolve
 from cardcage._machine.abilities import BACKENDS, check_backend
 from cardcage.abilities import has, near_misses
 from cardcage.backends import TryReads, TryWrites
@@ -28,7 +29,8 @@ def check_block_backend(make: Callable[[], BlockBackend], *, requests: int = 500
 
     The contract: methods have the agreed signatures; what is written is read again, by ``readv`` and, where it does
     not decline, ``try_readv``, into lists of buffers and :class:`~cardcage.segments.Segments` alike; zeroes written
-    read as zeroes, and what is discarded leaves its neighbours alone; a read-only back end is only read.
+    read as zeroes, and what is discarded leaves its neighbours alone; a read-only back end is only read. One that can
+    ``grow`` does, keeps what it has, and shows zeroes behind it.
     """
     backend = make()
     try:
@@ -38,6 +40,8 @@ def check_block_backend(make: Callable[[], BlockBackend], *, requests: int = 500
         assert not misses, f"{who}: {'; '.join(misses)}"
         _compare(backend, random.Random(seed), requests)
         backend.flush()
+        if callable(grow := getattr(backend, "grow", None)) and not backend.info.readonly:
+            _grow(backend, grow)
     finally:
         backend.close()
 
@@ -77,6 +81,19 @@ def _compare(backend: BlockBackend, choice: random.Random, requests: int) -> Non
     found = bytearray(len(known))
     backend.readv(0, [memoryview(found)])
     assert found == known, f"{who}: what was not written has changed"
+
+
+def _grow(backend: BlockBackend, grow: Callable[[int], object]) -> None:
+    before, who = backend.info, type(backend).__name__
+    last, more = bytearray(SECTOR), bytearray(3 * SECTOR)
+    backend.readv(before.size - SECTOR, [memoryview(last)])
+    grow(before.size + len(more))
+    assert backend.info == evolve(before, size=before.size + len(more)), f"{who}: grown, it says {backend.info}"
+    found = bytearray(SECTOR + len(more))
+    backend.readv(before.size - SECTOR, [memoryview(found)])
+    assert found == last + more, f"{who}: other bytes at its old end, or no zeroes behind"
+    backend.writev(before.size, [memoryview(last)])
+    backend.flush()
 
 
 def _cut(data: bytearray, choice: random.Random) -> Sequence[memoryview]:

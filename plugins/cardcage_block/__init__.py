@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the back ends ``block:drive raw qcow2 throttle``, ``--drive`` and ``image``."""
+    """Offer the back ends ``block:drive raw qcow2 temporary throttle``, ``--drive`` and ``image``."""
     drive = "cardcage_block.drive"
     shapes = {
         "drive": ("open_drive", "an image file or block device; the format is detected"),
@@ -29,6 +29,14 @@ def cardcage_register(registry: Registry) -> None:
             help=help,
             default=name == "drive",
         )
+    registry.backend(
+        "block",
+        "temporary",
+        "cardcage_block.temporary:open_temporary",
+        options=f"{drive}:Drive",
+        shorthand=f"{drive}:parse_file",
+        help="an image that stays as it is: what is written ends with the machine",
+    )
     registry.backend(
         "block",
         "throttle",

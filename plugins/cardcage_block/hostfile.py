@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
 import threading
 from functools import cache
@@ -15,7 +16,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
 from cardcage.segments import Segments
+from cardcage_jail import open_file
 
 from cardcage_block import private
 from cardcage_block.vector import preadv, pwritev
@@ -29,6 +32,7 @@ __all__ = ["File", "HostFile", "Image", "TryFile", "clear", "scatter", "take", "
 
 SECTOR = 512
 IOV_MAX = 1024
+OWN = re.compile(r"/proc/self/fd/([0-9]{1,9})")
 WAITED = 0.001
 """Seconds: a write into the page cache that takes longer has waited for something."""
 CALM = (64, 4096)
@@ -157,6 +161,21 @@ def _fits(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
+def _open(path: str, flags: int) -> int:
+    """As :func:`open_file`; a descriptor of this process by its name (``/proc/self/fd/N``) also where it is all that
+    the process may use of the file, as in a jail: what both say of the file is then shared. Raises OSError."""
+    try:
+        return open_file(path, flags)
+    except PermissionError:
+        if (found := OWN.fullmatch(path)) is None:
+            raise
+        fd = int(found[1])
+        status = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if status & os.O_ACCMODE not in (os.O_RDWR, flags & os.O_ACCMODE) or (flags & ~status) & os.O_DIRECT:
+            raise
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
 class HostFile:
     """A regular file or block device. Thread-safe.
 
@@ -180,7 +199,7 @@ class HostFile:
         try:
             if not _fits(os.stat(path).st_mode):  # before it is opened: that alone does something to some devices
                 raise ConfigError("neither a regular file nor a block device", file=path)
-            self.fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+            self.fd = _open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
                 raise HostError(f"{path}: its file system has no direct I/O: use cache=writeback") from error
@@ -202,6 +221,10 @@ class HostFile:
     def may_fork(self) -> str:
         """Why a forked process cannot have its own (:class:`~cardcage.device.Forkable`); empty when it can."""
         return "" if self._stays else private.obstacle(self.fd, self.path)
+
+    def needs(self) -> Needs:
+        """The folder in which a forked process makes its own (:class:`~cardcage.security.HasNeeds`)."""
+        return Needs() if self._stays else Needs(scratch=(private.folder_of(self.fd),))
 
     def forked(self) -> None:
         """This is a forked process: what was written so far is in its own file, which ends with it."""

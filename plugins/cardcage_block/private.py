@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import tempfile
@@ -16,9 +17,11 @@ from typing import Any
 
 from cardcage.abilities import has
 from cardcage.device import Forkable
+from cardcage.security import HasNeeds, Needs
 from cardcage.units import say_size
+from cardcage_jail import open_file
 
-__all__ = ["MOST", "CopiedImage", "obstacle", "replace"]
+__all__ = ["MOST", "CopiedImage", "folder_of", "obstacle", "replace"]
 
 FICLONE = 0x40049409
 MOST = 256 << 20
@@ -37,6 +40,10 @@ class CopiedImage:
         """From now on the guest writes into this process's own file."""
         if has(file := self._copied(), Forkable):
             file.forked()
+
+    def needs(self) -> Needs:
+        """The folder in which a copy of the machine has its own file."""
+        return file.needs() if has(file := self._copied(), HasNeeds) else Needs()
 
     def is_at(self, path: str) -> bool:
         """True where *path* is the open image's: not once it was replaced there, nor in a forked process."""
@@ -83,11 +90,16 @@ def replace(fd: int) -> None:
         os.close(made)
 
 
+def folder_of(fd: int) -> str:
+    """The folder of an open file."""
+    return os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+
+
 def _nameless(fd: int) -> int:
     """A new file without a name in the folder of *fd*'s."""
-    folder = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+    folder = folder_of(fd)
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return open_file(folder, os.O_TMPFILE | os.O_RDWR)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
             raise
@@ -107,7 +119,10 @@ def _cloned(made: int, fd: int) -> bool:
 def _copy(made: int, fd: int) -> None:
     size = os.fstat(fd).st_size
     os.ftruncate(made, size)
-    source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # an offset of its own, and no O_DIRECT
+    try:
+        source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # an offset of its own, and no O_DIRECT
+    except PermissionError:  # in a jail
+        source = os.dup(fd)  # nobody reads or writes at its offset
     try:
         end = 0
         while True:
@@ -123,7 +138,8 @@ def _copy(made: int, fd: int) -> None:
 
 def _copy_piece(made: int, source: int, at: int, end: int) -> None:
     while at < end:
-        done = os.sendfile(made, source, at, end - at) if os.lseek(made, at, os.SEEK_SET) == at else 0
+        size = -(-(end - at) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole blocks, for O_DIRECT: past the end is nothing
+        done = os.sendfile(made, source, at, size) if os.lseek(made, at, os.SEEK_SET) == at else 0
         if not done:
             return
         at += done

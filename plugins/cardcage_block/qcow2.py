@@ -28,6 +28,7 @@ from cardcage.errors import ConfigError
 from cardcage.segments import total
 
 from cardcage_block import compressed
+from cardcage_block.growing import grow_qcow2
 from cardcage_block.handing import HandedImage
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
 from cardcage_block.health import Health
@@ -356,6 +357,10 @@ class Qcow2Image(CopiedImage, HandedImage):
                 cluster = stop
             if len(self._l2.dirty) >= COMMIT_AT:
                 self.flush()
+
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, more than now; what is added reads as zeros. Raises OSError."""
+        grow_qcow2(self, size)
 
     # committing
 

@@ -6,6 +6,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING
 
+from attrs import evolve
 from cardcage.backends import BlockInfo
 from cardcage.segments import total
 
@@ -95,6 +96,16 @@ class RawImage(CopiedImage, HandedImage):
             problem = "refused to turn a disk that is assumed to be raw into another format: use format=raw"
             raise OSError(errno.EPERM, f"{self._file.path}: {problem}")
         return [memoryview(first), *take(buffers, head, length - head - tail), memoryview(last)]
+
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, more than now; a host's device has to be that large already.
+
+        What is added to a file reads as zeros. Raises OSError.
+        """
+        if self._readonly:
+            raise OSError(errno.EROFS, f"{self._file.path}: opened readonly")
+        self._file.truncate(size)
+        self.info = evolve(self.info, size=size)
 
     def flush(self) -> None:
         """Return once all earlier completed writes are on stable storage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,12 @@ class Throttle:
         """Wait as for a write of one request, or of its bytes where the other has to write them, and write zeroes."""
         self._wait(self._write, 0 if self._below.info.write_zeroes else length)
         self._below.write_zeroes(offset, length, unmap=unmap)
+
+    def grow(self, size: int, /) -> None:
+        """Have the other grow. Raises OSError."""
+        if not callable(grow := getattr(self._below, "grow", None)):
+            raise OSError(errno.ENOTSUP, "the drive has one size")
+        grow(size)
 
     def close(self) -> None:
         """Nobody waits any longer; the other is closed by who opened it."""

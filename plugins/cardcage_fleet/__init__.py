@@ -119,7 +119,7 @@ def cardcage_forked(machine: Machine) -> None:
 
 @hookimpl
 def cardcage_needs(machine: Machine) -> Needs:
-    """The run directory, from which the machine's files are removed at its end."""
+    """The machine's folder on the roster, with its entry and sockets."""
     from cardcage_fleet.membership import needs
 
     return needs(machine)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
@@ -145,7 +144,7 @@ def stats_of(machine: Machine) -> MachineStats:
         )
         return measure(entry.pid, [entry])[0]
     mine = record.entry
-    alive, _, _ = Roster(Path(mine.file).parent).read()
+    alive, _, _ = Roster(record.folder.parents[1]).read()
     others = [one for one in alive if one.here and one.pid == mine.pid and one.file != mine.file]
     return measure(mine.pid, [mine, *others])[0]
 

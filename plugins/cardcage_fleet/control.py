@@ -23,9 +23,10 @@ from weakref import ref
 from cardcage import errors
 from cardcage.errors import CardcageError, CardError, HostError, UsageError, in_words, near
 from cardcage.security import HOST, OPERATOR, Act
+from cardcage_jail import listen_at
 
 from cardcage_fleet import ControlOffer, SessionOffer
-from cardcage_fleet.roster import MOST, Roster, connected, is_ours, listening, load
+from cardcage_fleet.roster import MOST, Roster, connected, is_ours, load
 
 if TYPE_CHECKING:
     import socket
@@ -63,7 +64,7 @@ class Door:
         self._lock = threading.Lock()
         self._callers: dict[threading.Thread, socket.socket] = {}
         self._sessions: set[threading.Thread] = set()
-        self._socket = listening(Path(entry.file).with_suffix(SUFFIX))
+        self._socket = listen_at(str(Path(entry.file).with_suffix(SUFFIX)))
         machine.loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:

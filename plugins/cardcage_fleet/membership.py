@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from cardcage.errors import HostError
+from attrs import evolve
+from cardcage.errors import HostError, StateError
 from cardcage.machine import rename
 from cardcage.security import OPERATOR, Act, Needs
 from cardcage.units import say_size
+from cardcage_jail import is_inside, listen_at
 
 from cardcage_fleet import ControlOffer, SessionOffer
 from cardcage_fleet.admission import Starter, admissions, rooms_of
 from cardcage_fleet.hostmemory import memory_group, memory_limits
-from cardcage_fleet.roster import Roster, RosterEntry, pid_namespace
+from cardcage_fleet.roster import BROKERS, Roster, RosterEntry, pid_namespace
+from cardcage_fleet.rundir import run_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from cardcage_fleet.roster import Record
 
 __all__ = ["admit", "forked", "forking", "publish", "record_of"]
+
+GROUP = ("group", "group_folder", "group_version", "oom_kills")
+"""Attributes of an entry about the process's memory cgroup."""
 
 
 def _records(host: Host) -> WeakKeyDictionary[Machine, Record]:
@@ -77,6 +83,16 @@ def _enroll(machine: Machine, policies: Sequence[Callable[..., None]], say: Call
         machine.defer(record.close)
 
 
+def _enroll_copy(machine: Machine, parent: Record) -> None:
+    """Put a copy on the roster from within the jail, where nothing is known of other machines: it has the number of its
+    process in its name, and its entry beside its parent's. Raises OSError."""
+    rename(machine, f"{machine.name}-{os.getpid()}")
+    kept = {one: getattr(parent.entry, one) for one in GROUP}
+    entry = evolve(entry_of(machine), **kept)
+    record = _records(machine.host)[machine] = Roster().add_copy(entry, parent.folder)
+    machine.defer(record.close)
+
+
 def _ask(policies: Sequence[Callable[..., None]], entry: RosterEntry, alive: list[RosterEntry]) -> None:
     rooms = rooms_of(memory_limits(), alive) if policies else ()
     for ask in policies:
@@ -84,8 +100,13 @@ def _ask(policies: Sequence[Callable[..., None]], entry: RosterEntry, alive: lis
 
 
 def forking(machine: Machine) -> None:
-    """Ask the admission policies about one machine more. Raises ConfigError when one refuses."""
+    """Ask the admission policies about one machine more. Raises ConfigError when one refuses, StateError in a jail."""
     if policies := admissions(machine):
+        if is_inside():
+            raise StateError(
+                f"{machine.name} cannot be forked: admission policies need to know the other machines, which a process "
+                'in its jail does not (security.jail = "off")'
+            )
         roster = Roster(known=machine.host.share("fleet:known", dict))
         with roster.locked():
             _ask(policies, entry_of(machine), roster.read()[0])
@@ -100,7 +121,10 @@ def forked(machine: Machine) -> None:
         door.abandon()
     if (fd := record.abandon()) >= 0:
         machine.loop.remove_reader(fd)
-    _enroll(machine, (), machine.log.debug)
+    if is_inside():
+        _enroll_copy(machine, record)
+    else:
+        _enroll(machine, (), machine.log.debug)
     publish(machine)
 
 
@@ -169,7 +193,14 @@ def publish(machine: Machine) -> None:
 def needs(machine: Machine) -> Needs:
     """See :func:`cardcage_fleet.cardcage_needs`."""
     record = record_of(machine)
-    return Needs() if record is None else Needs(write=(os.path.dirname(record.entry.file),))
+    if record is None:
+        return Needs()
+    with suppress(OSError, HostError):  # then files are lent nowhere
+        run_directory(BROKERS)
+        place = os.path.abspath(record.entry.broker)
+        lenders: list[Any] = machine.host.share("jail:lenders", list)
+        lenders.append((listen_at(place), place))
+    return Needs(write=(str(record.folder),))
 
 
 def entry_of(machine: Machine) -> RosterEntry:

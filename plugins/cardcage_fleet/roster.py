@@ -1,4 +1,8 @@
-"""The machines that run on this host, of this user, in whichever process: a private directory with a file for each.
+"""The machines that run on this host, of this user, in whichever process: a private directory with a folder for each.
+
+A machine's folder is the only one that its process may write in its jail, and the copies that are made of it there have
+their files in it too; its name says whose it is. So a guest that broke out can lie about its own machine, and about no
+other: what is in a folder has the name of the folder's machine, with more behind it or not.
 
 The file of a machine is locked (flock) by its process for as long as it lives, so that one left behind by a process
 that was killed is known for what it is, whatever became of its pid. It says what /proc cannot: which memory of which
@@ -13,15 +17,15 @@ import fcntl
 import json
 import os
 import stat
-import struct
 import time
 import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, evolve, field, fields
+from attrs import asdict, field, fields
 from cardcage.values import frozen
+from cardcage_jail import is_ours, listen_at
 
 from cardcage_fleet.held import is_locked
 from cardcage_fleet.rundir import run_directory
@@ -30,12 +34,19 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-__all__ = ["Record", "Roster", "RosterEntry", "ask", "connected", "is_ours", "listening"]
+__all__ = ["BROKERS", "Record", "Roster", "RosterEntry", "ask", "connected", "is_ours"]
 
 MOST = 16384
 """Bytes of an entry or an answer: what is longer is not ours."""
 PID_MAX = 1 << 22
 """Linux has no higher process id."""
+MACHINES = "machines"
+"""Of the run directory: with the machines' folders, whose names are a process, a number, this mark, and a name."""
+BROKERS = "brokers"
+"""Of the run directory, with the sockets of jails' brokers."""
+MARK, MARKED = "+", 180
+FILES = 4096
+"""Files of a folder that are looked at: a machine and a thousand copies have three each."""
 KEPT = 24 * 3600
 """Seconds that an entry of a machine that was killed waits for somebody to read of it."""
 
@@ -79,6 +90,12 @@ class RosterEntry:
     file: str = field(default="", eq=False)
 
     @property
+    def broker(self) -> str:
+        """Where files are lent to the machine (:func:`cardcage_jail.lend`), by the name of its folder, not its word."""
+        folder = Path(self.file).parent
+        return str(folder.parent.parent / BROKERS / folder.name.partition(MARK)[0])
+
+    @property
     def here(self) -> bool:
         """True when :attr:`pid` means the same process to us."""
         return self.namespace == pid_namespace()
@@ -118,25 +135,36 @@ class Roster:
 
     def add(self, entry: RosterEntry) -> Record:
         """Put a machine of this process on the roster, until the record is closed."""
+        machines = self.directory / MACHINES
+        machines.mkdir(mode=0o700, exist_ok=True)
+        taken = {one.partition(MARK)[0] for one in os.listdir(machines)}
         number = 0
         while True:
-            path = self.directory / f"{os.getpid()}-{number}.json"
-            with suppress(FileExistsError):
-                return Record(path, entry)
+            if (stem := f"{os.getpid()}-{number}") not in taken:
+                folder = machines / f"{stem}{MARK}{mark_of(entry.name)}"
+                with suppress(FileExistsError):
+                    folder.mkdir(mode=0o700)
+                    return Record(folder / f"{stem}.json", entry)
             number += 1
+
+    def add_copy(self, entry: RosterEntry, folder: Path) -> Record:
+        """Put a copy of a machine on the roster that was made in the jail, whose *folder* it may write."""
+        return Record(folder / f"{os.getpid()}-0.json", entry)
 
     def read(self) -> tuple[list[RosterEntry], list[RosterEntry], list[str]]:
         """The machines that live, those that ended without a word, and what is wrong with files there."""
         alive: list[RosterEntry] = []
         ended: list[RosterEntry] = []
         problems: list[str] = []
-        paths = sorted(self.directory.glob("*.json"))
+        paths = [path for folder in self._folders() for path in entries_in(folder)]
         for gone in self._known.keys() - set(paths):
             del self._known[gone]
         for path in paths:
             try:
                 text, lives = read_entry(path)
                 entry = self._parsed(path, text)
+                if not is_marked(path.parent.name, entry.name):
+                    raise ValueError("in the folder of a machine with another name")
             except FileNotFoundError:
                 continue  # closed while we looked
             except (OSError, ValueError) as error:
@@ -144,6 +172,12 @@ class Roster:
                 continue
             (alive if lives else ended).append(entry)
         return alive, ended, problems
+
+    def _folders(self) -> list[Path]:
+        """The machines' folders; none for a process in its jail."""
+        with suppress(FileNotFoundError, PermissionError), os.scandir(self.directory / MACHINES) as found:
+            return sorted(Path(one.path) for one in found if MARK in one.name)
+        return []
 
     def _parsed(self, path: Path, text: bytes) -> RosterEntry:
         """The entry in *text*; a file that did not change is not parsed again."""
@@ -157,12 +191,38 @@ class Roster:
         leave(Path(entry.file), os.getpid())
 
     def tidy(self, ended: list[RosterEntry]) -> None:
-        """Forget those that ended a day ago, and that nobody asked about."""
+        """Forget those that ended a day ago, and that nobody asked about; and the folders of those that are gone."""
         for entry in ended:
             if time.time() - entry.since > KEPT:
                 with suppress(OSError):
                     if time.time() - os.stat(entry.file).st_mtime > KEPT:
                         self.forget(entry)
+        for folder in self._folders():
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def mark_of(name: str) -> str:
+    """A machine's name, or the beginning of a long one, as the name of its folder has it."""
+    from urllib.parse import quote
+
+    return quote(printable(name), safe=" ")[:MARKED]
+
+
+def is_marked(folder: str, name: str) -> bool:
+    """True when a machine called *name* may be in *folder*: it is that one's, or a copy of it."""
+    mark, given = folder.partition(MARK)[2], mark_of(name)
+    return given == mark or given.startswith(mark if len(mark) == MARKED else f"{mark}-")
+
+
+def entries_in(folder: Path) -> list[Path]:
+    """Entries in a machine's folder, as many as there may be: whoever broke out may have put anything there."""
+    found: list[Path] = []
+    with suppress(OSError), os.scandir(folder) as files:
+        for _, one in zip(range(FILES), files, strict=False):
+            if one.name.endswith(".json") and not one.name.startswith("."):
+                found.append(Path(one.path))
+    return sorted(found)
 
 
 def read_entry(path: Path) -> tuple[bytes, bool]:
@@ -222,7 +282,8 @@ class Record:
     """A machine on the roster: its locked file, and its socket."""
 
     def __init__(self, path: Path, entry: RosterEntry) -> None:
-        self.entry, self._path = evolve(entry, file=str(path)), path
+        self._table, self._path = {**asdict(entry), "file": str(path)}, path
+        self._size = 0
         self._socket: socket.socket | None = None
         hidden = path.with_name(f".{path.name}")
         self._fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -239,20 +300,32 @@ class Record:
         finally:
             os.unlink(hidden)
 
+    @property
+    def entry(self) -> RosterEntry:
+        """Its contents now."""
+        return RosterEntry(**self._table)
+
     def _write(self) -> None:
-        text = json.dumps(asdict(self.entry)).encode()
-        os.ftruncate(self._fd, max(len(text), os.fstat(self._fd).st_size))
-        os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
+        text = json.dumps(self._table).encode().ljust(self._size)  # a debugger's steps come here twice each
+        if len(text) > self._size:
+            self._size = len(text)
+            os.ftruncate(self._fd, self._size)
+        os.pwrite(self._fd, text, 0)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._path.parent
 
     def update(self, **changes: Any) -> None:
         """Say something new about the machine. Nothing once closed."""
         if self._fd >= 0:
-            self.entry = evolve(self.entry, **changes)
+            self._table |= changes
             self._write()
 
     def listen(self) -> socket.socket:
         """Open the socket that :func:`ask` finds. The caller answers with :meth:`answer` whenever it is readable."""
-        self._socket = listening(self._path.with_suffix(".sock"))
+        self._socket = listen_at(str(self._path.with_suffix(".sock")))
         self.update(balloon=True)
         return self._socket
 
@@ -290,31 +363,16 @@ class Record:
 
 
 def leave(path: Path, pid: int) -> None:
-    """Take a machine of process *pid* off the roster; its forked children leave it there."""
+    """Take a machine of process *pid* off the roster; its forked children leave it there.
+
+    In its jail the process may not remove the folder: whoever adds a machine next does.
+    """
     if os.getpid() == pid:
         for suffix in (".sock", ".control"):
             path.with_suffix(suffix).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-
-
-def listening(path: Path) -> socket.socket:
-    """A socket that listens at *path*, in place of one left behind there. Raises OSError."""
-    import socket
-
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink(path.name, dir_fd=folder)
-        made.bind(f"/proc/self/fd/{folder}/{path.name}")  # however long the directory's path is
-        os.chmod(path.name, 0o600, dir_fd=folder)
-        made.listen(8)
-    except BaseException:
-        made.close()
-        raise
-    finally:
-        os.close(folder)
-    return made
+        with suppress(OSError):  # copies of it are there
+            path.parent.rmdir()
 
 
 def connected(path: Path, timeout: float) -> socket.socket:
@@ -332,14 +390,6 @@ def connected(path: Path, timeout: float) -> socket.socket:
     finally:
         os.close(folder)
     return peer
-
-
-def is_ours(peer: socket.socket) -> bool:
-    """True when the other end is a process of this user's, or root's."""
-    import socket
-
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", credentials)[1] in (os.geteuid(), 0)
 
 
 def ask(entry: RosterEntry, timeout: float = 0.2) -> dict[str, int] | None:

@@ -18,7 +18,9 @@ from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from cardcage.machine import Machine
     from cardcage.registry import Registry
+    from cardcage.security import Needs
 
     from cardcage_fork.copy import Copy, fork
     from cardcage_fork.reverting import Checkpoint, checkpoint, revert
@@ -41,6 +43,14 @@ def cardcage_register(registry: Registry) -> None:
         help="make running copies of a running machine",
     )
     registry.add(ControlOffer("fork", "cardcage_fork.command:answer", help="make running copies of the machine"))
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs | None:
+    """Processes, where the machine is one that can be forked."""
+    from cardcage_fork.plan import needs
+
+    return needs(machine)
 
 
 _names: Any = lazy_names("cardcage_fork", reverting="Checkpoint checkpoint revert", copy="Copy fork")

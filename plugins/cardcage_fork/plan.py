@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage.abilities import has
 from cardcage.accelerator import AcceleratedVm
 from cardcage.device import Forkable
 from cardcage.errors import StateError
+from cardcage.security import Needs
+from cardcage_jail import open_file
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.ram import RamBlock
 
-__all__ = ["ForkableVm", "blocks_of", "holders", "refuse"]
+__all__ = ["MOST", "ForkableVm", "blocks_of", "holders", "needs", "refuse"]
+
+MOST = 1000
+"""Copies at once, and of one machine that are alive in a jail."""
 
 
 class ForkableVm(AcceleratedVm, Protocol):
@@ -51,38 +55,50 @@ def refuse(machine: Machine) -> None:
         raise StateError(f"{machine.name} cannot be forked: {why}")
 
 
+def needs(machine: Machine) -> Needs | None:
+    """See :func:`cardcage_fork.cardcage_needs`: processes, unless :func:`refuse` would always refuse this machine."""
+    return None if any(_for_good(machine)) else Needs(processes=MOST)
+
+
 def _obstacles(machine: Machine) -> list[str]:
     if why := machine.why_not_parked():
         return [why]
-    if not has(machine.vm, ForkableVm):
-        return [f'the accelerator "{machine.accelerator.name}" keeps a machine in one process; "tcg" does not']
-    found = [machine.vm.may_fork()]
-    if shared(blocks_of(machine)):
-        found.append(f"RAM of type {machine.config.memory.type} would be shared")
+    found = _for_good(machine)
+    if found or not has(machine.vm, ForkableVm):
+        return found
+    found.append(machine.vm.may_fork())
     for plugged in machine.devices.values():
-        for backend in plugged.slot.host.opened:
-            if not (plugged.slot.host.has_console and hasattr(backend, "expect")):  # the machine's own
-                found.append(_backend(plugged.id, backend))
-        if "fork" in plugged.abilities:
-            found.append(plugged.device.may_fork())
-        elif {"unplug", "needs"} & plugged.abilities:
-            found.append(f"{plugged.who} holds something of the host, and does not say how a copy has it")
-    for checker in machine.mediator.checkers:
-        who = type(checker).__name__
-        found.append(checker.may_fork() if has(checker, Forkable) else f"the security checker {who} is one process's")
+        for one in (*plugged.slot.host.opened, plugged.device):
+            if has(one, Forkable) and (why := one.may_fork()):
+                found.append(f'device "{plugged.id}": {why}' if one is not plugged.device else why)
+    found += [one.may_fork() for one in machine.mediator.checkers if has(one, Forkable)]
     found += machine.host.phases.call("forking", machine)
     return [one for one in found if one]
 
 
-def _backend(device: str, backend: Any) -> str:
-    if not has(backend, Forkable):
-        return f'a back end of device "{device}" ({type(backend).__name__}) does not say how a copy has it'
-    return f'device "{device}": {why}' if (why := backend.may_fork()) else ""
+def _for_good(machine: Machine) -> list[str]:
+    """Obstacles that stay as long as the machine has these parts."""
+    if not has(machine.vm, ForkableVm):
+        return [f'the accelerator "{machine.accelerator.name}" keeps a machine in one process; "tcg" does not']
+    found = [f"RAM of type {machine.config.memory.type} would be shared"] if shared(blocks_of(machine)) else []
+    for plugged in machine.devices.values():
+        host = plugged.slot.host
+        for one in host.opened:
+            if not has(one, Forkable) and not (host.has_console and hasattr(one, "expect")):  # the machine's own
+                who = type(one).__name__
+                found.append(f'a back end of device "{plugged.id}" ({who}) does not say how a copy has it')
+        if "fork" not in plugged.abilities and {"unplug", "needs"} & plugged.abilities:
+            found.append(f"{plugged.who} holds something of the host, and does not say how a copy has it")
+    for checker in machine.mediator.checkers:
+        if not has(checker, Forkable):
+            found.append(f"the security checker {type(checker).__name__} is one process's")
+    return found
 
 
 def shared(blocks: list[RamBlock]) -> bool:
     """True where the writes of one process are seen by another that has the RAM from a fork (proc_pid_maps(5))."""
-    text = Path("/proc/self/maps").read_text()
+    with open("/proc/self/maps", opener=open_file) as file:  # of a copy, too, which may not open it
+        text = file.read()
     for block in blocks:
         for found in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) ..(.)(.)", text, re.M):
             if int(found[1], 16) <= block.host_address < int(found[2], 16):

@@ -16,7 +16,7 @@ from cardcage.errors import CardcageError, HostError, UsageError, in_words
 from cardcage.machine import State, rename
 from cardcage.security import OPERATOR, Act
 
-from cardcage_fork.plan import blocks_of, holders, refuse
+from cardcage_fork.plan import MOST, blocks_of, holders, refuse
 from cardcage_fork.serve import Server, leave_server
 from cardcage_fork.wire import Peer, pack_error, raise_error
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link"]
 
-MOST = 1000
-"""Copies at once."""
 PATIENCE = 60
 """Seconds that a new process may take to be a machine of its own: it copies disks."""
 _links: dict[socket.socket, int] = {}

@@ -14,6 +14,7 @@ from cardcage.accelerator import DirtyLog
 from cardcage.errors import CardError, HostError, StateError
 from cardcage.ram import PAGE, fenced
 from cardcage.security import OPERATOR, Act
+from cardcage_jail import open_file
 
 from cardcage_fork.plan import blocks_of
 
@@ -69,7 +70,7 @@ def present(host: int, size: int) -> Iterator[tuple[int, int]]:
     """The stretches of a mapping, (offset, bytes), that may not be zero: all of it where the kernel does not tell."""
     entries = array("Q")
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        with open("/proc/self/pagemap", "rb", buffering=0, opener=open_file) as file:
             file.seek(host // mmap.PAGESIZE * 8)
             entries.frombytes(file.read(size // mmap.PAGESIZE * 8))
     except OSError:

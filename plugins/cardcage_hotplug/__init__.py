@@ -1,4 +1,4 @@
-"""Card ``hotplug``: the devices of machines that run, listed, added and removed by ``cardcage device``.
+"""Card ``hotplug``: the devices of machines that run, listed, added, removed and resized by ``cardcage device``.
 
 The kernel and the buses do it (:meth:`cardcage.machine.Machine.add` and ``remove``); this is the way there from another
 process, by the machine's control socket.
@@ -23,7 +23,8 @@ def cardcage_register(registry: Registry) -> None:
         "device",
         "cardcage_hotplug.command:run",
         configure="cardcage_hotplug.command:configure",
-        help="list, add and remove devices of a machine that runs",
+        help="list, add, remove and resize devices of a machine that runs",
     )
-    for name in ("list", "add", "remove"):
+    registry.verb("grow_drive", "cardcage_hotplug.control:grow_drive", help="make a disk that is in use larger")
+    for name in ("list", "add", "remove", "resize"):
         registry.add(ControlOffer(f"device-{name}", f"cardcage_hotplug.control:{name}_device"))

@@ -2,18 +2,24 @@
 
 ``[security] jail`` is ``"on"``, ``"off"`` or ``"require"``. It is on where the process exists for its machines, as the
 command line's does; ``open_later`` names files that may be opened in it all the same. docs/security.md says what is
-given up, and :class:`cardcage.security.Needs` how a card states what it needs.
+given up, and :class:`cardcage.security.Needs` how a card states what it needs. What a card opens in the jail after all
+comes by :func:`open_file`, :func:`listen_at` and :func:`start_program` from a broker outside, by what was stated.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.hookspecs import hookimpl
+from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.registry import Registry
+
+    from cardcage_jail.outside import is_inside, is_ours, lend, listen_at, open_file, start_program
+
+__all__ = ["is_inside", "is_ours", "lend", "listen_at", "open_file", "start_program"]
 
 
 @hookimpl
@@ -26,9 +32,18 @@ def cardcage_register(registry: Registry) -> None:
 
 @hookimpl
 def cardcage_forking(machine: Machine) -> str | None:
-    """No process leaves the jail, nor begins in it."""
-    entered = machine.host.share("jail:entered", dict).get("entered")
-    return 'its process is in a jail, in which no process begins (security.jail = "off")' if entered else None
+    """Processes begin in the jail where a card stated that it needs them."""
+    from cardcage_jail.jail import forking
+
+    return forking(machine)
+
+
+@hookimpl(tryfirst=True)  # what the others are refused is told here
+def cardcage_forked(machine: Machine) -> None:
+    """Refused calls of this process are told in its own log."""
+    from cardcage_jail.jail import forked
+
+    forked(machine)
 
 
 @hookimpl
@@ -46,3 +61,7 @@ def cardcage_starting(machine: Machine) -> None:
     from cardcage_jail.jail import enter
 
     enter(machine)
+
+
+_names: Any = lazy_names("cardcage_jail", outside="is_inside is_ours lend listen_at open_file start_program")
+__getattr__ = _names

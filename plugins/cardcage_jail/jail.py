@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage.abilities import has
 from cardcage.config import beside
 from cardcage.errors import CardError, HostError
 from cardcage.security import HasNeeds, Needs
 
-from cardcage_jail import landlock, seccomp
+from cardcage_jail import landlock, outside, seccomp
+from cardcage_jail.broker import begin
 from cardcage_jail.threads import in_all_threads
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from cardcage.machine import Machine
 
-__all__ = ["CAPABILITIES", "enter", "joined", "wanted"]
+__all__ = ["CAPABILITIES", "enter", "forked", "forking", "joined", "wanted"]
 
 CHOICES = ("on", "off", "require")
 CAPABILITIES = (
@@ -91,7 +93,8 @@ def enter(machine: Machine) -> None:
     Raises ConfigError for a wrong value, HostError where the jail is required and the host has none.
     """
     choice, later = wanted(machine), opened_later(machine)
-    if choice == "off" or machine.host.share("jail:entered", dict).get("entered"):
+    entered = machine.host.share("jail:entered", dict)
+    if choice == "off" or entered:
         return
     missing = [name for name, there in (("Landlock", landlock.abi()), ("seccomp", seccomp.is_offered())) if not there]
     if missing:
@@ -99,9 +102,12 @@ def enter(machine: Machine) -> None:
         if choice == "require":
             raise HostError(f'security.jail = "require": {text}')
         machine.log.warning("no jail, or half a jail", why=text)
-    needs = joined([COMMON, later, *needs_of(machine)])
+    stated = needs_of(machine)
+    needs = joined([COMMON, later, *(one for _, one in stated)])
     refusals = seccomp.Refusals()
     no_core_dumps()
+    ours = children()
+    way = begin(machine, stated, refusals.write)
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(needs.capabilities)]
     ruleset = -1
     if "Landlock" not in missing:
@@ -112,24 +118,64 @@ def enter(machine: Machine) -> None:
     finally:
         if ruleset >= 0:
             os.close(ruleset)
+    listener = -1
     if "seccomp" not in missing:
-        seccomp.confine(children(), needs.sockets)
-    machine.host.share("jail:entered", dict)["entered"] = True
+        listener = seccomp.confine(ours, needs.sockets, forks=needs.processes > 0)
+    socket.send_fds(way, [b"begin"], [listener] if listener >= 0 else [])
+    if listener >= 0:
+        os.close(listener)
+    outside.join(way)
+    entered.update(refusals=refusals, forks=listener >= 0 or "seccomp" in missing, needed=needs.processes)
     machine.host.sealed = partial(sealed, later.write)
+    _hear(machine, refusals)
+    machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
+    machine.defer(_close)
 
+
+def _close() -> None:
+    """Nothing more is lent to this machine."""
+    with suppress(OSError):  # the broker is gone
+        outside.ask({"do": "close"})
+
+
+def _hear(machine: Machine, refusals: seccomp.Refusals) -> None:
     def told() -> None:
         for call in refusals.read():
             machine.log.warning(f"jail: refused {call}")
 
     machine.loop.add_reader(refusals.fd, told)
-    machine.defer(lambda: machine.loop.remove_reader(refusals.fd))
+
+
+def forking(machine: Machine) -> str | None:
+    """See :func:`cardcage_jail.cardcage_forking`."""
+    entered = machine.host.share("jail:entered", dict)
+    if not entered or entered["forks"]:
+        return None
+    if entered["needed"]:
+        return "its process is in a jail, in which the host's kernel does not ask about forks (Linux 5.7 or later does)"
+    return 'its process is in a jail, in which no process begins (security.jail = "off")'
+
+
+def forked(machine: Machine) -> None:
+    """See :func:`cardcage_jail.cardcage_forked`."""
+    if entered := machine.host.share("jail:entered", dict):
+        refusals = entered["refusals"]
+        machine.loop.remove_reader(refusals.fd)
+        refusals.renew()
+        _hear(machine, refusals)
 
 
 def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
     """The reason why the object *name* of class *tclass* is out of reach for a device that is added in the jail."""
+    if name.startswith("/proc/self/fd/"):
+        return ""  # it has that open
     real = os.path.realpath(name)
     if tclass == "image" and any(os.path.commonpath((real, one)) == one for one in map(os.path.realpath, later)):
         return ""
+    if tclass == "image":
+        with suppress(OSError):
+            os.close(outside.open_file(real, os.O_RDONLY | os.O_NONBLOCK))  # it is lent
+            return ""
     how = "name it in security.open_later" if tclass == "image" else "plug it in before the guest starts"
     return f"the process is in its jail, and opens nothing that it was not started with ({how})"
 
@@ -137,14 +183,21 @@ def sealed(later: tuple[str, ...], tclass: str, name: str) -> str:
 COMMON = Needs(read=OF_THE_HOST)
 
 
-def needs_of(machine: Machine) -> list[Needs]:
-    """The needs of the machine's cards, devices, back ends, memory and checkers. Raises CardError."""
-    owners = [(one, "memory back end or checker") for one in (machine.memory_backend, *machine.mediator.checkers)]
-    for one in machine.devices.values():
-        owners += [(owner, one.who) for owner in (one.device, *one.slot.host.opened)]
-    found = machine.host.phases.call("needs", machine)
-    found += [one.needs() for one, who in owners if has(one, HasNeeds, who)]
-    for one in found:
+def needs_of(machine: Machine) -> list[tuple[str, Needs]]:
+    """The needs of the machine's cards, devices, back ends, memory and checkers, each with the label of who will ask.
+
+    Raises CardError.
+    """
+    who, own = "memory back end or checker", machine.label
+    owners: list[tuple[str, Any, str]] = [
+        (own, one, who) for one in (machine.memory_backend, *machine.mediator.checkers)
+    ]
+    for plugged in machine.devices.values():
+        parts = (plugged.device, *plugged.slot.host.opened)
+        owners += [(plugged.slot.label, one, plugged.who) for one in parts]
+    found = [(own, one) for one in machine.host.phases.call("needs", machine)]
+    found += [(label, one.needs()) for label, one, who in owners if has(one, HasNeeds, who)]
+    for _, one in found:
         if not isinstance(one, Needs):
             raise CardError(f"needs: expected a cardcage.security.Needs, got {one!r}")
     return found
@@ -163,6 +216,9 @@ def joined(needs: Iterable[Needs]) -> Needs:
         remove=texts("remove"),
         sockets=texts("sockets"),
         capabilities=texts("capabilities"),
+        scratch=texts("scratch"),
+        processes=sum(one.processes for one in all_of),
+        programs=tuple(dict.fromkeys(words for one in all_of for words in one.programs)),
     )
 
 

@@ -10,7 +10,7 @@ from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from attrs.validators import ge, le
+from attrs.validators import ge, le, max_len
 from cardcage.backends import NetFeatures
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tap", "TapNet", "open_tap"]
 
-TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNGETIFF = 0x400454CA, 0x400454D0, 0x400454D8, 0x800454D2
 IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR, IFF_UP = 0x0002, 0x1000, 0x0100, 0x4000, 0x1
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, SIOCBRADDIF, SIOCGIFINDEX = 0x8913, 0x8914, 0x8922, 0x89A2, 0x8933
 OFFLOADS = {"csum": 1, "tso4": 2, "tso6": 4, "ecn": 8, "ufo": 16}
@@ -49,6 +49,8 @@ class Tap:
         up: bring the interface up.
         mtu: of the interface, 0 leaves it.
         dump: pcap file of what passes.
+        fds: descriptors of an interface that somebody else made and set up, one for each queue pair; the other keys but
+            *dump* say nothing then.
     """
 
     ifname: str = ""
@@ -58,6 +60,7 @@ class Tap:
     up: bool = True
     mtu: int = field(default=0, validator=[ge(0), le(65521)])
     dump: HostPath | None = None
+    fds: tuple[int, ...] = field(default=(), validator=max_len(64))
 
 
 def _request(name: str, rest: bytes) -> bytes:
@@ -74,26 +77,49 @@ class TapNet:
     def __init__(self, slot: Slot, options: Tap) -> None:
         if len(options.ifname.encode()) > 15 or "/" in options.ifname or "%" in options.ifname:
             raise ConfigError(f'interface name "{options.ifname}": expected at most 15 bytes without / and %')
-        slot.host.ask("tap", options.ifname or "tap%d", ("open",), bridge=options.bridge or "")
+        if options.fds:
+            slot.host.ask("tap", f"/proc/self/fd/{options.fds[0]}", ("open",))
+        else:
+            slot.host.ask("tap", options.ifname or "tap%d", ("open",), bridge=options.bridge or "")
         self._slot = slot
         self._vnet = HEADER if options.vnet_header else 0
         self._fds: list[int] = []
         self._room = memoryview(bytearray(FRAME_MAX + HEADER))
         self.name = options.ifname
         try:
-            for _ in range(options.queues):
+            for fd in options.fds:
+                self._take(fd)
+            for _ in range(0 if options.fds else options.queues):
                 self._open(multiple=options.queues > 1)
             offloads = self._probe_offloads() if self._vnet else frozenset[str]()
-            self._configure(options)
+            if not options.fds:
+                self._configure(options)
         except BaseException:
             self.close()
             raise
-        self.features = NetFeatures(self._vnet, options.queues, offloads)
+        self.features = NetFeatures(self._vnet, len(self._fds), offloads)
         self._inboxes = [
             # default arguments bind this turn's values; mypy cannot infer such lambdas
             Inbox(at, lambda fd=fd: slot.loop.remove_reader(fd), lambda at=at: self._watch(at))  # type: ignore[misc]
             for at, fd in enumerate(self._fds)
         ]
+
+    def _take(self, given: int) -> None:
+        """A queue that somebody else opened; *given* stays its owner's. Raises ConfigError."""
+        try:
+            fd = fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, 0)
+            self._fds.append(fd)
+            answer = fcntl.ioctl(fd, TUNGETIFF, bytes(40))
+            flags = unpack_from("H", answer, 16)[0]
+            if not flags & IFF_TAP or not flags & IFF_NO_PI:
+                raise ConfigError("expected a tap interface without packet information", key="fds")
+            self.name = answer[:16].rstrip(b"\0").decode("utf-8", "replace")
+            self._vnet = HEADER if flags & IFF_VNET_HDR else 0
+            if self._vnet:
+                fcntl.ioctl(fd, TUNSETVNETHDRSZ, pack("i", HEADER))
+            os.set_blocking(fd, False)
+        except OSError as error:
+            raise ConfigError(f"descriptor {given} is no tap interface: {error.strerror}", key="fds") from error
 
     def _open(self, *, multiple: bool) -> None:
         try:

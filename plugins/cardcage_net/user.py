@@ -22,6 +22,8 @@ from attrs.validators import ge, le
 from cardcage.backends import NetFeatures
 from cardcage.config import HostPath
 from cardcage.errors import ConfigError, HostError
+from cardcage.security import Needs
+from cardcage_jail import is_inside, start_program
 
 from cardcage_net.framing import BACKLOG, enlarge
 from cardcage_net.halfclosed import WHOLE, HalfClosed, damages
@@ -93,7 +95,7 @@ def forward(text: str) -> tuple[str, str]:
     ] == "udp" else "-t", f"{address}/{found[3]}:{found[5]}" if address else f"{found[3]}:{found[5]}"
 
 
-def _arguments(options: User, fd: int) -> list[str]:
+def _arguments(options: User, fd: object) -> list[str]:
     try:
         interface = ipaddress.IPv4Interface(options.address)
         gateway = ipaddress.IPv4Address(options.gateway)
@@ -196,6 +198,7 @@ class UserNet:
         for one in options.hostfwd:
             slot.host.ask("socket", one, ("listen",))
         check_ports(options.hostfwd)
+        self._again = tuple(_arguments(options, "{fd}"))
         connection = self._spawn()
         try:
             self._await(connection)
@@ -212,7 +215,16 @@ class UserNet:
             needed=f"passt {WHOLE} or later",
         )
 
+    def needs(self) -> Needs:
+        """The engine, when it has to be started again."""
+        return Needs(programs=(self._again,))
+
     def _spawn(self) -> socket.socket:
+        if is_inside():
+            try:
+                return start_program(self._again)
+            except OSError as error:
+                raise HostError(f"net user: {self._again[0]} cannot be started: {error.strerror}") from error
         ours, theirs = socket.socketpair()
         # The engine drops what does not fit, so the room should be that of a large TCP window.
         enlarge(theirs)

@@ -23,13 +23,15 @@ __all__ = ["Line", "main", "translate"]
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the command ``qemu``, and the QMP command that lists its options."""
+    """Offer the command ``qemu``, and QMP commands that take its words."""
     registry.command(
         "qemu",
         "cardcage_qemu.program:run",
         configure="cardcage_qemu.program:configure",
         help="run a machine described by QEMU's command line",
     )
+    for name in ("device_add", "netdev_add", "netdev_del", "blockdev-add", "blockdev-del", "object-add", "object-del"):
+        registry.add(QmpCommand(name, f"cardcage_qemu.coming:{name.replace('-', '_')}"))
     registry.add(QmpCommand("query-command-line-options", "cardcage_qemu.listing:query_command_line_options"))
 
 

@@ -125,13 +125,16 @@ CACHES = {"writeback": "writeback", "none": "none", "unsafe": "unsafe"}
 def drive(options: Options, fdsets: dict[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """``-drive``: the block spec, and options that are the device's."""
     spec: dict[str, Any] = {}
-    options.harmless(aio="threads native io_uring", detect_zeroes="off", copy_on_read="off", snapshot="off")
+    options.harmless(aio="threads native io_uring", detect_zeroes="off", copy_on_read="off")
+    temporary = options.truth("snapshot")
     options.harmless(index="", bus="", unit="", media="disk", auto_read_only="")
     driver, format = options.take("driver"), options.take("format")
     file = options.take("file.filename", "file", "filename")
     if not file:
         raise options.error("expected file=..., a path")
     if file.startswith(("nbd:", "nbd+")) and driver in (None, "nbd", "raw") and format in (None, "raw"):
+        if temporary:
+            raise options.error("snapshot=on: cardcage has it for image files")
         return _nbd_spec(options, nbd_place(options, file)), _device_keys(options)
     if driver not in (None, "raw", "qcow2", "file") or options.take("file.driver") not in (None, "file", "host_device"):
         raise options.error(f"driver={driver}: cardcage has raw and qcow2 images")
@@ -152,7 +155,15 @@ def drive(options: Options, fdsets: dict[int, int]) -> tuple[dict[str, Any], dic
         spec["discard"] = "ignore"
     if (locking := options.take("file.locking")) is not None:
         spec["locking"] = locking
+    if temporary:
+        make_temporary(spec)
     return spec, _device_keys(options)
+
+
+def make_temporary(spec: dict[str, Any]) -> None:
+    """Have writes to the image of a block spec end with the machine, where there are any."""
+    if "file" in spec and not spec.get("readonly"):
+        spec["type"] = "temporary"
 
 
 def _device_keys(options: Options) -> dict[str, Any]:
@@ -298,6 +309,12 @@ def netdev(options: Options, kind: str) -> dict[str, Any]:
             found["gateway"] = host
     elif kind in ("tap", "bridge"):
         found["type"] = "tap"
+        options.harmless(vhostfd="", vhostfds="")
+        if (fds := options.take("fd", "fds")) is not None:
+            if not re.fullmatch(r"\d{1,9}(:\d{1,9})*", fds):
+                raise options.error(f"fd={fds}: expected numbers of open descriptors")
+            found["fds"] = [int(one) for one in fds.split(":")]
+            found["queues"] = len(found["fds"])
         if (name := options.take("ifname")) is not None:
             found["ifname"] = name
         if (bridge := options.take("br")) is not None or kind == "bridge":

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import near
-from cardcage_qmp.names import DEVICES
+from cardcage_qmp.names import DEVICES, ON_PCI
 
 from cardcage_qemu import backends
 
@@ -57,7 +57,7 @@ def add_device(line: Line, options: Options) -> None:
     device: dict[str, Any] = {"type": known.type}
     if id := options.take("id"):
         device["id"] = id
-    if full.endswith("-pci"):
+    if known.parent in ON_PCI:
         _place(options, device)
     for key, values in QUIET.items():
         if key not in known.options:
@@ -76,6 +76,8 @@ def add_device(line: Line, options: Options) -> None:
             value = options.take(property)
         if value is not None:
             device[key] = value
+    if full == "i6300esb":
+        line.watchdogs.append(device)
     if full == "isa-serial":
         index = options.number("index")
         line.serial_port(device, index)
@@ -114,6 +116,8 @@ def _links(line: Line, options: Options, full: str, device: dict[str, Any]) -> s
         if name not in line.netdevs:
             raise backends.unknown(options, "-netdev", name, line.netdevs)
         device["net"] = line.netdevs[name]
+        if "id" in device:
+            line.cards[device["id"]] = name
         if (queues := line.netdevs[name].get("queues", 1)) > 1:
             device["queues"] = queues
     elif full == "virtio-9p-pci":

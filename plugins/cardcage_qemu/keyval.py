@@ -9,7 +9,7 @@ from typing import Any
 
 from cardcage.errors import ConfigError
 
-__all__ = ["Options", "parse", "size_of", "split"]
+__all__ = ["Options", "of_table", "parse", "size_of", "split"]
 
 MOST = 1 << 20
 DEEPEST = 16
@@ -76,6 +76,11 @@ def parse(option: str, text: str, first: str = "") -> Options:
     return Options(option, text, pairs)
 
 
+def of_table(option: str, table: dict[str, Any]) -> Options:
+    """The pairs of a table as JSON has them. Raises ConfigError that names *option*."""
+    return Options(option, "", list(_flat(option, "", table, DEEPEST)))
+
+
 def _of_json(option: str, text: str) -> Iterator[tuple[str, str]]:
     try:
         found = json.loads(text)
@@ -114,7 +119,7 @@ class Options:
 
     def error(self, problem: str) -> ConfigError:
         """An error that names the option."""
-        return ConfigError(problem, file=f"{self.option} {self.text}" if len(self.text) < 200 else self.option)
+        return ConfigError(problem, file=f"{self.option} {self.text}".rstrip() if len(self.text) < 200 else self.option)
 
     def all(self, key: str) -> list[str]:
         """All values of *key*, in order."""

@@ -45,16 +45,10 @@ GLOBALS = (
 )
 """Properties of devices by their type that say what is so anyway."""
 REFUSED = {
-    "hda": "cardcage has no IDE disks: say -drive file=...,if=virtio",
-    "hdb": "cardcage has no IDE disks: say -drive file=...,if=virtio",
     "fda": "cardcage has no floppy disks",
     "incoming": "cardcage takes no migration of QEMU's",
     "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
-    "s": "cardcage has no gdb stub",
-    "gdb": "cardcage has no gdb stub",
-    "snapshot": 'cardcage has no temporary disks: "cardcage image create overlay.qcow2 -b disk.qcow2" makes one',
     "tpmdev": "cardcage has no TPM",
-    "watchdog": "cardcage has no watchdog",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
 }
@@ -68,11 +62,13 @@ class Line:
         machine, boot, memory, security: tables of the configuration. devices: its devices.
         accelerators: names, in the order to try.
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
-        flash: chips by their unit.
+        flash: chips by their unit. below: the nodes that a node of -blockdev stands on, by its name.
+        cards: what -netdev each network card has, by the card's id.
+        watchdogs: of the devices. expiry: what they do.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
         warnings: lines about what is not quite what was asked for.
-        freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
+        temporary: -snapshot. freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
         console: standard input and output are the console's.
     """
 
@@ -89,6 +85,7 @@ class Line:
     netdevs: dict[str, dict[str, Any]] = field(factory=dict)
     shares: dict[str, dict[str, Any]] = field(factory=dict)
     objects: dict[str, dict[str, Any]] = field(factory=dict)
+    cards: dict[str, str] = field(factory=dict)
     fdsets: dict[int, int] = field(factory=dict)
     buses: dict[str, dict[int, tuple[dict[str, Any], str, str]]] = field(factory=dict)
     hosts: dict[str, dict[str, Any]] = field(factory=dict)
@@ -97,9 +94,13 @@ class Line:
     firmware: dict[str, Any] = field(factory=dict)
     rtc: dict[str, str] = field(factory=dict)
     flash: dict[int, dict[str, Any]] = field(factory=dict)
+    below: dict[str, set[str]] = field(factory=dict)
+    watchdogs: list[dict[str, Any]] = field(factory=list)
+    expiry: str = "reset"
     later: list[Callable[[], None]] = field(factory=list)
     warnings: list[str] = field(factory=list)
     serials: int = 0
+    temporary: bool = False
     freeze: bool = False
     linger: bool = False
     daemonize: bool = False
@@ -184,6 +185,11 @@ class Line:
         self.later.clear()
         self._flash()
         self._consoles()
+        for disk in self.devices if self.temporary else ():
+            if disk["type"] == "virtio-blk" and not any(disk["drive"] is one for one in self.nodes.values()):
+                backends.make_temporary(disk["drive"])
+        for watchdog in self.watchdogs if self.expiry != "reset" else ():
+            watchdog["action"] = self.expiry
         if self.bare:
             self.machine["platform"], self.machine["memory"] = "none", "1M"
         elif not self.boot:
@@ -224,7 +230,7 @@ class Line:
         """Options that are no part of the configuration."""
         found = []
         if self.freeze:
-            found.append("-S: QMP's cont starts the machine")
+            found.append("-S: QMP's cont, or gdb's continue, starts the machine")
         if self.linger:
             found.append("-no-shutdown: the machine stays after its guest's power-off, until QMP's quit")
         return found

@@ -19,6 +19,8 @@ __all__ = ["OPTIONS"]
 
 PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
 Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
+WATCHDOG = ("reset", "shutdown", "poweroff", "pause", "debug", "none")
+"""What a watchdog can do, of QEMU's words."""
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 
 
@@ -151,6 +153,13 @@ def on_drive(line: Line, options: Options) -> None:
         line.devices.append({"type": "virtio-blk", "id": name, "drive": spec, **device})
 
 
+def on_hd(line: Line, options: Options) -> None:
+    name = options.option.removeprefix("-")
+    line.warnings.append(f"{options.option}: the guest finds its disk behind virtio (/dev/vda), not on IDE")
+    line.names[name] = name
+    line.devices.append({"type": "virtio-blk", "id": name, "drive": {"file": options.text, "discard": "ignore"}})
+
+
 def on_cdrom(line: Line, options: Options) -> None:
     line.disc_drive(options, {"file": options.text}, {}, None)
 
@@ -160,11 +169,13 @@ def on_pflash(line: Line, options: Options) -> None:
 
 
 def on_blockdev(line: Line, options: Options) -> None:
-    before = set(line.nodes)
-    backends.block_nodes(options, line.nodes, line.fdsets)
+    nodes = dict(line.nodes)
+    below = {value for key, value in options.pairs if key in ("file", "backing") and value}
+    backends.block_nodes(options, nodes, line.fdsets)
     options.end()
-    for name in set(line.nodes) - before:
-        line.drives[name] = line.nodes[name], {}
+    for name in nodes.keys() - line.nodes.keys():
+        line.drives[name], line.below[name] = (nodes[name], {}), below
+    line.nodes = nodes
 
 
 def on_netdev(line: Line, options: Options) -> None:
@@ -249,6 +260,22 @@ def on_mon(line: Line, options: Options) -> None:
     options.harmless(id="")
     options.end()
     line.monitors.append({**backends.monitor_socket(options, table), **keys})
+
+
+def on_gdb(line: Line, options: Options) -> None:
+    if options.text == "none":
+        return
+    head, _, rest = options.text.partition(":")
+    if head not in ("unix", "tcp") or not rest:
+        raise options.error("cardcage has none, unix:PATH and tcp:HOST:PORT, at which it listens")
+    socket = options.first()
+    options.harmless(server="on", wait="off", nodelay="", ipv4="", ipv6="", delay="")
+    options.end()
+    line.devices.append({"type": "gdb", "socket": socket})
+
+
+def on_s(line: Line, options: Options) -> None:
+    line.devices.append({"type": "gdb", "socket": "tcp:127.0.0.1:1234"})
 
 
 def on_virtfs(line: Line, options: Options) -> None:
@@ -374,6 +401,8 @@ def on_global(line: Line, options: Options) -> None:
 def on_sandbox(line: Line, options: Options) -> None:
     on = options.truth("enable")
     options.harmless(obsolete="", elevateprivileges="", spawn="", resourcecontrol="")
+    if later := options.all("open_later"):  # cardcage's own
+        line.security["open_later"] = [*line.security.get("open_later", []), *later]
     options.end()
     line.security["jail"] = "on" if on else "off"
 
@@ -408,6 +437,42 @@ def on_no_reboot(line: Line, options: Options) -> None:
     line.machine["on_reset"] = "stop"
 
 
+def on_action(line: Line, options: Options) -> None:
+    reboot, shutdown, panic = (options.take(key) for key in ("reboot", "shutdown", "panic"))
+    expiry = options.take("watchdog")
+    options.end()
+    for name, value, known in (
+        ("reboot", reboot, ("reset", "shutdown")),
+        ("shutdown", shutdown, ("poweroff", "pause")),
+        ("panic", panic, ("shutdown", "exit-failure", "none")),
+    ):
+        if value not in (None, *known):
+            raise options.error(f"{name}={value}: cardcage has {', '.join(known)}")
+    if reboot is not None:
+        line.machine["on_reset"] = "stop" if reboot == "shutdown" else "reset"
+    if shutdown is not None:
+        line.linger = shutdown == "pause"
+    if panic is not None:
+        line.machine["on_panic"] = "ignore" if panic == "none" else "stop"
+    if expiry is not None:
+        _expiry(line, options, expiry)
+
+
+def on_watchdog_action(line: Line, options: Options) -> None:
+    _expiry(line, options, options.text)
+
+
+def _expiry(line: Line, options: Options, action: str) -> None:
+    if action not in WATCHDOG:
+        raise options.error(f"{action}: cardcage's watchdog has {', '.join(WATCHDOG)}")
+    line.expiry = action
+
+
+def on_watchdog(line: Line, options: Options) -> None:
+    options.pairs = [("driver", options.text)]
+    add_device(line, options)
+
+
 def quiet(name: str) -> Callable[[Line, Options], None]:
     """A handler of an option that changes nothing."""
 
@@ -438,6 +503,8 @@ OPTIONS: dict[str, Option] = {
     "append": (True, setting("append"), None),
     "bios": (True, setting("firmware"), None),
     "drive": (True, on_drive, "file"),
+    **dict.fromkeys(("hda", "hdb", "hdc", "hdd"), (True, on_hd, None)),
+    "snapshot": (False, flag("temporary"), ""),
     "cdrom": (True, on_cdrom, None),
     "pflash": (True, on_pflash, None),
     "blockdev": (True, on_blockdev, "driver"),
@@ -451,6 +518,8 @@ OPTIONS: dict[str, Option] = {
     "qmp": (True, lambda line, options: _monitor(line, options), "text"),
     "qmp-pretty": (True, lambda line, options: _monitor(line, options, pretty=True), "text"),
     "mon": (True, on_mon, "chardev"),
+    "gdb": (True, on_gdb, "text"),
+    "s": (False, on_s, ""),
     "virtfs": (True, on_virtfs, "fsdriver"),
     "fsdev": (True, on_fsdev, "fsdriver"),
     "object": (True, on_object, "qom-type"),
@@ -466,6 +535,9 @@ OPTIONS: dict[str, Option] = {
     "sandbox": (True, on_sandbox, "enable"),
     "pidfile": (True, on_pidfile, None),
     "daemonize": (False, flag("daemonize"), ""),
+    "action": (True, on_action, ""),
+    "watchdog-action": (True, on_watchdog_action, None),
+    "watchdog": (True, on_watchdog, None),
     "no-reboot": (False, on_no_reboot, ""),
     "no-shutdown": (False, flag("linger"), ""),
     "S": (False, flag("freeze"), ""),

@@ -96,10 +96,13 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     from cardcage_cli.running import STRAYS, threads_watched
     from cardcage_qmp.control import MEANT, control_of
 
+    from cardcage_qemu import coming
+
     sys.setswitchinterval(SWITCH_INTERVAL)
     draft = Draft()
     draft.add(tables, origin="QEMU's words")
     with ExitStack() as end:
+        host.share(coming.MEANT, dict)["line"] = line
         host.share(MEANT, dict).update(held=line.freeze or line.bare, lingers=line.linger)
         machine = Machine.from_config(draft.config(), host=host)
         end.callback(machine.close)

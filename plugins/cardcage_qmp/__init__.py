@@ -27,10 +27,13 @@ class QmpCommand(Offer):
     """A command: ``factory(session, ...)``, whose parameters are its arguments, by the names that QMP has for them.
 
     The annotations are the schema, and resolve in the function's module: ``str``, ``int`` (64 bits), ``float``,
-    ``bool``, ``object`` (anything), ``Literal`` of texts, ``list`` of one of these, and ``TypedDict``. A parameter with
-    a default is optional. An underscore is a dash, and one at the end is none. What it returns is checked by types
-    alone; None is an empty object. It runs on its peer's thread, without the machine's lock; :class:`Session` has the
-    machine. It raises :exc:`QmpError`, or any error of :mod:`cardcage.errors`, for the peer to hear.
+    ``bool``, ``object`` (anything), ``Literal`` of texts, ``list`` of one of these, ``TypedDict``, and unions of
+    these: several ``TypedDict`` are told apart by a member that is a ``Literal`` of other texts in each. A parameter
+    with a default is optional. An underscore is a dash, and one at the end is none. One parameter may stand before a
+    slash: a ``TypedDict``, or a union of such, is all the arguments as one object; a ``dict[str, Any]`` has those
+    that no other parameter takes. What it returns is checked by types alone; None is an empty object. It runs on its
+    peer's thread, without the machine's lock; :class:`Session` has the machine. It raises :exc:`QmpError`, or any
+    error of :mod:`cardcage.errors`, for the peer to hear.
     """
 
     kind: ClassVar[str] = "qmp command"
@@ -55,11 +58,11 @@ ABOUT = (
     "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities migrate_set_capabilities"
 )
 PARTS = (
-    "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon "
+    "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon block_resize "
     "qom_list qom_get qom_list_types qom_list_properties device_list_properties"
 )
 FILES = "getfd closefd add_fd remove_fd query_fdsets"
-WITH_UNDERSCORES = {"system_reset", "system_powerdown"}
+WITH_UNDERSCORES = {"system_reset", "system_powerdown", "block_resize"}
 EVENTS = {
     "STOP": None,
     "RESUME": None,
@@ -68,6 +71,9 @@ EVENTS = {
     "RESET": "cardcage_qmp.control:Shutdown",
     "GUEST_PANICKED": "cardcage_qmp.control:GuestPanicked",
     "BLOCK_IO_ERROR": "cardcage_qmp.control:BlockIoError",
+    "WATCHDOG": "cardcage_qmp.control:Watchdog",
+    "DEVICE_DELETED": "cardcage_qmp.control:DeviceGone",
+    "DEVICE_UNPLUG_GUEST_ERROR": "cardcage_qmp.control:DeviceGone",
 }
 
 
@@ -87,6 +93,8 @@ def cardcage_register(registry: Registry) -> None:
         for name in names.split():
             spelt = name if name in WITH_UNDERSCORES else name.replace("_", "-")
             registry.add(QmpCommand(spelt, f"cardcage_qmp.{module}:{name}"))
+    registry.add(QmpCommand("device_del", "cardcage_qmp.removals:device_del"))
+    registry.add(QmpCommand("query-pci", "cardcage_qmp.pci:query_pci"))
     registry.add(QmpCommand("human-monitor-command", "cardcage_qmp.hmp:human_monitor_command"))
     for name, data in EVENTS.items():
         registry.add(QmpEvent(name, data))

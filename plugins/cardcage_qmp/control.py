@@ -12,6 +12,7 @@ from cardcage.errors import StateError, UsageError
 from cardcage.outcome import Crashed, DebugExit, Panicked, PoweredOff, Reset
 from cardcage.registry import AcceleratorOffer
 
+from cardcage_qmp.removals import Removals
 from cardcage_qmp.schema import table_of
 
 if TYPE_CHECKING:
@@ -20,9 +21,21 @@ if TYPE_CHECKING:
 
     from cardcage_qmp.server import Peer, Qmp
 
-__all__ = ["BlockIoError", "Control", "GuestPanicked", "RunState", "Shutdown", "control_of", "serve"]
+__all__ = [
+    "BlockIoError",
+    "Control",
+    "DeviceGone",
+    "Expiry",
+    "GuestPanicked",
+    "RunState",
+    "Shutdown",
+    "control_of",
+    "serve",
+]
 
-RunState = Literal["prelaunch", "running", "paused", "io-error", "shutdown", "guest-panicked", "internal-error"]
+RunState = Literal[
+    "prelaunch", "running", "paused", "io-error", "watchdog", "shutdown", "guest-panicked", "internal-error"
+]
 Cause = Literal[
     "host-error",
     "host-qmp-quit",
@@ -60,6 +73,22 @@ BlockIoError = TypedDict(
 )
 
 
+Expiry = Literal["reset", "shutdown", "poweroff", "pause", "debug", "none"]
+
+
+class Watchdog(TypedDict):
+    """The action that is taken."""
+
+    action: Expiry
+
+
+class DeviceGone(TypedDict):
+    """A device by its id, and its path in the tree of objects."""
+
+    device: NotRequired[str]
+    path: str
+
+
 MEANT = "qmp:meant"
 """The key by which a host shares what its next machine's monitor begins with: ``held`` and ``lingers``."""
 
@@ -74,6 +103,7 @@ class Control:
         held: the machine is started by ``cont`` (QEMU's -S). lingers: it is kept after its guest has powered it off,
             until ``quit`` (-no-shutdown).
         fdsets: descriptors by set, of all peers.
+        names: what a peer called what stands behind a device that came later, by the device's id.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -89,12 +119,17 @@ class Control:
         self.migration_events = False
         self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
         self.fdsets: dict[int, list[tuple[int, str]]] = {}
+        self.names: dict[str, str] = {}
+        self.removals = Removals(self)
         self._why: Cause | None = None
-        self._started = False
+        self._started = self._told_off = False
         machine.observers.add("state", self._state)
         machine.observers.add("outcome", self._outcome)
         machine.observers.add("reset", self._reset)
         machine.observers.add("waiting", self._waiting)
+        machine.observers.add("device", self._device)
+        self._expiry: Expiry | None = None
+        self._watchdog: Any = None
 
     @property
     def machine(self) -> Machine:
@@ -117,10 +152,28 @@ class Control:
         if machine.state == "built":
             return "prelaunch"
         if machine.state == "paused":
-            return "io-error" if machine.waiting else "paused"
+            if self.kept() is not None:
+                return "shutdown"
+            waiting = [inner(one.device) for one in present(machine) if one.id in machine.waiting]
+            if any(one is self._watchdog for one in waiting):
+                return "watchdog"
+            return "io-error" if any(not hasattr(one, "keeps") for one in waiting) else "paused"
         if isinstance(machine.outcome, Panicked):
             return "guest-panicked"
         return "internal-error" if machine.outcome is None else "shutdown"
+
+    def keep(self, on: bool) -> None:
+        """Keep the machine once its guest has powered it off, or do not: it can be reset then, and go on."""
+        self.lingers = on
+        for one in present(self.machine):
+            if hasattr(one.device, "keeps"):
+                one.device.keeps = on
+
+    def kept(self) -> Any:
+        """The device by which the guest has powered off a machine that is kept; None for one that is on."""
+        waiting = self.machine.waiting
+        found = (one.device for one in present(self.machine) if one.id in waiting)
+        return next((one for one in found if getattr(one, "is_off", False)), None)
 
     def linger(self) -> None:
         """Wait until a peer has said ``quit``."""
@@ -149,6 +202,9 @@ class Control:
         if state == "running":
             self.emit("RESUME")
         elif state == "paused":
+            if self.kept() is not None and not self._told_off:
+                self._told_off = True
+                self.emit("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
             self.emit("STOP")
         elif state == "stopped" and self.machine.outcome is None:
             self.emit("SHUTDOWN", {"guest": False, "reason": "host-error"})
@@ -160,7 +216,7 @@ class Control:
         self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
 
     def _reason(self, outcome: Outcome) -> tuple[bool, Cause]:
-        if isinstance(outcome, PoweredOff | DebugExit):
+        if isinstance(outcome, PoweredOff | DebugExit) and not self._told_off:
             return True, "guest-shutdown"
         if isinstance(outcome, Reset | Crashed):
             return True, "guest-reset"
@@ -170,13 +226,16 @@ class Control:
 
     def _reset(self, _: str) -> None:
         why, self._why = self._why, None
+        self._told_off = False
         self.emit("RESET", {"guest": why is None, "reason": why or "guest-reset"})
 
     def _waiting(self, device: str, why: str) -> None:
         plugged = self.machine.devices[device]
+        if getattr(plugged.device, "is_off", False):
+            return  # told once it is paused
         options = getattr(inner(plugged.device), "options", None)
-        if getattr(options, "rerror", "report") == "stop":
-            return  # nobody knows which it was, and a guess would be believed
+        if getattr(options, "rerror", "stop") == "stop":
+            return  # it is no disk, or nobody knows which it was, and a guess would be believed
         self.emit(
             "BLOCK_IO_ERROR",
             {
@@ -189,8 +248,34 @@ class Control:
             },
         )
 
+    # the watchdog
+
+    def watch(self) -> None:
+        """Listen to the machine's watchdog, if it has one. Under the machine's lock."""
+        found = self.machine.services.get("watchdog")
+        if found is not None and found is not self._watchdog:
+            found.listeners.append(lambda action: self.emit("WATCHDOG", {"action": action}))
+            if self._expiry is not None:
+                found.set_action(self._expiry)
+        self._watchdog = found
+
+    def set_expiry(self, action: Expiry) -> None:
+        """What the watchdog does, one that comes later too."""
+        with self.machine.lock:
+            self._expiry = action
+            if self._watchdog is not None:
+                self._watchdog.set_action(action)
+
+    def _device(self, id: str, there: bool) -> None:
+        self.watch()
+        if not there:
+            self.removals.gone(id)
+            self.names.pop(id, None)
+            self.emit("DEVICE_DELETED", {"device": id, "path": f"/machine/peripheral/{id}"})
+
     def close(self) -> None:
-        """Close the descriptors in sets. After the last peer has gone."""
+        """Close the descriptors in sets, and wait for no guest. After the last peer has gone."""
+        self.removals.close()
         with self.lock:
             sets, self.fdsets = self.fdsets, {}
         for fd, _ in (one for there in sets.values() for one in there):
@@ -244,6 +329,9 @@ def control_of(machine: Machine) -> Control:
 def serve(machine: Machine) -> None:
     """Let the machine's devices serve, until its end."""
     control = control_of(machine)
+    with machine.lock:
+        control.watch()
+    control.keep(control.lingers)
     machine.defer(control.close)  # deferred first, called last
     servers: list[Qmp] = [one.device for one in machine.devices.values() if one.type == "qmp"]
     for one in servers:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from cardcage.errors import CardcageError
 from cardcage.machine import State
+from cardcage.pairs import parse_repeated
+from cardcage.units import Size
 
 from cardcage_qmp.errors import QmpError
+from cardcage_qmp.schema import members_of, tables_of, tag_of
 from cardcage_qmp.session import VERSION, Session
 from cardcage_qmp.wire import MOST, TooMuch
 
@@ -28,6 +31,14 @@ WORDS = {
     "system_powerdown": "system_powerdown",
     "nmi": "inject-nmi",
 }
+OF_ID = {"device_del": "device_del", "netdev_del": "netdev_del", "object_del": "object-del"}
+"""Words that take an id."""
+OF_PAIRS = {
+    "device_add": ("device_add", "driver"),
+    "netdev_add": ("netdev_add", "type"),
+    "object_add": ("object-add", "qom-type"),
+}
+"""Words that take what an option of the command line takes, with the key of its first part."""
 
 
 def human_monitor_command(session: Session, command_line: str, cpu_index: int | None = None) -> str:
@@ -58,13 +69,83 @@ def _carried_out(session: Session, words: list[str], cpu: int) -> str:
     if name == "balloon" and len(rest) == 1 and rest[0].isascii() and rest[0].isdigit() and len(rest[0]) < 12:
         session.run("balloon", {"value": int(rest[0]) << 20})
         return ""
+    if name == "block_resize" and len(rest) == 2:
+        session.run("block_resize", {"device": rest[0], "size": _size(rest[1])})
+        return ""
+    if name in OF_ID and len(rest) == 1:
+        session.run(OF_ID[name], {"id": rest[0]})
+        return ""
+    if name in OF_PAIRS and len(rest) == 1:
+        command, first = OF_PAIRS[name]
+        try:
+            pairs = parse_repeated(rest[0], first=first)
+        except ValueError as error:
+            raise QmpError(str(error)) from error
+        session.run(command, _arguments(session, command, pairs))
+        return ""
     if name in ("help", "?"):
-        return "".join(f"{one}\n" for one in (*sorted(WORDS), "balloon MEGABYTES", *(f"info {at}" for at in INFO)))
+        rows = [*sorted(WORDS), "balloon MEGABYTES", "block_resize DEVICE SIZE", *(f"{one} ID" for one in OF_ID)]
+        rows += [f"{one} {first.upper()},KEY=VALUE..." for one, (_, first) in OF_PAIRS.items()]
+        return "".join(f"{one}\n" for one in (*rows, *(f"info {at}" for at in INFO)))
     if name == "info" and rest:
         if rest[0] in INFO:
             return INFO[rest[0]](session, cpu)
         return f"unknown command: 'info {rest[0]:.60}'\n"
     return f"unknown command: '{name:.60}'\n"
+
+
+def _size(text: str) -> int:
+    """Bytes; of a number alone, megabytes."""
+    try:
+        return int(Size(f"{text}M" if text.isascii() and text.isdigit() else text))
+    except ValueError as error:
+        raise QmpError(str(error)) from error
+
+
+def _arguments(session: Session, command: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """A command's arguments by its schema, of text: ``on`` for true, a list for a key that may come again, and
+    tables for dotted keys."""
+    known = session.control.table.commands.get(command)
+    if known is None or known.boxed is None:
+        return dict(pairs)
+    tables = tables_of(known.boxed)
+    tag, chosen = tag_of(tables)
+    members = {name: kind for name, kind, _ in members_of(chosen.get(dict(pairs).get(tag, ""), tables[0]))}
+    found: dict[str, Any] = {}
+    for key, text in pairs:
+        kind = members.get(key)
+        if get_origin(kind) is list:
+            found.setdefault(key, []).append({"str": text})
+        elif kind is bool and text in ("on", "off"):
+            found[key] = text == "on"
+        elif kind is int and text.isascii() and text.isdigit() and len(text) < 19:
+            found[key] = int(text)
+        else:
+            *path, last = key.split(".")
+            table = found
+            for one in path:
+                table = table.setdefault(one, {})
+                if not isinstance(table, dict):
+                    raise QmpError(f'"{key}": "{one}" is already given as text')
+            table[last] = text
+    return found
+
+
+def _pci(session: Session, _: int) -> str:
+    lines = []
+    for bus in session.run("query-pci", {}):
+        for one in bus["devices"]:
+            lines.append(f"  Bus {one['bus']:2d}, device {one['slot']:3d}, function {one['function']}:\n")
+            id = one["id"]
+            lines.append(
+                f"    Class {one['class_info']['class']:04x}: PCI device {id['vendor']:04x}:{id['device']:04x}\n"
+            )
+            for bar in one["regions"]:
+                end = bar["address"] + bar["size"] - 1
+                kind = "I/O" if bar["type"] == "io" else f"{64 if bar['mem_type_64'] else 32} bit memory"
+                lines.append(f"      BAR{bar['bar']}: {kind} at 0x{bar['address']:08x} [0x{end:08x}].\n")
+            lines.append(f'      id "{one["qdev_id"]}"\n')
+    return "".join(lines)
 
 
 def _status(session: Session, _: int) -> str:
@@ -158,6 +239,7 @@ INFO: dict[str, Callable[[Session, int], str]] = {
     "chardev": _chardev,
     "cpus": _cpus,
     "kvm": _kvm,
+    "pci": _pci,
     "name": lambda session, _: f"{session.run('query-name', {})['name']}\n",
     "registers": _registers,
     "status": _status,

@@ -10,6 +10,7 @@ from cardcage.machine import Machine, State
 from cardcage.memory import GuestMemoryError
 from cardcage.security import OPERATOR, Act
 
+from cardcage_qmp.control import Expiry
 from cardcage_qmp.errors import QmpError
 from cardcage_qmp.session import Session
 from cardcage_qmp.walk import translate
@@ -35,6 +36,8 @@ def quit(session: Session) -> None:
     control = session.control
     control.quitted.set()
     control.began.set()
+    if (device := control.kept()) is not None:
+        device.end()
     session.machine.stop("quit")
 
 
@@ -51,6 +54,8 @@ def cont(session: Session) -> None:
     """Go on after a pause, or start a machine that waits for this."""
     machine = session.machine
     if machine.state is State.PAUSED:
+        if session.control.kept() is not None:
+            raise QmpError("Resetting the Virtual Machine is required: the guest powered itself off")
         machine.resume()
     elif machine.state is State.BUILT:
         if session.control.held:
@@ -88,9 +93,10 @@ def set_action(
     reboot: Literal["reset", "shutdown"] | None = None,
     shutdown: Literal["poweroff", "pause"] | None = None,
     panic: Literal["pause", "shutdown", "exit-failure", "none"] | None = None,
-    watchdog: Literal["reset", "shutdown", "poweroff", "pause", "debug", "none", "inject-nmi"] | None = None,
+    watchdog: Expiry | None = None,
 ) -> None:
-    """The action upon something that the guest did: what the machine was made for, and ``shutdown`` at any time.
+    """The action upon something that the guest did: what the machine was made for; ``shutdown`` and ``watchdog`` at any
+    time.
 
     A machine that pauses at its end is there, with its memory, until it is told to quit.
     """
@@ -98,13 +104,14 @@ def set_action(
     made = {
         "reboot": (reboot, "shutdown" if config.on_reset == "stop" else "reset"),
         "panic": (panic, "shutdown" if config.on_panic == "stop" else "none"),
-        "watchdog": (watchdog, "none"),
     }
     for name, (wanted, there) in made.items():
         if wanted is not None and wanted != there:
             raise QmpError(f"Parameter '{name}' is '{there}' for as long as this machine lives")
+    if watchdog is not None:
+        session.control.set_expiry(watchdog)
     if shutdown is not None:
-        session.control.lingers = shutdown == "pause"
+        session.control.keep(shutdown == "pause")
 
 
 def inject_nmi(session: Session) -> None:

@@ -7,8 +7,10 @@ from types import MappingProxyType
 
 from cardcage.values import frozen
 
-__all__ = ["DEVICES", "OBJECTS", "Known", "qemu_name"]
+__all__ = ["DEVICES", "OBJECTS", "ON_PCI", "Known", "qemu_name"]
 
+ON_PCI = ("virtio-pci", "pci-device")
+"""Parent types of devices on the PCI bus, which have an address."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -95,6 +97,7 @@ DEVICES: dict[str, Known] = {
     "isa-debug-exit": Known("isa-debug-exit", "isa-device", {"iobase": "iobase", "iosize": "iosize"}, TYPES),
     "pvpanic": Known("pvpanic", "isa-device", {"ioport": "port"}, TYPES),
     "pc-testdev": Known("pc-testdev", "isa-device"),
+    "i6300esb": Known("i6300esb", "pci-device"),
 }
 """By QEMU's name. ``links`` are resolved by who has the command line."""
 

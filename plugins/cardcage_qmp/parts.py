@@ -7,14 +7,16 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from cardcage.config import DeviceConfig
 from cardcage.machine import Machine, PluggedDevice
+from cardcage_hotplug.control import grow_drive
 
 from cardcage_qmp.control import inner, present
 from cardcage_qmp.errors import QmpError
-from cardcage_qmp.names import DEVICES, OBJECTS, qemu_name
+from cardcage_qmp.names import DEVICES, OBJECTS, ON_PCI, qemu_name
 from cardcage_qmp.session import Session
 
 __all__ = [
     "balloon",
+    "block_resize",
     "device_list_properties",
     "qom_get",
     "qom_list",
@@ -144,7 +146,9 @@ def disks(machine: Machine) -> Iterator[tuple[PluggedDevice, Any]]:
 
 
 def alias(session: Session, id: str) -> str:
-    """The name that who made the machine has for what stands behind device *id*."""
+    """The name that who made the machine, or added the device, has for what stands behind device *id*."""
+    if id in session.control.names:
+        return session.control.names[id]
     for one in present(session.machine):
         if one.type == "qmp" and id in one.device.options.names:
             return str(one.device.options.names[id])
@@ -238,6 +242,18 @@ def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockS
         name, qdev = alias(session, plugged.id), f"/machine/peripheral/{plugged.id}/virtio-backend"
         found.append({"device": plugged.id, "node-name": name, "qdev": qdev, "stats": stats})
     return found
+
+
+def block_resize(session: Session, size: int, device: str | None = None, node_name: str | None = None) -> None:
+    """Make a disk larger, and tell the guest; by its device, or the name of its node."""
+    if (device is None) is (node_name is None):
+        raise QmpError("expected one of 'device' and 'node-name'")
+    wanted = device if device is not None else node_name
+    for plugged, backend in disks(session.machine):
+        if backend is not None and wanted in (plugged.id, alias(session, plugged.id)):
+            grow_drive(session.machine, plugged.id, size)
+            return
+    raise QmpError(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'", "DeviceNotFound")
 
 
 def query_chardev(session: Session) -> list[ChardevInfo]:
@@ -367,7 +383,7 @@ def device_list_properties(session: Session, typename: str) -> list[ObjectProper
     if known is None:
         raise QmpError(f"Device '{typename:.100}' not found", "DeviceNotFound")
     found: list[ObjectPropertyInfo] = [*TYPE]
-    if known.parent == "virtio-pci":
+    if known.parent in ON_PCI:
         found.append({"name": "addr", "type": "str"})
     for one in (*known.options, *known.links):
         found.append({"name": one, "type": known.types.get(one, "str")})

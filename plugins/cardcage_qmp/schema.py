@@ -12,6 +12,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Literal,
+    NotRequired,
     Required,
     Union,
     get_args,
@@ -64,21 +65,31 @@ class Command:
     function: Callable[..., Any]
     parameters: tuple[Parameter, ...]
     returns: Any
+    boxed: Any = None
+    """The type of all the arguments as one object, where the function takes them so."""
+    is_open: bool = False
+    """It takes arguments that the schema does not list, as they are."""
 
-    def bind(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The function's keyword arguments. Raises QmpError in QEMU's words."""
+    def bind(self, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The function's arguments, by place and by keyword. Raises QmpError in QEMU's words."""
+        if self.boxed is not None:
+            check(arguments, self.boxed, "")
+            return (arguments,), {}
         known = {one.name: one for one in self.parameters}
         for name in arguments:
-            if name not in known:
+            if name not in known and not self.is_open:
                 raise QmpError(f"Parameter '{name}' is unexpected")
         for one in self.parameters:
             if not one.optional and one.name not in arguments:
                 raise QmpError(f"Parameter '{one.name}' is missing")
-        found = {}
+        found, rest = {}, {}
         for name, value in arguments.items():
-            check(value, known[name].type, name)
-            found[known[name].python] = value
-        return found
+            if name in known:
+                check(value, known[name].type, name)
+                found[known[name].python] = value
+            else:
+                rest[name] = value
+        return ((rest,) if self.is_open else ()), found
 
 
 def loaded(offer: QmpCommand) -> Command:
@@ -87,14 +98,21 @@ def loaded(offer: QmpCommand) -> Command:
     try:
         hints = get_type_hints(function)
         _, *rest = inspect.signature(function).parameters.values()
-        parameters = []
+        parameters: list[Parameter] = []
+        whole = [hints[one.name] for one in rest if one.kind is one.POSITIONAL_ONLY]
+        is_open = whole == [dict[str, Any]]
+        boxed = None if is_open or not whole else whole[0]
+        if len(whole) > 1 or (boxed is not None and (len(rest) > 1 or not tables_of(boxed))):
+            raise TypeError("expected one parameter before the slash, of a TypedDict or dict[str, Any]")
         for one in rest:
+            if one.kind is one.POSITIONAL_ONLY:
+                continue
             if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
                 raise TypeError(f"*{one.name}: expected a parameter with a name")
             kind = _without_none(hints[one.name])
             name = one.name.rstrip("_").replace("_", "-")
             parameters.append(Parameter(name, one.name, kind, one.default is not one.empty))
-        made = Command(offer, function, tuple(parameters), hints.get("return", NoneType))
+        made = Command(offer, function, tuple(parameters), hints.get("return", NoneType), boxed, is_open)
         Schema().add_command(made)
         return made
     except FAULTS as error:
@@ -111,11 +129,70 @@ def _without_none(kind: Any) -> Any:
 def members_of(kind: Any) -> list[tuple[str, Any, bool]]:
     """A ``TypedDict``'s members: name, type, and whether it may be left out."""
     hints = get_type_hints(kind)
-    return [(name, hint, name not in kind.__required_keys__) for name, hint in hints.items()]
+    # not by __required_keys__, to which an annotation that is text says nothing
+    marks = {name: get_origin(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    total = kind.__total__
+    return [
+        (name, hint, marks[name] is NotRequired or not (total or marks[name] is Required))
+        for name, hint in hints.items()
+    ]
+
+
+def tables_of(kind: Any) -> list[Any]:
+    """The ``TypedDict`` types in *kind*: itself, or those of a union."""
+    found = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [one for one in found if is_typeddict(one)]
+
+
+def tag_of(tables: list[Any]) -> tuple[str, dict[str, Any]]:
+    """What tells *tables* apart: a member of each, a ``Literal`` of other texts in each; and the tables by those texts.
+
+    Raises TypeError where there is none.
+    """
+    hints = [get_type_hints(one) for one in tables]
+    for name in hints[0]:
+        kinds = [one.get(name) for one in hints]
+        if all(get_origin(kind) is Literal for kind in kinds):
+            words = [(word, table) for kind, table in zip(kinds, tables, strict=True) for word in get_args(kind)]
+            if len(dict(words)) == len(words):
+                return name, dict(words)
+    raise TypeError(f"{[one.__name__ for one in tables]}: no Literal member tells them apart")
+
+
+def _check_union(value: Any, kind: Any, name: str) -> None:
+    """One of a union: the one of the value's own JSON type; a table by what tells tables apart."""
+    tables = tables_of(kind)
+    if isinstance(value, dict) and tables:
+        chosen = tables[0]
+        if len(tables) > 1:
+            tag, known = tag_of(tables)
+            word = value.get(tag)
+            at = f"{name}.{tag}" if name else tag
+            if tag not in value:
+                raise QmpError(f"Parameter '{at}' is missing")
+            if not isinstance(word, str):
+                raise QmpError(f"Invalid parameter type for '{at}', expected: string")
+            if word not in known:
+                raise QmpError(f"Parameter '{at}' does not accept value '{word:.100}'")
+            chosen = known[word]
+        check(value, chosen, name)
+        return
+    for one in get_args(kind):
+        base = get_origin(one) or one
+        found = not is_typeddict(one) and isinstance(value, (int, float) if base is float else base)
+        if found and isinstance(value, bool) is (one is bool):
+            check(value, one, name)
+            return
+    words = " | ".join("object" if is_typeddict(one) else getattr(one, "__name__", str(one)) for one in get_args(kind))
+    raise QmpError(f"Invalid parameter type for '{name}', expected: {words}")
 
 
 def check(value: Any, kind: Any, name: str) -> None:
-    """Hold an argument's *value* to its type. Raises QmpError in QEMU's words."""
+    """Hold an argument's *value* to its type. Raises QmpError in QEMU's words.
+
+    Args:
+        name: of the argument, empty for all of them.
+    """
     origin = get_origin(kind)
     if kind in (Any, object):
         return
@@ -133,14 +210,17 @@ def check(value: Any, kind: Any, name: str) -> None:
         if not isinstance(value, dict):
             raise QmpError(f"Invalid parameter type for '{name}', expected: object")
         members = {member: (hint, optional) for member, hint, optional in members_of(kind)}
+        prefix = f"{name}." if name else ""
         for member in value:
             if member not in members:
-                raise QmpError(f"Parameter '{name}.{member}' is unexpected")
+                raise QmpError(f"Parameter '{prefix}{member}' is unexpected")
         for member, (hint, optional) in members.items():
             if member in value:
-                check(value[member], hint, f"{name}.{member}")
+                check(value[member], hint, f"{prefix}{member}")
             elif not optional:
-                raise QmpError(f"Parameter '{name}.{member}' is missing")
+                raise QmpError(f"Parameter '{prefix}{member}' is missing")
+    elif origin in (Union, UnionType):
+        _check_union(value, kind, name)
     else:
         wanted = (int, float) if kind is float else kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
@@ -158,10 +238,14 @@ class Schema:
     def add_command(self, command: Command) -> None:
         members = [(one.name, one.type, one.optional) for one in command.parameters]
         name = command.offer.name
+        if command.boxed is not None:
+            arguments = self.type(command.boxed)
+        else:
+            arguments = self._object(f"q_obj_{name}-arg", members) if members else self._empty()
         self.entities[name] = {
             "name": name,
             "meta-type": "command",
-            "arg-type": self._object(f"q_obj_{name}-arg", members) if members else self._empty(),
+            "arg-type": arguments,
             "ret-type": self.type(command.returns) if command.returns is not NoneType else self._empty(),
             "allow-oob": False,
         }
@@ -202,15 +286,37 @@ class Schema:
             self.entities[name] = {"name": name, "meta-type": "enum", "members": members, "values": list(inner)}
             return name
         if origin in (Union, UnionType):
-            names = [self.type(one) for one in inner]
+            tables = tables_of(kind)
+            if len(tables) == len(inner):
+                return self._union(tables)
+            names = [self.type(one) for one in inner if one not in tables]
+            names += [self._union(tables) if len(tables) > 1 else self.type(one) for one in tables[:1]]
             name = f"q_alt_{'_'.join(names)}"
             self.entities[name] = {"name": name, "meta-type": "alternate", "members": [{"type": one} for one in names]}
             return name
         if is_typeddict(kind):
-            module = kind.__module__.partition(".")[0]
-            name = kind.__name__ if module == "cardcage_qmp" else f"{module}-{kind.__name__}"
-            return self._object(name, members_of(kind))
+            return self._object(name_of(kind), members_of(kind))
         raise TypeError(f"{kind!r}: QMP has no such type")
+
+    def _union(self, tables: list[Any]) -> str:
+        """An object whose tag says which of *tables* its other members are."""
+        tag, known = tag_of(tables)
+        name = f"q_union_{'_'.join(name_of(one) for one in tables)}"
+        if name not in self.entities:
+            self._object(name, [(tag, Literal[tuple(known)], False)])
+            self.entities[name]["tag"] = tag
+            variants: list[dict[str, str]] = []
+            self.entities[name]["variants"] = variants
+            for word, table in known.items():
+                members = [one for one in members_of(table) if one[0] != tag]
+                variants.append({"case": word, "type": self._object(f"{name_of(table)}-variant", members)})
+        return name
+
+
+def name_of(table: Any) -> str:
+    """The name of a ``TypedDict`` in the schema."""
+    module = table.__module__.partition(".")[0]
+    return str(table.__name__) if module == "cardcage_qmp" else f"{module}-{table.__name__}"
 
 
 class Table:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import select
 import socket
-import stat
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from errno import EAGAIN, ECONNREFUSED
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attrs import field
-from cardcage.config import beside
-from cardcage.errors import FAULTS, ConfigError, in_words
+from cardcage.errors import FAULTS, in_words
 from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.security import Needs
 from cardcage.values import frozen
 
 from cardcage_qmp.hmp import Prompt
 from cardcage_qmp.session import Session
+from cardcage_qmp.sockets import Endpoint
 from cardcage_qmp.wire import Splitter, TooMuch, dump
 
 if TYPE_CHECKING:
@@ -286,14 +284,9 @@ class Qmp:
 
     def __init__(self, options: QmpOptions) -> None:
         self.options = options
-        kind, _, where = options.socket.partition(":")
-        if kind not in ("unix", "tcp", "fd", "stdio") or (not where) is not (kind == "stdio"):
-            raise ConfigError(f'expected unix:PATH, tcp:HOST:PORT, fd:N or stdio, got "{options.socket}"', key="socket")
-        self._kind, self._where = kind, beside(options.socket, "unix:") if kind == "unix" else where
-        self._where = self._where.removeprefix("unix:")
+        self._endpoint = None if options.socket == "stdio" else Endpoint(options.socket, server=options.server)
         self._listening: socket.socket | None = None
         self._channel: Channel | None = None
-        self._name: tuple[int, int] | None = None
         self._came = threading.Event()
         self._closed = False
         self._peers: dict[Peer, None] = {}
@@ -309,71 +302,19 @@ class Qmp:
 
     def plug(self, slot: Slot, /) -> None:
         self._slot = slot
-        if self._kind == "stdio":
+        if self._endpoint is None:
             self._channel = StandardChannel()
             return
-        slot.host.ask("socket", self.options.socket, ("listen" if self.options.server else "connect",))
-        try:
-            made = self._open()
-        except OSError as error:
-            raise ConfigError(f"{self.options.socket}: {error.strerror or error}", key="socket") from error
+        made = self._endpoint.open(slot)
         if self.options.server:
             made.setblocking(False)
             self._listening = made
         else:
             self._channel = SocketChannel(made)
 
-    def _open(self) -> socket.socket:
-        """The socket, listening or connected. Raises OSError or ConfigError."""
-        if self._kind == "fd":
-            return self._inherited()
-        address: Any = self._where
-        if self._kind == "unix":
-            made = socket.socket(socket.AF_UNIX)
-        else:
-            host, _, port = address.rpartition(":")
-            number = self._number(port, 65535, "tcp:HOST:PORT")
-            found = socket.getaddrinfo(host or None, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]
-            made = socket.socket(family, kind, protocol)
-        try:
-            if not self.options.server:
-                made.connect(address)
-                return made
-            if self._kind == "unix":
-                remove_stale(self._where)
-            else:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
-            if self._kind == "unix":
-                found_there = os.stat(self._where)
-                self._name = (found_there.st_dev, found_there.st_ino)
-            made.listen(PEERS)
-        except BaseException:
-            made.close()
-            raise
-        return made
-
-    def _inherited(self) -> socket.socket:
-        fd = self._number(self._where, (1 << 31) - 1, "fd:N")
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise ConfigError(f"descriptor {fd} is no socket", key="socket")
-        made = socket.socket(fileno=fd)
-        if bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) is not self.options.server:
-            made.detach()  # it stays its owner's
-            kind = "that listens" if self.options.server else "that is connected, with server=off"
-            raise ConfigError(f"descriptor {fd}: expected a socket {kind}", key="socket")
-        made.set_inheritable(False)
-        return made
-
-    def _number(self, text: str, most: int, form: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= most):
-            raise ConfigError(f'expected {form}, got "{self.options.socket}"', key="socket")
-        return int(text)
-
     def needs(self) -> Needs:
         """The socket's name is removed at the end."""
-        return Needs(remove=(os.path.dirname(os.path.abspath(self._where)),) if self._name else ())
+        return self._endpoint.needs() if self._endpoint is not None else Needs()
 
     def serve(self, control: Control) -> None:
         """Take peers from now on."""
@@ -437,25 +378,5 @@ class Qmp:
             listening.close()
         if self._control is None and self._channel is not None:
             self._channel.close()
-        if self._name is not None:
-            with suppress(OSError):
-                found = os.stat(self._where)
-                if (found.st_dev, found.st_ino) == self._name:  # nobody else's by now
-                    os.unlink(self._where)
-
-
-def remove_stale(path: str) -> None:
-    """Remove the socket of a process that has gone. Raises ConfigError when it is alive, or no socket."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path}: exists and is not a socket", key="socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        code = probe.connect_ex(path)
-    if code in (0, EAGAIN):  # EAGAIN: more wait for it than it lets in
-        raise ConfigError(f"{path}: another process listens there", key="socket")
-    if code != ECONNREFUSED:
-        raise OSError(code, os.strerror(code), path)
-    os.unlink(path)
+        if self._endpoint is not None:
+            self._endpoint.remove_name()

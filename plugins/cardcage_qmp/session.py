@@ -120,13 +120,13 @@ class Session:
         command = self.control.table.commands.get(name)
         if command is None:
             raise QmpError(f"The command {name:.100} has not been found", "CommandNotFound")
-        bound = command.bind(arguments)
+        placed, named = command.bind(arguments)
         machine = self.machine
         facts = {"machine": machine.name, "name": name}
         machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
         machine.mediator.ask(Act(OPERATOR, HOST, "management", ("command",), facts), name)
         try:
-            found = command.function(self, **bound)
+            found = command.function(self, *placed, **named)
         except CardcageError:
             raise
         except OSError as error:  # of a file that a peer named

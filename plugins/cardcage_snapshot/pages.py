@@ -11,6 +11,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from cardcage.ram import PAGE, Anonymous
+from cardcage_jail import open_file
 
 from cardcage_snapshot.backing import SnapshotRam
 
@@ -50,7 +51,7 @@ def keep_pagemap() -> None:
     """Hold pagemap(5) open for a process that goes into a jail."""
     if not _kept:
         with suppress(OSError):
-            _kept.append(open("/proc/self/pagemap", "rb", buffering=0))  # noqa: SIM115  for good
+            _kept.append(open("/proc/self/pagemap", "rb", buffering=0, opener=open_file))  # noqa: SIM115  for good
 
 
 def renew_pagemap() -> None:
@@ -62,7 +63,7 @@ def renew_pagemap() -> None:
 
 def _pagemap() -> Any:
     """The file, in a context. Raises OSError."""
-    return nullcontext(_kept[0]) if _kept else open("/proc/self/pagemap", "rb", buffering=0)
+    return nullcontext(_kept[0]) if _kept else open("/proc/self/pagemap", "rb", buffering=0, opener=open_file)
 
 
 def runs_of(block: RamBlock) -> tuple[list[Run], int]:

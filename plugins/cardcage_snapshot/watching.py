@@ -8,12 +8,15 @@ this process. It needs no privilege, and nothing of it stays once closed.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
+
+from cardcage_jail import is_inside
 
 from cardcage_snapshot.pages import SCAN_WRITTEN, keep_pagemap, renew_pagemap, scanned
 
@@ -36,7 +39,9 @@ _kept: WeakKeyDictionary[RamBlock, int] = WeakKeyDictionary()
 
 
 def opened() -> int:
-    """A descriptor that watches nothing yet. Raises OSError where the kernel cannot."""
+    """A descriptor that watches nothing yet. Raises OSError where the kernel cannot, or in a jail."""
+    if is_inside():
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
     libc = ctypes.CDLL(None, use_errno=True)
     fd = int(libc.syscall(USERFAULTFD, os.O_CLOEXEC | USER_MODE_ONLY))
     if fd < 0:

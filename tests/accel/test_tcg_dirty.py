@@ -156,7 +156,7 @@ def test_stretches_are_joined() -> None:
 def test_a_parked_vm_has_no_thread_and_no_time(parts: tuple[TcgVm, PhysicalMemory]) -> None:
     """While a VM is parked its timer thread has ended, and its time-stamp counter stands."""
     vm, _ = parts
-    vcpu = vm._cpus[0]
+    vcpu = vm.cpus[0]
     before = vcpu.get_state().tsc
     assert before is not None
     vm.park()

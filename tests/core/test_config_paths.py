@@ -155,7 +155,7 @@ def _offers() -> list[Offer]:
     return [one for kind in kinds for one in registry.offers(kind) if one.options is not None]
 
 
-OTHERWISE = {("qmp", "socket"), ("snapshot", "file")}
+OTHERWISE = {("gdb", "socket"), ("qmp", "socket"), ("snapshot", "file")}
 """``unix:PATH``, which ``beside()`` knows; the name of a file in the option's directory."""
 
 

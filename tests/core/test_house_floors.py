@@ -27,23 +27,30 @@ NEEDS = {
         "cardcage_fleet",
         "cardcage_memory_policies",
     },
-    "cardcage_fleet": set(),
-    "cardcage_fork": {"cardcage_fleet"},  # the command to the machine's process
-    "cardcage_hotplug": {"cardcage_fleet"},  # commands to running machines
+    "cardcage_block": {"cardcage_jail"},  # what is opened in the jail
+    "cardcage_fleet": {"cardcage_jail"},
+    "cardcage_fork": {"cardcage_fleet", "cardcage_jail"},  # the command to the machine's process
+    # commands to running machines, files that these are lent, and what images stand on
+    "cardcage_hotplug": {"cardcage_fleet", "cardcage_jail", "cardcage_block"},
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli"},
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
     "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_cli", "cardcage_qmp"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
-    "cardcage_qmp": set(),
+    "cardcage_net": {"cardcage_jail"},  # an engine that is started again
+    "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
+    "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_cloudinit": {"cardcage_block"},  # a disk that is only read
     "cardcage_nbd": set(),
+    "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
+    # machines with an agent, forked; the processes that hold them, and acts in them
+    "cardcage_sandbox": {"cardcage_agent", "cardcage_boot", "cardcage_fork", "cardcage_fleet", "cardcage_verbs"},
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""

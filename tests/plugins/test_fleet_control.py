@@ -222,9 +222,10 @@ def test_the_socket_is_private(make: Any, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_the_kernel_says_who_calls(tmp_path: Path) -> None:
     """A caller of another user's is told from one of ours by what the kernel says of it."""
-    from cardcage_fleet.roster import is_ours, listening
+    from cardcage_fleet.roster import is_ours
+    from cardcage_jail import listen_at
 
-    with listening(tmp_path / "s") as listener:
+    with listen_at(str(tmp_path / "s")) as listener:
         os.chmod(tmp_path / "s", 0o666)
         found = []
         for user in (0, 65534):

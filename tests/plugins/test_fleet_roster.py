@@ -20,7 +20,7 @@ import pytest
 from cardcage.errors import HostError
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage_fleet import stats_of
+from cardcage_fleet import roster, stats_of
 from cardcage_fleet.membership import record_of
 from cardcage_fleet.oom import why_ended
 from cardcage_fleet.roster import Roster, RosterEntry, ask, parse_entry, pid_namespace
@@ -77,7 +77,7 @@ def test_a_machine_is_on_the_roster_while_it_lives(runtime: Path) -> None:
         assert next(one for one in Roster().read()[0] if one.name == "lab").state == "running"
     other.communicate("")
     assert Roster().read() == ([], [], [])
-    assert [one.name for one in runtime.iterdir()] == ["lock"]
+    assert sorted(one.name for one in runtime.rglob("*")) == ["lock", "machines"]
     assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
 
 
@@ -103,11 +103,18 @@ def test_a_killed_machine_is_told_from_a_live_one() -> None:
     assert Roster().read() == ([], [], [])
 
 
+def forged(runtime: Path, number: int, name: str) -> Path:
+    """The place of an entry that is not written by a machine of ours."""
+    folder = runtime / "machines" / f"{number}-0+{name}"
+    folder.mkdir(mode=0o700, parents=True)
+    return folder / f"{number}-0.json"
+
+
 def test_an_old_ended_entry_is_tidied_away(runtime: Path) -> None:
     """An entry that nobody asked about for a day goes when the next machine starts; a fresh one stays."""
     Roster()
     for number, age in ((1, 90000), (2, 10)):
-        path = runtime / f"{number}-0.json"
+        path = forged(runtime, number, "old")
         path.write_text(json.dumps({"name": "old", "pid": number, "size": 1, "since": time.time() - age}))
         os.utime(path, (time.time() - age,) * 2)
     with machine():
@@ -122,13 +129,11 @@ def test_two_machines_of_one_process_are_two_entries() -> None:
 
 def test_a_host_reads_an_entry_once(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A further machine of a host looks at all entries, and parses those that are new or have changed."""
-    from cardcage_fleet import roster
-
     parse, parsed = roster.parse_entry, []
     monkeypatch.setattr(roster, "parse_entry", lambda text, file: parsed.append(file) or parse(text, file))
     host = Host([Scripted(), cardcage_fleet], installed=False)
-    other = runtime / "1-0.json"
     runtime.mkdir(mode=0o700, exist_ok=True)
+    other = forged(runtime, 1, "other")
     other.write_text(json.dumps({"name": "other", "pid": 1, "size": 1, "since": time.time()}))
 
     def build() -> None:
@@ -140,7 +145,7 @@ def test_a_host_reads_an_entry_once(runtime: Path, monkeypatch: pytest.MonkeyPat
     assert parsed == [str(other)]
     build()
     assert parsed == []
-    other.write_text(json.dumps({"name": "others", "pid": 1, "size": 1, "since": time.time()}))
+    other.write_text(json.dumps({"name": "other-2", "pid": 1, "size": 1, "since": time.time()}))
     build()
     assert parsed == [str(other)]
 
@@ -178,7 +183,10 @@ def test_a_directory_that_others_can_enter_is_refused(runtime: Path) -> None:
 
 def test_hostile_files_are_named_and_passed_over(runtime: Path) -> None:
     """Nonsense, too long, of the wrong type, fifos, symlinks and directories stop nobody from reading the rest."""
-    with machine():
+    with machine() as vm:
+        record = record_of(vm)
+        assert record is not None
+        runtime = record.folder
         (runtime / "a.json").write_text("nonsense")
         (runtime / "b.json").write_bytes(b'{"name": "' + b"x" * 100000 + b'"}')
         (runtime / "c.json").write_text('{"name": 5, "pid": 1, "size": 1}')
@@ -192,6 +200,31 @@ def test_hostile_files_are_named_and_passed_over(runtime: Path) -> None:
         assert [one.name for one in alive] == ["lab"]
         assert ended == []
         assert len(problems) == 9
+
+
+def test_a_folder_has_the_entries_of_its_own_machine_only(runtime: Path) -> None:
+    """An entry with another machine's name is a problem, not that machine; copies are where their parent is, and of a
+    folder with any number of files so many are looked at."""
+    with machine("lab") as vm:
+        record = record_of(vm)
+        assert record is not None
+        for name in ("web", "la", "labs", "lab-7", "lab 8"):
+            (record.folder / f"{name}.json").write_text(json.dumps({"name": name, "pid": 1, "size": 1}))
+        alive, ended, problems = Roster().read()
+        assert ([one.name for one in alive], [one.name for one in ended]) == (["lab"], ["lab-7"])
+        assert len(problems) == 4
+        assert all("another name" in one for one in problems)
+        for number in range(roster.FILES):
+            (record.folder / f"x{number}.json").touch()
+        assert sum(map(len, Roster().read())) <= roster.FILES
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "ü" * 100, "a+b", "x" * 255, "%"])
+def test_any_name_has_a_folder(name: str) -> None:
+    """Whatever a machine is called, its folder is in the roster's directory, and it is found there."""
+    with machine(name):
+        assert [one.name for one in Roster().read()[0]] == [name]
+    assert Roster().read() == ([], [], [])
 
 
 @given(st.one_of(st.binary(max_size=200), st.recursive(
@@ -245,16 +278,19 @@ def test_another_user_gets_no_answer(runtime: Path) -> None:
         pytest.skip("needs root, to be another user for once")
     record = Roster().add(RosterEntry("x", os.getpid(), 1, namespace=pid_namespace()))
     server = record.listen()
-    for folder in (runtime, *list(runtime.parents)[:-1]):
+    for folder in (record.folder, record.folder.parent, runtime, *list(runtime.parents)[:-1]):
         folder.chmod(folder.stat().st_mode | 0o055)
     Path(record.entry.file).with_suffix(".sock").chmod(0o777)
     program = (
         "import os, socket, sys; os.setuid(int(sys.argv[2])); s = socket.socket(socket.AF_UNIX); "
-        "s.connect(sys.argv[1]); sys.stdout.write(str(len(s.recv(100))))"
+        "s.connect(f'/proc/self/fd/{os.open(sys.argv[1], os.O_PATH)}/' + sys.argv[3]); "
+        "sys.stdout.write(str(len(s.recv(100))))"
     )
-    path = str(Path(record.entry.file).with_suffix(".sock"))
+    name = Path(record.entry.file).with_suffix(".sock").name
     for user, length in ((65534, "0"), (0, "18")):
-        caller = subprocess.Popen([sys.executable, "-c", program, path, str(user)], stdout=subprocess.PIPE, text=True)
+        caller = subprocess.Popen(
+            [sys.executable, "-c", program, str(record.folder), str(user), name], stdout=subprocess.PIPE, text=True
+        )
         server.setblocking(True)
         record.answer(lambda: {"ballooned": 4096})
         assert caller.communicate()[0][:2].strip() == length or user == 0

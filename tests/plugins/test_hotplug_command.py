@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cardcage import Machine
-from cardcage.errors import UsageError
+from cardcage.errors import HostError, UsageError
 from cardcage.host import Host
+from cardcage_fleet import command, find
 from cardcage_hotplug.command import _table
 from cardcage_hotplug.control import add_device, list_device, remove_device
+from hotplug_kit import LETS_GO
 from installed import PROGRAM
-
-LETS_GO = b"\x66\xb9\0\0\x10\0\x67\xe2\xfd\xba\x04\xae\x66\xed\x66\x85\xc0\x74\xed\xba\x08\xae\x66\xef\xeb\xe6"
-"""Counts to a million, reads *down* of the hot-plug registers, and writes what there is in it to *eject*."""
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_only_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     with Host() as host:
-        made = _table(host, "virtio-blk,drive=a.img,id=disk,serial=disk,format=raw")
+        made = _table(host, "virtio-blk,drive.file=a.img,id=disk,serial=disk,drive.format=raw")
     assert (made["type"], made["id"], made["serial"]) == ("virtio-blk", "disk", "disk")
     assert str(tmp_path / "a.img") in str(made["drive"])
     assert str(tmp_path / "raw") not in str(made)
@@ -97,18 +97,23 @@ def test_arguments_of_strangers_are_checked(vm: Machine) -> None:
 
 def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
     """The refusal names what the device needs and the jail; the machine goes on, and a device that needs nothing of the
-    host is added all the same; so is a disk whose directory ``security.open_later`` names."""
+    host is added all the same; so is a disk whose directory ``security.open_later`` names, and one that the command
+    lends it, with what it stands on, which is as good as gone when the command has ended."""
     keys = f'name = "inside"\nmemory = "16M"\naccel = ["tcg"]\n[boot]\nprotocol = "raw"\nimage = "{where / "image"}"\n'
     (where / "later").mkdir()
     (where / "later" / "disk.img").write_bytes(bytes(1 << 20))
     (where / "vm.toml").write_text(f'[machine]\n{keys}[security]\nopen_later = ["later"]\n')
-    command = [*PROGRAM, "run", str(where / "vm.toml")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    over = [*PROGRAM, "image", "create", "-f", "qcow2", "-b", "disk.img", "-F", "raw", "over.qcow2"]
+    subprocess.run(over, cwd=where, check=True, capture_output=True)
+    run = [*PROGRAM, "run", str(where / "vm.toml")]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             while process.poll() is None and device(where, "list", "inside")[0]:
                 pass
+            entry, disk = find("inside"), {"type": "virtio-blk", "drive": str(where / "disk.img")}
+            with pytest.raises(HostError, match=f"needs image {where}/disk.img: .* is in its jail"):
+                command(entry, "device-add", disk)
             for wanted, what in (
-                ("virtio-blk,drive=disk.img", f"image {where}/disk.img"),
                 ("virtio-net,net=user", "program"),
                 ("virtio-vsock,cid=3,uds=a", "socket unix:a"),
             ):
@@ -116,6 +121,12 @@ def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
                 assert (status, f"needs {what}" in text, "is in its jail" in text) == (70, True, True), text
             assert device(where, "add", "inside", "virtio-blk,drive=later/disk.img") == (0, "virtio-blk at 02.0\n")
             assert device(where, "remove", "inside", "virtio-blk") == (0, "")
+            assert device(where, "add", "inside", "virtio-blk,drive=over.qcow2") == (0, "virtio-blk at 02.0\n")
+            files = [os.readlink(f"/proc/{process.pid}/fd/{one}") for one in os.listdir(f"/proc/{process.pid}/fd")]
+            assert {str(where / one) for one in ("over.qcow2", "disk.img")} <= set(files)
+            assert device(where, "remove", "inside", "virtio-blk") == (0, "")
+            with pytest.raises(HostError, match="is in its jail"):
+                command(entry, "device-add", disk)
             assert device(where, "add", "inside", "virtio-rng") == (0, "virtio-rng at 02.0\n")
             assert device(where, "remove", "inside", "virtio-rng") == (0, "")
         finally:

@@ -336,6 +336,24 @@ def test_flags_of_the_process() -> None:
     assert [one.partition(":")[0] for one in line.notes()] == ["-S", "-no-shutdown"]
 
 
+def test_what_happens_then() -> None:
+    """-action and -watchdog-action are the machine's, the watchdog's and the process's; its address is a device's."""
+    words = "-device i6300esb,id=w,addr=0x7 -watchdog-action pause -action panic=none,reboot=shutdown,shutdown=pause"
+    line = translate([*KERNEL, *words.split()])
+    tables = line.config()
+    assert tables["device"] == [{"type": "i6300esb", "id": "w", "address": "07.0", "action": "pause"}]
+    assert (tables["machine"]["on_panic"], tables["machine"]["on_reset"], line.linger) == ("ignore", "stop", True)
+    assert devices("-watchdog", "i6300esb", "-action", "watchdog=none") == [{"type": "i6300esb", "action": "none"}]
+
+
+def test_descriptors_that_others_opened() -> None:
+    """A tap's descriptors, one for each queue, and what a jail may open later."""
+    (card,) = devices("-netdev", "tap,id=n,fds=7:9,vhost=on,vhostfds=3:4", "-device", "virtio-net-pci,netdev=n")
+    assert card == {"type": "virtio-net", "net": {"type": "tap", "fds": [7, 9], "queues": 2}, "queues": 2}
+    found = config("-sandbox", "on,obsolete=deny", "-sandbox", "on,open_later=/a,open_later=/b")["security"]
+    assert found == {"jail": "on", "open_later": ["/a", "/b"]}
+
+
 def test_lists() -> None:
     """A list is printed where an option asks for it; what is another option's value asks for nothing."""
     host = Host()
@@ -394,6 +412,11 @@ def test_lists() -> None:
         "-device virtserialport,chardev=x",
         "-device virtio-balloon-pci,deflate-on-oom=perhaps",
         "-netdev vde,id=n",
+        "-netdev tap,id=n,fd=name",
+        "-action reboot=never",
+        "-action panic=pause",
+        "-watchdog-action inject-nmi",
+        "-watchdog ib700",
         "-nic user",
         "-net user",
         "-chardev vc,id=a",

@@ -56,7 +56,7 @@ def test_a_process_has_its_cpus_and_niceness(folder: Path) -> None:
     words = ("--set", f'policy.process.cpus="{cpu}"', "--set", "policy.process.nice=7", "--name", "lab")
     assert cardcage("run", "-d", "vm.toml", *words, folder=folder).stdout == "lab\n"
     try:
-        (entry,) = (folder / "cardcage").glob("*.json")
+        (entry,) = (folder / "cardcage" / "machines").rglob("*.json")
         pid = int(entry.stem.partition("-")[0])
         threads = [int(one) for one in os.listdir(f"/proc/{pid}/task")]
         assert len(threads) > 1

@@ -128,7 +128,7 @@ def test_a_machine_left_running_is_in_its_jail(lab: Lab) -> None:
     lab.guest(SAYS + FOR_EVER)
     assert lab.run("run", "--detach", "vm.toml", "--set", "security.jail=require").stdout == "lab\n"
     try:
-        (name,) = (lab.folder / "cardcage").glob("*.json")
+        (name,) = (lab.folder / "cardcage" / "machines").rglob("*.json")
         pid = int(name.stem.partition("-")[0])
         status = Path(f"/proc/{pid}/status").read_text()
         assert "NoNewPrivs:\t1" in status
@@ -162,8 +162,9 @@ def test_a_process_that_hangs_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("who", ["another", "heir", "nobody"])
 def test_a_pid_that_only_the_roster_names_is_not_killed(lab: Lab, who: str) -> None:
     """``kill`` leaves a process alone that an entry names and that did not lock it, whoever wrote the entry."""
-    folder = lab.folder / "cardcage"
-    folder.mkdir(mode=0o700)
+    (lab.folder / "cardcage").mkdir(mode=0o700)
+    folder = lab.folder / "cardcage" / "machines" / "1-0+lab"
+    folder.mkdir(mode=0o700, parents=True)
     forged = folder / "1-0.json"
     with forged.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

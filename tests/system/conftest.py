@@ -40,3 +40,10 @@ def generic() -> Path:
     except HostError as error:
         pytest.skip(str(error))
     return folder
+
+
+@pytest.fixture(scope="session")
+def initramfs(kernel: Path) -> Path:
+    """cardcage's own, whose shell is on the serial port."""
+    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
+    return shelf.initramfs(shelf.kernel())

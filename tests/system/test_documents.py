@@ -30,6 +30,8 @@ EXIT = struct.pack("<8I", 0x1BADB002, 0x10000, -(0x1BADB002 + 0x10000) & 0xFFFFF
 EXIT += bytes.fromhex("66baf40031c0eff4")
 """A Multiboot kernel, flat, that writes 0 to port 0xF4."""
 BASE = '[machine]\naccel = "tcg"\n[boot]\nprotocol = "raw"\nimage = "{}"\n'
+APART = "import os, tempfile\nos.environ['XDG_RUNTIME_DIR'] = tempfile.mkdtemp()"
+"""A run directory of one's own, whose templates' processes nobody else stops."""
 LOGIN = (("login:", "root\n"), ("# ", "poweroff\n"))
 NETWORK = """ip link set lo up; ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
 ip addr add 10.9.9.2/24 dev v0; ip route add default via 10.9.9.1; exec "$@" """
@@ -118,6 +120,12 @@ def python(before: str = "", after: str = "", prepare: Recipe | None = None) -> 
         reader.run("python program.py")
 
     return recipe
+
+
+def sandbox_template(reader: Reader, one: Block) -> None:
+    """A template's file."""
+    reader.write("tools.toml", one.text)
+    reader.run("python -c 'from cardcage_sandbox.template import load_template as load; print(load(\"tools.toml\"))'")
 
 
 def expression(before: str, after: str, *tools: str) -> Recipe:
@@ -416,6 +424,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             "slot.close()",
         ),
     ),
+    "gdb.md": (machine(BASE.format("off.bin")), python()),
     "qemu.md": (
         lambda reader, one: reader.console(one.text),
         machine(BASE.format("off.bin")),
@@ -429,6 +438,14 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "selinux.md": (
         python("callback = print", "assert policy.compute_create", contexts),
         session(policies, ("check", 2), ("explain", 1), ("query", 1), ("diff", 1), ("allow-from-log", 0)),
+    ),
+    "sandbox.md": (
+        python(
+            APART,
+            "from cardcage_sandbox import stop_templates\nstop_templates()",
+            lambda reader, one: fetch(reader),
+        ),
+        sandbox_template,
     ),
     "snapshots.md": (
         python(),

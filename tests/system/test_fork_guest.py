@@ -186,7 +186,7 @@ def test_forks_leave_nothing(vm: Machine) -> None:
     def left() -> tuple[object, ...]:
         tasks = os.listdir("/proc/self/task")
         children = [one for task in tasks for one in Path(f"/proc/self/task/{task}/children").read_text().split()]
-        entries = sorted(path.name for pid in pids for path in run_directory().glob(f"{pid}-*"))
+        entries = sorted(path.name for pid in pids for path in run_directory().glob(f"machines/{pid}-*/*"))
         return sorted(descriptors().values()), children, threading.active_count(), entries
 
     fork(vm)[0].close()

@@ -19,8 +19,6 @@ from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.registry import Registry
-from cardcage_boot.cache import cache_root
-from cardcage_boot.fetch import Shelf
 from cardcage_qemu import translate
 from cardcage_qemu.program import _run
 from iso import make_iso
@@ -32,13 +30,6 @@ SAYS_AND_ENDS = bytes.fromhex("baf803 b063 ee b064 ee b00a ee ba0406 b80020 ef f
 PROGRAM = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 UUID = "12345678-1234-1234-1234-123456789abc"
 ASKED = "uname -r; nproc; cat /proc/cmdline /sys/class/dmi/id/product_uuid; ls /sys/block; cat /sys/block/vda/size"
-
-
-@pytest.fixture(scope="session")
-def initramfs(kernel: Path) -> Path:
-    """cardcage's own, whose shell is on the serial port."""
-    shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
-    return shelf.initramfs(shelf.kernel())
 
 
 @contextmanager
@@ -214,7 +205,7 @@ def test_a_cards_thread_that_breaks(tmp_path: Path) -> None:
 
 def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> None:
     """With -S nothing runs before cont; with -no-shutdown the machine is there after its guest's power-off, until
-    quit."""
+    quit, and a reset and cont start it again."""
     words = f"-S -no-shutdown -accel tcg -m 16M -kernel {off} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
     with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
         while not (tmp_path / "qmp").exists():
@@ -224,6 +215,12 @@ def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> No
             assert peer.ask("cont") == {"return": {}}
             assert peer.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert peer.ask("query-status")["return"]["status"] == "shutdown"
+            assert "Resetting" in peer.ask("cont")["error"]["desc"]
+            assert peer.ask("system_reset") == {"return": {}}
+            peer.event("RESET")
+            assert peer.ask("query-status")["return"]["status"] == "paused"
+            assert peer.ask("cont") == {"return": {}}
+            assert peer.event("SHUTDOWN")["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert process.poll() is None
             assert peer.ask("quit") == {"return": {}}
         assert process.stderr is not None

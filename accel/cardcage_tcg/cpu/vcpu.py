@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
@@ -55,6 +56,7 @@ class TcgVCpu:
         self.msrs = Msrs(vm, self.registers)
         self.linear = LinearMemory(vm, self.registers, self.msrs)
         self.tried, self.tries = (0, 0, b""), 0  # the code without a template last, and how often in a row
+        self.held: threading.Event | None = None  # a debugger holds it: set by a kick
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
         q, d = self.words, self.halves
@@ -76,11 +78,17 @@ class TcgVCpu:
 
     def kick(self) -> None:
         self.native.kick(self.pointer)
+        if (held := self.held) is not None:
+            held.set()
 
     def run(self, ops: Ops, /) -> VCpuExit:
         q, d, enter, pointer = self.words, self.halves, self._enter, self.pointer
         emulate: Callable[[Ops], None] | None = None
         reason_at, info = L.REASON // 4, L.INFO // 8
+        if (held := self.held) is not None:
+            held.wait()
+            held.clear()
+            return KICKED
         self.native.precise_timers()
         self.native.signals()  # somebody else (pytest's faulthandler) may have replaced the handlers
         while True:
@@ -110,6 +118,8 @@ class TcgVCpu:
                 ops.end_of_interrupt(q[info])
             elif reason == L.R_POLL:
                 return KICKED
+            elif reason == L.R_DEBUG:
+                return self.vm.stops.stopped(self)
             elif reason == L.R_HALTED:
                 return VCpuExit(Exit.HALTED)
             elif reason == L.R_SHUTDOWN:

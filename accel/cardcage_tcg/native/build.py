@@ -40,7 +40,9 @@ LINK = (
     "-Wl,-z,defs",  # the last two are not for --check, which calls libasan.so and has symbols
     "-Wl,-s",
 )
-PREFIXES = "MODE DEBUG ARMED SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+PREFIXES = (
+    "MODE DEBUG ARMED POINT STOP SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+)
 CHECKS = ("check.c",)
 CHECK_FLAGS = (
     *("-DTCG_CHECK", "-g1", "-fsanitize=address", "--param=asan-globals=0", "-fno-sanitize-recover=all"),
@@ -63,6 +65,8 @@ STRUCTS = {
     "device_access": "DEVICE_ACCESS_",
     "dirty_log": "DIRTY_LOG_",
     "dirty_area": "DIRTY_AREA_",
+    "point": "POINT_",
+    "points": "POINTS_",
 }
 
 

@@ -68,9 +68,13 @@ enum {
 enum { SHADOW_STI = 1, SHADOW_SS = 2 };
 /* cpu.debug: RFLAGS.RF; a trap is due for TF, for the T bit of a TSS; the instruction follows a MOV SS; data or I/O breakpoints that
  * were met, a bit each; those that a MOV SS met, which wait for the next instruction. */
-enum { DEBUG_RF = 1, DEBUG_STEP = 2, DEBUG_TASK = 4, DEBUG_BEHIND_SS = 8, DEBUG_HIT = 16, DEBUG_HITS = 15 << 4, DEBUG_HELD = 15 << 8 };
+enum { DEBUG_RF = 1, DEBUG_STEP = 2, DEBUG_TASK = 4, DEBUG_BEHIND_SS = 8, DEBUG_HIT = 16, DEBUG_HELD = 15 << 8,
+       DEBUG_WATCHED = 1 << 12, DEBUG_HITS = 15 << 4 | DEBUG_WATCHED }; /* WATCHED: a point of the host's debugger */
 /* cpu.armed: the breakpoints that DR7 enables, by what they are for. */
-enum { ARMED_DATA = 15, ARMED_CODE = 15 << 4, ARMED_PORT = 15 << 8 };
+enum { ARMED_WATCH = 1 << 12, ARMED_DATA = 15 | ARMED_WATCH, ARMED_CODE = 15 << 4, ARMED_PORT = 15 << 8 };
+/* What a debugger on the host has a vCPU stop at: struct point.kind; and cpu.stop, 0 while it is to go on. */
+enum { POINT_EXECUTE = 1, POINT_WRITE = 2, POINT_READ = 4 };
+enum { STOP_STEP = 1, STOP_POINT = 2 };
 
 /* ---- why native code came back (cpu.reason) ---- */
 enum {
@@ -92,6 +96,7 @@ enum {
     R_STOPPED,     /* machine asks vCPU threads to come back (close) */
     R_MSR,         /* RDMSR/WRMSR is Python's: as R_EMULATE */
     R_RESTART,     /* the code that cpu.resume led to is gone: make it again, then enter again */
+    R_DEBUG,       /* a debugger's stop: cpu.stop, and cpu.stopped_at, the number of the point */
     R_DEVICE,      /* a helper's access is a device's: do cpu.device.log[count], count it, then tcg_helper_again() */
 };
 
@@ -192,6 +197,9 @@ struct cpu {
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
     u32 debug;            /* DEBUG_*: RF, and what traps when the present instruction is done */
     u32 armed, once;      /* ARMED_*; the next instruction runs in MODE_STEP */
+    u32 stepping, stop;   /* a debugger's: stop when the next instruction is done; STOP_* */
+    u32 pointed, stopped_at; /* the page being run has POINT_EXECUTE; the number of the point that was met */
+    u64 began;            /* RIP of the step that began last */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
@@ -224,6 +232,8 @@ struct slot { u64 gpa, size, host; struct page *pages; u32 readonly, used; };
 /* Sorted by pio, then address. size 0: any; match: only this value. */
 struct bell { u64 address, value; s32 fd; u32 size, pio, match; };
 struct bells { u64 count; struct bell bell[]; };
+struct point { u64 linear, size; u32 kind, pad; };
+struct points { u64 count, watches; struct point point[]; }; /* a debugger's; watches: how many are of data */
 struct watched { u64 count, page[]; };  /* sorted pages that hold used rings */
 struct route { u64 address; u32 data; s32 fd; u32 used, generation; };
 /* A split virtqueue that another process serves; seen: the used index up to which its writes are known; size 0: none. */
@@ -263,10 +273,11 @@ struct vm {
     u32 idler;                     /* a vCPU is in irq_wait */
     u32 stopper;                   /* futex: somebody has stopped the world */
     u64 dirty;                     /* struct dirty_log *, 0 without one */
+    u64 points;                    /* struct points *, 0 without any: replaced while the world is stopped */
 };
 
 /* ---- mmu.c ---- */
-enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2 };
+enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2, ACC_BOTH = 3 }; /* BOTH: what debug_*() take for a read-modify-write */
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
 enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8, PAGE_MARKED = 16 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0; both are to be noted */
 /* Of an access (*user*): AS_USER with user rights, else the supervisor's. AS_SYSTEM: what the processor reads and writes by itself (descriptor
@@ -314,6 +325,7 @@ u32 debug_armed(const struct cpu *c);
 u32 debug_match(const struct cpu *c, u64 linear, u64 size, int write);
 u32 debug_access(struct cpu *c, u64 linear, u64 size, int write);
 int debug_page(const struct cpu *c, u64 linear, int write);
+int points_on_page(const struct vm *vm, u64 linear);
 /* ---- apic.c ---- */
 int apic_read(struct cpu *c, u32 offset, u32 *value);          /* offset in the page; 0 = ok */
 int apic_write(struct cpu *c, u32 offset, u32 value);          /* H_CONTINUE, or H_EXIT with R_EOI */

@@ -138,7 +138,7 @@ class Board:
         """A thread for each vCPU, not started."""
         return [
             threading.Thread(
-                target=partial(run_vcpu, self.life, self, self._observers, vcpu),
+                target=partial(run_vcpu, self.life, self.wiring, lambda: self.ops, self._observers, vcpu),
                 name=f"{self.name}-cpu{vcpu.index}",
                 daemon=True,
             )

@@ -45,8 +45,7 @@ class EventLoop:
     """
 
     def __init__(self, name: str, locked: Callable[[Callable[[], None]], None]) -> None:
-        self.locked = locked
-        self._name = name
+        self.locked, self._name = locked, name
         self._readers: dict[int, Owned] = {}
         self._turn = 0
         self._posts: deque[Callable[[], None]] = deque()

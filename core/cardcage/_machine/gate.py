@@ -56,11 +56,10 @@ class Gate:
         with self.changed:
             self._open = False
             self.changed.notify_all()
-        self._kick()
-        if wait:
-            with self.changed:
-                while self._inside:
-                    self.changed.wait()
+            if self._inside:  # a kick would else be for the next run
+                self._kick()
+            while wait and self._inside:
+                self.changed.wait()
 
     def end(self, ended: bool = True) -> None:
         """All threads that are out, or come out, end; with False, new ones may come."""

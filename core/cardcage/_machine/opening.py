@@ -81,9 +81,8 @@ class DeviceHost:
 
     def open(self, kind: str, spec: Any, /) -> Any:
         """Open a back end of *kind* ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
-        place = place_of(spec, self._place)
+        place, asking = place_of(spec, self._place), self._asking
         name, rest = self._choose(kind, spec, place)
-        asking = self._asking
         outer, asking.gate = asking.gate, BackendGate(kind) if asking.active else None
         try:
             self.ask("backend", f"{kind}:{name}", ("open",))

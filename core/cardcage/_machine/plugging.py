@@ -96,8 +96,7 @@ class Plugging:
         slot = self._slot(config, offer, name, label)
         slot.host.sealed = self._host.sealed if late else slot.host.sealed
         who = f'device "{name}" (card {offer.card}, {offer.distribution})'
-        factory = offer.load()
-        device, attached = None, False
+        factory, device, attached = offer.load(), None, False
         try:
             device = place.blamed(who, lambda: factory(options) if options is not None else factory())
             abilities = abilities_of(device, who)

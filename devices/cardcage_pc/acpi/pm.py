@@ -23,6 +23,7 @@ TIMER_STS, GLOBAL_STS, POWER_STS, RTC_STS, WAKE_STS = 1 << 0, 1 << 5, 1 << 8, 1 
 EVENTS = TIMER_STS | GLOBAL_STS | POWER_STS | RTC_STS
 SCI_EN, SLP_EN = 1, 1 << 13
 SLP_TYP_S5 = 0
+OFF = "the guest powered itself off, and is kept"
 HALF = 1 << 23
 """TMR_STS is set each time bit 23 of the timer changes."""
 
@@ -42,16 +43,23 @@ class AcpiPmState:
 
 
 class AcpiPm:
-    """Sixteen ports from 0x600, four from 0xAFE0; SCI is level-triggered GSI 9."""
+    """Sixteen ports from 0x600, four from 0xAFE0; SCI is level-triggered GSI 9.
+
+    Attributes:
+        keeps: a guest that powers itself off is paused, and not ended: a reset and a resume start it again.
+        is_off: the guest is off, and kept.
+    """
 
     def __init__(self) -> None:
         self.state = AcpiPmState()
+        self.keeps = self.is_off = False
 
     def plug(self, slot: Slot, /) -> None:
         self._clock, self._power, self._log = slot.clock, slot.power, slot.log
         self._irq, self._timer = slot.interrupts.line(SCI), slot.clock.timer(self._update)
 
     def reset(self) -> None:
+        self.is_off = False
         self.state = AcpiPmState(half=self.ticks() // HALF)
         self._update()
 
@@ -66,6 +74,10 @@ class AcpiPm:
         """Press the power button: the guest is told by SCI and shuts down if it wants to."""
         self.state.status |= POWER_STS
         self._update()
+
+    def end(self) -> None:
+        """Power off a machine that was kept."""
+        self._power.off()
 
     def general_event(self, number: int) -> None:
         """General-purpose event *number*, 0 to 15, happened."""
@@ -124,7 +136,10 @@ class AcpiPm:
         self._update()
 
     def _sleep(self, kind: int) -> None:
-        if kind == SLP_TYP_S5:
+        if kind == SLP_TYP_S5 and self.keeps:
+            self.is_off = True
+            self._power.pause(OFF)
+        elif kind == SLP_TYP_S5:
             self._power.off()
         else:
             self._log.warning("sleep state not offered by this machine", slp_typ=kind)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 from struct import Struct, pack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attrs import field
 from attrs.validators import ge, in_, le, max_len
 from cardcage.abilities import has
 from cardcage.backends import TryReads, TryWrites
-from cardcage.errors import ConfigError, HostError
+from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.segments import total
 from cardcage.values import define, frozen
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cardcage_virtio.queue.request import Request
     from cardcage_virtio.virtio import Virtio
 
-__all__ = ["Blk", "BlkOptions"]
+__all__ = ["Blk", "BlkOptions", "Grows"]
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -39,6 +39,14 @@ F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_MQ, F_DISCARD, F_ZEROES = 2,
 SECTOR, SEGMENTS, SECTORS_MAX = 512, 16, 1 << 21
 header = Struct("<I4xQ").unpack_from
 segment = Struct("<QII").iter_unpack
+
+
+class Grows(Protocol):
+    """A block back end whose disk can become larger while it is used."""
+
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, more than now, as ``info`` says then; what is added reads as zeros. Raises
+        OSError; the disk is as before then."""
 
 
 @frozen
@@ -175,6 +183,27 @@ class Blk(ParksWorkers, HoldsNothing):
             SEGMENTS,
             1,
         )
+
+    def grow_drive(self, size: int, /) -> None:
+        """Make the disk *size* bytes long, and tell the guest; no smaller than now. Not under the machine's lock.
+
+        Raises UsageError for a size that cannot be, HostError where the drive has one size or the host fails it.
+        """
+        name = self._slot.id
+        if size % self.block:
+            raise UsageError(f"{name}: {size} bytes: expected a multiple of {self.block}")
+        if size < self.info.size:
+            raise UsageError(f"{name}: {size} bytes are less than its {self.info.size}: a disk in use only grows")
+        grows = not self.readonly and has(self.backend, Grows)
+        if not grows:
+            raise HostError(f"{name}: its drive is only read, or is of a kind that has one size")
+        try:
+            if size > self.info.size:
+                self.backend.grow(size)
+        except OSError as error:
+            raise HostError(f"{name}: {error.strerror or error}") from error
+        self.info = self.backend.info
+        self._slot.loop.call_soon(self._io.config_changed)
 
     def notified(self, index: int) -> None:
         self._workers.notify(index)

@@ -138,13 +138,25 @@ u64 native_dispatch(struct cpu *c)
     for (;;) {
         if (unlikely(c->debug) && debug_trap(c) == H_EXIT)
             return 0;
+        if (unlikely(c->stop)) {
+            c->reason = R_DEBUG;
+            return 0;
+        }
         if (unlikely(__atomic_load_n(&c->poll, __ATOMIC_SEQ_CST)) || unlikely(c->halted)) {
             if (check_events(c) == H_EXIT)
                 return 0;
             continue;
         }
-        u32 m = c->mode & MODE_CPL3 ? 1 : 0, step = c->mode & MODE_STEP; /* steps keep out of the jump cache */
         u64 cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
+        u64 linear = c->mode & MODE_64 ? c->rip : (u32)(cs_base + c->rip);
+        if (unlikely(c->vm->points || c->pointed)) {
+            u32 pointed = (u32)points_on_page(c->vm, linear);
+            if (pointed != c->pointed) {
+                c->pointed = pointed;
+                update_mode(c);
+            }
+        }
+        u32 m = c->mode & MODE_CPL3 ? 1 : 0, step = c->mode & MODE_STEP; /* steps keep out of the jump cache */
         if (unlikely(c->debug) && !step)
             c->debug = 0; /* RF, which only code breakpoints ask for */
         if (unlikely(c->jc_mode[m] != c->mode || c->jc_base[m] != cs_base) && !step) {
@@ -152,7 +164,6 @@ u64 native_dispatch(struct cpu *c)
             c->jc_mode[m] = c->mode;
             c->jc_base[m] = cs_base;
         }
-        u64 linear = c->mode & MODE_64 ? c->rip : (u32)(cs_base + c->rip);
         if (unlikely(c->mode & MODE_64 && (u64)((s64)(linear << 16) >> 16) != linear)) {
             if (raise(c, EX_GP, 1, 0) == H_EXIT)
                 return 0;
@@ -368,6 +379,9 @@ u64 native_chain(struct cpu *c, u64 ret)
     spin_unlock(&vm->lock);
     return code;
 }
+
+/* Every jump between pages is looked up again. */
+EXPORTED void tcg_unlink_pages(struct vm *vm) { cross_unlink(vm); }
 
 /* ---- invalidation ---- */
 

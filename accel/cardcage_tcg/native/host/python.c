@@ -45,6 +45,7 @@ EXPORTED void tcg_reset(struct cpu *c)
     c->code_hit = 0;
     c->debug &= DEBUG_RF;
     c->once = 0;
+    c->stop = 0;
     c->shutdown = 0;
     update_mode(c);
 }

@@ -684,7 +684,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
             return begin_split(c, b, a, linear, first);
         }
     } else if (host && !slot->readonly && !(unlikely(c->vm->watched) && is_watched(c->vm, phys)) &&
-               !(unlikely(c->armed & ARMED_DATA) && debug_match(c, linear, a->size, 1))) {
+               !(unlikely(c->armed & ARMED_DATA) && debug_match(c, linear, a->size, ACC_BOTH))) {
         struct page *p = &slot->pages[(phys - slot->gpa) >> 12];
         __atomic_store_n(&c->rmw, (phys & ~0xffful) | 1, __ATOMIC_SEQ_CST); /* first: install() marks the page before it looks at this */
         u64 code = __atomic_load_n(&p->code, __ATOMIC_SEQ_CST);
@@ -694,7 +694,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
             return (u64)host + (linear & 0xfff);
     }
     if (unlikely(c->armed & ARMED_DATA))
-        debug_access(c, linear, a->size, 1);
+        debug_access(c, linear, a->size, ACC_BOTH);
     leave_write(c, linear, a->size);
     return give_up(c, 0, ABORT_EXIT);
 }

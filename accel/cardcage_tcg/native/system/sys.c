@@ -66,8 +66,8 @@ void update_mode(struct cpu *c)
         m |= MODE_NOSSE;
     if (!(c->cr4 & CR4_OSXSAVE) || (c->guest_xcr0 & 6) != 6)
         m |= MODE_NOAVX;
-    c->armed = unlikely(c->dr[7] & 0xff) ? debug_armed(c) : 0;
-    if (c->eflags & F_TF || c->shadow || c->once || c->armed & ARMED_CODE)
+    c->armed = unlikely(c->dr[7] & 0xff || c->vm->points) ? debug_armed(c) : 0;
+    if (c->eflags & F_TF || c->shadow || c->once || c->armed & ARMED_CODE || c->stepping || c->pointed)
         m |= MODE_STEP;
     if (vm)
         m |= MODE_VM86;
@@ -344,6 +344,10 @@ static int events(struct cpu *c)
         return -1;
     if (c->shadow && !c->halted)
         return -1; /* h_begin() of the next instruction ends it, and polls again */
+    if (unlikely(c->stepping) && !c->halted) { /* a debugger steps: what it looks at goes on, not a handler */
+        c->irq_pending = 1;
+        return -1;
+    }
     if (__atomic_load_n(&l->nmi, __ATOMIC_SEQ_CST) && !c->nmi_blocked) {
         __atomic_sub_fetch(&l->nmi, 1, __ATOMIC_SEQ_CST); /* others only add; the next one waits for IRET */
         c->poll = 1;

@@ -1,0 +1,135 @@
+"""Sandboxes: python benchmarks/sandbox.py [--runs N] [--e2b].
+
+Cold and warm creation, a command's round trip, a fork of ten, a file, and the end. Rows are medians, with the best in
+brackets. ``--e2b`` measures e2b's SDK against ``cardcage sandbox serve`` too. It has a run directory of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+from cardcage_sandbox import Sandbox, Template, stop_templates
+from paired import median
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEY = "e2b_0123456789abcdef"
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds, and the result."""
+    began = time.perf_counter()
+    found = call()
+    return 1000 * (time.perf_counter() - began), found
+
+
+def row(name: str, times: list[float]) -> None:
+    """Print one."""
+    print(f"| {name} | {median(times):.4g} ms ({min(times):.3g}) |", flush=True)
+
+
+def repeated(name: str, runs: int, call: Callable[[], Any]) -> None:
+    """Measure and print one."""
+    row(name, [timed(call)[0] for _ in range(runs)])
+
+
+def made(template: Template, runs: int, name: str) -> None:
+    """Sandboxes that are made one after another, once the template has made *spare* ones."""
+    times = []
+    for _ in range(runs):
+        took, sandbox = timed(lambda: Sandbox.create(template))
+        times.append(took)
+        sandbox.kill()
+        time.sleep(0.2)  # until one more is made in advance
+    row(name, times)
+
+
+def library(runs: int) -> None:
+    """The library."""
+    template = Template(name="bench", memory="256M", spare=1)
+    cold = []
+    for _ in range(3):
+        took, sandbox = timed(lambda: Sandbox.create(template))
+        cold.append(took)
+        sandbox.kill()
+        stop_templates()
+    row("`Sandbox.create()`, cold: with the template's boot", cold)
+    made(template, runs, "`Sandbox.create()`, made in advance")
+    made(template.with_limits(spare=0), runs, "`Sandbox.create()`, forked when it is asked for")
+    with Sandbox.create(template) as sandbox:
+        run, files = sandbox.commands.run, sandbox.files
+        repeated('`commands.run(["/bin/true"])`', runs, lambda: run(["/bin/true"]))
+        repeated('`commands.run(":")`, a shell', runs, lambda: run(":"))
+        files.write("word", "x")
+        repeated("`files.read`, 1 byte", runs, lambda: files.read("word"))
+        repeated("`files.write`, 1 byte", runs, lambda: files.write("word", "x"))
+        data = bytes(20 << 20)
+        took = min(timed(lambda: files.write("big", data))[0] for _ in range(3))
+        back = min(timed(lambda: files.read("big"))[0] for _ in range(3))
+        print(f"| 20 MiB written, read | {20 * 1.048576e3 / took:.3g} MB/s, {20 * 1.048576e3 / back:.3g} MB/s |")
+        times, ends = [], []
+        for _ in range(max(runs // 4, 3)):
+            took, copies = timed(lambda: sandbox.fork(10))
+            times.append(took)
+            ends += [timed(one.kill)[0] for one in copies]
+        row("`fork(10)`", times)
+        row("`kill()`", ends)
+        repeated("`pause()` and `resume()`", runs, lambda: (sandbox.pause(), sandbox.resume()))
+    stop_templates()
+
+
+def e2b(runs: int) -> None:
+    """The SDK against the face."""
+    environment = {**os.environ, "CARDCAGE_SANDBOX_KEY": KEY}
+    words = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())", "sandbox", "serve"]
+    with subprocess.Popen([*words, "--port", "0"], stdout=subprocess.PIPE, env=environment, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().split("E2B_API_URL=")[1].split()[0]
+        os.environ.update(E2B_API_URL=url, E2B_SANDBOX_URL=url, E2B_API_KEY=KEY)
+        try:
+            from e2b import Sandbox as Theirs
+
+            Theirs.create().kill()
+            times = []
+            for _ in range(runs):
+                took, sandbox = timed(Theirs.create)
+                times.append(took)
+                sandbox.kill()
+                time.sleep(0.2)
+            row("e2b: `Sandbox.create()`", times)
+            sandbox = Theirs.create()
+            repeated('e2b: `commands.run(":")`', runs, lambda: sandbox.commands.run(":"))
+            repeated("e2b: `files.write`, 1 byte", runs, lambda: sandbox.files.write("word", "x"))
+            repeated("e2b: `files.read`, 1 byte", runs, lambda: sandbox.files.read("word"))
+            sandbox.kill()
+        finally:
+            server.terminate()
+            stop_templates()
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--e2b", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cardcage-") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder
+        print(f"load {os.getloadavg()[0]:.1f}\n\n| | |\n|---|---|")
+        try:
+            library(arguments.runs)
+            if arguments.e2b:
+                e2b(arguments.runs)
+        finally:
+            stop_templates()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The process of a template: ``python -m cardcage_sandbox.keeper``, with the template on its standard input.
+
+It boots a machine, sets it up, pauses it, and is a pool of copies of it from then on. Its sandboxes end with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import TYPE_CHECKING, Any
+
+from cardcage.errors import CardcageError, ConfigError, HostError, in_words
+from cardcage.host import Host
+from cardcage_agent import Machine
+from cardcage_boot.roots import is_image
+from cardcage_fleet.held import hold
+from cardcage_fleet.rundir import run_directory
+
+from cardcage_sandbox import POOL
+from cardcage_sandbox.pool import Pool
+from cardcage_sandbox.template import FOLDER, Template
+
+if TYPE_CHECKING:
+    from cardcage_fleet.held import HeldFile
+
+__all__ = ["main"]
+
+SETUP = 600.0
+"""Seconds for each command of a template's setup."""
+PREPARE = """set -e
+user={user}
+grep -q "^$user:" /etc/passwd || {{
+    echo "$user:x:1000:1000::/home/$user:/bin/sh" >>/etc/passwd
+    grep -q "^$user:" /etc/group 2>/dev/null || echo "$user:x:1000:" >>/etc/group
+    mkdir -p /home/$user
+    chown 1000:1000 /home/$user
+}}
+[ -e /bin/bash ] || {{ printf '#!/bin/sh\\nexec /bin/sh "$@"\\n' >/bin/bash; chmod 755 /bin/bash; }}
+mount -o remount,size=64k /dev 2>/dev/null || :
+if grep -q '^rootfs / ' /proc/mounts; then
+    umount /tmp
+    chmod 1777 /tmp
+    mount -o remount,size={space} /
+    for place in /run /dev/shm; do mount -o remount,size={small},mode=1777 $place; done
+fi
+"""
+"""Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
+
+
+def main() -> None:
+    """Run until nobody has had a sandbox for a while, or somebody stops it."""
+    template = Template(**json.load(sys.stdin))
+    if os.fork():
+        os._exit(0)
+    told = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        held = hold(run_directory(FOLDER) / f"{template.key}.pid")
+        if held is None:
+            raise HostError(f'the template "{template.name}" has a process already')
+        os.write(held.fd, str(os.getpid()).encode())
+        _keep(template, held, told)
+    except (CardcageError, OSError) as error:
+        kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in ("ConfigError", "UsageError")), "")
+        with suppress(OSError):
+            os.write(told, json.dumps([kind, str(error) or in_words(error)]).encode())
+        raise SystemExit(f"cardcage: {error}") from error
+
+
+def _keep(template: Template, held: HeldFile, told: int) -> None:
+    keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
+    if template.root and not is_image(Path(template.root)):
+        raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
+    if template.cgroup:
+        # No process begins in a jail: a fork is one.
+        policy = {"process": {"cgroup": template.cgroup}}
+        keys["host"] = Host(owns_process=True)
+        keys["fragments"] = [{"policy": policy, "security": {"jail": "off"}}]
+    with Machine.debian(
+        name=f"sandbox.{template.name}", memory=template.memory, cpus=template.cpus, accel="tcg", **keys
+    ) as machine:
+        machine.start()
+        _prepare(machine, template)
+        machine.pause()
+        pool = Pool(machine, template, held)
+        machine.host.share(POOL, dict)["pool"] = pool
+        with pool:
+            os.write(told, b"ready\n")
+            os.close(told)
+            pool.run()
+
+
+def _prepare(machine: Machine, template: Template) -> None:
+    """Run the setup. Raises HostError with what the guest wrote."""
+    prepare = PREPARE.format(user=shlex.quote(template.user), space=template.space, small=template.space // 8)
+    for text in (prepare, *template.setup):
+        try:
+            done = machine.run(text, timeout=SETUP, limit=1 << 20)
+        except TimeoutExpired as error:
+            raise HostError(f'template "{template.name}": setup {text[:40]!r} took more than {SETUP:g} s') from error
+        if done.returncode:
+            said = (done.stderr or done.stdout)[-400:].decode(errors="replace").strip().replace("\n", "; ")
+            raise HostError(f'template "{template.name}": setup {text[:40]!r} ended with {done.returncode}: {said}')
+
+
+if __name__ == "__main__":
+    main()
