@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.security import Act
-from cardcage_fleet.roster import connected, is_ours, listening
+from cardcage_fleet.roster import connected
+from cardcage_jail import is_ours, listen_at
 
 from cardcage_migrate.wire import Pipe
 
@@ -130,7 +131,7 @@ class Waiting:
                 path = Path(os.path.abspath(place.rest))
                 if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
                     raise ConfigError("is there already, and no socket", file=str(path))
-                self._socket = listening(path)
+                self._socket = listen_at(str(path))
                 self._socket.setblocking(True)
             elif place.scheme == "tcp":
                 kind = socket.AF_INET6 if ":" in place.host else socket.AF_INET
