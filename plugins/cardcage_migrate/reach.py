@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.security import Act
-from cardcage_fleet.roster import connected, is_ours
-from cardcage_jail import listen_at
+from cardcage_fleet.roster import connected
+from cardcage_jail import is_ours, listen_at
 
 from cardcage_migrate.wire import Pipe
 

@@ -34,7 +34,7 @@ NEEDS = {
     "cardcage_hotplug": {"cardcage_fleet", "cardcage_jail", "cardcage_block"},
     "cardcage_memory_policies": set(),
     "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
-    "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_cli", "cardcage_jail", "cardcage_qmp"},
+    "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_jail", "cardcage_cli", "cardcage_qmp"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again

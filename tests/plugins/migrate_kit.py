@@ -26,8 +26,6 @@ class Cut:
 
     def sendall(self, data: Any, /) -> None:
         """Look for the beginning of a frame."""
-        if self._due:
-            self._then(self._peer)
         size = memoryview(data).nbytes
         if size == HEADER and data[0] == self._kind:
             if not self._after:

@@ -458,6 +458,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         *(python(prepare=lambda reader, one: fetch(reader)) for _ in range(3)),
     ),
     "moving.md": (python(prepare=lambda reader, one: fetch(reader)),) * 2,
+    "migration.md": (python(prepare=lambda reader, one: fetch(reader)),),
     "pytest.md": (
         guest_tests,
         python("import tomllib\nconfig = tomllib.loads('''", "''')\nassert config"),
