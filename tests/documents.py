@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from attrs import define, field, frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+OFF = bytes.fromhex("ba0406b80020eff4")
+"""A boot sector that powers off by ACPI."""
+UP = bytes.fromhex("baf803b075eeb070eeb00aeefaf4")
+"""A boot sector that writes "up" to COM1 and halts."""
+EXIT = struct.pack("<8I", 0x1BADB002, 0x10000, -(0x1BADB002 + 0x10000) & 0xFFFFFFFF, *(0x100000,) * 2, 0, 0, 0x100020)
+EXIT += bytes.fromhex("66baf40031c0eff4")
+"""A Multiboot kernel, flat, that writes 0 to port 0xF4."""
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(one for one in sorted((ROOT / "docs").glob("*.md")) if not one.match("*.in.md"))]
 """What a reader sees: ``*.in.md`` are parts that ``docs/reference.py`` makes pages of."""

@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,18 +16,11 @@ from typing import Any
 import pytest
 from cardcage_boot.cache import cache_root, locked
 from debian_guest import debian_guest
-from documents import PAGES, ROOT, RUN, Block, Reader, block, blocks, fenced
+from documents import EXIT, OFF, PAGES, ROOT, RUN, UP, Block, Reader, block, blocks, fenced
 from installed import install
 
 Recipe = Callable[[Reader, Block], None]
 
-OFF = bytes.fromhex("ba0406b80020eff4")
-"""A boot sector that powers off by ACPI."""
-UP = bytes.fromhex("baf803b075eeb070eeb00aeefaf4")
-"""A boot sector that writes "up" to COM1 and halts."""
-EXIT = struct.pack("<8I", 0x1BADB002, 0x10000, -(0x1BADB002 + 0x10000) & 0xFFFFFFFF, *(0x100000,) * 2, 0, 0, 0x100020)
-EXIT += bytes.fromhex("66baf40031c0eff4")
-"""A Multiboot kernel, flat, that writes 0 to port 0xF4."""
 BASE = '[machine]\naccel = "tcg"\n[boot]\nprotocol = "raw"\nimage = "{}"\n'
 APART = "import os, tempfile\nos.environ['XDG_RUNTIME_DIR'] = tempfile.mkdtemp()"
 """A run directory of one's own, whose templates' processes nobody else stops."""
