@@ -367,7 +367,8 @@ def test_vcpus_that_write_too_fast_are_held_up(folder: Path, host: Host) -> None
                 patch.undo()
 
         over(vm, there.link, Limits(downtime=5), tell)
-        assert list(dict.fromkeys(seen)) == [0, 20, 30, 40]
+        steps = list(dict.fromkeys(seen))
+        assert steps in ([0, 20, 30, 40], [0, 20, 30, 40, 50])  # this pass was decided before it was told, or after
         counts_on(there.done().machine, 10)
     assert not [one for one in threading.enumerate() if "throttle" in one.name]
 
