@@ -35,7 +35,8 @@ class Side:
     """A process."""
 
     def __init__(self, role: str, folder: Path, moment: str) -> None:
-        environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state")}
+        paths = os.pathsep.join(str(one) for one in Path(__file__).parents[:2])
+        environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": paths}
         self.process = subprocess.Popen(
             [sys.executable, str(SIDE), role, str(folder), moment],
             stdin=subprocess.PIPE,

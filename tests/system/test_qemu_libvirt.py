@@ -169,7 +169,7 @@ def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
     virsh("detach-interface", "ours", "bridge")
     guest.wait("! grep 52:54:00:00:00:07 /sys/class/net/*/address")
     assert virsh("qemu-monitor-command", "ours", "--hmp", "info status") == "VM status: running"
-    assert "has not been found" in virsh("save", "ours", str(folder / "saved"), status=1)
+    assert "'resume' is unexpected" in virsh("save", "ours", str(folder / "saved"), status=1)
     virsh("reboot", "ours", "--mode", "acpi")
     guest.until(b"Enter 'help'")  # the shell of the second start
     guest.until(b"~ # ")

@@ -14,8 +14,8 @@ VNG = shutil.which("vng")
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
 
 
+@pytest.mark.skipif(LONG and VNG is None, reason="needs vng (pip install virtme-ng)")
 @pytest.mark.skipif(not LONG, reason="takes a minute each: set CARDCAGE_LONG_TESTS")
-@pytest.mark.skipif(VNG is None, reason="needs vng (pip install virtme-ng)")
 @pytest.mark.parametrize(
     ("command", "said"),
     [
