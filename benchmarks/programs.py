@@ -217,7 +217,8 @@ def running(kind: str, made: Debian, options: argparse.Namespace) -> Iterator[Ru
     with tempfile.TemporaryDirectory(prefix="cardcage-bench-") as name:
         folder = Path(name)
         if kind == "native":
-            command = ["chroot", str(made.root), "/bench"]
+            path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"  # alone: what this host's shell has is not for the programs
+            command = ["env", "-i", path, "chroot", str(made.root), "/bench"]
         elif kind == "cardcage":
             program = "import sys; from cardcage_cli import main; sys.exit(main())"
             command = [sys.executable, "-c", program, "run", str(config_of(made, folder, options))]
