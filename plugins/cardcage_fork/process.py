@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.errors import CardcageError, HostError, UsageError, in_words
 from cardcage.machine import State, rename
 from cardcage.security import OPERATOR, Act
+from cardcage_jail import is_inside
 
 from cardcage_fork.plan import MOST, blocks_of, holders, refuse
 from cardcage_fork.serve import Server, leave_server
@@ -23,7 +24,7 @@ from cardcage_fork.wire import Peer, pack_error, raise_error
 if TYPE_CHECKING:
     from cardcage.machine import Machine
 
-__all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link"]
+__all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link", "kill_process"]
 
 PATIENCE = 60
 """Seconds that a new process may take to be a machine of its own: it copies disks."""
@@ -55,6 +56,15 @@ def forget_links() -> None:
         if pidfd >= 0:
             os.close(pidfd)
     _links.clear()
+
+
+def kill_process(pid: int, pidfd: int = -1) -> None:
+    """End a copy's process: by *pidfd*, where there is one; in a jail by its number, since the broker lets those of the
+    machine be killed, and no other. Raises ProcessLookupError."""
+    if pidfd >= 0 and not is_inside():
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    else:
+        os.kill(pid, signal.SIGKILL)
 
 
 def await_readable(fd: int, seconds: float | None) -> bool:

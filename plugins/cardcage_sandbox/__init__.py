@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
 from cardcage.registry import Offer
+from cardcage.security import Needs
 from cardcage_fleet import ControlOffer, SessionOffer
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ def cardcage_register(registry: Registry) -> None:
     )
     registry.add(SessionOffer("sandbox", "cardcage_sandbox.guest:serve", help="a sandbox's commands and files"))
     registry.add(TemplateOffer("template", None, options="cardcage_sandbox.template:Template"))
+
+
+@hookimpl
+def cardcage_needs(machine: Machine) -> Needs | None:
+    """A template's process removes its file at the end."""
+    file = machine.host.share(POOL, dict).get("file")
+    return Needs(remove=(str(file.parent),)) if file is not None else None
 
 
 @hookimpl

@@ -90,11 +90,9 @@ def _keep(template: Template, held: HeldFile, told: Told) -> None:
     keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
     if template.root and not is_image(Path(template.root)):
         raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
-    if template.cgroup:
-        # No process begins in a jail: a fork is one.
-        policy = {"process": {"cgroup": template.cgroup}}
-        keys["host"] = Host(owns_process=True)
-        keys["fragments"] = [{"policy": policy, "security": {"jail": "off"}}]
+    keys["host"] = host = Host(owns_process=True)
+    keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
+    host.share(POOL, dict)["file"] = held.path
     with Machine.debian(
         name=f"sandbox.{template.name}", memory=template.memory, cpus=template.cpus, accel="tcg", **keys
     ) as machine:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import signal
 import threading
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.values import define
 from cardcage_fork import fork
+from cardcage_fork.process import kill_process
 
 from cardcage_sandbox import POOL
 
@@ -350,7 +350,7 @@ def _end(copy: Copy) -> None:
 
     def kill() -> None:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            kill_process(copy.pid, fd)
 
     timer = threading.Timer(PATIENCE, kill)
     timer.start()

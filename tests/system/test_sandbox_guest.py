@@ -233,6 +233,19 @@ def test_forks(sandbox: Sandbox) -> None:
             assert one.kill()
 
 
+def test_the_jail(sandbox: Sandbox) -> None:
+    """The template's process, its sandboxes and their forks are in a jail; what was forked there can be ended."""
+    (keeper,) = keepers()
+    (fork,) = sandbox.fork(1)
+    pids = [keeper.pid, sandbox.info().pid, fork.info().pid]
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert "NoNewPrivs:\t1" in status
+        assert "Seccomp:\t2" in status  # SECCOMP_MODE_FILTER
+    assert fork.kill()
+    assert gone(pids[2])
+
+
 def test_pause_and_resume(sandbox: Sandbox) -> None:
     """A paused sandbox stands, and has this host's time when it goes on."""
     assert sandbox.pause()
