@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from cardcage.errors import AcceleratorError
 
@@ -177,14 +178,14 @@ def is_ours(*packages: str) -> bool:
     return True
 
 
-_areas: dict[int, int] = {}
-"""Address to size of all that there are."""
+_areas: WeakSet[Area] = WeakSet()
+"""All that there are. One that nobody has closed goes with its object, and its addresses may then be anybody's."""
 
 
 def advise_areas(advice: int) -> None:
     """Give the kernel *advice* about all areas of this process: MADV_DOFORK around a fork whose child goes on."""
-    for address, size in list(_areas.items()):
-        _libc().madvise(address, size, advice)
+    for one in list(_areas):
+        _libc().madvise(one.address, one.size, advice)
 
 
 class Area:
@@ -194,9 +195,9 @@ class Area:
         self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.map.madvise(mmap.MADV_DONTFORK)
         self._export = ctypes.c_char.from_buffer(self.map)
-        self.address = ctypes.addressof(self._export)
+        self.address, self.size = ctypes.addressof(self._export), size
         self.view = memoryview(self.map)
-        _areas[self.address] = size
+        _areas.add(self)
 
     def begin_with(self, fd: int, size: int) -> None:
         """Map the first *size* bytes of file *fd* over its beginning, copied on write."""
@@ -206,7 +207,7 @@ class Area:
 
     def close(self) -> None:
         """Unmap it; casts of its view must have been released."""
-        _areas.pop(self.address, None)
+        _areas.discard(self)
         self.view.release()
         del self._export
         self.map.close()

@@ -71,7 +71,7 @@ def test_bad_irqfds_are_refused(vm: TcgVm, fd: int) -> None:
     with pytest.raises(UsageError, match="no interrupt route"):
         vm.remove_irqfd(fd, route)
     bare = TcgVm(VmSpec(irqchip="none"))
-    assert bare.capabilities == {"doorbells", "foreign-rings", "dirty-log", "parking"}
+    assert bare.capabilities == {"doorbells", "foreign-rings", "guest-debug", "dirty-log", "parking"}
     with pytest.raises(StateError, match="no local APIC"):
         bare.add_irqfd(fd, 0xFEE00000, 0x41)
     bare.close()
