@@ -99,13 +99,12 @@ def place(tmp_path: Path) -> Iterator[Place]:
 @pytest.mark.parametrize(
     ("only", "words", "count"),
     [
-        ("", (), 15),
-        ("", ("--security", "default"), 9),
-        ("cardcage_fleet", (), 12),
-        ("cardcage_selinux/svirt", ("--security", "default"), 9),
-        ("cardcage_cli", (), 9),
+        pytest.param("", (), 15, id="anywhere"),
+        pytest.param("", ("--security", "default"), 9, id="secured", marks=pytest.mark.once),
+        pytest.param("cardcage_fleet", (), 12, id="roster", marks=pytest.mark.once),
+        pytest.param("cardcage_selinux/svirt", ("--security", "default"), 9, id="labels", marks=pytest.mark.once),
+        pytest.param("cardcage_cli", (), 9, id="command", marks=pytest.mark.once),
     ],
-    ids=["anywhere", "secured", "roster", "labels", "command"],
 )
 def test_at_any_moment_a_signal_leaves_nothing(place: Place, only: str, words: tuple[str, ...], count: int) -> None:
     """At moments spread from the first to the last: one outcome, its status, no traceback, entry, label or file."""

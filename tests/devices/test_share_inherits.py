@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).parent
 LOCALES = [("C", "0"), ("POSIX", "0"), ("C.UTF-8", "0"), ("C", "1")]
 

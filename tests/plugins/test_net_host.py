@@ -381,6 +381,7 @@ def dhcp_answer(request: bytes, kind: int) -> bytes:
     return b"\xff" * 6 + b"\x02\0\0\0\0\1" + b"\x08\0" + ip + udp
 
 
+@pytest.mark.once
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu is not installed")
 @pytest.mark.parametrize("ours", ["listen", "connect"])
 def test_qemu_at_the_other_end(stack: ExitStack, slot: Slot, tmp_path: Path, ours: str) -> None:

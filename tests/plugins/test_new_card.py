@@ -14,6 +14,8 @@ from cardcage_new.kinds import KINDS
 from cardcage_new.skeleton import contents
 from installed import cardcage
 
+pytestmark = pytest.mark.once
+
 NAMES = {kind: f"fresh-{kind}" for kind in KINDS}
 SLIPS = {
     "device": ("def reset(", "def rset(", 'has "rset": did you mean "reset"'),

@@ -56,7 +56,7 @@ with vm:
 """
 
 
-pytestmark = [pytest.mark.usefixtures("runtime"), pytest.mark.xdist_group("host")]
+pytestmark = [pytest.mark.usefixtures("runtime"), pytest.mark.xdist_group("host"), pytest.mark.once]
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ def check_qemus_agent(vm: TypedMachine) -> None:
 def check_ssh(vm: TypedMachine, folder: Path) -> None:
     """OpenSSH's own client runs commands and copies files by ssh_config(), without a network; a stranger has no key."""
 
+    vm.run("rm -f /root/.bashrc", check=True)  # which may take seconds, and is run for a command by sshd
     ours, other = vm.ssh_config(), vm.ssh_config()
 
     def client(*words: str, program: str = "ssh", config: Path = ours) -> CompletedProcess[str]:
