@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.errors import ConfigError, HostError
 from cardcage.machine import Machine
 from cardcage.units import Duration, Size, say_size
-from cardcage_cli.running import SWITCH_INTERVAL, run_machine
+from cardcage_cli import SWITCH_INTERVAL, run_machine, timeout_of
 from cardcage_fleet import command, converse, find
 from cardcage_fleet.session import Kind
 
@@ -125,12 +125,7 @@ def _act(act: str, arguments: Namespace) -> int:
 
 def run_incoming(host: Host, arguments: Namespace) -> int:
     """Carry out ``cardcage incoming``; the process's status. Raises the project's errors."""
-    timeout = None
-    if arguments.timeout is not None:
-        try:
-            timeout = float(Duration(arguments.timeout))
-        except ValueError as error:
-            raise ConfigError(str(error), key="--timeout") from error
+    timeout = timeout_of(arguments)
     sys.setswitchinterval(SWITCH_INTERVAL)
     arrival = Arrival(
         Machine,

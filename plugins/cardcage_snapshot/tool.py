@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import asdict
 from cardcage.errors import ConfigError, HostError
 from cardcage.security import OPERATOR, Act
-from cardcage.units import Duration, say_size
-from cardcage_cli.running import SWITCH_INTERVAL, run_machine
+from cardcage.units import say_size
+from cardcage_cli import SWITCH_INTERVAL, run_machine, timeout_of
 from cardcage_fleet import find
 
 from cardcage_snapshot.manifest import MANIFEST, read
@@ -180,12 +180,7 @@ def _restore(host: Host, arguments: Namespace) -> int:
 
     from cardcage_snapshot.restoring import restore, settle
 
-    timeout = None
-    if arguments.timeout is not None:
-        try:
-            timeout = float(Duration(arguments.timeout))
-        except ValueError as error:
-            raise ConfigError(str(error), key="--timeout") from error
+    timeout = timeout_of(arguments)
     sys.setswitchinterval(SWITCH_INTERVAL)
     path = located(arguments.snapshot)
     agent = _found(path)[0].agent

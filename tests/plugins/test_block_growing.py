@@ -178,4 +178,4 @@ def test_a_machines_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_throttle_over_what_has_one_size() -> None:
     """A throttle grows as what is below it does, and says where that has one size."""
     with pytest.raises(OSError, match="one size"):
-        Throttle(object(), ThrottleOptions("")).grow(1)  # type: ignore[arg-type]
+        Throttle(object(), ThrottleOptions("")).grow(1)  # type: ignore[arg-type]  # no image

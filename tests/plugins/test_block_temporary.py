@@ -31,8 +31,8 @@ def test_the_image_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = path.read_bytes()
     path.chmod(0o400)
     slot = TestSlot()
-    check_block_backend(lambda: open_temporary(slot, Drive(str(path), format=form)))  # type: ignore[arg-type]
-    made = open_temporary(slot, Drive(str(path), format=form))  # type: ignore[arg-type]
+    check_block_backend(lambda: open_temporary(slot, Drive(str(path), format=form)))  # type: ignore[arg-type]  # a test's slot
+    made = open_temporary(slot, Drive(str(path), format=form))  # type: ignore[arg-type]  # likewise
     assert list(scratch.iterdir()) == []
     assert made.info.size == MIB
     made.writev(0, [memoryview(b"w" * 512)])

@@ -34,7 +34,7 @@ STOP = re.compile(rb"T05thread:(?:p01\.)?01;.*")
 
 
 def emulated(accel: str) -> bool:
-    """Whether it knows no watchpoints."""
+    """True where it knows no watchpoints."""
     probe: Probe = Host().registry.get(AcceleratorOffer, accel).load()().probe()
     return probe.speed == "emulated"
 
