@@ -17,7 +17,7 @@ from cardcage_jail import is_inside, listen_at
 
 from cardcage_fleet import ControlOffer, SessionOffer
 from cardcage_fleet.admission import Starter, admissions, rooms_of
-from cardcage_fleet.hostmemory import MemoryGroup, memory_group, memory_limits
+from cardcage_fleet.hostmemory import MemoryGroup, memory_limits, own_memory_group
 from cardcage_fleet.roster import BROKERS, Roster, RosterEntry, pid_namespace
 from cardcage_fleet.rundir import run_directory
 
@@ -245,7 +245,7 @@ def entry_of(machine: Machine) -> RosterEntry:
 
 def group_facts() -> dict[str, Any]:
     """An entry's facts about this process's memory cgroup."""
-    group = memory_group()
+    group = own_memory_group()
     if group is None:
         return {}
     kills = group.oom_kills()
