@@ -97,7 +97,7 @@ def _for_good(machine: Machine) -> list[str]:
 
 
 _shared: WeakKeyDictionary[RamBlock, bool] = WeakKeyDictionary()
-"""What is known of blocks: their mappings stay what they are, and translated code is in a thousand others."""
+"""Blocks that were looked for: their mappings stay what they are, and translated code is in a thousand others."""
 
 
 def shared(blocks: list[RamBlock]) -> bool:
