@@ -40,7 +40,8 @@ NEEDS = {
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
-    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
+    # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere
+    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp", "cardcage_migrate"},
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
