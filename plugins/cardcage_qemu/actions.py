@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cardcage_qemu.keyval import Options
     from cardcage_qemu.line import Line
 
-__all__ = ["on_action", "on_gdb", "on_incoming", "on_s", "on_watchdog", "on_watchdog_action"]
+__all__ = ["on_action", "on_gdb", "on_incoming", "on_loadvm", "on_s", "on_watchdog", "on_watchdog_action"]
 
 WATCHDOG = ("reset", "shutdown", "poweroff", "pause", "debug", "none")
 """A watchdog's actions, of QEMU's words."""
@@ -39,6 +39,10 @@ def on_incoming(line: Line, options: Options) -> None:
         except UsageError as error:
             raise ConfigError(f"{error}, or defer", file="-incoming") from error
     line.incoming = options.text
+
+
+def on_loadvm(line: Line, options: Options) -> None:
+    line.loadvm = options.text
 
 
 def on_s(line: Line, options: Options) -> None:

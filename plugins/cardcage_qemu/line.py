@@ -46,7 +46,6 @@ GLOBALS = (
 """Properties of devices by their type that say what is so anyway."""
 REFUSED = {
     "fda": "cardcage has no floppy disks",
-    "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
     "tpmdev": "cardcage has no TPM",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
@@ -70,6 +69,7 @@ class Line:
         temporary: -snapshot. freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
         console: standard input and output are the console's.
         incoming: where a machine comes from that this one is to become: a URI, or ``defer`` for QMP's word.
+        loadvm: the tag of the snapshot that it goes on from.
     """
 
     machine: dict[str, Any] = field(factory=lambda: {"memory": "128M"})
@@ -106,6 +106,7 @@ class Line:
     daemonize: bool = False
     pidfile: str = ""
     incoming: str = ""
+    loadvm: str = ""
     console: bool = False
     nographic: bool = False
     bare: bool = False
@@ -244,6 +245,8 @@ class Line:
         found = []
         if self.incoming:
             found.append(f"-incoming {self.incoming}: RAM, state and disks come from another machine")
+        if self.loadvm:
+            found.append(f"-loadvm {self.loadvm}: goes on from a snapshot")
         if self.freeze:
             found.append("-S: QMP's cont, or gdb's continue, starts the machine")
         if self.linger:

@@ -114,6 +114,8 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
         strays: list[BaseException] = host.share(STRAYS, list)
         end.enter_context(threads_watched(strays, machine))
         machine.observers.add("state", lambda state: control.began.set() if state == "stopped" else None)
+        if line.loadvm:
+            _loaded(machine, line.loadvm)
         what = _expected(machine, line.incoming)
         if line.daemonize:
             _detach()
@@ -123,7 +125,7 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
             control.began.wait()
         if not line.bare and machine.state == "built" and not control.quitted.is_set():
             try:
-                machine.start()
+                machine.start(boot=not line.loadvm)
             except StateError:
                 if (
                     not strays and not control.quitted.is_set()
@@ -134,6 +136,18 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
             if control.lingers and outcome.status == 0 and not control.quitted.is_set():
                 control.linger()
         return run_machine(machine, console=None)
+
+
+def _loaded(machine: Any, tag: str) -> None:
+    """Put the machine where its snapshot is. Raises ConfigError that names the option, and what loading raises."""
+    from cardcage.errors import CardcageError, ConfigError
+    from cardcage_snapshot.loading import load
+    from cardcage_snapshot.qmp import place
+
+    try:
+        load(machine, place(machine, tag))
+    except CardcageError as error:
+        raise ConfigError(str(error), file=f"-loadvm {tag}") from error
 
 
 def _expected(machine: Any, uri: str) -> Any:
