@@ -20,6 +20,7 @@ from cardcage_migrate.expecting import expected, waiting_drive
 from cardcage_qemu import translate
 from cardcage_qemu.program import _become
 from cardcage_qmp import control_of
+from listens import listens
 from qmp_kit import Client
 from snapshot_kit import count, counting, counts_on
 
@@ -191,7 +192,7 @@ def test_by_the_command_line(tmp_path: Path, host: Host) -> None:
         assert vm.migrate(f"file:{tmp_path}/kept").status == "given up"
     with subprocess.Popen([*PROGRAM, *words, "-incoming", f"file:{tmp_path}/kept"], stderr=subprocess.PIPE) as process:
         try:
-            while not (tmp_path / "qmp").exists():
+            while not listens(tmp_path / "qmp"):
                 assert process.poll() is None
             with Client(tmp_path / "qmp") as peer:
                 while (found := status(peer)) in ("inmigrate", "paused"):

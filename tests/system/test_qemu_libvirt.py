@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from cardcage_block.make import create_qcow2
+from listens import listens
 
 pytestmark = pytest.mark.once  # libvirt's words are the same to each Python
 
@@ -89,7 +90,7 @@ class Daemon:
         self.socket = runtime / "libvirt" / "libvirt-sock"
         words = [*USER, libvirtd, "-t", "60"]
         self._daemon = subprocess.Popen(words, env=self._environment, stderr=subprocess.DEVNULL)
-        while not self.socket.exists():
+        while not listens(self.socket):
             assert self._daemon.poll() is None
 
     def __call__(self, *words: str, status: int = 0) -> str:
