@@ -199,14 +199,17 @@ if [ -f /cardcage/exec ]; then
     mark end " $status" >&5
     settle 8 5 "$out"
 else
-    {  # the power button ends the guest
-        modprobe evdev
-        for name in /sys/class/input/event*/device/name; do
-            read -r is < "$name" && [ "$is" = "Power Button" ] || continue
-            event=${name#/sys/class/input/}
-            dd if="/dev/input/${event%%/*}" of=/dev/null bs=24 count=1 && sync && poweroff -f
-        done
-    } < /dev/null > /dev/null 2>&1 &
+    # The power button ends the guest. It is heard from before the prompt on: what is pressed while nobody has the device
+    # open is lost.
+    insert evdev 2> /dev/null
+    for name in /sys/class/input/event*/device/name; do
+        read -r is < "$name" && [ "$is" = "Power Button" ] || continue
+        event=${name#/sys/class/input/}
+        [ -c "/dev/input/${event%%/*}" ] || continue
+        exec 3< "/dev/input/${event%%/*}"
+        { dd bs=24 count=1 && sync && poweroff -f; } <&3 > /dev/null 2>&1 &
+        exec 3<&-
+    done 2> /dev/null
     [ "$rows" = 0 ] || stty -F /dev/console rows "$rows" cols "$cols"
     shell=sh
     [ "$base" = /cardcage ] || [ ! -x /bin/bash ] || shell=/bin/bash

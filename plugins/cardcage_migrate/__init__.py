@@ -16,6 +16,7 @@ from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from cardcage.machine import Machine as PlainMachine
     from cardcage.registry import Registry
 
     from cardcage_migrate.disks import Movable
@@ -25,14 +26,26 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenStream", "LinkLost", "Machine", "Movable", "Progress", "Refused", "Verbs"]
 
-QMP = "migrate migrate_cancel migrate_set_parameters query_migrate query_migrate_parameters"
+MEANT = "migrate:meant"
+"""The key by which a host shares that its next machine waits for one that comes into it, as ``incoming``."""
+QMP = (
+    "migrate migrate_incoming migrate_cancel migrate_set_parameters query_migrate query_migrate_parameters "
+    "migrate_set_capabilities query_migrate_capabilities"
+)
+
+HMP = {
+    "migrate": "migrate [-d] URI",
+    "migrate_incoming": "migrate_incoming URI",
+    "migrate_cancel": "migrate_cancel",
+    "info migrate": "info migrate",
+}
 
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
     """Offer the verbs, the commands ``migrate`` and ``incoming``, and what stands for disks that are on their way."""
     from cardcage_fleet import ControlOffer, SessionOffer
-    from cardcage_qmp import QmpCommand, QmpEvent
+    from cardcage_qmp import HmpCommand, QmpCommand, QmpEvent
 
     out = "cardcage_migrate.outgoing"
     registry.verb("migrate", f"{out}:migrate", help="move the running machine to who waits for it")
@@ -65,8 +78,20 @@ def cardcage_register(registry: Registry) -> None:
     for name in QMP.split():
         spelt = name if name == "migrate_cancel" else name.replace("_", "-")
         registry.add(QmpCommand(spelt, f"cardcage_migrate.qmp:{name}"))
+    for name, usage in HMP.items():
+        function = f"hmp_{name.replace(' ', '_')}"
+        registry.add(HmpCommand(name, f"cardcage_migrate.qmp:{function}", help=usage))
     registry.add(QmpEvent("MIGRATION", "cardcage_migrate.qmp:MigrationEvent"))
     registry.add(ControlOffer("migrate-act", f"{serve}:act", help="cancel, show or recover a migration: {act: NAME}"))
+
+
+@hookimpl(tryfirst=True)  # before there are peers that could speak of it
+def cardcage_built(machine: PlainMachine) -> None:
+    """Let a machine wait that was made to become one that comes."""
+    if machine.host.share(MEANT, dict).pop("incoming", False):
+        from cardcage_migrate.qmp import before_peers
+
+        before_peers(machine)
 
 
 _names: Any = lazy_names(

@@ -6,6 +6,7 @@ off) right before it says COMMIT, and only then is it opened at the destination:
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from cardcage.device import Slot
     from cardcage.machine import Machine
 
-__all__ = ["Arriving", "ArrivingOptions", "Held", "Movable", "arrivals", "checked", "held_disks", "open_arriving"]
-__all__ += ["replaced"]
+__all__ = ["Arriving", "ArrivingOptions", "Held", "Movable", "arrivals", "awaited", "checked", "held_disks"]
+__all__ += ["open_arriving", "replaced"]
 
 KEY = "drive"
 """The option of a device that names its block back end."""
@@ -135,11 +136,11 @@ class ArrivingOptions:
 
     Attributes:
         disk: the drive, as the device's configuration has it. size, block_size: bytes. discard, write_zeroes: what it
-            can do.
+            can do. Without a size, the image is looked at.
     """
 
     disk: str | dict[str, Any]
-    size: int
+    size: int | None = None
     block_size: int = field(default=512)
     discard: bool = False
     write_zeroes: bool = False
@@ -149,10 +150,35 @@ class Arriving:
     """A disk that is another machine's until :meth:`arrive`; no guest runs before that."""
 
     def __init__(self, slot: Slot, options: ArrivingOptions) -> None:
-        self.info = BlockInfo(options.size, options.block_size, False, options.discard, options.write_zeroes)
         self._slot, self._options = slot, options
+        if options.size is None:
+            self.info = self._looked_at()
+        else:
+            self.info = BlockInfo(options.size, options.block_size, False, options.discard, options.write_zeroes)
         self._disk: Any = None
         self._tries = False, False
+
+    @property
+    def disk(self) -> str | dict[str, Any]:
+        """The drive itself, as the device's configuration has it."""
+        return self._options.disk
+
+    def _looked_at(self) -> BlockInfo:
+        """The disk's facts, of one that another machine may be writing: it is opened, and closed again."""
+        spec, table = self._options.disk, image_of(self._options.disk)[1]
+        image = bool(image_of(spec)[2])
+        if image:  # without its lock, which the source has
+            kind = image_of(spec)[0]
+            spec = {**table, "type": kind, "readonly": True, "locking": "off"}
+        host: Any = self._slot.host
+        disk = host.open("block", spec)
+        host.opened.remove(disk)
+        disk.close()
+        if not image:
+            found: BlockInfo = disk.info
+            return found
+        discard = table.get("discard", "unmap") == "unmap"
+        return BlockInfo(disk.info.size, disk.info.block_size, False, discard, True)
 
     def arrive(self) -> None:
         """Open it. Raises ConfigError or HostError where it cannot be had, or is another than the source's."""
@@ -197,6 +223,13 @@ class Arriving:
         """See :class:`cardcage.backends.BlockBackend`."""
         self._disk.write_zeroes(offset, length, unmap=unmap)
 
+    def grow(self, size: int, /) -> None:
+        """Make the disk *size* bytes long. Raises OSError where it does not."""
+        if not hasattr(self._disk, "grow"):
+            raise OSError(errno.EOPNOTSUPP, "its drive is of a kind that has one size")
+        self._disk.grow(size)
+        self.info = self._disk.info
+
     def close(self) -> None:
         """The disk itself is closed by the device that opened it."""
 
@@ -218,15 +251,7 @@ def replaced(tables: dict[str, Any], disks: list[MovedDisk], host: str) -> None:
         if device is None or KEY not in device:
             raise ConfigError(f'no device "{disk.device}" with a {KEY} in the configuration')
         spec = original_spec(device[KEY])
-        path = image_of(spec)[2]
-        if path:
-            try:
-                about = os.stat(path)
-            except (OSError, ValueError) as error:
-                why = error.strerror if isinstance(error, OSError) else error
-                raise ConfigError(f'the disk of device "{disk.device}" is not shared: {path}: {why}') from error
-            if host and host == boot_id() and disk.file and disk.file != [about.st_dev, about.st_ino]:
-                raise ConfigError(f'the disk of device "{disk.device}" is not shared: {path} is another file')
+        _shared(disk, spec, host)
         device[KEY] = {
             "type": "arriving",
             "disk": spec,
@@ -237,13 +262,47 @@ def replaced(tables: dict[str, Any], disks: list[MovedDisk], host: str) -> None:
         }
 
 
+def awaited(machine: Machine, disks: list[MovedDisk], host: str) -> None:
+    """Hold the *disks* that come to those that *machine*, which is built, waits for. Raises ConfigError."""
+    waiting = {
+        plugged.id: one
+        for plugged in machine.devices.values()
+        for one in plugged.slot.host.opened
+        if isinstance(one, Arriving)
+    }
+    there, here = sorted(one.device for one in disks), sorted(waiting)
+    if there != here:
+        theirs, ours = (", ".join(one) or "none" for one in (there, here))
+        raise ConfigError(f"the devices whose disks come are {theirs}; those that wait for one here are {ours}")
+    for disk in disks:
+        info = waiting[disk.device].info
+        if (disk.size, disk.block_size) != (info.size, info.block_size):
+            what = f"a disk of {disk.size} bytes at the source, of {info.size} here"
+            raise ConfigError(f'the disk of device "{disk.device}" is not shared: {what}')
+        _shared(disk, original_spec(waiting[disk.device].disk), host)
+
+
+def _shared(disk: MovedDisk, spec: Any, host: str) -> None:
+    """Raises ConfigError where the image that is named here is another than that of the source's disk."""
+    path = image_of(spec)[2]
+    if not path:
+        return
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f'the disk of device "{disk.device}" is not shared: {path}: {why}') from error
+    if host and host == boot_id() and disk.file and disk.file != [about.st_dev, about.st_ino]:
+        raise ConfigError(f'the disk of device "{disk.device}" is not shared: {path} is another file')
+
+
 def arrivals(machine: Machine, stamps: Sequence[Stamp]) -> None:
     """Take the disks that the source let go of. Raises ConfigError or HostError; then none of them is kept."""
     left = {one.device: one for one in stamps}
     for plugged in machine.devices.values():
         for one in list(plugged.slot.host.opened):
             if isinstance(one, Arriving):
-                path = image_of(original_spec(one._options.disk))[2]
+                path = image_of(original_spec(one.disk))[2]
                 theirs, here = left.get(plugged.id), stamp(plugged.id, path)
                 if theirs is not None and here is not None and here != theirs:
                     raise HostError(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.security import Act
 
-__all__ = ["Hold", "migrate_recover", "recoverable"]
+__all__ = ["Hold", "migrate_recover", "recoverable", "standing"]
 
 STOPPED = frozenset({"start", "resume", "reset", "add", "fork"})
 """Acts that are refused of a machine meanwhile."""
@@ -46,6 +46,12 @@ def recoverable(machine: Machine, go_on: Callable[[], None] | None) -> None:
             _ways.pop(machine, None)
         else:
             _ways[machine] = go_on
+
+
+def standing(machine: Machine) -> bool:
+    """True for a copy that stands still until :func:`migrate_recover`."""
+    with _lock:
+        return machine in _ways
 
 
 def migrate_recover(self: Machine) -> None:

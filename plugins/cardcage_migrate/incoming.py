@@ -17,12 +17,12 @@ from cardcage_snapshot.state import capture, dumps, loads
 from cardcage_snapshot.state import restore as load_state
 
 from cardcage_migrate.announce import announce
-from cardcage_migrate.disks import arrivals, replaced
+from cardcage_migrate.disks import arrivals, awaited, replaced
 from cardcage_migrate.hold import Hold, recoverable
 from cardcage_migrate.pages import put, uncollected
 from cardcage_migrate.passport import Passport, Stamp, structured
 from cardcage_migrate.progress import new_progress
-from cardcage_migrate.reach import DIAL, Waiting, parse
+from cardcage_migrate.reach import DIAL, Waiting, hang_up, parse
 from cardcage_migrate.wire import BrokenStream, Channel, Kind, LinkLost, Refused
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Arrival(Generic[M]):
     Args:
         console: char back end for its console, where a device has that.
         may_pause: take one that was paused at its source, which is then built, and not started.
+        into: a machine that is built, and is to be the one that comes; whoever made it starts it.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class Arrival(Generic[M]):
         *,
         console: str | None = None,
         may_pause: bool = True,
+        into: M | None = None,
     ) -> None:
-        self._console, self._may_pause = console, may_pause
+        self._console, self._may_pause, self._into = console, may_pause, into
         self._cls, self._name, self._accel, self._host = cls, name, accel, host
         self._place, self._trust, self._any_cpu = parse(uri), trust, any_cpu
         self._given = None if config is None else given(config)
@@ -113,6 +115,26 @@ class Arrival(Generic[M]):
         self._vm: M
         self._going_on = threading.Lock()
         self._goes_on = threading.Event()
+        self._door: Waiting | None = None
+
+    @property
+    def paused(self) -> bool:
+        """The machine was paused at its source."""
+        return self._passport.paused
+
+    def open(self, tls_dir: str | os.PathLike[str] | None = None) -> Waiting:
+        """Listen. Raises HostError, ConfigError, Denied."""
+        if self._door is None:
+            if self._host is not None:
+                self._place.ask(self._host.mediator, OPERATOR, self._name or "", listen=True)
+            self._door = Waiting(self._place, tls_dir)
+        return self._door
+
+    def abandon(self) -> None:
+        """Whoever waits here for a machine, or takes one, hears that there is none. Any thread."""
+        for one in (self._door, getattr(getattr(self, "_channel", None), "peer", None)):
+            if one is not None:
+                hang_up(one)
 
     def wait(
         self,
@@ -121,10 +143,7 @@ class Arrival(Generic[M]):
         waiting: Callable[[Waiting], object] | None = None,
     ) -> None:
         """Wait for a source that says what machine it sends. Raises HostError, BrokenStream, LinkLost."""
-        place = self._place
-        if self._host is not None:
-            place.ask(self._host.mediator, OPERATOR, self._name or "", listen=True)
-        door = Waiting(place, tls_dir)
+        place, door = self._place, self.open(tls_dir)
         try:
             if waiting is not None:
                 waiting(door)
@@ -179,7 +198,7 @@ class Arrival(Generic[M]):
         if not self._channel.one_way and not isinstance(error, Refused | LinkLost):
             with suppress(HostError):  # it finds out
                 self._channel.say(Kind.FAILED, str(error) if isinstance(error, CardcageError) else in_words(error))
-        if hasattr(self, "_vm"):
+        if hasattr(self, "_vm") and self._into is None:
             self._vm.dismantle()
 
     def _take(self) -> None:
@@ -201,7 +220,8 @@ class Arrival(Generic[M]):
                 channel.send(Kind.STARTED)
             except LinkLost:  # the source stands still and says how to find out
                 vm.log.warning("the source could not be told that the machine runs here: it stands still there")
-        self._settle()
+        if self._into is None:
+            self.settle()
 
     def _switch(self, state: bytes) -> None:
         """Load what came, and run once the source has given the machine up."""
@@ -219,6 +239,29 @@ class Arrival(Generic[M]):
             raise
 
     def _build(self) -> None:
+        if self._into is not None:
+            self._vm = self._into
+            awaited(self._vm, self._passport.disks, self._passport.host)
+            self._hold = Hold(self._vm, f"it is on its way here from {self._place}")
+        else:
+            self._make()
+        vm, passport = self._vm, self._passport
+        vm.mediator.check(Act(OPERATOR, vm.label, "machine", ("migrate_in",), {"machine": vm.name}))
+        if self._console is not None and vm.console.claimed:
+            vm.open_console(self._console)
+        if self._into is None:
+            may_boot(vm, (vm.config.boot or {}).get("table", {}))
+        if int(vm.config.machine.memory) != passport.memory or len(vm.vcpus) != passport.cpus:
+            there, here = (
+                f"{memory} bytes of memory and {cpus} vCPUs"
+                for memory, cpus in (
+                    (passport.memory, passport.cpus),
+                    (int(vm.config.machine.memory), len(vm.vcpus)),
+                )
+            )
+            raise ConfigError(f"the source has {there}, this machine {here}")
+
+    def _make(self) -> None:
         passport, given = self._passport, self._given
         if passport.paused and not self._may_pause:
             raise ConfigError("the machine is paused: let it go on first, or take it in Python (Machine.incoming)")
@@ -245,19 +288,6 @@ class Arrival(Generic[M]):
         self._vm = vm
         original(vm, kept)
         self._hold = Hold(vm, f"it is on its way here from {self._place}")
-        vm.mediator.check(Act(OPERATOR, vm.label, "machine", ("migrate_in",), {"machine": vm.name}))
-        if self._console is not None and vm.console.claimed:
-            vm.open_console(self._console)
-        may_boot(vm, (vm.config.boot or {}).get("table", {}))
-        if int(vm.config.machine.memory) != passport.memory or len(vm.vcpus) != passport.cpus:
-            there, here = (
-                f"{memory} bytes of memory and {cpus} vCPUs"
-                for memory, cpus in (
-                    (passport.memory, passport.cpus),
-                    (int(vm.config.machine.memory), len(vm.vcpus)),
-                )
-            )
-            raise ConfigError(f"the source has {there}, this machine {here}")
 
     def _rehearsed(self) -> int:
         """Nanoseconds that it takes to load a state. What is loaded is the machine's own, from before it ran."""
@@ -311,8 +341,8 @@ class Arrival(Generic[M]):
 
     def await_recovery(self) -> bool:
         """Wait until a copy that stands still goes on; False when it was ended instead."""
-        while self._vm.state is State.BUILT:
-            self._goes_on.wait(0.2)
+        while self._vm.state is State.BUILT and not self._goes_on.wait(0.2):
+            pass
         return self._goes_on.wait(AGENT) and self._vm.state is not State.STOPPED
 
     def _recover(self) -> None:
@@ -324,19 +354,20 @@ class Arrival(Generic[M]):
         self._progress.status = "completed"
         self._goes_on.set()
         self._vm.log.warning("recovered: it goes on here", migration=str(self._place))
-        self._settle()
+        if self._into is None:
+            self.settle()
 
     def _go_on(self, stamps: list[Stamp]) -> None:
         """Take the disks, and run."""
         arrivals(self._vm, stamps)
         self._hold.drop()
-        if not self._passport.paused:
+        if not self._passport.paused and self._into is None:
             self._vm.start(boot=False)
 
-    def _settle(self) -> None:
-        """Tell the network where it is, and the guest what time it is."""
+    def settle(self) -> None:
+        """Tell the network where it is, and the guest what time it is. It runs, or was paused at its source."""
         vm: Any = self._vm
-        if self._passport.paused:
+        if self._passport.paused and self._into is None:
             return
         announce(vm)
         if self._passport.agent and vm.services.get("agent") is not None:

@@ -25,10 +25,10 @@ from cardcage_snapshot.sealing import prepared
 from cardcage_snapshot.state import capture, dumps, warm
 
 from cardcage_migrate.disks import checked, held_disks
-from cardcage_migrate.hold import Hold, recoverable
+from cardcage_migrate.hold import Hold, recoverable, standing
 from cardcage_migrate.pages import Written, bodies, joined, uncollected, why_not
 from cardcage_migrate.passport import Passport, boot_id
-from cardcage_migrate.progress import current, new_progress
+from cardcage_migrate.progress import new_progress
 from cardcage_migrate.reach import connect, parse
 from cardcage_migrate.throttle import Throttle
 from cardcage_migrate.wire import PIECE, Channel, Kind, LinkLost, Refused
@@ -74,6 +74,8 @@ class Limits:
             whether it is given up (``cancel``) or the guest stands still for longer (``force``).
         throttle: hold up vCPUs that write faster than it sends.
         patience: seconds that the other side may be silent.
+        ram_alone: the downtime is for RAM alone, as QEMU reckons it; what the switch takes besides comes on top, and
+            may be more.
     """
 
     bandwidth: int | None = None
@@ -82,6 +84,7 @@ class Limits:
     strategy: Literal["cancel", "force"] = "cancel"
     throttle: bool = True
     patience: float = 30.0
+    ram_alone: bool = False
 
     def __attrs_post_init__(self) -> None:
         if self.bandwidth is not None and self.bandwidth < 4096:
@@ -148,14 +151,29 @@ def migrate_cancel(self: Machine) -> None:
 
 class Outgoing:
     """One migration of *machine*, which has to be all that moves it. Raises StateError, in one line, for a machine that
-    cannot be moved; nothing has happened then."""
+    cannot be moved; nothing has happened then.
+
+    Args:
+        stays: its process does not end with the migration: it stands still here, and can be recovered, until it is
+            ended.
+
+    Attributes:
+        recovered: called once it was recovered here.
+    """
 
     def __init__(
-        self, machine: Machine, where: str, limits: Limits, tell: Callable[[Progress], object] | None = None
+        self,
+        machine: Machine,
+        where: str,
+        limits: Limits,
+        tell: Callable[[Progress], object] | None = None,
+        *,
+        stays: bool = False,
     ) -> None:
         if machine.state not in (State.RUNNING, State.PAUSED):
             raise StateError(f"cannot migrate: the machine is {machine.state}")
-        self._machine, self._where, self._limits, self._tell = machine, where, limits, tell
+        self._machine, self._where, self._limits, self._tell, self._stays = machine, where, limits, tell, stays
+        self.recovered: Callable[[], object] = lambda: None
         self._block = savable(machine)
         if why := why_not(machine):
             raise StateError(f"{machine.name} cannot be migrated: {why}")
@@ -185,8 +203,7 @@ class Outgoing:
     def over(self, link: Callable[[], tuple[Peer, bool]]) -> Progress:
         """Make the connection and carry the machine over it. See :func:`migrate`."""
         with _lock:
-            before = current(self._machine)
-            if self._machine in _busy or (before is not None and before.status == "given up"):
+            if self._machine in _busy or standing(self._machine):
                 raise StateError(f"{self._machine.name} is being migrated already")
             _busy[self._machine] = self
         try:
@@ -228,7 +245,7 @@ class Outgoing:
         if not channel.one_way:
             self._fixed += channel.receive(Kind.ACCEPT).argument / 1e9
             self._fixed += 3 * self._ping()
-            if self._fixed > self._limits.downtime and self._running:
+            if self._fixed > self._limits.downtime and self._running and not self._limits.ram_alone:
                 least, most = (f"{one * 1000:.0f} ms" for one in (self._fixed, self._limits.downtime))
                 raise UsageError(f"the guest would stand still for about {least} at the least: downtime is {most}")
         progress.status = "active"
@@ -295,7 +312,7 @@ class Outgoing:
             progress.dirtied = left / took if took else 0.0
             progress.expected = left / link + self._fixed
             self._report()
-            if progress.expected <= limits.downtime:
+            if progress.expected <= limits.downtime + (self._fixed if limits.ram_alone else 0):
                 return
             if limits.timeout is not None and time.monotonic() - self._began > limits.timeout:
                 if limits.strategy == "force":
@@ -376,12 +393,15 @@ class Outgoing:
         channel.send(Kind.COMMIT, json.dumps(stamps).encode())
         if channel.one_way:
             progress.downtime = time.monotonic() - self._stopped
-            self._stay("it was sent to " + self._where)
+            self._stay(f"it was sent to {self._where}", "completed" if self._stays else "given up")
             return
         channel.receive(Kind.STARTED)
         progress.downtime = time.monotonic() - self._stopped
         progress.status, progress.remaining = "completed", 0
         machine.log.info("migrated", to=self._where, downtime=f"{progress.downtime * 1000:.0f} ms")
+        if self._stays:
+            self._stay(f"it was migrated to {self._where}", "completed")
+            return
         self._report(now=True)
         machine.stop(f"migrated to {self._where}")
 
@@ -409,18 +429,19 @@ class Outgoing:
             self._stay(f"it cannot go on after its migration failed: {other}")
             raise
 
-    def _stay(self, why: str) -> None:
+    def _stay(self, why: str, status: str = "given up") -> None:
         """Stand still until it is recovered."""
         assert self._hold is not None
         self._hold.drop()
         self._hold = Hold(self._machine, f'{why}; "cardcage migrate recover" goes on with it here')
         recoverable(self._machine, self._recover)
-        self._progress.status = "given up"
+        self._progress.status = status
 
     def _recover(self) -> None:
         self._go_on()
         recoverable(self._machine, None)
         self._progress.status = "failed"
+        self.recovered()
         self._machine.log.warning("recovered: it goes on here", migration=self._where)
 
     def _go_on(self) -> None:

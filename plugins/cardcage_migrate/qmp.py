@@ -1,31 +1,39 @@
-"""Migration in QMP's words: ``migrate``, ``query-migrate``, ``migrate_cancel`` and its limits, and the event MIGRATION.
+"""Migration in QMP's words: ``migrate``, ``migrate-incoming``, ``query-migrate``, ``migrate_cancel``, its limits and
+capabilities, and the event MIGRATION.
 
-As QEMU has them, but that the source ends once the machine runs at the destination, which has to be cardcage's.
+As QEMU has them: the source stands still once its machine is at the destination, until it is told to quit. ``cont``
+there is ``migrate_recover``: who says it knows that no other copy runs.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Literal, NotRequired, TypedDict
 from weakref import WeakKeyDictionary
 
-from attrs import evolve
+from attrs import Factory, define, evolve
 from cardcage.errors import CardcageError, UsageError
-from cardcage.machine import Machine
-from cardcage_qmp import QmpError, Session
+from cardcage.machine import Machine, State
+from cardcage_qmp import QmpError, Session, control_of
+from cardcage_qmp.control import Control, RunState
 
-from cardcage_migrate.outgoing import Limits, Outgoing
+from cardcage_migrate.expecting import Expected, Status, expect, expected
+from cardcage_migrate.hold import migrate_recover, standing
+from cardcage_migrate.outgoing import Cancelled, Limits, Outgoing
 from cardcage_migrate.outgoing import migrate_cancel as cancel
 from cardcage_migrate.progress import Progress, current
 from cardcage_migrate.reach import adopted, connect, parse
 
 __all__ = [
+    "Coming",
     "MigrationEvent",
     "migrate",
     "migrate_cancel",
+    "migrate_incoming",
+    "migrate_set_capabilities",
     "migrate_set_parameters",
     "query_migrate",
+    "query_migrate_capabilities",
     "query_migrate_parameters",
 ]
 
@@ -52,7 +60,89 @@ class MigrationEvent(TypedDict):
     status: MigrationStatus
 
 
-_limits: WeakKeyDictionary[Machine, Limits] = WeakKeyDictionary()
+class MigrationCapabilityStatus(TypedDict):
+    """A capability, and whether it is on: events that say that a migration's state changes; vCPUs that write faster
+    than can be sent are held up; the destination answers, which it does anyway where something can come back."""
+
+    capability: Literal["events", "auto-converge", "return-path"]
+    state: bool
+
+
+@define
+class Wishes:
+    """Wishes of peers about migrations of a machine, out of it or into it."""
+
+    limits: Limits = Factory(lambda: Limits(ram_alone=True))
+    events: bool = False
+    answers: bool = True
+    leaves: bool = False
+    """Some peer had the machine moved away."""
+    moving: bool = False
+
+    def tell(self, control: Control, status: MigrationStatus) -> None:
+        """Emit the event, where it is wanted."""
+        if self.events:
+            control.emit("MIGRATION", {"status": status})
+
+
+_wishes: WeakKeyDictionary[Machine, Wishes] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def wishes(machine: Machine) -> Wishes:
+    """Wishes of peers about *machine*."""
+    return _wishes.setdefault(machine, Wishes())
+
+
+class Gone:
+    """A machine that was migrated away, and stands still here: ``cont`` goes on with it."""
+
+    run_state: RunState = "postmigrate"
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def cont(self) -> None:
+        """Recover it. Raises HostError where another copy has a disk, or has written it."""
+        machine = self._control.machine
+        migrate_recover(machine)
+        if machine.state is State.PAUSED:  # and was so at its switch
+            machine.resume()
+
+    def back(self) -> None:
+        """It goes on here."""
+        self._control.elsewhere = None
+
+
+class Coming:
+    """A machine that waits for one that comes into it; ``cont`` starts it once that is here."""
+
+    def __init__(self, machine: Machine, what: Expected) -> None:
+        self._control = control_of(machine)
+        self.run_state: RunState = "inmigrate"
+        self._wished = wishes(machine)
+        what.tell = self._tell
+        self._control.elsewhere = self
+
+    def _tell(self, status: Status) -> None:
+        if status == "completed":  # before anybody hears of it, and says cont
+            self.run_state = "paused"
+        self._wished.tell(self._control, status)
+
+    def starts(self) -> None:
+        """It runs from now on as any machine."""
+        self._control.elsewhere = None
+
+    def cont(self) -> None:
+        """Let it start as soon as it can."""
+        self._control.began.set()
+        if self.run_state == "paused":
+            self._control.ran.wait(60)
+
+
+def before_peers(machine: Machine) -> None:
+    """Let *machine*, which was just built, wait for one that comes into it."""
+    Coming(machine, expect(machine))
 
 
 def status_of(progress: Progress) -> MigrationStatus:
@@ -67,42 +157,69 @@ def status_of(progress: Progress) -> MigrationStatus:
     return "none"
 
 
-def migrate(session: Session, uri: str, detach: bool = True) -> None:
+def migrate(
+    session: Session, uri: str, detach: bool = True, resume: bool = False, blk: bool = False, inc: bool = False
+) -> None:
     """Begin to move the machine; ``fd:NAME`` is a descriptor that ``getfd`` has got. It says nothing of the end."""
-    machine, control = session.machine, session.control
+    machine, control, wished = session.machine, session.control, wishes(session.machine)
+    if resume:
+        raise QmpError("Parameter 'resume': there is no post-copy that could be taken up again")
+    if blk or inc:
+        raise QmpError("Parameters 'blk', 'inc': disks stay where they are, and none is copied")
+    if standing(machine):
+        raise QmpError(f"{machine.name} has been migrated already, and stands still: cont goes on with it here")
     last = "none"
 
     def tell(progress: Progress) -> None:
         nonlocal last
-        if (now := status_of(progress)) != last:
+        if (now := status_of(progress)) != last and now in ("setup", "active", "device"):
             last = now
-            if control.migration_events:
-                control.emit("MIGRATION", {"status": now})
+            wished.tell(control, now)
 
     name = uri.removeprefix("fd:")
     if uri != name and not name.isdigit():
         if name not in session.fds:
             raise QmpError(f"File descriptor named '{name}' has not been found")
-        fd, where = os.dup(session.fds[name]), uri
-        peer, one_way = adopted(fd)
+        peer, one_way = adopted(session.fds.pop(name))  # its end is the other side's word that all has come
+        where = uri
     else:
         place = parse(uri)
         place.ask(machine.mediator, machine.label, machine.name, listen=False)
         where = str(place)
         peer, one_way = connect(place)
     try:
-        outgoing = Outgoing(machine, where, _limits.get(machine, Limits()), tell)
+        outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
+        with _lock:
+            if wished.moving:
+                raise QmpError("There's a migration process in progress")
+            wished.moving = wished.leaves = True
     except BaseException:
         peer.close()
         raise
+    tell(Progress())  # libvirt wants to hear of it before the answer
 
     def move() -> None:
+        status: MigrationStatus = "failed"
         try:
-            outgoing.over(lambda: (peer, one_way))
+            status = status_of(outgoing.over(lambda: (peer, one_way)))
         except CardcageError as error:  # query-migrate says it, too
             machine.log.warning("the migration failed", why=str(error))
+            status = "cancelled" if isinstance(error, Cancelled) else status
+        finally:
+            wished.moving = False
+            if standing(machine):  # before anybody hears of it, and says cont
+                outgoing.recovered, control.elsewhere = gone.back, gone
+            wished.tell(control, status)
 
     threading.Thread(target=move, name=f"{machine.name}-migrate").start()
+
+
+def migrate_incoming(session: Session, uri: str) -> None:
+    """Listen for what comes into a machine that was made with ``-incoming defer``."""
+    what = expected(session.machine)
+    if what is None:
+        raise QmpError("'-incoming' was not specified on the command line")
+    what.listen(uri)
 
 
 def migrate_cancel(session: Session) -> None:
@@ -114,9 +231,14 @@ def migrate_cancel(session: Session) -> None:
 
 def query_migrate(session: Session) -> MigrationInfo:
     """How far it is; empty where none was asked for."""
+    what = expected(session.machine)
     progress = current(session.machine)
+    if what is not None and not wishes(session.machine).leaves:
+        if what.status is None:
+            return {}
+        return {"status": what.status, **({"error-desc": str(what.error)} if what.error is not None else {})}
     if progress is None:
-        return {}
+        return {"status": "setup"} if wishes(session.machine).moving else {}
     found: MigrationInfo = {
         "status": status_of(progress),
         "total-time": round(progress.total * 1000),
@@ -142,7 +264,8 @@ def migrate_set_parameters(
     session: Session, max_bandwidth: int | None = None, downtime_limit: int | None = None
 ) -> None:
     """Limits of the next migration: bytes a second, 0 for none; milliseconds."""
-    limits = _limits.get(session.machine, Limits())
+    wished = wishes(session.machine)
+    limits = wished.limits
     try:
         if max_bandwidth is not None:
             limits = evolve(limits, bandwidth=max_bandwidth or None)
@@ -150,10 +273,72 @@ def migrate_set_parameters(
             limits = evolve(limits, downtime=downtime_limit / 1000)
     except UsageError as error:
         raise QmpError(str(error)) from error
-    _limits[session.machine] = limits
+    wished.limits = limits
 
 
 def query_migrate_parameters(session: Session) -> MigrationParameters:
     """Limits of the next migration."""
-    limits = _limits.get(session.machine, Limits())
+    limits = wishes(session.machine).limits
     return {"max-bandwidth": limits.bandwidth or 0, "downtime-limit": round(limits.downtime * 1000)}
+
+
+def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStatus]:
+    """The capabilities there are."""
+    wished = wishes(session.machine)
+    return [
+        {"capability": "events", "state": wished.events},
+        {"capability": "auto-converge", "state": wished.limits.throttle},
+        {"capability": "return-path", "state": wished.answers},
+    ]
+
+
+def migrate_set_capabilities(session: Session, capabilities: list[MigrationCapabilityStatus]) -> None:
+    """Switch them."""
+    wished = wishes(session.machine)
+    for one in capabilities:
+        if one["capability"] == "events":
+            wished.events = one["state"]
+        elif one["capability"] == "return-path":
+            wished.answers = one["state"]
+        else:
+            wished.limits = evolve(wished.limits, throttle=one["state"])
+
+
+# lines of the human monitor
+
+
+def hmp_migrate(session: Session, words: list[str]) -> str:
+    """``migrate [-d] URI``: it says nothing of the end either way."""
+    given = words[1:] if words[:1] == ["-d"] else words
+    if len(given) != 1:
+        raise QmpError("expected migrate [-d] URI")
+    session.run("migrate", {"uri": given[0]})
+    return ""
+
+
+def hmp_migrate_incoming(session: Session, words: list[str]) -> str:
+    """``migrate_incoming URI``."""
+    if len(words) != 1:
+        raise QmpError("expected migrate_incoming URI")
+    session.run("migrate-incoming", {"uri": words[0]})
+    return ""
+
+
+def hmp_migrate_cancel(session: Session, words: list[str]) -> str:
+    """``migrate_cancel``."""
+    session.run("migrate_cancel", {})
+    return ""
+
+
+def hmp_info_migrate(session: Session, words: list[str]) -> str:
+    """``info migrate``."""
+    found = session.run("query-migrate", {})
+    if "status" not in found:
+        return ""
+    rows = [f"Migration status: {found['status']}\n"]
+    if "error-desc" in found:
+        rows = [f"Migration status: {found['status']} ({found['error-desc']})\n"]
+    rows += [f"{key.replace('-', ' ')}: {found[key]} ms\n" for key in ("total-time", "downtime") if key in found]
+    if "ram" in found:
+        rows += [f"{key} ram: {found['ram'][key] >> 10} kbytes\n" for key in ("transferred", "remaining", "total")]
+    return "".join(rows)

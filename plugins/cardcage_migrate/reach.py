@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from cardcage_migrate.wire import Peer
 
-__all__ = ["Place", "Waiting", "adopted", "connect", "parse"]
+__all__ = ["Place", "Waiting", "adopted", "connect", "hang_up", "parse"]
 
 DIAL = 10.0
 """Seconds that a connection may take, and the first word on it."""
@@ -47,7 +47,8 @@ class Place:
     """Where to, or from.
 
     Attributes:
-        scheme: one of :data:`SCHEMES`. rest: path, command or number. host, port: of ``tcp``.
+        scheme: one of :data:`SCHEMES`. rest: path, command or number. host, port: of ``tcp``; no host for all
+            addresses that this one has.
     """
 
     scheme: str
@@ -78,7 +79,7 @@ def parse(uri: str) -> Place:
     if scheme not in SCHEMES or not colon or not rest or "\0" in uri:
         raise UsageError(f'"{uri}": expected {", ".join(SCHEMES.values())}')
     if scheme == "tcp":
-        found = re.fullmatch(r"(?:\[([^]]+)\]|([^:\[\]]+)):([0-9]{1,5})", rest)
+        found = re.fullmatch(r"(?:\[([^]]+)\]|([^:\[\]]*)):([0-9]{1,5})", rest)
         if not found or int(found[3]) > 65535:
             raise UsageError(f'"{uri}": expected {SCHEMES[scheme]}')
         return Place(scheme, rest, found[1] or found[2], int(found[3]))
@@ -96,6 +97,8 @@ def connect(place: Place, tls_dir: str | os.PathLike[str] | None = None, tls_hos
 
     Raises HostError, ConfigError that names the file.
     """
+    if place.scheme == "tcp" and not place.host:
+        raise UsageError(f'"{place}": expected {SCHEMES["tcp"]}')
     context = None if tls_dir is None else tls_context(tls_dir, server=False)
     name = tls_hostname or place.host
     if context is not None:
@@ -134,8 +137,11 @@ class Waiting:
                 self._socket = listen_at(str(path))
                 self._socket.setblocking(True)
             elif place.scheme == "tcp":
-                kind = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-                self._socket = socket.create_server((place.host, place.port), family=kind, backlog=4)
+                both = place.host in ("", "::") and socket.has_dualstack_ipv6()
+                kind = socket.AF_INET6 if both or ":" in place.host else socket.AF_INET
+                self._socket = socket.create_server(
+                    (place.host, place.port), family=kind, backlog=4, dualstack_ipv6=both
+                )
 
     @property
     def port(self) -> int:
@@ -213,6 +219,14 @@ def adopted(fd: int) -> tuple[Peer, bool]:
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         return socket.socket(fileno=fd), False
     return Pipe(fd), True
+
+
+def hang_up(one: Any) -> None:
+    """Let whoever waits at *one*, a connection or a :class:`Waiting`, wait no longer; at a pipe nobody is woken."""
+    with suppress(OSError, ValueError):
+        if (fd := one.fileno()) >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with socket.socket(fileno=os.dup(fd)) as same:
+                same.shutdown(socket.SHUT_RDWR)
 
 
 class Program:

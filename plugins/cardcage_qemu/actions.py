@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cardcage.errors import ConfigError, UsageError
+
 from cardcage_qemu.devices import add_device
 
 if TYPE_CHECKING:
     from cardcage_qemu.keyval import Options
     from cardcage_qemu.line import Line
 
-__all__ = ["on_action", "on_gdb", "on_s", "on_watchdog", "on_watchdog_action"]
+__all__ = ["on_action", "on_gdb", "on_incoming", "on_loadvm", "on_s", "on_watchdog", "on_watchdog_action"]
 
 WATCHDOG = ("reset", "shutdown", "poweroff", "pause", "debug", "none")
 """A watchdog's actions, of QEMU's words."""
@@ -26,6 +28,21 @@ def on_gdb(line: Line, options: Options) -> None:
     options.harmless(server="on", wait="off", nodelay="", ipv4="", ipv6="", delay="")
     options.end()
     line.devices.append({"type": "gdb", "socket": socket})
+
+
+def on_incoming(line: Line, options: Options) -> None:
+    if options.text != "defer":
+        from cardcage_migrate.reach import parse
+
+        try:
+            parse(options.text)
+        except UsageError as error:
+            raise ConfigError(f"{error}, or defer", file="-incoming") from error
+    line.incoming = options.text
+
+
+def on_loadvm(line: Line, options: Options) -> None:
+    line.loadvm = options.text
 
 
 def on_s(line: Line, options: Options) -> None:

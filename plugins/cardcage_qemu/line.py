@@ -46,8 +46,6 @@ GLOBALS = (
 """Properties of devices by their type that say what is so anyway."""
 REFUSED = {
     "fda": "cardcage has no floppy disks",
-    "incoming": "cardcage takes no migration of QEMU's",
-    "loadvm": 'cardcage loads no state of QEMU\'s: "cardcage snapshot restore" has its own',
     "tpmdev": "cardcage has no TPM",
     "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
@@ -70,6 +68,8 @@ class Line:
         warnings: lines about what is not quite what was asked for.
         temporary: -snapshot. freeze: -S. linger: -no-shutdown. daemonize, pidfile: as they say.
         console: standard input and output are the console's.
+        incoming: where a machine comes from that this one is to become: a URI, or ``defer`` for QMP's word.
+        loadvm: the tag of the snapshot that it goes on from.
     """
 
     machine: dict[str, Any] = field(factory=lambda: {"memory": "128M"})
@@ -105,6 +105,8 @@ class Line:
     linger: bool = False
     daemonize: bool = False
     pidfile: str = ""
+    incoming: str = ""
+    loadvm: str = ""
     console: bool = False
     nographic: bool = False
     bare: bool = False
@@ -188,6 +190,8 @@ class Line:
         for disk in self.devices if self.temporary else ():
             if disk["type"] == "virtio-blk" and not any(disk["drive"] is one for one in self.nodes.values()):
                 backends.make_temporary(disk["drive"])
+        if self.incoming:
+            self._wait_for_disks()
         for watchdog in self.watchdogs if self.expiry != "reset" else ():
             watchdog["action"] = self.expiry
         if self.bare:
@@ -211,6 +215,16 @@ class Line:
         found |= {"security": self.security, "device": [*devices, *self.devices, *monitors]}
         return {name: table for name, table in found.items() if table}
 
+    def _wait_for_disks(self) -> None:
+        """Disks that the guest writes are another machine's until it comes."""
+        from cardcage_migrate.expecting import waiting_drive
+
+        for disk in self.devices:
+            if disk["type"] != "virtio-blk" or disk.get("readonly") or disk["drive"].get("readonly"):
+                continue
+            if disk["drive"].get("type") != "temporary":
+                disk["drive"] = waiting_drive(disk["drive"])
+
     def _consoles(self) -> None:
         for id, ports in self.buses.items():
             device = self.hosts[id]
@@ -229,6 +243,10 @@ class Line:
     def notes(self) -> list[str]:
         """Options that are no part of the configuration."""
         found = []
+        if self.incoming:
+            found.append(f"-incoming {self.incoming}: RAM, state and disks come from another machine")
+        if self.loadvm:
+            found.append(f"-loadvm {self.loadvm}: goes on from a snapshot")
         if self.freeze:
             found.append("-S: QMP's cont, or gdb's continue, starts the machine")
         if self.linger:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cardcage.errors import ConfigError
 
 from cardcage_qemu import backends
-from cardcage_qemu.actions import on_action, on_gdb, on_s, on_watchdog, on_watchdog_action
+from cardcage_qemu.actions import on_action, on_gdb, on_incoming, on_loadvm, on_s, on_watchdog, on_watchdog_action
 from cardcage_qemu.devices import add_device
 from cardcage_qemu.keyval import Options
 from cardcage_qemu.line import GLOBALS, MODELS, QUIET, Line
@@ -481,6 +481,8 @@ OPTIONS: dict[str, Option] = {
     "global": (True, on_global, None),
     "sandbox": (True, on_sandbox, "enable"),
     "pidfile": (True, on_pidfile, None),
+    "incoming": (True, on_incoming, None),
+    "loadvm": (True, on_loadvm, None),
     "daemonize": (False, flag("daemonize"), ""),
     "action": (True, on_action, ""),
     "watchdog-action": (True, on_watchdog_action, None),

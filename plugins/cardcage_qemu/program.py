@@ -94,6 +94,7 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     from cardcage.machine import Machine
     from cardcage_cli import SWITCH_INTERVAL, run_machine
     from cardcage_cli.running import STRAYS, threads_watched
+    from cardcage_migrate import MEANT as COMING
     from cardcage_qmp.control import MEANT, control_of
 
     from cardcage_qemu import coming
@@ -104,6 +105,7 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     with ExitStack() as end:
         host.share(coming.MEANT, dict)["line"] = line
         host.share(MEANT, dict).update(held=line.freeze or line.bare, lingers=line.linger)
+        host.share(COMING, dict).update(incoming=bool(line.incoming))
         machine = Machine.from_config(draft.config(), host=host)
         end.callback(machine.close)
         control = control_of(machine)
@@ -112,13 +114,18 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
         strays: list[BaseException] = host.share(STRAYS, list)
         end.enter_context(threads_watched(strays, machine))
         machine.observers.add("state", lambda state: control.began.set() if state == "stopped" else None)
+        if line.loadvm:
+            _loaded(machine, line.loadvm)
+        what = _expected(machine, line.incoming)
         if line.daemonize:
             _detach()
-        if line.freeze or line.bare:
+        if what is not None:
+            _become(machine, control, what, frozen=line.freeze)
+        elif line.freeze or line.bare:
             control.began.wait()
         if not line.bare and machine.state == "built" and not control.quitted.is_set():
             try:
-                machine.start()
+                machine.start(boot=not line.loadvm)
             except StateError:
                 if (
                     not strays and not control.quitted.is_set()
@@ -129,6 +136,42 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
             if control.lingers and outcome.status == 0 and not control.quitted.is_set():
                 control.linger()
         return run_machine(machine, console=None)
+
+
+def _loaded(machine: Any, tag: str) -> None:
+    """Put the machine where its snapshot is. Raises ConfigError that names the option, and what loading raises."""
+    from cardcage.errors import CardcageError, ConfigError
+    from cardcage_snapshot.loading import load
+    from cardcage_snapshot.qmp import place
+
+    try:
+        load(machine, place(machine, tag))
+    except CardcageError as error:
+        raise ConfigError(str(error), file=f"-loadvm {tag}") from error
+
+
+def _expected(machine: Any, uri: str) -> Any:
+    """The machine that is to come from *uri*, which is listened to; None where there is no such word."""
+    if not uri:
+        return None
+    from cardcage_migrate.expecting import expected
+
+    what = expected(machine)
+    if what is not None and uri != "defer":
+        what.listen(uri)
+    return what
+
+
+def _become(machine: Any, control: Any, what: Any, *, frozen: bool) -> None:
+    """Wait for the machine that comes, and let it go on, or not if it was ended before. Raises why it did not come."""
+    if not what.wait():
+        return
+    if frozen or what.paused:
+        control.began.wait()
+    if machine.state == "built" and not control.quitted.is_set():
+        machine.start(boot=False)
+        control.elsewhere.starts()
+        what.started()
 
 
 def _pidfile(path: str) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cardcage_qmp.errors import QmpError
     from cardcage_qmp.session import Session
 
-__all__ = ["Control", "QmpCommand", "QmpError", "QmpEvent", "Session", "control_of"]
+__all__ = ["Control", "HmpCommand", "QmpCommand", "QmpError", "QmpEvent", "Session", "control_of"]
 
 
 class QmpCommand(Offer):
@@ -50,12 +50,22 @@ class QmpEvent(Offer):
         super().__init__(name, data, help=help)
 
 
+class HmpCommand(Offer):
+    """A line of the human monitor: ``factory(session, words)``, its words after the name, as a list; returns what it
+    prints. Its *name* may be ``info`` and a word; *help* is its usage, ``NAME TAG``. It is asked for as a QMP command
+    of its name, and raises :exc:`QmpError`, or any error of :mod:`cardcage.errors`, for the peer to read.
+    """
+
+    kind: ClassVar[str] = "hmp command"
+    form: ClassVar[str] = "(info )?[a-z][a-z_]*"
+
+
 LIFE = "quit stop cont system_reset system_powerdown set_action inject_nmi memsave pmemsave"
 ABOUT = (
     "query_version query_commands query_qmp_schema query_status query_name query_uuid query_target query_kvm "
     "query_machines query_current_machine query_cpu_definitions query_cpus_fast query_hotpluggable_cpus "
-    "query_iothreads query_memory_size_summary query_memory_devices query_memdev query_jobs "
-    "query_block_jobs query_tpm_models query_tpm_types query_migrate_capabilities migrate_set_capabilities"
+    "query_iothreads query_memory_size_summary query_memory_devices query_memdev "
+    "query_block_jobs query_tpm_models query_tpm_types"
 )
 PARTS = (
     "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon block_resize "
@@ -74,6 +84,7 @@ EVENTS = {
     "WATCHDOG": "cardcage_qmp.control:Watchdog",
     "DEVICE_DELETED": "cardcage_qmp.control:DeviceGone",
     "DEVICE_UNPLUG_GUEST_ERROR": "cardcage_qmp.control:DeviceGone",
+    "JOB_STATUS_CHANGE": "cardcage_qmp.jobs:JobChange",
 }
 
 
@@ -93,6 +104,8 @@ def cardcage_register(registry: Registry) -> None:
         for name in names.split():
             spelt = name if name in WITH_UNDERSCORES else name.replace("_", "-")
             registry.add(QmpCommand(spelt, f"cardcage_qmp.{module}:{name}"))
+    for name in ("query-jobs", "job-dismiss"):
+        registry.add(QmpCommand(name, f"cardcage_qmp.jobs:{name.replace('-', '_')}"))
     registry.add(QmpCommand("device_del", "cardcage_qmp.removals:device_del"))
     registry.add(QmpCommand("query-pci", "cardcage_qmp.pci:query_pci"))
     registry.add(QmpCommand("human-monitor-command", "cardcage_qmp.hmp:human_monitor_command"))

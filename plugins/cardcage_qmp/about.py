@@ -98,15 +98,7 @@ IoThreadInfo = TypedDict("IoThreadInfo", {"id": str, "thread-id": int})
 MemoryInfo = TypedDict("MemoryInfo", {"base-memory": int, "plugged-memory": NotRequired[int]})
 
 
-class MigrationCapabilityStatus(TypedDict):
-    """A capability, and whether it is on."""
-
-    capability: Literal["events"]
-    state: bool
-
-
 __all__ = [
-    "migrate_set_capabilities",
     "query_block_jobs",
     "query_commands",
     "query_cpu_definitions",
@@ -114,13 +106,11 @@ __all__ = [
     "query_current_machine",
     "query_hotpluggable_cpus",
     "query_iothreads",
-    "query_jobs",
     "query_kvm",
     "query_machines",
     "query_memdev",
     "query_memory_devices",
     "query_memory_size_summary",
-    "query_migrate_capabilities",
     "query_name",
     "query_qmp_schema",
     "query_status",
@@ -273,22 +263,6 @@ def query_memory_devices(session: Session) -> list[Any]:
 
 def query_memdev(session: Session) -> list[Any]:
     """None: RAM is of one piece, without a name."""
-    return []
-
-
-def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStatus]:
-    """Events, which say that a migration's state changes."""
-    return [{"capability": "events", "state": session.control.migration_events}]
-
-
-def migrate_set_capabilities(session: Session, capabilities: list[MigrationCapabilityStatus]) -> None:
-    """Switch them."""
-    for one in capabilities:
-        session.control.migration_events = one["state"]
-
-
-def query_jobs(session: Session) -> list[Any]:
-    """None."""
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 from weakref import WeakKeyDictionary, ref
 
 from cardcage.errors import StateError, UsageError
@@ -25,6 +25,7 @@ __all__ = [
     "BlockIoError",
     "Control",
     "DeviceGone",
+    "Elsewhere",
     "Expiry",
     "GuestPanicked",
     "RunState",
@@ -34,7 +35,16 @@ __all__ = [
 ]
 
 RunState = Literal[
-    "prelaunch", "running", "paused", "io-error", "watchdog", "shutdown", "guest-panicked", "internal-error"
+    "prelaunch",
+    "running",
+    "paused",
+    "io-error",
+    "watchdog",
+    "shutdown",
+    "guest-panicked",
+    "internal-error",
+    "inmigrate",
+    "postmigrate",
 ]
 Cause = Literal[
     "host-error",
@@ -89,6 +99,19 @@ class DeviceGone(TypedDict):
     path: str
 
 
+class Elsewhere(Protocol):
+    """A machine's way here, or away: who carries it says so here, and does what ``cont`` asks for.
+
+    Attributes:
+        run_state: in QEMU's words.
+    """
+
+    run_state: RunState
+
+    def cont(self) -> None:
+        """Let the machine go on, or once it can. Raises this project's errors."""
+
+
 MEANT = "qmp:meant"
 """The key by which a host shares what its next machine's monitor begins with: ``held`` and ``lingers``."""
 
@@ -104,6 +127,7 @@ class Control:
             until ``quit`` (-no-shutdown).
         fdsets: descriptors by set, of all peers.
         names: what a peer called what stands behind a device that came later, by the device's id.
+        elsewhere: who brings the machine here, or has taken it away; None for one that is here.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -116,7 +140,7 @@ class Control:
         self.began, self.quitted, self.ran = threading.Event(), threading.Event(), threading.Event()
         meant: dict[str, bool] = machine.host.share(MEANT, dict)  # before a peer can ask for anything
         self.held, self.lingers = meant.get("held", False), meant.get("lingers", False)
-        self.migration_events = False
+        self.elsewhere: Elsewhere | None = None
         self.has_kvm = _has_kvm(machine)  # now: in its jail, the process could not find out
         self.fdsets: dict[int, list[tuple[int, str]]] = {}
         self.names: dict[str, str] = {}
@@ -147,6 +171,8 @@ class Control:
     def run_state(self) -> RunState:
         """The machine's state in QEMU's words."""
         machine = self.machine
+        if self.elsewhere is not None and machine.state in ("built", "paused"):
+            return self.elsewhere.run_state
         if machine.state == "running":
             return "running"
         if machine.state == "built":

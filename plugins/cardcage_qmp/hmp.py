@@ -10,6 +10,7 @@ from cardcage.machine import State
 from cardcage.pairs import parse_repeated
 from cardcage.units import Size
 
+from cardcage_qmp import HmpCommand
 from cardcage_qmp.errors import QmpError
 from cardcage_qmp.schema import members_of, tables_of, tag_of
 from cardcage_qmp.session import VERSION, Session
@@ -83,15 +84,28 @@ def _carried_out(session: Session, words: list[str], cpu: int) -> str:
             raise QmpError(str(error)) from error
         session.run(command, _arguments(session, command, pairs))
         return ""
+    offered = _offered(session)
+    at = f"info {rest[0]}" if name == "info" and rest else name
+    if at in offered:
+        offer, given = offered[at], words[len(at.split()) :]
+        session.ask(at)
+        return str(session.carried_out(offer, lambda: offer.load()(session, given)))
     if name in ("help", "?"):
         rows = [*sorted(WORDS), "balloon MEGABYTES", "block_resize DEVICE SIZE", *(f"{one} ID" for one in OF_ID)]
         rows += [f"{one} {first.upper()},KEY=VALUE..." for one, (_, first) in OF_PAIRS.items()]
+        rows += [one.help or one.name for one in offered.values()]
         return "".join(f"{one}\n" for one in (*rows, *(f"info {at}" for at in INFO)))
     if name == "info" and rest:
         if rest[0] in INFO:
             return INFO[rest[0]](session, cpu)
         return f"unknown command: 'info {rest[0]:.60}'\n"
     return f"unknown command: '{name:.60}'\n"
+
+
+def _offered(session: Session) -> dict[str, HmpCommand]:
+    """The words of other cards."""
+    offers = session.machine.host.registry.offers(HmpCommand)
+    return {one.name: one for one in sorted(offers, key=lambda one: one.name)}
 
 
 def _size(text: str) -> int:

@@ -53,7 +53,9 @@ def stop(session: Session) -> None:
 def cont(session: Session) -> None:
     """Go on after a pause, or start a machine that waits for this."""
     machine = session.machine
-    if machine.state is State.PAUSED:
+    if (who := session.control.elsewhere) is not None and machine.state in (State.BUILT, State.PAUSED):
+        who.cont()
+    elif machine.state is State.PAUSED:
         if session.control.kept() is not None:
             raise QmpError("Resetting the Virtual Machine is required: the guest powered itself off")
         machine.resume()

@@ -169,6 +169,8 @@ def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceI
     """Facts about a disk's image."""
     config = configured(session.machine, plugged)
     spec: Any = config.options.get("drive", "") if config is not None else ""
+    while isinstance(spec, dict) and "disk" in spec:  # of a machine that came from elsewhere: the drive itself
+        spec = spec["disk"]
     table = spec if isinstance(spec, dict) else {"file": str(spec)}
     file, cache = _place(table), table.get("cache", "writeback")
     if backend not in plugged.slot.host.opened:

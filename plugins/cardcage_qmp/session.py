@@ -14,7 +14,10 @@ from cardcage_qmp.errors import CLASSES, QmpError
 from cardcage_qmp.wire import JsonError, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
+    from cardcage.registry import Offer
 
     from cardcage_qmp.control import Control
 
@@ -121,21 +124,29 @@ class Session:
         if command is None:
             raise QmpError(f"The command {name:.100} has not been found", "CommandNotFound")
         placed, named = command.bind(arguments)
+        self.ask(name)
+        found = self.carried_out(command.offer, lambda: command.function(self, *placed, **named))
+        return {} if found is None else found
+
+    def ask(self, name: str) -> None:
+        """Ask whether command *name* may be given. Raises Denied."""
         machine = self.machine
         facts = {"machine": machine.name, "name": name}
         machine.mediator.check(Act(OPERATOR, machine.label, "management", ("reach",), facts))
         machine.mediator.ask(Act(OPERATOR, HOST, "management", ("command",), facts), name)
+
+    def carried_out(self, offer: Offer, call: Callable[[], Any]) -> Any:
+        """The result of *call*, which is a card's. Raises this project's errors, whatever it raises."""
         try:
-            found = command.function(self, *placed, **named)
+            return call()
         except CardcageError:
             raise
         except OSError as error:  # of a file that a peer named
             where = f"{error.filename}: " if error.filename else ""
             raise QmpError(f"{where}{error.strerror or error}") from error
         except FAULTS as error:  # a card's fault is told and logged, and neither the peer nor the machine ends
-            machine.log.error("a QMP command failed", command=command.offer.who, error=repr(error))
-            raise QmpError(f"{command.offer.who}: {in_words(error)}") from error
-        return {} if found is None else found
+            self.machine.log.error("a QMP command failed", command=offer.who, error=repr(error))
+            raise QmpError(f"{offer.who}: {in_words(error)}") from error
 
     # descriptors
 

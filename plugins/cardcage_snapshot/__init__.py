@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceState", "Machine", "MachineState", "Snapshot", "Verbs", "capture", "dumps", "loads", "restore"]
 
+HMP = {"savevm": "savevm [TAG]", "loadvm": "loadvm TAG", "delvm": "delvm TAG", "info snapshots": "info snapshots"}
+
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
@@ -49,6 +51,12 @@ def cardcage_register(registry: Registry) -> None:
         ControlOffer("snapshot-plan", "cardcage_snapshot.running:plan", help="files to save it in: {path: DIR}")
     )
     registry.add(SessionOffer("snapshot", "cardcage_snapshot.running:save", help="save the machine into these files"))
+    from cardcage_qmp import HmpCommand, QmpCommand
+
+    for name, usage in HMP.items():
+        registry.add(HmpCommand(name, f"cardcage_snapshot.qmp:{name.replace(' ', '_')}", help=usage))
+    for name in ("snapshot-save", "snapshot-load", "snapshot-delete"):
+        registry.add(QmpCommand(name, f"cardcage_snapshot.qmp:{name.replace('-', '_')}"))
     registry.command(
         "snapshot",
         "cardcage_snapshot.tool:run",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from attrs import frozen
-from cardcage.errors import HostError, StateError
+from cardcage.errors import ConfigError, HostError, StateError
 from cardcage.machine import State
 from cardcage.registry import DeviceOffer
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
 
 from cardcage_snapshot.disks import plan_disks, settle_disks
-from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, chunk_size, written
+from cardcage_snapshot.manifest import MANIFEST, DeviceCard, File, Manifest, Ram, chunk_size, written
 from cardcage_snapshot.pages import held, runs_of
 from cardcage_snapshot.places import Publication, located
 from cardcage_snapshot.ram import Copy, compressor, finish
@@ -29,10 +30,11 @@ from cardcage_snapshot.state import capture, dumps
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cardcage.host import Host
     from cardcage.machine import Machine
     from cardcage.ram import RamBlock
 
-__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "roomy"]
+__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "remove", "roomy"]
 __all__ += ["savable", "snapshot"]
 
 STATE = "state.json"
@@ -178,6 +180,19 @@ def allowed(machine: Machine, path: Path) -> None:
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
     facts = {"machine": machine.name, "readonly": False}
     machine.mediator.ask(Act(machine.label, machine.label, "image", ("create", "write"), facts), str(path))
+
+
+def remove(host: Host, path: Path) -> None:
+    """Remove a snapshot. Raises ConfigError where there is none, HostError; Denied."""
+    if path.is_symlink() or not (path / MANIFEST).is_file():
+        raise ConfigError("there is no such snapshot", file=str(path))
+    host.mediator.ask(Act(OPERATOR, OPERATOR, "image", ("write",), {"readonly": False}), str(path))
+    hidden = path.with_name(f".{path.name}.{os.getpid()}-rm.new")  # half of one is no snapshot
+    try:
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise HostError(f"{error.filename or path}: cannot be removed: {error.strerror}") from error
 
 
 def roomy(into: Publication, wanted: int) -> None:

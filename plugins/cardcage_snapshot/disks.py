@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cardcage_snapshot.manifest import Manifest
     from cardcage_snapshot.places import Folder, Publication
 
-__all__ = ["DiskCopy", "file_sum", "image_of", "overlays", "plan_disks", "settle_disks"]
+__all__ = ["DiskCopy", "file_sum", "image_of", "overlays", "plan_disks", "settle_disks", "unchanged"]
 
 KEY = "drive"
 """The option of a device that names its block back end."""
@@ -197,7 +197,7 @@ def overlays(folder: Folder, manifest: Manifest, tables: dict[str, Any], target:
         if device is None or KEY not in device:
             raise ConfigError(f'no device "{disk.device}" with a {KEY} in the configuration', file=str(folder.path))
         if not disk.file:
-            _unchanged(disk)
+            unchanged(disk)
             continue
         fd = folder.open(disk.file)
         there = os.fstat(fd).st_size
@@ -213,7 +213,8 @@ def overlays(folder: Folder, manifest: Manifest, tables: dict[str, Any], target:
         device[KEY] = {**kept, "type": "drive", "file": str(path), "format": "qcow2", "backing": [str(folder.path)]}
 
 
-def _unchanged(disk: Disk) -> None:
+def unchanged(disk: Disk) -> None:
+    """Raises ConfigError unless a disk that a snapshot has not is as it was."""
     try:
         about = os.stat(disk.path)
     except (OSError, ValueError) as error:

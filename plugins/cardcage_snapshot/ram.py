@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cardcage_snapshot.pages import Run
     from cardcage_snapshot.places import Folder, Publication
 
-__all__ = ["Copy", "compressor", "damaged", "fill", "finish"]
+__all__ = ["Copy", "compressor", "damaged", "fill", "finish", "pieces"]
 
 ZEROS = bytes(PAGE)
 LEVEL = 3
@@ -161,7 +161,7 @@ def fill(block: RamBlock, folder: Folder, ram: Ram) -> None:
     """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the damaged piece."""
     fd = folder.open(ram.file)
     try:
-        for number, _, data in _pieces(fd, folder.where(ram.file), ram, block.size, sums=False):
+        for number, _, data in pieces(fd, folder.where(ram.file), ram, block.size, sums=False):
             block.view[number * ram.chunk : number * ram.chunk + len(data)] = data
     finally:
         os.close(fd)
@@ -171,7 +171,7 @@ def damaged(folder: Folder, ram: Ram, size: int) -> None:
     """Read all of a snapshot's RAM. Raises ConfigError that names the first damaged piece."""
     fd = folder.open(ram.file)
     try:
-        for _ in _pieces(fd, folder.where(ram.file), ram, size, sums=True):
+        for _ in pieces(fd, folder.where(ram.file), ram, size, sums=True):
             pass
         if ram.compression == "none":
             known = {number for number, *_ in ram.chunks}
@@ -184,7 +184,7 @@ def damaged(folder: Folder, ram: Ram, size: int) -> None:
         os.close(fd)
 
 
-def _pieces(fd: int, where: str, ram: Ram, size: int, *, sums: bool) -> Iterator[tuple[int, int, bytes]]:
+def pieces(fd: int, where: str, ram: Ram, size: int, *, sums: bool) -> Iterator[tuple[int, int, bytes]]:
     """Number, offset in the file and bytes of each piece that is not zero."""
     unpack, end = compressor() if ram.compression == "zstd" else None, os.fstat(fd).st_size
     for number, offset, length, sum in ram.chunks:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cattrs import Converter
 
-__all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "loads", "restore", "warm"]
+__all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "fits", "loads", "restore", "warm"]
 
 VERSION = 1
 _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
@@ -124,6 +124,20 @@ def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> 
     if machine.state not in ("built", "paused"):
         raise StateError(f"cannot load a state: the machine is {machine.state}")
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
+    with machine.lock:
+        ready = fits(machine, state, any_cpu=any_cpu)
+        machine.clock.set(state.clock)  # first: devices find their next alarms by it
+        for id, device, loaded in ready:
+            _told(f'the state of device "{id}"', partial(device.load, loaded))
+    for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
+        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, known_msrs(vcpu, registers, any_cpu=any_cpu)))
+
+
+def fits(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> list[tuple[str, Any, Any]]:
+    """The devices that have a *state* to load, which is not done yet: id, device, and the state. Under its lock.
+
+    Raises ConfigError when the machines differ.
+    """
     wanted = machine.config.machine
     for what, theirs, ours in (
         ("version", state.version, VERSION),
@@ -138,14 +152,8 @@ def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> 
             raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
     if not any_cpu:
         check_features(state.cpuid, machine.vm)
-    with machine.lock:
-        stateful = _stateful(machine)
-        ready = [(id, stateful[id], _device_state(machine, id, one)) for id, one in state.devices.items()]
-        machine.clock.set(state.clock)  # first: devices find their next alarms by it
-        for id, device, loaded in ready:
-            _told(f'the state of device "{id}"', partial(device.load, loaded))
-    for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
-        _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, known_msrs(vcpu, registers, any_cpu=any_cpu)))
+    stateful = _stateful(machine)
+    return [(id, stateful[id], _device_state(machine, id, one)) for id, one in state.devices.items()]
 
 
 def _told(what: str, load: Callable[[], None]) -> None:

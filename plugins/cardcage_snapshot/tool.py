@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
-from cardcage.errors import ConfigError, HostError
-from cardcage.security import OPERATOR, Act
+from cardcage.errors import ConfigError
 from cardcage.units import say_size
 from cardcage_cli import SWITCH_INTERVAL, run_machine, timeout_of
 from cardcage_fleet import find
@@ -210,17 +207,10 @@ def _restore(host: Host, arguments: Namespace) -> int:
 
 
 def _remove(host: Host, arguments: Namespace) -> int:
+    from cardcage_snapshot.creating import remove
+
     for one in arguments.snapshot:
-        path = located(one)
-        if path.is_symlink() or not (path / MANIFEST).is_file():
-            raise ConfigError("there is no such snapshot", file=str(path))
-        host.mediator.ask(Act(OPERATOR, OPERATOR, "image", ("write",), {"readonly": False}), str(path))
-        hidden = path.with_name(f".{path.name}.{os.getpid()}-rm.new")  # half of one is no snapshot
-        try:
-            os.rename(path, hidden)
-            shutil.rmtree(hidden)
-        except OSError as error:
-            raise HostError(f"{error.filename or path}: cannot be removed: {error.strerror}") from error
+        remove(host, located(one))
     return 0
 
 

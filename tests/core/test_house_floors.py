@@ -33,14 +33,15 @@ NEEDS = {
     # commands to running machines, files that these are lent, and what images stand on
     "cardcage_hotplug": {"cardcage_fleet", "cardcage_jail", "cardcage_block"},
     "cardcage_memory_policies": set(),
-    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail"},
+    "cardcage_snapshot": {"cardcage_fleet", "cardcage_block", "cardcage_cli", "cardcage_jail", "cardcage_qmp"},
     "cardcage_migrate": {"cardcage_snapshot", "cardcage_fleet", "cardcage_jail", "cardcage_cli", "cardcage_qmp"},
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
-    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
+    # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere, or from a snapshot
+    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp", "cardcage_migrate", "cardcage_snapshot"},
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},

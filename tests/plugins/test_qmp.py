@@ -17,7 +17,7 @@ from cardcage.hookspecs import hookimpl
 from cardcage.machine import Machine
 from cardcage.registry import Registry
 from cardcage.security import Act
-from cardcage_qmp import QmpCommand, QmpEvent, Session, control_of
+from cardcage_qmp import HmpCommand, QmpCommand, QmpEvent, Session, control_of
 from cardcage_qmp.server import BACKLOG, EVENTS, PEERS, parse_qmp
 from qmp_kit import Client, machines
 
@@ -36,6 +36,8 @@ class Card:
         registry.add(QmpCommand("break", broken))
         registry.add(QmpCommand("either", either))
         registry.add(QmpCommand("unheard-of", untyped))
+        registry.add(HmpCommand("break", lambda session, words: broken(session), help="break [WHAT]"))
+        registry.add(HmpCommand("info words", lambda session, words: f"{words}\n"))
         registry.add(QmpEvent("NOTHING"))
 
     def check(self, act: Act, /) -> None:
@@ -419,3 +421,19 @@ def test_the_flag() -> None:
     for text in ("", "unix:/q,colour=red", "unix:/q,server=perhaps"):
         with pytest.raises(ValueError, match=r".+"):
             parse_qmp(text)
+
+
+def test_lines_of_other_cards(make: Callable[..., Machine], card: Card, tmp_path: Path) -> None:
+    """A card's line of the human monitor has its words, is in the help, is asked for, and what breaks in it is told."""
+    make()
+
+    def line(text: str) -> str:
+        return str(peer.ask("human-monitor-command", command_line=text)["return"])
+
+    with Client(tmp_path / "qmp") as peer:
+        assert line("info words 'a b' c") == "['a b', 'c']\r\n"
+        assert "break [WHAT]\r\n" in line("help")
+        assert "a card's mistake" in line("break")
+        card.refused = ("command",)
+        assert peer.ask("human-monitor-command", command_line="info words")["error"]["desc"].startswith("not command")
+    assert "info words" in [one.facts.get("name") for one in card.asked]

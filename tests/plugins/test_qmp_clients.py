@@ -95,6 +95,11 @@ def test_a_strangers_command(tmp_path: Path) -> None:
             (found,) = peer.ask("x-search-memory", text="a needle of ours")["return"]
             assert found == {"guest-address": 0x7C04, "encoding": "ascii"}
             assert peer.event("X_SEARCH_FOUND")["data"] == found
+            for line, answer in (
+                ("x_search 'a needle of ours'", "0x7c04\r\n"),
+                ("x_search", "Error: expected x_search TEXT\r\n"),
+            ):
+                assert peer.ask("human-monitor-command", command_line=line)["return"] == answer
             peer.ask("quit")
         assert json.dumps(process.stderr.read()).count("stopped by the host (quit)") == 1
         assert process.wait() == 0

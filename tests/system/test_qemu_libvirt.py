@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from cardcage_block.make import create_qcow2
 from listens import listens
 
-Virsh = Callable[..., str]
+pytestmark = pytest.mark.once  # libvirt's words are the same to each Python
 
 TOOLS = ("libvirtd", "virsh", "unshare")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -61,24 +62,70 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
+LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
+
+
+class Daemon:
+    """A session daemon of the test's own, with folders of its own below *folder*, as a user has them."""
+
+    def __init__(self, folder: Path, number: int = 1) -> None:
+        if any(shutil.which(one, path=PATH) is None for one in TOOLS):
+            pytest.skip(f"needs {', '.join(TOOLS)}")
+        if subprocess.run([*USER, sys.executable, "-c", ""], capture_output=True).returncode:
+            pytest.skip("needs user namespaces")
+        self.folder = folder
+        self._virsh, libvirtd = (shutil.which(one, path=PATH) or one for one in ("virsh", "libvirtd"))
+        # libvirt probes each QEMU on its path, which takes long
+        self._environment = {**os.environ, "PATH": str(folder), "HOME": str(folder)}
+        for name in ("CONFIG", "CACHE", "DATA"):
+            self._environment[f"XDG_{name}_HOME"] = str(folder / name.lower())
+        runtime = folder / "run"
+        self._environment["XDG_RUNTIME_DIR"] = str(runtime)
+        runtime.mkdir(mode=0o700)
+        (folder / "config" / "libvirt").mkdir(parents=True)
+        settings = f'security_driver = "none"\nseccomp_sandbox = 0\nbridge_helper = "{folder}/bridge-helper"\n'
+        (folder / "config" / "libvirt" / "qemu.conf").write_text(settings)
+        host = f'host_uuid = "00000000-0000-4000-8000-{number:012}"\n'
+        (folder / "config" / "libvirt" / "libvirtd.conf").write_text(host)
+        self.socket = runtime / "libvirt" / "libvirt-sock"
+        words = [*USER, libvirtd, "-t", "60"]
+        self._daemon = subprocess.Popen(words, env=self._environment, stderr=subprocess.DEVNULL)
+        while not listens(self.socket):
+            assert self._daemon.poll() is None
+
+    def __call__(self, *words: str, status: int = 0) -> str:
+        """Runs virsh; returns what it says."""
+        done = self._run(*words, timeout=120)
+        logs = [one.read_text()[-3000:] for one in self.folder.glob("cache/libvirt/qemu/log/*.log")]
+        assert done.returncode == status, (done.stdout, done.stderr, logs)
+        return (done.stdout + done.stderr).strip()
+
+    def _run(self, *words: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*USER, self._virsh, "-q", "-c", "qemu:///session", *words],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def close(self) -> None:
+        """End its machine, and it."""
+        self._run("destroy", "ours")
+        self._daemon.terminate()
+        self._daemon.wait()
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 @pytest.fixture
-def virsh(folder: Path, kernel: Path, initramfs: Path) -> Iterator[Virsh]:
+def virsh(folder: Path, kernel: Path, initramfs: Path) -> Iterator[Daemon]:
     """Runs virsh against a session daemon of the test's own, with an emulator that is cardcage."""
-    if any(shutil.which(one, path=PATH) is None for one in TOOLS):
-        pytest.skip(f"needs {', '.join(TOOLS)}")
-    if subprocess.run([*USER, sys.executable, "-c", ""], capture_output=True).returncode:
-        pytest.skip("needs user namespaces")
-    virsh, libvirtd = (shutil.which(one, path=PATH) or one for one in ("virsh", "libvirtd"))
-    # libvirt probes each QEMU on its path, which takes long
-    environment = {**os.environ, "PATH": str(folder), "HOME": str(folder)}
-    for name in ("CONFIG", "CACHE", "DATA"):
-        environment[f"XDG_{name}_HOME"] = str(folder / name.lower())
-    runtime = folder / "run"
-    environment["XDG_RUNTIME_DIR"] = str(runtime)
-    runtime.mkdir(mode=0o700)
-    (folder / "config" / "libvirt").mkdir(parents=True)
-    settings = f'security_driver = "none"\nseccomp_sandbox = 0\nbridge_helper = "{folder}/bridge-helper"\n'
-    (folder / "config" / "libvirt" / "qemu.conf").write_text(settings)
     (folder / "bridge-helper").write_text(f"#!{sys.executable}\n{HELPER}")
     (folder / "bridge-helper").chmod(0o755)
     (folder / "disk.img").write_bytes(bytes(1 << 20))
@@ -86,41 +133,26 @@ def virsh(folder: Path, kernel: Path, initramfs: Path) -> Iterator[Virsh]:
     emulator.write_text(f"#!{sys.executable}\nimport sys\nfrom cardcage_qemu import main\nsys.exit(main())\n")
     emulator.chmod(0o755)
     (folder / "domain.xml").write_text(DOMAIN.format(folder, kernel, initramfs))
-
-    def run(*words: str, status: int = 0) -> str:
-        done = subprocess.run(
-            [*USER, virsh, "-q", "-c", "qemu:///session", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-        )
-        logs = [one.read_text()[-3000:] for one in folder.glob("cache/libvirt/qemu/log/*.log")]
-        assert done.returncode == status, (done.stdout, done.stderr, logs)
-        return (done.stdout + done.stderr).strip()
-
-    with subprocess.Popen([*USER, libvirtd, "-t", "60"], env=environment, stderr=subprocess.DEVNULL) as daemon:
-        try:
-            while not listens(runtime / "libvirt" / "libvirt-sock"):
-                assert daemon.poll() is None
-            yield run
-        finally:
-            subprocess.run(
-                [*USER, virsh, "-q", "-c", "qemu:///session", "destroy", "ours"], env=environment, capture_output=True
-            )
-            daemon.terminate()
-            daemon.wait()
+    with Daemon(folder) as daemon:
+        yield daemon
 
 
 class Guest:
     """The shell on the guest's serial port."""
 
+    fd = -1
+
     def __init__(self, terminal: str) -> None:
+        self.connect(terminal)
+        self.until(b"~ # ")
+
+    def connect(self, terminal: str) -> None:
+        """Talk to it there from now on."""
+        if self.fd >= 0:
+            os.close(self.fd)
         self.fd = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
         tty.setraw(self.fd)
         self.said = b""
-        self.until(b"~ # ")
 
     def until(self, word: bytes) -> bytes:
         """What it says before *word*."""
@@ -136,7 +168,7 @@ class Guest:
         self.until(b"done\r\n")
 
 
-def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
+def test_a_machines_life_by_libvirt(virsh: Daemon, folder: Path) -> None:
     """libvirt probes the emulator, defines and starts a machine with it, and does to it what the page says works:
     disks and network cards that come and go, a disk that grows, a guest that hears its power button."""
     found = virsh("domcapabilities", "--emulatorbin", str(folder / "cardcage-qemu"), "--virttype", "qemu")
@@ -170,7 +202,6 @@ def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
     virsh("detach-interface", "ours", "bridge")
     guest.wait("! grep 52:54:00:00:00:07 /sys/class/net/*/address")
     assert virsh("qemu-monitor-command", "ours", "--hmp", "info status") == "VM status: running"
-    assert "'resume' is unexpected" in virsh("save", "ours", str(folder / "saved"), status=1)
     virsh("reboot", "ours", "--mode", "acpi")
     guest.until(b"Enter 'help'")  # the shell of the second start
     guest.until(b"~ # ")
@@ -182,3 +213,57 @@ def test_a_machines_life_by_libvirt(virsh: Virsh, folder: Path) -> None:
     virsh("destroy", "ours")
     assert virsh("domstate", "ours", "--reason") == "shut off (destroyed)"
     virsh("undefine", "ours")
+
+
+def test_a_machine_is_saved_and_moves_by_libvirt(virsh: Daemon, folder: Path) -> None:
+    """libvirt saves the machine into a file and restores it, saves it in its own place and starts it from there, makes
+    a snapshot and goes back to it, and moves it while it runs to another daemon, and in the long form back: what the
+    guest has in memory, and on its disk, is there."""
+    create_qcow2(str(folder / "disk.qcow2"), 1 << 20)
+    text = (folder / "domain.xml").read_text().replace("type='raw'/><source", "type='qcow2'/><source")
+    (folder / "domain.xml").write_text(text.replace("disk.img", "disk.qcow2"))
+    virsh("define", str(folder / "domain.xml"))
+    virsh("start", "ours")
+    guest = Guest(virsh("ttyconsole", "ours"))
+    guest.wait("modprobe virtio_blk && echo kept | tee /tmp/word > /dev/vda && sync")
+    virsh("save", "ours", str(folder / "saved"))
+    assert virsh("domstate", "ours", "--reason") == "shut off (saved)"
+    virsh("restore", str(folder / "saved"))
+    assert virsh("domstate", "ours", "--reason") == "running (restored)"
+    guest.connect(virsh("ttyconsole", "ours"))
+    guest.wait("test $(cat /tmp/word) = kept && test $(head -c 4 /dev/vda) = kept")
+    virsh("managedsave", "ours")
+    virsh("start", "ours")
+    assert virsh("domstate", "ours", "--reason") == "running (restored)"
+    virsh("snapshot-create-as", "ours", "first")
+    guest.connect(virsh("ttyconsole", "ours"))
+    guest.wait("echo gone | tee /tmp/word > /dev/vda && sync")
+    virsh("snapshot-revert", "ours", "first")
+    assert virsh("domstate", "ours", "--reason") == "running (from snapshot)"
+    guest.connect(virsh("ttyconsole", "ours"))
+    guest.wait("test $(cat /tmp/word) = kept && test $(head -c 4 /dev/vda) = kept")
+    virsh("snapshot-delete", "ours", "first")
+    assert not virsh("snapshot-list", "ours")
+    there = folder / "there"
+    shutil.copytree(folder / "cache", there / "cache")  # what libvirt knows of the emulator, which it would probe again
+    with Daemon(there, 2) as other:
+        virsh("migrate", "--live", "--unsafe", "ours", uri(other), "--migrateuri", f"unix://{folder}/door")
+        assert virsh("domstate", "ours", "--reason") == "shut off (migrated)"
+        assert other("domstate", "ours", "--reason") == "running (migrated)"
+        guest.connect(other("ttyconsole", "ours"))
+        guest.wait("test $(cat /tmp/word) = kept && echo moved > /dev/vda && sync")
+        if not LONG:
+            return
+        other("suspend", "ours")
+        other("migrate", "--live", "--p2p", "--unsafe", "ours", uri(virsh), "--migrateuri", "tcp://127.0.0.1")
+        assert virsh("domstate", "ours") == "paused"
+        virsh("resume", "ours")
+        guest.connect(virsh("ttyconsole", "ours"))
+        guest.wait("test $(head -c 5 /dev/vda) = moved")
+    virsh("dump", "ours", str(folder / "dump"))
+    assert virsh("domstate", "ours") == "running"
+
+
+def uri(daemon: Daemon) -> str:
+    """The way to another daemon."""
+    return f"qemu+unix:///session?socket={daemon.socket}"

@@ -34,3 +34,10 @@ def search_memory(
         raise QmpError(f"'{text}' is nowhere in memory", "DeviceNotFound")
     session.control.emit("X_SEARCH_FOUND", dict(found[0]))
     return found
+
+
+def x_search(session: Session, words: list[str]) -> str:
+    """The line of the human monitor."""
+    if len(words) != 1:
+        raise QmpError("expected x_search TEXT")
+    return "".join(f"{one['guest-address']:#x}\n" for one in session.run("x-search-memory", {"text": words[0]}))
