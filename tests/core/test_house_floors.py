@@ -38,6 +38,7 @@ NEEDS = {
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
+    "cardcage_egress": {"cardcage_net"},  # dumps of what passes
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor
@@ -49,8 +50,15 @@ NEEDS = {
     "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
-    # machines with an agent, forked; the processes that hold them, and acts in them
-    "cardcage_sandbox": {"cardcage_agent", "cardcage_boot", "cardcage_fork", "cardcage_fleet", "cardcage_verbs"},
+    # machines with an agent, forked, and their way out; the processes that hold them, and acts in them
+    "cardcage_sandbox": {
+        "cardcage_agent",
+        "cardcage_boot",
+        "cardcage_egress",
+        "cardcage_fork",
+        "cardcage_fleet",
+        "cardcage_verbs",
+    },
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
