@@ -25,6 +25,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
+from cardcage_egress.confined import confine
 from cardcage_egress.policy import OPENED, READY, Policy, is_name, is_special
 from cardcage_egress.reading import HttpReader, Refused, TlsReader
 
@@ -191,7 +192,7 @@ class Gate:
         return may
 
     def _may(self, address: IPv4Address, port: int, *, named: bool = False) -> bool:
-        """Whether *address* is open; by a name that is open, each of the public network is."""
+        """True where *address* is open; by a name that is open, each of the public network is."""
         if is_own(address):
             return self._policy.names_host(address, port)
         return (named and not is_special(address)) or self._policy.opens(address, port)
@@ -304,17 +305,17 @@ def main() -> None:
     """Read the policy, say so, and serve."""
     way = socket.socket(fileno=int(sys.argv[1]))
     policy = Policy(json.load(sys.stdin))
-    os.write(1, READY)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
     for one in (signal.SIGINT, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write("egress-gate")
+    confine()
+    os.write(1, READY)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
     asyncio.run(_run(way, policy))
     os._exit(0)  # a look-up may hang
 

@@ -69,7 +69,7 @@ class Addressed(NamedTuple):
 
 
 class Policy:
-    """What may be reached: by name, TLS on port 443 and HTTP on port 80 unless the entry says otherwise; or by address.
+    """A list of names, with TLS on port 443 and HTTP on port 80 unless an entry says otherwise, and of addresses.
 
     Args:
         entries: at most 256, each one of

@@ -27,14 +27,14 @@ FIRST = 6
 
 
 class Refused(Exception):
-    """What was said is not meant for the server; the message says in a few words of ASCII why."""
+    """Not meant for the server, what was said; the message says in a few words of ASCII why."""
 
 
 class Reader(Protocol):
-    """What reads along."""
+    """Someone who reads along."""
 
     def feed(self, data: bytes, /) -> bytes:
-        """What may go on now. Raises Refused."""
+        """Take bytes; those that may go on now. Raises Refused."""
 
 
 class Parts:

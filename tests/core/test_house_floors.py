@@ -38,7 +38,7 @@ NEEDS = {
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
-    "cardcage_egress": {"cardcage_net"},  # dumps of what passes
+    "cardcage_egress": {"cardcage_jail", "cardcage_net"},  # what the gate gives up; dumps of what passes
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     "cardcage_qemu": {"cardcage_cli", "cardcage_qmp"},  # runs a machine as `cardcage run` does; its monitor

@@ -142,6 +142,9 @@ class World:
 
     def _answer(self, query: bytes, peer: Any) -> None:
         at, labels = 12, []
+        if len(query) < 17 or query[12] > 63:  # no question
+            self.questions.append(query)
+            return
         while query[at]:
             labels.append(query[at + 1 : at + 1 + query[at]])
             at += 1 + query[at]
@@ -179,6 +182,7 @@ class World:
                         self.calls.append((address, port, data))
 
     def close(self) -> None:
+        assert self._thread.is_alive(), "nobody listened any more"
         self._stop.send(b"x")
         self._thread.join()
         for one in (self._stop, self._stopped, self._wire, self._dns, *self._listeners):
