@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from ipaddress import IPv4Address
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError
+from cardcage_egress import net
 from cardcage_egress.answers import GATEWAY, GUEST, KEPT, Names, Question, lease
 from cardcage_egress.gate import is_own, parsed
 from cardcage_egress.net import MAC, Egress, EgressNet, open_egress, parse_egress
@@ -192,6 +194,16 @@ def server() -> Iterator[socket.socket]:
         yield made
 
 
+@contextmanager
+def gateless(slot: Slot, allow: list[str]) -> Iterator[EgressNet]:
+    """A network whose gate answers nothing."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net, "start_gate", lambda policy: (SimpleNamespace(returncode=0), ours))
+        with closing(EgressNet(slot, Egress(allow))) as made:
+            yield made
+
+
 class Peer(Guest):
     """A guest that speaks TCP with one server."""
 
@@ -240,6 +252,13 @@ def peer(slot: Slot, server: socket.socket) -> Iterator[Peer]:
     port = server.getsockname()[1]
     with closing(Peer(slot, open_egress(slot, Egress([f"127.0.0.1:{port}", "good.test"])), port)) as made:
         yield made
+
+
+@pytest.fixture
+def shut(slot: Slot) -> Iterator[Peer]:
+    """A guest whose gate answers nothing."""
+    with gateless(slot, ["127.0.0.1:80", "good.test"]) as made:
+        yield Peer(slot, made, 80)
 
 
 def test_a_connection(peer: Peer, server: socket.socket) -> None:
@@ -294,43 +313,43 @@ def test_a_guest_that_floods(peer: Peer, server: socket.socket) -> None:
             assert len(one._back) <= ROOM
 
 
-def test_connections_are_bounded(peer: Peer, slot: Slot) -> None:
+def test_connections_are_bounded(shut: Peer, slot: Slot) -> None:
     """A guest has so many connections at once, and is refused more."""
     for number in range(6000, 6200):
-        peer.send(Segment(number, peer.port, 1, 0, SYN, 100).packed(GUEST, peer.address).framed(MAC, OURS))
-    assert len(peer.backend._connections) <= 128
+        shut.send(Segment(number, shut.port, 1, 0, SYN, 100).packed(GUEST, shut.address).framed(MAC, OURS))
+    assert len(shut.backend._connections) <= 128
     assert any("there are 128 connections" in values.get("what", "") for _, values in slot.said)
 
 
-def test_refusals_are_told_within_bounds(peer: Peer, slot: Slot) -> None:
+def test_refusals_are_told_within_bounds(shut: Peer, slot: Slot) -> None:
     """A refusal is one line of the log; of very many, some are told, and how many were not."""
     for number in range(1000):
-        peer.send(udp(b"x", port=number + 100, to=socket.inet_aton("8.8.8.8")))
+        shut.send(udp(b"x", port=number + 100, to=socket.inet_aton("8.8.8.8")))
     lines = [values["what"] for event, values in slot.said if event == "egress refused"]
     assert lines[0] == "UDP to 8.8.8.8:100"
     assert len(lines) <= 22
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2", "8.8.8.8", "198.18.1.0"])
-def test_what_is_not_open_is_reset(peer: Peer, address: str) -> None:
+def test_what_is_not_open_is_reset(shut: Peer, address: str) -> None:
     """A connection that is not open is refused at once, and so is what belongs to none."""
-    peer.address = socket.inet_aton(address)
-    peer.say(SYN)
-    assert peer.heard(RST).ack == 1001
-    peer.say(ACK, b"x")
-    peer.expect(lambda one: len(peer.frames) > 1)
+    shut.address = socket.inet_aton(address)
+    shut.say(SYN)
+    assert shut.heard(RST).ack == 1001
+    shut.say(ACK, b"x")
+    shut.expect(lambda one: len(shut.frames) > 1)
 
 
-def test_dns_of_the_guest(peer: Peer, slot: Slot) -> None:
+def test_dns_of_the_guest(shut: Peer, slot: Slot) -> None:
     """Names are answered for by us: those that are open, and no others, whoever is asked."""
-    peer.send(udp(query(b"good.test")))
-    told = Datagram.of(Ip.of(peer.expect(lambda one: one[23] == 17)))
+    shut.send(udp(query(b"good.test")))
+    told = Datagram.of(Ip.of(shut.expect(lambda one: one[23] == 17)))
     assert IPv4Address(told.data[-4:]) in INSIDE
-    peer.send(udp(query(b"s3cr3t.good.test")))
-    assert Datagram.of(Ip.of(peer.count(2)[1])).data[3] & 15 == 3
+    shut.send(udp(query(b"s3cr3t.good.test")))
+    assert Datagram.of(Ip.of(shut.count(2)[1])).data[3] & 15 == 3
     for _ in range(2000):
-        peer.send(udp(query(b"good.test")))
-    assert len(peer.frames) < 1500  # within what may be asked in a second
+        shut.send(udp(query(b"good.test")))
+    assert len(shut.frames) < 1500  # within what may be asked in a second
     assert ("egress refused", {"what": "the name s3cr3t.good.test"}) in slot.said
 
 
@@ -338,9 +357,7 @@ def test_dns_of_the_guest(peer: Peer, slot: Slot) -> None:
 @settings(max_examples=60)
 def test_frames_of_any_kind(frames: list[bytes], whole: bool) -> None:
     """No frame of the guest does harm: bytes of any kind, and TCP with fields of any kind."""
-    with closing(Slot()) as slot:
-        backend = EgressNet.__new__(EgressNet)
-        backend.__dict__.update(offline(slot))
+    with closing(Slot()) as slot, gateless(slot, ["good.test"]) as backend:
         peer = Guest(slot, backend)
         for one in frames:
             if whole:
@@ -348,25 +365,6 @@ def test_frames_of_any_kind(frames: list[bytes], whole: bool) -> None:
                 one = ip.framed(MAC, OURS)
             peer.send(one)
         assert not backend._connections
-
-
-def offline(slot: Slot) -> dict[str, Any]:
-    """What a network without a gate has."""
-    from cardcage_egress.net import LINES, QUESTIONS, SECOND, Bucket
-
-    return {
-        "_policy": Policy(["good.test"]),
-        "_slot": slot,
-        "loop": slot.loop,
-        "_received": None,
-        "_connections": {},
-        "_names": Names(),
-        "_mac": OURS,
-        "_asked": Bucket(QUESTIONS, SECOND // QUESTIONS),
-        "_told": Bucket(LINES, 3 * SECOND),
-        "_untold": 0,
-        "_link": None,
-    }
 
 
 # the gate
