@@ -68,13 +68,15 @@ class Reader:
     """Somebody who has installed cardcage and follows a page.
 
     Attributes:
-        folder: where the reader is. home: empty at first; what is fetched and kept lies in it.
-        sites: folders with cards installed besides.
+        folder: where the reader is. home: empty at first; what is fetched lies in it, for all readers of a session.
+        sites: folders with cards installed besides. state: ``XDG_STATE_HOME``, where what a reader keeps by a name lies
+            (snapshots); that of *home* if None.
     """
 
     folder: Path
     home: Path
     sites: list[Path] = field(factory=list)
+    state: Path | None = None
 
     def __attrs_post_init__(self) -> None:
         programs = self.home.parent / "bin"
@@ -98,6 +100,8 @@ class Reader:
         path = f"{self.home.parent / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin:/usr/lib/qemu"
         run = str(self.home.parent / "run")
         more = {"HOME": str(self.home), "XDG_RUNTIME_DIR": run, "PATH": path, "PYTHONUNBUFFERED": "1"}
+        if self.state is not None:
+            more["XDG_STATE_HOME"] = str(self.state)
         return {**kept, **more, **({"PYTHONPATH": os.pathsep.join(map(str, self.sites))} if self.sites else {})}
 
     def run(

@@ -92,6 +92,7 @@ def test_a_process_begins_with_what_its_last_machine_made(tmp_path: Path) -> Non
     assert (eax, second.blocks.translator.made) == (2, 0)
 
 
+@pytest.mark.once
 def test_code_is_kept_by_a_process_that_ran_no_guest(tmp_path: Path) -> None:
     """A run leaves the instructions that it had no templates for; the next makes them before its guest runs, and keeps
     the code; the third begins with it."""
@@ -119,6 +120,7 @@ def test_what_the_next_process_makes_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "of another kind", "writable by others"])
+@pytest.mark.once
 def test_store_that_cannot_be_trusted_is_not_run(tmp_path: Path, harm: str) -> None:
     """A store that is cut short, changed, no store, or writable by somebody else is made anew instead of run."""
     run_alone(tmp_path)
@@ -164,6 +166,7 @@ assert times[2:] == [0], "a file that was written was not verified"
 """
 
 
+@pytest.mark.once
 def test_a_store_is_verified_once_a_process(tmp_path: Path) -> None:
     """VMs of one process map the store that the first of them verified, and verify one that was replaced or written."""
     run_alone(tmp_path)
@@ -173,6 +176,7 @@ def test_a_store_is_verified_once_a_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.once
 def test_what_a_machine_adds_is_its_own(tmp_path: Path) -> None:
     """A VM's new templates are neither in the kept file nor in a VM beside it that began with the same file."""
     run_alone(tmp_path)

@@ -94,6 +94,7 @@ def test_a_bomb_of_a_configuration_is_refused(bench: Bench, name: str) -> None:
         (["--device", "isa-serial,irq=" + "9" * 5000], "--device isa-serial,irq=999"),
     ],
 )
+@pytest.mark.once
 def test_a_bomb_of_an_argument_is_refused(bench: Bench, words: list[str], said: str) -> None:
     """An argument is held to the same bounds as a file."""
     status, lines = bench.bounded("run", "vm.toml", *words)
@@ -116,6 +117,7 @@ def test_a_bomb_of_an_argument_is_refused(bench: Bench, words: list[str], said: 
         (["policy", "allow-from-log", "{}"], "a log"),
     ],
 )
+@pytest.mark.once
 def test_a_device_without_end_is_no_file(bench: Bench, words: list[str], expected: str, file: str) -> None:
     """Where a whole file is read, a character device is refused by name, with what was expected."""
     status, lines = bench.bounded(*[word.format(file) for word in words])
@@ -132,6 +134,7 @@ def test_a_device_without_end_is_no_file(bench: Bench, words: list[str], expecte
         ["image", "convert", "/dev/zero", "out.qcow2"],
     ],
 )
+@pytest.mark.once
 def test_a_device_without_end_is_no_image(bench: Bench, words: list[str]) -> None:
     """A disk image is a regular file or a block device."""
     status, lines = bench.bounded(*words)
@@ -146,6 +149,7 @@ def test_a_device_without_end_is_no_image(bench: Bench, words: list[str]) -> Non
         (["image", "create", "out.qcow2", "10M"], "out.qcow2: cannot be written: File too large"),
     ],
 )
+@pytest.mark.once
 def test_a_limit_of_file_sizes_is_one_line(bench: Bench, words: list[str], said: str) -> None:
     """Under ``ulimit -f 10`` what cannot be done is told in one line, and blamed on no card."""
     status, lines = bench.bounded(*words, files=10 << 10)

@@ -130,6 +130,7 @@ def test_the_example_keeps_the_contract() -> None:
     check_device(lambda: DebugConsole(Options()), Pio(1, base=0xE9))
 
 
+@pytest.mark.once
 def test_a_strangers_tests_get_the_fixtures(tmp_path: Path) -> None:
     """``pytest_plugins = "cardcage_testing.pytest"`` brings a slot, and machines that are closed."""
     (tmp_path / "conftest.py").write_text('pytest_plugins = "cardcage_testing.pytest"\n')

@@ -12,6 +12,8 @@ from typing import Any
 import cardcage
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 FRAGMENTS = ROOT / "changelog.d"
 

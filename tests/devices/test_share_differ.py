@@ -37,6 +37,7 @@ def guests_view(files: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["fs", "9p"])
 @pytest.mark.parametrize("where", ["disk", "memory"])
+@pytest.mark.once
 def test_calls_end_as_on_the_host(kind: str, where: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever is called, in whatever order, results, errors, files and their attributes are those of the host, on a
     disk and on a tmpfs.

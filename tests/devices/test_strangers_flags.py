@@ -114,6 +114,7 @@ def options(**given: object) -> str:
         (["--share", ".,type=acme-share,depth=3"], "share Shared(path='.', tag='share', depth=3)"),
     ],
 )
+@pytest.mark.once
 def test_a_strangers_offer_is_taken(tmp_path: Path, words: list[str], said: str) -> None:
     """A flag takes a stranger's back end or device, and its options say what each text is."""
     shop = Shop(tmp_path)
@@ -140,6 +141,7 @@ def test_a_strangers_offer_is_taken(tmp_path: Path, words: list[str], said: str)
         (["--device", "acme,numbre=1"], 'no key "numbre". Did you mean "number"?'),
     ],
 )
+@pytest.mark.once
 def test_a_wrong_word_is_named(tmp_path: Path, words: list[str], said: str) -> None:
     """What does not fit is one line with the flag, the key and what was expected, status 2."""
     shop = Shop(tmp_path)

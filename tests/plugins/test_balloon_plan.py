@@ -43,6 +43,7 @@ BUDGETS = st.integers(-1024 * MIB, 16384 * MIB)
 
 @given(RULES, machines(), BUDGETS, st.floats(0, 10), st.floats(0, 1))
 @settings(max_examples=EXAMPLES, deadline=None)
+@pytest.mark.once
 def test_targets_stay_within_floor_size_and_rate(
     rules: Rules, seen: list[Seen], budget: int, seconds: float, surplus: float
 ) -> None:
@@ -69,6 +70,7 @@ def test_growth_is_paid_for(rules: Rules, seen: list[Seen], budget: int, seconds
 
 @given(RULES, machines(), BUDGETS, st.floats(0, 10))
 @settings(max_examples=EXAMPLES, deadline=None)
+@pytest.mark.once
 def test_nobody_is_driven_into_what_it_uses(rules: Rules, seen: list[Seen], budget: int, seconds: float) -> None:
     """A guest is never asked for memory that would leave it less than it uses and the least free memory."""
     for one, target in zip(seen, plan(rules, seen, budget, seconds).targets, strict=True):
@@ -91,6 +93,7 @@ def run(rules: Rules, seen: list[Seen], budget: int, steps: int, pace: int) -> l
 
 @given(RULES, machines(wild=False, most=512), BUDGETS, st.integers(8 * MIB, 512 * MIB))
 @settings(max_examples=EXAMPLES // 3, deadline=None)
+@pytest.mark.once
 def test_targets_converge_without_oscillation(rules: Rules, seen: list[Seen], budget: int, pace: int) -> None:
     """With a steady load every target moves one way only, and stands still in the end."""
     history = run(rules, seen, budget, 400, pace)

@@ -350,6 +350,7 @@ def test_a_name_with_its_format_in_json(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @QEMU
+@pytest.mark.once
 def test_a_chain_of_hundreds(tmp_path: Path) -> None:
     """A chain of 600 images reads, tells where its data is, is copied on write and closes, as qemu-img reads it."""
     create_raw(str(tmp_path / "0"), SIZE)

@@ -139,6 +139,7 @@ def apply(image: Qcow2Image, model: DiskModel, act: str, first: int, count: int,
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda one: f"{one.cluster_size}v{one.version}r{one.refcount_bits}")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS, seed=st.integers(0, 1 << 32))
+@pytest.mark.once
 def test_power_cut(
     tmp_path: Path, shape: Qcow2Shape, backed: bool, operations: list[tuple[str, int, int]], seed: int
 ) -> None:
@@ -164,6 +165,7 @@ def test_power_cut(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda one: f"{one.cluster_size}v{one.version}r{one.refcount_bits}")
+@pytest.mark.once
 def test_cut_between_any_two_writes(tmp_path: Path, shape: Qcow2Shape) -> None:
     """Stopping after each single write of the host, in order or not, leaves an image without corruption."""
     choose = random.Random(shape.cluster_size)
@@ -212,6 +214,7 @@ def test_clean_close_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.once
 def test_full_disk(tmp_path: Path, shape: Qcow2Shape) -> None:
     """A host without room fails what needs it, however often it is tried, and once there is room nothing is lost, not
     even a cluster."""
@@ -295,6 +298,7 @@ WRITER = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.once
 def test_killed_writer(tmp_path: Path, lazy: bool) -> None:
     """SIGKILL at random moments loses no flushed write, and qemu-img finds no corruption."""
     path = str(tmp_path / "disk.qcow2")

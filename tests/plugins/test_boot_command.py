@@ -97,6 +97,7 @@ def test_exec_that_never_reports_is_a_failure(boot: Boot) -> None:
 
 @needs_busybox
 @pytest.mark.parametrize("arguments", [(), ("--exec", "command")])
+@pytest.mark.once
 def test_standard_input_comes_as_the_guest_asks(boot: Boot, arguments: tuple[str, ...]) -> None:
     """Without a terminal standard input goes to the guest byte for byte, to its end, with --exec and without."""
     data = bytes(range(256)) * 20
@@ -141,6 +142,7 @@ def test_timeout_and_header(boot: Boot) -> None:
         (["--kernel", "/nonexistent"], "/nonexistent: kernel cannot be read: No such file or directory"),
     ],
 )
+@pytest.mark.once
 def test_arguments_that_do_not_fit(boot: Boot, arguments: list[str], expected: str) -> None:
     """What cannot be done is one line that names the argument, with status 2."""
     done = boot(HALT, *arguments)

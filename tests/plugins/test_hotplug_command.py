@@ -65,6 +65,7 @@ def test_only_paths_are_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(tmp_path / "raw") not in str(made)
 
 
+@pytest.mark.once
 def test_what_is_wrong_is_one_line(where: Path, vm: Machine) -> None:
     """An unknown machine, device, type, key or time: what was expected, and a status that is not 0."""
     for words, said in (
@@ -94,6 +95,7 @@ def test_arguments_of_strangers_are_checked(vm: Machine) -> None:
             call(vm, arguments)
 
 
+@pytest.mark.once
 def test_a_jailed_process_opens_nothing_new(where: Path) -> None:
     """The refusal names what the device needs and the jail; the machine goes on, and a device that needs nothing of the
     host is added all the same; so is a disk whose directory ``security.open_later`` names, and one that the command

@@ -157,7 +157,6 @@ def test_each_is_listed(site: Path) -> None:
     assert "broken" not in done.stdout
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_passes_its_own_test(kind: str, written: Path, site: Path) -> None:
     """The test that comes with the card passes: the contract, a machine that has it, and its error."""
@@ -167,7 +166,6 @@ def test_each_passes_its_own_test(kind: str, written: Path, site: Path) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.once
 def test_all_are_typed(written: Path, site: Path) -> None:
     """``mypy --strict`` finds nothing in any card or its test."""
     pytest.importorskip("mypy")
@@ -176,7 +174,6 @@ def test_all_are_typed(written: Path, site: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slip_is_told(kind: str, written: Path, site: Path, tmp_path: Path) -> None:
     """A misspelt method is named with the word that was expected, by ``cardcage`` itself or by the card's own test."""

@@ -143,6 +143,7 @@ def test_after():
     run(pytester, source, "--cardcage-accel", "tcg").assert_outcomes(passed=4)
 
 
+@pytest.mark.once
 def test_limits_name_their_phase(pytester: pytest.Pytester) -> None:
     """A phase that takes too long ends its guests and fails its test, whatever that makes of it; booting is aside."""
     source = (
@@ -188,6 +189,7 @@ def test_no_maker(guest): pass
     assert 'Did you mean "debian"?' in text
 
 
+@pytest.mark.once
 def test_a_console_is_shown_by_the_lines(pytester: pytest.Pytester) -> None:
     """The last lines, of which none controls a terminal, and only of guests that the test has; by each worker."""
     source = (
@@ -228,6 +230,7 @@ def test_keep_wants_a_process_of_its_own(pytester: pytest.Pytester) -> None:
     assert "--cardcage-keep waits at this terminal: omit -n" in done.stderr.str()
 
 
+@pytest.mark.once
 def test_guests_of_a_failure_are_kept(pytester: pytest.Pytester) -> None:
     """The run stops, each guest's console is a socket of its own, though two have one name, and all are closed then."""
     source = (
@@ -275,6 +278,7 @@ def contracts(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, cwd=folder, timeout=240)
 
 
+@pytest.mark.once
 def test_strangers_cards_are_held_to_their_contracts(tmp_path: Path) -> None:
     """Without tests named, a distribution's offers are all that is tested, each by the contracts of its kind."""
     (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
@@ -293,6 +297,7 @@ def test_strangers_cards_are_held_to_their_contracts(tmp_path: Path) -> None:
     assert "SKIPPED" not in done.stdout
 
 
+@pytest.mark.once
 def test_a_broken_contract_is_told_in_the_kits_words(tmp_path: Path) -> None:
     """What was broken, and the line that offered it; beside named tests; an unknown distribution is one line."""
     package = tmp_path / "site" / "wrong_card"

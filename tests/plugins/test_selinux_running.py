@@ -138,6 +138,7 @@ def test_all_machines_are_reloaded(lab: Lab, capsys: Any) -> None:
         ("(allow operator_t command_t (management (command)))", "(typeattribute unused)", "command"),
     ],
 )
+@pytest.mark.once
 def test_a_policy_decides_who_changes_it(lab: Lab, rule: str, less: str, denied: str) -> None:
     """Each of the three questions is asked: may the machine be reached, the command given, the policy changed."""
     text = DEFAULT.read_text()
@@ -165,6 +166,7 @@ def test_a_policy_decides_who_changes_it(lab: Lab, rule: str, less: str, denied:
         ("policy-show", {"": None}),
     ],
 )
+@pytest.mark.once
 def test_arguments_are_checked(lab: Lab, name: str, arguments: dict[str, Any]) -> None:
     """What a command does not take is refused before anything is done."""
     entry = lab.run("one")

@@ -423,6 +423,7 @@ def test_added_devices_are_there_again(tmp_path: Path, host: Host) -> None:
         assert vm.config.defaults[0].value == "2001-02-03"
 
 
+@pytest.mark.once
 def test_the_command_line(tmp_path: Path) -> None:
     """``cardcage snapshot`` saves a running machine, in its jail, by its name, lists, shows, checks, restores and
     removes; errors are one line with status 2, and a listing that a machine reads is JSON."""

@@ -259,6 +259,7 @@ def test_a_machine_that_the_oom_killer_took_is_told_of(capsys: pytest.CaptureFix
         group.rmdir()
 
 
+@pytest.mark.once
 def test_a_recording_can_be_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--for with --record keeps each look; --from with --plot draws it as PNG, SVG and HTML without a machine."""
     file = tmp_path / "stats.jsonl"
@@ -289,6 +290,7 @@ def test_a_recording_can_be_shown_and_drawn(tmp_path: Path, capsys: pytest.Captu
         (["--from", "{tmp}/bad"], "bad:2: no sample of cardcage stats"),
     ],
 )
+@pytest.mark.once
 def test_mistakes_are_one_line(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each mistake on the command line is one line that names the flag or file, and status 2."""
     (tmp_path / "bad").write_text('{"at": 1, "machines": []}\n{"at": 1, "machines": [{"name": 5}]}\n')

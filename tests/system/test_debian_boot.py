@@ -41,6 +41,7 @@ def test_command_runs_in_the_guest(kernel: Path, cpus: int) -> None:
     assert done.stderr.endswith(b"outcome: the guest powered off\n")
 
 
+@pytest.mark.once
 def test_commands_come_from_a_pipe(kernel: Path) -> None:
     """Without a terminal the shell reads standard input to its end, and the machine powers off."""
     done = boot(stdin=b"x=1\nfor i in 1 2; do\necho $((x + i))\ndone\n")

@@ -490,7 +490,8 @@ def test_every_block_has_a_language_and_a_recipe() -> None:
 @pytest.mark.once
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("one", list(marked()), ids=str)
-def test_a_block_runs_as_printed(desk: Path, one: Block) -> None:
-    """It does what its page says of it, in a folder of the page's own and with a home that was empty."""
-    reader = Reader(desk / one.page, desk / "home")
+def test_a_block_runs_as_printed(desk: Path, tmp_path: Path, one: Block) -> None:
+    """It does what its page says of it, in a folder of the page's own and with a home that was empty; nothing that
+    another block kept by a name is there."""
+    reader = Reader(desk / one.page, desk / "home", state=tmp_path)
     RECIPES[one.page][one.number - 1](reader, one)

@@ -38,6 +38,7 @@ def test_a_strangers_tests_run_in_guests(kernel: Path, tmp_path: Path) -> None:
     assert "to its console" in report[report.index("Guest console: debian") :]
 
 
+@pytest.mark.once
 def test_the_example_is_strictly_typed() -> None:
     """``mypy --strict`` takes the library and its tests."""
     pytest.importorskip("mypy")
