@@ -59,6 +59,7 @@ NEEDS = {
         "cardcage_fleet",
         "cardcage_verbs",
     },
+    "cardcage_ray": {"cardcage_sandbox"},
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
@@ -70,8 +71,8 @@ KITS = {
     "cardcage_pytest/cards.py",
 }
 """Contracts of a card's own, which may use the kit, and what runs them for strangers."""
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
-"""The kernel, the command line, the contracts of cards and of accelerators, and a plugin of pytest."""
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest", "cardcage_ray"}
+"""The kernel, the command line, the contracts of cards and of accelerators, a plugin of pytest, and a library."""
 
 
 def rooms() -> dict[str, Path]:
