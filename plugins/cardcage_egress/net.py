@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -46,6 +47,8 @@ QUESTIONS = 100
 LINES = 20
 """Refusals that are told at once; then one in three seconds."""
 DHCP, DNS = 67, 53
+START = 60
+"""Seconds that the gate may take to be there."""
 
 
 @frozen
@@ -345,9 +348,12 @@ def start_gate(policy: Policy) -> tuple[subprocess.Popen[bytes], socket.socket]:
         with suppress(OSError):  # it has ended, and says why
             process.stdin.write(json.dumps(policy.entries).encode())
             process.stdin.close()
-        said = process.stdout.read()
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        said = os.read(process.stdout.fileno(), 100) if poll.poll(START * 1000) else b""
         if said != READY:
             ours.close()
+            process.kill()
             why = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
             process.wait()
             raise HostError(f"net egress: the gate cannot be started: {''.join(why)}")

@@ -52,7 +52,7 @@ fi
 """Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
 
 NETWORK = """tries=200
-until grep -q nameserver /etc/resolv.conf 2>/dev/null; do
+until grep -q 198.18.0.1 /etc/resolv.conf 2>/dev/null; do
     [ $((tries -= 1)) -gt 0 ] || { echo "the guest has no address: no driver of its kernel, or no udhcpc" >&2; exit 1; }
     usleep 50000 2>/dev/null || sleep 1
 done

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, HostError
 from cardcage_egress import net
 from cardcage_egress.answers import GATEWAY, GUEST, KEPT, Names, Question, lease
 from cardcage_egress.gate import is_own, parsed
@@ -354,7 +354,7 @@ def test_dns_of_the_guest(shut: Peer, slot: Slot) -> None:
 
 
 @given(st.lists(st.binary(max_size=90), max_size=20), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_frames_of_any_kind(frames: list[bytes], whole: bool) -> None:
     """No frame of the guest does harm: bytes of any kind, and TCP with fields of any kind."""
     with closing(Slot()) as slot, gateless(slot, ["good.test"]) as backend:
@@ -417,6 +417,13 @@ def test_a_gate_that_ends(peer: Peer, server: socket.socket, slot: Slot) -> None
     peer.say(SYN)
     assert Segment.of(Ip.of(peer.count(before + 1)[-1])).flags & RST
     assert ("the gate has ended: nothing gets out", {}) in slot.said
+
+
+def test_a_gate_that_does_not_start(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that cannot be started is one line."""
+    monkeypatch.setattr(net.sys, "executable", "/bin/false")
+    with pytest.raises(HostError, match="the gate cannot be started"):
+        open_egress(slot, Egress(["a.org"]))
 
 
 def test_wrong_options(slot: Slot) -> None:
