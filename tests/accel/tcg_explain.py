@@ -16,6 +16,11 @@ def _kind(state: State) -> str:
     )
 
 
+def _at_the_border(address: int) -> bool:
+    """An operand there ends where no address is canonical."""
+    return (1 << 47) - 64 < address < 1 << 47
+
+
 def explained(bits: int, want: State, got: State) -> str:
     """What explains that *got* is not the real processor's *want*; empty when nothing does.
 
@@ -31,7 +36,7 @@ def explained(bits: int, want: State, got: State) -> str:
         return ""
     pair, at = (_kind(want), _kind(got)), want.address
     if want.memory == got.memory:
-        if pair in ORDERS:
+        if pair in ORDERS or (pair == ("#PF", "#GP") and bits == 64 and at is not None and _at_the_border(at)):
             return f"{pair[0]} here, {pair[1]} there"
         if at is not None and bits != 64 and at >= 0xFFFFFF00 and pair[1] in ("#AC", "#GP"):
             return "round the end of 4 GiB"

@@ -13,7 +13,7 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import DescriptorTable, Events, Segment
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.cpu.vectors import GATHERS
-from cardcage_tcg.translate.allowed import MASKED_MOVES, MASKED_STORES, NOTHING, XSAVES
+from cardcage_tcg.translate.allowed import FLUSHES, MASKED_MOVES, MASKED_STORES, NOTHING, XSAVES
 from iced_x86 import (
     Code,
     Decoder,
@@ -44,7 +44,8 @@ WRITES = (OpAccess.WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 PARTIAL = {*XSAVES, *MASKED_MOVES, *MASKED_STORES, *GATHERS, M.FXSAVE, M.FXSAVE64, M.FXRSTOR, M.FXRSTOR64}
 """Not all of the operand is accessed, or an XSAVE area's size is taken for the largest."""
 TABLES = (M.LGDT, M.LIDT, M.SGDT, M.SIDT)
-SKIPPED = {M.LTR, M.LLDT, M.LMSW, M.INVLPG, M.LEA, M.XLATB, *NOTHING}
+FLUSHED = (b"\x0f\xae\x3b", b"\x66\x0f\xae\x3b", b"\x66\x0f\xae\x33")
+SKIPPED = {M.LTR, M.LLDT, M.LMSW, M.INVLPG, M.LEA, M.XLATB, *NOTHING, *FLUSHES}
 """What would change the machine under test, and what has an address but no operand."""
 
 
@@ -308,3 +309,10 @@ def test_device_operands(bench: Bench, place: str) -> None:
                 wrong.append(f"{NAMES[code]} {raw.hex()}: {kind} of {size} in pieces {made}")
     assert not wrong, "\n".join([f"{len(wrong)} of {count}", *wrong])
     assert count > (700 if bench.bits == 64 else 500)
+
+
+@pytest.mark.parametrize("raw", FLUSHED, ids=bytes.hex)
+def test_a_flush_reads_no_device(bench: Bench, raw: bytes) -> None:
+    """CLFLUSH, CLFLUSHOPT and CLWB of a device's memory do nothing to it."""
+    assert bench.run(raw, b"", MIDDLE, (True, True))["vector"] is None
+    assert bench.device.log == []

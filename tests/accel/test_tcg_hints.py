@@ -1,4 +1,5 @@
-"""The hint spaces and reserved NOPs: 0F 0D and 0F 18 to 0F 1F, on the real processor and under the translator."""
+"""The hint spaces and reserved NOPs (0F 0D and 0F 18 to 0F 1F), and flushes of cache lines, on the real processor and
+under the translator."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import pytest
 from cardcage_tcg import layout as L
 from cardcage_tcg.translate.allowed import decoder_of
 from cardcage_tcg.translate.templates import Templates
-from tcg_fuzz import Case, Fuzzer
-from tcg_host import CODE, DATA_SIZE, Host, State
+from tcg_fuzz import STACK, Case, Fuzzer
+from tcg_host import CODE, DATA, DATA_SIZE, READONLY, Host, State
 
 AMD = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 HINTS = (0x0D, *range(0x18, 0x20))
@@ -83,5 +84,24 @@ def test_locked_hints_are_undefined(bits: int) -> None:
                     found.append(f"{code.hex()}: {difference}")
         assert not found
         assert fuzzer.ended == {"SIGILL": fuzzer.runs}
+    finally:
+        fuzzer.close()
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("bits", [64, 32])
+def test_a_flush_faults_as_a_load_of_a_byte(bits: int) -> None:
+    """CLFLUSH, where the page can be read, missing, and at no canonical address, ends as on the host."""
+    fuzzer, found = Fuzzer(bits, bits=bits), []
+    addresses = [DATA + 1, DATA + READONLY, DATA + DATA_SIZE - 1, DATA + DATA_SIZE]
+    try:
+        for address in [*addresses, 1 << 47, 1 << 62] if bits == 64 else addresses:
+            general = [address if number == 3 else STACK for number in range(16)]
+            start = State(general, CODE, 0x202 | 0x8D5, fuzzer.xstate())
+            case = Case(b"\x0f\xae\x3b\x0f\x0b", start, bytes(DATA_SIZE), bits, f"clflush of {address:#x}")
+            if difference := fuzzer.check(case):
+                found.append(f"{case.text}: {difference}")
+        assert not found
+        assert fuzzer.ended["SIGSEGV"] == (3 if bits == 64 else 1)
     finally:
         fuzzer.close()

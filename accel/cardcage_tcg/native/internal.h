@@ -99,7 +99,7 @@ struct access {
 };
 /* PYTHON: not all bytes may be written, so that an operand across two pages is Python's. AC, EMULATE: at STUB_LIMIT, why it was called. MASKED: not all bytes are read, so that a device's are Python's. ALIGNED: else #GP,
  * which comes from the host where the operand is RAM. LOOKED: the segment's limit was compared in line, not left to its being 4 GiB. */
-enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, ACCESS_ALIGNED = 16, ACCESS_LOOKED = 32, ACCESS_PYTHON = 64 };
+enum { ACCESS_STACK = 1, ACCESS_AC = 2, ACCESS_EMULATE = 4, ACCESS_MASKED = 8, ACCESS_ALIGNED = 16, ACCESS_LOOKED = 32, ACCESS_PYTHON = 64, ACCESS_PROBE = 128 };
 
 __attribute__((visibility("hidden"))) void *memcpy(void *to, const void *from, unsigned long n);
 __attribute__((visibility("hidden"))) void *memset(void *to, int v, unsigned long n);

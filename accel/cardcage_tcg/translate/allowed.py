@@ -29,6 +29,7 @@ __all__ = [
     "BORROWED",
     "ENVIRONMENT",
     "FAULTING",
+    "FLUSHES",
     "HIDDEN",
     "IMAGE",
     "INTEGER",
@@ -69,7 +70,8 @@ FAULTING = {
 }
 """Instructions that write all flags, and may fault after their operand was found: the frame has the flags of before."""
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
-NOTHING = {M.NOP, M.RESERVEDNOP, M.PAUSE, M.CLFLUSH, M.CLFLUSHOPT, M.CLWB}
+NOTHING = {M.NOP, M.RESERVEDNOP, M.PAUSE}
+FLUSHES = {M.CLFLUSH, M.CLFLUSHOPT, M.CLWB}
 DECODE = DecoderOptions.FORCE_RESERVED_NOP | DecoderOptions.NO_WBNOINVD
 """Instructions that guests' processors lack, decoded as they do: ENDBR, RDSSP, BNDxx, CLDEMOTE, prefetches of all kinds
 are the reserved NOPs of 0F 0D and 0F 18 to 0F 1F, whose memory operand is not accessed and whose encoding is never

@@ -42,6 +42,7 @@ from cardcage_tcg.translate.allowed import (
     BASIC,
     BORROWED,
     FAULTING,
+    FLUSHES,
     HIDDEN,
     INTEGER,
     MASKED_MOVES,
@@ -87,6 +88,8 @@ class Templates(InPlace):
         if mnemonic in NOTHING and not set(ins.cpuid_features()) & self.hidden:
             t.reads = t.kills = 0
             return t
+        if mnemonic in FLUSHES and not set(ins.cpuid_features()) & self.hidden:
+            return self._flush(ins, t, restore)
         if mnemonic == M.WAIT:
             if self.mode & L.MODE_NOFPU:
                 self._off(t, OFF_WAIT, ins)
@@ -128,6 +131,16 @@ class Templates(InPlace):
         if memory < 0:
             return self._registers(ins, raw, t, registers)
         return self._memory(ins, t, registers, memory, restore)
+
+    def _flush(self, ins: Instruction, t: Template, restore: bool) -> Template:
+        """A cache line's flush: memory is coherent, and what is left are the faults of a load of one byte (SDM vol. 2,
+        CLFLUSH; APM vol. 3, CLWB)."""
+        t.reads = t.kills = 0
+        out = bytearray()
+        self.address(ins, out, t, 1, False)
+        self.access(out, t, 1, False, restore, stack=ins.memory_segment == R.SS, more=L.ACCESS_PROBE)
+        t.code = bytes(out)
+        return t
 
     def _check_allowed(self, ins: Instruction, t: Template) -> int | None:
         """Raise Emulate for what may not be emitted; the unit it needs (``OFF_*``), None for the integer unit."""

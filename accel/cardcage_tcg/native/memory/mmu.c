@@ -582,6 +582,8 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     }
     if (host)
         return (u64)host + (linear & 0xfff);
+    if (a->flags & ACCESS_PROBE) /* a device is not read */
+        return (u64)c->bounce;
     if (is_apic(c, phys) && a->size <= first) {
         u32 value = 0;
         apic_read(c, (u32)phys & 0xff0, &value);
