@@ -142,7 +142,7 @@ BaseSandboxBackend.register(CardcageBackend)
 
 
 class NoImages:
-    """What Ray's runtime pulls images with: here the backend finds them itself."""
+    """A manager of images in place of Ray's: here the backend finds them itself."""
 
     def pull_image(self, image: str, timeout_seconds: float = 0) -> str:
         """Nothing to do."""
