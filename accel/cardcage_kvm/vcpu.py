@@ -44,7 +44,7 @@ class KvmVCpu:
         page = memoryview(self._map)
         self.bytes, self._longs, self._words = page, page.cast("I"), page.cast("Q")
         self._views = {1: page, 2: page.cast("H"), 4: self._longs}
-        self.attention = self.inside = self._kicked = self._nmi = self._halted = self._incomplete = False
+        self.attention = self.inside = self._kicked = self._nmi = self._halted = self._incomplete = self._unsure = False
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
         self.power_up: tuple[dict[int, int], bytes | None] = ({}, None)
@@ -193,6 +193,8 @@ class KvmVCpu:
     def _inject_extint(self, ops: Ops) -> None:
         """Give KVM the 8259's interrupt once the guest can take it, else ask to be told when it can."""
         page = self.bytes
+        if self.vm.extint and self._unsure:
+            self._find_out()
         if self.vm.extint and page[READY_FOR_INTERRUPT]:
             vector = ops.acknowledge_extint()
             if vector is not None:
@@ -200,6 +202,20 @@ class KvmVCpu:
                 abi.ioctl(self.fd, abi.INTERRUPT, abi.Interrupt(irq=vector & 0xFF))
                 page[READY_FOR_INTERRUPT] = 0
         page[REQUEST_INTERRUPT_WINDOW] = int(self.vm.extint and not self._halted)
+
+    def _find_out(self) -> None:
+        """Have KVM say if the guest can take an interrupt, after its state was set: one that halts in KVM would never
+        leave it to be told of a window."""
+        self._unsure = False
+        self.bytes[IMMEDIATE_EXIT] = 1
+        try:
+            fcntl.ioctl(self.fd, KVM_RUN)
+        except InterruptedError:
+            pass
+        except OSError as error:
+            raise abi.failure(abi.RUN, error) from error
+        finally:
+            self.bytes[IMMEDIATE_EXIT] = 0
 
     def _other_exit(self, reason: int, ops: Ops) -> VCpuExit | None:
         """Serve or report an exit that is neither a port nor a memory-mapped access. ``None`` to go on."""
@@ -274,5 +290,5 @@ class KvmVCpu:
             raise AcceleratorError(f"vCPU {self.index}: closed")
         state.write(self, new)
         self._halted = new.events.halted and self.vm.irqchip == "none"
-        self.bytes[READY_FOR_INTERRUPT] = 0
+        self.bytes[READY_FOR_INTERRUPT], self._unsure = 0, True
         self._words[CR8 // 8] = new.system.cr8

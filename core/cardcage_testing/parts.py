@@ -6,7 +6,7 @@ import os
 import select
 from collections import deque
 from contextlib import suppress
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -181,6 +181,7 @@ class TestLoop:
         self.readers: dict[int, Callable[[], None]] = {}
         self.soon: deque[Callable[[], None]] = deque()
         self._wake = -1  # made by the first poll: most tests need no descriptor
+        self._waking = Lock()
 
     def add_reader(self, fd: int, callback: Callable[[], None], /) -> None:
         self.readers[fd] = callback
@@ -190,8 +191,9 @@ class TestLoop:
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         self.soon.append(callback)
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def run_soon(self) -> None:
         """Do what was asked for by ``call_soon``."""
@@ -216,9 +218,10 @@ class TestLoop:
             self.run_soon()
 
     def close(self) -> None:
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        with self._waking:
+            wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
 
 
 class TestHost:

@@ -24,6 +24,7 @@ from cardcage_virtio.vhost.kinds import (
     vhost_user_device,
     vhost_user_fs,
 )
+from listens import listens
 
 DAEMON = shutil.which("qemu-storage-daemon")
 VIRTIOFSD = next((path for path in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd") if os.path.exists(path)), None)
@@ -199,7 +200,7 @@ def test_virtiofsd_answers(tmp_path: Path) -> None:
     command = [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot", "-f"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        while not path.exists():
+        while not listens(path):
             if process.poll() is not None:
                 pytest.skip("virtiofsd may not run here")
             try:

@@ -27,6 +27,7 @@ from gdb_kit import Client, gdb, machine, needs_gdb, values
 from hypothesis import given
 from hypothesis import strategies as st
 from installed import PROGRAM
+from listens import listens
 from scripted import Scripted
 
 pytestmark = pytest.mark.once
@@ -220,7 +221,7 @@ def test_registers_are_those_of_qemus_stub(tmp_path: Path) -> None:
             limit = threading.Timer(120, process.kill)
             limit.start()
             try:
-                while not (path / "gdb").exists():
+                while not listens(path / "gdb"):
                     assert process.poll() is None
                 lines = (
                     "info registers",
@@ -381,7 +382,7 @@ def test_the_command_line(tmp_path: Path, way: str) -> None:
         limit = threading.Timer(120, process.kill)
         limit.start()
         try:
-            while not (tmp_path / "socket").exists():
+            while not listens(tmp_path / "socket"):
                 assert process.poll() is None, process.stderr.read() if process.stderr else ""
             lines = (f"hbreak *{LOOP:#x}", "continue", "watch *(int*)$rbx", "continue", "x/i $pc", "kill")
             said = gdb(f"{tmp_path}/socket", *lines)

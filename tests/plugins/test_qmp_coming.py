@@ -17,6 +17,7 @@ from cardcage.registry import Registry
 from cardcage_qmp import QmpCommand, Session, removals
 from hotplug_kit import LETS_GO
 from installed import PROGRAM
+from listens import listens
 from qmp_kit import Client, machines
 
 
@@ -217,7 +218,7 @@ def test_an_image_by_descriptor_in_a_jail(tmp_path: Path, monkeypatch: pytest.Mo
     command = [*PROGRAM, "run", str(tmp_path / "vm.toml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            while not (tmp_path / "qmp").exists():
+            while not listens(tmp_path / "qmp"):
                 assert process.poll() is None
             with Client(tmp_path / "qmp") as peer:
                 while peer.ask("query-status")["return"]["status"] != "running":

@@ -105,6 +105,30 @@ def test_the_platform_goes_on_from_a_saved_state(tmp_path: Path, accel: str) -> 
 
 
 @accelerators
+@pytest.mark.parametrize("irqchip", ["none", "split"])
+def test_an_interrupt_that_waits_is_taken_after_a_load(tmp_path: Path, accel: str, irqchip: str) -> None:
+    """A machine is saved while its processor halts and the 8259 has a request: where it goes on, it is woken by it."""
+    with guest(tmp_path, ticking(), accel, irqchip=irqchip) as vm:
+        vm.start()
+        vm.console.expect("TTT", timeout=60)
+        while True:
+            vm.pause()
+            state = capture(vm)
+            master = state.devices["pic"].fields["master"]
+            if state.vcpus[0].events.halted and not master["isr"]:
+                break
+            vm.resume()
+        master["edges"] |= 1
+        ram = [(slot.address, vm.memory.read(slot.address, slot.size)) for slot in vm.memory.slots]
+    with Machine(memory="4M", accel=accel, machine={"irqchip": irqchip}) as vm:
+        for address, data in ram:
+            vm.memory.write(address, data)
+        restore(vm, loads(dumps(state)))
+        vm.start(boot=False)
+        vm.console.expect("TTTTTTTTTT", timeout=60)
+
+
+@accelerators
 def test_a_serial_port_on_a_socket_echoes(tmp_path: Path, accel: str) -> None:
     """What a peer sends to COM2's socket reaches the guest, and its answer the peer; the next peer is served too."""
     echo = b"\xba\xfd\x02\xec\xa8\x01\x74\xfb\xba\xf8\x02\xec\xee\xeb\xf1"  # poll LSR; in al, dx; out dx, al

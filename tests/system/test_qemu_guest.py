@@ -22,6 +22,7 @@ from cardcage.registry import Registry
 from cardcage_qemu import translate
 from cardcage_qemu.program import _run
 from iso import make_iso
+from listens import listens
 from qmp_kit import Client
 
 ROM = Path("/usr/share/seabios/bios-256k.bin")
@@ -93,10 +94,10 @@ def test_a_disc_that_is_booted_beside_a_disk_of_qemu_nbd(tmp_path: Path) -> None
         -drive file=nbd:unix:{tmp_path}/nbd:exportname=e,format=raw,if=virtio,id=n
         -qmp unix:{tmp_path}/qmp,server=on,wait=on""".split()
     with started(server) as nbd:
-        while not (tmp_path / "nbd").exists():
+        while not listens(tmp_path / "nbd"):
             assert nbd.poll() is None
         with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
-            while not (tmp_path / "qmp").exists():
+            while not listens(tmp_path / "qmp"):
                 assert process.poll() is None
             with Client(tmp_path / "qmp") as peer:
                 found = {one["device"]: one for one in peer.ask("query-block")["return"]}
@@ -208,7 +209,7 @@ def test_started_by_cont_and_kept_after_its_end(off: Path, tmp_path: Path) -> No
     quit, and a reset and cont start it again."""
     words = f"-S -no-shutdown -accel tcg -m 16M -kernel {off} -qmp unix:{tmp_path}/qmp,server=on,wait=on".split()
     with started([*PROGRAM, *words], stderr=subprocess.PIPE) as process:
-        while not (tmp_path / "qmp").exists():
+        while not listens(tmp_path / "qmp"):
             assert process.poll() is None
         with Client(tmp_path / "qmp") as peer:
             assert peer.ask("query-status")["return"]["status"] == "prelaunch"

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from listens import listens
 
 Virsh = Callable[..., str]
 
@@ -101,7 +102,7 @@ def virsh(folder: Path, kernel: Path, initramfs: Path) -> Iterator[Virsh]:
 
     with subprocess.Popen([*USER, libvirtd, "-t", "60"], env=environment, stderr=subprocess.DEVNULL) as daemon:
         try:
-            while not (runtime / "libvirt" / "libvirt-sock").exists():
+            while not listens(runtime / "libvirt" / "libvirt-sock"):
                 assert daemon.poll() is None
             yield run
         finally:

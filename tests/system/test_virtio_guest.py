@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from guest_boot import BOOT, boot
+from listens import listens
 
 pytestmark = pytest.mark.usefixtures("kernel")
 WARNINGS = "dmesg -r | grep -E '^<[0-4]>'"
@@ -247,7 +248,7 @@ def test_a_directory_of_virtiofsd(tmp_path: Path) -> None:
     command = [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={folder}", "-o", "sandbox=chroot", "-f"]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        while not path.exists():
+        while not listens(path):
             if server.poll() is not None:
                 pytest.skip("virtiofsd may not run here")
             os.sched_yield()
