@@ -32,12 +32,14 @@ def row(name: str, times: list[float], note: str = "") -> None:
 
 def forks(vm: Any, runs: int) -> None:
     """One after another."""
-    born, answered, ran, gone, parked = [], [], [], [], []
+    born, answered, ran, gone, parked, ours, its = [], [], [], [], [], [], []
     for _ in range(runs):
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.process_time()
         (copy,) = vm.fork(1)
         copy.agent.ping()
         answered.append(time.monotonic() - began)
+        ours.append(time.process_time() - spent)
+        its.append(processor(copy.pid))
         copy.run("true")
         ran.append(time.monotonic() - began)
         born.append(copy.born - began)
@@ -49,7 +51,8 @@ def forks(vm: Any, runs: int) -> None:
             pass
         parked.append(time.monotonic() - began)
     row("fork to the first instruction", born)
-    row("fork to an answer of the agent", answered)
+    note = f"{median(ours) * 1e3:.1f} ms of processor time here, {median(its) * 1e3:.1f} in the copy"
+    row("fork to an answer of the agent", answered, note)
     row("fork to the end of /bin/true", ran)
     row("fork, a command, close", gone, f"{1 / median(gone):.0f} a second")
     row("the same machine parked and started anew", parked)
@@ -59,6 +62,11 @@ def forks(vm: Any, runs: int) -> None:
     print(f"{'private memory of an idle copy after 1 s':44} {median(dirty):9.2f} MB   ({runs} alive)")
     for one in copies:
         one.close()
+
+
+def processor(pid: int) -> float:
+    """Seconds that a process has run for by now, with threads that ended: the clock of clock_getcpuclockid(3)."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def private(pid: int) -> float:

@@ -21,7 +21,7 @@ __all__ = ["Forks"]
 PIECE = 12
 """Bits of the piece of code that is copied when it is written; more where that would be too many pieces: the kernel
 joins no two mappings of different files, and has a limit (vm.max_map_count)."""
-MOST = 4096
+MOST = 1024
 HEAD = 40
 """Bytes of ``struct frozen`` before its flags."""
 

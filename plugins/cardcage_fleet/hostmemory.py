@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = [
     "memory_group",
     "memory_limits",
     "own_group",
+    "own_memory_group",
     "read_host_memory",
 ]
 
@@ -108,6 +110,16 @@ def memory_group(root: Path = Path("/")) -> MemoryGroup | None:
             group = MemoryGroup(path, mount / inside, 1 if v1 else 2)
             found = group if found is None or v1 else found
     return found
+
+
+def own_memory_group() -> MemoryGroup | None:
+    """The same, looked for among all mounts once a process, and again when that is in other cgroups."""
+    return _own_memory_group(_text(Path("/proc/self/cgroup")))
+
+
+@lru_cache(maxsize=1)
+def _own_memory_group(cgroups: str) -> MemoryGroup | None:
+    return memory_group()
 
 
 def own_group() -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from attrs import evolve
 from cardcage.errors import HostError, StateError
 from cardcage.machine import rename
 from cardcage.security import OPERATOR, Act, Needs
@@ -17,7 +17,7 @@ from cardcage_jail import is_inside, listen_at
 
 from cardcage_fleet import ControlOffer, SessionOffer
 from cardcage_fleet.admission import Starter, admissions, rooms_of
-from cardcage_fleet.hostmemory import memory_group, memory_limits
+from cardcage_fleet.hostmemory import MemoryGroup, memory_limits, own_memory_group
 from cardcage_fleet.roster import BROKERS, Roster, RosterEntry, pid_namespace
 from cardcage_fleet.rundir import run_directory
 
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["admit", "forked", "forking", "publish", "record_of"]
 
-GROUP = ("group", "group_folder", "group_version", "oom_kills")
-"""Attributes of an entry about the process's memory cgroup."""
+UNSEEN = "not on the roster: cardcage stats will not show this machine"
 
 
 def _records(host: Host) -> WeakKeyDictionary[Machine, Record]:
@@ -66,7 +65,7 @@ def _enroll(machine: Machine, policies: Sequence[Callable[..., None]], say: Call
         except (HostError, OSError) as error:
             if policies:
                 raise HostError(f"admission needs to know the other machines: {error}") from error
-            machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
+            machine.log.warning(UNSEEN, reason=str(error))
             return
         roster.tidy(ended)
         tell_apart(machine, {one.name for one in alive}, say)
@@ -77,20 +76,40 @@ def _enroll(machine: Machine, policies: Sequence[Callable[..., None]], say: Call
         except OSError as error:  # a full disk, or a limit of file sizes
             if policies:
                 raise HostError(f"admission needs to put the machine on the roster: {error}") from error
-            machine.log.warning("not on the roster: cardcage stats will not show this machine", reason=str(error))
+            machine.log.warning(UNSEEN, reason=str(error))
             return
         _records(machine.host)[machine] = record
         machine.defer(record.close)
 
 
-def _enroll_copy(machine: Machine, parent: Record) -> None:
-    """Put a copy on the roster from within the jail, where nothing is known of other machines: it has the number of its
-    process in its name, and its entry beside its parent's. Raises OSError."""
+def _enroll_copy(machine: Machine, parent: Record) -> bool:
+    """Put a copy on the roster; False where that cannot be, which the log tells.
+
+    It has the number of its process in its name, and its entry beside its parent's: so nothing need be known of other
+    machines, which a process in its jail does not, and whose files take a new process long to read. Raises OSError in a
+    jail, where nobody could find the copy otherwise.
+    """
     rename(machine, f"{machine.name}-{os.getpid()}")
-    kept = {one: getattr(parent.entry, one) for one in GROUP}
-    entry = evolve(entry_of(machine), **kept)
-    record = _records(machine.host)[machine] = Roster().add_copy(entry, parent.folder)
+    facts: dict[str, Any] = {} if is_inside() else {"namespace": pid_namespace(), "oom_kills": _kills(parent.entry)}
+    facts |= {"name": machine.name, "pid": os.getpid(), "label": machine.label, "since": time.time(), "balloon": False}
+    try:
+        record = parent.copy(facts)
+    except OSError as error:
+        if is_inside():
+            raise
+        machine.log.warning(UNSEEN, reason=str(error))
+        return False
+    _records(machine.host)[machine] = record
     machine.defer(record.close)
+    return True
+
+
+def _kills(entry: RosterEntry) -> int:
+    """How many processes of an entry's cgroup the OOM killer has ended by now; -1 for unknown."""
+    if not entry.group_version:
+        return -1
+    kills = MemoryGroup(entry.group, Path(entry.group_folder), entry.group_version).oom_kills()
+    return -1 if kills is None else kills
 
 
 def _ask(policies: Sequence[Callable[..., None]], entry: RosterEntry, alive: list[RosterEntry]) -> None:
@@ -114,18 +133,15 @@ def forking(machine: Machine) -> None:
 
 def forked(machine: Machine) -> None:
     """This is a forked process: its machine has an entry and a door of its own, under a name that nobody has."""
-    record = record_of(machine)
+    record = _records(machine.host).pop(machine, None)
     if record is None:
         return
     if (door := _doors(machine.host).pop(machine, None)) is not None:
         door.abandon()
     if (fd := record.abandon()) >= 0:
         machine.loop.remove_reader(fd)
-    if is_inside():
-        _enroll_copy(machine, record)
-    else:
-        _enroll(machine, (), machine.log.debug)
-    publish(machine)
+    if _enroll_copy(machine, record):
+        _publish(machine, answers=door is not None)
 
 
 def _doors(host: Host) -> WeakKeyDictionary[Machine, Door]:
@@ -169,8 +185,14 @@ def publish(machine: Machine) -> None:
     block = machine.memory.ranges[0].block
     chosen = machine.accelerator
     record.update(start=block.host_address, accelerator=chosen.name, code=chosen.probe.code_memory, **group)
+    names = machine.host.registry.names
+    _publish(machine, answers=bool(names(ControlOffer) or names(SessionOffer)))
+
+
+def _publish(machine: Machine, *, answers: bool) -> None:
+    record = _records(machine.host)[machine]
     machine.observers.add("state", lambda state: record.update(state=str(state)))
-    if machine.host.registry.names(ControlOffer) or machine.host.registry.names(SessionOffer):
+    if answers:
         from cardcage_fleet.control import Door  # most machines have no command to hear
 
         door = _doors(machine.host)[machine] = Door(machine, record.entry)
@@ -223,7 +245,7 @@ def entry_of(machine: Machine) -> RosterEntry:
 
 def group_facts() -> dict[str, Any]:
     """An entry's facts about this process's memory cgroup."""
-    group = memory_group()
+    group = own_memory_group()
     if group is None:
         return {}
     kills = group.oom_kills()

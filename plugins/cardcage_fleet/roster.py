@@ -13,6 +13,7 @@ The directory is the run directory (:mod:`cardcage_fleet.rundir`): another user 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -144,12 +145,8 @@ class Roster:
                 folder = machines / f"{stem}{MARK}{mark_of(entry.name)}"
                 with suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-                    return Record(folder / f"{stem}.json", entry)
+                    return Record(folder / f"{stem}.json", asdict(entry))
             number += 1
-
-    def add_copy(self, entry: RosterEntry, folder: Path) -> Record:
-        """Put a copy of a machine on the roster that was made in the jail, whose *folder* it may write."""
-        return Record(folder / f"{os.getpid()}-0.json", entry)
 
     def read(self) -> tuple[list[RosterEntry], list[RosterEntry], list[str]]:
         """The machines that live, those that ended without a word, and what is wrong with files there."""
@@ -281,8 +278,8 @@ def load(text: bytes) -> dict[str, Any]:
 class Record:
     """A machine on the roster: its locked file, and its socket."""
 
-    def __init__(self, path: Path, entry: RosterEntry) -> None:
-        self._table, self._path = {**asdict(entry), "file": str(path)}, path
+    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
+        self._table, self._path = {**entry, "file": str(path)}, path
         self._size = 0
         self._socket: socket.socket | None = None
         hidden = path.with_name(f".{path.name}")
@@ -350,6 +347,14 @@ class Record:
         if peer is not None:
             peer.close()
         return fd
+
+    def copy(self, facts: dict[str, Any]) -> Record:
+        """Put a copy of the machine on the roster, with other *facts*: a machine of this process, which was forked. Its
+        entry is in the machine's folder, which this process may write also in a jail. Raises OSError."""
+        for number in range(FILES):
+            with suppress(FileExistsError):  # left behind by a process that was killed
+                return Record(self.folder / f"{os.getpid()}-{number}.json", self._table | facts)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.folder))
 
     def close(self) -> None:
         """Off the roster. Idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from cardcage.abilities import has
 from cardcage.accelerator import AcceleratedVm
@@ -95,14 +96,16 @@ def _for_good(machine: Machine) -> list[str]:
     return found
 
 
+_shared: WeakKeyDictionary[RamBlock, bool] = WeakKeyDictionary()
+"""Blocks that were looked for: their mappings stay what they are, and translated code is in a thousand others."""
+
+
 def shared(blocks: list[RamBlock]) -> bool:
     """True where the writes of one process are seen by another that has the RAM from a fork (proc_pid_maps(5))."""
-    with open("/proc/self/maps", opener=open_file) as file:  # of a copy, too, which may not open it
-        text = file.read()
-    for block in blocks:
-        for found in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) ..(.)(.)", text, re.M):
-            if int(found[1], 16) <= block.host_address < int(found[2], 16):
-                if found[4] == "s":
-                    return True
-                break
-    return False
+    if unknown := [one for one in blocks if one not in _shared]:
+        with open("/proc/self/maps", opener=open_file) as file:  # of a copy, too, which may not open it
+            rows = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ..(.)(.)", file.read(), re.M)
+        for block in unknown:
+            of = (kind for low, high, _, kind in rows if int(low, 16) <= block.host_address < int(high, 16))
+            _shared[block] = next(of, "p") == "s"
+    return any(_shared[one] for one in blocks)

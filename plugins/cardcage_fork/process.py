@@ -84,6 +84,7 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
     facts = {"machine": machine.name, "copies": count}
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("fork",), facts))
     refuse(machine)
+    there = holders(machine)  # found here: each page that a new process writes, if only by looking, is copied
     made: list[Made] = []
     born: Birth | None = None
     running = machine.state is State.RUNNING
@@ -93,7 +94,7 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
             try:
                 _lend(machine)
                 for _ in range(count):
-                    if isinstance(one := _fork(machine), Birth):
+                    if isinstance(one := _fork(machine, there), Birth):
                         born = one
                         break
                     made.append(one)
@@ -142,7 +143,7 @@ def _keep(machine: Machine, *, child: bool) -> None:
         block.map.madvise(mmap.MADV_DONTFORK)
 
 
-def _fork(machine: Machine) -> Made | Birth:
+def _fork(machine: Machine, there: list[Any]) -> Made | Birth:
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
@@ -160,7 +161,7 @@ def _fork(machine: Machine) -> Made | Birth:
         raise
     if pid == 0:
         ours.close()
-        return Birth(machine, theirs)
+        return Birth(machine, there, theirs)
     theirs.close()
     keep_link(ours)
     return Made(pid, ours)
@@ -192,8 +193,8 @@ def _give_up(made: list[Made]) -> None:
 class Birth:
     """The new process, whose only thread this is. It never returns to who called the fork."""
 
-    def __init__(self, machine: Machine, end: socket.socket) -> None:
-        self._machine, self._end, self._peer = machine, end, Peer(end)
+    def __init__(self, machine: Machine, there: list[Any], end: socket.socket) -> None:
+        self._machine, self._holders, self._end, self._peer = machine, there, end, Peer(end)
         self._told = False
 
     def settle(self) -> None:
@@ -209,7 +210,7 @@ class Birth:
         machine.host.phases.call("forked", machine)
         if machine.name == name:  # there is no roster to find another by
             rename(machine, f"{name}-{os.getpid()}")
-        for one in holders(machine):
+        for one in self._holders:
             one.forked()
         machine.console.forward = None
         self._peer.send({"name": machine.name})

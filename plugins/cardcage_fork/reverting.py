@@ -94,7 +94,7 @@ class Checkpoint:
                 if "state" in plugged.abilities:
                     self._devices.append((plugged.device, _pickled(plugged.who, plugged.device.save())))
             self._clock = machine.clock.now()
-        self._vcpus: list[bytes] = [pickle.dumps(one.get_state()) for one in machine.vcpus]
+        self._vcpus: list[VCpuState] = [one.get_state() for one in machine.vcpus]  # values, which are only read
         self._parts = _parts(machine)
         self._bases: list[Base] = []
         self._itself = has(vm, RevertingVm)
@@ -125,10 +125,9 @@ class Checkpoint:
                 device.load(pickle.loads(state))
             for plugged in machine.devices.values():
                 for backend in plugged.slot.host.opened:
-                    if has(backend, Reverted):
+                    if hasattr(backend, "reverted") and has(backend, Reverted):  # few have, and looking takes time
                         backend.reverted()
-        for vcpu, state in zip(machine.vcpus, self._vcpus, strict=True):
-            registers: VCpuState = pickle.loads(state)
+        for vcpu, registers in zip(machine.vcpus, self._vcpus, strict=True):
             vcpu.set_state(registers)
         return pages
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, UsageError, in_words
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
-from cardcage_snapshot.creating import original
-from cardcage_snapshot.manifest import is_ours
 from cardcage_snapshot.restoring import STATE_MOST, given, machine_of, may_boot
+from cardcage_snapshot.sealing import is_ours, original
 from cardcage_snapshot.state import capture, dumps, loads
 from cardcage_snapshot.state import restore as load_state
 

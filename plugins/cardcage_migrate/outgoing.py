@@ -18,9 +18,10 @@ from cardcage.errors import CardcageError, HostError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
-from cardcage_snapshot.creating import cards_of, has_agent, prepared, savable
+from cardcage_snapshot.creating import cards_of, has_agent, savable
 from cardcage_snapshot.manifest import converter
 from cardcage_snapshot.pages import held
+from cardcage_snapshot.sealing import prepared
 from cardcage_snapshot.state import capture, dumps, warm
 
 from cardcage_migrate.disks import checked, held_disks

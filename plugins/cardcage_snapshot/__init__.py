@@ -61,7 +61,7 @@ def cardcage_register(registry: Registry) -> None:
 def cardcage_built(machine: PlainMachine) -> None:
     """Take what a snapshot needs, before a jail shuts it out."""
     if machine.host.owns_process or "jail" in machine.config.guards:
-        from cardcage_snapshot.running import before_jail
+        from cardcage_snapshot.sealing import before_jail
 
         before_jail(machine)
 

@@ -7,9 +7,8 @@ import os
 import platform
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from attrs import frozen
@@ -20,29 +19,26 @@ from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
 
 from cardcage_snapshot.disks import plan_disks, settle_disks
-from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, chunk_size, sealed, written
+from cardcage_snapshot.manifest import DeviceCard, File, Manifest, Ram, chunk_size, written
 from cardcage_snapshot.pages import held, runs_of
 from cardcage_snapshot.places import Publication, located
 from cardcage_snapshot.ram import Copy, compressor, finish
+from cardcage_snapshot.sealing import prepared
 from cardcage_snapshot.state import capture, dumps
-from cardcage_snapshot.tables import ids_of, tables_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cardcage.config import Config
     from cardcage.machine import Machine
     from cardcage.ram import RamBlock
 
-__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "original", "prepared"]
-__all__ += ["roomy", "savable", "snapshot"]
+__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "roomy"]
+__all__ += ["savable", "snapshot"]
 
 STATE = "state.json"
 SPARE = 16 << 20
 """Bytes that a snapshot takes besides RAM and disks, at most."""
 _busy: WeakKeyDictionary[Machine, threading.Lock] = WeakKeyDictionary()
-_originals: WeakKeyDictionary[Machine, dict[str, Any]] = WeakKeyDictionary()
-_prepared: WeakKeyDictionary[Machine, tuple[Config, dict[str, Any], str]] = WeakKeyDictionary()
 
 
 @frozen
@@ -59,11 +55,6 @@ class Snapshot:
     memory: int
     stored: int
     stood: float
-
-
-def original(machine: Machine, tables: dict[str, Any]) -> None:
-    """*machine* was restored: its next snapshot has the configuration *tables*, not overlays and maps of this one."""
-    _originals[machine] = tables
 
 
 def snapshot(
@@ -141,6 +132,8 @@ class Plan:
             stood = time.monotonic() - began
         finally:
             copy.close()
+        from importlib.metadata import version  # here, for start-up's sake: it takes what all of this does
+
         text = dumps(saved).encode()
         with open(files[STATE], "wb", closefd=False) as file:
             file.write(text)
@@ -185,27 +178,6 @@ def allowed(machine: Machine, path: Path) -> None:
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
     facts = {"machine": machine.name, "readonly": False}
     machine.mediator.ask(Act(machine.label, machine.label, "image", ("create", "write"), facts), str(path))
-
-
-def prepared(machine: Machine) -> tuple[dict[str, Any], str]:
-    """The configuration of a machine as tables, and its seal: made before a jail where there is one."""
-    found = _prepared.get(machine)
-    if found is None or found[0] is not machine.config:
-        tables = _tables(machine)
-        found = machine.config, tables, sealed(tables, machine.label)
-        _prepared[machine] = found
-    return found[1], found[2]
-
-
-def _tables(machine: Machine) -> dict[str, Any]:
-    """The configuration; of a restored machine as it was, but for devices that were added or taken out since."""
-    tables = tables_of(machine.config, ids_of(machine))
-    before = _originals.get(machine)
-    if before is None:
-        return tables
-    devices = {one.get("id"): one for one in before.get("device", []) if isinstance(one, dict)}
-    found = [devices.get(one["id"], one) for one in tables["device"]]
-    return {**before, "device": found}
 
 
 def roomy(into: Publication, wanted: int) -> None:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from functools import cache
-from hmac import compare_digest
 from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, field
 from attrs.validators import and_, ge, in_, le, matches_re
-from cardcage.errors import CardcageError, ConfigError, HostError
+from cardcage.errors import CardcageError, ConfigError
 
-from cardcage_snapshot.places import state_directory
+from cardcage_snapshot.sealing import canonical, is_ours
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -39,9 +36,7 @@ __all__ = [
     "chunk_size",
     "converter",
     "decoded",
-    "is_ours",
     "read",
-    "sealed",
     "written",
 ]
 
@@ -196,57 +191,10 @@ def decoded(data: bytes, where: str) -> Any:
     raise ConfigError(f"nested deeper than {DEEPEST}", file=where)
 
 
-def _canonical(table: Any) -> bytes:
-    return json.dumps(table, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _key(make: bool) -> bytes | None:
-    """The account's key, None where there is none and none is made. Raises HostError."""
-    path = state_directory() / "snapshot.key"
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
-    for _ in range(2):
-        with suppress(FileNotFoundError):
-            try:
-                with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
-                    if os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
-                        return None
-                    return file.read(64)
-            except PermissionError:
-                return None
-        if not make:
-            return None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            hidden = path.with_name(f".{path.name}.{os.getpid()}")
-            with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o600), "wb") as file:
-                file.write(os.urandom(32))
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(FileExistsError):
-                os.link(hidden, path)
-            os.unlink(hidden)
-        except OSError as error:
-            raise HostError(f"{path}: the key that seals snapshots cannot be made: {error.strerror}") from error
-    return None
-
-
-def sealed(config: dict[str, Any], label: str) -> str:
-    """The seal of a configuration; empty where this process cannot have the key."""
-    try:
-        key = _key(make=True)
-    except HostError:
-        return ""
-    return _seal(key, config, label) if key else ""
-
-
-def _seal(key: bytes, config: dict[str, Any], label: str) -> str:
-    return hashlib.blake2b(_canonical([config, label]), key=key[:64], digest_size=32).hexdigest()
-
-
 def written(manifest: Manifest, into: Publication) -> None:
     """Write the manifest."""
     table = converter().unstructure(manifest)
-    sum = hashlib.sha256(_canonical(table)).hexdigest()
+    sum = hashlib.sha256(canonical(table)).hexdigest()
     text = json.dumps({"cardcage snapshot": FORMAT, "sum": sum, "manifest": table}, indent=1)
     into.write(MANIFEST, text.encode())
 
@@ -269,7 +217,7 @@ def read(folder: Folder) -> tuple[Manifest, bool]:
     sum = outer.get("sum")
     if not isinstance(table, dict) or not isinstance(sum, str):
         raise ConfigError("expected manifest and sum", file=where)
-    if hashlib.sha256(_canonical(table)).hexdigest() != sum:
+    if hashlib.sha256(canonical(table)).hexdigest() != sum:
         raise ConfigError("is damaged: its sum is not that of its contents", file=where)
     try:
         found = converter().structure(table, Manifest)
@@ -282,9 +230,3 @@ def read(folder: Folder) -> tuple[Manifest, bool]:
         why = "; ".join(transform_error(error))
         raise ConfigError(f"does not fit: {why[:500]}", file=where) from error
     return found, is_ours(found.config, found.label, found.seal)
-
-
-def is_ours(config: dict[str, Any], label: str, seal: str) -> bool:
-    """True where the *seal* says that the configuration is that of a machine of this account."""
-    key = _key(make=False) if seal else None
-    return key is not None and compare_digest(_seal(key, config, label), seal)

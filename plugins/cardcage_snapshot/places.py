@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +50,13 @@ def located(where: str | os.PathLike[str]) -> Path:
         return snapshot_root() / where
     what = "expected a name of letters, digits and . _ -, or a path with a slash"
     raise UsageError(f'"{os.fspath(where)}" is no name of a snapshot: {what}')
+
+
+def _remove(folder: Path, *, ignore_errors: bool = False) -> None:
+    """:func:`shutil.rmtree`, whose module each machine would load otherwise."""
+    from shutil import rmtree
+
+    rmtree(folder, ignore_errors=ignore_errors)
 
 
 class Folder:
@@ -157,7 +163,7 @@ class Publication:
                 fd = os.open(one, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(one)
+                    _remove(one)
                 finally:
                     os.close(fd)
 
@@ -209,7 +215,7 @@ class Publication:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # what was not published, or what was replaced
+        _remove(self.folder, ignore_errors=True)  # what was not published, or what was replaced
         os.close(self.fd)
         if isinstance(error, OSError) and not isinstance(error, HostError):
             raise HostError(f"{self.path}: the snapshot cannot be written: {error.strerror or error}") from error

@@ -22,11 +22,12 @@ from cardcage.host import Host
 from cardcage.registry import BootOffer, DeviceOffer
 from cardcage.security import Act
 
-from cardcage_snapshot.creating import STATE, original
+from cardcage_snapshot.creating import STATE
 from cardcage_snapshot.disks import file_sum, overlays
 from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder, located
 from cardcage_snapshot.ram import damaged, fill
+from cardcage_snapshot.sealing import original
 from cardcage_snapshot.state import loads
 from cardcage_snapshot.state import restore as load_state
 from cardcage_snapshot.tables import config_of, ids_of, tables_of

@@ -12,11 +12,10 @@ from cardcage.errors import HostError, UsageError
 from cardcage_fleet import command, converse
 from cardcage_fleet.control import DESCRIPTORS
 
-from cardcage_snapshot.creating import Plan, allowed, completed, prepared, roomy
+from cardcage_snapshot.creating import Plan, allowed, completed, roomy
 from cardcage_snapshot.manifest import Manifest, chunk_size, converter
 from cardcage_snapshot.places import Publication
 from cardcage_snapshot.ram import compressor
-from cardcage_snapshot.watching import keep_open
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from cardcage_snapshot.creating import Snapshot
 
-__all__ = ["before_jail", "create", "plan", "save"]
+__all__ = ["create", "plan", "save"]
 
 PATIENCE = 24 * 3600
 """Seconds that a machine may take to write itself down."""
@@ -93,9 +92,3 @@ def _checked(name: object, entry: RosterEntry) -> str:
 
 def _nonsense(entry: RosterEntry) -> HostError:
     return HostError(f"machine {entry.name} (pid {entry.pid}) gave no answer that can be understood")
-
-
-def before_jail(machine: Machine) -> None:
-    """Seal the configuration and open what the kernel tells writes by, while this process still may."""
-    prepared(machine)
-    keep_open(machine)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from attrs import frozen
+from cardcage import machine as machines
 from cardcage._host.discovery import announced
 from cardcage.errors import CardError, ConfigError, Denied, MissingExtra, UsageError
 from cardcage.hookspecs import hookimpl
@@ -289,3 +290,10 @@ def test_a_machine_needs_no_roster_policies_or_snapshots(tmp_path: Path) -> None
     devices = [{"type": "isa-debug-exit", "iobase": 0xF4}]
     with Machine(host=host, machine=keys, boot=boot, devices=devices) as vm:
         assert vm.start().wait(60) == DebugExit(3)
+
+
+def test_looking_for_hooks_looks_for_no_makers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that has imported Machine is taken without a look for what is announced as ways to make one."""
+    monkeypatch.setattr(machines, "announced", lambda group: pytest.fail(group))
+    with Host([card(lambda registry: registry.policy_key("k"), Machine=Machine)], installed=False) as host:
+        assert [one.name for one in host.cards] == ["mine"]

@@ -306,3 +306,19 @@ def test_admission_waits_for_its_turn(runtime: Path) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(fd)
+
+
+def test_a_copys_entry_beside_one_left_behind(tmp_path: Path) -> None:
+    """A copy's entry is in its parent's folder, and has another number where a killed process of its pid left one."""
+    roster = Roster(tmp_path)
+    parent = roster.add(RosterEntry("web", os.getpid(), 1 << 20, state="running"))
+    (parent.folder / f"{os.getpid()}-1.json").write_text("{}")
+    copy = parent.copy({"name": "web-7", "balloon": False})
+    copy2 = parent.copy({"name": "web-8"})
+    found = {one.name: one for one in roster.read()[0]}
+    assert set(found) == {"web", "web-7", "web-8"}
+    assert found["web-7"].state == "running"
+    assert Path(found["web-7"].file).name == f"{os.getpid()}-2.json"
+    for one in (copy, copy2, parent):
+        one.close()
+    assert [one.name for one in parent.folder.iterdir()] == [f"{os.getpid()}-1.json"]

@@ -22,7 +22,8 @@ from cardcage_migrate.outgoing import Cancelled, Limits, migrate, migrate_cancel
 from cardcage_migrate.progress import Progress, migrate_progress
 from cardcage_migrate.reach import parse, tls_context
 from cardcage_migrate.wire import Kind, LinkLost, Refused
-from cardcage_snapshot.creating import prepared, snapshot
+from cardcage_snapshot.creating import snapshot
+from cardcage_snapshot.sealing import prepared
 from migrate_kit import Coming, Cut, dead, over
 from snapshot_kit import count, counting, counts_on
 

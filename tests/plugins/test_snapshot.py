@@ -471,3 +471,19 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert json.loads(cardcage("list", "--json").stdout) == []
     gone = cardcage("restore", "mine")
     assert (gone.returncode, "mine: there is no such snapshot" in gone.stderr) == (2, True)
+
+
+LEAST = """
+import sys
+from cardcage import Machine
+with Machine(memory="1M", accel="tcg", machine={"platform": "none"}, fragments=[{"security": {"jail": "off"}}]):
+    print(sorted(one for one in sys.modules if one.startswith("cardcage_snapshot.") or one == "importlib.metadata"))
+"""
+
+
+@pytest.mark.once
+def test_a_machine_loads_what_a_jail_would_keep_from_it() -> None:
+    """Before its jail, a machine loads of this card what seals its configuration and opens pagemap, and no more."""
+    done = subprocess.run([sys.executable, "-c", LEAST], capture_output=True, text=True, check=True)
+    names = "backing pages places sealing tables watching".split()
+    assert done.stdout.strip() == str([f"cardcage_snapshot.{one}" for one in names])

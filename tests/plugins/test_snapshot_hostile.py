@@ -17,7 +17,7 @@ import zstandard
 from cardcage.errors import CardcageError, ConfigError
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage_snapshot import manifest
+from cardcage_snapshot import manifest, sealing
 from cardcage_snapshot.places import Folder
 from cardcage_snapshot.restoring import check_files
 from hypothesis import HealthCheck, given, settings
@@ -69,7 +69,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest as somebody would who knows how sums are made."""
     outer = json.loads((path / "manifest.json").read_text())
     change(outer["manifest"])
-    outer["sum"] = hashlib.sha256(manifest._canonical(outer["manifest"])).hexdigest()
+    outer["sum"] = hashlib.sha256(sealing.canonical(outer["manifest"])).hexdigest()
     (path / "manifest.json").write_text(json.dumps(outer))
 
 
@@ -244,7 +244,7 @@ def test_any_manifest_is_read_or_refused(
                 continue
             table[key] = data.draw(anything)
             break
-    text = manifest._canonical(outer["manifest"])
+    text = sealing.canonical(outer["manifest"])
     outer["sum"] = hashlib.sha256(text).hexdigest()
     folder = tmp_path_factory.mktemp("fuzzed")
     (folder / "manifest.json").write_text(json.dumps(outer))

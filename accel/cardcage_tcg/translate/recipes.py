@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
@@ -78,6 +77,8 @@ class Recipes:
         """Write down what was noted, unless it is fewer than *least*; a failure costs only time later."""
         if len(self._noted) < least or self.ready() is None or self.folder is None:
             return
+        import tempfile  # here, for start-up's sake
+
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".part-", delete=False) as file:
                 file.write(b"".join(self._noted))

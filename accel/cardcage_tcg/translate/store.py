@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-import tempfile
 import threading
 import zlib
 from contextlib import suppress
@@ -163,6 +162,8 @@ class TemplateStore:
         self.recipes.forget()
         if self._keep is None:
             return
+        import tempfile  # here, for start-up's sake
+
         used = self.used
         data = bytes(self.area.view[:used])
         try:

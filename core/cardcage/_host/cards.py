@@ -149,8 +149,8 @@ class Manager(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         """The marks of a card's function, None for what has none."""
-        if isinstance(plugin, ModuleType) and not hasattr(vars(plugin).get(name), f"{GROUP}_impl"):
-            return None
+        if isinstance(plugin, ModuleType) and f"{GROUP}_impl" not in getattr(vars(plugin).get(name), "__dict__", ()):
+            return None  # hasattr() would have a class Machine that is imported there look for makers
         return super().parse_hookimpl_opts(plugin, name)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:

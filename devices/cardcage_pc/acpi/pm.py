@@ -7,10 +7,11 @@ reads 1.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from cardcage.values import define
+
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -64,10 +65,10 @@ class AcpiPm:
         self._update()
 
     def save(self) -> AcpiPmState:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: AcpiPmState, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self._update()
 
     def power_button(self) -> None:

@@ -6,7 +6,6 @@ comparator 0 is interrupt 0 and comparator 1 interrupt 8, and the 8254 and the R
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +13,7 @@ from attrs import field
 from cardcage.device import Resource
 from cardcage.values import define
 
+from cardcage_pc.chips.copying import copied
 from cardcage_pc.chips.pit import SHORTEST, Pit
 from cardcage_pc.chips.rtc import Rtc
 
@@ -85,10 +85,10 @@ class Hpet:
             self._route_legacy(False)
 
     def save(self) -> HpetState:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: HpetState, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self._arm_all()
         self._levels()
 

@@ -6,12 +6,13 @@ but addresses are never masked: no guest of today relies on the wrap.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field
 from cardcage.device import Resource
 from cardcage.values import define
+
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -79,10 +80,10 @@ class I8042:
         self._aux_irq.set(False)
 
     def save(self) -> I8042State:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: I8042State, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self._interrupt()
 
     def press(self, codes: bytes) -> None:

@@ -6,11 +6,12 @@ level-triggered vectors, are the accelerator's. ISA interrupt 0 arrives at input
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field
 from cardcage.values import define
+
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -51,10 +52,10 @@ class IoApic:
         self.state = IoApicState(lines=self.state.lines)
 
     def save(self) -> IoApicState:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: IoApicState, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
 
     # inputs
 

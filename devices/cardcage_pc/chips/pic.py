@@ -6,7 +6,6 @@ The chips' INTR output goes to the accelerator (LINT0 of the boot processor); th
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field
@@ -15,6 +14,7 @@ from cardcage.device import Resource
 from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext
@@ -212,10 +212,10 @@ class Pic:
             self._update()
 
     def save(self) -> PicState:
-        return deepcopy(PicState(self.master, self.slave))
+        return copied(PicState(self.master, self.slave))
 
     def load(self, state: PicState, /) -> None:
-        kept = deepcopy(state)
+        kept = copied(state)
         self.master, self.slave = kept.master, kept.slave
         self._update()
 

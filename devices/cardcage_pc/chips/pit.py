@@ -6,7 +6,6 @@ exact time. A count that is written restarts the counter at once, also in modes 
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field
@@ -14,6 +13,7 @@ from cardcage.device import Resource
 from cardcage.values import define
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext
@@ -219,10 +219,10 @@ class Pit:
             self._schedule()
 
     def save(self) -> PitState:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: PitState, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self._schedule()
         if state.due is not None and self.state.due is not None:  # it was put off for a guest that asks too often
             self._arm(state.due)

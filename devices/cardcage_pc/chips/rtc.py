@@ -7,7 +7,6 @@ are looked at; timers run only for interrupts that the guest switched on.
 from __future__ import annotations
 
 import time
-from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field
@@ -16,6 +15,7 @@ from cardcage.errors import ConfigError
 from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from cardcage.boot import BootContext
@@ -117,10 +117,10 @@ class Rtc:
         self._check()
 
     def save(self) -> RtcState:
-        return deepcopy(self.state)
+        return copied(self.state)
 
     def load(self, state: RtcState, /) -> None:
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self._check()
 
     def disconnect(self, off: bool) -> None:

@@ -7,7 +7,6 @@ interrupt output is not gated by OUT2, as in QEMU.
 from __future__ import annotations
 
 from collections import deque
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field
@@ -15,6 +14,7 @@ from cardcage.device import Resource
 from cardcage.values import define, frozen
 
 from cardcage_pc.chips.bytewise import read_bytes, write_bytes
+from cardcage_pc.chips.copying import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,13 +107,13 @@ class Serial:
         self._update()
 
     def save(self) -> SerialState:
-        state = deepcopy(self.state)
+        state = copied(self.state)
         state.waiting = bytes(self.waiting)
         return state
 
     def load(self, state: SerialState, /) -> None:
         self.waiting = deque(state.waiting[:WAITING])
-        self.state = deepcopy(state)
+        self.state = copied(state)
         self.state.waiting = b""
         self._last = None
         if state.timeout is not None and state.fifo:
