@@ -16,7 +16,7 @@ from cardcage_sandbox.template import Template, keeper_of, keepers, load_templat
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from typing import Self
 
     from cardcage_fleet.roster import RosterEntry
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Sandbox", "SandboxInfo"]
 
 NO_NETWORK = (
-    "network: a sandbox has no network card, and none can be opened yet: "
-    "nothing outside the guest would hold it to names and addresses"
+    "network: a sandbox has no network card that leads everywhere: "
+    "name what it may reach, as egress=[...] (network.allow_out of e2b's SDK)"
 )
 
 
@@ -53,7 +53,9 @@ class SandboxInfo:
 
 
 class Sandbox:
-    """A guest of one's own, without a network. Leaving a ``with`` ends it; else its time does, or :meth:`kill`.
+    """A guest of one's own, without a network unless one is opened.
+
+    Leaving a ``with`` ends it; else its time does, or :meth:`kill`.
 
     Attributes:
         id: its name. made: what there was to know of it at first. commands, files, pty: what is in it.
@@ -80,6 +82,7 @@ class Sandbox:
         memory: int | str | None = None,
         disk: int | str | None = None,
         cpus: int | None = None,
+        egress: Iterable[str] | None = None,
         network: object = None,
     ) -> Self:
         """A new sandbox: a copy of the template's machine, which boots for the first one.
@@ -90,13 +93,15 @@ class Sandbox:
             metadata: text by name, 4 KiB at most. envs: variables of each command, 8 KiB at most.
             on_timeout: ``"kill"``, or ``"pause"``.
             memory, disk, cpus: limits in place of the template's; others have a template's process of their own.
-            network: None, for there is no way out. Anything else is refused.
+            egress: names and addresses that it may reach, and no others: ``["pypi.org", "10.1.0.0/16:5432"]``
+                (:attr:`Template.egress`), likewise in place of the template's.
+            network: None. Anything else is refused: there is no way out but that of *egress*.
 
         Raises UsageError, ConfigError for a wrong template, HostError where the host or the guest is in the way.
         """
         if network not in (None, False):
             raise UsageError(NO_NETWORK)
-        chosen = load_template(template).with_limits(memory=memory, disk=disk, cpus=cpus)
+        chosen = load_template(template).with_limits(memory=memory, disk=disk, cpus=cpus, egress=egress)
         asked = {
             "timeout": _seconds(timeout),
             "metadata": dict(metadata or {}),

@@ -57,6 +57,12 @@ def add_template(parser: ArgumentParser) -> None:
     for name, text in (("memory", "size of its RAM"), ("disk", "size of its files, which are in the RAM")):
         parser.add_argument(f"--{name}", metavar="SIZE", help=text)
     parser.add_argument("--cpus", metavar="COUNT", type=int, help="virtual processors")
+    parser.add_argument(
+        "--egress",
+        metavar="WHERE",
+        action="append",
+        help="a name or addresses that it may reach: pypi.org, *.pythonhosted.org, 10.1.0.0/16:5432; may be repeated",
+    )
 
 
 def run(host: Host, arguments: Namespace) -> int:
@@ -84,7 +90,7 @@ def run(host: Host, arguments: Namespace) -> int:
 
 def create(arguments: Namespace, timeout: str, metadata: dict[str, str] | None = None) -> Sandbox:
     """A sandbox as the arguments of :func:`add_template` have it."""
-    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus")}
+    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus", "egress")}
     return Sandbox.create(arguments.template, timeout=timeout, metadata=metadata, **limits)
 
 

@@ -51,6 +51,14 @@ fi
 """
 """Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
 
+NETWORK = """tries=200
+until grep -q 198.18.0.1 /etc/resolv.conf 2>/dev/null; do
+    [ $((tries -= 1)) -gt 0 ] || { echo "the guest has no address: no driver of its kernel, or no udhcpc" >&2; exit 1; }
+    usleep 50000 2>/dev/null || sleep 1
+done
+"""
+"""With a way out: the guest has its address, which it asks for while it boots."""
+
 
 def main() -> None:
     """Run until nobody has had a sandbox for a while, or somebody stops it."""
@@ -91,6 +99,8 @@ def _keep(template: Template, held: HeldFile, told: Told) -> None:
     if template.root and not is_image(Path(template.root)):
         raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
     keys["host"] = host = Host(owns_process=True)
+    if template.egress:
+        keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]
     keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
     host.share(POOL, dict)["file"] = held.path
     with Machine.debian(
@@ -109,7 +119,8 @@ def _keep(template: Template, held: HeldFile, told: Told) -> None:
 def _prepare(machine: Machine, template: Template) -> None:
     """Run the setup. Raises HostError with what the guest wrote."""
     prepare = PREPARE.format(user=shlex.quote(template.user), space=template.space, small=template.space // 8)
-    for text in (prepare, *template.setup):
+    network = (NETWORK,) if template.egress else ()
+    for text in (*network, prepare, *template.setup):
         try:
             done = machine.run(text, timeout=SETUP, limit=1 << 20)
         except TimeoutExpired as error:

@@ -21,6 +21,7 @@ from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.files import read_file
 from cardcage.units import Duration, Size
 from cardcage.values import frozen
+from cardcage_egress import Policy
 from cardcage_fleet.control import command, find
 from cardcage_fleet.held import is_held
 from cardcage_fleet.rundir import run_directory
@@ -28,7 +29,7 @@ from cardcage_fleet.rundir import run_directory
 from cardcage_sandbox import TemplateOffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from cardcage_fleet.roster import RosterEntry
 
@@ -38,6 +39,11 @@ FOLDER = "sandboxes"
 FILE_MOST = 1 << 16
 """Bytes of a template's file."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,30}")
+
+
+def _entries(given: Iterable[str]) -> tuple[str, ...]:
+    """Entries of a way out in an order of their own: in another one they say the same."""
+    return tuple(sorted({str(one).lower() for one in ((given,) if isinstance(given, str) else given)}))
 
 
 @frozen
@@ -56,6 +62,9 @@ class Template:
         user: whose commands and files are meant when nobody is named; made where the guest has none of that name.
         setup: commands of a shell that root runs, once, before the first sandbox.
         envs: variables of each command.
+        egress: names and addresses that its sandboxes may reach, such as ``"pypi.org"``, ``"*.pythonhosted.org"``,
+            ``"github.com:22/tcp"`` and ``"10.1.0.0/16:5432"`` (:class:`cardcage_egress.Policy`); without, there is no
+            network card.
         spare: sandboxes that are made before somebody asks for them, 0 to 16. most: sandboxes at once, 1 to 1000.
         linger: seconds that the process stays without a sandbox.
     """
@@ -70,6 +79,7 @@ class Template:
     user: str = field(default="user", validator=matches_re(r"[a-z_][a-z0-9_-]{0,30}"))
     setup: tuple[str, ...] = field(default=(), converter=tuple)
     envs: dict[str, str] = field(factory=dict)
+    egress: tuple[str, ...] = field(default=(), converter=_entries)
     spare: int = field(default=1, validator=[ge(0), le(16)])
     most: int = field(default=100, validator=[ge(1), le(1000)])
     linger: Duration = field(default=Duration("10m"), converter=Duration)
@@ -77,6 +87,10 @@ class Template:
     def __attrs_post_init__(self) -> None:
         if self.root and self.disk:
             raise ValueError("disk: the files of a root of one's own take half of the RAM at most")
+        try:
+            Policy(self.egress)
+        except ValueError as error:
+            raise ValueError(f"egress: {error}") from error
 
     @property
     def space(self) -> int:

@@ -38,6 +38,7 @@ NEEDS = {
     "cardcage_new": set(),
     "cardcage_jail": set(),
     "cardcage_net": {"cardcage_jail"},  # an engine that is started again
+    "cardcage_egress": {"cardcage_jail", "cardcage_net"},  # what the gate gives up; dumps of what passes
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere, or from a snapshot
@@ -50,8 +51,16 @@ NEEDS = {
     "cardcage_watchdog": set(),
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
-    # machines with an agent, forked; the processes that hold them, and acts in them
-    "cardcage_sandbox": {"cardcage_agent", "cardcage_boot", "cardcage_fork", "cardcage_fleet", "cardcage_verbs"},
+    # machines with an agent, forked, and their way out; the processes that hold them, and acts in them
+    "cardcage_sandbox": {
+        "cardcage_agent",
+        "cardcage_boot",
+        "cardcage_egress",
+        "cardcage_fork",
+        "cardcage_fleet",
+        "cardcage_verbs",
+    },
+    "cardcage_ray": {"cardcage_sandbox"},
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines
 }
 """What a package imports besides the kernel and itself."""
@@ -63,8 +72,8 @@ KITS = {
     "cardcage_pytest/cards.py",
 }
 """Contracts of a card's own, which may use the kit, and what runs them for strangers."""
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
-"""The kernel, the command line, the contracts of cards and of accelerators, and a plugin of pytest."""
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest", "cardcage_ray"}
+"""The kernel, the command line, the contracts of cards and of accelerators, a plugin of pytest, and a library."""
 
 
 def rooms() -> dict[str, Path]:

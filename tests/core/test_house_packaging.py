@@ -18,7 +18,7 @@ from cardcage_tcg.native import build
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
-NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest"}
+NO_CARDS = {"cardcage", "cardcage_cli", "cardcage_testing", "cardcage_conformance", "cardcage_pytest", "cardcage_ray"}
 SHELVES = ("core", "accel", "devices", "plugins")
 
 

@@ -19,6 +19,7 @@ import pytest
 from cardcage.host import Host
 from cardcage.registry import BackendOffer
 from cardcage.units import Duration
+from cardcage_egress.net import Egress
 from cardcage_net.framing import BACKLOG
 from cardcage_net.halfclosed import damages
 from cardcage_net.null import Null, open_null
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
-OPTIONS = {"user": User, "tap": Tap, "switch": SwitchPort, "stream": Stream, "dgram": Dgram, "null": Null}
+OPTIONS = {
+    "egress": Egress,
+    "user": User,
+    "tap": Tap,
+    "switch": SwitchPort,
+    "stream": Stream,
+    "dgram": Dgram,
+    "null": Null,
+}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and tap interfaces need root")
 needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 

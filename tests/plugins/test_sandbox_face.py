@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cardcage.errors import UsageError
 from cardcage_sandbox.face.app import Face, application
 from cardcage_sandbox.face.connect import ENVELOPE, MESSAGE, Failed, taken
 from cardcage_sandbox.face.control import Refused
@@ -96,7 +97,10 @@ def test_bodies_are_bounded(client: TestClient) -> None:
         (b'{"timeout": "long"}', "timeout: expected int"),
         (b'{"timeout": true}', "timeout: expected int"),
         (b'{"allow_internet_access": true}', "no network card"),
-        (b'{"network": {"allowOut": ["example.com"]}}', "no network card"),
+        (b'{"network": {"allowPublicTraffic": true}}', "no network card"),
+        (b'{"network": {"allowOut": ["0.0.0.0/0"]}}', "no network card"),
+        (b'{"network": {"allowOut": "example.com"}}', "a list of names"),
+        (b'{"network": {"allowOut": ["exa mple.com"]}}', "expected a name such as"),
         (b'{"mcp": {"x": {}}}', "mcp"),
         (b'{"volumeMounts": [{"name": "a", "path": "/b"}]}', "volumes"),
     ],
@@ -107,6 +111,25 @@ def test_what_cannot_be_made(client: TestClient, body: bytes, why: str) -> None:
     assert found.status_code in (400, 404)
     assert why in found.json()["message"]
     assert client.get("/v2/sandboxes", headers=HERE).json() == []
+
+
+def test_what_a_way_out_is_asked_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`allowOut` is the sandbox's way out, `denyOut` says nothing new, and so many templates run at most."""
+    asked: list[object] = []
+
+    def create(template: Template, **keys: object) -> None:
+        asked.append(keys["egress"])
+        raise UsageError("seen")
+
+    monkeypatch.setattr("cardcage_sandbox.client.Sandbox.create", create)
+    bodies = ({"allowOut": ["pypi.org", "10.1.0.0/16"], "denyOut": ["0.0.0.0/0"]}, {"denyOut": ["0.0.0.0/0"]}, {})
+    for body in bodies:
+        client.post("/v2/sandboxes", headers=HERE, json={"network": body})
+    assert asked == [["pypi.org", "10.1.0.0/16"], None, None]
+    monkeypatch.setattr("cardcage_sandbox.face.control.keepers", lambda: [None] * 32)
+    found = client.post("/v2/sandboxes", headers=HERE, json={"network": bodies[0]})
+    assert found.status_code == 429
+    assert client.post("/v2/sandboxes", headers=HERE, json={}).json()["message"] == "seen"
 
 
 def test_sandboxes_that_are_none(client: TestClient) -> None:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cardcage_sandbox.client import NO_NETWORK, Sandbox, SandboxInfo
+from cardcage_sandbox.template import keepers
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,6 +34,9 @@ ENVD = "0.6.1"
 PAGE = 100
 MIB = 1 << 20
 REFUSED = {"mcp": "MCP servers", "iam": "identities", "volumeMounts": "volumes"}
+
+KEEPERS = 32
+"""Templates that run at once, beyond which none with a way out of its own is begun."""
 
 
 class Refused(Exception):
@@ -119,15 +123,18 @@ class Control:
         for name, what in REFUSED.items():
             if body.get(name):
                 raise Refused(400, f"{name}: there are no {what}")
-        network = body.get("network") or {}
-        if body.get("allow_internet_access") or any(network.get(one) for one in network if one != "denyOut"):
+        if body.get("allow_internet_access"):
             raise Refused(400, NO_NETWORK)
         template = self._face.template(body.get("templateID") or "base")
+        egress = _egress(body.get("network") or {})
+        if egress and len(await self._face.thread(keepers)) >= KEEPERS:
+            raise Refused(429, f"network.allowOut: there are {KEEPERS} templates that run: expected one of theirs")
         keys: dict[str, Any] = {
             "timeout": body.get("timeout") or 300,
             "metadata": body.get("metadata"),
             "envs": body.get("envVars"),
             "on_timeout": "pause" if body.get("autoPause") else "kill",
+            "egress": egress or None,
         }
         sandbox = await self._face.thread(lambda: Sandbox.create(template, **keys))
         self._face.know(sandbox)
@@ -219,7 +226,7 @@ class Control:
         return JSONResponse([{"sandbox": self._told(one, one.made)} for one in made], 201)
 
     async def network(self, request: Request) -> Response:
-        """A network: there is none."""
+        """A network: one that runs keeps what it was made with."""
         body = await self._body(request)
         await self._sandbox(request)
         if any(body.get(one) for one in body if one != "denyOut"):
@@ -307,3 +314,16 @@ def _busy(info: SandboxInfo) -> float:
         used = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
         return round(100 * used / max(time.time() - info.started, 0.1) / info.cpus, 2)
     return 0.0
+
+
+def _egress(network: dict[str, Any]) -> list[str]:
+    """What ``allowOut`` opens; what is denied is so without being named. Raises Refused."""
+    for name in network:
+        if network[name] and name not in ("allowOut", "denyOut"):
+            raise Refused(400, f"network.{name[:40]}: a sandbox has no network card with that: expected allowOut")
+    found = network.get("allowOut") or []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise Refused(400, "network.allowOut: expected a list of names and CIDRs")
+    if "0.0.0.0/0" in found:
+        raise Refused(400, NO_NETWORK)
+    return found
