@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 from cardcage.errors import FAULTS, CardcageError, HostError, StateError, in_words
-from cardcage_snapshot.creating import original
+from cardcage_snapshot.sealing import original
 from cardcage_snapshot.tables import ids_of, tables_of
 
 from cardcage_migrate.disks import KEY, original_spec
