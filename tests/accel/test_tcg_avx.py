@@ -142,7 +142,7 @@ def _images(
 def test_hidden_instructions(code: str, ended: str) -> None:
     """What CPUID does not show raises #UD, whatever the host has; TZCNT is BSF then."""
     guest = Guest(cpu="x86-64-v2")
-    start = State([1] * 4 + [DATA + 0x4400] + [1] * 11, CODE, 0x202, _image(header=3))
+    start = State([1] * 3 + [DATA, DATA + 0x4400] + [1] * 11, CODE, 0x202, _image(header=3))
     try:
         assert guest.run(bytes.fromhex(code) + b"\x0f\x0b", start, bytes(DATA_SIZE)).ended == ended
     finally:

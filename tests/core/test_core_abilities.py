@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from cardcage._machine.abilities import ABILITIES, BACKENDS, abilities_of
 from cardcage.abilities import TellsNearMisses, calls, check_signature, has, near_misses, require
 from cardcage.accelerator import VM, Accelerator, VmSpec
 from cardcage.device import DetachingBus, DeviceBus, HasState, Pausable, Pluggable, Resettable
-from cardcage.errors import CardError
+from cardcage.errors import CardError, MissingExtra
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
 from cardcage.machine import Machine
@@ -353,7 +354,10 @@ def ours() -> list[type]:
         for file in sorted(shelf.rglob("*.py")):
             if file.stem != "__main__":
                 name = ".".join(file.relative_to(shelf).with_suffix("").parts).removesuffix(".__init__")
-                found += [one for one in vars(import_module(name)).values() if getattr(one, "__module__", "") == name]
+                with suppress(MissingExtra):  # of what needs a library that is not here
+                    found += [
+                        one for one in vars(import_module(name)).values() if getattr(one, "__module__", "") == name
+                    ]
     return [one for one in found if isinstance(one, type)]
 
 

@@ -130,7 +130,9 @@ def virsh(folder: Path, kernel: Path, initramfs: Path) -> Iterator[Daemon]:
     (folder / "bridge-helper").chmod(0o755)
     (folder / "disk.img").write_bytes(bytes(1 << 20))
     emulator = folder / "cardcage-qemu"
-    emulator.write_text(f"#!{sys.executable}\nimport sys\nfrom cardcage_qemu import main\nsys.exit(main())\n")
+    # libvirt keeps the run directory from it; in the account's own, another machine of this name may be on the roster
+    apart = f"import os, sys\nos.environ['XDG_RUNTIME_DIR'] = '{folder}/run'\n"
+    emulator.write_text(f"#!{sys.executable}\n{apart}from cardcage_qemu import main\nsys.exit(main())\n")
     emulator.chmod(0o755)
     (folder / "domain.xml").write_text(DOMAIN.format(folder, kernel, initramfs))
     with Daemon(folder) as daemon:
