@@ -296,11 +296,13 @@ class Link:
     def await_agent(self, timeout: float | None) -> None:
         """Wait until the agent has greeted. Raises NoAgent after *timeout* seconds, or what ended the link."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._ready and not self._asked:
-            # an agent that is about to greet passes this over; one in a guest that was continued from a snapshot has
-            # greeted another link than this
-            self._asked = True
-            self._send(frame(0, Kind.GREET))
+        with self.changed:  # as a greeting is taken: an agent that was welcomed would begin anew
+            if not self._ready and not self._asked:
+                # an agent that is about to greet passes this over; one in a guest that was continued from a snapshot
+                # has greeted another link than this
+                self._asked = True
+                self._queue(frame(0, Kind.GREET))
+        self._slot.loop.call_soon(self._pump)
         if not self.wait(None, lambda: self._ready, deadline):
             raise NoAgent(
                 f"{self._slot.machine}: no agent has answered within {timeout:g} s: the guest has none, or hangs"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import struct
+import threading
+from collections.abc import Callable
 from subprocess import TimeoutExpired
 from typing import Any
 
@@ -256,3 +258,24 @@ def test_events_are_those_of_inotify() -> None:
         with pytest.raises(AgentError, match=r"none of inotify's|expected 256 at most"):
             watch.get(timeout=60)
         assert not guest.link._calls
+
+
+class Entered(threading.Condition):
+    """Something happens right before it is entered for the first time."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._acts = [act]
+
+    def __enter__(self) -> bool:
+        while self._acts:
+            self._acts.pop()()
+        return super().__enter__()
+
+
+def test_an_agent_that_greets_meanwhile_is_not_asked_to_greet() -> None:
+    """An agent's greeting comes as somebody begins to wait for one: it is welcomed, and not made to begin anew."""
+    guest = Guest()
+    guest.link.changed = Entered(lambda: guest.link.write(frame(0, Kind.HELLO, 0, GREETING)))
+    guest.vm.agent.wait(10)
+    assert bytes(guest.sent) == frame(0, Kind.WELCOME, 0, GREETING[-8:])
