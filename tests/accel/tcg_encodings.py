@@ -28,6 +28,8 @@ OTHERS = {
     if hasattr(M, name)
 }
 """Instructions that a user's program runs differently here and there, or not at all."""
+SHORT_MOVSXD = Code.MOVSXD_R16_RM16
+"""It reads two bytes of memory (Intel SDM vol. 2); processors of AMD read four, and fault for the last two."""
 NEW = {
     getattr(CpuidFeature, name)
     for name in dir(CpuidFeature)
@@ -55,7 +57,7 @@ WIDE = {getattr(CpuidFeature, name) for name in "AVX AVX2 FMA F16C".split()}
 
 def usable(ins: Instruction, *, avx: bool = False) -> bool:
     """Whether an instruction can be compared: unprivileged, and no branch."""
-    if ins.code == Code.INVALID or ins.flow_control not in (FlowControl.NEXT, FlowControl.INTERRUPT):
+    if ins.code in (Code.INVALID, SHORT_MOVSXD) or ins.flow_control not in (FlowControl.NEXT, FlowControl.INTERRUPT):
         return False
     if (
         ins.mnemonic in OTHERS
