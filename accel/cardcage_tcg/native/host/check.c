@@ -106,8 +106,11 @@ static void check_jumps(struct cpu *c, u32 m)
         HOLDS(b->mode == c->jc_mode[m] && b->cs_base == c->jc_base[m], b->mode, c->jc_mode[m]);
         u64 linear = b->mode & MODE_64 ? j.pc : (u32)(b->cs_base + j.pc);
         HOLDS(c->code_in[m] & seen_in(linear >> 21), j.pc, c->code_in[m]);
+        u64 next = (linear & ~0xffful) + 4096; /* in the block's mode, which is not the processor's at each moment */
+        if (!(b->mode & MODE_64))
+            next = (u32)next;
         if (b->phys2 != ~0ul)
-            HOLDS(c->code_in[m] & seen_in(linear_after(c, linear & ~0xffful, 4096, 0) >> 21), j.pc, c->code_in[m]);
+            HOLDS(c->code_in[m] & seen_in(next >> 21), j.pc, c->code_in[m]);
     }
 }
 
