@@ -116,4 +116,4 @@ def before_jail(machine: Machine) -> None:
     prepared(machine)
     keep_open(machine)
     if os.stat(__file__).st_uid not in (0, os.geteuid()):  # code that only root's capabilities may be able to read
-        import cardcage_snapshot.running  # noqa: F401
+        import cardcage_snapshot.running  # noqa: F401  to have it loaded: it is used by its name later

@@ -7,7 +7,6 @@ TLB. What may be emitted is an allow-list: everything else is a helper's (native
 from __future__ import annotations
 
 from struct import pack
-from typing import TYPE_CHECKING
 
 from iced_x86 import (
     Instruction,
@@ -19,22 +18,6 @@ from iced_x86 import (
 )
 
 from cardcage_tcg import layout as L
-from cardcage_tcg.translate.emit import (
-    HOST,
-    NUMBER,
-    SPILLED,
-    call_state,
-    flags_load,
-    load,
-    mov,
-    mov32,
-    named,
-    payload_nop,
-    store,
-)
-
-if TYPE_CHECKING:
-    pass
 from cardcage_tcg.translate.allowed import (
     AH_TO_BH,
     ALL_FLAGS,
@@ -63,6 +46,19 @@ from cardcage_tcg.translate.allowed import (
     is_unaligned_vex,
     unit_of,
     waits,
+)
+from cardcage_tcg.translate.emit import (
+    HOST,
+    NUMBER,
+    SPILLED,
+    call_state,
+    flags_load,
+    load,
+    mov,
+    mov32,
+    named,
+    payload_nop,
+    store,
 )
 from cardcage_tcg.translate.inplace import InPlace
 from cardcage_tcg.translate.operands import Emulate, Template
