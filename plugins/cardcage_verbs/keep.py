@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from contextlib import suppress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage_cli import Detaching
 
-__all__ = ["KeptFile", "LogOptions", "keep_log", "log_of", "open_log", "parse_path"]
+__all__ = ["KeptFile", "LogOptions", "is_written", "keep_log", "log_of", "open_log", "parse_path"]
 
 SIZE = 1 << 20
 LOGS = 64
@@ -55,14 +56,16 @@ class KeptFile:
     Args:
         size: bytes that fill it.
         others: descriptors that follow to the new file, where they are of the old one.
+        held: keep the file locked until the process ends (:func:`is_written`): it must not be closed before.
 
     Attributes:
         fd: open for writing; the same number for the life of this object, whatever file it is.
     """
 
-    def __init__(self, path: Path, size: int, others: tuple[int, ...] = ()) -> None:
-        self.path, self._size, self._others, self._lock = path, size, others, threading.Lock()
+    def __init__(self, path: Path, size: int, others: tuple[int, ...] = (), held: bool = False) -> None:
+        self.path, self._size, self._others, self._held, self._lock = path, size, others, held, threading.Lock()
         self.fd = self._open()
+        self._hold()
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -87,6 +90,11 @@ class KeptFile:
                 if os.path.samestat(os.fstat(fd), full):
                     os.dup2(fresh, fd, inheritable=fd != self.fd)
             os.close(fresh)
+            self._hold()  # last: a close of any descriptor of a file lets go of it (fcntl(2))
+
+    def _hold(self) -> None:
+        if self._held:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Close it; it stays where it is."""
@@ -113,6 +121,13 @@ class LogBackend:
         self._file.close()
 
 
+class ProcessLog(LogBackend):
+    """The log of a detached machine: the process's own streams go there too, so that it stays when the machine ends."""
+
+    def close(self) -> None:
+        """The file is closed when the process ends."""
+
+
 def open_log(slot: Slot, options: LogOptions) -> LogBackend:
     """Back end ``char:log``. Raises OSError."""
     slot.host.ask("image", options.path, ("create", "write"))
@@ -133,10 +148,29 @@ def keep_log(machine: Machine, leaving: Detaching) -> None:
     tidy(path.parent)
     for old in (path, Path(f"{path}.1")):
         old.unlink(missing_ok=True)
-    file = KeptFile(path, SIZE // 2, (1, 2))
+    file = KeptFile(path, SIZE // 2, (1, 2), held=True)
     leaving.output, leaving.written = file.fd, file.turn
     if machine.console.claimed and machine.console.forward is None:
-        machine.console.connect(LogBackend(file))
+        machine.console.connect(ProcessLog(file))
+
+
+def is_written(path: Path) -> bool:
+    """True while the process of a detached machine, and not a copy of it (fork), has more to say in its log.
+
+    It holds the log by a lock of fcntl(2), which ends with the process: how a machine ended is said once it has given
+    all back, its place on the roster too.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def tidy(folder: Path) -> None:

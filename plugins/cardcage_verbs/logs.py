@@ -15,7 +15,7 @@ from cardcage_fleet.held import is_held
 from cardcage_fleet.roster import Roster
 from cardcage_fleet.session import converse
 
-from cardcage_verbs.keep import log_of
+from cardcage_verbs.keep import is_written, log_of
 from cardcage_verbs.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["configure_logs", "run_logs"]
 
 LOOK = 0.2
+PATIENCE = 10.0
+"""Seconds that a process has to say how its machine ended, once that is off the roster."""
 
 
 def configure_logs(parser: ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def run_logs(host: Host, arguments: Namespace) -> int:
     """Print the log of a machine that was left running; of any other the console, since it speaks to who started it."""
     path = log_of(arguments.name)
     if path.exists() and not arguments.console:
-        for piece in pieces(path, arguments.name if arguments.follow else None):
+        for piece in pieces(path, arguments.name, follow=arguments.follow):
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
         return 0
@@ -60,14 +62,22 @@ def run_logs(host: Host, arguments: Namespace) -> int:
     return 0
 
 
-def pieces(path: Path, follow: str | None) -> Iterator[bytes]:
-    """The contents of a log, the older file first; then what comes, until the machine *follow* runs no more."""
+def pieces(path: Path, name: str, *, follow: bool) -> Iterator[bytes]:
+    """The contents of the log of machine *name*, the older file first; with *follow* what comes until the machine ends.
+
+    Of one that has just ended, what its process has yet to say (the outcome) is waited for.
+    """
     with suppress(FileNotFoundError):
         yield Path(f"{path}.1").read_bytes()
     file: BinaryIO = path.open("rb")
+    until = 0.0
     try:
         while True:
-            ended = follow is None or not runs(follow)  # asked first: what it wrote before is there then
+            if runs(name):  # asked first: what it wrote before is there then
+                ended = not follow
+            else:
+                until = until or time.monotonic() + PATIENCE
+                ended = not is_written(path) or time.monotonic() > until
             yield from rest(file)
             fresh = newer(path, file)
             if fresh is not None:

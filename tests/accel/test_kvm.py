@@ -19,6 +19,7 @@ from cardcage_kvm import abi
 from cardcage_kvm.accel import Kvm
 from cardcage_kvm.kick import kick_signal
 from kvm_bench import CODE, MakeBench, Ops
+from leftovers import Leftovers
 
 
 def test_request_numbers_are_the_kernels() -> None:
@@ -251,7 +252,7 @@ def test_vcpu_numbers_are_checked(kvm_bench: MakeBench) -> None:
 
 def test_closing_gives_all_descriptors_back(kvm_bench: MakeBench) -> None:
     """Close is idempotent and leaves no descriptor open, after a failed creation too."""
-    before = set(os.listdir("/proc/self/fd"))
+    left = Leftovers()
     vm = Kvm().create_vm(VmSpec(cpus=2, irqchip="split"))
     vm.create_vcpu(0)
     vm.create_vcpu(1)
@@ -259,7 +260,7 @@ def test_closing_gives_all_descriptors_back(kvm_bench: MakeBench) -> None:
     vm.close()
     with pytest.raises(ConfigError, match="no CPU model"):
         Kvm().create_vm(VmSpec(cpu="x86-64-v9"))
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert left() == []
 
 
 def test_the_kick_signal_has_a_handler_that_python_never_sees() -> None:

@@ -14,6 +14,7 @@ from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage_tcg.vm import TcgVm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leftovers import Leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_routes_come_and_go_while_eventfds_are_written(vm: TcgVm, fd: int) -> No
 
 def test_closing_ends_everything(fd: int) -> None:
     """A VM that is closed with doorbells, routes and rings leaves no thread and no descriptor behind."""
-    threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    left = Leftovers()
     made = TcgVm(VmSpec(irqchip="split"))
     memory = PhysicalMemory()
     memory.add(RamRange(0, RAM, RamBlock(RAM)))
@@ -107,7 +108,7 @@ def test_closing_ends_everything(fd: int) -> None:
     made.add_foreign_ring(8, 0x1000, 0x1800, 0x2000)
     made.close()
     memory.close()
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, fds)
+    assert left() == []
 
 
 def test_bad_rings_are_refused(vm: TcgVm) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from cardcage.machine import Machine
 from cardcage.memory import RamBlock, RamRange
 from cardcage.outcome import PoweredOff
 from cardcage.registry import Registry
+from leftovers import Leftovers
 from machine_kit import out
 from scripted import Scripted
 
@@ -124,7 +124,7 @@ def test_addresses_are_checked(make_machine: Any) -> None:
 
 def test_building_fails_without_leaving_anything(make_machine: Any) -> None:
     """A machine that cannot be built closes its VM and threads and leaves its host."""
-    before = threading.active_count()
+    left = Leftovers()
     for arguments in (
         {"devices": [{"type": "panle"}]},
         {"boot": {"protocol": "fill", "fil": 1}},
@@ -141,7 +141,7 @@ def test_building_fails_without_leaving_anything(make_machine: Any) -> None:
     ):
         with pytest.raises(ConfigError):
             make_machine(**arguments)
-    assert threading.active_count() == before
+    assert left.threads() == []
 
 
 def test_the_accelerator_is_the_first_usable_and_fast(make_machine: Any) -> None:

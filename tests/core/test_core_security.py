@@ -15,6 +15,7 @@ from cardcage.machine import Machine
 from cardcage.security import Act, Mediator
 from cardcage_snapshot.state import capture, restore
 from guarded import Back, Cards, Guard, machine
+from leftovers import Leftovers
 from scripted import Scripted
 
 
@@ -58,13 +59,13 @@ def test_acts_are_asked_about_with_labels() -> None:
 def test_a_refused_creation_leaves_nothing(refused: str) -> None:
     """When any act of building a machine is refused, no machine, thread, claim or label is left."""
     tclass, permission = refused.split()
-    guard, threads = Guard(refused={(tclass, permission)}), threading.active_count()
+    guard, left = Guard(refused={(tclass, permission)}), Leftovers()
     host = Host([Scripted(), Cards(guard)], installed=False)
     keys = {"platform": "none", "memory": "1M", "accel": "scripted", "name": "vm"}
     with pytest.raises(Denied, match=f"may not {permission} {tclass}"):
         Machine(host=host, machine=keys, fragments=[{"security": "guard"}], devices=[{"type": "unit", "char": "back"}])
     assert host.machines == []
-    assert threading.active_count() == threads
+    assert left.threads() == []
     assert guard.released == ["operator:vm"]
 
 

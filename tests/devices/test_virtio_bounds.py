@@ -29,6 +29,7 @@ from cardcage_virtio.vhost.channel import Channel, MemoryRegion
 from cardcage_virtio.vhost.kinds import VhostUserFsOptions, vhost_user_fs
 from cardcage_virtio.vhost.log import WriteLog
 from cardcage_virtio.vsock.stream import BUFFER
+from leftovers import Leftovers
 from test_virtio_vsock import Guest
 
 DEEP = 1500
@@ -193,12 +194,12 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
     channel = Channel(str(tmp_path / "none"))
     channel._socket.close()
     channel._socket = ours
-    before = len(os.listdir("/proc/self/fd"))
+    left = Leftovers()
     for _ in range(3):
         with open("/dev/null") as one:
             socket.send_fds(peer, [struct.pack("<III", 6, 5, 0)], [one.fileno()] * 5)
         channel.set_log(0, 4096)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert left() == []
     channel.close()
     peer.close()
 

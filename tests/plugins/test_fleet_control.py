@@ -20,6 +20,7 @@ from cardcage.security import Act
 from cardcage_fleet import ControlOffer
 from cardcage_fleet.control import CALLERS, Door, command, find
 from cardcage_fleet.roster import MOST, connected
+from leftovers import Leftovers
 from scripted import Scripted
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def test_the_machine_goes_on_while_a_command_runs(make: Any, card: Card) -> None
 
 def test_closing_waits_for_commands(make: Any, card: Card) -> None:
     """close() hangs up on who has said nothing, lets a command that runs end, and leaves no file and no thread."""
-    before = threading.active_count()
+    left = Leftovers()
     vm = make()
     entry = find("vm")
     with connected(door(entry), 60) as idle, connected(door(entry), 60) as busy:
@@ -203,7 +204,7 @@ def test_closing_waits_for_commands(make: Any, card: Card) -> None:
         card.go.set()
         closing.join()
     assert not door(entry).exists()
-    assert threading.active_count() == before
+    assert left.threads() == []
     with pytest.raises(HostError, match=r"machine vm \(pid \d+\) takes no command"):
         command(entry, "echo", {})
 

@@ -23,6 +23,7 @@ from cardcage_memory_policies.memory import MADV_COLD, MADV_PAGEOUT
 from cardcage_memory_policies.run import detach_policies
 from cardcage_memory_policies.smaps import cannot_merge
 from cardcage_memory_policies.testing import TestBalloon, TestMachine, check_policy
+from leftovers import Leftovers
 from scripted import Scripted
 
 MIB = 1 << 20
@@ -99,16 +100,16 @@ def test_a_policy_is_one_machines_or_all_machines() -> None:
 def test_steps_are_on_a_thread_of_their_own_until_the_last_machine() -> None:
     """``step`` is called again and again while the machine's lock is held elsewhere, and never after the end."""
     host, cards = hosted()
-    before = threading.active_count()
+    left = Leftovers()
     with machine(host, "a", "shared") as vm, vm.lock:
         assert cards.made[0].stepped.wait(30)
         cards.made[0].stepped.clear()
         assert cards.made[0].stepped.wait(30)
-    assert threading.active_count() == before
+    assert left.threads() == []
     with machine(host, "b", "shared"):
         cards.made[0].stepped.clear()
         assert cards.made[0].stepped.wait(30)
-    assert threading.active_count() == before
+    assert left.threads() == []
 
 
 def test_an_exception_in_step_ends_its_machines() -> None:
@@ -126,12 +127,12 @@ def test_an_exception_in_step_ends_its_machines() -> None:
 def test_a_policy_refuses_and_a_wrong_one_is_named() -> None:
     """What ``attach`` raises gets its place; a wrong signature names the card; no thread or machine is left."""
     host, _ = hosted()
-    before = threading.active_count()
+    left = Leftovers()
     with pytest.raises(ConfigError, match=r"policy.memory\[0\]: no place for this one"):
         machine(host, "refused", "own")
     with pytest.raises(CardError, match=r'policy "wrong" \(card Cards, given to Host\): attach'):
         machine(host, "a", "wrong")
-    assert threading.active_count() == before
+    assert left.threads() == []
     assert not host.machines
 
 

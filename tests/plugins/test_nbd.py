@@ -23,6 +23,7 @@ from cardcage_nbd.wire import BrokenServer, Wire
 from cardcage_testing import TestSlot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leftovers import Leftovers
 
 MIB = 1 << 20
 
@@ -304,10 +305,10 @@ def test_structured_and_simple_replies_are_read() -> None:
 )
 def test_what_is_no_server_is_refused(said: bytes, why: str) -> None:
     """Another service, an old server, or one that breaks the protocol is one error in words; nothing is left."""
-    before = threading.active_count()
+    left = Leftovers()
     with pytest.raises(HostError, match=why):
         lying(said)
-    assert threading.active_count() == before
+    assert left.threads() == []
 
 
 @given(noise=st.binary(max_size=80) | st.binary(max_size=30).map(lambda tail: b"\x66\x8e\x33\xef" + tail))

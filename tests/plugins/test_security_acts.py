@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from cardcage_memory_policies import MachineMemory
 from cardcage_migrate import Refused
 from cardcage_selinux.card import DEFAULT, Selinux, SelinuxOptions
 from cardcage_snapshot.state import capture, restore
+from leftovers import Leftovers
 from migrate_kit import Coming, over
 from snapshot_kit import count, counting, counts_on
 
@@ -219,7 +219,7 @@ def test_what_a_configuration_asks_for(act: str, way: str, recorder: Recorder, f
         draft.add({"memory": {"type": "memfd"}})
     (folder / "vm.toml").write_text(toml(draft))
     tclass, permission = act.split()
-    recorder.refused, threads = (tclass, permission), threading.active_count()
+    recorder.refused, left = (tclass, permission), Leftovers()
     if way == "command line":
         assert main(["run", str(folder / "vm.toml"), "--security", "recorder"]) == 2
         assert f"not {permission} {tclass}" in capfd.readouterr().err
@@ -230,7 +230,7 @@ def test_what_a_configuration_asks_for(act: str, way: str, recorder: Recorder, f
             with pytest.raises(Denied, match=f"not {permission} {tclass}"):
                 make(draft.config() if way == "python" else folder / "vm.toml", host=host)
             assert host.machines == []
-    assert threading.active_count() == threads
+    assert left.threads() == []
     assert not made.left or not (folder / made.left).exists()
     assert not os.path.exists("/sys/class/net/cctest9")
     assert (tclass, permission) in recorder.asked
@@ -258,13 +258,14 @@ def test_acts_on_a_machine(act: str, recorder: Recorder) -> None:
         before(vm)
 
         def now() -> Any:
-            return vm.state, list(vm.devices), [one.base for one in vm.pio], vm.memory.slots, threading.active_count()
+            return vm.state, list(vm.devices), [one.base for one in vm.pio], vm.memory.slots
 
-        state = now()
+        state, left = now(), Leftovers()
         recorder.refused = tclass, permission
         with pytest.raises((Denied, GuestMemoryError), match=f"not {permission} {tclass}|refused by the security"):
             do(vm)
         assert now() == state
+        assert left.threads() == []
         assert (tclass, permission) in recorder.asked
         recorder.refused = None
         vm.close()

@@ -20,6 +20,7 @@ from cardcage_verbs.machine import _writers
 from cardcage_verbs.running import _Input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from leftovers import Leftovers
 from verbs_kit import Front, entry, front, machine
 
 pytestmark = pytest.mark.usefixtures("runtime", "quick")
@@ -238,7 +239,7 @@ def test_what_is_no_frame_ends_a_session(data: bytes) -> None:
 
 def test_a_session_ends_with_its_machine() -> None:
     """Closing a machine ends its sessions, and leaves no thread."""
-    before = threading.active_count()
+    left = Leftovers()
     vm = machine()
     vm.start()
     with converse(entry(), "console", {}) as talk:
@@ -246,7 +247,7 @@ def test_a_session_ends_with_its_machine() -> None:
         frame = talk.receive()
         assert frame is not None
         assert talk.result(frame)["outcome"]
-    assert threading.active_count() == before
+    assert left.threads() == []
 
 
 def test_a_kept_file_is_bounded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from attrs import field, frozen
 from cardcage_fleet.roster import pid_namespace
+from cardcage_verbs.keep import KeptFile, log_of
 from installed import PROGRAM, cardcage
 
 LISTENS = bytes.fromhex("ba0206 b80001 ef ba0006 ed f6c401 74fa")
@@ -104,6 +105,20 @@ def test_a_machine_is_left_running_and_stopped(lab: Lab) -> None:
     assert (log.returncode, log.stdout.splitlines()) == (0, ["hi", "outcome: the guest powered off"])
     assert lab.run("logs", "lab-2", "-f").stdout == log.stdout
     assert lab.run("logs", "other").returncode == 2
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["once", "follow"])
+def test_the_log_of_one_that_ends_has_its_outcome(lab: Lab, follow: bool) -> None:
+    """A machine that is off the roster may have its outcome to say yet: its log is read until its process has ended."""
+    file = KeptFile(log_of("lab"), 1 << 20, held=True)
+    file.write(b"hi\n")
+    words = [*PROGRAM, "logs", "lab", *(["-f"] if follow else [])]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=lab.folder)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"hi\n"
+    file.write(b"outcome: the guest powered off\n")
+    file.close()
+    assert process.communicate(timeout=60)[0] == b"outcome: the guest powered off\n"
 
 
 @pytest.mark.parametrize(

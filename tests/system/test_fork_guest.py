@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import threading
@@ -184,10 +185,12 @@ def test_forks_leave_nothing(vm: Machine) -> None:
     pids = [os.getpid()]
 
     def left() -> tuple[object, ...]:
+        gc.collect()
         tasks = os.listdir("/proc/self/task")
         children = [one for task in tasks for one in Path(f"/proc/self/task/{task}/children").read_text().split()]
         entries = sorted(path.name for pid in pids for path in run_directory().glob(f"machines/{pid}-*/*"))
-        return sorted(descriptors().values()), children, threading.active_count(), entries
+        threads = sorted(one.name for one in threading.enumerate() if one not in EARLIER)
+        return sorted(descriptors().values()), children, threads, entries
 
     fork(vm)[0].close()
     before = left()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cardcage_agent import Machine
+from leftovers import Leftovers
 
 pytestmark = pytest.mark.usefixtures("kernel")
 MIB = 1 << 20
@@ -39,7 +40,7 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
         vm.agent.wait(timeout=200)
         vm.run(WAIT.format("/sys/block/vda") + WAIT.format("/dev/vda") + "touch /tmp/go", check=True)
         load = vm.popen(LOAD)
-        fds = 0
+        left = Leftovers()
         for at in range(ROUNDS):
             disk = vm.add("virtio-blk", drive={"file": str(spare), "format": "raw"}).id
             net = vm.add("virtio-net", net="null").id
@@ -62,8 +63,8 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
             assert "vdb" not in gone
             assert "eth1" not in gone
             if at == 0:
-                fds = len(os.listdir("/proc/self/fd"))
-        assert len(os.listdir("/proc/self/fd")) == fds
+                left = Leftovers()
+        assert left() == []
         vm.run("rm /tmp/go", check=True)
         ended = load.wait(timeout=120)
         assert ended == 0, vm.run("cat /tmp/said; dmesg | tail -30; df; free", text=True).stdout
