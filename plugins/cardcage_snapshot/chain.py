@@ -184,7 +184,7 @@ class Chain:
 
 
 class Changes:
-    """What is other in RAM than in a parent, whose RAM is *chain*, as its file is finished.
+    """The pages of RAM that are other than in a parent, whose RAM is *chain*, as its file is finished.
 
     Raises ConfigError where the chain has as many snapshots as it may.
     """

@@ -95,7 +95,7 @@ def snapshot(
 
 
 def since(parent: str | os.PathLike[str], path: Path, memory: int, end: ExitStack) -> Changes:
-    """What the snapshot that *path* is to be has other than *parent*. Raises ConfigError, UsageError.
+    """Changes of the snapshot that *path* is to be against *parent*. Raises ConfigError, UsageError.
 
     Args:
         memory: bytes of the machine. end: closes what is opened.

@@ -53,7 +53,7 @@ def located(where: str | os.PathLike[str]) -> Path:
 
 
 def printable(text: str) -> str:
-    """What a file says, for an error or a terminal: in one line, without what moves a cursor."""
+    """Text of a file for an error or a terminal: one line, without what moves a cursor."""
     return "".join(one if one.isprintable() else "?" for one in text)
 
 
