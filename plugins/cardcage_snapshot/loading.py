@@ -129,8 +129,8 @@ def _load(machine: Machine, chain: Chain, saved: MachineState, any_cpu: bool) ->
     machine.memory.written_many(told)
     restore(machine, saved, any_cpu=any_cpu)
     for plugged in machine.devices.values():
-        for backend in plugged.slot.host.opened:
-            if (reverted := getattr(backend, "reverted", None)) is not None:
+        for one in (*plugged.slot.host.opened, plugged.device):
+            if (reverted := getattr(one, "reverted", None)) is not None:
                 with machine.lock:
                     reverted()
 

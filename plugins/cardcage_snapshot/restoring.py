@@ -135,6 +135,10 @@ def restore(
         else:
             fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
+        with vm.lock:
+            for plugged in vm.devices.values():  # it may go on from there for the second time
+                if (reverted := getattr(plugged.device, "reverted", None)) is not None:
+                    reverted()
         if vm.name != manifest.machine:
             _same_addresses(vm)
         if start:
