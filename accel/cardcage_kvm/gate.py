@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import TYPE_CHECKING
+
+from cardcage.waiting import Condition
 
 from cardcage_kvm.vcpu import KvmVCpu
 
@@ -24,7 +25,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.stopping = 0
-        self._changed = threading.Condition()
+        self._changed = Condition()
 
     @contextlib.contextmanager
     def closed(self, vcpus: Sequence[KvmVCpu]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from cardcage.machine import Machine as PlainMachine
+from cardcage.waiting import Event
 
 from cardcage_agent.files import Files
 from cardcage_agent.verbs import Agent, Verbs
@@ -73,7 +74,7 @@ def _run(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
 
     @wraps(method)
     async def wait(self: Any, /, *values: P.args, **keys: P.kwargs) -> T:
-        given_up = threading.Event()
+        given_up = Event()
         begun: list[Popen] = []
 
         def started(process: Popen) -> None:

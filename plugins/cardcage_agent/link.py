@@ -8,12 +8,12 @@ is passed over.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, StateError
+from cardcage.waiting import Condition
 
 from cardcage_agent.errors import AgentError, AgentTimeout, NoAgent, ProtocolError
 from cardcage_agent.frames import (
@@ -142,7 +142,7 @@ class Link:
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self._parser = Parser()
         self._calls: dict[int, Call] = {}
         self._last = 0
@@ -190,7 +190,7 @@ class Link:
 
     def forked(self) -> None:
         """The calls under way are the parent's: what they began in this guest is ended."""
-        self.changed = threading.Condition()  # a thread that is not here may have had it
+        self.changed = Condition()  # a thread that is not here may have had it
         for call in list(self._calls.values()):
             self.cancel(call)
 

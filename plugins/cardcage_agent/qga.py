@@ -19,6 +19,7 @@ from subprocess import CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, StateError, UsageError
+from cardcage.waiting import Condition
 
 from cardcage_agent.errors import AgentError, AgentTimeout, NoAgent, ProtocolError
 from cardcage_agent.files import SILENCE
@@ -51,7 +52,7 @@ class QgaLink:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self.lock = threading.Lock()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._kept = bytearray()
         self._lines: list[bytes] = []
         self._wanted = False

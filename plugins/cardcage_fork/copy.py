@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import HostError, StateError
 from cardcage.machine import State
+from cardcage.waiting import Condition
 from cardcage_jail import is_inside
 
 from cardcage_fork.process import Made, await_readable, forget_link, fork_process, keep_link, kill_process
@@ -95,7 +96,7 @@ class Copy(_Verbs):
     def __init__(self, made: Made) -> None:
         self.name, self.pid, self._owner = made.name, made.pid, os.getpid()
         self._end, self._peer = made.end, made.peer
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._answers: dict[int, tuple[dict[str, Any], list[int]]] = {}
         self._waiting: set[int] = set()
         self._last, self._reading, self._gone, self._pidfd = 0, False, False, made.pidfd

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, HostError, UsageError, in_words
+from cardcage.waiting import Event
 
 from cardcage_fork.wire import DESCRIPTORS, Peer, pack_error, pack_value, unpack_value
 
@@ -48,7 +49,7 @@ class Server:
         self._sending = threading.Lock()
         self._children: dict[int, int] = {}
         self._wake, self._alone = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), False
-        self._seeded = threading.Event()
+        self._seeded = Event()
         self._observer = self._changed  # the same object each time
         self.born = time.monotonic()
         machine.observers.add("state", self._observer)

@@ -7,7 +7,6 @@ What gdb asks for may pause the machine, so it is carried out without the machin
 from __future__ import annotations
 
 import socket
-import threading
 from contextlib import suppress
 from errno import EWOULDBLOCK
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from cardcage.errors import FAULTS, CardcageError, ConfigError, StateError, in_w
 from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.security import Needs
 from cardcage.values import frozen
+from cardcage.waiting import Event
 from cardcage_qmp import control_of
 from cardcage_qmp.sockets import Endpoint
 
@@ -170,7 +170,7 @@ class Gdb:
         self._closed = False
         self._control: Control | None = None
         self._post: Callable[[Callable[[], None]], None] = lambda callback: None
-        self._go = threading.Event()
+        self._go = Event()
         self.address = ""
 
     def read(self, offset: int, size: int, /) -> int:
@@ -261,7 +261,7 @@ class Gdb:
         """Take no more, and let who is there go. Not on the machine's loop thread."""
         self._closed = True
         self._go.set()
-        done = threading.Event()
+        done = Event()
 
         def carry_out() -> None:
             if self._peer is not None:

@@ -11,6 +11,7 @@ from attrs import frozen
 from cardcage.abilities import has, require, tell_near_misses
 from cardcage.config import specs_of
 from cardcage.security import HasNeeds, Needs
+from cardcage.waiting import Event
 
 from cardcage_memory_policies import PolicyOffer
 from cardcage_memory_policies.memory import MachineMemory
@@ -49,7 +50,7 @@ class PolicyRun:
         self._lock = threading.Lock()  # one attach or detach at a time
         self._calling = threading.Lock()  # the policy hears one call at a time
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop = Event()
 
     def attach(self, memory: MachineMemory) -> None:
         """Give the policy one more machine. What the policy raises, it refuses with."""
@@ -58,7 +59,7 @@ class PolicyRun:
                 self.policy.attach(memory)
             self._machines = [*self._machines, memory]
             if self.stepping and self._step is not None and self._thread is None:
-                self._stop = threading.Event()
+                self._stop = Event()
                 main = partial(self._main, self._step, self._stop)
                 self._thread = threading.Thread(target=main, name=f"policy-{self.name}", daemon=True)
                 self._thread.start()
@@ -77,7 +78,7 @@ class PolicyRun:
                 with self._calling:
                     self._detach(memory)
 
-    def _main(self, step: Callable[[], None], stop: threading.Event) -> None:
+    def _main(self, step: Callable[[], None], stop: Event) -> None:
         while not stop.wait(float(getattr(self.policy, "interval", 1.0))):
             try:
                 with self._calling:

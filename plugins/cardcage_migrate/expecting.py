@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 from cardcage.errors import FAULTS, CardcageError, HostError, StateError, in_words
+from cardcage.waiting import Event
 from cardcage_snapshot.sealing import original
 from cardcage_snapshot.tables import ids_of, tables_of
 
@@ -45,7 +46,7 @@ class Expected:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._hold = Hold(machine, "it waits for the machine that is to come into it")
-        self._over, self._runs, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._over, self._runs, self._ended = Event(), Event(), Event()
         self._lock = threading.Lock()
         self._arrival: Arrival[Machine] | None = None
         self._thread: threading.Thread | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, UsageError, in_words
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
+from cardcage.waiting import Event
 from cardcage_snapshot.restoring import STATE_MOST, given, machine_of, may_boot
 from cardcage_snapshot.sealing import is_ours, original
 from cardcage_snapshot.state import capture, dumps, loads
@@ -114,7 +115,7 @@ class Arrival(Generic[M]):
         self._hold: Hold
         self._vm: M
         self._going_on = threading.Lock()
-        self._goes_on = threading.Event()
+        self._goes_on = Event()
         self._door: Waiting | None = None
 
     @property

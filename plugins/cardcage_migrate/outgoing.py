@@ -18,6 +18,7 @@ from cardcage.errors import CardcageError, HostError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
+from cardcage.waiting import Event
 from cardcage_snapshot.creating import cards_of, has_agent, savable
 from cardcage_snapshot.manifest import converter
 from cardcage_snapshot.pages import held
@@ -185,7 +186,7 @@ class Outgoing:
         self._left: list[tuple[Any, Stamp | None]] = []
         machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("migrate_out",), {"machine": machine.name}))
         self._running = machine.state is State.RUNNING
-        self._cancelled, self._given_up = threading.Event(), False
+        self._cancelled, self._given_up = Event(), False
         self._hold: Hold | None = None
         self._written: Written | None = None
         self._throttle: Throttle | None = None

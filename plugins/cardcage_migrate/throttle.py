@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from cardcage.waiting import Event
+
 if TYPE_CHECKING:
     from cardcage.machine import Machine
 
@@ -21,7 +23,7 @@ class Throttle:
 
     def __init__(self, machine: Machine) -> None:
         self._machine, self.percent = machine, 0
-        self._over = threading.Event()
+        self._over = Event()
         self._thread: threading.Thread | None = None
 
     def more(self) -> bool:

@@ -20,6 +20,7 @@ from cardcage.security import Needs
 from cardcage.segments import total
 from cardcage.units import Duration
 from cardcage.values import frozen
+from cardcage.waiting import Condition
 
 from cardcage_nbd.wire import NO_HOLE, BrokenServer, Export, Flag, Kind, RefusedExport, Wire
 
@@ -119,7 +120,7 @@ class NbdDisk:
 
     def __init__(self, dial: Callable[[], socket.socket], options: NbdOptions, name: str, log: Any) -> None:
         self._dial, self._options, self._name, self._log = dial, options, name, log
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._sending = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._last = 0

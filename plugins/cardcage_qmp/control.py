@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 from cardcage.errors import StateError, UsageError
 from cardcage.outcome import Crashed, DebugExit, Panicked, PoweredOff, Reset
 from cardcage.registry import AcceleratorOffer
+from cardcage.waiting import Event
 
 from cardcage_qmp.removals import Removals
 from cardcage_qmp.schema import table_of
@@ -137,7 +138,7 @@ class Control:
         self.table = table_of(machine.host)
         self.lock = threading.Lock()
         self.peers: list[Peer] = []
-        self.began, self.quitted, self.ran = threading.Event(), threading.Event(), threading.Event()
+        self.began, self.quitted, self.ran = Event(), Event(), Event()
         meant: dict[str, bool] = machine.host.share(MEANT, dict)  # before a peer can ask for anything
         self.held, self.lingers = meant.get("held", False), meant.get("lingers", False)
         self.elsewhere: Elsewhere | None = None

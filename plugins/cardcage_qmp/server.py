@@ -16,6 +16,7 @@ from cardcage.errors import FAULTS, in_words
 from cardcage.pairs import parse_repeated, typed_pairs
 from cardcage.security import Needs
 from cardcage.values import frozen
+from cardcage.waiting import Event
 
 from cardcage_qmp.hmp import Prompt
 from cardcage_qmp.session import Session
@@ -287,7 +288,7 @@ class Qmp:
         self._endpoint = None if options.socket == "stdio" else Endpoint(options.socket, server=options.server)
         self._listening: socket.socket | None = None
         self._channel: Channel | None = None
-        self._came = threading.Event()
+        self._came = Event()
         self._closed = False
         self._peers: dict[Peer, None] = {}
         self._lock = threading.Lock()

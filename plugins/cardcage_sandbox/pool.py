@@ -15,6 +15,7 @@ from attrs import field
 from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.values import define
+from cardcage.waiting import Condition
 from cardcage_fork import fork
 from cardcage_fork.process import kill_process
 
@@ -72,7 +73,7 @@ class Pool:
 
     def __init__(self, machine: Machine, template: Template, held: HeldFile) -> None:
         self._machine, self._template, self._held = machine, template, held
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._forking = threading.Lock()
         self._kept: dict[str, Kept] = {}
         self._spare: list[Copy] = []

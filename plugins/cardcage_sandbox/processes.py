@@ -11,6 +11,7 @@ from subprocess import PIPE, TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, UsageError
+from cardcage.waiting import Condition
 from cardcage_fleet.session import Kind
 
 from cardcage_sandbox import TABLE
@@ -120,7 +121,7 @@ class Running:
         self.process, self.told, self.pty = process, {**told, "pty": pty}, pty
         self._until = None if limit is None else time.monotonic() + limit
         self._limit = limit
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._listeners: list[Session] = []
         self._input = threading.Lock()
         self._begun = False

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from attrs import asdict
 from cardcage.errors import UsageError
 from cardcage.machine import State
+from cardcage.waiting import Event
 from cardcage_fleet.session import Kind
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def console(machine: Machine, arguments: dict[str, Any], session: Session) -> di
 
 
 def _read(machine: Machine, arguments: dict[str, Any], session: Session, write: bool) -> dict[str, Any]:
-    gone = threading.Event()
+    gone = Event()
 
     def heard(frame: Frame) -> None:
         if frame.kind is Kind.DATA and write:

@@ -8,6 +8,7 @@ from subprocess import PIPE, TimeoutExpired
 from typing import IO, TYPE_CHECKING, Any
 
 from cardcage.errors import CardcageError, UsageError
+from cardcage.waiting import Condition
 from cardcage_fleet.session import Kind
 
 from cardcage_verbs.machine import only
@@ -30,7 +31,7 @@ class _Input:
 
     def __init__(self, session: Session, stream: IO[bytes]) -> None:
         self._session, self._stream = session, stream
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._kept: deque[bytes] = deque()
         self._size, self._over = 0, False
 

@@ -1,127 +1,120 @@
-"""Pauses that devices ask for: who may end them, and what is said."""
+"""Waits that an exception of a signal handler ends, wherever it comes, leave nobody behind who hangs."""
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
-from cardcage.errors import StateError
-from machine_kit import panel
+from cardcage import waiting
+from cardcage.waiting import Condition, Event
 
 
-class Follower:
-    """The states that a machine goes through, to wait for."""
-
-    def __init__(self, machine: Any) -> None:
-        self.machine, self.told = machine, []
-        self._changed = threading.Condition()
-        machine.observers.add("state", self._hear)
-        machine.observers.add("waiting", lambda who, why: self.told.append((who, why)))
-
-    def _hear(self, state: str) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def until(self, state: str) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.machine.state == state, 20)
+class Interrupted(Exception):
+    """As a signal handler raises it."""
 
 
-@pytest.fixture
-def waiting(make_machine: Any) -> Any:
-    machine = make_machine(devices=[{"type": "panel", "id": "panel"}])
-    follower = Follower(machine)
-    machine.start()
-    return machine, panel(machine).slot.power, follower
+def interrupted(act: Callable[[], object], at: int) -> bool:
+    """Do *act*, with an exception at the *at*-th line, call or return of it; False where it has not so many."""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (threading.__file__, waiting.__file__):
+            return trace
+        left -= 1
+        if left == 0:
+            raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except (Interrupted, RuntimeError):  # of a lock that the wait had let go of as it came
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
 
 
-def settle(machine: Any) -> None:
-    """Return when the loop thread has done what it was asked for until now."""
-    done = threading.Event()
-    machine.loop.post(done.set)
-    assert done.wait(20)
+def ends(act: Callable[[], object]) -> bool:
+    """True where another thread comes to the end of *act*."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(30)
+    return not thread.is_alive()
 
 
-def test_a_device_pauses_its_machine(waiting: Any) -> None:
-    """A device pauses its machine with a reason, which the machine and an event tell, and lets it go on again."""
-    machine, power, follower = waiting
-    power.pause("no room")
-    follower.until("paused")
-    assert machine.waiting == {"panel": "no room"}
-    assert follower.told == [("panel", "no room")]
-    power.resume()
-    follower.until("running")
-    assert machine.waiting == {}
-    power.resume()  # nothing waits
-    settle(machine)
-    assert machine.state == "running"
+def test_an_event_can_be_set_after_an_interrupted_wait() -> None:
+    """Wherever in wait() an exception comes, set() does not hang, and all that wait are woken."""
+    for at in range(1, 1000):
+        event = Event()
+        event.set() if at % 2 else None
+        more = interrupted(lambda event=event: event.wait(0.001), (at + 1) // 2)
+        assert ends(event.set), at
+        assert event.wait(0)
+        assert ends(event.wait), at
+        if not more:
+            assert at > 8
+            return
+    raise AssertionError("it has no end")
 
 
-def test_the_operator_goes_on_before_the_device(waiting: Any) -> None:
-    """The operator may resume a machine that waits, after which the device's own resume changes nothing."""
-    machine, power, follower = waiting
-    power.pause("no room")
-    follower.until("paused")
-    machine.resume()
-    assert (machine.state, machine.waiting) == ("running", {})
-    machine.pause()
-    power.resume()
-    settle(machine)
-    assert machine.state == "paused"
+def test_a_condition_can_be_had_after_an_interrupted_wait() -> None:
+    """Wherever an exception comes as a condition is entered, waited for and left, another thread can notify."""
+    for at in range(1, 1000):
+        condition = Condition()
+
+        def wait(condition: Condition = condition) -> None:
+            with condition:
+                condition.wait(0.001)
+
+        def notify(condition: Condition = condition) -> None:
+            with condition:
+                condition.notify_all()
+
+        more = interrupted(wait, at)
+        assert ends(notify), at
+        if not more:
+            assert at > 8
+            return
+    raise AssertionError("it has no end")
 
 
-def test_the_operators_pause_takes_over(waiting: Any) -> None:
-    """A machine that waits and is then paused by its operator stays paused until the operator resumes it."""
-    machine, power, follower = waiting
-    power.pause("no room")
-    follower.until("paused")
-    machine.pause()
-    power.resume()
-    settle(machine)
-    assert (machine.state, machine.waiting) == ("paused", {})
-    with pytest.raises(StateError):
-        machine.pause()
-    machine.resume()
-    assert machine.state == "running"
+def test_an_event_is_one() -> None:
+    """wait() is False after its time, True once it was set, for every thread that waits, and set() may come again."""
+    event = Event()
+    assert (event.wait(0.01), event.is_set()) == (False, False)
+    threads = [threading.Thread(target=event.wait) for _ in range(8)]
+    for one in threads:
+        one.start()
+    event.set()
+    event.set()
+    for one in threads:
+        one.join(60)
+    assert not any(one.is_alive() for one in threads)
+    assert (event.wait(), event.wait(0), event.is_set()) == (True, True, True)
 
 
-def test_a_device_does_not_end_a_pause_that_was_there(waiting: Any) -> None:
-    """A device that asks for a pause in a machine that its operator paused does not end that pause."""
-    machine, power, follower = waiting
-    machine.pause()
-    power.pause("no room")
-    power.resume()
-    settle(machine)
-    assert (machine.state, follower.told) == ("paused", [])
+@pytest.mark.parametrize("lock", [None, threading.RLock(), threading.Lock()])
+def test_a_condition_is_one(lock: Any) -> None:
+    """Conditions are those of threading, whatever their lock is."""
+    condition, said = Condition(lock), list[int]()
 
+    def other() -> None:
+        with condition:
+            said.append(1)
+            condition.notify()
 
-def test_a_machine_goes_on_when_the_last_device_does(waiting: Any) -> None:
-    """Of two devices that wait, the one that lets go first does not let the machine go on."""
-    machine, power, follower = waiting
-    other = type(power)(power._life, "other")
-    power.pause("no room")
-    other.pause("no room either")
-    follower.until("paused")
-    settle(machine)
-    assert machine.waiting == {"panel": "no room", "other": "no room either"}
-    power.resume()
-    settle(machine)
-    assert machine.state == "paused"
-    other.resume()
-    follower.until("running")
-
-
-def test_a_machine_that_waits_can_end(waiting: Any) -> None:
-    """A machine that waits is reset and stopped as any that is paused."""
-    machine, power, follower = waiting
-    power.pause("no room")
-    follower.until("paused")
-    machine.reset()
-    assert machine.state == "paused"
-    machine.stop()
-    assert machine.state == "stopped"
-    power.pause("no room")
-    power.resume()
-    settle(machine)
-    assert machine.state == "stopped"
+    with condition:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert condition.wait_for(lambda: said, 60)
+        assert not condition.wait(0.001)
+    thread.join()
+    with pytest.raises(RuntimeError):
+        condition.notify()

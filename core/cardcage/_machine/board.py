@@ -19,6 +19,7 @@ from cardcage.abilities import has
 from cardcage.device import DetachingBus
 from cardcage.errors import FAULTS, in_words
 from cardcage.security import Act
+from cardcage.waiting import Condition
 from cardcage.x86 import reset_state
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Board:
         self.wiring = Wiring(vm, irqchip, life.gate.wake)
         self.lines = self.wiring.lines
         self.devices: dict[str, PluggedDevice] = {}
-        self.changed = threading.Condition(life.lock)  # notified when a device was taken out, after taken_out()
+        self.changed = Condition(life.lock)  # notified when a device was taken out, after taken_out()
         self.taken_out: Callable[[], None] = lambda: None
         self.services = Services()
         self._image: BootImage | None = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError, ConsoleTimeout, GuestError
+from cardcage.waiting import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ class Console:
     """Keeps the last MiB that the guest wrote, lets the host wait for text in it and type; a CharBackend, passes on."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self._kept = bytearray()
         self._start = 0  # bytes that were dropped from the front, so that positions stay valid
         self._read = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
+
+from cardcage.waiting import Condition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +19,7 @@ class Gate:
 
     def __init__(self, kick: Callable[[], None]) -> None:
         self._kick = kick
-        self.changed = threading.Condition()
+        self.changed = Condition()
         self._open = self._ended = False
         self._inside: set[int] = set()
         self.wakes = 0

@@ -19,6 +19,7 @@ from cardcage._machine.eventloop import EventLoop, MachineClock
 from cardcage._machine.faults import HELD, SPARED
 from cardcage._machine.gate import Gate
 from cardcage.errors import StateError
+from cardcage.waiting import Event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,7 @@ class Life:
         self._closed = False
         self.lock = threading.RLock()
         self._config, self.faults, self._observers, self._vcpus, self._fault = config, faults, observers, vcpus, fault
-        self._ended, self._ending = threading.Event(), threading.RLock()
+        self._ended, self._ending = Event(), threading.RLock()
         self._threads: list[threading.Thread] = []
         self._steps: Steps | None = None
         self.gate = Gate(self.kick)
@@ -224,7 +225,7 @@ class Life:
         """
         if self.state not in states:
             raise StateError(f"cannot {name}: the machine is {'closed' if self._closed else self.state}")
-        done = threading.Event()
+        done = Event()
         problem: list[BaseException] = []
 
         def carry_out() -> None:
