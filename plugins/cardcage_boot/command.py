@@ -19,11 +19,11 @@ from cardcage.registry import DeviceOffer
 from cardcage.units import Size
 from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, detach, draft_of, run_machine, timeout_of
 
-from cardcage_boot import GuestProgramOffer, cpio
+from cardcage_boot import cpio
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
-from cardcage_boot.initramfs import programs_of
+from cardcage_boot.initramfs import add_devices, programs_of
 from cardcage_boot.linux import linux_release
 from cardcage_boot.report import Report
 from cardcage_boot.streams import port_options
@@ -239,12 +239,8 @@ def _add_ports(machine: Machine, plan: Plan, status: int) -> None:
         return
     if plan.command is not None and "virtio-console" in offered:
         machine.add("virtio-console", id="exec-ports", char="null", ports=port_options(plan.token, status))
-    if not isinstance(plan.boot.get("initrd"), list):
-        return
-    for table in (one for offer in machine.host.registry.offers(GuestProgramOffer) for one in offer.devices):
-        keys = {str(key): value for key, value in table.items() if key != "type"}
-        if table["type"] in offered and keys.get("id") not in machine.devices:
-            machine.add(str(table["type"]), **keys)
+    if isinstance(plan.boot.get("initrd"), list):
+        add_devices(machine)
 
 
 def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) -> None:
