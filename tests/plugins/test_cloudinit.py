@@ -146,6 +146,7 @@ def test_user_data_are_a_source_or_text(tmp_path: Path) -> None:
     assert caught.value.key == "user_data"
 
 
+@pytest.mark.once
 @pytest.mark.timeout(60)
 def test_the_script_in_the_seed_starts_the_programs(tmp_path: Path) -> None:
     """Each program is there as it was given and runs, at the next boot with another in its place too."""
