@@ -46,6 +46,8 @@ def cardcage_built(machine: Machine) -> None:
     if (table := machine.config.policy.get("cloud_init")) is not None:
         if not isinstance(table, dict):
             raise machine.config.place("policy.cloud_init").error("expected a table")
+        if "cloud-init" in machine.devices:  # it goes on from a snapshot, or came from elsewhere, with all its devices
+            return
         table = dict(table)
         programs = table.pop("programs", False)
         if not isinstance(programs, bool):

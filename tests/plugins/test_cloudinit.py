@@ -177,6 +177,20 @@ def test_programs_come_with_their_devices(tmp_path: Path) -> None:
         Machine(boot=boot, memory="1M", accel="tcg", fragments=[{"policy": {"cloud_init": {"programs": 1}}}])
 
 
+def test_a_machine_that_goes_on_has_its_seed(tmp_path: Path) -> None:
+    """From a snapshot it has the seed and the devices that it was made with, and no second ones."""
+    (tmp_path / "off").write_bytes(bytes.fromhex("f4ebfd"))
+    boot = {"protocol": "raw", "image": str(tmp_path / "off")}
+    fragments = [{"policy": {"cloud_init": {"programs": True, "user_data": USER}}}]
+    with Machine(boot=boot, memory="1M", accel="tcg", fragments=fragments) as vm:
+        before = set(vm.devices)
+        vm.start()
+        vm.pause()
+        vm.snapshot(tmp_path / "snapshot")
+    with Machine.restore(tmp_path / "snapshot", start=False) as vm:
+        assert set(vm.devices) == before
+
+
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
