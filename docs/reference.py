@@ -223,6 +223,12 @@ CALLS = {
     "Console": ("core/cardcage/_machine/console.py", ("claim", "connect", "claimed", "start", "write", "close", "end")),
 }
 """Classes of docs/python.md, where they are, and those of their calls that are for others than a machine's user."""
+MAKERS = {
+    "debian": "plugins/cardcage_boot/debian.py",
+    "host_root": "plugins/cardcage_boot/debian.py",
+    "image": "plugins/cardcage_cloudinit/image.py",
+}
+"""Ways to make a machine, and where they are."""
 DEFAULTS = {"SILENCE": "30", "PATIENCE": "60", "LIMIT": "256 << 20", "ENTRIES": "1_000_000", "493": "0o755"}
 """Constants in signatures, as a reader wants them."""
 
@@ -264,10 +270,10 @@ def python() -> str:
     text = (HERE / "python.in.md").read_text()
     for name in CALLS:
         text = text.replace(f"<!-- calls of {name} -->", calls(name))
-    tree = ast.parse((ROOT / "plugins/cardcage_boot/debian.py").read_text())
-    for name in ("debian", "host_root"):
+    for name, place in MAKERS.items():
+        tree = ast.parse((ROOT / place).read_text())
         (made,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == name)
-        made.args.args = []
+        made.args.args = [one for one in made.args.args if one.arg != "cls"]
         text = text.replace(f"<!-- calls of {name} -->", f"`{signature(made)}`\n\n{plain(ast.get_docstring(made))}")
     for name, place in (("errors", "plugins/cardcage_agent/errors.py"), ("outcome", "core/cardcage/outcome.py")):
         text = text.replace(f"<!-- classes of {name} -->", classes(place))

@@ -37,18 +37,18 @@ SEED = 256
 """Bytes of new randomness."""
 
 
-def link_of(machine: PlainMachine, verb: str, timeout: float | None) -> Link:
+def link_of(machine: PlainMachine, verb: str, timeout: float | None, most: float = PATIENCE) -> Link:
     """The link to the agent of *machine*, once that has greeted.
 
     Raises StateError for a machine that has no port for it, or is not running; NoAgent after *timeout* seconds, by
-    default 60; Denied; what ended the machine.
+    default and at most *most*; Denied; what ended the machine.
     """
     missing = (
-        "an agent: Machine.debian() makes a machine that has one, "
+        "an agent: Machine.debian() makes a machine that has one, Machine.image() too, "
         'and so does a virtio-console port named "org.cardcage.agent.0" with char = "agent"'
     )
     link: Link = reach(machine, "agent", verb, missing)
-    link.await_agent(PATIENCE if timeout is None else min(timeout, PATIENCE))
+    link.await_agent(most if timeout is None else min(timeout, most))
     return link
 
 
@@ -60,7 +60,7 @@ class Agent:
 
     def wait(self, timeout: float = PATIENCE) -> None:
         """Wait until the guest is up as far as its agent. Raises NoAgent after *timeout* seconds."""
-        link_of(self._machine, "wait", timeout)
+        link_of(self._machine, "wait", timeout, timeout)
 
     def ping(self, timeout: float | None = SILENCE) -> float:
         """Seconds that an answer takes. Raises AgentTimeout."""
@@ -418,3 +418,35 @@ class Machine(Verbs, PlainMachine):
         from cardcage_boot.debian import host_root as make
 
         return make(cls, **keys)
+
+    @classmethod
+    def image(
+        cls,
+        image: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        memory: int | str = "1G",
+        write: bool = False,
+        ssh_key: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+        user_data: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        firmware: str | os.PathLike[str] | None = None,
+        devices: Iterable[Mapping[str, Any]] = (),
+        fragments: Iterable[Mapping[str, Any]] = (),
+        host: Host | None = None,
+        **keys: Any,
+    ) -> Self:
+        """See :func:`cardcage_cloudinit.image.image`, which makes it."""
+        from cardcage_cloudinit.image import image as make
+
+        return make(
+            cls,
+            image,
+            memory=memory,
+            write=write,
+            ssh_key=ssh_key,
+            user_data=user_data,
+            firmware=firmware,
+            devices=devices,
+            fragments=fragments,
+            host=host,
+            **keys,
+        )

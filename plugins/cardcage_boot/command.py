@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 from cardcage.errors import ConfigError
 from cardcage.machine import Machine
-from cardcage.registry import DeviceOffer
+from cardcage.registry import DeviceOffer, PolicyKeyOffer
 from cardcage.units import Size
 from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, detach, draft_of, run_machine, timeout_of
 
-from cardcage_boot import GuestProgramOffer, cpio
+from cardcage_boot import cpio
+from cardcage_boot.by_agent import AgentCommand
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
-from cardcage_boot.initramfs import programs_of
+from cardcage_boot.initramfs import add_devices, programs_of
 from cardcage_boot.linux import linux_release
 from cardcage_boot.report import Report
 from cardcage_boot.streams import port_options
@@ -68,6 +69,7 @@ class Plan:
 
     Attributes:
         command: what our init runs in place of a shell on the console; None for that shell, or another's init.
+        by_agent: the same for an agent, in a guest whose first process is not ours.
         token: what marks in the command's streams hold.
     """
 
@@ -75,6 +77,7 @@ class Plan:
     name: str
     kernel: str
     command: str | None = None
+    by_agent: str | None = None
     token: str = field(factory=lambda: os.urandom(8).hex())
 
 
@@ -96,15 +99,18 @@ def run(host: Host, arguments: Namespace) -> int:
         plan = _plan(host, arguments, Path(scratch.name), report, _shares(draft, host, report))
         reader, writer = os.pipe()  # the status of the command
         told, tells = cleanup.enter_context(os.fdopen(reader)), cleanup.enter_context(os.fdopen(writer, "w"))
-        _wire(draft, plan, arguments, writer)
+        _wire(host, draft, plan, arguments, writer)
         machine = Machine.from_config(draft.config(), host=host)
         cleanup.callback(machine.close)
         scratch.cleanup()  # all of it was read; in its jail, the process could not remove it any more
         _add_ports(machine, plan, writer)
+        running = None if plan.by_agent is None else AgentCommand(machine, plan.by_agent, writer)
         _header(machine, plan, arguments, report)
         status = run_machine(machine, timeout=timeout)
+        if running is not None:
+            running.join()
         tells.close()
-        return status if plan.command is None else _status(machine, status, told.readline())
+        return status if plan.command is plan.by_agent is None else _status(machine, status, told.readline())
 
 
 def _status(machine: Machine, status: int, word: str) -> int:
@@ -141,9 +147,10 @@ def _shares(draft: Draft, host: Host, report: Report) -> str:
 def _plan(host: Host, arguments: Namespace, scratch: Path, report: Report, shares: str) -> Plan:
     """Find or fetch what to boot. Raises ConfigError or HostError."""
     if arguments.firmware is not None:
-        if arguments.kernel is not None or arguments.exec is not None:
-            raise ConfigError("boots from disks: omit --kernel and --exec", file="--firmware")
-        return Plan({"firmware": arguments.firmware}, "firmware", f"{arguments.firmware} (firmware)")
+        if arguments.kernel is not None:
+            raise ConfigError("boots from disks: omit --kernel", file="--firmware")
+        name = f"{arguments.firmware} (firmware)"
+        return Plan({"firmware": arguments.firmware}, "firmware", name, by_agent=arguments.exec)
     if arguments.exec is not None and arguments.initrd is not None:
         raise ConfigError("needs the init of cardcage's own initramfs: omit --initrd", file="--exec")
     shelf = Shelf(cache_root(), report.progress, report.say)
@@ -203,7 +210,7 @@ def _has_terminal() -> bool:
     return os.isatty(0) and os.isatty(1)
 
 
-def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
+def _wire(host: Host, draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
     """Add kernel, console and the command's channel to the configuration, under what the person said.
 
     *status* is the descriptor that will be told the command's status.
@@ -220,6 +227,11 @@ def _wire(draft: Draft, plan: Plan, arguments: Namespace, status: int) -> None:
         draft.add(
             {"device": [{"type": "isa-serial", "port": SECOND_PORT, "irq": SECOND_IRQ, "id": "exec", "char": channel}]}
         )
+    if plan.by_agent is not None:
+        console = {"type": "null"}
+        if "cloud_init" in host.registry.names(PolicyKeyOffer):  # which brings the agent, where the image takes a seed
+            seed = draft.config().policy.get("cloud_init")
+            draft.add({"policy": {"cloud_init": {"programs": True, **(seed if isinstance(seed, dict) else {})}}})
     if "machine.console" not in said and not arguments.detach:
         machine["console"] = console
     if "machine.on_reset" not in said and (arguments.exec is not None or not _has_terminal()):
@@ -239,12 +251,8 @@ def _add_ports(machine: Machine, plan: Plan, status: int) -> None:
         return
     if plan.command is not None and "virtio-console" in offered:
         machine.add("virtio-console", id="exec-ports", char="null", ports=port_options(plan.token, status))
-    if not isinstance(plan.boot.get("initrd"), list):
-        return
-    for table in (one for offer in machine.host.registry.offers(GuestProgramOffer) for one in offer.devices):
-        keys = {str(key): value for key, value in table.items() if key != "type"}
-        if table["type"] in offered and keys.get("id") not in machine.devices:
-            machine.add(str(table["type"]), **keys)
+    if isinstance(plan.boot.get("initrd"), list) or plan.by_agent is not None:
+        add_devices(machine)
 
 
 def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) -> None:
@@ -261,7 +269,7 @@ def _header(machine: Machine, plan: Plan, arguments: Namespace, report: Report) 
     reason = choice.why.removeprefix(f"{choice.name}: ")
     report.line("accelerator", f"{choice.name:<10} {reason}")
     report.line("kernel", plan.kernel)
-    if plan.command is not None:
+    if plan.command is not None or plan.by_agent is not None:
         report.line("command", arguments.exec if arguments.exec is not None else "sh, which reads standard input")
     elif arguments.detach:
         report.line("console", f"cardcage console {config.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
     from cardcage_boot.options import FirmwareOptions
 
-__all__ = ["ROM_PRIORITY", "FirmwareImage", "FirmwareLoader", "open_firmware"]
+__all__ = ["ROM_PRIORITY", "FirmwareImage", "FirmwareLoader", "find_bios", "open_firmware"]
 
 ROM_PRIORITY = 10
 """Above RAM (0); a host bridge's PAM ranges that show RAM in place of the ROM go above this."""
 LARGEST = 16 << 20
 MIRROR = 128 << 10
+BIOS = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
+"""Where distributions have SeaBIOS."""
+
+
+def find_bios() -> str:
+    """The path of this host's SeaBIOS; empty where none is installed."""
+    return next((one for one in BIOS if os.path.exists(one)), "")
 
 
 @define

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError
+from cardcage.registry import DeviceOffer
 
 from cardcage_boot import GuestProgramOffer, cpio
 from cardcage_boot.files import open_file
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from cardcage.machine import Machine
     from cardcage.registry import Registry
 
-__all__ = ["WANTED", "applets", "build", "driver_script", "programs_of"]
+__all__ = ["WANTED", "add_devices", "applets", "build", "driver_script", "programs_of"]
 
 WANTED = (
     *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon"),
@@ -66,6 +68,15 @@ def driver_script(modules: list[Module]) -> str:
 def programs_of(registry: Registry) -> dict[str, bytes]:
     """The programs that cards offer for the guest, by name. Raises CardError for one that cannot be had."""
     return {offer.name: offer.load()() for offer in registry.offers(GuestProgramOffer)}
+
+
+def add_devices(machine: Machine) -> None:
+    """Add the devices that the programs talk to, as far as the machine has cards for them and has not got them yet."""
+    registry = machine.host.registry
+    for table in (one for offer in registry.offers(GuestProgramOffer) for one in offer.devices):
+        keys = {str(key): value for key, value in table.items() if key != "type"}
+        if table["type"] in registry.names(DeviceOffer) and keys.get("id") not in machine.devices:
+            machine.add(str(table["type"]), **keys)
 
 
 def build(

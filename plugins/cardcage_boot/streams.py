@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 
     from cardcage.device import Slot
 
-__all__ = ["ExecOptions", "ExecStream", "Framed", "Mark", "StandardInput", "open_stream", "port_options"]
+__all__ = [
+    "ExecOptions",
+    "ExecStream",
+    "Framed",
+    "Mark",
+    "StandardInput",
+    "in_background",
+    "open_stream",
+    "port_options",
+]
 
 BROKEN_PIPE = 141
 """The status a shell reports for a program that SIGPIPE ended."""
@@ -140,7 +149,7 @@ class StandardInput:
         except OSError:  # closed by who started us
             self._ended = True
             return
-        if _in_background(fd):
+        if in_background(fd):
             os.close(fd)
             self._ended = True
         else:
@@ -238,7 +247,7 @@ class ExecStream:
         self._input.close()
 
 
-def _in_background(fd: int) -> bool:
+def in_background(fd: int) -> bool:
     """True if *fd* is our terminal but another job has it: reading would stop us (SIGTTIN)."""
     try:
         return os.tcgetpgrp(fd) != os.getpgrp()

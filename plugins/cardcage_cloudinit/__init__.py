@@ -25,7 +25,7 @@ def cardcage_register(registry: Registry) -> None:
         shorthand="cardcage_cloudinit.seed:parse_source",
         help="a seed for cloud-init (NoCloud), made of a directory or a user-data file and of SSH keys",
     )
-    registry.policy_key("cloud_init", help="the seed of a cloud image: source, ssh_keys")
+    registry.policy_key("cloud_init", help="the seed of a cloud image: source, user_data, ssh_keys, programs")
     registry.flag(
         "--cloud-init",
         "cardcage_cloudinit.seed:parse_source_flag",
@@ -42,8 +42,18 @@ def cardcage_register(registry: Registry) -> None:
 
 @hookimpl
 def cardcage_built(machine: Machine) -> None:
-    """Add the seed's disk to a machine that has ``[policy] cloud_init``."""
+    """Add the seed's disk to a machine that has ``[policy] cloud_init``, and what the programs in it talk to."""
     if (table := machine.config.policy.get("cloud_init")) is not None:
         if not isinstance(table, dict):
             raise machine.config.place("policy.cloud_init").error("expected a table")
+        if "cloud-init" in machine.devices:  # it goes on from a snapshot, or came from elsewhere, with all its devices
+            return
+        table = dict(table)
+        programs = table.pop("programs", False)
+        if not isinstance(programs, bool):
+            raise machine.config.place("policy.cloud_init.programs").error("expected true or false")
+        if programs:
+            from cardcage_cloudinit.programs import add_programs
+
+            table["vendor_data"] = add_programs(machine)
         machine.add("virtio-blk", id="cloud-init", readonly=True, drive={"type": "cloud-init", **table})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from attrs import field
@@ -38,6 +39,7 @@ BEGINNINGS = (
     "MIME-Version:",
 )
 """How user data begin that cloud-init understands; it passes over all others without a word."""
+GZIP = b"\x1f\x8b"
 KEY = re.compile(r"(?:[^\s\"]+(?:\"[^\"]*\"\S*)?\s+)?((?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+\s+[A-Za-z0-9+/=]+(?:\s.*)?)")
 
 
@@ -48,11 +50,15 @@ class SeedOptions:
     Attributes:
         source: a file with user data, or a directory with ``user-data`` and, if there are any, ``meta-data``,
             ``vendor-data`` and ``network-config``.
+        user_data: the user data themselves, as text, in place of *source*.
+        vendor_data: text of vendor data, besides those of *source*.
         ssh_keys: files of public keys, which the image's own user lets in.
         key_files: the same, as ``--ssh-key`` gives them: each file with ``true``.
     """
 
     source: HostPath = ""
+    user_data: str = ""
+    vendor_data: str = ""
     ssh_keys: tuple[HostPath, ...] = ()
     key_files: dict[str, bool] = field(factory=dict)
 
@@ -106,7 +112,9 @@ def open_seed(slot: Slot, options: SeedOptions) -> Seed:
 
 def files_of(options: SeedOptions, name: str) -> dict[str, bytes]:
     """The seed's files, for a machine called *name*. Raises ConfigError."""
-    source, files = options.source, {"user-data": b"#cloud-config\n{}\n"}
+    source, files = options.source, {"user-data": (options.user_data or "#cloud-config\n{}\n").encode()}
+    if source and options.user_data:
+        raise ConfigError("expected either a source or user_data", file=source)
     if source and os.path.isdir(source):
         files = {"user-data": read_file(os.path.join(source, "user-data"), MOST, "user data of cloud-init")}
         present = [one for one in OPTIONAL if os.path.exists(os.path.join(source, one))]
@@ -114,15 +122,39 @@ def files_of(options: SeedOptions, name: str) -> dict[str, bytes]:
     elif source:
         files = {"user-data": read_file(source, MOST, "user data of cloud-init")}
     data = files["user-data"]
-    known = data.startswith(b"\x1f\x8b") or any(data.startswith(one.encode()) for one in BEGINNINGS)
+    known = data.startswith(GZIP) or any(data.startswith(one.encode()) for one in BEGINNINGS)
     if data.strip() and not known:
-        raise ConfigError('no user data of cloud-init: expected "#cloud-config" or "#!" in its first line', file=source)
+        where: dict[str, str] = {"file": source} if source else {"key": "user_data"}
+        raise ConfigError('no user data of cloud-init: expected "#cloud-config" or "#!" in its first line', **where)
     keys = [key for path in (*options.ssh_keys, *options.key_files) for key in keys_of(path)]
     digest = hashlib.sha256(repr((sorted(files.items()), keys)).encode()).hexdigest()[:16]
     made = json.dumps({"instance-id": f"{name}-{digest}", "local-hostname": name}).encode()
     meta = files.get("meta-data", made)
     files["meta-data"] = with_keys(meta, keys, source) if keys else meta
+    if options.vendor_data:  # not in the digest: what we add must not make another instance of a disk that is kept
+        given = files.get("vendor-data", b"")
+        ours = options.vendor_data
+        files["vendor-data"] = both_vendors(given, ours, source) if given else ours.encode()
     return files
+
+
+def both_vendors(given: bytes, ours: str, source: str) -> bytes:
+    """Vendor data and those that we add, in one message of MIME. Raises ConfigError for *given* that is one already."""
+    try:
+        text = given.decode()
+    except UnicodeDecodeError:  # such as gzip
+        text = "MIME-Version:"
+    if text.startswith(("MIME-Version:", "Content-Type:")):
+        raise ConfigError("its vendor-data is no plain text, to which programs could be added", file=source)
+    whole = Message()
+    whole.add_header("Content-Type", "multipart/mixed", boundary=hashlib.sha256(given).hexdigest()[:32])
+    whole.add_header("MIME-Version", "1.0")
+    for one in (text, ours):
+        part = Message()
+        part.add_header("Content-Type", "text/plain")  # cloud-init looks at how it begins
+        part.set_payload(one, "utf-8")
+        whole.attach(part)
+    return whole.as_bytes()
 
 
 def keys_of(path: str) -> list[str]:

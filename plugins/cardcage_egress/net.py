@@ -164,6 +164,17 @@ class EgressNet:
             return
         threading.Thread(target=self._process.wait, name="egress-gate", daemon=True).start()
 
+    def _gate_ended(self) -> bool:
+        """True once nobody is at the other end of our link, or of the way, where the gate says nothing."""
+        if self._link is None:
+            return True
+        try:
+            return not self._gate.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def _leave(self) -> None:
         if self._link is not None:
             self.loop.remove_reader(self._link.fileno())
@@ -197,6 +208,11 @@ class EgressNet:
         """Nothing is left to us."""
 
     def may_fork(self) -> str:
+        """Why no copy can be made: it would have no way out, where the gate has ended. Nobody starts another: from
+        inside the jail none can, and what is asked to from there would have to believe a machine that was taken over.
+        """
+        if self._gate_ended():
+            return "net egress: the gate has ended, so that a copy would have no way out: make the machine anew"
         self._copied = True
         return ""
 

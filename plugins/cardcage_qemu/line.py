@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from attrs import field
@@ -20,8 +19,6 @@ __all__ = ["MODELS", "QUIET", "Line", "translate"]
 
 COM = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 """Port and interrupt of the serial ports, in their order."""
-BIOS = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
-"""Where distributions have SeaBIOS, which a machine without a kernel starts."""
 QUIET: dict[str, str | None] = {
     "nodefaults": None,
     "no-user-config": None,
@@ -197,7 +194,9 @@ class Line:
         if self.bare:
             self.machine["platform"], self.machine["memory"] = "none", "1M"
         elif not self.boot:
-            self.boot["firmware"] = next((one for one in BIOS if os.path.exists(one)), "")
+            from cardcage_boot.firmware import find_bios  # most are given a kernel
+
+            self.boot["firmware"] = find_bios()
             if not self.boot["firmware"]:
                 raise ConfigError("give -kernel or -bios: no SeaBIOS is installed here")
         if self.accelerators:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -15,7 +16,6 @@ from cardcage_sandbox.files import Files
 from cardcage_sandbox.template import Template, keeper_of, keepers, load_template
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Mapping
     from typing import Self
 
@@ -82,6 +82,7 @@ class Sandbox:
         memory: int | str | None = None,
         disk: int | str | None = None,
         cpus: int | None = None,
+        root: str | os.PathLike[str] | None = None,
         egress: Iterable[str] | None = None,
         network: object = None,
     ) -> Self:
@@ -93,6 +94,7 @@ class Sandbox:
             metadata: text by name, 4 KiB at most. envs: variables of each command, 8 KiB at most.
             on_timeout: ``"kill"``, or ``"pause"``.
             memory, disk, cpus: limits in place of the template's; others have a template's process of their own.
+            root: a tar archive or an OCI image layout that is the guest's root, likewise.
             egress: names and addresses that it may reach, and no others: ``["pypi.org", "10.1.0.0/16:5432"]``
                 (:attr:`Template.egress`), likewise in place of the template's.
             network: None. Anything else is refused: there is no way out but that of *egress*.
@@ -101,7 +103,9 @@ class Sandbox:
         """
         if network not in (None, False):
             raise UsageError(NO_NETWORK)
-        chosen = load_template(template).with_limits(memory=memory, disk=disk, cpus=cpus, egress=egress)
+        limits = {"memory": memory, "disk": disk, "cpus": cpus, "egress": egress}
+        limits["root"] = None if root is None else os.path.abspath(os.fspath(root))
+        chosen = load_template(template).with_limits(**limits)
         asked = {
             "timeout": _seconds(timeout),
             "metadata": dict(metadata or {}),

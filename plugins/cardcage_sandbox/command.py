@@ -57,6 +57,7 @@ def add_template(parser: ArgumentParser) -> None:
     for name, text in (("memory", "size of its RAM"), ("disk", "size of its files, which are in the RAM")):
         parser.add_argument(f"--{name}", metavar="SIZE", help=text)
     parser.add_argument("--cpus", metavar="COUNT", type=int, help="virtual processors")
+    parser.add_argument("--root", metavar="PATH", help="a tar archive or an OCI image layout that is its root")
     parser.add_argument(
         "--egress",
         metavar="WHERE",
@@ -90,7 +91,7 @@ def run(host: Host, arguments: Namespace) -> int:
 
 def create(arguments: Namespace, timeout: str, metadata: dict[str, str] | None = None) -> Sandbox:
     """A sandbox as the arguments of :func:`add_template` have it."""
-    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus", "egress")}
+    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus", "root", "egress")}
     return Sandbox.create(arguments.template, timeout=timeout, metadata=metadata, **limits)
 
 

@@ -18,7 +18,8 @@ NEEDS = {
     "cardcage_boot": {"cardcage_cli"},  # its command runs a machine as ``cardcage run`` does
     "cardcage_conformance": {"cardcage_snapshot"},  # machines are saved and continued while eventfds are busy
     "cardcage_virtio": {"cardcage_pci"},
-    "cardcage_agent": {"cardcage_boot"},  # a program of its initramfs, and a machine made with that
+    # a program of its initramfs, and machines made with that, or of an image
+    "cardcage_agent": {"cardcage_boot", "cardcage_cloudinit"},
     # guests of the first, and contracts that cards have with them
     "cardcage_pytest": {
         "cardcage_agent",
@@ -41,12 +42,12 @@ NEEDS = {
     "cardcage_egress": {"cardcage_jail", "cardcage_net"},  # what the gate gives up; dumps of what passes
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
-    # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere, or from a snapshot
-    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp", "cardcage_migrate", "cardcage_snapshot"},
+    # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere, or from a snapshot; the BIOS
+    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp", "cardcage_migrate", "cardcage_snapshot", "cardcage_boot"},
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},
-    "cardcage_cloudinit": {"cardcage_block"},  # a disk that is only read
+    "cardcage_cloudinit": {"cardcage_block", "cardcage_boot"},  # a disk that is only read; guest programs, the BIOS
     "cardcage_nbd": set(),
     "cardcage_watchdog": set(),
     "cardcage_vmgenid": {"cardcage_pc", "cardcage_qmp"},  # terms of its ACPI device; a word of QMP

@@ -10,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, TimeoutExpired
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from agent_kit import HostAgent
 from cardcage.errors import UsageError
+from cardcage_agent import verbs
 from cardcage_agent.errors import AgentError, AgentTimeout
 from cardcage_agent.frames import BUFFER, WINDOW, Kind, Verb, frame
 
@@ -482,3 +484,13 @@ def test_changes_are_watched(vm: Any, tmp_path: Path) -> None:
         assert changes.get() is None
     with pytest.raises(FileNotFoundError, match="'vm:/none'"):
         vm.files.watch("/none")
+
+
+def test_waiting_for_the_agent_takes_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``agent.wait`` waits its own time, also where other calls give the guest 60 seconds."""
+    waited: list[float] = []
+    monkeypatch.setattr(verbs, "reach", lambda *_: SimpleNamespace(await_agent=waited.append))
+    machine: Any = SimpleNamespace(name="vm")
+    verbs.Agent(machine).wait(900)
+    verbs.link_of(machine, "run", 900)
+    assert waited == [900, 60]

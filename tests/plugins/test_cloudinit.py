@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from cardcage import Machine
 from cardcage.abilities import has
 from cardcage.device import Forkable
-from cardcage.errors import ConfigError
+from cardcage.errors import CardError, ConfigError
 from cardcage_cli import main
 from cardcage_cloudinit.fat import LARGEST, make_fat
+from cardcage_cloudinit.programs import FOLDER, boothook
 from cardcage_cloudinit.seed import Seed, SeedOptions, files_of
 from cardcage_testing import check_block_backend
 from hypothesis import given, settings
@@ -110,6 +114,81 @@ def test_a_seed_has_user_data_and_keys(tmp_path: Path) -> None:
     both = files_of(SeedOptions(source=str(tmp_path / "d"), ssh_keys=(str(tmp_path / "k"),)), "vm")
     assert set(both) == {"user-data", "meta-data", "network-config"}
     assert both["meta-data"].startswith(b"instance-id: one\npublic-keys: [")
+
+
+def test_vendor_data_come_beside_those_of_the_source(tmp_path: Path) -> None:
+    """Both are parts of one message, which make no other instance; what is a message already is refused."""
+    source = tmp_path / "d"
+    source.mkdir()
+    (source / "user-data").write_text(USER)
+    given = SeedOptions(source=str(source), vendor_data="#cloud-boothook\nours \u00e4\n")
+    assert files_of(given, "vm")["vendor-data"].decode() == given.vendor_data
+    (source / "vendor-data").write_text("#cloud-config\n{}\n")
+    found = files_of(given, "vm")
+    parts = message_from_bytes(found["vendor-data"]).get_payload()
+    texts = [bytes(part.get_payload(decode=True)).decode() for part in parts]
+    assert texts == ["#cloud-config\n{}\n", given.vendor_data]
+    assert found["meta-data"] == files_of(SeedOptions(source=str(source)), "vm")["meta-data"]
+    for data in (b"MIME-Version: 1.0\n", b"\x1f\x8b\x08\xff"):
+        (source / "vendor-data").write_bytes(data)
+        with pytest.raises(ConfigError, match="its vendor-data is no plain text"):
+            files_of(given, "vm")
+
+
+def test_user_data_are_a_source_or_text(tmp_path: Path) -> None:
+    """Text is taken as it is; both at once, and text that cloud-init would pass over, are refused."""
+    assert files_of(SeedOptions(user_data=USER), "vm")["user-data"] == USER.encode()
+    (tmp_path / "u").write_text(USER)
+    with pytest.raises(ConfigError, match="expected either a source or user_data"):
+        files_of(SeedOptions(source=str(tmp_path / "u"), user_data=USER), "vm")
+    with pytest.raises(ConfigError, match="no user data of cloud-init") as caught:
+        files_of(SeedOptions(user_data="hostname: x\n"), "vm")
+    assert caught.value.key == "user_data"
+
+
+@pytest.mark.once
+@pytest.mark.timeout(60)
+def test_the_script_in_the_seed_starts_the_programs(tmp_path: Path) -> None:
+    """Each program is there as it was given and runs, at the next boot with another in its place too."""
+    fifo = tmp_path / "said"
+    os.mkfifo(fifo)
+    for word in ("one", "other"):
+        script = boothook({"prog": f"#!/bin/sh\necho {word} > {fifo}\n".encode(), "empty": b"#!/bin/sh\n" * 200})
+        assert script.startswith("#cloud-boothook\n#!/bin/sh\n")
+        script = script.replace(FOLDER, str(tmp_path / "bin")).replace("/run/systemd/system", str(tmp_path / "none"))
+        subprocess.run(["/bin/sh", "-c", script], check=True)
+        assert fifo.read_text() == f"{word}\n"
+        assert sorted(os.listdir(tmp_path / "bin")) == ["cardcage-empty", "cardcage-prog"]
+    with pytest.raises(CardError, match="expected at most"):
+        boothook({"large": bytes(1 << 20)})
+
+
+def test_programs_come_with_their_devices(tmp_path: Path) -> None:
+    """``programs`` in the configuration adds the agent's port once; another value than true or false is refused."""
+    (tmp_path / "off").write_bytes(bytes.fromhex("ba0406b80020eff4"))
+    boot = {"protocol": "raw", "image": str(tmp_path / "off")}
+    fragments = [{"policy": {"cloud_init": {"programs": True}}}]
+    with Machine(boot=boot, memory="1M", accel="tcg", fragments=fragments) as vm:
+        assert {"agent", "cloud-init"} <= set(vm.devices)
+    port = {"type": "virtio-console", "id": "agent", "char": "null", "ports": [{"name": "x", "char": "null"}]}
+    with Machine(boot=boot, memory="1M", accel="tcg", devices=[port], fragments=fragments) as vm:
+        assert "agent" not in vm.services
+    with pytest.raises(ConfigError, match=r"policy\.cloud_init\.programs: expected true or false"):
+        Machine(boot=boot, memory="1M", accel="tcg", fragments=[{"policy": {"cloud_init": {"programs": 1}}}])
+
+
+def test_a_machine_that_goes_on_has_its_seed(tmp_path: Path) -> None:
+    """From a snapshot it has the seed and the devices that it was made with, and no second ones."""
+    (tmp_path / "off").write_bytes(bytes.fromhex("f4ebfd"))
+    boot = {"protocol": "raw", "image": str(tmp_path / "off")}
+    fragments = [{"policy": {"cloud_init": {"programs": True, "user_data": USER}}}]
+    with Machine(boot=boot, memory="1M", accel="tcg", fragments=fragments) as vm:
+        before = set(vm.devices)
+        vm.start()
+        vm.pause()
+        vm.snapshot(tmp_path / "snapshot")
+    with Machine.restore(tmp_path / "snapshot", start=False) as vm:
+        assert set(vm.devices) == before
 
 
 @pytest.mark.parametrize(

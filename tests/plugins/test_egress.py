@@ -429,8 +429,11 @@ def test_a_taken_over_machine(slot: Slot, server: socket.socket) -> None:
 
 
 def test_a_gate_that_ends(peer: Peer, server: socket.socket, slot: Slot) -> None:
-    """When the gate ends, connections are reset, none is made any more, and a line says so."""
+    """When the gate is killed, connections are reset, none is made any more, no copy of the machine is either, and a
+    line says so.
+    """
     peer.connect()
+    assert peer.backend.may_fork() == ""
     with server.accept()[0]:
         peer.backend._process.kill()
         peer.heard(RST)
@@ -439,6 +442,10 @@ def test_a_gate_that_ends(peer: Peer, server: socket.socket, slot: Slot) -> None
     peer.say(SYN)
     assert Segment.of(Ip.of(peer.count(before + 1)[-1])).flags & RST
     assert ("the gate has ended: nothing gets out", {}) in slot.said
+    assert "the gate has ended, so that a copy would have no way out" in peer.backend.may_fork()
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):  # what was asked for after its end reached nobody
+        server.accept()
 
 
 def test_a_gate_that_does_not_start(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from cardcage_boot.cache import cache_root
 
 SUITE = "bookworm"
 PACKAGES = "sysvinit-core initscripts systemd ifupdown udhcpc fio iperf3 e2fsprogs udev linux-image-cloud-amd64"
+CLOUD = "systemd-sysv ifupdown isc-dhcp-client udev openssh-server cloud-init qemu-guest-agent linux-image-cloud-amd64"
+"""What a distribution's cloud image has, for cloud-init and the agents."""
 TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "mkfs.ext4": "e2fsprogs",
@@ -72,8 +74,8 @@ class DebianGuest:
         return path
 
 
-def debian_guest() -> DebianGuest:
-    """The guest, from the cache or made now; skips the test that needs it where a tool is missing."""
+def debian_guest(packages: str = PACKAGES) -> DebianGuest:
+    """The guest with *packages*, from the cache or made now; skips the test that needs it where a tool is missing."""
     missing = {package for tool, package in TOOLS.items() if not _which(tool)}
     missing |= set() if GRUB.is_dir() else {"grub-pc-bin"}
     if missing:
@@ -81,7 +83,7 @@ def debian_guest() -> DebianGuest:
     if os.geteuid() != 0:
         pytest.skip("needs root to make a root file system")
     with Path(__file__).open("rb") as own:
-        digest = hashlib.file_digest(own, "sha256").hexdigest()[:16]
+        digest = hashlib.sha256(own.read() + packages.encode()).hexdigest()[:16]
     folder = cache_root() / "tests" / f"{SUITE}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     guest = DebianGuest(folder / "disk.qcow2", folder / "vmlinuz", folder / "initrd.img")
@@ -89,7 +91,7 @@ def debian_guest() -> DebianGuest:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not guest.disk.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                _make(guest, Path(scratch))
+                _make(guest, Path(scratch), packages)
     return guest
 
 
@@ -111,11 +113,11 @@ def _which(tool: str) -> str:
     return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or ""
 
 
-def _make(guest: DebianGuest, scratch: Path) -> None:
+def _make(guest: DebianGuest, scratch: Path, packages: str) -> None:
     root, raw, made = scratch / "root", scratch / "raw", scratch / "disk.qcow2"
     leave_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
     command = ["mmdebstrap", "--variant=apt", "--mode=root", "--format=directory", *leave_out]
-    command += [f"--include={','.join(PACKAGES.split())}", SUITE, str(root)]
+    command += [f"--include={','.join(packages.split())}", SUITE, str(root)]
     subprocess.run(command, check=True)
     for name, text in FILES.items():
         path = root / name
