@@ -8,11 +8,12 @@ there is ``migrate_recover``: who says it knows that no other copy runs.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 from weakref import WeakKeyDictionary
 
 from attrs import Factory, define, evolve
-from cardcage.errors import CardcageError, UsageError
+from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import Machine, State
 from cardcage_qmp import QmpError, Session, control_of
 from cardcage_qmp.control import Control, RunState
@@ -79,7 +80,8 @@ class MigrationEvent(TypedDict):
 
 class MigrationCapabilityStatus(TypedDict):
     """A capability, and whether it is on: events that say that a migration's state changes; vCPUs that write faster
-    than can be sent are held up; the destination answers, which it does anyway where something can come back."""
+    than can be sent are held up; the program of ``exec:`` passes on what the destination answers, which it does anyway
+    where something can come back."""
 
     capability: Literal["events", "auto-converge", "return-path"]
     state: bool
@@ -91,7 +93,8 @@ class Wishes:
 
     limits: Limits = Factory(lambda: Limits(ram_alone=True))
     events: bool = False
-    answers: bool = True
+    answers: bool = False
+    """A program of exec: passes answers on."""
     tls_creds: str = ""
     """The id of a tls-creds-x509 object; empty for a plain connection."""
     tls_hostname: str = ""
@@ -210,6 +213,7 @@ def migrate(
         where = str(place)
         tls = _tls(machine, wished, "client")
         peer, one_way = connect(place, tls=tls, tls_hostname=wished.tls_hostname)
+        one_way = one_way or (place.scheme == "exec" and not wished.answers)
     try:
         outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
         with _lock:
@@ -257,10 +261,11 @@ def migrate_incoming(session: Session, uri: str) -> None:
 
 
 def migrate_cancel(session: Session) -> None:
-    """Give it up; nothing where there is none."""
+    """Give it up; nothing where there is none, or where it is too late."""
     progress = current(session.machine)
     if progress is not None and progress.status in ("setup", "active", "switching"):
-        cancel(session.machine)
+        with suppress(StateError):
+            cancel(session.machine)
 
 
 def query_migrate(session: Session) -> MigrationInfo:

@@ -15,19 +15,20 @@ from attrs import frozen
 from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.security import Act
 from cardcage_fleet.roster import connected
-from cardcage_jail import is_ours, listen_at
+from cardcage_jail import is_inside, is_ours, listen_at
 
 from cardcage_migrate.wire import Pipe
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from cardcage.security import Mediator
     from typing_extensions import Buffer
 
     from cardcage_migrate.wire import Peer
 
-__all__ = ["Place", "Waiting", "adopted", "connect", "hang_up", "parse", "tls_context"]
+__all__ = ["Place", "Program", "Waiting", "adopted", "connect", "hang_up", "parse", "tls_context"]
 
 DIAL = 10.0
 """Seconds that a connection may take, and the first word on it."""
@@ -40,6 +41,8 @@ SCHEMES = {
 }
 LAST = 10.0
 """Seconds that a program may take to end once its connection is closed."""
+STEP = 0.5
+"""Seconds after which whoever waits for a program looks whether there is still something to wait for."""
 
 
 @frozen
@@ -222,6 +225,9 @@ class _told:
 
 def _other(place: Place, *, writes: bool) -> tuple[Peer, bool]:
     if place.scheme == "exec":
+        if is_inside():
+            what = "in its jail the process starts no program: cardcage migrate starts it outside, and getfd hands over"
+            raise HostError(f"{place}: {what} what it is connected to")
         return Program(place.rest), False
     if place.scheme == "fd":
         try:
@@ -272,6 +278,20 @@ class Program:
     def fileno(self) -> int:
         """The descriptor of this end."""
         return self._peer.fileno()
+
+    def finish(self, waits: Callable[[], bool]) -> None:
+        """Say that nothing more comes, and wait until the program has made what it makes of it; no longer than *waits*
+        says so. Raises HostError for a program that failed."""
+        self._peer.shutdown(socket.SHUT_WR)
+        while waits():
+            try:
+                status = self._process.wait(STEP)
+            except subprocess.TimeoutExpired:
+                continue
+            if status:
+                how = f"with status {status}" if status > 0 else f"by signal {-status}"
+                raise HostError(f"the program ended {how}")
+            return
 
     def close(self) -> None:
         """Hang up; a program that does not end by that is ended."""

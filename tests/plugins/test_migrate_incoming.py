@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -208,6 +209,55 @@ def test_by_the_command_line(tmp_path: Path, host: Host) -> None:
         done = subprocess.run([*PROGRAM, *words, "-incoming", uri], capture_output=True, text=True, timeout=120)
         assert (done.returncode != 0, done.stderr.count("\n"), "Traceback" in done.stderr) == (True, 1, False)
         assert why in done.stderr
+
+
+def test_through_a_program(tmp_path: Path, host: Host) -> None:
+    """``migrate "exec:gzip -c > FILE"`` sends it one way, and is over once the program has ended;
+    ``-incoming "exec:gzip -dc FILE"`` goes on with it. A program that fails makes the migration fail: the machine
+    stands still, until ``cont``. With ``return-path`` the program's words are the destination's. In its jail the
+    process starts none, and says so."""
+    (tmp_path / "rom").write_bytes(COUNTS.ljust(0xFFF0, b"\0") + bytes.fromhex("ea000000f0").ljust(16, b"\0"))
+    words = f"-accel tcg -m 8M -bios {tmp_path}/rom -nodefaults -qmp unix:{tmp_path}/qmp,server=on,wait=off".split()
+    with Machine.from_config(Draft.of(translate(words).config()).config(), host=host) as vm:
+        counts_on(vm.start(), 10)
+        with Client(tmp_path / "qmp") as here:
+
+            def moved(command: str) -> str:
+                line = f'migrate -d "exec:{command}"'
+                assert here.ask("human-monitor-command", command_line=line) == {"return": ""}
+                return until(here, "completed", "failed")
+
+            here.ask("migrate-set-capabilities", capabilities=ON)
+            assert moved("cat") == "failed"  # what it sent came back
+            assert "no frame where one is expected" in here.ask("query-migrate")["return"]["error-desc"]
+            assert status(here) == "running"
+            here.ask("migrate-set-capabilities", capabilities=[ON[0], {**ON[1], "state": False}])
+            assert moved("cat > /dev/null; exit 3") == "failed"
+            assert "the program ended with status 3" in here.ask("query-migrate")["return"]["error-desc"]
+            assert status(here) == "postmigrate"
+            assert here.ask("cont") == {"return": {}}
+            counts_on(vm, count(vm))
+            os.mkfifo(tmp_path / "end")
+            assert here.ask("migrate", uri=f"exec:gzip -c > {tmp_path}/kept; cat {tmp_path}/end") == {"return": {}}
+            with (tmp_path / "end").open("w"):  # the program waits for us
+                assert here.ask("migrate_cancel") == {"return": {}}
+                assert here.ask("query-migrate")["return"]["status"] == "device"
+            assert until(here, "completed", "failed") == "completed"
+            assert status(here) == "postmigrate"
+    there = [*PROGRAM, *words, "-incoming", f"exec:gzip -dc {tmp_path}/kept"]
+    with subprocess.Popen(there, stderr=subprocess.PIPE) as process:
+        try:
+            while not listens(tmp_path / "qmp"):
+                assert process.poll() is None
+            with Client(tmp_path / "qmp") as peer:
+                while (found := status(peer)) in ("inmigrate", "paused"):
+                    pass
+                assert found == "running"
+                assert "in its jail" in peer.ask("migrate", uri="exec:cat")["error"]["desc"]
+                assert peer.ask("quit") == {"return": {}}
+            assert process.wait() == 0
+        finally:
+            process.kill()
 
 
 def test_certificates_in_qmps_words(tmp_path: Path, host: Host) -> None:
