@@ -84,10 +84,10 @@ class Connection:
 
     # towards the guest
 
-    def _say(self, flags: int, data: bytes = b"", seq: int = -1, mss: int = 0, scale: int = -1) -> bool:
+    def _say(self, flags: int, data: bytes = b"", seq: int | None = None, mss: int = 0, scale: int = -1) -> bool:
         room = ROOM - len(self._back)
         window = min(room if flags & SYN else room >> self._scaled, 65535)
-        seq = self._next if seq < 0 else seq & WRAP
+        seq = self._next if seq is None else seq & WRAP
         segment = Segment(self.target, self.source, seq, self._expected, flags, window, data, mss, scale)
         return self._wire.emit(self, segment)
 

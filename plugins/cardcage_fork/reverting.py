@@ -33,7 +33,7 @@ PRESENT = 3 << 62
 
 
 class Reverted(Protocol):
-    """A back end that is to know when its device, and the guest, are back at an earlier time."""
+    """A device, or a back end, that is to know when the guest is back at an earlier time; its device is by then."""
 
     def reverted(self) -> None:
         """Forget what was under way with the guest: it never was. Under the machine's lock."""
@@ -123,12 +123,13 @@ class Checkpoint:
             machine.clock.set(self._clock)
             for device, state in self._devices:
                 device.load(pickle.loads(state))
-            for plugged in machine.devices.values():
-                for backend in plugged.slot.host.opened:
-                    if hasattr(backend, "reverted") and has(backend, Reverted):  # few have, and looking takes time
-                        backend.reverted()
         for vcpu, registers in zip(machine.vcpus, self._vcpus, strict=True):
             vcpu.set_state(registers)
+        with machine.lock:  # an interrupt that one of these raises goes to the processors as they are now
+            for plugged in machine.devices.values():
+                for one in (*plugged.slot.host.opened, plugged.device):
+                    if hasattr(one, "reverted") and has(one, Reverted):  # few have, and looking takes time
+                        one.reverted()
         return pages
 
     def _put_back(self, machine: Machine) -> int:

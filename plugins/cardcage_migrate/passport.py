@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from attrs import Factory, define, field
-from attrs.validators import ge, le, matches_re, max_len
+from attrs.validators import and_, ge, le, matches_re, max_len
 from cardcage.errors import ConfigError
-from cardcage_snapshot.manifest import DeviceCard, converter, decoded
+from cardcage_snapshot.manifest import DeviceCard, converter, decoded, in_one_line
+from cardcage_snapshot.places import printable
 
 from cardcage_migrate.wire import BrokenStream
 
@@ -26,7 +27,7 @@ class MovedDisk:
         path: of the image; empty where the back end has none. file: device and inode of it on the source's host.
     """
 
-    device: str = field(validator=max_len(256))
+    device: str = field(validator=and_(max_len(256), in_one_line))
     size: int = field(validator=[ge(0), le(1 << 60)])
     block_size: int = field(validator=[ge(1), le(1 << 20)])
     discard: bool
@@ -39,7 +40,7 @@ class MovedDisk:
 class Stamp:
     """The image of a disk once its source had let go of it: bytes, and when it was changed last, nanoseconds."""
 
-    device: str
+    device: str = field(validator=in_one_line)
     size: int
     modified: int
 
@@ -56,17 +57,17 @@ class Passport:
             to be.
     """
 
-    cardcage: str = field(validator=max_len(256))
-    machine: str = field(validator=max_len(256))
-    label: str = field(validator=max_len(4096))
+    cardcage: str = field(validator=and_(max_len(256), in_one_line))
+    machine: str = field(validator=and_(max_len(256), in_one_line))
+    label: str = field(validator=and_(max_len(4096), in_one_line))
     memory: int = field(validator=[ge(1 << 12), le(1 << 48)])
     cpus: int = field(validator=[ge(1), le(255)])
-    accelerator: str
+    accelerator: str = field(validator=in_one_line)
     config: dict[str, Any]
     devices: list[DeviceCard]
     seal: str = field(default="", validator=matches_re(r"([0-9a-f]{64})?"))
     disks: list[MovedDisk] = Factory(list)
-    host: str = field(default="", validator=max_len(64))
+    host: str = field(default="", validator=and_(max_len(64), in_one_line))
     agent: bool = False
     one_way: bool = False
     paused: bool = False
@@ -99,7 +100,8 @@ def structured(data: bytes, kind: Any) -> Any:
     except Exception as error:  # what is not trusted can be wrong in every way that cattrs knows
         from cattrs import transform_error
 
-        raise BrokenStream(f"{WHERE} does not fit: {'; '.join(transform_error(error))[:500]}") from error
+        why = printable("; ".join(transform_error(error)))[:500]
+        raise BrokenStream(f"{WHERE} does not fit: {why}") from error
 
 
 def boot_id() -> str:

@@ -98,6 +98,7 @@ DEVICES: dict[str, Known] = {
     "pvpanic": Known("pvpanic", "isa-device", {"ioport": "port"}, TYPES),
     "pc-testdev": Known("pc-testdev", "isa-device"),
     "i6300esb": Known("i6300esb", "pci-device"),
+    "vmgenid": Known("vmgenid", "device", {"guid": "guid"}),
 }
 """By QEMU's name. ``links`` are resolved by who has the command line."""
 

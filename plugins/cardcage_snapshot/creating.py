@@ -8,21 +8,23 @@ import platform
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from attrs import frozen
-from cardcage.errors import ConfigError, HostError, StateError
+from cardcage.errors import ConfigError, HostError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.registry import DeviceOffer
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
 
+from cardcage_snapshot.chain import Chain, Changes, refuse_with_children
 from cardcage_snapshot.disks import plan_disks, settle_disks
-from cardcage_snapshot.manifest import MANIFEST, DeviceCard, File, Manifest, Ram, chunk_size, written
+from cardcage_snapshot.manifest import MANIFEST, DeviceCard, File, Manifest, Ram, chunk_size, read, written
 from cardcage_snapshot.pages import held, runs_of
-from cardcage_snapshot.places import Publication, located
+from cardcage_snapshot.places import Folder, Publication, located
 from cardcage_snapshot.ram import Copy, compressor, finish
 from cardcage_snapshot.sealing import prepared
 from cardcage_snapshot.state import capture, dumps
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from cardcage.ram import RamBlock
 
 __all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "remove", "roomy"]
-__all__ += ["savable", "snapshot"]
+__all__ += ["savable", "since", "snapshot"]
 
 STATE = "state.json"
 SPARE = 16 << 20
@@ -60,7 +62,12 @@ class Snapshot:
 
 
 def snapshot(
-    self: Machine, where: str | os.PathLike[str], *, compress: bool = False, replace: bool = False
+    self: Machine,
+    where: str | os.PathLike[str],
+    *,
+    compress: bool = False,
+    replace: bool = False,
+    parent: str | os.PathLike[str] | None = None,
 ) -> Snapshot:
     """Save the machine, running or paused, and let it go on.
 
@@ -69,20 +76,44 @@ def snapshot(
             of a directory that is made.
         compress: RAM with zstd (needs the extra ``zstd``): smaller, and read whole by who restores it.
         replace: one that is there; it is either the old or the new at any moment.
+        parent: a snapshot in the same directory, by name or path, of a machine with as much memory. What RAM has in
+            common with that one is not kept again, and both are needed to restore this one.
 
     The guest stands still while its state and the RAM that it ever touched are copied, and its disks.
     Raises StateError for a machine that has not started or has ended, or a device that cannot be saved, before anything
-    is stopped; ConfigError where a snapshot is there already; HostError where the host has no room; Denied.
+    is stopped; ConfigError where a snapshot is there already, or the parent does not fit; HostError where the host has
+    no room; Denied.
     """
-    with _busy.setdefault(self, threading.Lock()):
-        return _snapshot(self, located(where), compress=compress, replace=replace)
+    with _busy.setdefault(self, threading.Lock()), ExitStack() as end:
+        if compress:
+            compressor()
+        path = located(where)
+        plan = Plan(self)
+        allowed(self, path)
+        changes = since(parent, path, int(self.config.machine.memory), end) if parent is not None else None
+        return _snapshot(plan, path, changes, compress=compress, replace=replace)
 
 
-def _snapshot(machine: Machine, path: Path, *, compress: bool, replace: bool) -> Snapshot:
-    if compress:
-        compressor()
-    plan = Plan(machine)
-    allowed(machine, path)
+def since(parent: str | os.PathLike[str], path: Path, memory: int, end: ExitStack) -> Changes:
+    """Changes of the snapshot that *path* is to be against *parent*. Raises ConfigError, UsageError.
+
+    Args:
+        memory: bytes of the machine. end: closes what is opened.
+    """
+    there = located(parent)
+    if there.parent != path.parent or there == path:
+        raise UsageError(f"{there}: expected a parent that lies beside {path}, and is another snapshot")
+    folder = end.enter_context(Folder(there))
+    manifest, _ = read(folder)
+    if manifest.memory != memory or manifest.ram.chunk != chunk_size(memory):
+        sizes = f"{say_size(manifest.memory)} of memory: the machine has {say_size(memory)}"
+        raise ConfigError(f"cannot be the parent: it has {sizes}", file=str(there))
+    return Changes(end.enter_context(Chain(folder, manifest)))
+
+
+def _snapshot(plan: Plan, path: Path, changes: Changes | None, *, compress: bool, replace: bool) -> Snapshot:
+    if replace:
+        refuse_with_children(path)
     with Publication(path, replace=replace) as into:
         roomy(into, plan.room)
         files = {name: into.create(name) for name in plan.names}
@@ -91,7 +122,7 @@ def _snapshot(machine: Machine, path: Path, *, compress: bool, replace: bool) ->
         finally:
             for fd in files.values():
                 os.close(fd)
-        return completed(into, manifest, stood, compress=compress)
+        return completed(into, manifest, stood, changes, compress=compress)
 
 
 class Plan:
@@ -160,15 +191,17 @@ class Plan:
         return manifest, stood
 
 
-def completed(into: Publication, manifest: Manifest, stood: float, *, compress: bool) -> Snapshot:
-    """Finish the files that :meth:`Plan.take` wrote, and let them take their place. Raises OSError."""
+def completed(
+    into: Publication, manifest: Manifest, stood: float, changes: Changes | None, *, compress: bool
+) -> Snapshot:
+    """Finish the files that :meth:`Plan.take` wrote, and let them take their place. Raises OSError, ConfigError."""
     fd = into.open(STATE)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
     settle_disks(into, manifest.disks)
-    manifest.ram = finish(into, manifest.memory, compress=compress)
+    manifest.ram = finish(into, manifest.memory, compress=compress, changes=changes)
     written(manifest, into)
     stored = sum(os.stat(one, dir_fd=into.fd).st_blocks * 512 for one in os.listdir(into.fd))
     into.commit()
@@ -186,6 +219,7 @@ def remove(host: Host, path: Path) -> None:
     """Remove a snapshot. Raises ConfigError where there is none, HostError; Denied."""
     if path.is_symlink() or not (path / MANIFEST).is_file():
         raise ConfigError("there is no such snapshot", file=str(path))
+    refuse_with_children(path)
     host.mediator.ask(Act(OPERATOR, OPERATOR, "image", ("write",), {"readonly": False}), str(path))
     hidden = path.with_name(f".{path.name}.{os.getpid()}-rm.new")  # half of one is no snapshot
     try:

@@ -18,12 +18,12 @@ from cardcage.ram import PAGE
 from cardcage.security import OPERATOR, Act
 from cardcage_block.drive import Drive, open_image
 
+from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import savable
 from cardcage_snapshot.disks import unchanged
 from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder
-from cardcage_snapshot.ram import pieces
-from cardcage_snapshot.restoring import check_files, read_state
+from cardcage_snapshot.restoring import check_files, may_read, read_state
 from cardcage_snapshot.state import fits, restore
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def load(machine: Machine, path: Path, *, any_cpu: bool = False) -> Manifest:
     if machine.state is State.STOPPED:
         raise StateError("cannot load a snapshot: the machine has ended")
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
-    facts = {"machine": machine.name, "readonly": True}
-    machine.mediator.ask(Act(machine.label, machine.label, "image", ("open", "read"), facts), str(path))
+    may_read(machine, path)
     with ExitStack() as end, Folder(path) as folder:
         manifest, _ = read(folder)  # its configuration is not used: the machine has one
         saved = read_state(folder, manifest)
@@ -58,6 +57,9 @@ def load(machine: Machine, path: Path, *, any_cpu: bool = False) -> Manifest:
         if manifest.memory != block.size:
             what = f"has {manifest.memory} bytes of memory: the machine has {block.size}"
             raise ConfigError(what, file=folder.where("manifest.json"))
+        chain = end.enter_context(Chain(folder, manifest))
+        for level in chain.levels[:-1]:
+            may_read(machine, level.folder.path)
         disks = [(one, _image(machine, folder, disk, end)) for one, disk in _disks(machine, folder, manifest)]
         for (device, backend), image in disks:
             if image is not None and image.info.size != backend.info.size:
@@ -75,7 +77,7 @@ def load(machine: Machine, path: Path, *, any_cpu: bool = False) -> Manifest:
                 machine.resume()
             raise
         try:
-            _load(machine, folder, manifest, saved, any_cpu)
+            _load(machine, chain, saved, any_cpu)
             for (_, backend), image in disks:
                 if image is not None:
                     _copy(image, backend)
@@ -111,19 +113,15 @@ def _image(machine: Machine, folder: Folder, disk: Disk, end: ExitStack) -> Any:
     return end.enter_context(closing(open_image(drive, warn=machine.log.warning)))
 
 
-def _load(machine: Machine, folder: Folder, manifest: Manifest, saved: MachineState, any_cpu: bool) -> None:
+def _load(machine: Machine, chain: Chain, saved: MachineState, any_cpu: bool) -> None:
     """RAM, and then what finds its place in it."""
     block, at, written = machine.memory.ranges[0].block, 0, []
-    fd = folder.open(manifest.ram.file)
-    try:
-        for number, _, data in pieces(fd, folder.where(manifest.ram.file), manifest.ram, block.size, sums=False):
-            start = number * manifest.ram.chunk
-            written += _put(block.view, at, start, None)
-            written += _put(block.view, start, start + len(data), data)
-            at = start + len(data)
-        written += _put(block.view, at, block.size, None)
-    finally:
-        os.close(fd)
+    for number in chain.numbers():
+        data, start = chain.piece(number), number * chain.levels[0].ram.chunk
+        written += _put(block.view, at, start, None)
+        written += _put(block.view, start, start + len(data), data)
+        at = start + len(data)
+    written += _put(block.view, at, block.size, None)
     told = []
     for slot in machine.memory.slots:
         base = slot.host_address - block.host_address
@@ -131,8 +129,8 @@ def _load(machine: Machine, folder: Folder, manifest: Manifest, saved: MachineSt
     machine.memory.written_many(told)
     restore(machine, saved, any_cpu=any_cpu)
     for plugged in machine.devices.values():
-        for backend in plugged.slot.host.opened:
-            if (reverted := getattr(backend, "reverted", None)) is not None:
+        for one in (*plugged.slot.host.opened, plugged.device):
+            if (reverted := getattr(one, "reverted", None)) is not None:
                 with machine.lock:
                     reverted()
 

@@ -17,6 +17,7 @@ from attrs import Factory, define, field
 from attrs.validators import and_, ge, in_, le, matches_re
 from cardcage.errors import CardcageError, ConfigError
 
+from cardcage_snapshot.places import NAME, printable
 from cardcage_snapshot.sealing import canonical, is_ours
 
 if TYPE_CHECKING:
@@ -32,17 +33,19 @@ __all__ = [
     "Disk",
     "File",
     "Manifest",
+    "Parent",
     "Ram",
     "chunk_size",
     "converter",
     "decoded",
+    "in_one_line",
     "read",
     "written",
 ]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-"""Version of the directory's layout; a reader takes its own and all before it."""
+FORMAT = 2
+"""Version of the directory's layout; a reader takes its own and all before it. 2: RAM may have a parent."""
 MOST = 4 << 20
 """Bytes of a manifest."""
 CHUNKS = 4096
@@ -51,6 +54,12 @@ LEAST = 1 << 20
 DEEPEST = 64
 SIZE = and_(ge(0), le(1 << 60))
 SUM = matches_re(r"[0-9a-f]{32}")
+
+
+def in_one_line(of: object, attribute: Any, value: str) -> None:
+    """Hold text of a file to one line of letters: it is told in errors, and on terminals."""
+    if not value.isprintable():
+        raise ValueError(f"{attribute.name}: expected printable text")
 
 
 def chunk_size(size: int) -> int:
@@ -70,6 +79,19 @@ class File:
 
 
 @define
+class Parent:
+    """Another snapshot, in the directory of this one's directory, on which RAM is made.
+
+    Attributes:
+        name: of its directory. sum: of its manifest. pages: file ``pages`` (see :mod:`cardcage_snapshot.chain`).
+    """
+
+    name: str = field(validator=matches_re(NAME))
+    sum: str = field(validator=matches_re(r"[0-9a-f]{64}"))
+    pages: File
+
+
+@define
 class Ram:
     """How RAM is kept.
 
@@ -79,12 +101,14 @@ class Ram:
             piece that is not zero, one after another.
         chunk: bytes of a piece, a power of two from 4 KiB.
         chunks: of each piece that is not zero: its number, its offset and length in the file, its sum.
+        parent: the snapshot whose RAM this is made on; the file has only what is other, and zeros elsewhere.
     """
 
     file: str
     compression: str = field(validator=in_(("none", "zstd")))
     chunk: int = field(validator=in_([1 << at for at in range(12, 49)]))
     chunks: list[tuple[int, int, int, str]] = Factory(list)
+    parent: Parent | None = None
 
 
 @define
@@ -97,7 +121,7 @@ class Disk:
         sum: of the file. path: where the image was.
     """
 
-    device: str
+    device: str = field(validator=in_one_line)
     format: str = field(validator=in_(("raw", "qcow2")))
     size: int = field(validator=SIZE)
     length: int = field(validator=SIZE)
@@ -111,11 +135,11 @@ class Disk:
 class DeviceCard:
     """Whose a device is: the type that a configuration names, its card, the card's distribution and that's release."""
 
-    id: str
-    type: str
-    card: str = ""
-    distribution: str = ""
-    release: str = ""
+    id: str = field(validator=in_one_line)
+    type: str = field(validator=in_one_line)
+    card: str = field(default="", validator=in_one_line)
+    distribution: str = field(default="", validator=in_one_line)
+    release: str = field(default="", validator=in_one_line)
 
 
 @define
@@ -128,15 +152,16 @@ class Manifest:
         config: tables as of a TOML file, with ``defaults``: assignments to devices of the platform. seal: see above.
         devices: those of the machine, in their order. agent: an agent answered in the guest.
         state: the file ``state.json``. ram, disks: see there.
+        sum: of the file that it was read from; empty for one that was not.
     """
 
-    cardcage: str
+    cardcage: str = field(validator=in_one_line)
     made: float
-    machine: str
-    label: str
+    machine: str = field(validator=in_one_line)
+    label: str = field(validator=in_one_line)
     memory: int = field(validator=[ge(1 << 12), le(1 << 48)])
     cpus: int = field(validator=[ge(1), le(255)])
-    accelerator: str
+    accelerator: str = field(validator=in_one_line)
     config: dict[str, Any]
     devices: list[DeviceCard]
     state: File
@@ -144,8 +169,9 @@ class Manifest:
     seal: str = field(default="", validator=matches_re(r"([0-9a-f]{64})?"))
     disks: list[Disk] = Factory(list)
     agent: bool = False
-    processor: str = ""
-    kernel: str = ""
+    processor: str = field(default="", validator=in_one_line)
+    kernel: str = field(default="", validator=in_one_line)
+    sum: str = field(default="", init=False, eq=False)
 
     def check(self, where: str) -> None:
         """Hold the parts to each other. Raises ConfigError."""
@@ -164,6 +190,8 @@ class Manifest:
             last, end = number, offset + length
         if self.ram.chunk > (most := chunk_size(self.memory)):
             raise ConfigError(f"pieces of {self.ram.chunk} bytes: expected at most {most}", file=where, key="ram.chunk")
+        if self.ram.parent is not None and self.ram.chunk != most:
+            raise ConfigError(f"pieces of {self.ram.chunk} bytes: expected {most}", file=where, key="ram.chunk")
         if pieces > CHUNKS:
             raise ConfigError(f"{pieces} pieces of RAM: expected at most {CHUNKS}", file=where, key="ram.chunk")
 
@@ -171,9 +199,13 @@ class Manifest:
 @cache
 def converter() -> Converter:
     """The converter of attrs classes and JSON."""
+    from cattrs.gen import make_dict_unstructure_fn, override
     from cattrs.preconf.json import make_converter
 
-    return make_converter(forbid_extra_keys=True)
+    made = make_converter(forbid_extra_keys=True)
+    without = make_dict_unstructure_fn(Ram, made, parent=override(omit_if_default=True))  # as format 1 has it
+    made.register_unstructure_hook(Ram, without)
+    return made
 
 
 def decoded(data: bytes, where: str) -> Any:
@@ -195,7 +227,8 @@ def written(manifest: Manifest, into: Publication) -> None:
     """Write the manifest."""
     table = converter().unstructure(manifest)
     sum = hashlib.sha256(canonical(table)).hexdigest()
-    text = json.dumps({"cardcage snapshot": FORMAT, "sum": sum, "manifest": table}, indent=1)
+    version = 1 if manifest.ram.parent is None else FORMAT
+    text = json.dumps({"cardcage snapshot": version, "sum": sum, "manifest": table}, indent=1)
     into.write(MANIFEST, text.encode())
 
 
@@ -222,11 +255,11 @@ def read(folder: Folder) -> tuple[Manifest, bool]:
     try:
         found = converter().structure(table, Manifest)
         found.check(where)
+        found.sum = sum
     except CardcageError:
         raise
     except Exception as error:  # a damaged file can be wrong in every way that cattrs knows
         from cattrs import transform_error
 
-        why = "; ".join(transform_error(error))
-        raise ConfigError(f"does not fit: {why[:500]}", file=where) from error
+        raise ConfigError(f"does not fit: {printable('; '.join(transform_error(error)))[:500]}", file=where) from error
     return found, is_ours(found.config, found.label, found.seal)

@@ -18,7 +18,7 @@ from cardcage.units import say_size
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Folder", "Publication", "located", "snapshot_root", "state_directory"]
+__all__ = ["NAME", "Folder", "Publication", "located", "printable", "snapshot_root", "state_directory"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NOREPLACE, EXCHANGE = 1, 2
@@ -50,6 +50,11 @@ def located(where: str | os.PathLike[str]) -> Path:
         return snapshot_root() / where
     what = "expected a name of letters, digits and . _ -, or a path with a slash"
     raise UsageError(f'"{os.fspath(where)}" is no name of a snapshot: {what}')
+
+
+def printable(text: str) -> str:
+    """Text of a file for an error or a terminal: one line, without what moves a cursor."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _remove(folder: Path, *, ignore_errors: bool = False) -> None:

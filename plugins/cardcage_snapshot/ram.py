@@ -21,14 +21,15 @@ from cardcage_snapshot.pages import file_runs, held, runs_of
 from cardcage_snapshot.watching import WriteWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from cardcage.ram import RamBlock
 
+    from cardcage_snapshot.chain import Changes
     from cardcage_snapshot.pages import Run
     from cardcage_snapshot.places import Folder, Publication
 
-__all__ = ["Copy", "compressor", "damaged", "fill", "finish", "pieces"]
+__all__ = ["Copy", "compressor", "damaged", "digest", "finish", "piece"]
 
 ZEROS = bytes(PAGE)
 LEVEL = 3
@@ -102,10 +103,11 @@ class Copy:
             at += os.pwrite(self._fd, self._block.view[at : min(end, at + (1 << 30))], at)
 
 
-def finish(into: Publication, size: int, *, compress: bool) -> Ram:
+def finish(into: Publication, size: int, *, compress: bool, changes: Changes | None = None) -> Ram:
     """Make holes in file ``ram`` where it is zero, sums, and the compressed file; all is on stable storage then.
 
-    Raises OSError.
+    With *changes* since a parent there are holes too where that has the same. Raises OSError, and ConfigError where the
+    parent is damaged.
     """
     chunk = chunk_size(size)
     made = Ram("ram.zst" if compress else "ram", "zstd" if compress else "none", chunk)
@@ -113,8 +115,13 @@ def finish(into: Publication, size: int, *, compress: bool) -> Ram:
     fd, target, end = into.open("ram"), -1, 0
     try:
         target = into.create("ram.zst") if compress else -1
-        for number in _chunks(fd, size, chunk):
+        numbers: Iterable[int] = _chunks(fd, size, chunk)
+        if changes is not None:
+            numbers = sorted({*numbers, *changes.numbers()})
+        for number in numbers:
             data = os.pread(fd, min(chunk, size - number * chunk), number * chunk)
+            if changes is not None:
+                data = changes.left(fd, number, data)
             if not _shrink(fd, data, number * chunk):
                 continue
             if packed is None:
@@ -131,6 +138,8 @@ def finish(into: Publication, size: int, *, compress: bool) -> Ram:
             os.close(target)
     if compress:
         os.unlink("ram", dir_fd=into.fd)
+    if changes is not None:
+        made.parent = changes.written(into)
     return made
 
 
@@ -157,22 +166,12 @@ def _chunks(fd: int, size: int, chunk: int) -> Iterator[int]:
         following = max(last + 1, following)
 
 
-def fill(block: RamBlock, folder: Folder, ram: Ram) -> None:
-    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the damaged piece."""
-    fd = folder.open(ram.file)
-    try:
-        for number, _, data in pieces(fd, folder.where(ram.file), ram, block.size, sums=False):
-            block.view[number * ram.chunk : number * ram.chunk + len(data)] = data
-    finally:
-        os.close(fd)
-
-
 def damaged(folder: Folder, ram: Ram, size: int) -> None:
     """Read all of a snapshot's RAM. Raises ConfigError that names the first damaged piece."""
     fd = folder.open(ram.file)
     try:
-        for _ in pieces(fd, folder.where(ram.file), ram, size, sums=True):
-            pass
+        for entry in ram.chunks:
+            piece(fd, folder.where(ram.file), ram, size, entry, sums=True)
         if ram.compression == "none":
             known = {number for number, *_ in ram.chunks}
             if os.fstat(fd).st_size != size:
@@ -184,24 +183,27 @@ def damaged(folder: Folder, ram: Ram, size: int) -> None:
         os.close(fd)
 
 
-def pieces(fd: int, where: str, ram: Ram, size: int, *, sums: bool) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset in the file and bytes of each piece that is not zero."""
-    unpack, end = compressor() if ram.compression == "zstd" else None, os.fstat(fd).st_size
-    for number, offset, length, sum in ram.chunks:
-        whole = min(ram.chunk, size - number * ram.chunk)
-        data = os.pread(fd, length, offset) if offset + length <= end else b""
-        if len(data) != length or ((sums or unpack) and digest(data) != sum):
-            raise _damage(where, number, ram, "its sum is another" if len(data) == length else "the file ends before")
-        if unpack is not None:
-            try:
-                if unpack.frame_content_size(data) != whole:
-                    raise _damage(where, number, ram, f"expected {whole} bytes in it")
-                data = unpack.ZstdDecompressor().decompress(data, max_output_size=whole)
-            except unpack.ZstdError as error:
-                raise _damage(where, number, ram, str(error)) from error
-        if len(data) != whole:
-            raise _damage(where, number, ram, f"expected {whole} bytes in it")
-        yield number, offset, data
+def piece(fd: int, where: str, ram: Ram, size: int, entry: tuple[int, int, int, str], *, sums: bool) -> bytes:
+    """The bytes of the piece that *entry* of ``ram.chunks`` describes; its sum is compared if it has to be, or *sums*.
+
+    Raises ConfigError that names a damaged one.
+    """
+    number, offset, length, sum = entry
+    unpack = compressor() if ram.compression == "zstd" else None
+    whole = min(ram.chunk, size - number * ram.chunk)
+    data = os.pread(fd, length, offset) if offset + length <= os.fstat(fd).st_size else b""
+    if len(data) != length or ((sums or unpack) and digest(data) != sum):
+        raise _damage(where, number, ram, "its sum is another" if len(data) == length else "the file ends before")
+    if unpack is not None:
+        try:
+            if unpack.frame_content_size(data) != whole:
+                raise _damage(where, number, ram, f"expected {whole} bytes in it")
+            data = unpack.ZstdDecompressor().decompress(data, max_output_size=whole)
+        except unpack.ZstdError as error:
+            raise _damage(where, number, ram, str(error)) from error
+    if len(data) != whole:
+        raise _damage(where, number, ram, f"expected {whole} bytes in it")
+    return data
 
 
 def _damage(where: str, number: int, ram: Ram, why: str) -> ConfigError:

@@ -22,11 +22,11 @@ from cardcage.host import Host
 from cardcage.registry import BootOffer, DeviceOffer
 from cardcage.security import Act
 
+from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import STATE
 from cardcage_snapshot.disks import file_sum, overlays
 from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder, located
-from cardcage_snapshot.ram import damaged, fill
 from cardcage_snapshot.sealing import original
 from cardcage_snapshot.state import loads
 from cardcage_snapshot.state import restore as load_state
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.x86 import VCpuState
 
+    from cardcage_snapshot.chain import Level
     from cardcage_snapshot.manifest import DeviceCard, Manifest
     from cardcage_snapshot.state import MachineState
 
     M = TypeVar("M", bound=Machine)
 
-__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "given", "machine_of", "may_boot", "restore", "settle"]
+__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "given", "machine_of", "may_boot", "may_read", "restore"]
+__all__ += ["settle"]
 
 STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
@@ -90,7 +92,7 @@ def restore(
     Raises ConfigError that names file, key or card for what does not fit or is damaged; and what Machine raises.
     """
     path = located(where)
-    with ExitStack() as failing, Folder(path) as folder:
+    with ExitStack() as failing, Folder(path) as folder, ExitStack() as end:
         manifest, ours = read(folder)
         if config is None and not (ours or trust):
             raise ConfigError(
@@ -111,7 +113,8 @@ def restore(
             machine["accel"] = [accel] if isinstance(accel, str) else list(accel)
         if manifest.label != manifest.machine:
             machine["label"] = manifest.label
-        mapped = _memory(tables, manifest, path)
+        chain = end.enter_context(Chain(folder, manifest))
+        mapped = _memory(tables, chain.levels[0])
         temporary = None
         if manifest.disks:
             target = _overlay_folder(disks, path)
@@ -125,9 +128,17 @@ def restore(
             rmtree(temporary, ignore_errors=True)  # they are open: nothing of them is left, however the machine ends
         original(vm, kept)
         may_boot(vm, (vm.config.boot or {}).get("table", {}))
-        if not mapped:
-            fill(vm.memory.ranges[0].block, folder, manifest.ram)
+        for level in chain.levels[:-1]:
+            may_read(vm, level.folder.path)
+        if mapped:
+            chain.put_over(vm.memory.ranges[0].block.view)
+        else:
+            fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
+        with vm.lock:
+            for plugged in vm.devices.values():  # it may go on from there for the second time
+                if (reverted := getattr(plugged.device, "reverted", None)) is not None:
+                    reverted()
         if vm.name != manifest.machine:
             _same_addresses(vm)
         if start:
@@ -180,17 +191,30 @@ def given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     return tables_of(draft.config())
 
 
-def _memory(tables: dict[str, Any], manifest: Manifest, path: Path) -> bool:
-    """Say where RAM comes from; True when that is a map of the snapshot, False when it is to be filled."""
-    memory = tables.setdefault("memory", {})
+def fill(view: memoryview, chain: Chain) -> None:
+    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the damaged piece."""
+    for number in chain.numbers():
+        data, at = chain.piece(number), number * chain.levels[0].ram.chunk
+        view[at : at + len(data)] = data
+
+
+def may_read(machine: Machine, path: Path) -> None:
+    """Ask whether the machine may have what is in another snapshot, that its own is made on. Raises Denied."""
+    facts = {"machine": machine.name, "readonly": True}
+    machine.mediator.ask(Act(machine.label, machine.label, "image", ("open", "read"), facts), str(path))
+
+
+def _memory(tables: dict[str, Any], root: Level) -> bool:
+    """Say where RAM comes from; True when that is a map of the snapshot *root*, False when it is to be filled."""
+    memory, path = tables.setdefault("memory", {}), str(root.folder.path)
     if not isinstance(memory, dict):
-        raise ConfigError("expected a table", file=str(path), key="config.memory")
+        raise ConfigError("expected a table", file=path, key="config.memory")
     kind = memory.get("type", "anonymous")
     if kind == "file":  # what the file holds is another machine's by now
         tables["memory"] = memory = {"type": "memfd"}
-    if kind != "anonymous" or manifest.ram.compression != "none":
+    if kind != "anonymous" or root.ram.compression != "none":
         return False
-    memory |= {"type": "snapshot", "path": str(path), "file": manifest.ram.file}
+    memory |= {"type": "snapshot", "path": path, "file": root.ram.file}
     return True
 
 
@@ -270,7 +294,8 @@ def check_files(folder: Folder, manifest: Manifest) -> None:
                     raise ConfigError(what, file=folder.where(disk.file))
             finally:
                 os.close(fd)
-    damaged(folder, manifest.ram, manifest.memory)
+    with Chain(folder, manifest) as chain:
+        chain.check()
 
 
 # what a reset boots

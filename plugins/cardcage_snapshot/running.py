@@ -5,6 +5,7 @@ come as descriptors along with the command.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -12,7 +13,8 @@ from cardcage.errors import HostError, UsageError
 from cardcage_fleet import command, converse
 from cardcage_fleet.control import DESCRIPTORS
 
-from cardcage_snapshot.creating import Plan, allowed, completed, roomy
+from cardcage_snapshot.chain import refuse_with_children
+from cardcage_snapshot.creating import Plan, allowed, completed, roomy, since
 from cardcage_snapshot.manifest import Manifest, chunk_size, converter
 from cardcage_snapshot.places import Publication
 from cardcage_snapshot.ram import compressor
@@ -32,7 +34,10 @@ PATIENCE = 24 * 3600
 
 
 def plan(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Command ``snapshot-plan``: ``{path}``; the names of the files that the machine is to be given, and their room."""
+    """Command ``snapshot-plan``: ``{path}``; the names of the files that the machine is to be given, and their room.
+
+    Also its memory in bytes.
+    """
     path = arguments.get("path")
     if not isinstance(path, str) or arguments.keys() != {"path"}:
         raise UsageError("expected a path")
@@ -40,7 +45,7 @@ def plan(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
 
     made = Plan(machine)
     allowed(machine, Path(path))
-    return {"names": made.names, "room": made.room}
+    return {"names": made.names, "room": made.room, "memory": int(machine.config.machine.memory)}
 
 
 def save(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[str, Any]:
@@ -55,18 +60,21 @@ def save(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[
     return {"manifest": converter().unstructure(manifest), "stood": stood}
 
 
-def create(entry: RosterEntry, path: Path, *, compress: bool, replace: bool) -> Snapshot:
+def create(entry: RosterEntry, path: Path, *, compress: bool, replace: bool, parent: str | None = None) -> Snapshot:
     """Save the machine of *entry*. Raises what it raises, ConfigError and HostError as ``vm.snapshot``."""
     if compress:
         compressor()
-    with Publication(path, replace=replace) as into:
+    if replace:
+        refuse_with_children(path)
+    with ExitStack() as end, Publication(path, replace=replace) as into:
         told = command(entry, "snapshot-plan", {"path": str(path)})
-        names, room = told.get("names"), told.get("room")
-        if not isinstance(names, list) or type(room) is not int:
+        names, room, memory = told.get("names"), told.get("room"), told.get("memory")
+        if not isinstance(names, list) or type(room) is not int or type(memory) is not int:
             raise _nonsense(entry)
         if len(names) > DESCRIPTORS:
             raise HostError(f"machine {entry.name} has more disks than can be saved at once")
         roomy(into, room)
+        changes = since(parent, path, memory, end) if parent is not None else None
         files = [into.create(_checked(one, entry)) for one in names]
         try:
             with converse(entry, "snapshot", {"names": names}, PATIENCE, fds=files) as session:
@@ -79,9 +87,9 @@ def create(entry: RosterEntry, path: Path, *, compress: bool, replace: bool) -> 
         except Exception as error:  # whatever a machine may answer
             raise _nonsense(entry) from error
         manifest = evolve(manifest, ram=evolve(manifest.ram, chunk=chunk_size(manifest.memory)))
-        if {one.file for one in manifest.disks if one.file} - set(names):
+        if manifest.memory != memory or {one.file for one in manifest.disks if one.file} - set(names):
             raise _nonsense(entry)
-        return completed(into, manifest, stood, compress=compress)
+        return completed(into, manifest, stood, changes, compress=compress)
 
 
 def _checked(name: object, entry: RosterEntry) -> str:

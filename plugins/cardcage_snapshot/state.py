@@ -19,6 +19,7 @@ from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, State
 from cardcage.security import OPERATOR, Act
 from cardcage.x86 import VCpuState
 
+from cardcage_snapshot.places import printable
 from cardcage_snapshot.processors import check_features, features_of, known_msrs
 from cardcage_snapshot.tables import ids_of
 
@@ -149,7 +150,7 @@ def fits(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> lis
         ("devices with state", sorted(state.devices), sorted(_expected(machine, state))),
     ):
         if theirs != ours:
-            raise ConfigError(f"the saved machine's {what} is {theirs}, this one's {ours}")
+            raise ConfigError(f"the saved machine's {what} is {printable(str(theirs))[:500]}, this one's {ours}")
     if not any_cpu:
         check_features(state.cpuid, machine.vm)
     stateful = _stateful(machine)
@@ -161,11 +162,11 @@ def _told(what: str, load: Callable[[], None]) -> None:
     try:
         load()
     except (ConfigError, UsageError) as error:
-        raise ConfigError(f"{what} does not fit: {error}") from error
+        raise ConfigError(f"{what} does not fit: {printable(str(error))[:500]}") from error
     except CardcageError:
         raise
     except FAULTS as error:
-        raise ConfigError(f"{what} does not fit: {in_words(error)}") from error
+        raise ConfigError(f"{what} does not fit: {printable(in_words(error))[:500]}") from error
 
 
 def _expected(machine: Machine, state: MachineState) -> set[str]:
@@ -187,7 +188,7 @@ def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
     known = getattr(cls, "version", 1)
     if saved.type != plugged.type or saved.version > known:
         raise ConfigError(
-            f'the state of device "{id}" is of {saved.type} version {saved.version}; '
+            f'the state of device "{id}" is of {printable(saved.type)[:100]} version {saved.version}; '
             f"this machine has {plugged.type} version {known}"
         )
     try:
@@ -195,7 +196,8 @@ def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
     except Exception as error:  # cattrs raises groups of whatever did not fit
         from cattrs import transform_error
 
-        raise ConfigError(f'the state of device "{id}" does not fit: {"; ".join(transform_error(error))}') from error
+        why = printable("; ".join(transform_error(error)))[:500]
+        raise ConfigError(f'the state of device "{id}" does not fit: {why}') from error
 
 
 def dumps(state: MachineState) -> str:
@@ -212,4 +214,4 @@ def loads(text: str) -> MachineState:
 
         plain = isinstance(error, json.JSONDecodeError | RecursionError)
         what = str(error) if plain else "; ".join(transform_error(error))
-        raise ConfigError(f"not a machine state: {what}") from error
+        raise ConfigError(f"not a machine state: {printable(what)[:500]}") from error

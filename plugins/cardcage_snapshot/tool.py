@@ -15,7 +15,7 @@ from cardcage_cli import SWITCH_INTERVAL, run_machine, timeout_of
 from cardcage_fleet import find
 
 from cardcage_snapshot.manifest import MANIFEST, read
-from cardcage_snapshot.places import Folder, located, snapshot_root
+from cardcage_snapshot.places import Folder, located, printable, snapshot_root
 from cardcage_snapshot.running import create
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def configure(parser: ArgumentParser) -> None:
         "--compress", action="store_true", help="compress RAM with zstd; a restore then reads all of it"
     )
     create.add_argument("--replace", action="store_true", help="replace a snapshot that is there, in one step")
+    create.add_argument(
+        "--parent", metavar="SNAPSHOT", help="one that lies beside it: of RAM, only what is other there is kept"
+    )
     create.add_argument("--json", action="store_true", help="print JSON")
     listing = acts.add_parser("list", help="list snapshots")
     listing.add_argument("--directory", metavar="DIR", type=Path, help="where to look, instead of this account's own")
@@ -80,7 +83,7 @@ def run(host: Host, arguments: Namespace) -> int:
 def _create(host: Host, arguments: Namespace) -> int:
     entry = find(arguments.machine)
     path = located(arguments.snapshot or entry.name)
-    made = create(entry, path, compress=arguments.compress, replace=arguments.replace)
+    made = create(entry, path, compress=arguments.compress, replace=arguments.replace, parent=arguments.parent)
     if arguments.json:
         print(json.dumps({**asdict(made), "path": str(path)}))
     else:
@@ -97,14 +100,18 @@ def _stored(path: Path) -> int:
     return sum(one.lstat().st_blocks * 512 for one in path.iterdir())
 
 
+def _parent(manifest: Manifest) -> str | None:
+    return manifest.ram.parent.name if manifest.ram.parent is not None else None
+
+
 def _row(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": path.name, "path": str(path)}
     try:
         manifest, ours = _found(path)
         row |= {key: getattr(manifest, key) for key in ("machine", "made", "memory", "cpus", "accelerator", "cardcage")}
-        row |= {"stored": _stored(path), "disks": len(manifest.disks), "ours": ours}
+        row |= {"stored": _stored(path), "disks": len(manifest.disks), "ours": ours, "parent": _parent(manifest)}
     except (ConfigError, OSError) as error:
-        row["error"] = _printable(str(error))
+        row["error"] = printable(str(error))
     return row
 
 
@@ -128,7 +135,7 @@ def _list(host: Host, arguments: Namespace) -> int:
             table.append((row["name"], row["error"], "", "", "", ""))
         else:
             sizes = say_size(row["memory"]), say_size(row["stored"])
-            table.append((row["name"], _printable(row["machine"]), _when(row["made"]), *sizes, str(row["disks"])))
+            table.append((row["name"], printable(row["machine"]), _when(row["made"]), *sizes, str(row["disks"])))
     widths = [max(len(row[at]) for row in table if row[2]) for at in range(6)]
     for one in table:
         print("  ".join(text.ljust(width) for text, width in zip(one, widths, strict=True)).rstrip())
@@ -140,11 +147,6 @@ def _when(seconds: float) -> str:
         return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
         return "?"
-
-
-def _printable(text: str) -> str:
-    """*text* without what moves a terminal's cursor."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _show(host: Host, arguments: Namespace) -> int:
@@ -162,13 +164,14 @@ def _show(host: Host, arguments: Namespace) -> int:
         ("processors", str(manifest.cpus)),
         ("accelerator", f"{manifest.accelerator} on {manifest.processor or '?'}, Linux {manifest.kernel or '?'}"),
         ("stored", f"{say_size(_stored(path))}, RAM {manifest.ram.compression.replace('none', 'not compressed')}"),
+        *([("parent", parent)] if (parent := _parent(manifest)) is not None else []),
         ("agent", "answered" if manifest.agent else "none"),
         *(("disk", f"{one.device}: {say_size(one.size)}, {one.file or one.path}") for one in manifest.disks),
         ("cards", ", ".join(cards)),
         ("configuration", json.dumps(manifest.config)),
     ]
     for key, value in rows:
-        print(f"{key:14} {_printable(value)}")
+        print(f"{key:14} {printable(value)}")
     return 0
 
 
@@ -227,7 +230,7 @@ def _check(host: Host, arguments: Namespace) -> int:
         except ConfigError as error:
             wrong.append(error)
     for problem in wrong[1:]:
-        print(_printable(str(problem)), file=sys.stderr)
+        print(printable(str(problem)), file=sys.stderr)
     if wrong:
         raise wrong[0]
     return 0

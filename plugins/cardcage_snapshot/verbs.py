@@ -25,10 +25,15 @@ class Verbs:
     """The verbs of snapshots: mixed into :class:`Machine`, and offered to any other."""
 
     def snapshot(
-        self: Any, where: str | os.PathLike[str], *, compress: bool = False, replace: bool = False
+        self: Any,
+        where: str | os.PathLike[str],
+        *,
+        compress: bool = False,
+        replace: bool = False,
+        parent: str | os.PathLike[str] | None = None,
     ) -> Snapshot:
         """See :func:`cardcage_snapshot.creating.snapshot`."""
-        return snapshot(self, where, compress=compress, replace=replace)
+        return snapshot(self, where, compress=compress, replace=replace, parent=parent)
 
     @classmethod
     def restore(

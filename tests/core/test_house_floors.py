@@ -49,6 +49,7 @@ NEEDS = {
     "cardcage_cloudinit": {"cardcage_block"},  # a disk that is only read
     "cardcage_nbd": set(),
     "cardcage_watchdog": set(),
+    "cardcage_vmgenid": {"cardcage_pc", "cardcage_qmp"},  # terms of its ACPI device; a word of QMP
     "cardcage_cdrom": {"cardcage_virtio", "cardcage_block", "cardcage_fleet"},  # discs, of running machines too
     "cardcage_verbs": {"cardcage_fleet", "cardcage_cli"},  # commands to running machines, and those left running
     # machines with an agent, forked, and their way out; the processes that hold them, and acts in them

@@ -120,6 +120,7 @@ def test_a_wrong_file_is_one_error(file: Path, tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.once
 @given(st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=60))
 @settings(max_examples=200)
 def test_no_sequence_of_commands_hurts(tmp_path_factory: Any, writes: list[tuple[int, int]]) -> None:

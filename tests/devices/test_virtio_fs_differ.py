@@ -250,6 +250,7 @@ acts = st.one_of(
 )
 
 
+@pytest.mark.once
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(script=st.lists(acts, max_size=30))
 def test_acts_end_as_on_the_host(script: list[tuple[Any, ...]], tmp_path_factory: Any) -> None:

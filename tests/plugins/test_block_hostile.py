@@ -68,6 +68,7 @@ def use(data: bytes) -> None:
     image.close()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [Qcow2Shape(512), Qcow2Shape(4096), Qcow2Shape(65536, version=2)], ids=str)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -175,6 +176,7 @@ def test_backing_loop(tmp_path: Path) -> None:
         open_image(Drive(str(tmp_path / "a"), readonly=True), warn=print)
 
 
+@pytest.mark.once
 def test_backing_chain_too_long(tmp_path: Path) -> None:
     """A chain of more than a thousand images is refused instead of using up descriptors."""
     for number in range(1030):

@@ -246,6 +246,7 @@ def test_resize(tmp_path: Path) -> None:
     image.close()
 
 
+@pytest.mark.once
 def test_large_sparse_image(tmp_path: Path) -> None:
     """Writes far apart in a large disk, which need new refcount blocks and a larger refcount table, are sound."""
     path = tmp_path / "big.qcow2"

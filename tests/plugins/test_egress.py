@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import ConfigError, HostError
-from cardcage_egress import net
+from cardcage_egress import net, tcp
 from cardcage_egress.answers import GATEWAY, GUEST, KEPT, Names, Question, lease
 from cardcage_egress.gate import is_own, parsed
 from cardcage_egress.net import MAC, Egress, EgressNet, open_egress, parse_egress
 from cardcage_egress.packets import ACK, FIN, RST, SYN, TCP, Arp, Datagram, Ip, Malformed, Segment
-from cardcage_egress.policy import INSIDE, Policy
+from cardcage_egress.policy import INSIDE, OPENED, Policy
 from cardcage_egress.reading import Refused, server_name
 from cardcage_egress.tcp import ROOM
 from hypothesis import given, settings
@@ -297,6 +297,28 @@ def test_what_is_lost_comes_again(peer: Peer, server: socket.socket) -> None:
         peer.say(ACK, b"soon")
         peer.say(ACK, b"late")
         assert connection.recv(8, socket.MSG_WAITALL) == b"soonlate"
+
+
+def test_a_closed_window_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that has no room is asked for its window by a number before its own, where the numbers wrap too."""
+    monkeypatch.setattr(tcp.secrets, "randbits", lambda bits: 0xFFFFFFFF)
+    said: list[Segment] = []
+    loop = SimpleNamespace(add_reader=lambda fd, act: None, remove_reader=lambda fd: None)
+    wire: Any = SimpleNamespace(loop=loop, time=0, over=lambda one: None)
+    wire.now, wire.emit = lambda: wire.time, lambda one, segment: said.append(segment) or True
+    ours, gate = socket.socketpair()
+    ours.setblocking(False)
+    one = tcp.Connection(wire, bytes(4), Segment(5000, 80, 999, 0, SYN, 65535), ours)
+    with gate, closing(one):
+        gate.send(OPENED + b"data")
+        one._answered()
+        one.heard(Segment(5000, 80, 1000, 0, ACK, 0))
+        wire.time = tcp.FIRST
+        one.tick()
+        assert [(segment.flags, segment.seq, segment.data) for segment in said] == [
+            (SYN | ACK, 0xFFFFFFFF, b""),
+            (ACK, 0xFFFFFFFF, b""),
+        ]
 
 
 def test_a_guest_that_floods(peer: Peer, server: socket.socket) -> None:

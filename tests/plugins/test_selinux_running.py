@@ -112,6 +112,7 @@ def test_the_policy_of_a_running_machine(lab: Lab, capsys: Any) -> None:
     assert "first" not in said(capsys, "show", "one")[1]
 
 
+@pytest.mark.once
 def test_all_machines_are_reloaded(lab: Lab, capsys: Any) -> None:
     """Without a name, reload reaches each machine with a policy; one that has none is no error, unless it is named."""
     assert said(capsys, "reload") == (2, "outcome: wrong use: no running machine has a policy of the card selinux\n")

@@ -22,7 +22,7 @@ from cardcage_snapshot.places import Folder
 from cardcage_snapshot.restoring import check_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from snapshot_kit import count, counting, counts_on
+from snapshot_kit import count, counting, counts_on, rewrite
 
 GOLDEN = Path(__file__).parent / "golden-snapshot-1"
 
@@ -63,14 +63,6 @@ def one(saved: Path, tmp_path: Path) -> Path:
 def restored(where: Any, **keys: Any) -> Machine:
     made: Machine = Machine.restore(where, **keys)  # type: ignore[attr-defined]  # found by its entry point
     return made
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest as somebody would who knows how sums are made."""
-    outer = json.loads((path / "manifest.json").read_text())
-    change(outer["manifest"])
-    outer["sum"] = hashlib.sha256(sealing.canonical(outer["manifest"])).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(outer))
 
 
 def restate(path: Path, data: bytes) -> None:
@@ -126,7 +118,7 @@ def test_what_does_not_fit_is_named(one: Path, host: Host, tmp_path: Path) -> No
 
     outer = json.loads((one / "manifest.json").read_text())
     (one / "manifest.json").write_text(json.dumps({**outer, "cardcage snapshot": 7}))
-    refused(r"is of format 7 \(written by cardcage '.*'\): this cardcage reads format 1")
+    refused(r"is of format 7 \(written by cardcage '.*'\): this cardcage reads format 2")
     card = {"id": "x", "type": "flux", "card": "flux_card", "distribution": "flux", "release": "2.1"}
     rewrite(one, lambda table: table["devices"].append(card))
     refused(r'device "x" is of type "flux" \(card flux_card, flux 2.1\), which is not installed here')
@@ -301,3 +293,31 @@ def test_any_state_is_loaded_or_refused(one: Path, saved: Path, host: Host, data
         finally:
             vm.dismantle()
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.update(machine="a\nb"),
+        lambda table: table["devices"][0].update(type="\x1b[2J"),
+        lambda table: table["devices"][0].update(distribution="x\r"),
+        lambda table: table.update(processor="\x07"),
+    ],
+)
+def test_what_a_manifest_says_is_one_line(one: Path, host: Host, change: Callable[[dict[str, Any]], object]) -> None:
+    """Text of a manifest that would begin lines, or move a terminal's cursor, is refused in one line."""
+    rewrite(one, change)
+    with pytest.raises(ConfigError, match="does not fit: invalid value @") as caught:
+        restored(one, host=host, trust=True)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("key", "value"), [("cpu", "a\nb"), ("irqchip", "\x1b[2J"), ("type", "x\r\n")])
+def test_what_a_state_says_is_one_line(one: Path, host: Host, key: str, value: str) -> None:
+    """Text of a state that is not this machine's is told in one line, without what moves a terminal's cursor."""
+    state = json.loads((one / "state.json").read_text())
+    (next(iter(state["devices"].values())) if key == "type" else state)[key] = value
+    restate(one, json.dumps(state).encode())
+    with pytest.raises(ConfigError) as caught:
+        restored(one, host=host, trust=True)
+    assert str(caught.value).isprintable()

@@ -48,6 +48,7 @@ def test_commands_come_from_a_pipe(kernel: Path) -> None:
     assert (done.returncode, done.stdout) == (0, b"2\n3\n"), done.stderr.decode()
 
 
+@pytest.mark.once
 def test_guest_panic_is_an_outcome(kernel: Path) -> None:
     """A panic of the real kernel ends with status 10 and its message."""
     done = boot("--exec", "echo c > /proc/sysrq-trigger")
@@ -55,6 +56,7 @@ def test_guest_panic_is_an_outcome(kernel: Path) -> None:
     assert b"outcome: the guest panicked: sysrq triggered crash" in done.stderr
 
 
+@pytest.mark.once
 def test_an_early_panic_ends_any_machine(kernel: Path) -> None:
     """A kernel without a root ends ``cardcage run`` with its own line, after its trace, whatever ``panic=`` says."""
     command = [*PROGRAM, "run", "--accel", "tcg", "--timeout", "120", "--kernel", str(kernel), "--append"]
@@ -66,6 +68,7 @@ def test_an_early_panic_ends_any_machine(kernel: Path) -> None:
         assert b"Call Trace:" in done.stdout.partition(b"Kernel panic - not syncing: " + why)[2]
 
 
+@pytest.mark.once
 def test_the_awaited_text_does_not_come_after_a_panic(kernel: Path) -> None:
     """``expect`` raises with the panic's line last, also when it is pvpanic that ends the machine."""
     shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)
@@ -83,6 +86,7 @@ def test_the_awaited_text_does_not_come_after_a_panic(kernel: Path) -> None:
         assert machine.wait(60) == Panicked("sysrq triggered crash")
 
 
+@pytest.mark.once
 def test_reboot_replays_the_boot(kernel: Path) -> None:
     """The guest's own reboot starts the same kernel and initramfs again, from Python too, with fresh memory."""
     shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: None)

@@ -86,6 +86,7 @@ def test_the_timer_interrupts_through_the_8259(tmp_path: Path, accel: str, irqch
         vm.console.expect("TTTTTTTTTT", timeout=60)
 
 
+@pytest.mark.once
 @accelerators
 def test_the_platform_goes_on_from_a_saved_state(tmp_path: Path, accel: str) -> None:
     """RAM and state of a paused machine, given to new ones, let timer, PIC and UART go on where they were."""
