@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cardcage.host import Host
@@ -112,3 +115,20 @@ def over(
 ) -> Progress:
     """Migrate over a connection."""
     return Outgoing(vm, "the other end", limits or Limits(downtime=5), tell).over(lambda: (link, False))
+
+
+def certificates(folder: Path) -> Path:
+    """Certificates by QEMU's names in *folder*, the destination's for machines.test, and of another authority in its
+    folder ``other``."""
+    for where in (folder, folder / "other"):
+        where.mkdir(exist_ok=True)
+        run = partial(subprocess.run, cwd=where, check=True, capture_output=True)
+        new = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+        run(f"{new} -x509 -keyout ca-key.pem -out ca-cert.pem -subj /CN=authority".split())
+        for side in ("server", "client"):
+            name = "machines.test" if side == "server" else "source.test"
+            run(f"{new} -keyout {side}-key.pem -out {side}.csr -subj /CN={name}".split())
+            (where / "ext").write_text(f"subjectAltName=DNS:{name}\n")
+            sign = f"openssl x509 -req -in {side}.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -extfile ext"
+            run(f"{sign} -out {side}-cert.pem".split())
+    return folder

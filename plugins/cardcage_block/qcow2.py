@@ -33,6 +33,7 @@ from cardcage_block.handing import HandedImage
 from cardcage_block.header import COMPAT_LAZY, INCOMPAT_CORRUPT, INCOMPAT_DIRTY
 from cardcage_block.health import Health
 from cardcage_block.hostfile import TryFile, clear, scatter, take, zeros
+from cardcage_block.layers import LayeredImage
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
@@ -53,7 +54,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image(CopiedImage, HandedImage):
+class Qcow2Image(CopiedImage, HandedImage, LayeredImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:

@@ -13,6 +13,7 @@ from cardcage.segments import total
 from cardcage_block.formats import EDGE, probe
 from cardcage_block.handing import HandedImage
 from cardcage_block.hostfile import take
+from cardcage_block.layers import LayeredImage
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import read_bytes
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RawImage"]
 
 
-class RawImage(CopiedImage, HandedImage):
+class RawImage(CopiedImage, HandedImage, LayeredImage):
     """A raw disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import State
 
-from cardcage_gdb.registers import REGISTERS, SIZE, read, read_all, write
+from cardcage_gdb.registers import REGISTERS, SIZE, read, read_all, said_along, write
 from cardcage_gdb.stops import Stops
 from cardcage_gdb.wire import MOST, hexadecimal, unescape
 
@@ -39,6 +39,11 @@ class Data(Stops):
     def _set_state(self, cpu: int, state: VCpuState) -> None:
         self._states.clear()
         self.machine.vcpus[cpu].set_state(state)
+
+    def _said(self, signal: int, why: bytes = b"") -> bytes:
+        """With the registers that gdb looks at after each step, once it knows their numbers: it asks for none then."""
+        found = super()._said(signal, why)
+        return found + said_along(self._state(self._cpu)) if self._described else found
 
     def _read_all(self, _: bytes) -> bytes:
         return read_all(self._state(self._cpu)).hex().encode()

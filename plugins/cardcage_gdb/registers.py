@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cardcage.x86 import VCpuState
 
-__all__ = ["REGISTERS", "SIZE", "Register", "read", "read_all", "target_xml", "write"]
+__all__ = ["REGISTERS", "SIZE", "Register", "read", "read_all", "said_along", "target_xml", "write"]
 
 GENERAL = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15".split()
 SEGMENTS = "cs ss ds es fs gs".split()
@@ -81,6 +81,12 @@ REGISTERS = _table()
 """By gdb's number."""
 SIZE = sum(one.size for one in REGISTERS)
 PLACES = {one.name: sum(other.size for other in REGISTERS[:at]) for at, one in enumerate(REGISTERS)}
+ALONG = [
+    (at, 2 * PLACES[one.name], 2 * (PLACES[one.name] + one.size))
+    for at, one in enumerate(REGISTERS)
+    if one.name in ("rbp", "rsp", "rip")
+]
+"""What gdb looks at after each step, as gdbserver has it: number, and place in the digits of :func:`read_all`."""
 _general, _control = attrgetter(*GENERAL, "rip"), attrgetter(*CONTROL)
 
 
@@ -137,6 +143,12 @@ def read(state: VCpuState, register: Register) -> bytes:
     """Its bytes."""
     at = PLACES[register.name]
     return read_all(state)[at : at + register.size]
+
+
+def said_along(state: VCpuState) -> bytes:
+    """The registers :data:`ALONG` in a stop's words: numbers and bytes in hexadecimal."""
+    whole = read_all(state).hex().encode()
+    return b"".join(b"%x:%b;" % (number, whole[at:end]) for number, at, end in ALONG)
 
 
 def _floating(xsave: bytes) -> tuple[int, ...]:

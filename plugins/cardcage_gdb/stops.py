@@ -52,7 +52,7 @@ class Stops:
         self._states: dict[int, VCpuState] = {}
         self._stopped: list[int] = []
         self._cpu = self._resumed = 0
-        self._multi = self._says_why = False
+        self._multi = self._says_why = self._described = False
         self._how = ["run"] * len(machine.vcpus)
 
     @property

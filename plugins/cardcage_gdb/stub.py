@@ -198,6 +198,7 @@ class Stub(Data):
         place = numbers(where)
         if name != b"target.xml" or place is None:
             return b"E00"
+        self._described = True
         whole, (at, size) = target_xml(), place
         part = whole[at : at + min(size, MOST // 2)]
         return (b"l" if at + len(part) >= len(whole) else b"m") + part

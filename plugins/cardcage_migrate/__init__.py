@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["BrokenStream", "LinkLost", "Machine", "Movable", "Progress", "Refused", "Verbs"]
 
 MEANT = "migrate:meant"
-"""The key by which a host shares that its next machine waits for one that comes into it, as ``incoming``."""
+"""The key by which a host shares that its next machine waits for one that comes into it, as ``incoming``; and its
+:class:`~cardcage_migrate.credentials.Credentials`, by their ids, as ``credentials``."""
 QMP = (
     "migrate migrate_incoming migrate_cancel migrate_set_parameters query_migrate query_migrate_parameters "
     "migrate_set_capabilities query_migrate_capabilities"
@@ -87,8 +88,13 @@ def cardcage_register(registry: Registry) -> None:
 
 @hookimpl(tryfirst=True)  # before there are peers that could speak of it
 def cardcage_built(machine: PlainMachine) -> None:
-    """Let a machine wait that was made to become one that comes."""
-    if machine.host.share(MEANT, dict).pop("incoming", False):
+    """Let a machine wait that was made to become one that comes, and have its certificates."""
+    meant = machine.host.share(MEANT, dict)
+    if found := meant.pop("credentials", None):
+        from cardcage_migrate.credentials import credentials
+
+        credentials(machine).update(found)
+    if meant.pop("incoming", False):
         from cardcage_migrate.qmp import before_peers
 
         before_peers(machine)

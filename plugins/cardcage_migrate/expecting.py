@@ -20,6 +20,7 @@ from cardcage_migrate.incoming import Arrival, Incomplete
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ssl import SSLContext
 
     from cardcage.machine import Machine
 
@@ -61,18 +62,23 @@ class Expected:
                 one[KEY] = original_spec(one[KEY])
         original(machine, tables)
 
-    def listen(self, uri: str) -> None:
+    def listen(self, uri: str, tls: SSLContext | None = None) -> None:
         """Wait at *uri* from now on, on a thread. Raises what opening it raises, StateError where one waits already."""
         machine = self._machine
         with self._lock:
             if self._arrival is not None or self._ended.is_set():
                 raise StateError("The incoming migration has already been started")
             arrival = Arrival(type(machine), uri, machine.name, host=machine.host, into=machine)
-            arrival.open()
+            arrival.open(tls=tls)
             self._arrival = arrival
             self._thread = threading.Thread(target=self._take, name=f"{machine.name}-incoming", daemon=True)
             self._say("setup")
             self._thread.start()
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Address and port at which it listens; None but for ``tcp:``, and once somebody has come."""
+        return None if self._arrival is None else self._arrival.address
 
     @property
     def paused(self) -> bool:

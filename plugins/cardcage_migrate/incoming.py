@@ -29,6 +29,7 @@ from cardcage_migrate.wire import BrokenStream, Channel, Kind, LinkLost, Refused
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
+    from ssl import SSLContext
 
     from cardcage.host import Host
     from cardcage.machine import Machine
@@ -119,16 +120,21 @@ class Arrival(Generic[M]):
         self._door: Waiting | None = None
 
     @property
+    def address(self) -> tuple[str, int] | None:
+        """Address and port at which it listens; None but for ``tcp:``, and once somebody has come."""
+        return None if self._door is None else self._door.address
+
+    @property
     def paused(self) -> bool:
         """The machine was paused at its source."""
         return self._passport.paused
 
-    def open(self, tls_dir: str | os.PathLike[str] | None = None) -> Waiting:
+    def open(self, tls_dir: str | os.PathLike[str] | None = None, *, tls: SSLContext | None = None) -> Waiting:
         """Listen. Raises HostError, ConfigError, Denied."""
         if self._door is None:
             if self._host is not None:
                 self._place.ask(self._host.mediator, OPERATOR, self._name or "", listen=True)
-            self._door = Waiting(self._place, tls_dir)
+            self._door = Waiting(self._place, tls_dir, tls=tls)
         return self._door
 
     def abandon(self) -> None:

@@ -30,7 +30,7 @@ from cardcage_migrate.hold import Hold, recoverable, standing
 from cardcage_migrate.pages import Written, bodies, joined, uncollected, why_not
 from cardcage_migrate.passport import Passport, boot_id
 from cardcage_migrate.progress import new_progress
-from cardcage_migrate.reach import connect, parse
+from cardcage_migrate.reach import Program, connect, parse
 from cardcage_migrate.throttle import Throttle
 from cardcage_migrate.wire import PIECE, Channel, Kind, LinkLost, Refused
 
@@ -387,12 +387,16 @@ class Outgoing:
             if machine.state is not State.PAUSED:
                 raise StateError(f"{machine.name} ended: {machine.outcome}")
             self._given_up = True
-        progress.status = "given up"
+        program = channel.peer if channel.one_way and isinstance(channel.peer, Program) else None
+        if program is None:  # else it is not over before the program is
+            progress.status = "given up"
         import json
 
         stamps = [converter().unstructure(left) for _, left in self._left if left is not None]
         channel.send(Kind.COMMIT, json.dumps(stamps).encode())
         if channel.one_way:
+            if program is not None:  # what it failed to pass on nobody has
+                program.finish(lambda: machine.state is not State.STOPPED)
             progress.downtime = time.monotonic() - self._stopped
             self._stay(f"it was sent to {self._where}", "completed" if self._stays else "given up")
             return

@@ -8,21 +8,26 @@ there is ``migrate_recover``: who says it knows that no other copy runs.
 from __future__ import annotations
 
 import threading
-from typing import Literal, NotRequired, TypedDict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 from weakref import WeakKeyDictionary
 
 from attrs import Factory, define, evolve
-from cardcage.errors import CardcageError, UsageError
+from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import Machine, State
 from cardcage_qmp import QmpError, Session, control_of
 from cardcage_qmp.control import Control, RunState
 
+from cardcage_migrate.credentials import Endpoint, credentials
 from cardcage_migrate.expecting import Expected, Status, expect, expected
 from cardcage_migrate.hold import migrate_recover, standing
 from cardcage_migrate.outgoing import Cancelled, Limits, Outgoing
 from cardcage_migrate.outgoing import migrate_cancel as cancel
 from cardcage_migrate.progress import Progress, current
 from cardcage_migrate.reach import adopted, connect, parse
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = [
     "Coming",
@@ -38,6 +43,16 @@ __all__ = [
 ]
 
 MigrationStatus = Literal["none", "setup", "active", "device", "completed", "failed", "cancelled"]
+
+
+class InetAddress(TypedDict):
+    """Where it listens."""
+
+    type: Literal["inet"]
+    host: str
+    port: str
+
+
 Ram = TypedDict("Ram", {"transferred": int, "remaining": int, "total": int, "mbps": float, "dirty-sync-count": int})
 MigrationInfo = TypedDict(
     "MigrationInfo",
@@ -49,9 +64,12 @@ MigrationInfo = TypedDict(
         "expected-downtime": NotRequired[int],
         "cpu-throttle-percentage": NotRequired[int],
         "error-desc": NotRequired[str],
+        "socket-address": NotRequired[list[InetAddress]],
     },
 )
-MigrationParameters = TypedDict("MigrationParameters", {"max-bandwidth": int, "downtime-limit": int})
+MigrationParameters = TypedDict(
+    "MigrationParameters", {"max-bandwidth": int, "downtime-limit": int, "tls-creds": str, "tls-hostname": str}
+)
 
 
 class MigrationEvent(TypedDict):
@@ -62,7 +80,8 @@ class MigrationEvent(TypedDict):
 
 class MigrationCapabilityStatus(TypedDict):
     """A capability, and whether it is on: events that say that a migration's state changes; vCPUs that write faster
-    than can be sent are held up; the destination answers, which it does anyway where something can come back."""
+    than can be sent are held up; the program of ``exec:`` passes on what the destination answers, which it does anyway
+    where something can come back."""
 
     capability: Literal["events", "auto-converge", "return-path"]
     state: bool
@@ -74,7 +93,11 @@ class Wishes:
 
     limits: Limits = Factory(lambda: Limits(ram_alone=True))
     events: bool = False
-    answers: bool = True
+    answers: bool = False
+    """A program of exec: passes answers on."""
+    tls_creds: str = ""
+    """The id of a tls-creds-x509 object; empty for a plain connection."""
+    tls_hostname: str = ""
     leaves: bool = False
     """Some peer had the machine moved away."""
     moving: bool = False
@@ -180,13 +203,17 @@ def migrate(
     if uri != name and not name.isdigit():
         if name not in session.fds:
             raise QmpError(f"File descriptor named '{name}' has not been found")
+        if wished.tls_creds:
+            raise QmpError(f"{uri:.100}: TLS is for tcp: and unix: (parameter 'tls-creds')")
         peer, one_way = adopted(session.fds.pop(name))  # its end is the other side's word that all has come
         where = uri
     else:
         place = parse(uri)
         place.ask(machine.mediator, machine.label, machine.name, listen=False)
         where = str(place)
-        peer, one_way = connect(place)
+        tls = _tls(machine, wished, "client")
+        peer, one_way = connect(place, tls=tls, tls_hostname=wished.tls_hostname)
+        one_way = one_way or (place.scheme == "exec" and not wished.answers)
     try:
         outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
         with _lock:
@@ -214,19 +241,31 @@ def migrate(
     threading.Thread(target=move, name=f"{machine.name}-migrate").start()
 
 
+def _tls(machine: Machine, wished: Wishes, endpoint: Endpoint) -> SSLContext | None:
+    """The certificates that the parameters name; None for a plain connection. Raises QmpError."""
+    if not (name := wished.tls_creds):
+        return None
+    if (found := credentials(machine).get(name)) is None:
+        raise QmpError(f"No TLS credentials with id '{name:.100}'")
+    if found.endpoint != endpoint:
+        raise QmpError(f"Expected TLS credentials for a {endpoint} endpoint: '{name:.100}' is for a {found.endpoint}")
+    return found.context
+
+
 def migrate_incoming(session: Session, uri: str) -> None:
     """Listen for what comes into a machine that was made with ``-incoming defer``."""
     what = expected(session.machine)
     if what is None:
         raise QmpError("'-incoming' was not specified on the command line")
-    what.listen(uri)
+    what.listen(uri, _tls(session.machine, wishes(session.machine), "server"))
 
 
 def migrate_cancel(session: Session) -> None:
-    """Give it up; nothing where there is none."""
+    """Give it up; nothing where there is none, or where it is too late."""
     progress = current(session.machine)
     if progress is not None and progress.status in ("setup", "active", "switching"):
-        cancel(session.machine)
+        with suppress(StateError):
+            cancel(session.machine)
 
 
 def query_migrate(session: Session) -> MigrationInfo:
@@ -236,10 +275,15 @@ def query_migrate(session: Session) -> MigrationInfo:
     if what is not None and not wishes(session.machine).leaves:
         if what.status is None:
             return {}
-        return {"status": what.status, **({"error-desc": str(what.error)} if what.error is not None else {})}
+        found: MigrationInfo = {"status": what.status}
+        if what.error is not None:
+            found["error-desc"] = str(what.error)
+        if (address := what.address) is not None:
+            found["socket-address"] = [{"type": "inet", "host": address[0], "port": str(address[1])}]
+        return found
     if progress is None:
         return {"status": "setup"} if wishes(session.machine).moving else {}
-    found: MigrationInfo = {
+    found = {
         "status": status_of(progress),
         "total-time": round(progress.total * 1000),
         "ram": {
@@ -261,9 +305,15 @@ def query_migrate(session: Session) -> MigrationInfo:
 
 
 def migrate_set_parameters(
-    session: Session, max_bandwidth: int | None = None, downtime_limit: int | None = None
+    session: Session,
+    max_bandwidth: int | None = None,
+    downtime_limit: int | None = None,
+    tls_creds: str | None = None,
+    tls_hostname: str | None = None,
 ) -> None:
-    """Limits of the next migration: bytes a second, 0 for none; milliseconds."""
+    """Limits of the next migration: bytes a second, 0 for none; milliseconds. The id of a tls-creds-x509 object for its
+    connection, and the name that the destination's certificate has to have, by default the host of tcp:; empty for
+    none."""
     wished = wishes(session.machine)
     limits = wished.limits
     try:
@@ -274,12 +324,21 @@ def migrate_set_parameters(
     except UsageError as error:
         raise QmpError(str(error)) from error
     wished.limits = limits
+    if tls_creds is not None:
+        wished.tls_creds = tls_creds
+    if tls_hostname is not None:
+        wished.tls_hostname = tls_hostname
 
 
 def query_migrate_parameters(session: Session) -> MigrationParameters:
-    """Limits of the next migration."""
-    limits = wishes(session.machine).limits
-    return {"max-bandwidth": limits.bandwidth or 0, "downtime-limit": round(limits.downtime * 1000)}
+    """Limits of the next migration, and its certificates."""
+    wished = wishes(session.machine)
+    return {
+        "max-bandwidth": wished.limits.bandwidth or 0,
+        "downtime-limit": round(wished.limits.downtime * 1000),
+        "tls-creds": wished.tls_creds,
+        "tls-hostname": wished.tls_hostname,
+    }
 
 
 def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStatus]:

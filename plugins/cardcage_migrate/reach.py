@@ -15,19 +15,20 @@ from attrs import frozen
 from cardcage.errors import ConfigError, HostError, UsageError
 from cardcage.security import Act
 from cardcage_fleet.roster import connected
-from cardcage_jail import is_ours, listen_at
+from cardcage_jail import is_inside, is_ours, listen_at
 
 from cardcage_migrate.wire import Pipe
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from cardcage.security import Mediator
     from typing_extensions import Buffer
 
     from cardcage_migrate.wire import Peer
 
-__all__ = ["Place", "Waiting", "adopted", "connect", "hang_up", "parse"]
+__all__ = ["Place", "Program", "Waiting", "adopted", "connect", "hang_up", "parse", "tls_context"]
 
 DIAL = 10.0
 """Seconds that a connection may take, and the first word on it."""
@@ -40,6 +41,8 @@ SCHEMES = {
 }
 LAST = 10.0
 """Seconds that a program may take to end once its connection is closed."""
+STEP = 0.5
+"""Seconds after which whoever waits for a program looks whether there is still something to wait for."""
 
 
 @frozen
@@ -88,18 +91,25 @@ def parse(uri: str) -> Place:
     return Place(scheme, rest)
 
 
-def connect(place: Place, tls_dir: str | os.PathLike[str] | None = None, tls_hostname: str = "") -> tuple[Peer, bool]:
+def connect(
+    place: Place,
+    tls_dir: str | os.PathLike[str] | None = None,
+    tls_hostname: str = "",
+    *,
+    tls: ssl.SSLContext | None = None,
+) -> tuple[Peer, bool]:
     """A connection to who waits there, and whether nothing can come back on it.
 
     Args:
         tls_dir: directory with ``ca-cert.pem``, ``client-cert.pem`` and ``client-key.pem``; the other side has to show
             a certificate that this authority signed for *tls_hostname*, by default the host of ``tcp:``.
+        tls: what :func:`tls_context` made of such a directory, instead.
 
     Raises HostError, ConfigError that names the file.
     """
     if place.scheme == "tcp" and not place.host:
         raise UsageError(f'"{place}": expected {SCHEMES["tcp"]}')
-    context = None if tls_dir is None else tls_context(tls_dir, server=False)
+    context = tls if tls_dir is None else tls_context(tls_dir, server=False)
     name = tls_hostname or place.host
     if context is not None:
         _may_tls(place)
@@ -122,11 +132,14 @@ class Waiting:
     Args:
         tls_dir: directory with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``; who connects has to show a
             certificate that this authority signed.
+        tls: what :func:`tls_context` made of such a directory, instead.
     """
 
-    def __init__(self, place: Place, tls_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, place: Place, tls_dir: str | os.PathLike[str] | None = None, *, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.place, self._socket = place, None
-        self._context = None if tls_dir is None else tls_context(tls_dir, server=True)
+        self._context = tls if tls_dir is None else tls_context(tls_dir, server=True)
         if self._context is not None:
             _may_tls(place)
         with _told(place):
@@ -144,10 +157,19 @@ class Waiting:
                 )
 
     @property
+    def address(self) -> tuple[str, int] | None:
+        """Address and port of ``tcp:``, also where 0 was asked for; None elsewhere, and once it is closed."""
+        with suppress(OSError):
+            if self._socket is not None and self.place.scheme == "tcp":
+                host, port, *_ = self._socket.getsockname()
+                return str(host), int(port)
+        return None
+
+    @property
     def port(self) -> int:
         """The port of ``tcp:``, also where 0 was asked for."""
-        assert self._socket is not None
-        return int(self._socket.getsockname()[1])
+        assert self.address is not None
+        return self.address[1]
 
     def fileno(self) -> int:
         """The socket's descriptor, -1 where there is none."""
@@ -203,6 +225,9 @@ class _told:
 
 def _other(place: Place, *, writes: bool) -> tuple[Peer, bool]:
     if place.scheme == "exec":
+        if is_inside():
+            what = "in its jail the process starts no program: cardcage migrate starts it outside, and getfd hands over"
+            raise HostError(f"{place}: {what} what it is connected to")
         return Program(place.rest), False
     if place.scheme == "fd":
         try:
@@ -254,6 +279,20 @@ class Program:
         """The descriptor of this end."""
         return self._peer.fileno()
 
+    def finish(self, waits: Callable[[], bool]) -> None:
+        """Say that nothing more comes, and wait until the program has made what it makes of it; no longer than *waits*
+        says so. Raises HostError for a program that failed."""
+        self._peer.shutdown(socket.SHUT_WR)
+        while waits():
+            try:
+                status = self._process.wait(STEP)
+            except subprocess.TimeoutExpired:
+                continue
+            if status:
+                how = f"with status {status}" if status > 0 else f"by signal {-status}"
+                raise HostError(f"the program ended {how}")
+            return
+
     def close(self) -> None:
         """Hang up; a program that does not end by that is ended."""
         self._peer.close()
@@ -282,10 +321,10 @@ def tls_context(folder: str | os.PathLike[str], *, server: bool) -> ssl.SSLConte
         (("ca-cert.pem",), made.load_verify_locations),
         ((f"{side}-cert.pem", f"{side}-key.pem"), made.load_cert_chain),
     ):
-        for name in names:
-            if not (where / name).is_file():
-                raise ConfigError("expected a file in PEM", file=str(where / name))
         try:
+            for name in names:
+                if not (where / name).is_file():
+                    raise ConfigError("expected a file in PEM", file=str(where / name))
             load(*(str(where / name) for name in names))
         except (OSError, ValueError) as error:
             why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error

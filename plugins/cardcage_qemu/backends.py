@@ -9,9 +9,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from cardcage.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cardcage_migrate.credentials import Credentials
+
     from cardcage_qemu.keyval import Options
 
-__all__ = ["block_nodes", "chardev", "drive", "monitor_socket", "nbd_place", "netdev", "share", "word_chardev"]
+__all__ = ["block_nodes", "chardev", "drive", "monitor_socket", "nbd_place", "netdev", "share", "tls_credentials"]
+__all__ += ["word_chardev"]
 
 FDSET = re.compile(r"/dev/fdset/(\d{1,9})")
 
@@ -364,3 +367,18 @@ def unknown(options: Options, what: str, name: str, known: dict[str, Any]) -> Co
     """The error about a name that no other option gave."""
     there = f" ({', '.join(sorted(known))})" if known else ""
     return options.error(f"no {what} {name} before it{there}")
+
+
+# certificates
+
+
+def tls_credentials(options: Options) -> Credentials:
+    """``-object tls-creds-x509``: certificates, which are read now."""
+    from cardcage_migrate.credentials import read_credentials
+
+    if (endpoint := options.take("endpoint") or "client") not in ("client", "server"):
+        raise options.error(f"endpoint={endpoint}: expected client or server")
+    if options.truth("verify-peer") is False:
+        raise options.error("verify-peer=off: cardcage wants a certificate of the other side's, always")
+    options.truth("sanity-check")
+    return read_credentials(options.need("dir"), "server" if endpoint == "server" else "client")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from cardcage_migrate.credentials import credentials
 from cardcage_qmp import QmpError, Session
 from cardcage_qmp.control import present
 
@@ -217,7 +218,7 @@ def _unused(session: Session, line: Line, node: str) -> None:
 
 
 def object_add(session: Session, made: ObjectOptions, /) -> None:
-    """Describe an object, as ``-object`` does: entropy for a device, a secret."""
+    """Describe an object, as ``-object`` does: entropy for a device, a secret, certificates for a migration."""
     table: dict[str, Any] = dict(made)
     id = table["id"]
     with changed(session) as there:
@@ -225,6 +226,8 @@ def object_add(session: Session, made: ObjectOptions, /) -> None:
             raise QmpError(f"attempt to add duplicate property '{id:.100}' to object (type 'container')")
         _room(there.line.objects, "objects")
         options.on_object(there.line, of_table("object-add", table))
+        if (read := there.line.objects[id].get("credentials")) is not None:
+            credentials(session.machine)[id] = read
 
 
 def object_del(session: Session, id: str) -> None:
@@ -233,6 +236,7 @@ def object_del(session: Session, id: str) -> None:
         if id not in there.line.objects:
             raise QmpError(f"object '{id:.100}' not found")
         del there.line.objects[id]
+        credentials(session.machine).pop(id, None)
 
 
 def _room(there: dict[str, Any], what: str) -> None:

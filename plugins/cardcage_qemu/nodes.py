@@ -170,5 +170,16 @@ ObjectOptionsSecret = TypedDict(
         "iv": NotRequired[str],
     },
 )
-ObjectOptions = ObjectOptionsRngRandom | ObjectOptionsRngBuiltin | ObjectOptionsSecret
+ObjectOptionsTlsCredsX509 = TypedDict(
+    "ObjectOptionsTlsCredsX509",
+    {
+        "qom-type": Literal["tls-creds-x509"],
+        "id": str,
+        "dir": NotRequired[str],
+        "endpoint": NotRequired[Literal["client", "server"]],
+        "verify-peer": NotRequired[bool],
+        "sanity-check": NotRequired[bool],
+    },
+)
+ObjectOptions = ObjectOptionsRngRandom | ObjectOptionsRngBuiltin | ObjectOptionsSecret | ObjectOptionsTlsCredsX509
 """An object that may come later: memory is there from the start."""

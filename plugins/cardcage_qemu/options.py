@@ -284,9 +284,12 @@ def on_object(line: Line, options: Options) -> None:
         made |= _backend(options, kind)
     elif kind == "secret":
         options.harmless(data="", file="", format="", keyid="", iv="", qom_type="")
+    elif kind == "tls-creds-x509":
+        made["credentials"] = backends.tls_credentials(options)
     elif kind != "rng-builtin":
         raise options.error(
-            f"{kind}: cardcage has rng-random, rng-builtin, memory-backend-ram, -memfd and -file, secret"
+            f"{kind}: cardcage has rng-random, rng-builtin, memory-backend-ram, -memfd and -file, secret, "
+            "tls-creds-x509"
         )
     options.end()
     line.objects[id] = made

@@ -105,7 +105,8 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     with ExitStack() as end:
         host.share(coming.MEANT, dict)["line"] = line
         host.share(MEANT, dict).update(held=line.freeze or line.bare, lingers=line.linger)
-        host.share(COMING, dict).update(incoming=bool(line.incoming))
+        read = {id: one["credentials"] for id, one in line.objects.items() if "credentials" in one}
+        host.share(COMING, dict).update(incoming=bool(line.incoming), credentials=read)
         machine = Machine.from_config(draft.config(), host=host)
         end.callback(machine.close)
         control = control_of(machine)

@@ -112,6 +112,7 @@ OBJECTS: dict[str, tuple[str, dict[str, str]]] = {
     "rng-random": ("rng-backend", {"filename": "string"}),
     "rng-builtin": ("rng-backend", {}),
     "secret": ("secret_common", {"data": "string", "file": "string"}),
+    "tls-creds-x509": ("tls-creds", {"dir": "string", "endpoint": "QCryptoTLSCredsEndpoint", "verify-peer": "bool"}),
     "kvm-accel": ("accel", {}),
     "tcg-accel": ("accel", {}),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
+from cardcage.abilities import has
 from cardcage.config import DeviceConfig
 from cardcage.machine import Machine, PluggedDevice
 from cardcage_hotplug.control import grow_drive
@@ -15,6 +17,7 @@ from cardcage_qmp.names import DEVICES, OBJECTS, ON_PCI, qemu_name
 from cardcage_qmp.session import Session
 
 __all__ = [
+    "Layered",
     "balloon",
     "block_resize",
     "device_list_properties",
@@ -30,7 +33,42 @@ __all__ = [
 ]
 
 Cache = TypedDict("Cache", {"writeback": bool, "direct": bool, "no-flush": bool})
-ImageInfo = TypedDict("ImageInfo", {"filename": str, "format": str, "virtual-size": int})
+Qcow2Data = TypedDict(
+    "Qcow2Data",
+    {
+        "compat": str,
+        "compression-type": str,
+        "refcount-bits": int,
+        "lazy-refcounts": NotRequired[bool],
+        "corrupt": NotRequired[bool],
+        "extended-l2": NotRequired[bool],
+    },
+)
+
+
+class ImageSpecific(TypedDict):
+    """What images of one format alone have."""
+
+    type: Literal["qcow2"]
+    data: Qcow2Data
+
+
+ImageInfo = TypedDict(
+    "ImageInfo",
+    {
+        "filename": str,
+        "format": str,
+        "virtual-size": int,
+        "actual-size": NotRequired[int],
+        "dirty-flag": NotRequired[bool],
+        "cluster-size": NotRequired[int],
+        "backing-filename": NotRequired[str],
+        "full-backing-filename": NotRequired[str],
+        "backing-filename-format": NotRequired[str],
+        "format-specific": NotRequired[ImageSpecific],
+        "backing-image": NotRequired["ImageInfo"],
+    },
+)
 BlockDeviceInfo = TypedDict(
     "BlockDeviceInfo",
     {
@@ -38,6 +76,7 @@ BlockDeviceInfo = TypedDict(
         "node-name": NotRequired[str],
         "ro": bool,
         "drv": str,
+        "backing_file": NotRequired[str],
         "backing_file_depth": int,
         "encrypted": bool,
         "detect_zeroes": Literal["off"],
@@ -111,6 +150,17 @@ class ObjectPropertyInfo(TypedDict):
     description: NotRequired[str]
 
 
+NESTED = 100
+"""Images in one another that are told of; of what is below, the depth and the nodes tell."""
+
+
+class Layered(Protocol):
+    """A block back end that knows the image that it is, and those that this stands on."""
+
+    def layers(self) -> Sequence[ImageInfo]:
+        """All of them, the guest's own first, each without ``backing-image``. Any thread. Raises OSError."""
+
+
 TYPE: tuple[ObjectPropertyInfo, ...] = ({"name": "type", "type": "string"},)
 """Properties of each object. libvirt 9 crashes where a list of properties is empty."""
 
@@ -165,25 +215,48 @@ def _place(table: dict[str, Any]) -> str:
     return f"nbd://{table.get('host', '')}:{table.get('port', 10809)}/{export}"
 
 
-def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceInfo:
-    """Facts about a disk's image."""
+def _layers(backend: Any) -> list[ImageInfo]:
+    """The image of a back end and those below it; nothing where it does not know, or is being closed."""
+    if has(backend, Layered):
+        with suppress(OSError):
+            return list(backend.layers())
+    return []
+
+
+def _nested(layers: list[ImageInfo]) -> ImageInfo:
+    """An image with those below it in it."""
+    top: ImageInfo = {**layers[0]}
+    at = top
+    for one in layers[1:NESTED]:
+        at["backing-image"] = at = {**one}
+    return top
+
+
+def node(session: Session, plugged: PluggedDevice, backend: Any, flat: bool = False) -> BlockDeviceInfo:
+    """Facts about a disk's image; *flat*: without those of the images below it."""
     config = configured(session.machine, plugged)
     spec: Any = config.options.get("drive", "") if config is not None else ""
     while isinstance(spec, dict) and "disk" in spec:  # of a machine that came from elsewhere: the drive itself
         spec = spec["disk"]
     table = spec if isinstance(spec, dict) else {"file": str(spec)}
     file, cache = _place(table), table.get("cache", "writeback")
-    if backend not in plugged.slot.host.opened:
+    if later := backend not in plugged.slot.host.opened:
         file, table = "", {}  # a disc that came later, by a descriptor
     said = str(table.get("format", table.get("type", "auto")))
     kind = type(backend).__name__.lower()
     known = next((one for one in ("raw", "qcow2", "nbd") if one in (said, kind) or one in kind), said)
-    return {
+    image: ImageInfo = {"filename": file, "format": known, "virtual-size": backend.info.size}
+    if layers := _layers(backend):
+        if said == "temporary" or not (file or later):
+            file = layers[0]["filename"]
+        image = {**(layers[0] if flat else _nested(layers)), "filename": file}
+        known = image["format"]
+    found: BlockDeviceInfo = {
         "file": file,
         "node-name": alias(session, plugged.id),
         "ro": bool(backend.info.readonly or getattr(inner(plugged.device), "readonly", False)),
         "drv": known,
-        "backing_file_depth": 0,
+        "backing_file_depth": max(len(layers) - 1, 0),
         "encrypted": False,
         "detect_zeroes": "off",
         "bps": 0,
@@ -192,10 +265,24 @@ def node(session: Session, plugged: PluggedDevice, backend: Any) -> BlockDeviceI
         "iops": 0,
         "iops_rd": 0,
         "iops_wr": 0,
-        "image": {"filename": file, "format": known, "virtual-size": backend.info.size},
+        "image": image,
         "cache": {"writeback": True, "direct": cache == "none", "no-flush": cache == "unsafe"},
         "write_threshold": 0,
     }
+    if len(layers) > 1:
+        found["backing_file"] = layers[1]["filename"]
+    return found
+
+
+def _below(top: BlockDeviceInfo, id: str, layers: list[ImageInfo]) -> Iterator[BlockDeviceInfo]:
+    """The nodes of the images below a disk's, which have names that QEMU would give: nobody else gave them any."""
+    for depth, one in enumerate(layers[1:], 1):
+        found: BlockDeviceInfo = {**top, "file": one["filename"], "drv": one["format"], "image": one, "ro": True}
+        found |= {"node-name": f"#block-{id}-{depth}", "backing_file_depth": len(layers) - 1 - depth}
+        found.pop("backing_file", None)
+        if depth + 1 < len(layers):
+            found["backing_file"] = layers[depth + 1]["filename"]
+        yield found
 
 
 def query_block(session: Session) -> list[BlockInfo]:
@@ -221,8 +308,13 @@ def query_block(session: Session) -> list[BlockInfo]:
 
 
 def query_named_block_nodes(session: Session, flat: bool = False) -> list[BlockDeviceInfo]:
-    """The images of the disks."""
-    return [node(session, plugged, backend) for plugged, backend in disks(session.machine) if backend is not None]
+    """The images of the disks, and those that they stand on; with *flat*, none is told of in another."""
+    found: list[BlockDeviceInfo] = []
+    for plugged, backend in disks(session.machine):
+        if backend is not None:
+            top = node(session, plugged, backend, flat)
+            found += [top, *_below(top, plugged.id, _layers(backend))]
+    return found
 
 
 def query_blockstats(session: Session, query_nodes: bool = False) -> list[BlockStats]:

@@ -65,6 +65,14 @@ def cardcage_register(registry: Registry) -> None:
     )
 
 
+@hookimpl(tryfirst=True)  # before a number is added to its name
+def cardcage_admit(machine: PlainMachine) -> None:
+    """Note the name that the machine was given: its snapshots have it in QEMU's words."""
+    from cardcage_snapshot.given import note
+
+    note(machine, machine.name if "machine.name" in machine.config.origins else "")
+
+
 @hookimpl
 def cardcage_built(machine: PlainMachine) -> None:
     """Take what a snapshot needs, before a jail shuts it out."""
@@ -79,6 +87,9 @@ def cardcage_forked(machine: PlainMachine) -> None:
     """Take it of this process, where there is any: what is open tells of the parent's memory."""
     import sys
 
+    from cardcage_snapshot.given import note
+
+    note(machine, "")  # the copy is another machine
     if (watching := sys.modules.get("cardcage_snapshot.watching")) is not None:  # else there is none, nor time to load
         watching.renew()
 

@@ -1,28 +1,35 @@
 """Snapshots in the words of QEMU's monitors: ``savevm``, ``loadvm``, ``delvm``, ``info snapshots``, and jobs.
 
 One of tag T and machine M is the snapshot M.T of this account (:func:`cardcage_snapshot.places.snapshot_root`): the
-images have nothing of it.
+images have nothing of it. M is the name that the machine was given, whichever number was added to it because another
+had that name: it finds its snapshots again. So of machines of one name that run at once, each may load the snapshots of
+all, and replace or remove its own alone.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
+from contextlib import contextmanager
 from glob import escape
 from typing import TYPE_CHECKING
 
-from cardcage.errors import ConfigError
+from cardcage.errors import ConfigError, HostError
 from cardcage.machine import State
 from cardcage.units import say_size
+from cardcage_fleet import Roster
 from cardcage_qmp import QmpError, Session
 from cardcage_qmp.jobs import begin_job
 
 from cardcage_snapshot.creating import remove, snapshot
+from cardcage_snapshot.given import given_name
 from cardcage_snapshot.loading import load
 from cardcage_snapshot.manifest import MANIFEST, read
 from cardcage_snapshot.places import Folder, located, snapshot_root
 from cardcage_snapshot.restoring import read_state, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from cardcage.machine import Machine
@@ -33,30 +40,76 @@ __all__ += ["snapshot_delete", "snapshot_load", "snapshot_save"]
 
 def place(machine: Machine, tag: str) -> Path:
     """Where the snapshot of *tag* is. Raises UsageError for a tag of other letters than ``A-Z a-z 0-9 . _ -``."""
-    name = f"{machine.name}.{tag}"
+    name = f"{given_name(machine)[0]}.{tag}"
     if "/" in name:
         raise QmpError(f"'{tag:.100}' is no name of a snapshot: expected letters, digits and . _ -")
     return located(name)
 
 
 def save(machine: Machine, tag: str) -> None:
-    """Save it, in place of another of that tag."""
-    snapshot(machine, place(machine, tag), replace=True)
+    """Save it, in place of another of that tag. Raises QmpError where that one is not the machine's to replace."""
+    path = place(machine, tag)
+    with _kept(machine, path, tag) as there:
+        snapshot(machine, path, replace=there)
+
+
+def drop(machine: Machine, tag: str) -> None:
+    """Remove it. Raises QmpError where there is none, or it is not the machine's to remove."""
+    path = place(machine, tag)
+    with _kept(machine, path, tag) as there:
+        if not there:
+            raise _missing(tag)
+        remove(machine.host, path)
+
+
+@contextmanager
+def _kept(machine: Machine, path: Path, tag: str) -> Iterator[bool]:
+    """Keep other machines from writing there; True where a snapshot is. Raises QmpError where that is another's."""
+    if not (path / MANIFEST).is_file():
+        yield False  # what another puts there meanwhile stays
+        return
+    with Folder(path) as folder:
+        try:
+            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _be_ours(machine, folder, tag)
+        except BlockingIOError as error:
+            raise QmpError(f"Snapshot '{tag:.100}' is being written or removed by another machine") from error
+        yield True
+
+
+def _be_ours(machine: Machine, folder: Folder, tag: str) -> None:
+    """Raise QmpError for a snapshot of another machine of this one's given name that runs, or ran beside it."""
+    try:
+        manifest, _ = read(folder)
+    except ConfigError:  # a damaged one is nobody's
+        return
+    if manifest.machine == machine.name:
+        return
+    if manifest.made >= given_name(machine)[1] or _runs(manifest.machine):
+        why = f"was saved by machine {manifest.machine!r:.200}, which was given the same name: name them apart"
+        raise QmpError(f"Snapshot '{tag:.100}' {why}, or take another tag")
+
+
+def _runs(name: str) -> bool:
+    try:
+        return any(one.name == name for one in Roster().read()[0])
+    except (HostError, OSError):  # then no name has a number either
+        return False
 
 
 def back(machine: Machine, tag: str) -> None:
     """Load it. The machine runs afterwards, or is paused, as before."""
     ran = machine.state is State.RUNNING
     path = place(machine, tag)
-    _there(path, tag)
+    if not (path / MANIFEST).is_file():
+        raise _missing(tag)
     manifest = load(machine, path)
     if ran:
         settle(machine, manifest.agent)
 
 
-def _there(path: Path, tag: str) -> None:
-    if not (path / MANIFEST).is_file():
-        raise QmpError(f"Snapshot '{tag:.100}' does not exist in one or more devices")
+def _missing(tag: str) -> QmpError:
+    return QmpError(f"Snapshot '{tag:.100}' does not exist in one or more devices")
 
 
 def _tag(words: list[str], usage: str) -> str:
@@ -80,16 +133,13 @@ def loadvm(session: Session, words: list[str]) -> str:
 
 def delvm(session: Session, words: list[str]) -> str:
     """``delvm TAG``."""
-    tag = _tag(words, "delvm TAG")
-    path = place(session.machine, tag)
-    _there(path, tag)
-    remove(session.machine.host, path)
+    drop(session.machine, _tag(words, "delvm TAG"))
     return ""
 
 
 def info_snapshots(session: Session, words: list[str]) -> str:
     """``info snapshots``."""
-    name = session.machine.name
+    name, _ = given_name(session.machine)
     rows = []
     for path in sorted(snapshot_root().glob(f"{escape(name)}.*/{MANIFEST}")):
         try:
@@ -149,5 +199,5 @@ def snapshot_delete(session: Session, job_id: str, tag: str, devices: list[str])
         session,
         job_id,
         "snapshot-delete",
-        lambda: remove(machine.host, path) if (path / MANIFEST).is_file() else None,
+        lambda: drop(machine, tag) if (path / MANIFEST).is_file() else None,
     )

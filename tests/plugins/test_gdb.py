@@ -105,6 +105,23 @@ def test_steps_and_breakpoints(accel: str) -> None:
         assert client.register(0) == before + 3 + 5 + 5
 
 
+def test_a_stop_says_what_is_asked_next(accel: str) -> None:
+    """Once gdb has the registers' numbers, a stop tells the stack's registers and the instruction's address of the
+    processor that stopped, as ``g`` does; whoever has not asked for them hears none."""
+    with machine(accel, cpus=2) as vm, Client(vm.gdb_at) as client:
+        assert client.ask(b"Z0,1003,1") == b"OK"
+        assert (client.ask(b"c") or b"").count(b":") == 1
+        assert client.ask(b"z0,1003,1") == b"OK"
+        assert (client.ask(b"s") or b"").count(b":") == 1
+        assert (client.ask(b"qXfer:features:read:target.xml:0,10") or b"").startswith(b"m")
+        for cpu in (b"1", b"2"):
+            said = re.findall(rb"([0-9a-f]+):([0-9a-f]+);", (client.ask(b"vCont;s:" + cpu) or b"").partition(b";")[2])
+            assert [number for number, _ in said] == [b"6", b"7", b"10"]
+            assert [value for _, value in said] == [client.ask(b"p" + number) for number, _ in said]
+            assert client.ask(b"Hg" + cpu) == b"OK"
+            assert client.rip == int.from_bytes(bytes.fromhex(said[2][1].decode()), "little")
+
+
 def test_watchpoints(accel: str) -> None:
     """A write, read or access is told behind it, with the address; where the host's KVM has none, gdb is told so."""
     with machine(accel) as vm, Client(vm.gdb_at) as client:

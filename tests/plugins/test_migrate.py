@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from cardcage_migrate.reach import parse, tls_context
 from cardcage_migrate.wire import Kind, LinkLost, Refused
 from cardcage_snapshot.creating import snapshot
 from cardcage_snapshot.sealing import prepared
-from migrate_kit import Coming, Cut, dead, over
+from migrate_kit import Coming, Cut, certificates, dead, over
 from snapshot_kit import count, counting, counts_on
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
@@ -420,19 +419,7 @@ def test_by_a_command(vm: Machine, host: Host, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Certificates by QEMU's names, and those of another authority in ``other``."""
-    folder = tmp_path_factory.mktemp("tls")
-    for where in (folder, folder / "other"):
-        where.mkdir(exist_ok=True)
-        run = partial(subprocess.run, cwd=where, check=True, capture_output=True)
-        new = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-        run(f"{new} -x509 -keyout ca-key.pem -out ca-cert.pem -subj /CN=authority".split())
-        for side in ("server", "client"):
-            name = "machines.test" if side == "server" else "source.test"
-            run(f"{new} -keyout {side}-key.pem -out {side}.csr -subj /CN={name}".split())
-            (where / "ext").write_text(f"subjectAltName=DNS:{name}\n")
-            sign = f"openssl x509 -req -in {side}.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -extfile ext"
-            run(f"{sign} -out {side}-cert.pem".split())
-    return folder
+    return certificates(tmp_path_factory.mktemp("tls"))
 
 
 def test_tls(vm: Machine, host: Host, keys: Path) -> None:

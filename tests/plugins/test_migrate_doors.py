@@ -131,7 +131,7 @@ def test_by_qmp(tmp_path: Path) -> None:
             assert client.ask("migrate-set-parameters", downtime_limit=5000, max_bandwidth=1 << 30) == {"return": {}}
             assert client.ask("migrate-set-parameters", max_bandwidth=1)["error"]["class"] == "GenericError"
             told = client.ask("query-migrate-parameters")["return"]
-            assert told == {"downtime-limit": 5000, "max-bandwidth": 1 << 30}
+            assert told == {"downtime-limit": 5000, "max-bandwidth": 1 << 30, "tls-creds": "", "tls-hostname": ""}
             on = [{"capability": "events", "state": True}]
             assert client.ask("migrate-set-capabilities", capabilities=on) == {"return": {}}
             assert "expected unix:PATH" in client.ask("migrate", uri="nowhere")["error"]["desc"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cardcage_qemu import translate
 from cardcage_qemu.program import _become
 from cardcage_qmp import control_of
 from listens import listens
+from migrate_kit import certificates
 from qmp_kit import Client
 from snapshot_kit import count, counting, counts_on
 
@@ -207,3 +209,117 @@ def test_by_the_command_line(tmp_path: Path, host: Host) -> None:
         done = subprocess.run([*PROGRAM, *words, "-incoming", uri], capture_output=True, text=True, timeout=120)
         assert (done.returncode != 0, done.stderr.count("\n"), "Traceback" in done.stderr) == (True, 1, False)
         assert why in done.stderr
+
+
+def test_through_a_program(tmp_path: Path, host: Host) -> None:
+    """``migrate "exec:gzip -c > FILE"`` sends it one way, and is over once the program has ended;
+    ``-incoming "exec:gzip -dc FILE"`` goes on with it. A program that fails makes the migration fail: the machine
+    stands still, until ``cont``. With ``return-path`` the program's words are the destination's. In its jail the
+    process starts none, and says so."""
+    (tmp_path / "rom").write_bytes(COUNTS.ljust(0xFFF0, b"\0") + bytes.fromhex("ea000000f0").ljust(16, b"\0"))
+    words = f"-accel tcg -m 8M -bios {tmp_path}/rom -nodefaults -qmp unix:{tmp_path}/qmp,server=on,wait=off".split()
+    with Machine.from_config(Draft.of(translate(words).config()).config(), host=host) as vm:
+        counts_on(vm.start(), 10)
+        with Client(tmp_path / "qmp") as here:
+
+            def moved(command: str) -> str:
+                line = f'migrate -d "exec:{command}"'
+                assert here.ask("human-monitor-command", command_line=line) == {"return": ""}
+                return until(here, "completed", "failed")
+
+            here.ask("migrate-set-capabilities", capabilities=ON)
+            assert moved("cat") == "failed"  # what it sent came back
+            assert "no frame where one is expected" in here.ask("query-migrate")["return"]["error-desc"]
+            assert status(here) == "running"
+            here.ask("migrate-set-capabilities", capabilities=[ON[0], {**ON[1], "state": False}])
+            assert moved("cat > /dev/null; exit 3") == "failed"
+            assert "the program ended with status 3" in here.ask("query-migrate")["return"]["error-desc"]
+            assert status(here) == "postmigrate"
+            assert here.ask("cont") == {"return": {}}
+            counts_on(vm, count(vm))
+            os.mkfifo(tmp_path / "end")
+            assert here.ask("migrate", uri=f"exec:gzip -c > {tmp_path}/kept; cat {tmp_path}/end") == {"return": {}}
+            with (tmp_path / "end").open("w"):  # the program waits for us
+                assert here.ask("migrate_cancel") == {"return": {}}
+                assert here.ask("query-migrate")["return"]["status"] == "device"
+            assert until(here, "completed", "failed") == "completed"
+            assert status(here) == "postmigrate"
+    there = [*PROGRAM, *words, "-incoming", f"exec:gzip -dc {tmp_path}/kept"]
+    with subprocess.Popen(there, stderr=subprocess.PIPE) as process:
+        try:
+            while not listens(tmp_path / "qmp"):
+                assert process.poll() is None
+            with Client(tmp_path / "qmp") as peer:
+                while (found := status(peer)) in ("inmigrate", "paused"):
+                    pass
+                assert found == "running"
+                assert "in its jail" in peer.ask("migrate", uri="exec:cat")["error"]["desc"]
+                assert peer.ask("quit") == {"return": {}}
+            assert process.wait() == 0
+        finally:
+            process.kill()
+
+
+def test_certificates_in_qmps_words(tmp_path: Path, host: Host) -> None:
+    """With ``tls-creds-x509`` objects at both ends, which ``tls-creds`` names, it moves over TCP; a source without, or
+    of another authority, or that wants another name, gets nothing, and who waits goes on waiting. An object of the
+    other endpoint, one that is not there, and one whose files are not, are told of."""
+    keys = certificates(tmp_path)
+    (tmp_path / "rom").write_bytes(COUNTS.ljust(0xFFF0, b"\0") + bytes.fromhex("ea000000f0").ljust(16, b"\0"))
+    words = f"-accel tcg -m 8M -bios {tmp_path}/rom -nodefaults -qmp unix:{tmp_path}".split()
+    here = [*words[:-1], f"{words[-1]}/here,server=on,wait=off"]
+    made = "-object tls-creds-x509,id=served,endpoint=server,verify-peer=on,dir="
+    there = [*words[:-1], f"{words[-1]}/there,server=on,wait=off", *f"{made}{keys} -incoming defer".split()]
+
+    def refused(peer: Client, name: str, **arguments: Any) -> str:
+        return str(peer.ask(name, **arguments)["error"]["desc"])
+
+    def added(peer: Client, id: str, **more: Any) -> Any:
+        return peer.ask("object-add", qom_type="tls-creds-x509", id=id, **{"dir": str(keys), **more})
+
+    with (
+        Machine.from_config(Draft.of(translate(here).config()).config(), host=host) as vm,
+        subprocess.Popen([*PROGRAM, *there]) as process,
+    ):
+        try:
+            counts_on(vm.start(), 10)
+            while not listens(tmp_path / "there"):
+                assert process.poll() is None
+            with Client(tmp_path / "here") as source, Client(tmp_path / "there") as target:
+                assert "client-cert.pem" in added(source, "bad", dir="/nowhere")["error"]["desc"].replace(
+                    "ca-", "client-"
+                )
+                assert "always" in added(source, "bad", verify_peer=False)["error"]["desc"]
+                for id, more in (("own", {}), ("server", {"endpoint": "server"}), ("other", {"dir": f"{keys}/other"})):
+                    assert added(source, id, **more) == {"return": {}}
+                target.ask("migrate-set-parameters", tls_creds="served")
+                assert target.ask("migrate-incoming", uri="tcp:127.0.0.1:0") == {"return": {}}
+                (at,) = target.ask("query-migrate")["return"]["socket-address"]
+                uri = f"tcp:{at['host']}:{at['port']}"
+                source.ask("migrate-set-capabilities", capabilities=ON)
+                assert source.ask("migrate", uri=uri) == {"return": {}}  # it is plain, and finds out
+                assert until(source, "completed", "failed") == "failed"
+                for creds, name, why in (
+                    ("none", "", "No TLS credentials with id 'none'"),
+                    ("server", "", "Expected TLS credentials for a client endpoint"),
+                    ("own", "", "mismatch"),
+                    ("other", "machines.test", "certificate"),
+                ):
+                    source.ask("migrate-set-parameters", tls_creds=creds, tls_hostname=name)
+                    assert why in refused(source, "migrate", uri=uri)
+                assert "TLS is for tcp: and unix:" in refused(source, "migrate", uri="exec:cat")
+                assert vm.state == "running"
+                source.ask("migrate-set-parameters", tls_creds="own", tls_hostname="machines.test")
+                found = source.ask("query-migrate-parameters")["return"]
+                assert (found["tls-creds"], found["tls-hostname"]) == ("own", "machines.test")
+                assert source.ask("migrate", uri=uri) == {"return": {}}
+                assert until(source, "completed", "failed") == "completed"
+                while (now := status(target)) in ("inmigrate", "paused"):
+                    pass
+                assert now == "running"
+                assert source.ask("object-del", id="own") == {"return": {}}
+                assert source.ask("object-del", id="own")["error"]["desc"] == "object 'own' not found"
+                assert target.ask("quit") == {"return": {}}
+            assert process.wait() == 0
+        finally:
+            process.kill()
