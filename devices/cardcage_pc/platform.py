@@ -66,7 +66,8 @@ def expand(config: Config) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = [{"type": one} for one in types if one not in configured]
     if "i440fx" not in configured:
         tables.append({"type": "i440fx", "address": "00.0"})
-    if "firmware" in (config.boot or {}):
+    boot = config.boot or {}
+    if "firmware" in boot or "firmware" in boot.get("table", {}):  # a protocol may have the table of another one
         wanted = {"piix3": "01.0", "piix4-pm": "01.3"}
         tables += [{"type": one, "address": at} for one, at in wanted.items() if one not in configured]
     serial = [one for one in config.devices if one.type == "isa-serial"]

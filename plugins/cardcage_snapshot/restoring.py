@@ -344,7 +344,9 @@ class SavedBoot:
 
     @property
     def firmware(self) -> bool:
-        """See :class:`cardcage.boot.Firmware`."""
+        """See :class:`cardcage.boot.Firmware`. A kernel's file is not opened for it."""
+        if self._image is None and "firmware" not in self._table:
+            return False
         image = self._opened()
         return has(image, Firmware) and image.firmware
 

@@ -130,6 +130,13 @@ class Board:
                 vcpu.set_state(state)
         self.life.gate.wake()
 
+    def show_firmware(self) -> None:
+        """Put firmware that is the boot image into the address space, for a guest that goes on from its state."""
+        context = MachineBoot(self.memory, self._spans, self._reserved, len(self.vcpus), self._image)
+        if context.firmware and self._image is not None:
+            with self.life.lock:
+                self._image.load(context)
+
     @property
     def bootable(self) -> bool:
         """True when there is an image to boot."""

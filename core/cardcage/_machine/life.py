@@ -58,6 +58,9 @@ class Steps(Protocol):
     def boot(self) -> None:
         """Load the boot image, if there is one, and set the vCPUs."""
 
+    def show_firmware(self) -> None:
+        """Map a ROM that was booted before."""
+
     def threads(self) -> list[threading.Thread]:
         """Make a thread for each vCPU."""
 
@@ -252,7 +255,9 @@ class Life:
 
     def do_start(self, *, boot: bool) -> None:
         """Boot (unless the state that is there is to go on) and run, on the loop thread."""
-        if boot and self.steps.bootable:
+        if not boot:
+            self.steps.show_firmware()
+        elif self.steps.bootable:
             self.steps.boot()
         self._threads = self.steps.threads()
         for thread in self._threads:
