@@ -1,4 +1,4 @@
-"""What an open image is, and what it stands on, in the words of ``qemu-img info --output=json``."""
+"""An open image and those that it stands on, in the words of ``qemu-img info --output=json``."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ ALONG = [
     for at, one in enumerate(REGISTERS)
     if one.name in ("rbp", "rsp", "rip")
 ]
-"""What gdb looks at after each step, as gdbserver has it: number, and place in the digits of :func:`read_all`."""
+"""Registers that gdb looks at after each step, as gdbserver has them: number, place in digits of :func:`read_all`."""
 _general, _control = attrgetter(*GENERAL, "rip"), attrgetter(*CONTROL)
 
 

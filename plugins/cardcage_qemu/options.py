@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["OPTIONS"]
-
 PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
 Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")

@@ -47,7 +47,7 @@ Qcow2Data = TypedDict(
 
 
 class ImageSpecific(TypedDict):
-    """What images of one format alone have."""
+    """Facts that images of one format alone have."""
 
     type: Literal["qcow2"]
     data: Qcow2Data

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceState", "Machine", "MachineState", "Snapshot", "Verbs", "capture", "dumps", "loads", "restore"]
 
+GIVEN = "snapshot:given"
+"""The key by which a host shares the names that machines were given, and when: :mod:`cardcage_snapshot.given`."""
 HMP = {"savevm": "savevm [TAG]", "loadvm": "loadvm TAG", "delvm": "delvm TAG", "info snapshots": "info snapshots"}
 
 
@@ -65,12 +67,18 @@ def cardcage_register(registry: Registry) -> None:
     )
 
 
+def _note(machine: PlainMachine, name: str) -> None:
+    """*machine* is being made, and was given *name*, an empty one for whichever it has; here, for start-up's sake."""
+    import time
+    from weakref import WeakKeyDictionary
+
+    machine.host.share(GIVEN, WeakKeyDictionary)[machine] = name, time.time()
+
+
 @hookimpl(tryfirst=True)  # before a number is added to its name
 def cardcage_admit(machine: PlainMachine) -> None:
     """Note the name that the machine was given: its snapshots have it in QEMU's words."""
-    from cardcage_snapshot.given import note
-
-    note(machine, machine.name if "machine.name" in machine.config.origins else "")
+    _note(machine, machine.name if "machine.name" in machine.config.origins else "")
 
 
 @hookimpl
@@ -87,9 +95,7 @@ def cardcage_forked(machine: PlainMachine) -> None:
     """Take it of this process, where there is any: what is open tells of the parent's memory."""
     import sys
 
-    from cardcage_snapshot.given import note
-
-    note(machine, "")  # the copy is another machine
+    _note(machine, "")  # the copy is another machine
     if (watching := sys.modules.get("cardcage_snapshot.watching")) is not None:  # else there is none, nor time to load
         watching.renew()
 

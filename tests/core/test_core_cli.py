@@ -18,6 +18,8 @@ from cardcage.vcpu import Exit
 from cardcage_cli import main
 from scripted import Script, Scripted, ScriptedVCpu
 
+pytestmark = pytest.mark.usefixtures("runtime")  # the name of a machine is in what is told
+
 Steps = Generator[tuple[Any, ...], Any, None]
 
 

@@ -16,6 +16,8 @@ from cardcage.machine import Machine
 from installed import PROGRAM, install
 from qmp_kit import Client, machines
 
+pytestmark = pytest.mark.usefixtures("runtime")  # the name of a machine is in what is told
+
 pytest.importorskip("qemu.qmp")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qmp-card"
 MACHINE = """

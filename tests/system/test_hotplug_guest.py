@@ -38,7 +38,8 @@ def test_disks_networks_and_a_strangers_card_under_load(tmp_path: Path) -> None:
     with Machine.debian(memory="256M", accel="tcg", name="hot", devices=devices, cpus=2) as vm:
         vm.start()
         vm.agent.wait(timeout=200)
-        vm.run(WAIT.format("/sys/block/vda") + WAIT.format("/dev/vda") + "touch /tmp/go", check=True)
+        first = WAIT.format("/sys/block/vda") + WAIT.format("/dev/vda") + WAIT.format("/sys/class/net/eth0")
+        vm.run(f"{first}touch /tmp/go", check=True)  # a card that came before the first one's driver would be eth0
         load = vm.popen(LOAD)
         left = Leftovers()
         for at in range(ROUNDS):

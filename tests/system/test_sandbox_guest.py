@@ -55,7 +55,19 @@ def template(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             stop_templates()
         assert not Roster().read()[0], "a machine is left"
     if group is not None:
-        group.rmdir()  # nobody is in it
+        empty(group).rmdir()
+
+
+def empty(group: Path) -> Path:
+    """Wait until nobody is in a control group: a process that is reaped may have a thread that is on its way out."""
+    if (events := group / "cgroup.events").exists():
+        with events.open() as file:
+            poll = select.poll()
+            poll.register(file, select.POLLPRI)
+            while "populated 0" not in file.read():
+                assert poll.poll(60_000), "somebody is left in it"
+                file.seek(0)
+    return group
 
 
 @pytest.fixture

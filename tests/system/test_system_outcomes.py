@@ -16,6 +16,8 @@ from cardcage.host import Host
 from cardcage.registry import AcceleratorOffer, Registry
 from cardcage_snapshot.state import capture, dumps, loads, restore
 
+pytestmark = pytest.mark.usefixtures("runtime")  # the name of a machine is in what is told
+
 ACCELERATORS = [
     name
     for host in [Host()]
@@ -184,10 +186,13 @@ def test_ctrl_c_ends_it_in_order(accel: str, guest: Path, tmp_path: Path) -> Non
         text=True,
     ) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("accelerator: ")
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-        assert process.wait(60) == 130
+        try:
+            assert process.stderr.readline().startswith("accelerator: ")
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+            assert process.wait(60) == 130
+        finally:
+            process.kill()  # its guest never ends by itself
     assert said == "outcome: interrupted\n"
 
 
