@@ -196,6 +196,11 @@ class Changes:
         self._chain, self._top = chain, chain.levels[-1]
         self._bits = bytearray(-(-self._top.size // (8 * PAGE)))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The snapshots that are read for it."""
+        return [level.folder.path for level in self._chain.levels]
+
     def numbers(self) -> list[int]:
         """The pieces that are not zero in the parent."""
         return self._chain.numbers()

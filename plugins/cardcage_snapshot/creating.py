@@ -91,6 +91,9 @@ def snapshot(
         plan = Plan(self)
         allowed(self, path)
         changes = since(parent, path, int(self.config.machine.memory), end) if parent is not None else None
+        for one in changes.paths if changes is not None else ():
+            facts = {"machine": self.name, "readonly": True}
+            self.mediator.ask(Act(self.label, self.label, "image", ("open", "read"), facts), str(one))
         return _snapshot(plan, path, changes, compress=compress, replace=replace)
 
 

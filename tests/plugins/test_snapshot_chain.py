@@ -9,10 +9,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from cardcage.errors import ConfigError, UsageError
+from cardcage.errors import ConfigError, Denied, UsageError
 from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.ram import PAGE
+from cardcage.security import Act, Mediator
 from cardcage_cli import main
 from cardcage_snapshot import chain, manifest
 from cardcage_snapshot.creating import Snapshot, remove
@@ -134,6 +135,36 @@ def test_a_parent_has_to_fit(vm: Machine, host: Host, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a/ram: RAM at 0x100000-0x1fffff is damaged: the file ends before"):
         save(vm, "b", parent="a")
     assert not located("b").exists()
+
+
+class Keeps:
+    """A checker that lets nobody read what it is told of. Attribute ``name``: the path."""
+
+    name = ""
+
+    def check(self, act: Act, /) -> None:
+        if act.tclass == "image" and "read" in act.permissions and act.facts["name"] == self.name:
+            raise Denied(str(act))
+
+
+def test_a_parent_is_read_by_leave(tmp_path: Path) -> None:
+    """A checker is asked about each snapshot of a chain before one on it is made, restored or loaded."""
+    keeps = Keeps()
+    with Host(mediator=Mediator((keeps,))) as host, counting(tmp_path, host, memory=str(MEMORY)) as vm:
+        vm.start()
+        vm.pause()
+        save(vm, "a")
+        save(vm, "b", parent="a")
+        keeps.name = str(located("a"))
+        with pytest.raises(Denied):
+            save(vm, "c", parent="b")
+        with pytest.raises(Denied):
+            restored("b", host)
+        with pytest.raises(Denied):
+            load(vm, located("b"))
+        keeps.name = ""
+        save(vm, "c", parent="b")
+        assert restored("c", host) == ram(vm)
 
 
 def test_a_parent_that_is_needed_stays(vm: Machine, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
