@@ -17,6 +17,7 @@ from cardcage.machine import State, rename
 from cardcage.security import OPERATOR, Act
 from cardcage_jail import is_inside
 
+from cardcage_fork.forking import fork_between_imports
 from cardcage_fork.plan import MOST, blocks_of, holders, refuse
 from cardcage_fork.serve import Server, leave_server
 from cardcage_fork.wire import Peer, pack_error, raise_error
@@ -152,7 +153,7 @@ def _fork(machine: Machine, there: list[Any]) -> Made | Birth:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of threads: the machine's have ended, and others hold no lock of it.
             warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+            pid = fork_between_imports()
     except BaseException as error:
         ours.close()
         theirs.close()
