@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cardcage.errors import ConfigError
 from cardcage.ram import PAGE
 
-from cardcage_snapshot.hostcalls import punch
+from cardcage_snapshot.hostcalls import punch, write_whole
 from cardcage_snapshot.manifest import MANIFEST, File, Parent, read
 from cardcage_snapshot.places import Folder
 from cardcage_snapshot.ram import damaged, digest, piece
@@ -76,12 +76,12 @@ class Level:
             if any(self.own[at : at + step]):
                 yield at // step
 
-    def piece(self, number: int, *, sums: bool = False) -> bytes:
+    def piece(self, number: int) -> bytes:
         """The bytes of piece *number* in this snapshot's file, zeros where there are none."""
         found = self._pieces.get(number)
         if found is None:
             return bytes(min(self.ram.chunk, self.size - number * self.ram.chunk))
-        return piece(self._fd, self.folder.where(self.ram.file), self.ram, self.size, found, sums=sums)
+        return piece(self._fd, self.folder.where(self.ram.file), self.ram, self.size, found, sums=False)
 
     def runs(self, number: int) -> Iterator[Run]:
         """The snapshot's own pages in piece *number*: offset in it, and bytes."""
@@ -235,7 +235,7 @@ def clear(fd: int, offset: int, size: int) -> None:
     try:
         punch(fd, offset, size)
     except OSError:
-        os.pwrite(fd, bytes(size), offset)
+        write_whole(fd, bytes(size), offset)
 
 
 def children(path: Path) -> list[str]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.ram import RamBlock
 
-__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "remove", "roomy"]
+__all__ = ["STATE", "Plan", "Snapshot", "allowed", "cards_of", "completed", "has_agent", "may_read", "remove", "roomy"]
 __all__ += ["savable", "since", "snapshot"]
 
 STATE = "state.json"
@@ -92,8 +92,7 @@ def snapshot(
         allowed(self, path)
         changes = since(parent, path, int(self.config.machine.memory), end) if parent is not None else None
         for one in changes.paths if changes is not None else ():
-            facts = {"machine": self.name, "readonly": True}
-            self.mediator.ask(Act(self.label, self.label, "image", ("open", "read"), facts), str(one))
+            may_read(self, one)
         return _snapshot(plan, path, changes, compress=compress, replace=replace)
 
 
@@ -216,6 +215,12 @@ def allowed(machine: Machine, path: Path) -> None:
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
     facts = {"machine": machine.name, "readonly": False}
     machine.mediator.ask(Act(machine.label, machine.label, "image", ("create", "write"), facts), str(path))
+
+
+def may_read(machine: Machine, path: Path) -> None:
+    """Ask whether the machine may have what is in a snapshot. Raises Denied."""
+    facts = {"machine": machine.name, "readonly": True}
+    machine.mediator.ask(Act(machine.label, machine.label, "image", ("open", "read"), facts), str(path))
 
 
 def remove(host: Host, path: Path) -> None:

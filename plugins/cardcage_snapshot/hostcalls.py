@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-__all__ = ["clone", "copy_range", "punch"]
+__all__ = ["clone", "copy_range", "punch", "write_whole"]
 
 FICLONE = 0x40049409
 KEEP_SIZE, PUNCH_HOLE = 1, 2
@@ -28,6 +28,14 @@ def punch(fd: int, offset: int, size: int) -> None:
     """Make a range a hole. Raises OSError."""
     if _fallocate()(fd, KEEP_SIZE | PUNCH_HOLE, offset, size):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def write_whole(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of *data*: at the end of a disk's room, a call may write a part. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done
 
 
 def clone(source: int, target: int) -> bool:

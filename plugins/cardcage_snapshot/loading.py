@@ -19,11 +19,11 @@ from cardcage.security import OPERATOR, Act
 from cardcage_block.drive import Drive, open_image
 
 from cardcage_snapshot.chain import Chain
-from cardcage_snapshot.creating import savable
+from cardcage_snapshot.creating import may_read, savable
 from cardcage_snapshot.disks import unchanged
 from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder
-from cardcage_snapshot.restoring import check_files, may_read, read_state
+from cardcage_snapshot.restoring import check_files, read_state
 from cardcage_snapshot.state import fits, restore
 
 if TYPE_CHECKING:

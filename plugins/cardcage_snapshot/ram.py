@@ -15,7 +15,7 @@ from cardcage.errors import ConfigError, MissingExtra
 from cardcage.ram import PAGE, Anonymous
 
 from cardcage_snapshot.backing import SnapshotRam
-from cardcage_snapshot.hostcalls import copy_range, punch
+from cardcage_snapshot.hostcalls import copy_range, punch, write_whole
 from cardcage_snapshot.manifest import Ram, chunk_size
 from cardcage_snapshot.pages import file_runs, held, runs_of
 from cardcage_snapshot.watching import WriteWatch
@@ -98,9 +98,7 @@ class Copy:
             self._watch = None
 
     def _write(self, run: Run) -> None:
-        at, end = run[0], run[0] + run[1]
-        while at < end:
-            at += os.pwrite(self._fd, self._block.view[at : min(end, at + (1 << 30))], at)
+        write_whole(self._fd, self._block.view[run[0] : run[0] + run[1]], run[0])
 
 
 def finish(into: Publication, size: int, *, compress: bool, changes: Changes | None = None) -> Ram:
@@ -128,7 +126,7 @@ def finish(into: Publication, size: int, *, compress: bool, changes: Changes | N
                 made.chunks.append((number, number * chunk, len(data), digest(data)))
                 continue
             frame = packed.compress(data)
-            os.pwrite(target, frame, end)
+            write_whole(target, frame, end)
             made.chunks.append((number, end, len(frame), digest(frame)))
             end += len(frame)
         os.fsync(target if compress else fd)

@@ -23,7 +23,7 @@ from cardcage.registry import BootOffer, DeviceOffer
 from cardcage.security import Act
 
 from cardcage_snapshot.chain import Chain
-from cardcage_snapshot.creating import STATE
+from cardcage_snapshot.creating import STATE, may_read
 from cardcage_snapshot.disks import file_sum, overlays
 from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder, located
@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=Machine)
 
-__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "given", "machine_of", "may_boot", "may_read", "restore"]
-__all__ += ["settle"]
+__all__ = ["SavedBoot", "SavedBootOptions", "check_files", "given", "machine_of", "may_boot", "restore", "settle"]
 
 STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
@@ -196,12 +195,6 @@ def fill(view: memoryview, chain: Chain) -> None:
     for number in chain.numbers():
         data, at = chain.piece(number), number * chain.levels[0].ram.chunk
         view[at : at + len(data)] = data
-
-
-def may_read(machine: Machine, path: Path) -> None:
-    """Ask whether the machine may have what is in another snapshot, that its own is made on. Raises Denied."""
-    facts = {"machine": machine.name, "readonly": True}
-    machine.mediator.ask(Act(machine.label, machine.label, "image", ("open", "read"), facts), str(path))
 
 
 def _memory(tables: dict[str, Any], root: Level) -> bool:

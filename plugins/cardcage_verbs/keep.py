@@ -94,7 +94,7 @@ class KeptFile:
 
     def _hold(self) -> None:
         if self._held:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.fd, fcntl.LOCK_EX)  # who looks (is_written) has it for a moment
 
     def close(self) -> None:
         """Close it; it stays where it is."""

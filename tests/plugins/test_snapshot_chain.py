@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,16 @@ def test_all_of_a_chain_comes_back(vm: Machine, host: Host, packed: tuple[bool, 
             check_files(folder, manifest.read(folder)[0])
     assert not any((located("s3") / "pages").read_bytes())
     assert sum(byte.bit_count() for byte in (located("s1") / "pages").read_bytes()) <= 61
+
+
+def test_parts_are_written_until_all_is(vm: Machine, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel writes a part of what it is given, the rest follows."""
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:5000], at))
+    save(vm, "a", compress=True)
+    change(vm, 1)
+    save(vm, "b", parent="a")
+    assert restored("b", host) == ram(vm)
 
 
 def test_less_is_stored(vm: Machine) -> None:

@@ -53,7 +53,10 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_it_keeps_the_contract(card: Any, files: list[str]) -> None:
     """What is written is read again, wherever stripes end; the stripes lie in turn in the files."""
-    make = lambda: card.Striped(card.StripedOptions(files, 4096))  # noqa: E731  it is made many times
+
+    def make() -> Any:
+        return card.Striped(card.StripedOptions(files, 4096))
+
     check_block_backend(make)
     disk = make()
     assert has(disk, Movable)

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,26 @@ def test_a_machine_is_left_running_and_stopped(lab: Lab) -> None:
     assert (log.returncode, log.stdout.splitlines()) == (0, ["hi", "outcome: the guest powered off"])
     assert lab.run("logs", "lab-2", "-f").stdout == log.stdout
     assert lab.run("logs", "other").returncode == 2
+
+
+HAS = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_a_look_at_a_log_does_not_disturb_it(tmp_path: Path) -> None:
+    """A log is begun also while another process looks whether it is written, which takes its lock for a moment."""
+    path = tmp_path / "log"
+    path.touch()
+    words = [sys.executable, "-c", HAS, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as looker:
+        assert looker.stdin is not None
+        assert looker.stdout is not None
+        looker.stdout.readline()
+        made: list[KeptFile] = []
+        thread = threading.Thread(target=lambda: made.append(KeptFile(path, 1 << 20, held=True)))
+        thread.start()
+        looker.communicate(b"\n", timeout=60)
+        thread.join(60)
+    made[0].close()
 
 
 @pytest.mark.parametrize("follow", [False, True], ids=["once", "follow"])
