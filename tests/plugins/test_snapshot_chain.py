@@ -99,6 +99,7 @@ def test_all_of_a_chain_comes_back(vm: Machine, host: Host, packed: tuple[bool, 
 
 def test_parts_are_written_until_all_is(vm: Machine, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel writes a part of what it is given, the rest follows."""
+    vm.memory.write(64 * PAGE, Random(3).randbytes(1 << 16))  # which is not packed into less
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:5000], at))
     save(vm, "a", compress=True)
