@@ -120,6 +120,8 @@ def test_steps_like_the_processor(host: Host, guest: Guest, name: str, bits: int
         rest = code[state.rip - start :]
         want = host.run(rest, state, memory, bits=bits)
         got = guest.run(rest, state, memory, bits=bits)
+        if name == "INT1" and rest[0] == 0xF1 and want.rip == state.rip:
+            pytest.skip("needs a host whose hypervisor does not take INT1 for a fault: here it stays where it is")
         if want.ended == "SIGSEGV":  # a fault's saved registers are compared, its flags are the kernel's
             assert got.ended == want.ended
         between = want.rip == state.rip
