@@ -108,7 +108,7 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort'
 
 #define TLB_BITS 12
 #define TLB_SIZE (1 << TLB_BITS)
-#define JC_BITS 13
+#define JC_BITS 16
 #define JC_SHIFT 9 /* entry of a RIP: its low bits, mixed with those from this one on; emit_indirect() does the same */
 #define JC_SIZE (1 << JC_BITS)
 #define XTLB_SIZE 256
