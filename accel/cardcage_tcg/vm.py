@@ -92,8 +92,8 @@ class TcgVm(ParksThreads, Forks):
             self.code.rw,
             self.code.size,
         )
-        self._marks = Area(4 * (self.code.size >> 16))
-        q[L.VM_MARKS // 8] = self._marks.address
+        self._chunks = Area(L.SIZEOF_CHUNK * (self.code.size >> L.CHUNK_BITS))
+        q[L.VM_CHUNKS // 8] = self._chunks.address
         q[L.VM_HASH_KEY // 8 : L.VM_HASH_KEY // 8 + 4] = _hash_key()
         q[L.VM_HASH // 8], q[L.VM_HASH_MASK // 8] = self._hash.address, (1 << HASH_BITS) - 1
         q[L.VM_CROSS // 8] = self._cross.address
@@ -267,6 +267,6 @@ class TcgVm(ParksThreads, Forks):
         self._d.release()
         self.store.close()
         self.memory.close()
-        for area in (self._area, self._hash, self._cross, self._marks):
+        for area in (self._area, self._hash, self._cross, self._chunks):
             area.close()
         self.code.close()

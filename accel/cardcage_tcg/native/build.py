@@ -41,7 +41,7 @@ LINK = (
     "-Wl,-s",
 )
 PREFIXES = (
-    "MODE DEBUG ARMED POINT STOP SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS".split()
+    "MODE DEBUG ARMED POINT STOP SHADOW R H STUB TLB JC XTLB MAX K T KEY STORE TRANSLATE ACCESS RESUME MAKE AS CHUNK".split()
 )
 CHECKS = ("check.c",)
 CHECK_FLAGS = (
@@ -192,7 +192,7 @@ def constants(cc: str) -> dict[str, int]:
     for struct, prefix in STRUCTS.items():
         wanted |= {f"{prefix}{one.upper()}": f"offsetof(struct {struct}, {one})" for one in fields(header, struct)}
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
-    for struct in ("tlb", "access", "page", "tmpl", "taccess"):
+    for struct in ("tlb", "access", "page", "tmpl", "taccess", "chunk"):
         wanted[f"SIZEOF_{struct.upper()}"] = f"sizeof(struct {struct})"
     code = re.sub(r"/\*.*?\*/", "", (HERE / "cpu.h").read_text() + (HERE / "internal.h").read_text(), flags=re.S)
     named = set(re.findall(rf"\b((?:{'|'.join(PREFIXES)})_[A-Z0-9_]+)\b", code))

@@ -252,7 +252,7 @@ struct vm {
     u32 ticker_seq, has_lapic;     /* has_lapic: 0, or 1 and H_LAPIC_* for what CPUID shows of it */
     u64 code_rx, code_rw, code_size, code_used;
     u64 generation;                /* how often all code was forgotten: an address into the buffer is good for one generation */
-    u64 marks;                     /* u32 for each 64 KiB of the buffer: the block that its first byte lies in, as offset >> 6 */
+    u64 chunks;                    /* struct chunk []: see internal.h; code_used counts whole ones */
     u64 hash_key[4];               /* random odd numbers: a guest cannot aim at one chain */
     u64 *hash;                     /* struct block * heads */
     u64 hash_mask;

@@ -14,20 +14,40 @@ static inline u64 jump_nothing(u32 index) { return jc_index(index) ^ 1; } /* jc_
 /* The bit of a set of regions that says that one may be in it. */
 static inline u64 seen_in(u64 region) { return 1ul << (region * 0x9e3779b97f4a7c15ul >> 58); }
 
-/* A translated block: this header, then its code. It lives in the code buffer; pointers are executable-view addresses. */
+/* A translated block: this header, then the code that seldom runs (slow paths, stubs of jumps) and its fault sites. What runs lies by
+ * itself, close to other blocks': see struct chunk. Pointers are executable-view addresses. */
 struct block {
     u64 pc;              /* RIP of its first instruction */
     u64 cs_base;
     u64 phys, phys2;     /* physical address of its first byte; of the second page it reaches, or ~0 */
     u32 mode;
     u16 length, valid;   /* guest bytes */
-    u32 code_length, entry;  /* host bytes after the header; offset of the direct entry (flags live) */
+    u64 code;            /* what runs: it begins with the entry that restores flags */
+    u32 code_length, entry;  /* its bytes; offset of the direct entry (flags live) */
     u64 hash_next;
     u64 page_next[2], page_prev[2]; /* lists of the pages of phys and phys2 */
     u64 incoming;        /* struct site * that jump here */
+    u32 cold_length;     /* bytes after the header */
     u32 sites, nsites;   /* struct fault_site []: offset after the header, count */
+    u32 pad;
     u64 written;         /* of a single: bytes that it writes at cpu.write_ptr */
 };
+
+/* The code buffer is a row of chunks. Code that runs fills one from its start, headers with cold code from its end, so that the
+ * processor's caches hold what runs. Before each piece of it lies its distance to its header. */
+enum { CHUNK_BITS = 17, CHUNK = 1 << CHUNK_BITS, CODE_ALIGN = 16, HEADER_ALIGN = 64 };
+struct chunk { u32 low, high; }; /* where the next piece begins (behind its distance); the lowest header */
+static inline struct block *block_of(u64 code) { return (struct block *)(code + ((const u32 *)code)[-1]); }
+
+/* A block's code before it has a place. Each place in *fix* depends on how far the two parts are apart: in the first it grows when they
+ * move apart, in the second it shrinks, but for those in *jump* (struct site.jump), which grow. */
+enum { MAX_FIXES = 1024 };
+struct code {
+    const u8 *hot, *cold;
+    u32 hot_length, cold_length, fixes, jumps;
+    u32 fix[MAX_FIXES], jump[4]; /* offsets in the first, FIX_COLD | in the second; in the second */
+};
+enum { FIX_COLD = 1u << 31 };
 
 /* The address of the instruction that many bytes behind a block's start. */
 static inline u64 rip_in(const struct block *b, u64 offset)
@@ -133,15 +153,16 @@ int native_signal(struct cpu *c);
 void jc_flush_one(struct cpu *c, u32 m);
 void cross_unlink(struct vm *vm);
 int cross_reaches(const struct vm *vm, u64 linear);
-u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target);
+u64 make_bridge(struct vm *vm, struct block *plan, u64 target);
 /* Which block native_translate() makes: one to be looked up; or, for one run, of a single (see R_SLOW_WRITE) or of one instruction
  * again, whose read of a device has been answered. */
 enum { MAKE_BLOCK, MAKE_SINGLE, MAKE_AGAIN };
 u64 native_translate(struct cpu *c, u64 phys, u64 linear);
 u64 single_of(struct cpu *c, const struct block *b, struct access *a);
 void write_split(struct cpu *c);
-u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest);
-u64 put_block(struct vm *vm, const struct block *plan, const u8 *code);
+u64 install(struct cpu *c, const struct block *plan, const struct code *code, const u8 *guest);
+struct block *lay(struct vm *vm, const struct block *plan, const struct code *code);
+u64 put_block(struct vm *vm, const struct block *plan, const struct code *code);
 struct block *block_at(struct vm *vm, u64 host);
 void tcg_watch_running(struct cpu *c, u64 gpa);
 void tcg_memory_written(struct vm *vm, u64 gpa, u64 size);

@@ -32,6 +32,11 @@ TRIES = 200
 """How often one instruction is translated in a row: a few times suffice, unless others keep patching it."""
 
 
+def _field(block: int, offset: int) -> int:
+    """A 64-bit field of ``struct block``."""
+    return ctypes.c_uint64.from_address(block + offset).value
+
+
 class Blocks:
     """The translator as a VM's vCPUs need it. Native code makes the blocks themselves.
 
@@ -149,8 +154,8 @@ class Blocks:
                 if block is None:
                     return 0, False, False
                 self._singles[key] = block
-            cpu.resume_at(block, L.RESUME_SINGLE)
-            written = ctypes.c_uint64.from_address(block - L.SIZEOF_BLOCK + L.BLOCK_WRITTEN).value
+            cpu.resume_at(_field(block, L.BLOCK_CODE), L.RESUME_SINGLE)
+            written = _field(block, L.BLOCK_WRITTEN)
             return written, reads_memory(ins), waits(ins)
 
     def prepare_again(self, cpu: TcgVCpu) -> None:
@@ -159,7 +164,7 @@ class Blocks:
             linear, phys = self._fetched(cpu)
             block = self._once(cpu, phys, linear, L.MAKE_AGAIN, b"")
             if block is not None:
-                cpu.resume_at(block, L.RESUME_AGAIN)
+                cpu.resume_at(_field(block, L.BLOCK_CODE), L.RESUME_AGAIN)
 
     @staticmethod
     def _fetched(cpu: TcgVCpu) -> tuple[int, int]:
@@ -175,12 +180,12 @@ class Blocks:
         return linear, phys
 
     def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int, data: bytes) -> int | None:
-        """Host address of a block for one run (``MAKE_*``); it is of the present generation, under the lock. None when
+        """Address of the header of a block for one run (``MAKE_*``); it is of the present generation, under the lock. None when
         the instruction is not one that *data* begins with (empty: any)."""
         for _ in range(TRIES):
             block = self._native.once(cpu.pointer, phys, linear, what, data, len(data))
             if block > L.TRANSLATE_MISSING:
-                found: int = block + L.SIZEOF_BLOCK
+                found: int = block
                 return found
             if block == L.TRANSLATE_MISSING:
                 self._make(cpu, phys, linear, single=what == L.MAKE_SINGLE)

@@ -9,12 +9,14 @@
 #include "helpers.h"
 
 #define MAX_BODY 66
-#define ROOM 20480
+#define ROOM 12288
+#define COLD_AT (ROOM + 4096) /* where the cold part begins while both are one: in between lies what the last instruction and the end take */
 #define MOST_CODE (15 * MAX_BODY) /* bytes of the longest block */
 
 struct out {
-    u8 code[ROOM + 8192];
+    u8 code[2 * COLD_AT];
     u32 used, stored;   /* stored: guest flags are in cpu.fl, and the host's may be junk */
+    struct code to;     /* what becomes of it */
     u32 payloads, chains, misses;
     struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
     struct { u32 field; s64 target; u32 saved; } chain[4]; /* saved: cpu.fl has the flags too */
@@ -201,7 +203,37 @@ static void restore(struct out *o, const struct store *s)
     o->stored = 0;
 }
 
-static void patch(struct out *o, u32 field, u32 to) { *(s32 *)(o->code + field) = (s32)(to - field - 4); }
+/* Have the jump with this rel32 lead to offset *to*; one between both parts depends on where they come to lie. */
+static void patch(struct out *o, u32 field, u32 to)
+{
+    *(s32 *)(o->code + field) = (s32)(to - field - 4);
+    if ((field < COLD_AT) != (to < COLD_AT))
+        o->to.fix[o->to.fixes++] = field < COLD_AT ? field : (field - COLD_AT) | FIX_COLD;
+}
+
+/* Distance to what a stub looks for, its block's header or (from code that runs) code. */
+static u32 from_start(u32 at) { return at < COLD_AT ? at : (u32)sizeof(struct block) + at - COLD_AT; }
+
+static void begin(struct out *o)
+{
+    o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = o->moved = o->to.fixes = o->to.jumps = 0;
+}
+
+/* The code that runs is complete: what follows is cold. */
+static void begin_cold(struct out *o, struct block *b)
+{
+    b->code_length = o->used;
+    o->used = COLD_AT;
+}
+
+static void end_cold(struct out *o, struct block *b)
+{
+    for (u32 i = 0; i < o->payloads; i++) /* a stub's return address is where the NOP begins */
+        *(u32 *)(o->code + o->payload[i].at) = from_start(o->payload[i].at - 4) << 12 | o->payload[i].guest;
+    b->cold_length = o->used - COLD_AT;
+    o->to.hot = o->code, o->to.cold = o->code + COLD_AT;
+    o->to.hot_length = b->code_length, o->to.cold_length = b->cold_length;
+}
 
 static void call_stub(struct out *o, u32 stub)
 {
@@ -501,9 +533,10 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
             patch(o, starts[i] + a->branch, o->used);
             call_stub(o, a->stub);
             put(o, &jmp, 1);
-            put32(o, starts[i] + a->resume - o->used - 4);
+            o->used += 4;
+            patch(o, o->used - 4, starts[i] + a->resume);
             struct access *to = (struct access *)(o->code + o->used);
-            to->header = sizeof(struct block) + o->used;
+            to->header = from_start(o->used);
             to->delta = p->at[i];
             to->size = a->size;
             to->source = a->source;
@@ -531,8 +564,9 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         patch(o, o->chain[i].field, o->used);
         call_stub(o, STUB_CHAIN);
         struct site *site = (struct site *)(o->code + o->used);
-        site->header = sizeof(struct block) + o->used;
+        site->header = from_start(o->used);
         site->jump = o->used - o->chain[i].field;
+        o->to.jump[o->to.jumps++] = o->used - COLD_AT + (u32)offsetof(struct site, jump);
         site->target = o->chain[i].target;
         site->wrap = mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2;
         site->next = site->block = 0;
@@ -547,8 +581,6 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         call_stub(o, STUB_JUMP);
         payload_nop(o, p->at[p->count - !p->end]);
     }
-    for (u32 i = 0; i < o->payloads; i++) /* a stub's return address is where the NOP begins */
-        *(u32 *)(o->code + o->payload[i].at) = (u32)(sizeof(struct block) + o->payload[i].at - 4) << 12 | o->payload[i].guest;
 }
 
 static void liveness(struct plan *p)
@@ -581,9 +613,8 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     if (missing)
         return missing;
     liveness(&p);
-    o->moved = 0;
+    begin(o);
     o->page = (u32)(block->cs_base + block->pc) & 0xfff;
-    o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = 0;
     u8 entry_live = p.count ? p.before[0] : ALL_FLAGS;
     int step = mode & MODE_STEP && what == MAKE_BLOCK; /* else the instruction has begun */
     if (step) { /* never chained to; what traps or polls is looked at after each instruction */
@@ -656,35 +687,37 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     } else {
         finish(o, s, &p, mode, block->pc, single, data);
     }
+    begin_cold(o, block);
     cold(o, s, &p, placed, starts, count, mode, block->pc, data);
     while (o->used % 2)
         put(o, (const u8 *)"\x90", 1);
-    block->sites = o->used;
+    block->sites = o->used - COLD_AT;
     block->nsites = nsites;
     put(o, (const u8 *)sites, nsites * sizeof *sites);
+    end_cold(o, block);
     block->written = single && p.count ? (u64)p.t[0]->relative : 0;
     block->length = (u16)p.next;
-    block->code_length = o->used;
     return 0;
 }
 
-/* Code that goes to `target` through the jump cache, with the guest's flags in the host's; its length, at most 128. */
-u32 bridge_code(struct vm *vm, u8 *code, u32 mode, u64 target)
+/* A jump that no chain may take, as a block: to `target` through the jump cache, with the guest's flags in the host's; with the lock held. */
+u64 make_bridge(struct vm *vm, struct block *plan, u64 target)
 {
     static const u8 mov = 0xbf;
     const struct store *s = (const struct store *)vm->store;
     struct out o;
-    o.used = o.stored = o.payloads = o.chains = o.misses = o.polls = 0;
+    begin(&o);
     save(&o, s);
-    emit_direct(&o, mode, target);
+    emit_direct(&o, plan->mode & ~(u32)KEY_BRIDGE, target);
+    begin_cold(&o, plan);
     patch(&o, o.miss[0], o.used);
     put(&o, &mov, 1);
     put32(&o, 0);
     call_stub(&o, STUB_JUMP);
     payload_nop(&o, 0);
-    *(u32 *)(o.code + o.payload[0].at) = (u32)(sizeof(struct block) + o.payload[0].at - 4) << 12;
-    memcpy(code, o.code, o.used);
-    return o.used;
+    end_cold(&o, plan);
+    plan->pc = target;
+    return (u64)lay(vm, plan, &o.to);
 }
 
 /* Copy what the block at *phys* can be made of: its page, or the next one too where its one instruction reaches over. Nothing is made
@@ -757,13 +790,13 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
         return TRANSLATE_MISSING;
     }
     if (what == MAKE_BLOCK)
-        return install(c, b, image.out.code, data);
+        return install(c, b, &image.out.to, data);
     if (!guest && what == MAKE_SINGLE && known != (b->written | (u32)b->length << 16))
         return TRANSLATE_CHANGED;
     if (guest && known && (b->length > known || !same_bytes(data, guest, b->length)))
         return TRANSLATE_CHANGED;
     b->mode |= KEY_SINGLE; /* no chain leads to it */
-    return put_block(vm, b, image.out.code);
+    return put_block(vm, b, &image.out.to);
 }
 
 u64 native_translate(struct cpu *c, u64 phys, u64 linear) { return translate(c, phys, linear, MAKE_BLOCK, 0, 0); }
@@ -774,7 +807,7 @@ u64 single_of(struct cpu *c, const struct block *b, struct access *a)
 {
     s32 distance = __atomic_load_n(&a->immediate, __ATOMIC_ACQUIRE);
     if (likely(distance))
-        return (u64)b + ((u64)distance << 6) + sizeof *b;
+        return ((const struct block *)((u64)b + ((u64)(s64)distance << 6)))->code;
     if ((b->phys & 0xfff) + a->delta > 0xfff)
         return 0;
     u64 linear = c->mode & MODE_64 ? c->rip : (u32)(c->seg[CS].base + c->rip);
@@ -782,8 +815,8 @@ u64 single_of(struct cpu *c, const struct block *b, struct access *a)
     if (made <= TRANSLATE_MISSING)
         return 0;
     s32 *field = (s32 *)((u64)&a->immediate + (c->vm->code_rw - c->vm->code_rx));
-    __atomic_store_n(field, (s32)((made - (u64)b) >> 6), __ATOMIC_RELEASE);
-    return made + sizeof *b;
+    __atomic_store_n(field, (s32)((s64)(made - (u64)b) >> 6), __ATOMIC_RELEASE);
+    return ((const struct block *)made)->code;
 }
 
 /* For Python: a block at cpu->rip for one run (MAKE_*). */
@@ -801,7 +834,7 @@ int native_signal(struct cpu *c)
     u32 vector = trap == EX_NP || trap == EX_SS || trap == EX_AC ? EX_GP : trap == EX_XM && !(c->cr4 & CR4_OSXMMEXCPT) ? EX_UD : (u32)trap;
     if (b && (vector == EX_DE || vector == EX_UD || vector == EX_GP || vector == EX_MF || vector == EX_XM)) {
         const struct fault_site *sites = (const struct fault_site *)((u64)(b + 1) + b->sites);
-        u64 offset = host - (u64)(b + 1);
+        u64 offset = host - b->code;
         for (u32 i = 0; i < b->nsites; i++) {
             if (offset >= sites[i].end)
                 continue;

@@ -14,28 +14,63 @@ static u64 *chain_of(struct vm *vm, u64 phys, u32 mode, u64 pc, u64 cs_base)
     return &vm->hash[h >> 40 & vm->hash_mask];
 }
 
-static u64 size_of(const struct block *b) { return (sizeof *b + b->code_length + 63) & ~63ul; }
+static u64 header_size(const struct block *b) { return (sizeof *b + b->cold_length + HEADER_ALIGN - 1) & ~(u64)(HEADER_ALIGN - 1); }
 
-/* Append a block to the buffer, with the lock held; 0: it is full. */
-static struct block *put(struct vm *vm, const struct block *plan, const u8 *code)
+/* Bytes from one piece of code to where the next one begins. */
+static u64 code_size(u32 length) { return (length + sizeof(u32) + CODE_ALIGN - 1) & ~(u64)(CODE_ALIGN - 1); }
+
+static struct chunk *chunk_at(const struct vm *vm, u64 offset) { return (struct chunk *)vm->chunks + (offset >> CHUNK_BITS); }
+
+/* Make sure that the last chunk has room for a block, with the lock held; 0: the buffer is full. */
+static int has_room(struct vm *vm, const struct block *plan)
 {
-    u64 at = vm->code_used, total = size_of(plan);
-    if (at + total > vm->code_size)
+    if (vm->code_used) {
+        const struct chunk *last = chunk_at(vm, vm->code_used - CHUNK);
+        if (last->low + code_size(plan->code_length) + header_size(plan) <= last->high)
+            return 1;
+    }
+    if (vm->code_used + CHUNK > vm->code_size)
         return 0;
-    struct block *b = (struct block *)(vm->code_rx + at), *w = RW(vm, struct block, b);
+    *chunk_at(vm, vm->code_used) = (struct chunk){ CODE_ALIGN, CHUNK };
+    vm->code_used += CHUNK;
+    return 1;
+}
+
+/* Put a block into the buffer, with the lock held; 0: it is full. */
+struct block *lay(struct vm *vm, const struct block *plan, const struct code *code)
+{
+    if (!has_room(vm, plan))
+        return 0;
+    u64 base = vm->code_rx + vm->code_used - CHUNK;
+    struct chunk *last = chunk_at(vm, vm->code_used - CHUNK);
+    u64 hot = base + last->low;
+    last->low += (u32)code_size(plan->code_length);
+    last->high -= (u32)header_size(plan);
+    struct block *b = (struct block *)(base + last->high), *w = RW(vm, struct block, b);
+    u8 *to = RW(vm, u8, hot), *cold = (u8 *)(w + 1);
+    u32 apart = (u32)((u64)(b + 1) - hot - (u64)(code->cold - code->hot)); /* more than now */
     *w = *plan;
-    memcpy(w + 1, code, plan->code_length);
-    for (u64 mark = (at + 0xffff) >> 16; mark << 16 < at + total; mark++)
-        ((u32 *)vm->marks)[mark] = (u32)(at >> 6);
-    vm->code_used = at + total;
+    w->code = hot;
+    memcpy(cold, code->cold, plan->cold_length);
+    memcpy(to, code->hot, plan->code_length);
+    ((u32 *)to)[-1] = (u32)((u64)b - hot);
+    for (u32 i = 0; i < code->fixes; i++) {
+        u32 at = code->fix[i] & ~FIX_COLD;
+        if (code->fix[i] & FIX_COLD)
+            *(u32 *)(cold + at) -= apart;
+        else
+            *(u32 *)(to + at) += apart;
+    }
+    for (u32 i = 0; i < code->jumps; i++)
+        *(u32 *)(cold + code->jump[i]) += apart;
     return b;
 }
 
 /* A block that is to run once: no look-up finds it, and no write ends it. */
-u64 put_block(struct vm *vm, const struct block *plan, const u8 *code)
+u64 put_block(struct vm *vm, const struct block *plan, const struct code *code)
 {
     spin_lock(&vm->lock);
-    struct block *b = put(vm, plan, code);
+    struct block *b = lay(vm, plan, code);
     spin_unlock(&vm->lock);
     return b ? (u64)b : TRANSLATE_FULL;
 }
@@ -46,13 +81,18 @@ struct block *block_at(struct vm *vm, u64 host)
     u64 offset = host - vm->code_rx;
     if (offset >= __atomic_load_n(&vm->code_used, __ATOMIC_ACQUIRE))
         return 0;
-    u64 at = vm->code_rx + ((u64)((const u32 *)vm->marks)[offset >> 16] << 6);
-    for (;;) {
-        struct block *b = (struct block *)at;
-        at += size_of(b);
-        if (host < at)
-            return b;
+    const struct chunk *chunk = chunk_at(vm, offset);
+    u64 base = host - offset % CHUNK, low = base + __atomic_load_n(&chunk->low, __ATOMIC_ACQUIRE);
+    if (host >= low) { /* among the headers, of which it can see all that may lead here */
+        for (u64 at = base + __atomic_load_n(&chunk->high, __ATOMIC_ACQUIRE); at <= host && at < base + CHUNK; at += header_size((struct block *)at))
+            if (host < at + header_size((struct block *)at))
+                return (struct block *)at;
+        return 0;
     }
+    for (u64 at = base + CODE_ALIGN; at <= host && at < low; at += code_size(block_of(at)->code_length))
+        if (host < at + block_of(at)->code_length)
+            return block_of(at);
+    return 0;
 }
 
 static struct page *page_of(struct vm *vm, u64 gpa, struct slot **slot)
@@ -184,13 +224,14 @@ u64 native_dispatch(struct cpu *c)
         struct block *b = look_up(c, phys, linear, cs_base, &global);
         if (likely(b != 0)) {
             if (likely(!step)) {
-                j->code = (u64)(b + 1);
+                j->code = b->code;
                 j->pc = c->rip;
                 c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
                 c->jc_local[m] |= !global;
             }
+            u64 code = b->code;
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
-            return (u64)(b + 1);
+            return code;
         }
         u64 made = native_translate(c, phys, linear);
         if (made != TRANSLATE_MISSING && made != TRANSLATE_FULL)
@@ -224,18 +265,20 @@ u64 native_resume(struct cpu *c)
     return 0;
 }
 
-static u64 payload(u64 ret, u64 *rip)
+/* Which instruction of which block called a stub: the disp32 of the NOP that follows the call has its offset, and how far the call lies
+ * behind the start of the code, or (*cold*) of the header. */
+static struct block *payload(u64 ret, int cold, u64 *rip)
 {
-    u32 p = *(u32 *)(ret + 4);             /* disp32 of the NOP that follows the call */
-    struct block *b = (struct block *)(ret - (p >> 12));
+    u32 p = *(u32 *)(ret + 4);
+    struct block *b = cold ? (struct block *)(ret - (p >> 12)) : block_of(ret - (p >> 12));
     *rip = rip_in(b, p & 0xfff);
-    return (u64)b;
+    return b;
 }
 
 int native_helper(struct cpu *c, u32 arg, u64 ret)
 {
     u64 rip;
-    struct block *b = (struct block *)payload(ret, &rip);
+    struct block *b = payload(ret, 0, &rip);
     u64 generation = c->vm->generation, next = rip_in(b, rip - b->pc + (arg >> 8 & 15));
     c->rip = rip;
     int action = helper_call(c, arg);
@@ -254,7 +297,7 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
 int native_jump(struct cpu *c, u64 target, u64 ret, s32 moved)
 {
     u64 rip;
-    payload(ret, &rip);
+    payload(ret, 1, &rip);
     if (c->mode & MODE_64 ? (u64)((s64)(target << 16) >> 16) != target : c->mode & MODE_PE && target > c->seg[CS].limit) {
         c->rip = rip;
         if (c->mode & (MODE_64 | MODE_SS32))
@@ -270,7 +313,7 @@ int native_jump(struct cpu *c, u64 target, u64 ret, s32 moved)
 int native_poll(struct cpu *c, u64 ret)
 {
     u64 rip;
-    payload(ret, &rip);
+    payload(ret, 1, &rip);
     c->rip = rip;
     return check_events(c);
 }
@@ -292,7 +335,7 @@ static void link(struct vm *vm, struct site *s, struct block *to)
         RW(vm, struct site, s)->block = (u64)to;
         RW(vm, struct block, to)->incoming = (u64)s;
     }
-    aim(vm, s, (u64)(to + 1) + to->entry);
+    aim(vm, s, to->code + to->entry);
 }
 
 static void unlink_all(struct vm *vm, struct block *to)
@@ -329,15 +372,6 @@ int cross_reaches(const struct vm *vm, u64 linear)
     return vm->crossed && vm->cross_pages[linear >> 27 & 15] >> (linear >> 21 & 63) & 1;
 }
 
-/* A jump that no chain may take: code that goes through the jump cache, put behind the blocks. */
-static struct block *make_bridge(struct vm *vm, const struct block *from, u64 target)
-{
-    struct block plan = { .pc = target, .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = from->mode | KEY_BRIDGE };
-    u8 code[128];
-    plan.code_length = bridge_code(vm, code, from->mode, target);
-    return put(vm, &plan, code);
-}
-
 u64 native_chain(struct cpu *c, u64 ret)
 {
     struct site *s = (struct site *)ret;
@@ -348,7 +382,7 @@ u64 native_chain(struct cpu *c, u64 ret)
     u64 code = native_dispatch(c);
     if (!code || generation != c->vm->generation) /* where it came from is gone */
         return code;
-    struct block *to = (struct block *)code - 1;
+    struct block *to = block_of(code);
     u64 pc = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
     /* an interrupt may have been taken instead, or the target was reached in another mode */
     if (to->pc != pc || to->mode != from->mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
@@ -371,7 +405,8 @@ u64 native_chain(struct cpu *c, u64 ret)
                 cross_mark(vm, linear_after(c, goal, 4096, 0));
             link(vm, s, to);
         } else if (!s->next) {
-            struct block *bridge = make_bridge(vm, from, pc);
+            struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = from->mode | KEY_BRIDGE };
+            struct block *bridge = (struct block *)make_bridge(vm, &plan, pc);
             if (bridge)
                 link(vm, s, bridge);
         }
@@ -436,7 +471,7 @@ static void kill(struct vm *vm, struct block *b)
     for (u32 i = 0; i < vm->ncpus; i++)
         for (u32 m = 0; vm->cpus[i] && m < 2; m++) {
             u32 n = jc_index(b->pc);
-            if (vm->cpus[i]->jc[m][n].code == (u64)(b + 1))
+            if (vm->cpus[i]->jc[m][n].code == b->code)
                 __atomic_store_n(&vm->cpus[i]->jc[m][n].pc, jump_nothing(n), __ATOMIC_RELAXED);
         }
     vm->stat[0]++;
@@ -561,7 +596,7 @@ static int being_written(const struct vm *vm, const struct cpu *self, u64 gpa)
 
 /* Put a block into the buffer: its header as planned, its code, and a copy of the guest bytes that it was made from. Its executable
  * address; TRANSLATE_CHANGED: memory has other bytes, translate again; TRANSLATE_FULL: flush first. */
-u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *guest)
+u64 install(struct cpu *c, const struct block *plan, const struct code *code, const u8 *guest)
 {
     struct vm *vm = c->vm;
     u64 result = TRANSLATE_CHANGED;
@@ -574,7 +609,7 @@ u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *g
     /* a page without blocks must still be watched since tcg_watch: a write meanwhile ended that */
     if (!p || (!p->first && !p->code) || (p2 && !p2->first && !p2->code))
         goto out;
-    if (vm->code_used + size_of(plan) > vm->code_size) {
+    if (!has_room(vm, plan)) {
         result = TRANSLATE_FULL;
         goto out;
     }
@@ -593,7 +628,7 @@ u64 install(struct cpu *c, const struct block *plan, const u8 *code, const u8 *g
     if (!same_bytes(phys_host(vm, plan->phys, 0), guest, first) ||
         (p2 && !same_bytes(phys_host(vm, plan->phys2, 0), guest + first, plan->length - first)))
         goto out;
-    struct block *b = put(vm, plan, code);
+    struct block *b = lay(vm, plan, code);
     u64 *head = chain_of(vm, b->phys, b->mode, b->pc, b->cs_base);
     RW(vm, struct block, b)->valid = 1;
     page_add(vm, p, b, b->phys);
@@ -619,14 +654,15 @@ out:
 EXPORTED void tcg_flush_blocks(struct vm *vm)
 {
     spin_lock(&vm->lock);
-    for (u64 at = vm->code_rx; at < vm->code_rx + vm->code_used; at += size_of((struct block *)at)) {
-        struct block *b = (struct block *)at;
-        struct page *p = page_of(vm, b->phys, 0), *p2 = page_of(vm, b->phys2, 0);
-        if (p)
-            *p = (struct page){ 0, 0, 0 };
-        if (p2)
-            *p2 = (struct page){ 0, 0, 0 };
-    }
+    for (u64 at = 0; at < vm->code_used; at += CHUNK)
+        for (u64 one = vm->code_rx + at + chunk_at(vm, at)->high; one < vm->code_rx + at + CHUNK; one += header_size((struct block *)one)) {
+            struct block *b = (struct block *)one;
+            struct page *p = page_of(vm, b->phys, 0), *p2 = page_of(vm, b->phys2, 0);
+            if (p)
+                *p = (struct page){ 0, 0, 0 };
+            if (p2)
+                *p2 = (struct page){ 0, 0, 0 };
+        }
     vm->generation++;
     vm->code_used = 0;
     vm->crossed = 0;

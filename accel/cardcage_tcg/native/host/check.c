@@ -90,7 +90,8 @@ static void check_tlb(struct cpu *c, const struct tlb *t, int write)
 
 static int is_block(const struct vm *vm, u64 at)
 {
-    return at >= vm->code_rx && at + sizeof(struct block) < vm->code_rx + vm->code_used && !(at & 63);
+    u64 offset = at - vm->code_rx;
+    return offset < vm->code_used && !(at % HEADER_ALIGN) && offset % CHUNK >= ((struct chunk *)vm->chunks)[offset >> CHUNK_BITS].high;
 }
 
 static void check_jumps(struct cpu *c, u32 m)
@@ -100,8 +101,8 @@ static void check_jumps(struct cpu *c, u32 m)
         if (jc_index(j.pc) != i)
             continue;
         HOLDS(!(c->jc_mode[m] & MODE_64) || canonical(j.pc), j.pc, i);
-        struct block *b = (struct block *)j.code - 1;
-        HOLDS(is_block(c->vm, (u64)b), j.pc, j.code);
+        struct block *b = block_of(j.code);
+        HOLDS(is_block(c->vm, (u64)b) && b->code == j.code, j.pc, j.code);
         HOLDS(b->valid && b->pc == j.pc, j.pc, b->pc);
         HOLDS(b->mode == c->jc_mode[m] && b->cs_base == c->jc_base[m], b->mode, c->jc_mode[m]);
         u64 linear = b->mode & MODE_64 ? j.pc : (u32)(b->cs_base + j.pc);
@@ -152,30 +153,46 @@ static void check_page(const struct vm *vm, const struct page *p, u64 gpa)
     HOLDS(!newest || newest->page_prev[side_of(newest, gpa)] == before, newest, before);
 }
 
-/* Blocks lie behind each other; those that are valid are in one hash chain, and in the list of each page they reach. */
-static void check_shared(struct vm *vm)
+/* A chunk's pieces of code and its headers lie behind each other, as many of both. */
+static void check_chunk(struct vm *vm, u64 base, u64 *all, u64 *blocks, u64 *reaches)
 {
-    u64 blocks = 0, reaches = 0, chained = 0, listed = 0, all = 0;
-    u64 end = vm->code_rx + vm->code_used, at = vm->code_rx;
-    HOLDS(vm->code_used <= vm->code_size, vm->code_used, vm->code_size);
-    while (at < end) {
+    const struct chunk *chunk = (struct chunk *)vm->chunks + ((base - vm->code_rx) >> CHUNK_BITS);
+    u64 end = base + CHUNK, code = base + CODE_ALIGN, pieces = 0, headers = 0, at = base + chunk->high;
+    HOLDS(chunk->low <= chunk->high && chunk->high <= CHUNK, chunk->low, chunk->high);
+    for (; code < base + chunk->low; pieces++) {
+        const struct block *b = block_of(code);
+        HOLDS(is_block(vm, (u64)b) && b->code == code, code, b);
+        HOLDS(block_at(vm, code) == b, code, block_at(vm, code));
+        code += (b->code_length + sizeof(u32) + CODE_ALIGN - 1) & ~(u64)(CODE_ALIGN - 1);
+    }
+    HOLDS(code == base + chunk->low, code, chunk->low);
+    for (; at < end; headers++) {
         const struct block *b = (const struct block *)at;
-        HOLDS(b->code_length && b->entry < b->code_length && b->code_length < 1u << 20, at, b->code_length);
+        HOLDS(b->code_length && b->entry < b->code_length && b->code_length < CHUNK, at, b->code_length);
         HOLDS(block_at(vm, at) == b, at, block_at(vm, at));
-        all++;
+        ++*all;
         if (b->valid) {
-            blocks++;
-            reaches += 1 + (u64)(two_pages(b) && phys_host(vm, b->phys2, 0)); /* it may go on where no RAM is */
+            ++*blocks;
+            *reaches += 1 + (u64)(two_pages(b) && phys_host(vm, b->phys2, 0)); /* it may go on where no RAM is */
         }
         u64 steps = 0;
         for (u64 s = b->incoming; s > 1; s = ((struct site *)s)->next) {
-            HOLDS(s > vm->code_rx && s < end, at, s);
+            HOLDS(s > vm->code_rx && s < vm->code_rx + vm->code_used, at, s);
             HOLDS(((struct site *)s)->block == at, at, s);
             HOLDS(++steps < 1u << 22, at, s);
         }
-        at += (sizeof(struct block) + b->code_length + 63) & ~63ul;
+        at += (sizeof(struct block) + b->cold_length + HEADER_ALIGN - 1) & ~(u64)(HEADER_ALIGN - 1);
     }
-    HOLDS(at == end, at, end);
+    HOLDS(at == end && pieces == headers, pieces, headers);
+}
+
+/* Blocks that are valid are in one hash chain, and in the list of each page they reach. */
+static void check_shared(struct vm *vm)
+{
+    u64 blocks = 0, reaches = 0, chained = 0, listed = 0, all = 0;
+    HOLDS(vm->code_used <= vm->code_size && !(vm->code_used % CHUNK), vm->code_used, vm->code_size);
+    for (u64 at = 0; at < vm->code_used; at += CHUNK)
+        check_chunk(vm, vm->code_rx + at, &all, &blocks, &reaches);
     for (u64 i = 0; i <= vm->hash_mask; i++)
         for (u64 one = vm->hash[i]; one; one = ((struct block *)one)->hash_next) {
             HOLDS(is_block(vm, one), one, i);
@@ -218,8 +235,8 @@ void check_tables(struct cpu *c)
 u64 check_target(struct cpu *c, u64 to)
 {
     const struct block *b = block_at(c->vm, to);
-    HOLDS(b && to > (u64)b + sizeof *b - 1, to, b);
-    if (to == (u64)(b + 1)) {
+    HOLDS(b && (to < (u64)b || to >= (u64)(b + 1)), to, b);
+    if (to == b->code) {
         HOLDS(b->pc == c->rip, b->pc, c->rip);
         HOLDS((b->mode & 0xffff) == c->mode, b->mode, c->mode);
         HOLDS(b->cs_base == (c->mode & MODE_64 ? 0 : c->seg[CS].base), b->cs_base, c->seg[CS].base);
