@@ -36,7 +36,8 @@ def tables(raw: memoryview | bytes) -> Iterator[tuple[str, int, int, int, int]]:
     for half in range(2):
         for i in range(L.JC_SIZE):
             pc, code = struct.unpack_from("<QQ", raw, L.JC + 16 * (half * L.JC_SIZE + i))
-            yield f"jc[{half}]", i, pc, (pc ^ pc >> L.JC_SHIFT) & L.JC_SIZE - 1, code
+            size = L.JC_SIZE if half else 1 << L.JC_SUPERVISOR
+            yield f"jc[{half}]", i, pc, (pc ^ pc >> L.JC_SHIFT) >> L.JC_LOW & size - 1, code
         for i in range(L.XTLB_SIZE):
             tag, phys = struct.unpack_from("<QQ", raw, L.XTLB + 16 * (half * L.XTLB_SIZE + i))
             yield f"xtlb[{half}]", i, tag, tag >> 12 & L.XTLB_SIZE - 1, phys

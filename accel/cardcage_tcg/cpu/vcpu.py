@@ -62,7 +62,7 @@ class TcgVCpu:
         q, d = self.words, self.halves
         q[L.VM // 8] = vm.pointer
         d[L.INDEX // 4] = index
-        for stub in range(L.STUB_LIMIT + 1):
+        for stub in range(L.STUB_SHARE_WRITE_U + 1):
             q[L.STUBS // 8 + stub] = vm.native.stub(stub)
         q[L.CR4_ALLOWED // 8] = vm.cr4_allowed
         self.set_state(reset_state(bootstrap=index == 0))

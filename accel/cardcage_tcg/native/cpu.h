@@ -108,8 +108,10 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort'
 
 #define TLB_BITS 12
 #define TLB_SIZE (1 << TLB_BITS)
-#define JC_BITS 16
-#define JC_SHIFT 9 /* entry of a RIP: its low bits, mixed with those from this one on; emit_indirect() does the same */
+#define JC_BITS 17        /* of which supervisor code uses fewer: kernels chain nearly all that they jump to */
+#define JC_SUPERVISOR 14
+#define JC_LOW 2          /* entry of a RIP: its bits from this one on, which are sparse, mixed with those from JC_SHIFT on, so that a small */
+#define JC_SHIFT 9        /* program's lie in few pages of the table; emit_indirect() does the same */
 #define JC_SIZE (1 << JC_BITS)
 #define XTLB_SIZE 256
 
@@ -153,6 +155,7 @@ struct device_access { u64 linear, value; u32 size, write; };
 struct device { u32 on, arg, count, at, changed, pad; struct device_access log[MAX_DEVICE]; };
 
 struct cpu {
+    u64 near[4];          /* host addresses that accesses of one block share: see share() */
     u64 gpr[16];          /* guest r9, r10, r11 live here while native code runs */
     u64 rip;              /* EIP/RIP (an offset in CS) */
     u64 fl;               /* guest arithmetic flags: LAHF image in bits 8-15, OF in bit 0 */
@@ -188,10 +191,6 @@ struct cpu {
     u32 wake;             /* futex: HLT sleeps on it */
     u32 kicked;
     u32 extint;           /* level of the 8259's INTR */
-    u32 jc_mode[2];
-    u64 jc_base[2];
-    u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
-    u64 jc_used[2][JC_SIZE / 64];  /* entries that may be for something */
     u32 code_hit, pending_size;
     u64 pending;          /* what a device answered at this address waits in `bounce` for RESUME_AGAIN; pending_size 0: nothing does */
     u32 sleeping, abort_kind;  /* in HLT: 1 by its futex, 2 by irq_wait; what native_abort is to do */
@@ -208,6 +207,7 @@ struct cpu {
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
     u64 split[2], split_phys[2]; /* or one that lies across two pages of RAM: host addresses of both parts, and their physical ones, ~0 where no code is */
     u32 split_first, split_size; /* bytes in the first page, and in all; split_size 0: it is none */
+    u32 plain, dropped;   /* the next block is to be one of KEY_PLAIN; a translation was dropped since resume_at() */
     u64 rmw;              /* 1 | physical page that a read-modify-write was let into beside code: see install() */
     struct device device;
     struct { u64 key; u32 leaf, sub, value[4]; } leaves[LEAVES]; /* what CPUID answered; key 0: nothing */
@@ -217,12 +217,18 @@ struct cpu {
     struct tlb tlb_r[2], tlb_w[2];                 /* [supervisor, user] */
     struct tlb_lists tlb_pages[2];                 /* tlb_w's */
     u64 code_in[2];       /* in which 2 MiB xtlb or the jump cache have something, a bit each by seen_in() */
+    u32 jc_mode[2];
+    u64 jc_base[2];
+    u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
+    u64 jc_used[2][JC_SIZE / 64];  /* entries that may be for something */
+    u64 jc_some[2][JC_SIZE / 4096]; /* words of jc_used that may have some */
+    u64 code_large[2];    /* in which 2 MiB code came from large pages */
     struct jump jc[2][JC_SIZE];
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };
 
 enum { STUB_READ_K, STUB_READ_U, STUB_WRITE_K, STUB_WRITE_U, STUB_STORE_K, STUB_STORE_U, STUB_CHAIN, STUB_JUMP, STUB_HELPER, STUB_POLL,
-       STUB_LIMIT };
+       STUB_LIMIT, STUB_SHARE_READ_K, STUB_SHARE_READ_U, STUB_SHARE_WRITE_K, STUB_SHARE_WRITE_U };
 
 /* Guest-physical memory, as the accelerator's slots. */
 /* code: which 64-byte pieces hold translated code; first: list of `count` blocks (struct block *) */

@@ -8,8 +8,14 @@
 /* What an empty entry of a table is tagged with: what belongs to its neighbour, so that no address which leads to the entry can be
  * equal, canonical or not. */
 static inline u64 tlb_nothing(u32 index) { return (u64)(index ^ 1) << 12; } /* also xtlb's */
-static inline u32 jc_index(u64 pc) { return (u32)(pc ^ pc >> JC_SHIFT) & (JC_SIZE - 1); }
-static inline u64 jump_nothing(u32 index) { return jc_index(index) ^ 1; } /* jc_index() undoes itself for an index, and keeps bit 0 apart */
+static inline u32 jc_size(u32 m) { return m ? JC_SIZE : 1 << JC_SUPERVISOR; }
+static inline u32 jc_index(u64 pc, u32 m) { return (u32)((pc ^ pc >> JC_SHIFT) >> JC_LOW) & (jc_size(m) - 1); }
+/* jc_index() of it is index ^ 1. */
+static inline u64 jump_nothing(u32 index)
+{
+    u64 mixed = (u64)(index ^ 1) << JC_LOW;
+    return mixed ^ mixed >> JC_SHIFT ^ mixed >> 2 * JC_SHIFT;
+}
 
 /* The bit of a set of regions that says that one may be in it. */
 static inline u64 seen_in(u64 region) { return 1ul << (region * 0x9e3779b97f4a7c15ul >> 58); }
@@ -45,7 +51,7 @@ enum { MAX_FIXES = 1024 };
 struct code {
     const u8 *hot, *cold;
     u32 hot_length, cold_length, fixes, jumps;
-    u32 fix[MAX_FIXES], jump[4]; /* offsets in the first, FIX_COLD | in the second; in the second */
+    u32 fix[MAX_FIXES], jump[12]; /* offsets in the first, FIX_COLD | in the second; in the second */
 };
 enum { FIX_COLD = 1u << 31 };
 
@@ -63,15 +69,16 @@ struct site {
     s64 target;          /* target RIP - block pc */
     u64 next;            /* in the list of jumps to `block`, 1 at its end; 0: not linked */
     u64 block;
-    u64 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16 */
+    u64 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16; SITE_PLAIN: to a block of KEY_PLAIN */
 };
+enum { SITE_PLAIN = 4 };
 
 /* ---- templates: made by Python, joined by assemble.c; all offsets, so that a store can be kept in a file ---- */
 
 enum { K_NORMAL, K_JCC, K_JMP, K_CALL, K_INDIRECT, K_COUNTED, K_EMULATE }; /* the others end a block */
 enum { T_CLOBBERS = 1, T_STORED = 2, T_SHADOW = 4, T_END = 8, T_INVALID = 16, T_ADDRESS32 = 32, T_EXACT = 64, T_BORROWED = 128 };
-enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23 };  /* beside the mode in a template's and a block's key */
-static inline u32 template_key(u32 mode) { return mode & ~(u32)MODE_STEP; } /* a template does not depend on it */
+enum { KEY_SINGLE = 1 << 20, KEY_CALL = 1 << 21, KEY_EXACT = 1 << 22, KEY_BRIDGE = 1 << 23, KEY_PLAIN = 1 << 24 };  /* beside the mode in a template's and a block's key; PLAIN: each access looks its page up */
+static inline u32 template_key(u32 mode) { return mode & ~(u32)(MODE_STEP | KEY_PLAIN); } /* a template does not depend on them */
 enum { HEADS_MAX = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
@@ -89,12 +96,20 @@ struct tmpl {
     u8 rip_field, immediate_field, immediate_size; /* offsets in the instruction: of the displacement that hole 0 adds, of a store's immediate */
     u8 field_raw[2], field_size[2], pad;
     u16 field_code[2];      /* bytes of the instruction that are copied into the code */
+    u16 changes;            /* general registers that it writes, a bit each */
+    signed char moves;      /* what it adds to the stack pointer, which is not in *changes* then */
 };
 
+/* base: 0xff, or the address is base + index * scale (index 0xff: none) + disp (with disp_size: at disp_field in the instruction), the code
+ * that looks it up begins at *start*, and the operand [rsi] of what follows has its ModRM byte at *operand*. */
 struct taccess {
     u16 branch, resume, size, flags;
     u8 source, stub, pad[2];
     s32 immediate;
+    u16 start, operand;
+    u8 base, index, scale, disp_field;
+    s32 disp;
+    u32 disp_size;
 };
 
 struct store {
@@ -151,13 +166,14 @@ extern void stub_sigreturn(void);
 u64 linear_host(struct cpu *c, u64 linear, int write);
 int native_signal(struct cpu *c);
 void jc_flush_one(struct cpu *c, u32 m);
+void jc_drop(struct cpu *c, u32 m, u32 i);
 void cross_unlink(struct vm *vm);
 int cross_reaches(const struct vm *vm, u64 linear);
 u64 make_bridge(struct vm *vm, struct block *plan, u64 target);
 /* Which block native_translate() makes: one to be looked up; or, for one run, of a single (see R_SLOW_WRITE) or of one instruction
  * again, whose read of a device has been answered. */
 enum { MAKE_BLOCK, MAKE_SINGLE, MAKE_AGAIN };
-u64 native_translate(struct cpu *c, u64 phys, u64 linear);
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 plain);
 u64 single_of(struct cpu *c, const struct block *b, struct access *a);
 void write_split(struct cpu *c);
 u64 install(struct cpu *c, const struct block *plan, const struct code *code, const u8 *guest);

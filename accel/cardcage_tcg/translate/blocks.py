@@ -180,8 +180,8 @@ class Blocks:
         return linear, phys
 
     def _once(self, cpu: TcgVCpu, phys: int, linear: int, what: int, data: bytes) -> int | None:
-        """Address of the header of a block for one run (``MAKE_*``); it is of the present generation, under the lock. None when
-        the instruction is not one that *data* begins with (empty: any)."""
+        """Address of the header of a block for one run (``MAKE_*``); it is of the present generation, under the lock.
+        None when the instruction is not one that *data* begins with (empty: any)."""
         for _ in range(TRIES):
             block = self._native.once(cpu.pointer, phys, linear, what, data, len(data))
             if block > L.TRANSLATE_MISSING:

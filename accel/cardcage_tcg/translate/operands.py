@@ -47,15 +47,33 @@ class Emulate(Exception):
 
 
 class Access:
-    """One memory access inside a template: where its slow path is entered and where that goes on."""
+    """One memory access inside a template: where its slow path is entered and where that goes on.
 
-    __slots__ = ("branch", "flags", "immediate", "resume", "size", "source", "stub")
+    Attributes:
+        base: the guest register that its address is made of, with *index* times *scale* (index -1: none) and *disp*;
+            -1 where it is made in another way. Such an access can do without a look-up of its own, where one before it
+            had the same registers: the code from *start* to the operation is left out then, and the ModRM byte at
+            *operand*, whose memory operand is ``[rsi]``, gets a displacement.
+    """
+
+    __slots__ = (
+        *("base", "branch", "disp", "flags", "immediate", "index", "operand", "resume", "scale", "size", "source"),
+        *("start", "stub"),
+    )
 
     def __init__(
         self, branch: int, resume: int, stub: int, size: int, source: int = 0, immediate: int = 0, flags: int = 0
     ) -> None:
         self.branch, self.resume, self.stub, self.size = branch, resume, stub, size
         self.source, self.immediate, self.flags = source, immediate, flags
+        self.base = self.index = -1
+        self.scale, self.disp, self.start, self.operand = 1, 0, 0, 0
+
+    @property
+    def form(self) -> tuple[int, ...]:
+        """All but what displacement and immediate decide."""
+        address = self.base, self.index, self.scale, self.start, self.operand
+        return (self.branch, self.resume, self.stub, self.size, self.source, self.flags, *address)
 
 
 class Template:
@@ -72,11 +90,12 @@ class Template:
         shadow: interrupts are held back until after the next instruction.
         written: of a single, the bytes that it writes at ``cpu.write_ptr``.
         borrowed: guest RAX and RDX are in ``cpu.scratch`` during the operation; a fault puts them back.
+        moves: how far it moves the stack pointer, where that is all that it does to it.
     """
 
     __slots__ = (
         *("accesses", "borrowed", "clobbers", "code", "flags_stored"),
-        *("kills", "payload", "reads", "rip", "shadow", "written"),
+        *("kills", "moves", "payload", "reads", "rip", "shadow", "written"),
     )
 
     def __init__(self) -> None:
@@ -85,7 +104,7 @@ class Template:
         self.clobbers = self.flags_stored = self.shadow = self.borrowed = False
         self.rip: tuple[int, int] | None = None
         self.payload = -1
-        self.written = 0
+        self.written = self.moves = 0
         self.accesses: Sequence[Access] = ()
 
 
@@ -226,6 +245,30 @@ class Operands:
         out += b"\x48\x8d\xbf" + pack("<i", size)  # lea rdi, [rdi + size]
         out += b"\x48\x3b\xbc\x24" + pack("<i", at + (L.LIMIT_WRITE if write else L.LIMIT_READ))
         self._unless(out, t, b"\x0f\x87", size, 1 if segment == 2 else 0)
+
+    def near(self, t: Template, at: int, start: int, operand: int, base: int, disp: int) -> None:
+        """The address of access *at* is a register's value and a displacement: see :class:`Access`."""
+        if self.long and not self.bounce and not self.mode & L.MODE_AC and t.accesses:
+            one = t.accesses[at]
+            one.base, one.disp, one.start, one.operand = base, disp, start, operand
+
+    def near_operand(self, ins: Instruction, t: Template, at: int, start: int, operand: int) -> None:
+        """Likewise for the explicit memory operand, if it is of that kind."""
+        base, index = NUMBER.get(ins.memory_base, (-1, 0)), NUMBER.get(ins.memory_index, (-1, 8))
+        if base[1] != 8 or index[1] != 8 or ins.memory_segment in (R.FS, R.GS):
+            return
+        disp = ins.memory_displacement
+        self.near(t, at, start, operand, base[0], disp - (1 << 64) if disp >> 63 else disp)
+        t.accesses[at].index, t.accesses[at].scale = index[0], ins.memory_index_scale
+
+    def modrm_of(self, plain: Instruction) -> int:
+        """Offset of the ModRM byte in the encoding of *plain*, whose memory operand is ``[rsi]``; -1: it has none."""
+        far = plain.copy()
+        far.memory_displacement, far.memory_displ_size = 0x11, 1
+        one, other = self.encode(plain), self.encode(far)
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), -1)
+        is_it = at >= 0 and other == one[:at] + bytes((one[at] | 0x40, 0x11)) + one[at + 1 :]
+        return at if is_it and one[at] & 0xC7 == 6 else -1
 
     def _unless(self, out: bytearray, t: Template, branch: bytes, size: int, flags: int) -> None:
         """The conditional *branch* goes to what raises the exception that *flags* (``ACCESS_*``) say."""

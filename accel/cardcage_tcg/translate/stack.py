@@ -85,9 +85,11 @@ class Stack(Operands):
                     out += mov(6, host) if size == 8 else mov32(6, host)
             return True
         if ins.op0_kind == K.MEMORY and self.size_of(ins) == size and ins.code in NEAR_MEMORY:
+            start = len(out)
             self.address(ins, out, t, size, False)
-            self.access(out, t, size, False, False, stack=ins.memory_segment == R.SS)
+            at = self.access(out, t, size, False, False, stack=ins.memory_segment == R.SS)
             out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
+            self.near_operand(ins, t, at, start, len(out) - 1)
             return True
         return False
 
@@ -120,6 +122,7 @@ class Stack(Operands):
                 else:
                     host = HOST.get(number, number)
             out += prefix + bytes((wide | host >> 3 << 2, 0x89, 0x06 | (host & 7) << 3))
+            self.near(t, 0, 0, len(out) - 1, 4, -size)
         elif kind == K.MEMORY:
             out += load(7, L.SCRATCH + 24) + prefix + bytes((wide, 0x89, 0x3E))
         else:
@@ -129,7 +132,9 @@ class Stack(Operands):
                 out += b"\x66\xc7\x06" + pack("<H", value & 0xFFFF)
             else:
                 out += bytes((wide, 0xC7, 0x06)) + pack("<I", value & 0xFFFFFFFF)
+                self.near(t, 0, 0, len(out) - 5, 4, -size)
         self.stack_commit(-size, out)
+        t.moves = -size
         t.code = bytes(out)
         return t
 
@@ -171,6 +176,7 @@ class Stack(Operands):
                 out += b"\x66" + mov32(9, 6)
             else:
                 out += b"\x4c\x8b\x0e" if size == 8 else b"\x44\x8b\x0e"
+                self.near(t, 0, 0, len(out) - 1, 4, 0)
         else:
             if size == 2:
                 if number in SPILLED:
@@ -179,11 +185,15 @@ class Stack(Operands):
                     host = HOST.get(number, number)
                     out += b"\x66" + bytes((0x40 | host >> 3 << 2, 0x8B, 0x06 | (host & 7) << 3))
             elif number in SPILLED:
-                out += b"\x48\x8b\x3e" + store(7, L.GPR + 8 * number)
+                out += b"\x48\x8b\x3e"
+                self.near(t, 0, 0, len(out) - 1, 4, 0)
+                out += store(7, L.GPR + 8 * number)
             else:
                 host = HOST.get(number, number)
                 out += bytes(((0x48 if size == 8 else 0x40) | host >> 3 << 2, 0x8B, 0x06 | (host & 7) << 3))
+                self.near(t, 0, 0, len(out) - 1, 4, 0)
             self.stack_commit(size, out)
+            t.moves = size
         t.code = bytes(out)
         return t
 
@@ -194,6 +204,7 @@ class Stack(Operands):
             out += mov(6, 5)
             self.access(out, t, 8, False, restore, stack=True)
             out += b"\x4c\x8d\x4d\x08\x48\x8b\x2e"  # lea r9, [rbp+8]; mov rbp, [rsi]
+            self.near(t, 0, 0, len(out) - 1, 5, 0)
         elif not self.long and ins.code == Code.LEAVED and self.mode & L.MODE_SS32:
             out += mov32(6, 5)
             self.stack_segment(out, t, 4, False)

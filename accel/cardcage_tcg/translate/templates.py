@@ -320,6 +320,7 @@ class Templates(InPlace):
         out = bytearray(t.code)
         if waits(ins):
             out += b"\x9b"  # FWAIT: a pending exception comes before this instruction's access
+        start = len(out)
         width = self._offset(ins, out, t)
         far_bit = mnemonic in (M.BT, M.BTS, M.BTR, M.BTC) and ins.op1_kind == K.REGISTER
         if far_bit:
@@ -372,7 +373,11 @@ class Templates(InPlace):
             before += b"\x23\x84\x24" + pack("<i", L.GUEST_XCR0) + b"\x31\xd2"
             after += load(0, L.SCRATCH + 16) + load(2, L.SCRATCH + 24)
         self._homes(ins, copy, registers, [7], before, after)
-        out += before + self.encode(copy) + after + HIDDEN.get(ins.code, b"")
+        out += before
+        modrm = -1 if far_bit or mnemonic in XSAVES or mnemonic in MASKED_MOVES else self.modrm_of(copy)
+        if modrm >= 0 and t.accesses:
+            self.near_operand(ins, t, at, start, len(out) + modrm)
+        out += self.encode(copy) + after + HIDDEN.get(ins.code, b"")
         if source >= 0 and t.accesses:
             t.accesses[at].resume = len(out)
         t.code = bytes(out)

@@ -16,27 +16,31 @@ from iced_x86 import (
     ConditionCode,
     FlowControl,
     Instruction,
+    InstructionInfoFactory,
     Mnemonic,
     OpKind,
+    RegisterExt,
     RflagsBits,
 )
 
 from cardcage_tcg import MAX_INSTRUCTIONS
 from cardcage_tcg import layout as L
-from cardcage_tcg.translate.allowed import NAMES, SHIFTS, decoder_of, is_foreign
-from cardcage_tcg.translate.emit import load, store
+from cardcage_tcg.translate.allowed import NAMES, SHIFTS, WRITES, decoder_of, is_foreign
+from cardcage_tcg.translate.emit import NUMBER, load, store
 from cardcage_tcg.translate.operands import Emulate, Template
 from cardcage_tcg.translate.system import ends_block
 from cardcage_tcg.translate.templates import Templates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cardcage_tcg.translate.store import TemplateStore
 
 __all__ = ["Translator"]
 
 F, M, K = FlowControl, Mnemonic, OpKind
+_INFO = InstructionInfoFactory()
+_NONE: Mapping[int, tuple[int, int]] = {}
 MODES = 64
 """The most modes whose template makers are kept."""
 _CONDITION_NAMES = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
@@ -70,7 +74,8 @@ def _six(flags: int) -> int:
 
 @frozen
 class _Part:
-    """Fields of ``struct tmpl`` beside the template: how it ends a block, where it goes, a return address's hole."""
+    """Fields of ``struct tmpl`` beside the template: how it ends a block, where it goes, a return address's hole, the
+    registers that it changes."""
 
     template: Template
     kind: int = L.K_NORMAL
@@ -78,6 +83,7 @@ class _Part:
     aux: int = 0
     flags: int = 0
     hole: tuple[int, int] | None = None
+    changes: int = 0
 
 
 def _fields(maker: Templates, raw: bytes) -> list[tuple[int, int]]:
@@ -96,6 +102,21 @@ def _fields(maker: Templates, raw: bytes) -> list[tuple[int, int]]:
 
 def _value(raw: bytes, at: int, size: int) -> int:
     return int.from_bytes(raw[at : at + size], "little", signed=True)
+
+
+def _both(raws: list[bytes], field: tuple[int, int]) -> tuple[int, int]:
+    """The field's value in each of two encodings."""
+    return _value(raws[0], *field), _value(raws[1], *field)
+
+
+def _changes(ins: Instruction, t: Template) -> int:
+    """A bit for each general register that it writes; not RSP where the template says how far that moves."""
+    found = 0
+    for used in _INFO.info(ins).used_registers():
+        number = NUMBER.get(RegisterExt.full_register(used.register))
+        if number is not None and used.access in WRITES:
+            found |= 1 << number[0]
+    return found & ~(1 << 4) if t.moves else found
 
 
 def _delta(raw: bytes, at: int, relative: int) -> int:
@@ -265,6 +286,7 @@ class Translator:
         ):  # fmt: skip
             return None
         rip_field = immediate_field = immediate_size = 0
+        displaced = {}
         rip = a.rip
         if a.rip is not None and b.rip is not None and a.rip != b.rip:
             at = next(
@@ -278,17 +300,17 @@ class Translator:
             if not at or a.rip[0] != b.rip[0]:
                 return None
             rip_field, rip = at, (a.rip[0], _delta(raws[0], at, a.rip[1]))
-        for one, other in zip(a.accesses, b.accesses, strict=True):
-            if (one.branch, one.resume, one.stub, one.size, one.source, one.flags) != (
-                other.branch, other.resume, other.stub, other.size, other.source, other.flags,
-            ):  # fmt: skip
+        for number, (one, other) in enumerate(zip(a.accesses, b.accesses, strict=True)):
+            if one.form != other.form:
                 return None
+            if one.disp != other.disp:
+                match = [field for field in fields if _both(raws, field) == (one.disp, other.disp)]
+                if len(match) != 1:
+                    return None
+                displaced[number] = match[0]
             if one.immediate != other.immediate:
-                match = [
-                    (at, size) for at, size in fields
-                    if size <= 4
-                    and (_value(raws[0], at, size), _value(raws[1], at, size)) == (one.immediate, other.immediate)
-                ]  # fmt: skip
+                wanted = one.immediate, other.immediate
+                match = [field for field in fields if field[1] <= 4 and _both(raws, field) == wanted]
                 if len(match) != 1:
                     return None
                 immediate_field, immediate_size = match[0]
@@ -310,6 +332,7 @@ class Translator:
         return self._pack(
             key, head, a, first.kind, relative=first.relative, flags=first.flags, hole=first.hole, aux=first.aux,
             length=total, total=total, rip_field=rip_field, immediate=(immediate_field, immediate_size), copies=copies,
+            displaced=displaced, changes=first.changes,
         )  # fmt: skip
 
     def _parts(self, maker: Templates, ins: Instruction, raw: bytes) -> tuple[_Part, _Part | None]:
@@ -322,8 +345,9 @@ class Translator:
             extra = L.T_END if ends_block(ins) else 0
             restored = None
             if t.clobbers and not t.flags_stored and (t.reads or t.kills):
-                restored = _Part(maker.get(ins, raw, True), relative=t.written, flags=extra)
-            return _Part(t, relative=t.written, flags=extra), restored
+                again = maker.get(ins, raw, True)
+                restored = _Part(again, relative=t.written, flags=extra, changes=_changes(ins, again))
+            return _Part(t, relative=t.written, flags=extra, changes=_changes(ins, t)), restored
         except Emulate:
             return _Part(Template(), L.K_EMULATE), None
 
@@ -337,7 +361,7 @@ class Translator:
         packed = [
             None if part is None else self._pack(
                 key, head or raw, part.template, part.kind, relative=part.relative, aux=part.aux, flags=part.flags,
-                hole=part.hole, length=ins.len, total=ins.len,
+                hole=part.hole, length=ins.len, total=ins.len, changes=part.changes,
             )
             for part in self._parts(maker, ins, raw)
         ]  # fmt: skip
@@ -369,8 +393,9 @@ class Translator:
             if ins.mnemonic != M.RET or maker.operand_width_of_return(ins) != size:
                 raise Emulate("return")
             maker.stack_pointer(0, out, t, size, False)
-            maker.access(out, t, size, False, False, stack=True)
+            at = maker.access(out, t, size, False, False, stack=True)
             out += {2: b"\x0f\xb7\x36", 4: b"\x8b\x36", 8: b"\x48\x8b\x36"}[size]
+            maker.near(t, at, 0, len(out) - 1, 4, 0)
             relative = size + (ins.immediate16 if ins.op_count else 0)  # of an indirect branch: what a fault takes back
             maker.stack_commit(relative, out)
         elif flow == F.CALL and ins.op_count and ins.op0_kind == near:
@@ -389,13 +414,15 @@ class Translator:
     @staticmethod
     def _push_return(maker: Templates, size: int, out: bytearray, t: Template) -> tuple[int, int]:
         """Push the address after the instruction: ``(offset, size)`` of the hole for it."""
+        start = len(out)
         maker.stack_pointer(-size, out, t, size, True)
-        maker.access(out, t, size, True, False, stack=True)
+        at = maker.access(out, t, size, True, False, stack=True)
         out += {2: b"\x66\xc7\x06", 4: b"\xc7\x06", 8: b"\x48\xbf"}[size]
         hole = len(out), size
         out += bytes(size)
         if size == 8:
             out += b"\x48\x89\x3e"
+            maker.near(t, at, start, len(out) - 1, 4, -size)
         maker.stack_commit(-size, out)
         return hole
 
@@ -415,6 +442,8 @@ class Translator:
         rip_field: int = 0,
         immediate: tuple[int, int] = (0, 0),
         copies: Sequence[tuple[int, int, int]] = (),
+        displaced: Mapping[int, tuple[int, int]] = _NONE,
+        changes: int = 0,
     ) -> bytearray:
         holes = [(*t.rip, 8)] if t.rip is not None else []
         if hole is not None:
@@ -433,15 +462,20 @@ class Translator:
                 six[word] = _six(word)
         out = bytearray(
             pack(
-                "<IIIHHqqqHHBBBBBBBB" "BBBBBBBBBxHH6x",
+                "<IIIHHqqqHHBBBBBBBB" "BBBBBBBBBxHHHb3x",
                 0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, _signed(relative),
                 _signed(holes[0][1]), _signed(holes[1][1]), holes[0][0], holes[1][0], holes[0][2], holes[1][2],
                 len(raw), kind, aux, six[t.reads], six[t.kills], flags,
                 len(t.accesses), total, rip_field, *immediate,
-                first[0], second[0], first[1], second[1], first[2], second[2],
+                first[0], second[0], first[1], second[1], first[2], second[2], changes, t.moves,
             )
         )  # fmt: skip
-        for a in t.accesses:
-            out += pack("<HHHHBB2xi", a.branch, a.resume, a.size, a.flags, a.source, a.stub, a.immediate)
+        for number, a in enumerate(t.accesses):
+            field = displaced.get(number, (0, 0))
+            out += pack(
+                "<HHHHBB2xiHHBBBBiI",
+                a.branch, a.resume, a.size, a.flags, a.source, a.stub, a.immediate,
+                a.start, a.operand, a.base & 0xFF, a.index & 0xFF, a.scale, field[0], a.disp, field[1],
+            )  # fmt: skip
         out += raw.ljust(16, b"\0") + t.code
         return out

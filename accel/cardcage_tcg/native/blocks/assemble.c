@@ -9,9 +9,16 @@
 #include "helpers.h"
 
 #define MAX_BODY 66
+#define MAX_SIDES 4
 #define ROOM 12288
 #define COLD_AT (ROOM + 4096) /* where the cold part begins while both are one: in between lies what the last instruction and the end take */
 #define MOST_CODE (15 * MAX_BODY) /* bytes of the longest block */
+
+/* Accesses of a block whose addresses are one register's value, or two registers' sum, and a displacement. The first of them looks up the page
+ * for all, which lie within bytes *low* to *high* (of the base's value when the block began, where that is the stack pointer). What it
+ * finds stays in cpu.near[slot]. */
+enum { SLOTS = 4, MAX_GROUPS = 24, MAX_NEAR = 2, SPAN = 120, ALONE = 0xff };
+struct group { u8 base, index, scale, write, slot, open, item; u32 members, last; s32 low, high; };
 
 struct out {
     u8 code[2 * COLD_AT];
@@ -19,8 +26,13 @@ struct out {
     struct code to;     /* what becomes of it */
     u32 payloads, chains, misses;
     struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
-    struct { u32 field; s64 target; u32 saved; } chain[4]; /* saved: cpu.fl has the flags too */
-    u32 miss[8], moved; /* moved: how far the indirect branch moved the stack pointer */
+    struct { u32 field; s64 target; u32 saved, plain; } chain[4 + MAX_SIDES + SLOTS * 4]; /* saved: cpu.fl has the flags too */
+    struct { u32 branch, resume, item; const struct taccess *access; struct group *group; u32 saved; } slow[2 * MAX_BODY + 4];
+    u32 slows, groups;
+    struct group group[MAX_GROUPS];
+    u8 shares[MAX_BODY + 1][MAX_NEAR]; /* the group of an instruction's access */
+    short moved[MAX_BODY + 1];         /* how far the stack pointer has moved before it */
+    u32 miss[8], spent; /* spent: how far the indirect branch moved the stack pointer */
     u32 page;           /* offset of the block's start in its page */
     struct { u32 branch, guest; } poll[2];
     u32 polls;
@@ -35,7 +47,12 @@ struct plan {
     const struct tmpl *end;
     s64 relative;       /* the end's target - its own RIP */
     struct tmpl branch; /* a direct jump, which needs no template */
+    u32 sides;
+    struct { u8 condition, item; s64 relative; } side[MAX_SIDES]; /* conditional jumps ahead, behind which the block goes on */
 };
+
+/* Such a jump among the instructions: what is behind it is not known, so that all flags live. */
+static const struct tmpl side_jump = { .kind = K_JCC, .reads = ALL_FLAGS, .payload = 0xffff };
 
 static u32 hash_raw(u32 key, const u8 *raw, u32 length)
 {
@@ -216,7 +233,7 @@ static u32 from_start(u32 at) { return at < COLD_AT ? at : (u32)sizeof(struct bl
 
 static void begin(struct out *o)
 {
-    o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = o->moved = o->to.fixes = o->to.jumps = 0;
+    o->used = o->stored = o->payloads = o->chains = o->misses = o->polls = o->spent = o->to.fixes = o->to.jumps = o->slows = o->groups = 0;
 }
 
 /* The code that runs is complete: what follows is cold. */
@@ -272,6 +289,7 @@ static void note_chain(struct out *o, s64 target, u32 saved)
 {
     o->chain[o->chains].field = o->used - 4;
     o->chain[o->chains].saved = saved;
+    o->chain[o->chains].plain = 0;
     o->chain[o->chains++].target = target;
 }
 
@@ -302,15 +320,15 @@ static void emit_miss(struct out *o, const u8 *jump, u32 length) /* to where the
 
 static void emit_indirect(struct out *o, u32 mode)
 {
-    /* mov edi, esi; shr edi, JC_SHIFT; xor edi, esi; shl edi, 4; and edi, ... */
-    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, JC_SHIFT, 0x31, 0xf7, 0xc1, 0xe7, 0x04, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
+    /* mov edi, esi; shr edi, JC_SHIFT; xor edi, esi; shl edi, 4 - JC_LOW; and edi, ... */
+    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, JC_SHIFT, 0x31, 0xf7, 0xc1, 0xe7, 4 - JC_LOW, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
                     always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
     if (mode & MODE_STEP) { /* to where traps are taken */
         emit_miss(o, always, 5);
         return;
     }
     put(o, index, sizeof index);
-    put32(o, (JC_SIZE - 1) << 4);
+    put32(o, (jc_size(mode & MODE_CPL3) - 1) << 4);
     put(o, compare, 4);
     put32(o, jump_table(mode));
     emit_miss(o, jne, 6);
@@ -342,7 +360,7 @@ static void emit_direct(struct out *o, u32 mode, u64 target)
         emit_miss(o, always, 5);
         return;
     }
-    u32 entry = jump_table(mode) + (u32)sizeof(struct jump) * jc_index(target);
+    u32 entry = jump_table(mode) + (u32)sizeof(struct jump) * jc_index(target, mode & MODE_CPL3);
     put(o, compare, 4);
     put32(o, entry + offsetof(struct jump, pc));
     emit_miss(o, jne, 6);
@@ -370,13 +388,123 @@ static void emit_not_taken(struct out *o, const struct store *s, u32 mode, u64 p
     emit_onward(o, s, mode, pc, target);
 }
 
-/* A template's code, its holes filled. */
-static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, const u8 *raw)
+static s32 field_value(const u8 *at, u32 size)
 {
-    u32 start = o->used;
-    put(o, code_of(t), t->code_length);
+    return size == 1 ? (signed char)*at : size == 2 ? *(const short *)at : *(const s32 *)at;
+}
+
+static u32 tlb_of(u32 mode, int write)
+{
+    return (write ? offsetof(struct cpu, tlb_w) : offsetof(struct cpu, tlb_r)) + (mode & MODE_CPL3 ? (u32)sizeof(struct tlb) : 0);
+}
+
+static int is_write(const struct taccess *a) { return a->stub != STUB_READ_K && a->stub != STUB_READ_U; }
+
+static s32 displacement(const struct taccess *a, const u8 *raw) { return a->disp_size ? field_value(raw + a->disp_field, a->disp_size) : a->disp; }
+
+/* Where host code has a guest's register: in another one, or loaded into *scratch*. */
+static u32 host_of(struct out *o, u32 guest, u32 scratch)
+{
+    if (guest == RSP || guest == RSI || guest == RDI)
+        return guest == RSP ? 9 : guest == RSI ? 10 : 11;
+    if (guest < 9 || guest > 11)
+        return guest;
+    const u8 load[] = { 0x48, 0x8b, (u8)(0x84 | scratch << 3), 0x24 }; /* mov scratch, [gpr] */
+    put(o, load, 4);
+    put32(o, offsetof(struct cpu, gpr) + 8 * guest);
+    return scratch;
+}
+
+/* RSI = host address of a group's lowest byte, which is *disp* from its registers' sum; cpu.near[slot] has it then. Arithmetic flags go. */
+static void emit_shared(struct out *o, struct group *g, u32 mode, u32 item, s32 disp, u32 kept)
+{
+    static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, 0x08, 0x81, 0xe7 }, tag[] = { 0x48, 0x33, 0xb4, 0x3c }, compare[] = { 0x48, 0x81, 0xfe },
+                    above[] = { 0x0f, 0x87, 0, 0, 0, 0 }, add[] = { 0x48, 0x03, 0xb4, 0x3c };
+    u32 base = host_of(o, g->base, 6), second = g->index == 0xff ? 4 : host_of(o, g->index, 7); /* 4: none */
+    u32 sib = g->index != 0xff || (base & 7) == 4, shift = g->scale == 8 ? 3 : g->scale == 4 ? 2 : g->scale == 2 ? 1 : 0;
+    u32 wide = disp != (signed char)disp;
+    const u8 lea[] = { (u8)(0x48 | base >> 3 | (second >> 3) << 1), 0x8d, (u8)((wide ? 0x80 : 0x40) | 6 << 3 | (sib ? 4 : base & 7)),
+                       (u8)(shift << 6 | (second & 7) << 3 | (base & 7)) };
+    put(o, lea, sib ? 4 : 3);
+    if (wide)
+        put32(o, (u32)disp);
+    else
+        o->code[o->used++] = (u8)disp;
+    put(o, index, sizeof index);
+    put32(o, (TLB_SIZE - 1) << 4);
+    put(o, tag, 4);
+    put32(o, tlb_of(mode, g->write));
+    put(o, compare, 3);
+    put32(o, 4096 - (u32)(g->high - g->low));
+    put(o, above, 6);
+    o->slow[o->slows].branch = o->used - 4;
+    put(o, add, 4);
+    put32(o, tlb_of(mode, g->write) + 8);
+    o->slow[o->slows].resume = o->used;
+    o->slow[o->slows].item = item;
+    o->slow[o->slows].saved = kept;
+    o->slow[o->slows++].group = g;
+    const u8 keep[] = { 0x48, 0x89, 0x74, 0x24, (u8)(offsetof(struct cpu, near) + 8u * g->slot) }; /* mov [near], rsi */
+    put(o, keep, 5);
+}
+
+/* A piece of a template's code, and where it was put. */
+struct piece { u32 from, to, at; };
+
+static void put_piece(struct out *o, const u8 *code, struct piece *pieces, u32 *count, u32 from, u32 to)
+{
+    pieces[(*count)++] = (struct piece){ from, to, o->used };
+    put(o, code + from, to - from);
+}
+
+/* Where *size* bytes of a template are now; 0: they were left out. */
+static u32 moved_to(const struct piece *pieces, u32 count, u32 offset, u32 size)
+{
+    for (u32 i = count; i--;)
+        if (offset >= pieces[i].from && offset + size <= pieces[i].to)
+            return pieces[i].at + offset - pieces[i].from;
+    return 0;
+}
+
+/* A template's code, its holes filled; accesses of a group without their own look-up. */
+static void place(struct out *o, const struct tmpl *t, u32 mode, u32 item, u64 ip, u32 guest, const u8 *raw, u32 kept)
+{
+    struct piece pieces[2 * MAX_NEAR + 1];
+    const u8 *code = code_of(t);
+    u32 count = 0, from = 0;
+    for (u32 i = 0; i < t->accesses; i++) {
+        const struct taccess *a = accesses_of(t) + i;
+        if (i >= MAX_NEAR || o->shares[item][i] == ALONE)
+            continue;
+        struct group *g = &o->group[o->shares[item][i]];
+        s32 disp = displacement(a, raw), there = disp + (g->base == RSP ? o->moved[item] : 0) - g->low;
+        put_piece(o, code, pieces, &count, from, a->start);
+        if (!g->open) { /* the first */
+            g->open = 1;
+            emit_shared(o, g, mode, item, disp - there, kept);
+        } else {
+            const u8 load[] = { 0x48, 0x8b, 0x74, 0x24, (u8)(offsetof(struct cpu, near) + 8u * g->slot) }; /* mov rsi, [near] */
+            put(o, load, 5);
+        }
+        put_piece(o, code, pieces, &count, a->branch + 12u, a->operand);
+        const u8 operand[] = { (u8)(code[a->operand] | (there ? 0x40 : 0)), (u8)there };
+        put(o, operand, there ? 2 : 1);
+        from = a->operand + 1u;
+    }
+    put_piece(o, code, pieces, &count, from, t->code_length);
+    for (u32 i = 0; i < t->accesses; i++) {
+        const struct taccess *a = accesses_of(t) + i;
+        if (i < MAX_NEAR && o->shares[item][i] != ALONE)
+            continue;
+        o->slow[o->slows].branch = moved_to(pieces, count, a->branch, 4);
+        o->slow[o->slows].resume = moved_to(pieces, count, a->resume, 0);
+        o->slow[o->slows].item = item;
+        o->slow[o->slows].access = a;
+        o->slow[o->slows++].group = 0;
+    }
     for (u32 i = 0; i < 2; i++) {
-        u8 *hole = o->code + start + t->hole[i];
+        u32 at = t->hole_size[i] ? moved_to(pieces, count, t->hole[i], t->hole_size[i]) : 0;
+        u8 *hole = o->code + at;
         u64 value = ip + (u64)t->hole_relative[i];
         if (t->hole_size[i] == 8)
             *(u64 *)hole = value + (i == 0 && t->rip_field ? (u64)(s64)*(const s32 *)(raw + t->rip_field) : 0);
@@ -385,14 +513,89 @@ static void place(struct out *o, const struct tmpl *t, u64 ip, u32 guest, const 
         else if (t->hole_size[i] == 2)
             *(u16 *)hole = (u16)value;
     }
-    for (u32 i = 0; i < 2 && t->field_size[i]; i++)
-        memcpy(o->code + start + t->field_code[i], raw + t->field_raw[i], t->field_size[i]);
+    for (u32 i = 0; i < 2 && t->field_size[i]; i++) {
+        u32 at = moved_to(pieces, count, t->field_code[i], t->field_size[i]);
+        if (at)
+            memcpy(o->code + at, raw + t->field_raw[i], t->field_size[i]);
+    }
     if (t->payload != 0xffff) {
-        o->payload[o->payloads].at = start + t->payload;
+        o->payload[o->payloads].at = moved_to(pieces, count, t->payload, 4);
         o->payload[o->payloads++].guest = guest;
     }
     if (t->flags & T_STORED)
         o->stored = 1;
+}
+
+/* The group that an access may join: the newest that has its registers, as it is used or more, and room. */
+static struct group *group_for(struct out *o, const struct taccess *a, s32 disp)
+{
+    for (u32 i = o->groups; i--;) {
+        struct group *g = &o->group[i];
+        s32 low = disp < g->low ? disp : g->low, high = disp + a->size > g->high ? disp + a->size : g->high;
+        if (!g->open || g->base != a->base || g->index != a->index || g->scale != a->scale || (is_write(a) && !g->write) || high - low > SPAN)
+            continue;
+        g->low = low, g->high = high;
+        return g;
+    }
+    if (o->groups == MAX_GROUPS)
+        return 0;
+    struct group *g = &o->group[o->groups++];
+    *g = (struct group){ .base = a->base, .index = a->index, .scale = a->scale, .write = (u8)is_write(a), .open = 1, .low = disp,
+                         .high = disp + a->size };
+    return g;
+}
+
+/* Find the accesses that share a look-up. A group ends where one of its registers is written, and at each helper, which may change
+ * translations; code that leaves for a device in its middle goes on only where none was dropped meanwhile (cpu.dropped). */
+static void share(struct out *o, const struct plan *p, const u8 *data, int wanted)
+{
+    u32 count = p->count + (p->end && (p->end->kind == K_CALL || p->end->kind == K_INDIRECT));
+    s32 moved = 0;
+    for (u32 i = 0; i < count; i++) {
+        const struct tmpl *t = i < p->count ? p->t[i] : p->end;
+        o->moved[i] = (short)moved;
+        for (u32 j = 0; j < MAX_NEAR; j++)
+            o->shares[i][j] = ALONE;
+        for (u32 j = 0; wanted && j < t->accesses && j < MAX_NEAR; j++) {
+            const struct taccess *a = accesses_of(t) + j;
+            if (a->base == 0xff || a->size > 32)
+                continue;
+            s64 disp = (s64)displacement(a, data + p->at[i]) + (a->base == RSP ? moved : 0);
+            struct group *g = disp == (s32)disp && (s32)disp < 1 << 30 && (s32)disp > -(1 << 30) ? group_for(o, a, (s32)disp) : 0;
+            if (!g)
+                continue;
+            if (!g->members++)
+                g->item = (u8)i;
+            g->last = i;
+            o->shares[i][j] = (u8)(g - o->group);
+        }
+        for (u32 j = 0; j < o->groups; j++)
+            if (t->payload != 0xffff || t->changes >> o->group[j].base & 1 || (o->group[j].index < 16 && t->changes >> o->group[j].index & 1))
+                o->group[j].open = 0;
+        moved += t->moves;
+    }
+    u32 until[SLOTS] = { 0 }, taken = 0;
+    for (u32 j = 0; j < o->groups; j++) { /* they are in the order of their first accesses */
+        struct group *g = &o->group[j];
+        g->open = 0;
+        g->slot = ALONE;
+        for (u32 slot = 0; g->members > 1 && taken < 4 * SLOTS && slot < SLOTS && g->slot == ALONE; slot++)
+            if (until[slot] <= g->item)
+                g->slot = (u8)slot, until[slot] = g->last + 1, taken++;
+    }
+    for (u32 i = 0; i < count; i++)
+        for (u32 j = 0; j < MAX_NEAR; j++)
+            if (o->shares[i][j] != ALONE && o->group[o->shares[i][j]].slot == ALONE)
+                o->shares[i][j] = ALONE;
+}
+
+/* Whether an instruction's accesses all use what another one has looked up; such a one leaves the flags alone. */
+static int only_shares(const struct out *o, const struct tmpl *t, u32 item)
+{
+    for (u32 j = 0; j < t->accesses; j++)
+        if (j >= MAX_NEAR || o->shares[item][j] == ALONE || o->group[o->shares[item][j]].item == item)
+            return 0;
+    return t->accesses != 0;
 }
 
 /* Whether the code *offset* bytes behind a block's start is no further on: addresses wrap but for those of 64 bits, whose end is not
@@ -411,23 +614,57 @@ static int wants_poll(const struct plan *p, const struct block *b)
     return (p->end && goes_back(b, p->at[p->count] + p->relative)) || ((!p->end || p->end->kind == K_JCC) && goes_back(b, p->next));
 }
 
+/* Whether the block goes on behind the conditional jump that it would end with: one ahead, which no loop is made of. */
+static int goes_on(struct plan *p, u32 key, u32 size, u32 limit)
+{
+    if (p->end != &p->branch || p->branch.kind != K_JCC || p->relative <= p->length[p->count] || !(key & MODE_64) || p->sides == MAX_SIDES ||
+        p->count + 1 >= limit || p->next >= size || (p->count && p->t[p->count - 1]->flags & T_SHADOW))
+        return 0;
+    p->side[p->sides].condition = p->branch.aux;
+    p->side[p->sides].item = (u8)p->count;
+    p->side[p->sides++].relative = p->relative;
+    p->t[p->count++] = &side_jump;
+    p->end = 0;
+    return 1;
+}
+
+/* The block ends with the last of those jumps after all. */
+static void end_at_side(struct plan *p)
+{
+    p->sides--;
+    p->count = p->side[p->sides].item;
+    p->relative = p->side[p->sides].relative;
+    p->branch.kind = K_JCC;
+    p->branch.aux = p->side[p->sides].condition;
+    p->branch.accesses = p->branch.flags = 0;
+    p->end = &p->branch;
+    p->next = p->at[p->count] + p->length[p->count];
+}
+
 /* 0, or the offset + 1 of an instruction without a template. */
 static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *data, u32 size, u32 limit, int alone, int crosses)
 {
     u32 at = 0, shadow = 0, bytes = 0;
-    p->count = 0;
+    p->count = p->sides = 0;
     p->end = 0;
     while (at < size && (p->count < (alone ? 1 : limit) || (shadow && !alone)) && bytes < ROOM) {
         u32 room = size - at < 15 ? size - at : 15;
-        if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at))
-            return 0;
+        if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at)) {
+            if (alone || !goes_on(p, key, size, limit))
+                return 0;
+            at = p->next;
+            continue;
+        }
         p->end = 0;
         u32 truncated;
         const struct tmpl *t = resolve(s, key, data + at, room, &truncated);
         if (!t) {
             if (p->count && truncated && !crosses)
                 break;
-            return at + 1;
+            if (!p->sides)
+                return at + 1;
+            end_at_side(p); /* no template is made of what may never run */
+            return 0;
         }
         p->at[p->count] = (u16)at;
         p->length[p->count] = t->length;
@@ -455,6 +692,17 @@ static u8 opcode_of(const u8 *raw, u32 mode)
                       (mode & MODE_64 && (raw[i] & 0xf0) == 0x40)))
         i++;
     return raw[i];
+}
+
+/* A conditional jump out of the block's midst. The flags stay where they are. */
+static void emit_side(struct out *o, const struct store *s, const struct plan *p, u32 number)
+{
+    const u8 jcc[] = { 0x0f, (u8)(0x80 | p->side[number].condition), 0, 0, 0, 0 };
+    u32 saved = o->stored;
+    restore(o, s);
+    align(o, 2);
+    put(o, jcc, 6);
+    note_chain(o, p->at[p->side[number].item] + p->side[number].relative, saved);
 }
 
 static void finish(struct out *o, const struct store *s, const struct plan *p, u32 mode, u64 pc, int single, const u8 *data)
@@ -514,37 +762,60 @@ static void finish(struct out *o, const struct store *s, const struct plan *p, u
     }
 }
 
-static s32 field_value(const u8 *at, u32 size)
+/* The slow path of the look-up that accesses share. On where each looks up its own page, in a block of KEY_PLAIN that begins here. */
+static void cold_shared(struct out *o, const struct store *s, const struct plan *p, u32 mode, u32 number)
 {
-    return size == 1 ? (signed char)*at : size == 2 ? *(const short *)at : *(const s32 *)at;
+    static const u8 jmp[] = { 0xe9, 0, 0, 0, 0 };
+    const struct group *g = o->slow[number].group;
+    u32 item = o->slow[number].item;
+    patch(o, o->slow[number].branch, o->used);
+    call_stub(o, (g->write ? STUB_SHARE_WRITE_K : STUB_SHARE_READ_K) + (mode & MODE_CPL3 ? 1 : 0));
+    put(o, jmp, 5);
+    patch(o, o->used - 4, o->slow[number].resume);
+    put(o, jmp, 5);
+    u32 plain = o->used - 4;
+    struct access *to = (struct access *)(o->code + o->used);
+    memset(to, 0, sizeof *to);
+    to->header = from_start(o->used);
+    to->delta = p->at[item];
+    to->size = (u16)(g->high - g->low);
+    o->used += sizeof *to;
+    patch(o, plain, o->used);
+    if (o->slow[number].saved)
+        put(o, s->load, s->load_length);
+    align(o, 1);
+    put(o, jmp, 5);
+    note_chain(o, p->at[item], o->slow[number].saved);
+    o->chain[o->chains - 1].plain = 1;
 }
 
-static void cold(struct out *o, const struct store *s, const struct plan *p, const struct tmpl **placed, const u32 *starts,
-                 u32 count, u32 mode, u64 pc, const u8 *data)
+static void cold(struct out *o, const struct store *s, const struct plan *p, const struct tmpl **placed, u32 mode, u64 pc, const u8 *data)
 {
-    static const u8 jmp = 0xe9, nop = 0x90;
-    for (u32 i = 0; i < count; i++) {
-        const struct tmpl *t = placed[i];
-        for (u32 j = 0; j < t->accesses; j++) {
-            const struct taccess *a = accesses_of(t) + j;
-            int write = a->stub == STUB_WRITE_K || a->stub == STUB_WRITE_U;
-            while (write && o->used % 4) /* `immediate` is set while others look at it */
-                put(o, &nop, 1);
-            patch(o, starts[i] + a->branch, o->used);
-            call_stub(o, a->stub);
-            put(o, &jmp, 1);
-            o->used += 4;
-            patch(o, o->used - 4, starts[i] + a->resume);
-            struct access *to = (struct access *)(o->code + o->used);
-            to->header = from_start(o->used);
-            to->delta = p->at[i];
-            to->size = a->size;
-            to->source = a->source;
-            to->length = p->length[i];
-            to->flags = a->flags;
-            to->immediate = write ? 0 : t->immediate_field ? field_value(data + p->at[i] + t->immediate_field, t->immediate_size) : a->immediate;
-            o->used += sizeof(struct access);
+    static const u8 jmp[] = { 0xe9, 0, 0, 0, 0 }, nop = 0x90;
+    for (u32 i = 0; i < o->slows; i++) {
+        if (o->slow[i].group) {
+            cold_shared(o, s, p, mode, i);
+            continue;
         }
+        const struct taccess *a = o->slow[i].access;
+        u32 item = o->slow[i].item;
+        const struct tmpl *t = placed[item];
+        int write = a->stub == STUB_WRITE_K || a->stub == STUB_WRITE_U;
+        while (write && o->used % 4) /* `immediate` is set while others look at it */
+            put(o, &nop, 1);
+        patch(o, o->slow[i].branch, o->used);
+        call_stub(o, a->stub);
+        put(o, jmp, 5);
+        patch(o, o->used - 4, o->slow[i].resume);
+        struct access *to = (struct access *)(o->code + o->used);
+        to->header = from_start(o->used);
+        to->delta = p->at[item];
+        to->size = a->size;
+        to->source = a->source;
+        to->length = p->length[item];
+        to->flags = a->flags;
+        to->immediate = write ? 0 : t->immediate_field ? field_value(data + p->at[item] + t->immediate_field, t->immediate_size) : a->immediate;
+        o->used += sizeof(struct access);
     }
     for (u32 i = 0; i < o->polls; i++) {
         patch(o, o->poll[i].branch, o->used);
@@ -552,7 +823,7 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         payload_nop(o, o->poll[i].guest);
     }
     for (u32 i = 0; i < o->chains; i++) {
-        if (leaves_user_page(o, mode, o->chain[i].target)) {
+        if (!o->chain[i].plain && leaves_user_page(o, mode, o->chain[i].target)) {
             patch(o, o->chain[i].field, o->used);
             if (!o->chain[i].saved)
                 put(o, s->save, s->save_length);
@@ -566,9 +837,10 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         struct site *site = (struct site *)(o->code + o->used);
         site->header = from_start(o->used);
         site->jump = o->used - o->chain[i].field;
-        o->to.jump[o->to.jumps++] = o->used - COLD_AT + (u32)offsetof(struct site, jump);
+        if (o->chain[i].field < COLD_AT)
+            o->to.jump[o->to.jumps++] = o->used - COLD_AT + (u32)offsetof(struct site, jump);
         site->target = o->chain[i].target;
-        site->wrap = mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2;
+        site->wrap = (mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2) | (o->chain[i].plain ? SITE_PLAIN : 0);
         site->next = site->block = 0;
         o->used += sizeof(struct site);
     }
@@ -577,7 +849,7 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         for (u32 i = 0; i < o->misses; i++)
             patch(o, o->miss[i], o->used);
         put(o, &mov, 1);
-        put32(o, o->moved);
+        put32(o, o->spent);
         call_stub(o, STUB_JUMP);
         payload_nop(o, p->at[p->count - !p->end]);
     }
@@ -607,7 +879,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     struct plan p;
     struct fault_site sites[MAX_BODY + 1];
     const struct tmpl *placed[MAX_BODY + 1];
-    u32 starts[MAX_BODY + 1], mode = block->mode, nsites = 0;
+    u32 mode = block->mode, nsites = 0, side = 0;
     int single = what == MAKE_SINGLE;
     u32 missing = collect(s, &p, template_key(mode) | (single ? KEY_SINGLE : 0), data, size, limit, mode & MODE_STEP || what != MAKE_BLOCK, crosses);
     if (missing)
@@ -615,6 +887,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     liveness(&p);
     begin(o);
     o->page = (u32)(block->cs_base + block->pc) & 0xfff;
+    share(o, &p, data, what == MAKE_BLOCK && mode & MODE_64 && !(mode & (MODE_STEP | KEY_PLAIN)));
     u8 entry_live = p.count ? p.before[0] : ALL_FLAGS;
     int step = mode & MODE_STEP && what == MAKE_BLOCK; /* else the instruction has begun */
     if (step) { /* never chained to; what traps or polls is looked at after each instruction */
@@ -635,6 +908,10 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
     for (u32 i = 0; i < p.count; i++) {
         const struct tmpl *t = p.t[i];
         u8 before = p.before[i], after = p.after[i];
+        if (t == &side_jump) {
+            emit_side(o, s, &p, side++);
+            continue;
+        }
         if (poll && !before) {
             emit_poll(o, p.at[i]);
             poll = 0;
@@ -642,7 +919,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         }
         u32 kept = o->stored;
         int needs = t->reads || (t->kills && after & ~t->kills);
-        if (t->flags & T_CLOBBERS) {
+        if (t->flags & T_CLOBBERS && !only_shares(o, t, i)) {
             if (before || t->flags & T_STORED) {
                 save(o, s);
                 kept = 1;
@@ -661,25 +938,22 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         } else if (t->kills) {
             o->stored = 0;
         }
-        starts[i] = o->used;
         placed[i] = t;
-        place(o, t, block->pc + p.at[i], p.at[i], data + p.at[i]);
+        place(o, t, mode, i, block->pc + p.at[i], p.at[i], data + p.at[i], kept);
         note_site(&sites[nsites++], o, t, p.at[i], kept);
     }
-    u32 count = p.count;
     if (poll) {
         save(o, s);
         emit_poll(o, p.end ? p.at[p.count] : p.next);
     }
     if (p.end && (p.end->kind == K_CALL || p.end->kind == K_INDIRECT) && !single) {
         save(o, s);
-        starts[count] = o->used;
-        placed[count++] = p.end;
-        place(o, p.end, block->pc + p.at[p.count], p.at[p.count], data + p.at[p.count]);
+        placed[p.count] = p.end;
+        place(o, p.end, mode, p.count, block->pc + p.at[p.count], p.at[p.count], data + p.at[p.count], 1);
         note_site(&sites[nsites++], o, p.end, p.at[p.count], 1);
         s64 target = (s64)p.at[p.count] + p.relative;
         if (p.end->kind == K_INDIRECT) {
-            o->moved = (u32)p.end->relative;
+            o->spent = (u32)p.end->relative;
             emit_indirect(o, mode);
         } else {
             emit_onward(o, s, mode, block->pc, target);
@@ -688,7 +962,7 @@ static u32 assemble(const struct store *s, struct out *o, struct block *block, c
         finish(o, s, &p, mode, block->pc, single, data);
     }
     begin_cold(o, block);
-    cold(o, s, &p, placed, starts, count, mode, block->pc, data);
+    cold(o, s, &p, placed, mode, block->pc, data);
     while (o->used % 2)
         put(o, (const u8 *)"\x90", 1);
     block->sites = o->used - COLD_AT;
@@ -764,6 +1038,8 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
     struct vm *vm = c->vm;
     struct { struct block header; struct out out; } image;
     struct block *b = &image.header;
+    u32 plain = what & KEY_PLAIN;
+    what &= ~(u32)KEY_PLAIN;
     u8 data[MOST_CODE + 15];
     u64 generation = vm->generation;
     c->info[3] = 0;
@@ -774,7 +1050,7 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
     b->cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
     b->phys = phys;
     b->phys2 = ~0ul;
-    b->mode = c->mode;
+    b->mode = c->mode | plain;
     if (what == MAKE_BLOCK)
         tcg_watch_running(c, phys);
     u32 size = copy_code(c, b, linear, template_key(c->mode) | (what == MAKE_SINGLE ? KEY_SINGLE : 0), data);
@@ -799,7 +1075,7 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
     return put_block(vm, b, &image.out.to);
 }
 
-u64 native_translate(struct cpu *c, u64 phys, u64 linear) { return translate(c, phys, linear, MAKE_BLOCK, 0, 0); }
+u64 native_translate(struct cpu *c, u64 phys, u64 linear, u32 plain) { return translate(c, phys, linear, MAKE_BLOCK | plain, 0, 0); }
 
 /* The code of the single of the instruction at cpu->rip whose write *a* is; it is made once. 0: Python has to make a template first, or does the
  * instruction. It stays as long as the code that *a* lies in. */

@@ -124,6 +124,8 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     x->tag = page | !*global;
     x->phys = *phys;
     c->code_in[which] |= seen_in(linear >> 21);
+    if (writable & PAGE_LARGE)
+        c->code_large[which] |= seen_in(linear >> 21);
     return 0;
 }
 
@@ -131,12 +133,12 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
  * is UNKNOWN: a page walk may have to take the lock, so the caller does it. */
 enum { UNKNOWN = 1 }; /* no page's address */
 
-static struct block *find(struct cpu *c, u64 phys, u64 cs_base, u64 second, int *unknown)
+static struct block *find(struct cpu *c, u64 phys, u32 mode, u64 cs_base, u64 second, int *unknown)
 {
     *unknown = 0;
-    struct block *b = (struct block *)*chain_of(c->vm, phys, c->mode, c->rip, cs_base);
+    struct block *b = (struct block *)*chain_of(c->vm, phys, mode, c->rip, cs_base);
     for (; b; b = (struct block *)b->hash_next) {
-        if (b->phys != phys || b->pc != c->rip || b->mode != c->mode || b->cs_base != cs_base || !b->valid)
+        if (b->phys != phys || b->pc != c->rip || b->mode != mode || b->cs_base != cs_base || !b->valid)
             continue;
         if (b->phys2 == ~0ul || b->phys2 == second)
             return b;
@@ -147,11 +149,11 @@ static struct block *find(struct cpu *c, u64 phys, u64 cs_base, u64 second, int 
 
 /* Likewise, without the lock; it is held when a block was found, and *global says of both its pages whether they are. On 0 the instruction may fault when it is fetched: whoever translates it
  * sees to that. */
-static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base, u32 *global)
+static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u32 mode, u64 cs_base, u32 *global)
 {
     int unknown;
     spin_lock(&c->vm->lock);
-    struct block *b = find(c, phys, cs_base, UNKNOWN, &unknown);
+    struct block *b = find(c, phys, mode, cs_base, UNKNOWN, &unknown);
     if (b)
         return b;
     spin_unlock(&c->vm->lock);
@@ -165,7 +167,7 @@ static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base, u
     }
     *global &= global_second;
     spin_lock(&c->vm->lock);
-    b = find(c, phys, cs_base, second, &unknown);
+    b = find(c, phys, mode, cs_base, second, &unknown);
     if (!b)
         spin_unlock(&c->vm->lock);
     return b;
@@ -175,6 +177,8 @@ static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u64 cs_base, u
 u64 native_dispatch(struct cpu *c)
 {
     c->pending_size = 0; /* what a device answered was for the instruction before */
+    u32 plain = c->plain ? KEY_PLAIN : 0; /* such blocks keep out of the jump cache: at their address it has the others */
+    c->plain = 0;
     for (;;) {
         if (unlikely(c->debug) && debug_trap(c) == H_EXIT)
             return 0;
@@ -209,8 +213,9 @@ u64 native_dispatch(struct cpu *c)
                 return 0;
             continue;
         }
-        struct jump *j = &c->jc[m][jc_index(c->rip)];
-        if (j->pc == c->rip && likely(!step))
+        u32 entry = jc_index(c->rip, m);
+        struct jump *j = &c->jc[m][entry];
+        if (j->pc == c->rip && likely(!step && !plain))
             return j->code;
         u64 phys;
         u32 global;
@@ -221,19 +226,20 @@ u64 native_dispatch(struct cpu *c)
             continue;
         }
         phys |= linear & 0xfff;
-        struct block *b = look_up(c, phys, linear, cs_base, &global);
+        struct block *b = look_up(c, phys, linear, c->mode | plain, cs_base, &global);
         if (likely(b != 0)) {
-            if (likely(!step)) {
+            if (likely(!step && !plain)) {
                 j->code = b->code;
                 j->pc = c->rip;
-                c->jc_used[m][jc_index(c->rip) / 64] |= 1ul << jc_index(c->rip) % 64;
+                c->jc_used[m][entry / 64] |= 1ul << entry % 64;
+                c->jc_some[m][entry / 4096] |= 1ul << entry / 64 % 64;
                 c->jc_local[m] |= !global;
             }
             u64 code = b->code;
             spin_unlock(&c->vm->lock); /* not before: kill() clears jump caches */
             return code;
         }
-        u64 made = native_translate(c, phys, linear);
+        u64 made = native_translate(c, phys, linear, plain);
         if (made != TRANSLATE_MISSING && made != TRANSLATE_FULL)
             continue;
         c->info[2] = made;
@@ -250,7 +256,8 @@ u64 native_resume(struct cpu *c)
     u64 code = c->resume;
     if (!code)
         return native_dispatch(c);
-    if (c->resume_generation == c->vm->generation) {
+    int stale = c->dropped && (c->resume_kind == RESUME_LOAD || c->resume_kind == RESUME_AFTER); /* addresses that a block's accesses share */
+    if (c->resume_generation == c->vm->generation && likely(!stale)) {
         c->resume = 0;
         if (c->resume_kind != RESUME_AGAIN)
             c->pending_size = 0;
@@ -378,14 +385,16 @@ u64 native_chain(struct cpu *c, u64 ret)
     struct block *from = (struct block *)(ret - s->header);
     u64 generation = c->vm->generation;
     u64 target = from->pc + (u64)(s64)s->target;
-    c->rip = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
+    u32 plain = s->wrap & SITE_PLAIN, mode = (from->mode & ~(u32)KEY_PLAIN) | (plain ? KEY_PLAIN : 0), wrap = s->wrap & 3;
+    c->plain = plain;
+    c->rip = wrap == 0 ? target : wrap == 1 ? (u32)target : (u16)target;
     u64 code = native_dispatch(c);
     if (!code || generation != c->vm->generation) /* where it came from is gone */
         return code;
     struct block *to = block_of(code);
-    u64 pc = s->wrap == 0 ? target : s->wrap == 1 ? (u32)target : (u16)target;
+    u64 pc = wrap == 0 ? target : wrap == 1 ? (u32)target : (u16)target;
     /* an interrupt may have been taken instead, or the target was reached in another mode */
-    if (to->pc != pc || to->mode != from->mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
+    if (to->pc != pc || to->mode != mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
         return code;
     struct vm *vm = c->vm;
     u64 linear = from->cs_base + from->pc, goal = to->cs_base + to->pc;
@@ -398,6 +407,8 @@ u64 native_chain(struct cpu *c, u64 ret)
     if (from->valid && to->valid) {
         if (same) {
             link(vm, s, to);
+        } else if (plain) {
+            ; /* its page was moved or changed meanwhile */
         } else if (cross && vm->crossed < MAX_CROSS) {
             ((struct site **)vm->cross)[vm->crossed++] = s;
             cross_mark(vm, goal);
@@ -405,7 +416,7 @@ u64 native_chain(struct cpu *c, u64 ret)
                 cross_mark(vm, linear_after(c, goal, 4096, 0));
             link(vm, s, to);
         } else if (!s->next) {
-            struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = from->mode | KEY_BRIDGE };
+            struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = mode | KEY_BRIDGE };
             struct block *bridge = (struct block *)make_bridge(vm, &plan, pc);
             if (bridge)
                 link(vm, s, bridge);
@@ -470,7 +481,7 @@ static void kill(struct vm *vm, struct block *b)
         page_remove(vm, b, b->phys2);
     for (u32 i = 0; i < vm->ncpus; i++)
         for (u32 m = 0; vm->cpus[i] && m < 2; m++) {
-            u32 n = jc_index(b->pc);
+            u32 n = jc_index(b->pc, m);
             if (vm->cpus[i]->jc[m][n].code == b->code)
                 __atomic_store_n(&vm->cpus[i]->jc[m][n].pc, jump_nothing(n), __ATOMIC_RELAXED);
         }

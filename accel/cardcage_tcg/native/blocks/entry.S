@@ -172,6 +172,40 @@ SLOW stub_read_k, TLB_R, native_slow_read
 SLOW stub_read_u, TLB_R+SIZEOF_TLB, native_slow_read
 SLOW stub_write_k, TLB_W, native_slow_write
 SLOW stub_write_u, TLB_W+SIZEOF_TLB, native_slow_write
+
+/* Likewise for what several accesses share. Where they cannot, it returns five bytes behind. */
+.macro SHARE name, table, function
+EXPORT \name
+    xor rsi, [rsp+8+rdi+\table]
+    push rax
+    push rcx
+    push rdx
+    push r8
+    push r9
+    push r10
+    push r11
+    lea rdi, [rsp+64]
+    mov rdx, [rsp+56]
+    call \function
+    mov rsi, rax
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdx
+    pop rcx
+    pop rax
+    test rsi, rsi
+    jz 1f
+    ret
+1:  add qword ptr [rsp], 5
+    ret
+.endm
+SHARE stub_share_read_k, TLB_R, native_share_read
+SHARE stub_share_read_u, TLB_R+SIZEOF_TLB, native_share_read
+SHARE stub_share_write_k, TLB_W, native_share_write
+SHARE stub_share_write_u, TLB_W+SIZEOF_TLB, native_share_write
+
 abort:
     add rsp, 8
     SAVE_REGS 0

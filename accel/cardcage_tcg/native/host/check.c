@@ -96,10 +96,11 @@ static int is_block(const struct vm *vm, u64 at)
 
 static void check_jumps(struct cpu *c, u32 m)
 {
-    for (u32 i = 0; i < JC_SIZE; i++) {
+    for (u32 i = 0; i < jc_size(m); i++) {
         struct jump j = c->jc[m][i];
-        if (jc_index(j.pc) != i)
+        if (jc_index(j.pc, m) != i)
             continue;
+        HOLDS(c->jc_used[m][i / 64] >> i % 64 & 1 && c->jc_some[m][i / 4096] >> i / 64 % 64 & 1, j.pc, i);
         HOLDS(!(c->jc_mode[m] & MODE_64) || canonical(j.pc), j.pc, i);
         struct block *b = block_of(j.code);
         HOLDS(is_block(c->vm, (u64)b) && b->code == j.code, j.pc, j.code);

@@ -7,6 +7,7 @@
 #define STUB(name) extern void name(void);
 STUB(stub_read_k) STUB(stub_read_u) STUB(stub_write_k) STUB(stub_write_u) STUB(stub_store_k) STUB(stub_store_u)
 STUB(stub_chain) STUB(stub_jump) STUB(stub_helper) STUB(stub_poll) STUB(stub_limit)
+STUB(stub_share_read_k) STUB(stub_share_read_u) STUB(stub_share_write_k) STUB(stub_share_write_u)
 
 EXPORTED u64 tcg_stub(int i)
 {
@@ -17,6 +18,10 @@ EXPORTED u64 tcg_stub(int i)
     case STUB_WRITE_U: return (u64)stub_write_u;
     case STUB_STORE_K: return (u64)stub_store_k;
     case STUB_STORE_U: return (u64)stub_store_u;
+    case STUB_SHARE_READ_K: return (u64)stub_share_read_k;
+    case STUB_SHARE_READ_U: return (u64)stub_share_read_u;
+    case STUB_SHARE_WRITE_K: return (u64)stub_share_write_k;
+    case STUB_SHARE_WRITE_U: return (u64)stub_share_write_u;
     case STUB_CHAIN: return (u64)stub_chain;
     case STUB_JUMP: return (u64)stub_jump;
     case STUB_HELPER: return (u64)stub_helper;
@@ -29,8 +34,8 @@ EXPORTED u64 tcg_stub(int i)
 /* Empty caches of a new vCPU, and after its registers were set from outside. */
 EXPORTED void tcg_reset(struct cpu *c)
 {
-    memset(c->jc_used, 0xff, sizeof c->jc_used); /* a new vCPU's is all zero, which is no tag for nothing */
-    for (u32 m = 0; m < 2; m++) {
+    for (u32 m = 0; m < 2; m++) { /* a new vCPU's are all zero, which is no tag for nothing; in the jump cache only at address 0 */
+        jc_drop(c, m, 0);
         memset(c->tlb_r[m].filled, 0xff, sizeof c->tlb_r[m].filled);
         memset(c->tlb_w[m].filled, 0xff, sizeof c->tlb_w[m].filled);
     }

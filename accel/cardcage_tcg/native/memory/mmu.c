@@ -243,6 +243,7 @@ static void tlb_drop_marked(struct tlb *t, u64 *map)
 void smap_close(struct cpu *c)
 {
     c->smap_open = 0;
+    c->dropped = 1;
     tlb_drop_marked(&c->tlb_r[0], c->tlb_r[0].user);
     tlb_drop_marked(&c->tlb_w[0], c->tlb_w[0].user);
 }
@@ -253,6 +254,7 @@ void set_pkru(struct cpu *c, u32 value)
     c->pkru = value;
     if (!changed || !(c->cr4 & CR4_PKE))
         return;
+    c->dropped = 1;
     for (u32 m = 0; m < 2; m++) {
         tlb_drop_marked(&c->tlb_r[m], changed & 3 ? c->tlb_r[m].user : c->tlb_r[m].keyed);
         tlb_drop_marked(&c->tlb_w[m], changed & 3 ? c->tlb_w[m].user : c->tlb_w[m].keyed);
@@ -308,13 +310,62 @@ static void tlb_clear(struct tlb *t, int global)
     }
 }
 
+/* The next entry from *at* on that may be for something; JC_SIZE: none. */
+static u32 jc_next(struct cpu *c, u32 m, u32 at)
+{
+    for (u32 i = at / 4096; i < JC_SIZE / 4096; i++) {
+        u64 words = c->jc_some[m][i];
+        if (i == at / 4096)
+            words &= ~0ul << at / 64 % 64;
+        for (; words; words &= words - 1) {
+            u32 word = i * 64 + (u32)__builtin_ctzl(words);
+            u64 bits = c->jc_used[m][word];
+            if (word == at / 64)
+                bits &= ~0ul << at % 64;
+            if (bits)
+                return word * 64 + (u32)__builtin_ctzl(bits);
+        }
+    }
+    return JC_SIZE;
+}
+
 void jc_flush_one(struct cpu *c, u32 m)
 {
-    for (u32 i = 0; i < JC_SIZE / 64; i++) {
-        for (u64 bits = c->jc_used[m][i]; bits; bits &= bits - 1)
-            jc_drop(c, m, i * 64 + (u32)__builtin_ctzl(bits));
-        c->jc_used[m][i] = 0;
+    for (u32 i = 0; i < JC_SIZE / 4096; i++) {
+        for (u64 words = c->jc_some[m][i]; words; words &= words - 1) {
+            u32 word = i * 64 + (u32)__builtin_ctzl(words);
+            for (u64 bits = c->jc_used[m][word]; bits; bits &= bits - 1)
+                jc_drop(c, m, word * 64 + (u32)__builtin_ctzl(bits));
+            c->jc_used[m][word] = 0;
+        }
+        c->jc_some[m][i] = 0;
     }
+}
+
+/* Drop an entry of a block that begins in the 2 MiB of *linear*, or reaches them with its one instruction. */
+static void jc_drop_near(struct cpu *c, u32 m, u32 n, u64 linear)
+{
+    u64 at = c->jc[m][n].pc + c->jc_base[m], end = at + 14;
+    if (!(c->jc_mode[m] & MODE_64))
+        at = (u32)at, end = (u32)end;
+    if ((at ^ linear) >> 21 == 0 || (end ^ linear) >> 21 == 0)
+        jc_drop(c, m, n);
+}
+
+/* INVLPG, for the jump cache. A page of 4 KiB is looked for where its entries are; a large one, of which there are pieces, among all. */
+static void jc_flush_page(struct cpu *c, u32 m, u64 linear)
+{
+    u64 page = linear & ~0xffful;
+    if (c->jc_mode[m] & MODE_64 && !(c->code_large[m] & (seen_in(linear >> 21) | seen_in((page - 1) >> 21)))) {
+        for (u64 at = page - 16; at != page + 4096; at += 1 << JC_LOW) {
+            u32 n = jc_index(at, m);
+            if (c->jc[m][n].pc - (page - 14) < 4096 + 14)
+                jc_drop(c, m, n);
+        }
+        return;
+    }
+    for (u32 n = jc_next(c, m, 0); n < JC_SIZE; n = jc_next(c, m, n + 1))
+        jc_drop_near(c, m, n, linear);
 }
 
 void jc_flush(struct cpu *c)
@@ -327,6 +378,7 @@ void jc_flush(struct cpu *c)
  * be of a page that is not global. */
 void tlb_flush(struct cpu *c, int global)
 {
+    c->dropped = 1;
     for (u32 m = 0; m < 2; m++) {
         tlb_clear(&c->tlb_r[m], global);
         tlb_clear(&c->tlb_w[m], global);
@@ -340,6 +392,8 @@ void tlb_flush(struct cpu *c, int global)
             jc_flush_one(c, m);
             c->code_in[m] = left;
         }
+        if (global)
+            c->code_large[m] = 0;
         c->jc_local[m] = 0;
     }
     if (global)
@@ -350,6 +404,7 @@ void tlb_flush_page(struct cpu *c, u64 linear)
 {
     u32 i = tlb_index(linear);
     u64 page = linear & ~0xffful;
+    c->dropped = 1;
     for (u32 m = 0; m < 2; m++) {
         if (c->tlb_r[m].e[i].tag == page)
             tlb_drop(&c->tlb_r[m], i);
@@ -362,15 +417,7 @@ void tlb_flush_page(struct cpu *c, u64 linear)
         for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
                 xtlb_drop(c, m, n);
-        for (u32 i = 0; i < JC_SIZE / 64; i++)
-            for (u64 bits = c->jc_used[m][i]; bits; bits &= bits - 1) { /* blocks that begin there, or reach it with their one instruction */
-                u32 n = i * 64 + (u32)__builtin_ctzl(bits);
-                u64 at = c->jc[m][n].pc + c->jc_base[m], end = at + 14;
-                if (!(c->jc_mode[m] & MODE_64))
-                    at = (u32)at, end = (u32)end;
-                if ((at ^ linear) >> 21 == 0 || (end ^ linear) >> 21 == 0)
-                    jc_drop(c, m, n);
-            }
+        jc_flush_page(c, m, linear);
     }
     if (cross_reaches(c->vm, linear))
         cross_unlink(c->vm);
@@ -379,6 +426,7 @@ void tlb_flush_page(struct cpu *c, u64 linear)
 /* Drop write entries for a page that now holds code, on a vCPU that is not running. */
 void tlb_unwrite(struct cpu *c, u64 host_page)
 {
+    c->dropped = 1;
     for (u32 m = 0; m < 2; m++)
         for (u32 at = c->tlb_pages[m].head[list_of(host_page)]; at; at = c->tlb_pages[m].after[at - 1])
             if (c->tlb_w[m].e[at - 1].add == host_page)
@@ -387,6 +435,7 @@ void tlb_unwrite(struct cpu *c, u64 host_page)
 
 void tlb_unwrite_all(struct cpu *c)
 {
+    c->dropped = 1;
     tlb_clear(&c->tlb_w[0], 1);
     tlb_clear(&c->tlb_w[1], 1);
 }
@@ -416,6 +465,7 @@ static void resume_at(struct cpu *c, u64 code, u32 kind)
     c->resume = code;
     c->resume_kind = kind;
     c->resume_generation = c->vm->generation;
+    c->dropped = 0;
 }
 
 static u64 rip_after(const struct cpu *c, u32 length)
@@ -439,6 +489,12 @@ static int out_of_reach(const struct block *b, const struct access *a, u64 linea
     if (b->mode & MODE_64)
         return (u64)((s64)(linear << 16) >> 16) != linear || (u64)((s64)(last << 16) >> 16) != last;
     return b->mode & MODE_PE && !(a->flags & ACCESS_LOOKED) && last >> 32;
+}
+
+/* Likewise an operand of 16 bytes or more that is not aligned (SDM vol. 3, 6.15, #GP): no page is looked at. */
+static int misaligned(const struct access *a, u64 linear)
+{
+    return a->flags & ACCESS_ALIGNED && linear & (a->size == 512 ? 15 : a->size - 1u);
 }
 
 /* The vector of a failed translation, as the access has it: its segment says what an address that is not canonical raises. */
@@ -544,6 +600,8 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    if (unlikely(misaligned(a, linear)))
+        return give_up(c, EX_GP, ABORT_RAISE);
     u32 first = 4096 - (u32)(linear & 0xfff);
     u64 parts[2];
     if (a->size > first && both_parts(c, c->tlb_r, linear, first, parts)) {
@@ -591,8 +649,6 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
         *(u64 *)c->bounce = (u64)value >> (phys & 3) * 8;
         return (u64)c->bounce;
     }
-    if (a->flags & ACCESS_ALIGNED && linear & (a->size == 512 ? 15 : a->size - 1u))
-        return give_up(c, EX_GP, ABORT_RAISE);
     if (a->flags & ACCESS_MASKED) {
         c->reason = R_EMULATE;
         c->info[0] = a->length;
@@ -664,6 +720,8 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     c->rip = rip_in(b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
+    if (unlikely(misaligned(a, linear)))
+        return give_up(c, EX_GP, ABORT_RAISE);
     u32 first = 4096 - (u32)(linear & 0xfff);
     int splits = a->size > first && !(a->flags & ACCESS_PYTHON) && !(b->mode & KEY_SINGLE);
     if (splits && both_parts(c, c->tlb_w, linear, first, c->split)) { /* such pages hold no code, and nobody looks at them */
@@ -828,6 +886,18 @@ u64 linear_host(struct cpu *c, u64 linear, int write)
         return 0;
     return (u64)host + (linear & 0xfff);
 }
+
+/* The host address that accesses of a block share: of all bytes that they reach, from *linear* on. 0 where they lie in two pages, or not all may
+ * go straight to RAM: then each looks after itself, and whatever faults does so in its turn. */
+static u64 shared(struct cpu *c, u64 linear, u64 ret, int write)
+{
+    const struct access *a = (const struct access *)(ret + 10);
+    return (linear & 0xfff) + a->size > 4096 ? 0 : linear_host(c, linear, write);
+}
+
+u64 native_share_read(struct cpu *c, u64 linear, u64 ret) { return shared(c, linear, ret, 0); }
+
+u64 native_share_write(struct cpu *c, u64 linear, u64 ret) { return shared(c, linear, ret, 1); }
 
 /* 0, a vector (error code of #PF in scratch[3]), or -1 when it is not RAM. */
 static int vaccess(struct cpu *c, u64 linear, u8 *data, u32 size, int user, int write)
