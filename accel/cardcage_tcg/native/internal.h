@@ -83,22 +83,24 @@ enum { HEADS_MAX = 1 << 18, STORE_MAGIC = 0x47435443 };
 enum { TRANSLATE_CHANGED = 0, TRANSLATE_FULL = 1, TRANSLATE_MISSING = 2 };
 #define ALL_FLAGS 0x3f
 
-/* Then: struct taccess[accesses], 16 bytes that hold the instruction, and the code. */
+/* Then: struct taccess[accesses], and the code. What a look-up compares comes first, in one line of the host's cache. */
 struct tmpl {
     u32 next, key, restore; /* offset of the form that puts the flags back before the operation */
     u16 code_length, payload;
+    u8 raw[16];             /* the instruction, as far as it is kept by it */
+    u8 raw_length, kind, aux, reads, kills, flags;
+    u8 accesses, length;    /* guest bytes; raw_length are those it is kept by */
     s64 relative;           /* target - own RIP; of a single, the bytes that it writes */
     s64 hole_relative[2];
     u16 hole[2];
     u8 hole_size[2];
-    u8 raw_length, kind, aux, reads, kills, flags;
-    u8 accesses, length;    /* guest bytes; raw_length are those it is kept by */
     u8 rip_field, immediate_field, immediate_size; /* offsets in the instruction: of the displacement that hole 0 adds, of a store's immediate */
     u8 field_raw[2], field_size[2], pad;
     u16 field_code[2];      /* bytes of the instruction that are copied into the code */
     u16 changes;            /* general registers that it writes, a bit each */
     signed char moves;      /* what it adds to the stack pointer, which is not in *changes* then */
 };
+enum { T_ALIGN = 64 };
 
 /* base: 0xff, or the address is base + index * scale (index 0xff: none) + disp (with disp_size: at disp_field in the instruction), the code
  * that looks it up begins at *start*, and the operand [rsi] of what follows has its ModRM byte at *operand*. */

@@ -146,7 +146,7 @@ class TemplateStore:
         from cardcage_tcg.translate.emit import flags_load, flags_save  # loads the decoder, which a kept store spares
 
         view = self.area.view
-        pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, L.SIZEOF_STORE + 7 & ~7, 0)
+        pack_into("<IIII", view, 0, L.STORE_MAGIC, STORE_SIZE, -(-L.SIZEOF_STORE // L.T_ALIGN) * L.T_ALIGN, 0)
         for at, length, code in (
             (L.STORE_SAVE, L.STORE_SAVE_LENGTH, flags_save),
             (L.STORE_LOAD, L.STORE_LOAD_LENGTH, flags_load),

@@ -462,11 +462,11 @@ class Translator:
                 six[word] = _six(word)
         out = bytearray(
             pack(
-                "<IIIHHqqqHHBBBBBBBB" "BBBBBBBBBxHHHb3x",
-                0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, _signed(relative),
+                "<IIIHH16sBBBBBBBBqqqHHBB" "BBBBBBBxHHHb3x",
+                0, key, 0, len(t.code), t.payload if t.payload >= 0 else 0xFFFF, raw,
+                len(raw), kind, aux, six[t.reads], six[t.kills], flags, len(t.accesses), total, _signed(relative),
                 _signed(holes[0][1]), _signed(holes[1][1]), holes[0][0], holes[1][0], holes[0][2], holes[1][2],
-                len(raw), kind, aux, six[t.reads], six[t.kills], flags,
-                len(t.accesses), total, rip_field, *immediate,
+                rip_field, *immediate,
                 first[0], second[0], first[1], second[1], first[2], second[2], changes, t.moves,
             )
         )  # fmt: skip
@@ -477,5 +477,4 @@ class Translator:
                 a.branch, a.resume, a.size, a.flags, a.source, a.stub, a.immediate,
                 a.start, a.operand, a.base & 0xFF, a.index & 0xFF, a.scale, field[0], a.disp, field[1],
             )  # fmt: skip
-        out += raw.ljust(16, b"\0") + t.code
-        return out
+        return out + t.code

@@ -64,8 +64,7 @@ static u32 hash_raw(u32 key, const u8 *raw, u32 length)
 
 static const struct tmpl *at_offset(const struct store *s, u32 offset) { return (const struct tmpl *)((u64)s + offset); }
 static const struct taccess *accesses_of(const struct tmpl *t) { return (const struct taccess *)(t + 1); }
-static const u8 *raw_of(const struct tmpl *t) { return (const u8 *)(accesses_of(t) + t->accesses); }
-static const u8 *code_of(const struct tmpl *t) { return raw_of(t) + 16; }
+static const u8 *code_of(const struct tmpl *t) { return (const u8 *)(accesses_of(t) + t->accesses); }
 
 static const struct tmpl *find_template(const struct store *s, u32 key, const u8 *raw, u32 length)
 {
@@ -73,7 +72,7 @@ static const struct tmpl *find_template(const struct store *s, u32 key, const u8
     while (at) {
         const struct tmpl *t = at_offset(s, at);
         if (t->key == key && t->raw_length == length) {
-            const u8 *known = raw_of(t);
+            const u8 *known = t->raw;
             u32 j = 0;
             while (j < length && known[j] == raw[j])
                 j++;
@@ -1137,10 +1136,10 @@ EXPORTED u32 tcg_add_template(struct vm *vm, const struct tmpl *t, u32 size, u32
         return 1;
     }
     memcpy((u8 *)s + at, t, size);
-    s->used = (at + size + 7) & ~7u;
+    s->used = (at + size + T_ALIGN - 1) & ~(u32)(T_ALIGN - 1);
     if (link) {
         struct tmpl *w = (struct tmpl *)((u8 *)s + at);
-        u32 *head = &s->heads[hash_raw(t->key, raw_of(t), t->raw_length) & (HEADS_MAX - 1)];
+        u32 *head = &s->heads[hash_raw(t->key, t->raw, t->raw_length) & (HEADS_MAX - 1)];
         w->next = *head;
         __atomic_store_n(head, at, __ATOMIC_RELEASE);
         s->count++;
