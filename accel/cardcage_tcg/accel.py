@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,9 @@ class Tcg:
     name = "tcg"
 
     def probe(self) -> Probe:
-        if sys.platform != "linux" or platform.machine() != "x86_64":
-            return Probe(False, "translated", f"needs Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+        machine = os.uname().machine  # without the module platform, for start-up's sake
+        if sys.platform != "linux" or machine != "x86_64":
+            return Probe(False, "translated", f"needs Linux on x86-64, this is {sys.platform} on {machine}")
         try:
             from cardcage_tcg.library import CodeBuffer, load
 

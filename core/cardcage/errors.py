@@ -20,7 +20,6 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -151,5 +150,7 @@ def _outside(frame: TracebackType) -> bool:
 
 def near(word: str, known: Iterable[str]) -> str:
     """Return ``' Did you mean "x"?'`` for the closest names in *known*, or an empty string."""
+    from difflib import get_close_matches  # here, for start-up's sake
+
     found = get_close_matches(word, sorted(known), n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(f'{name!r}' for name in found)}?".replace("'", '"') if found else ""

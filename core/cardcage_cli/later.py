@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import os
+import sys
+from argparse import ArgumentParser, HelpFormatter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LaterParser"]
+__all__ = ["Formatter", "LaterParser"]
+
+
+class Formatter(HelpFormatter):
+    """A ``HelpFormatter`` that takes the terminal's width itself: argparse makes one for each argument that is added,
+    and imports shutil with all compressors for it."""
+
+    def __init__(self, prog: str, **how: Any) -> None:
+        super().__init__(prog, **{"width": columns() - 2} | how)
+
+
+def columns() -> int:
+    """The terminal's width, as ``shutil.get_terminal_size`` finds it."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isascii() and told.isdigit() and int(told):
+        return int(told)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]  # None: no terminal
+    except (AttributeError, ValueError, OSError):
+        return 80
 
 
 class LaterParser(ArgumentParser):
     """An ``ArgumentParser`` of the arguments *how*, which :meth:`then` may add to once it is made."""
 
     def __init__(self, **how: Any) -> None:
+        how.setdefault("formatter_class", Formatter)
         self._later: tuple[dict[str, Any], list[Callable[[ArgumentParser], object]]] = how, []
 
     def then(self, fill: Callable[[ArgumentParser], object]) -> None:

@@ -127,16 +127,17 @@ def make_parser(host: Host, *, whole: bool = False) -> ArgumentParser:
 
     from cardcage import __version__
 
-    from cardcage_cli.later import LaterParser
+    from cardcage_cli.later import Formatter, LaterParser
 
     parser = argparse.ArgumentParser(
         prog="cardcage",
         description="A virtual machine monitor in which everything that does something is a card.",
         allow_abbrev=False,
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"cardcage {__version__}")
     add_common_arguments(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=LaterParser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=LaterParser, prog=parser.prog)
 
     def command(name: str, help: str, run: Any) -> LaterParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)

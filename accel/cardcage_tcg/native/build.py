@@ -15,7 +15,6 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 # The translator loads this file for digest() at each start: what only compiling needs is imported where it is done.
 
@@ -146,27 +145,34 @@ def zig() -> str:
     return shlex.join([str(Path(found.submodule_search_locations[0], "zig")), "cc"])
 
 
-def sha256() -> Any:
-    """A hash as hashlib's, from the module beneath it: hashlib loads OpenSSL, which takes longer than all we hash."""
+def hash_of(folder: str, endings: tuple[str, ...], beside: str = "") -> str:
+    """BLAKE2 over the files below *folder* whose names have such an *ending*, in hexadecimal; text *beside* goes first.
+
+    By the module beneath hashlib, which loads OpenSSL: that takes longer than all we hash.
+    """
     try:
-        if sys.version_info >= (3, 12):
-            from _sha2 import sha256 as made  # type: ignore[import-not-found]
-        else:
-            from _sha256 import sha256 as made  # type: ignore[import-not-found]
+        from _blake2 import blake2b
     except ImportError:  # an interpreter that was built without
-        from hashlib import sha256 as made
-    return made()
+        from hashlib import blake2b
+    made = blake2b(beside.encode(), digest_size=32)
+    for path in _below(folder, endings):
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+        made.update(f"{path[len(folder) :]} {len(data)}\n".encode())
+        made.update(data)
+    return made.hexdigest()
+
+
+def _below(folder: str, endings: tuple[str, ...]) -> list[str]:
+    with os.scandir(folder) as entries:
+        found = [one for one in entries if one.name.endswith(endings) or one.is_dir()]
+    parts = ([one.path] if one.is_file() else _below(one.path, endings) for one in found)
+    return sorted(path for part in parts for path in part)
 
 
 def digest() -> str:
-    """SHA-256 over the sources, in hexadecimal: ``layout.py`` has that of what it was made from."""
-    made = sha256()
-    for one in sorted(HERE.rglob("*")):
-        if one.suffix in (".c", ".h", ".S") or one.name == "build.py":
-            made.update(f"{one.relative_to(HERE)} {one.stat().st_size}\n".encode())
-            made.update(one.read_bytes())
-    found: str = made.hexdigest()
-    return found
+    """A hash of the sources: ``layout.py`` has that of what it was made from."""
+    return hash_of(str(HERE), (".c", ".h", ".S", "build.py"))
 
 
 def fields(header: str, struct: str) -> list[str]:

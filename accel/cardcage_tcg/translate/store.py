@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.library import Area
-from cardcage_tcg.native.build import sha256
+from cardcage_tcg.native.build import hash_of
 from cardcage_tcg.translate.recipes import Recipes
 
 if TYPE_CHECKING:
@@ -215,19 +215,13 @@ class TemplateStore:
 
 def _digest() -> str:
     """Return the name of a store: the translator's code, taken when it is loaded, and the decoder's version."""
-    here = Path(__file__).parents[1]
-    digest = sha256()
     decoder = find_spec("iced_x86")
     if decoder is None or decoder.origin is None:
         raise ImportError("cardcage_tcg needs iced_x86")
-    for one in sorted(Path(decoder.origin).parent.glob("*.so")):  # its version, without the cost of looking that up
-        about = one.stat()
-        digest.update(f"{one.name} {about.st_size} {about.st_mtime_ns}".encode())
-    for one in sorted(here.rglob("*")):
-        if one.suffix in (".py", ".so"):
-            digest.update(one.read_bytes())
-    name: str = digest.hexdigest()[:24]
-    return name
+    with os.scandir(os.path.dirname(decoder.origin)) as entries:  # its version, without the cost of looking that up
+        files = sorted((one.name, one.stat()) for one in entries if one.name.endswith(".so"))
+    version = " ".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in files)
+    return hash_of(str(Path(__file__).parents[1]), (".py", ".so"), version)[:24]
 
 
 _DIGEST = _digest()
