@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = "cardcage.defaults"
 """Entry point group that says which card is meant by ``default``: ``security = "module of the card"``."""
+MARK = f"{GROUP}_impl"
+"""The attribute of a function in which ``hookimpl`` leaves its options."""
 MISMATCH = (pluggy.PluginValidationError, AttributeError, ImportError, TypeError)
 """What is raised when a card was written for another version of the interface."""
 
@@ -136,7 +138,7 @@ class Cards:
 def check_marks(card: Any) -> None:
     """Find hooks that pluggy would pass over in silence. Raises CardError that says what was expected, and where."""
     for name in dir(card):
-        if name.startswith(f"{GROUP}_") and not hasattr(hook := getattr(card, name), f"{GROUP}_impl"):
+        if name.startswith(f"{GROUP}_") and not hasattr(hook := getattr(card, name), MARK):
             code = getattr(hook, "__code__", None)
             if code is not None and (hasattr(Hooks, name) or hook.__module__ == module_of(card)):
                 hint = "" if hasattr(Hooks, name) else near(name, vars(Hooks))
@@ -149,8 +151,12 @@ class Manager(pluggy.PluginManager):
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         """The marks of a card's function, None for what has none."""
-        if isinstance(plugin, ModuleType) and f"{GROUP}_impl" not in getattr(vars(plugin).get(name), "__dict__", ()):
-            return None  # hasattr() would have a class Machine that is imported there look for makers
+        if isinstance(plugin, ModuleType):
+            found = vars(plugin).get(name)
+            if isinstance(found, FunctionType):
+                return vars(found).get(MARK)
+            if MARK not in getattr(found, "__dict__", ()):
+                return None  # hasattr() would have a class Machine that is imported there look for makers
         return super().parse_hookimpl_opts(plugin, name)
 
     def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
