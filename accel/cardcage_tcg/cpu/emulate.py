@@ -8,23 +8,38 @@ from iced_x86 import Code, Instruction
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpu.faults import Fault
-from cardcage_tcg.cpu.flow import flow_table
 from cardcage_tcg.cpu.operands import Operands
-from cardcage_tcg.cpu.ports import port_table
-from cardcage_tcg.cpu.system import system_table
-from cardcage_tcg.cpu.vectors import vector_table
 from cardcage_tcg.translate.allowed import decoder_of, is_foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cardcage.vcpu import Ops
 
     from cardcage_tcg.cpu.vcpu import TcgVCpu
 
+    Do = Callable[[Instruction, Ops], None]
+
 __all__ = ["Emulator"]
 
 UD = 6
+
+
+def _tables(cpu: TcgVCpu, operands: Operands) -> Iterator[dict[int, Do]]:
+    """What does each instruction, by kinds that have none in common: most guests need the first kind, and few the last,
+    so each is loaded when the guest has an instruction that none before it knows."""
+    from cardcage_tcg.cpu.ports import port_table
+
+    yield port_table(cpu, operands)
+    from cardcage_tcg.cpu.system import system_table
+
+    yield system_table(cpu)
+    from cardcage_tcg.cpu.flow import flow_table
+
+    yield flow_table(cpu.registers, operands)
+    from cardcage_tcg.cpu.vectors import vector_table
+
+    yield vector_table(cpu, operands)
 
 
 class Emulator:
@@ -35,12 +50,8 @@ class Emulator:
         self._operands = Operands(cpu.registers, cpu.linear)
         self._hidden = cpu.vm.model.hidden
         self._decoded: dict[tuple[bytes, int, int], Instruction] = {}
-        self._table: dict[int, Callable[[Instruction, Ops], None]] = {
-            **port_table(cpu, self._operands),
-            **flow_table(cpu.registers, self._operands),
-            **system_table(cpu),
-            **vector_table(cpu, self._operands),
-        }
+        self._table: dict[int, Do] = {}
+        self._more = _tables(cpu, self._operands)
 
     def fetch(self, pc: int) -> Instruction:
         """Decode the instruction at RIP *pc*. Raises Fault when it cannot be fetched."""
@@ -62,6 +73,11 @@ class Emulator:
             self._decoded[key] = found
         return found
 
+    def _find(self, mnemonic: int) -> Do | None:
+        while (do := self._table.get(mnemonic)) is None and (more := next(self._more, None)) is not None:
+            self._table |= more
+        return do
+
     def run(self, ops: Ops, *, pushed: int | None = None) -> None:
         """Do the instruction at RIP, or deliver the exception it ends with.
 
@@ -73,7 +89,7 @@ class Emulator:
         start = registers.rip
         try:
             ins = self.fetch(start)
-            do = self._table.get(ins.mnemonic)
+            do = self._find(ins.mnemonic)
             if do is None or ins.code == Code.INVALID:
                 raise Fault(UD)
             registers.rip = self._operands.wrap(ins.next_ip)
