@@ -357,3 +357,14 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+@pytest.mark.parametrize("told", ["", "60", "0", "x", "-3", "132"])
+def test_help_is_as_wide_as_the_terminal(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width of help is what shutil finds, by ``COLUMNS`` or the terminal."""
+    from shutil import get_terminal_size
+
+    from cardcage_cli.later import columns
+
+    monkeypatch.setenv("COLUMNS", told)
+    assert columns() == get_terminal_size().columns
