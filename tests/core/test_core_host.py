@@ -141,6 +141,29 @@ def test_discovery_answers_as_importlib_does(tmp_path: Path, monkeypatch: pytest
     assert callable(script.load())
 
 
+def test_discovery_sees_what_was_installed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process finds a distribution that came, changed, was put in place of another, or went, since it last looked."""
+    monkeypatch.syspath_prepend(tmp_path)
+    folder, points = tmp_path / "late-1.dist-info", tmp_path / "late-1.dist-info" / "entry_points.txt"
+
+    def told() -> list[tuple[str, str, str]]:
+        return [(one.name, one.value, one.version) for one in announced("cardcage") if one.project == "late"]
+
+    assert told() == []
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: late\nVersion: 1\n\n")
+    points.write_text("[cardcage]\na = one\n")
+    assert told() == [("a", "one", "1")]
+    points.write_text("[cardcage]\na = two\n")  # of the same size, in the same file
+    assert told() == [("a", "two", "1")]
+    (tmp_path / "other").write_text("[cardcage]\nb = six\n")
+    (tmp_path / "other").replace(points)
+    (folder / "METADATA").write_text("Name: late\nVersion: 2\n\n")
+    assert told() == [("b", "six", "2")]
+    points.unlink()
+    assert told() == []
+
+
 def test_registering_imports_nothing_heavy() -> None:
     """Loading all cards imports neither asyncio, cattrs, rich, structlog nor iced-x86, nor any card's own modules."""
     import subprocess

@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from importlib import import_module
+from time import time_ns
 from typing import TYPE_CHECKING, Any
 
 from cardcage.values import frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @frozen
@@ -51,12 +52,7 @@ def announced(group: str) -> list[Announcement]:
     """The entry points of *group*; of two distributions with one name, the earlier on the path counts."""
     found = []
     for folder in _folders():
-        try:
-            with open(f"{folder}/entry_points.txt", encoding="utf-8") as file:
-                pairs = list(_section(file.read(), group))
-        except OSError:  # it announces nothing
-            continue
-        if pairs:
+        if pairs := _points(folder).get(group):
             headers = dict(line.split(": ", 1) for line in reversed(_headers(folder)) if ": " in line)
             project, version = headers.get("Name", "unknown"), headers.get("Version", "")
             found += [Announcement(name, value, project, version, folder) for name, value in pairs]
@@ -78,22 +74,52 @@ def _folders() -> Iterator[str]:
                     yield os.path.join(place or ".", name)
 
 
-def _section(text: str, group: str) -> Iterator[tuple[str, str]]:
-    inside = False
+SETTLED = 2_000_000_000
+"""Nanoseconds after which a further change of a file shows in its times."""
+_read: dict[str, tuple[tuple[int, ...], Any]] = {}
+"""What was in a file, and which file that was: each new Host, and each maker of a machine, looks at all of them."""
+
+
+def _parsed(path: str, parse: Callable[[str], Any]) -> Any:
+    """What *parse* makes of a file; of one that is as it was when it was read, what it made then. Raises OSError."""
+    about = os.stat(path)
+    stamp = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+    known = _read.get(path)
+    if known is None or known[0] != stamp:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            known = stamp, parse(file.read())
+        if time_ns() - about.st_ctime_ns > SETTLED:
+            _read[path] = known
+    return known[1]
+
+
+def _points(folder: str) -> dict[str, list[tuple[str, str]]]:
+    """The names and values of a distribution's entry points by their groups."""
+    try:
+        found: dict[str, list[tuple[str, str]]] = _parsed(f"{folder}/entry_points.txt", _sections)
+    except OSError:  # it announces nothing
+        return {}
+    return found
+
+
+def _sections(text: str) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    inside = found.setdefault("", [])
     for line in map(str.strip, text.splitlines()):
         if line.startswith("["):
-            inside = line == f"[{group}]"
-        elif inside and line and not line.startswith("#"):
+            inside = found.setdefault(line.removeprefix("[").removesuffix("]"), [])
+        elif line and not line.startswith("#"):
             name, _, value = line.partition("=")
-            yield name.strip(), value.strip()
+            inside.append((name.strip(), value.strip()))
+    return found
 
 
 def _headers(folder: str) -> list[str]:
     """The lines of a distribution's metadata before its description."""
     for name in ("METADATA", "PKG-INFO"):
         try:
-            with open(f"{folder}/{name}", encoding="utf-8", errors="replace") as file:
-                return file.read().partition("\n\n")[0].splitlines()
+            lines: list[str] = _parsed(f"{folder}/{name}", lambda text: text.partition("\n\n")[0].splitlines())
         except OSError:
             continue
+        return lines
     return []
