@@ -74,6 +74,12 @@ def _converter() -> Converter:
     return make_converter(forbid_extra_keys=True)
 
 
+@cache
+def _loader(kind: type) -> Callable[[Any, type], Any]:
+    """What makes a *kind* of plain values. Kept here: cattrs makes it anew for each class once it has met another."""
+    return _converter().get_structure_hook(kind)
+
+
 def capture(machine: Machine) -> MachineState:
     """The state of a machine that is built, paused or stopped.
 
@@ -192,7 +198,7 @@ def _device_state(machine: Machine, id: str, saved: DeviceState) -> Any:
             f"this machine has {plugged.type} version {known}"
         )
     try:
-        return _converter().structure(saved.fields, cls)
+        return _loader(cls)(saved.fields, cls)
     except Exception as error:  # cattrs raises groups of whatever did not fit
         from cattrs import transform_error
 
@@ -208,7 +214,8 @@ def dumps(state: MachineState) -> str:
 def loads(text: str) -> MachineState:
     """From JSON text. Raises ConfigError for what is no state, or has fields that this version does not know."""
     try:
-        return _converter().structure(json.loads(text), MachineState)
+        made: MachineState = _loader(MachineState)(json.loads(text), MachineState)
+        return made
     except Exception as error:  # a damaged file can be wrong in every way that json and cattrs know
         from cattrs import transform_error
 
