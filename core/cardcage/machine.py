@@ -489,7 +489,7 @@ def rename(machine: Machine, name: str) -> None:
 
     Its label is the new name where nobody gave it one. Raises StateError once something was made in its name.
     """
-    if hasattr(machine, "vm") and not machine.is_parked:
+    if "vm" in vars(machine) and not machine.is_parked:
         raise StateError(f"{machine.name}: a machine is renamed while it is admitted, not later")
     for one in machine.devices.values() if machine.is_parked else ():
         one.slot.machine = one.slot._asking.machine = name

@@ -170,7 +170,7 @@ def test_registering_imports_nothing_heavy() -> None:
 
     code = (
         "import sys; from cardcage.host import Host; Host();"
-        "heavy = {'asyncio', 'cattrs', 'rich', 'structlog', 'iced_x86'} & set(sys.modules);"
+        "heavy = {'asyncio', 'cattrs', 'rich', 'structlog', 'iced_x86', 'difflib'} & set(sys.modules);"
         "own = [m for m in sys.modules if m.startswith('cardcage_') and '.' in m];"
         "print(sorted(heavy), own)"
     )
@@ -185,7 +185,8 @@ def test_building_a_machine_imports_nothing_heavy() -> None:
     code = (
         "import sys; from cardcage import Machine\n"
         "with Machine(memory='16M', accel='tcg', machine={'platform': 'pc'}): pass\n"
-        "print(sorted({'asyncio', 'cattrs', 'rich', 'structlog', '_hashlib'} & set(sys.modules)))"
+        "heavy = {'asyncio', 'cattrs', 'rich', 'structlog', '_hashlib', 'shutil', 'difflib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
