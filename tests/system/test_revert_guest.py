@@ -93,6 +93,25 @@ def test_a_revert_leaves_ram_as_it_was(vm: Machine) -> None:
     vm.resume()
 
 
+def test_a_machine_that_works_goes_back_without_a_pause(vm: Machine) -> None:
+    """A computation is put back twenty times in the middle of its work, and its result is right: no floating-point
+    register is lost, and nobody sees the machine pause."""
+    work = 'BEGIN { for (i = 1; i < 60000; i++) s += 1 / (i * i); printf "%.6f", s }'
+    vm.files.write("/tmp/work", work)
+    vm.run("rm -f /tmp/sum; (awk -f /tmp/work >/tmp/part; mv /tmp/part /tmp/sum) >/dev/null 2>&1 </dev/null &")
+    checkpoint(vm)
+    states: list[Any] = []
+    vm.observers.add("state", states.append)
+    for _ in range(20):
+        revert(vm)
+        vm.agent.ping()
+    vm.observers.remove("state", states.append)
+    assert len(states) < 20  # it is paused where a processor is in the middle of an access
+    script = "while [ ! -e /tmp/sum ]; do usleep 10000; done; cat /tmp/sum"
+    assert vm.run(["sh", "-c", script], text=True, timeout=60).stdout == "1.644917"
+    assert "Oops" not in vm.run("dmesg", text=True).stdout
+
+
 def test_a_copy_has_its_own_checkpoint(vm: Machine) -> None:
     """A copy is put back by itself; its parent goes on."""
     with fork(vm)[0] as copy:
