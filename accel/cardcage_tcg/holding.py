@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from cardcage_tcg.cpu.vcpu import TcgVCpu
     from cardcage_tcg.library import Native
+    from cardcage_tcg.translate.blocks import Blocks
 
 __all__ = ["Holds"]
 
@@ -29,11 +30,17 @@ class Holds:
     native: Native
     pointer: int
     lock: threading.RLock
+    cpus: list[TcgVCpu]
     _stopped: int
 
     def __init__(self) -> None:
         self._holder = threading.Lock()
         self.holds = False
+
+    @property
+    def blocks(self) -> Blocks:
+        """The translator's Python half."""
+        raise NotImplementedError
 
     @contextmanager
     def hold(self) -> Iterator[bool]:
@@ -61,6 +68,14 @@ class Holds:
                 self.holds = False
         finally:
             self._holder.release()
+
+    def get_ready(self) -> None:
+        """Load what is otherwise loaded once a guest has instructions that need it: it may be about to go on from where
+        it was, with somebody who waits for it."""
+        with self.lock:
+            assert self.blocks
+            for cpu in self.cpus:
+                cpu.get_ready()
 
     def await_release(self, cpu: TcgVCpu) -> None:
         """The thread of *cpu* was about to go in: wait until nobody holds it."""

@@ -264,6 +264,10 @@ class TcgVCpu:
         with self.vm.lock:
             self.native.raise_(self.pointer, vector, error is not None, error or 0)
 
+    def get_ready(self) -> None:
+        """Load the emulator."""
+        assert self._emulator
+
     def clear_still(self) -> None:
         """It is about to go into native code (:mod:`cardcage_tcg.holding`)."""
         self.halves[L.STILL // 4] = 0
