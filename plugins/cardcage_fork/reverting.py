@@ -41,6 +41,13 @@ class Reverted(Protocol):
         """Forget what was under way with the guest: it never was. Under the machine's lock."""
 
 
+class Checkpointed(Protocol):
+    """A device, or a back end, that keeps something of its own for :meth:`Reverted.reverted`."""
+
+    def checkpointed(self) -> None:
+        """The guest will be put back to where it stands now. Under the machine's lock."""
+
+
 class Unchanged(Protocol):
     """A device with state that can tell, faster than it loads it, that it still has it.
 
@@ -115,6 +122,9 @@ class Checkpoint:
             for plugged in machine.devices.values():
                 if "state" in plugged.abilities:
                     self._devices.append(_kept(plugged.who, plugged.device))
+            for one in _parties(machine, "checkpointed"):
+                if has(one, Checkpointed):
+                    one.checkpointed()
             self._clock = machine.clock.now()
         self._vcpus: list[VCpuState] = [one.get_state() for one in machine.vcpus]  # values, which are only read
         self._parts = _parts(machine)
@@ -149,10 +159,9 @@ class Checkpoint:
         for vcpu, registers in zip(machine.vcpus, self._vcpus, strict=True):
             vcpu.set_state(registers)
         with machine.lock:  # an interrupt that one of these raises goes to the processors as they are now
-            for plugged in machine.devices.values():
-                for one in (*plugged.slot.host.opened, plugged.device):
-                    if hasattr(one, "reverted") and has(one, Reverted):  # few have, and looking takes time
-                        one.reverted()
+            for one in _parties(machine, "reverted"):
+                if has(one, Reverted):
+                    one.reverted()
         return pages
 
     def _put_back(self, machine: Machine) -> int:
@@ -178,6 +187,12 @@ class Checkpoint:
         vm.stop_dirty_log()
         for base in self._bases:
             base.close()
+
+
+def _parties(machine: Machine, name: str) -> list[Any]:
+    """Devices and back ends with a method of that *name*: few have it, and looking at all that it is takes time."""
+    devices = machine.devices.values()
+    return [one for it in devices for one in (*it.slot.host.opened, it.device) if hasattr(one, name)]
 
 
 def _parts(machine: Machine) -> list[object]:
