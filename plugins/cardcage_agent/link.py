@@ -204,8 +204,8 @@ class Link:
             self._checkpoint = self._flying if quiet else None
 
     def reverted(self) -> None:
-        """The guest is at an earlier time (cardcage_fork): its agent is asked to greet anew, unless the link was at rest
-        then: the agent goes on from there, and so does this end."""
+        """The guest is at an earlier time (cardcage_fork): its agent is asked to greet anew. Where the link was at rest
+        then, the agent goes on from there, and so does this end."""
         with self.changed:
             self._drop(AgentError("the guest was put back to a checkpoint"))
             self._parser = Parser()

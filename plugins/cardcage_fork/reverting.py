@@ -118,6 +118,8 @@ class Checkpoint:
         vm: Any = machine.vm
         self._devices: list[tuple[Any, bytes, Any, Any]] = []
         """Device, its state, and, where it can tell, who tells if it still has the same, and that."""
+        self._told: dict[int, tuple[Any, bool]] = {}
+        """Who may have to be told of a way back, by id, and whether: to find out takes time."""
         with machine.lock:
             for plugged in machine.devices.values():
                 if "state" in plugged.abilities:
@@ -160,7 +162,9 @@ class Checkpoint:
             vcpu.set_state(registers)
         with machine.lock:  # an interrupt that one of these raises goes to the processors as they are now
             for one in _parties(machine, "reverted"):
-                if has(one, Reverted):
+                if id(one) not in self._told:
+                    self._told[id(one)] = one, has(one, Reverted)
+                if self._told[id(one)][1]:
                     one.reverted()
         return pages
 

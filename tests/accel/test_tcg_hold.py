@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from struct import pack, unpack_from
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.accelerator import VmSpec
 from cardcage.memory import PhysicalMemory, RamBlock, RamRange
 from cardcage.x86 import Segment, reset_state
+from cardcage_tcg import layout as L
+from cardcage_tcg.cpu.msr import TSC_DEADLINE
 from cardcage_tcg.vm import TcgVm
 
 if TYPE_CHECKING:
@@ -120,3 +123,40 @@ def test_who_holds_and_who_stops_the_world_do_not_meet(guest: Guest) -> None:
     before = guest.writes
     while guest.writes == before:
         pass
+
+
+def test_a_timer_that_expires_while_a_state_is_saved_is_in_it(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late in the saving a deadline passes, the state has the deadline, or the interrupt, or both."""
+    guest.inside.wait()
+    cpu = guest.cpu
+    state = cpu.get_state()
+    state.msrs[TSC_DEADLINE] = 0
+    page = bytearray(state.lapic or b"")
+    page[0xF0:0xF4], page[0x320:0x324] = pack("<I", 0x1FF), pack("<I", 2 << 17 | 0x50)  # on; TSC deadline, vector 0x50
+    state.lapic = bytes(page)
+    cpu.set_state(state)
+    image, alls = cpu.msrs.lapic_image, cpu.msrs.all
+
+    def expire() -> None:
+        while not unpack_from("<I", image(), 0x200 + 0x10 * (0x50 // 32))[0] >> 0x50 % 32 & 1:
+            pass
+
+    def late_image() -> bytes:
+        found = image()
+        expire()
+        return found
+
+    def late_all() -> dict[int, int]:
+        found = alls()
+        expire()
+        return found
+
+    for name, late in (("lapic_image", late_image), ("all", late_all)):
+        cpu.set_state(state)
+        cpu.msrs.tsc_deadline(cpu.native.tsc() + cpu.registers.field(L.TSC_OFFSET) + 20_000_000 & (1 << 64) - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu.msrs, name, late)
+            saved = cpu.get_state()
+        assert saved.lapic is not None
+        requested = unpack_from("<I", saved.lapic, 0x200 + 0x10 * (0x50 // 32))[0] >> 0x50 % 32 & 1
+        assert saved.msrs[TSC_DEADLINE] or requested, name

@@ -127,6 +127,7 @@ def test_an_agent_at_rest_goes_on_where_it_was(vm: Machine, monkeypatch: pytest.
 
     monkeypatch.setattr(link, "_queue", queued)
     vm.agent.ping()
+    asked.clear()
     checkpoint(vm)
     for turn in range(4):
         for _ in range(50 * turn):  # the agent says now and then how much it took
