@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Holds"]
 
-MOMENT, PATIENCE = 200_000, 20_000_000
+MOMENT, PATIENCE = 200_000, 100_000_000
 """Nanoseconds that vCPUs may take to come out: while their threads cannot have the GIL, and while they can."""
 
 

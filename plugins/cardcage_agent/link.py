@@ -130,7 +130,25 @@ class Call:
                 raise ProtocolError(f"a frame of kind {one.kind}, stream {one.stream}, in a call of {self.verb.name}")
 
 
-class Link:
+class _InCopies:
+    """A link's part in forks of its machine (:class:`cardcage.device.Forkable`)."""
+
+    changed: Condition
+    _calls: dict[int, Call]
+    cancel: Callable[[Call], None]
+
+    def may_fork(self) -> str:
+        """A copy of the machine has a link of its own (:class:`cardcage.device.Forkable`)."""
+        return ""
+
+    def forked(self) -> None:
+        """The calls under way are the parent's: what they began in this guest is ended."""
+        self.changed = Condition()  # a thread that is not here may have had it
+        for call in list(self._calls.values()):
+            self.cancel(call)
+
+
+class Link(_InCopies):
     """Char back end ``agent``, and the service of that name: the calls of one machine.
 
     All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
@@ -186,16 +204,6 @@ class Link:
     def close(self) -> None:
         """The device is gone."""
         self.fail(StateError("the machine was closed"))
-
-    def may_fork(self) -> str:
-        """A copy of the machine has a link of its own (:class:`cardcage.device.Forkable`)."""
-        return ""
-
-    def forked(self) -> None:
-        """The calls under way are the parent's: what they began in this guest is ended."""
-        self.changed = Condition()  # a thread that is not here may have had it
-        for call in list(self._calls.values()):
-            self.cancel(call)
 
     def checkpointed(self) -> None:
         """The guest may be put back to here (cardcage_fork)."""
