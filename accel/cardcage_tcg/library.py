@@ -25,7 +25,10 @@ MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 _U64, _U32, _INT, _PTR = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
 _Pair = _U64 * 2
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "tcg_enter": (None, (_PTR,)),
+    "tcg_run": (None, (_PTR,)),
+    "tcg_still": (None, (_PTR,)),
+    "tcg_hold": (_INT, (_PTR, _U64)),
+    "tcg_hold_briefly": (_INT, (_PTR, _U64)),
     "tcg_ticker": (None, (_PTR,)),
     "tcg_close": (None, (_PTR,)),
     "tcg_kick": (None, (_PTR,)),
@@ -88,7 +91,8 @@ _SHORT = frozenset(
     f"tcg_{name}"
     for name in (
         "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite fetch walk once raise "
-        "deliver_interrupt single_step load_pdptes look dirty_log dirty_take dirty_revert"
+        "deliver_interrupt single_step load_pdptes look still hold_briefly dirty_log dirty_take dirty_revert reset tsc "
+        "get_eflags set_eflags apic_reset apic_save apic_load update_mode"
     ).split()
 )
 """Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it

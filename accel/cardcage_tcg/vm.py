@@ -20,6 +20,7 @@ from cardcage_tcg.debug import DebugStops
 from cardcage_tcg.dirty import DirtyPages
 from cardcage_tcg.eventfds import EventFds
 from cardcage_tcg.forking import Forks
+from cardcage_tcg.holding import Holds
 from cardcage_tcg.library import Area, CodeBuffer, load
 from cardcage_tcg.memory import GuestMemory
 from cardcage_tcg.parking import ParksThreads
@@ -68,7 +69,7 @@ def _hash_key() -> memoryview:
     return memoryview(bytes(byte | (at % 8 == 0) for at, byte in enumerate(os.urandom(32)))).cast("Q")
 
 
-class TcgVm(ParksThreads, Forks):
+class TcgVm(ParksThreads, Forks, Holds):
     """Satisfies :class:`cardcage.accelerator.AcceleratedVm`."""
 
     def __init__(self, spec: VmSpec) -> None:
@@ -77,6 +78,7 @@ class TcgVm(ParksThreads, Forks):
         if spec.cpus > L.MAX_CPUS:
             raise AcceleratorError(f"tcg: {spec.cpus} vCPUs: expected at most {L.MAX_CPUS}")
         options = spec.options if isinstance(spec.options, TcgOptions) else TcgOptions()
+        super().__init__()
         self.native = load()
         self.lapic = spec.irqchip == "split"
         self._area = Area(L.SIZEOF_VM + 4096)

@@ -51,7 +51,7 @@ class Hooks:
     def cardcage_starting(self, machine: Any) -> None:
         """The first instruction is next; all files that the machine needs are open. Raise to keep it from starting.
 
-        Called on the thread that starts the machine; again when it was kept from starting and is started again.
+        Called on the thread that starts it; again where that was refused, or one that comes got ready before its RAM.
         """
 
     @hookspec

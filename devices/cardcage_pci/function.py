@@ -267,6 +267,13 @@ class Function:
         table, pending = (bytes(self.msix.table), self.msix.pending) if self.msix else (b"", 0)
         return FunctionState(config=bytes(self.config), table=table, pending=pending, intx=self._level)
 
+    def unchanged(self, state: FunctionState) -> bool:
+        """True where :meth:`load` would change nothing."""
+        msix = self.msix
+        if self.config != state.config or self._level != state.intx:
+            return False
+        return msix is None or (msix.pending == state.pending and msix.table == state.table)
+
     def load(self, state: FunctionState) -> None:
         if len(state.config) != len(self.config) or (self.msix and len(state.table) != len(self.msix.table)):
             raise ConfigError(f"{self.name}: the saved state belongs to another kind of device")

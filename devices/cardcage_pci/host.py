@@ -253,6 +253,15 @@ class PciHost(ComingAndGoing):
             reset_control=self._reset_control,
         )
 
+    def unchanged(self, state: PciHostState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        kept = state.functions
+        if (self._address, self._reset_control) != (state.address, state.reset_control) or self._homeless:
+            return False
+        return kept.keys() == self.functions.keys() and all(
+            one.unchanged(kept[where]) for where, one in self.functions.items()
+        )
+
     def load(self, state: PciHostState, /) -> None:
         if set(state.functions) != set(self.functions):
             raise ConfigError("the saved PCI bus has different devices from this machine")

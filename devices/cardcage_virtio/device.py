@@ -37,6 +37,7 @@ __all__ = [
     "Serves",
     "Starts",
     "Stops",
+    "Unchanged",
     "VirtioDevice",
     "VirtioPluggable",
 ]
@@ -113,6 +114,13 @@ class Stops(Protocol):
         """Reset, whether or not ``start`` came before."""
 
 
+class Unchanged(Protocol):
+    """Has a state, and can tell that it is still the same: a revert (cardcage_fork) loads only what changed."""
+
+    def unchanged(self, state: Any, /) -> bool:
+        """True where ``load`` would change nothing. Its rings are where they were, with nothing in flight."""
+
+
 OPTIONAL: tuple[Any, ...] = (
     Serves,
     Notified,
@@ -129,6 +137,7 @@ OPTIONAL: tuple[Any, ...] = (
     Parkable,
     Forkable,
     HasState,
+    Unchanged,
     HasNeeds,
 )
 """Protocols that are looked for in a virtio device."""

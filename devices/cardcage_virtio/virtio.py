@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cardcage_virtio.queue.request import Ring
 
-__all__ = ["Queue", "Transport", "Virtio", "VirtioState"]
+__all__ = ["Queue", "Transport", "Virtio", "VirtioState", "needs_of", "unchanged"]
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_PACKED, F_RING_RESET = 1 << 28, 1 << 29, 1 << 32, 1 << 34, 1 << 40
@@ -388,3 +388,21 @@ def _structured(saved: Any, cls: type, who: str) -> Any:
     except Exception as error:  # cattrs raises groups of whatever did not fit
         why = "; ".join(transform_error(error))
         raise ConfigError(f"{who}: the saved device's state does not fit: {why}") from error
+
+
+def unchanged(io: Virtio, state: VirtioState) -> bool:
+    """True where :meth:`Virtio.load` would change nothing: the device has nothing under way, and nothing to keep, or
+    says that it keeps the same. It is paused."""
+    says = io._calls.get("unchanged")
+    if (says is None and "save" in io._calls) or io.driver_features != state.features:
+        return False
+    now = io.status, io.features, io.generation, io.queues
+    if now != (state.status, state.features, state.generation, state.queues):
+        return False
+    for ring, kept in zip(io.rings, state.rings, strict=True):
+        if ring is None or kept is None:
+            if ring is not None or kept is not None:
+                return False
+        elif not ring.stands_at(kept):
+            return False
+    return says is None or says(state.device)

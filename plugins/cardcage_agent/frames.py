@@ -115,6 +115,11 @@ class Parser:
     def __init__(self) -> None:
         self._kept = b""
 
+    @property
+    def is_empty(self) -> bool:
+        """It is between two frames."""
+        return not self._kept
+
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that are whole now. Raises ProtocolError for one that is longer than any."""
         data, at, found = self._kept + data, 0, []

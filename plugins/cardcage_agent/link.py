@@ -130,7 +130,25 @@ class Call:
                 raise ProtocolError(f"a frame of kind {one.kind}, stream {one.stream}, in a call of {self.verb.name}")
 
 
-class Link:
+class _InCopies:
+    """A link's part in forks of its machine (:class:`cardcage.device.Forkable`)."""
+
+    changed: Condition
+    _calls: dict[int, Call]
+    cancel: Callable[[Call], None]
+
+    def may_fork(self) -> str:
+        """A copy of the machine has a link of its own (:class:`cardcage.device.Forkable`)."""
+        return ""
+
+    def forked(self) -> None:
+        """The calls under way are the parent's: what they began in this guest is ended."""
+        self.changed = Condition()  # a thread that is not here may have had it
+        for call in list(self._calls.values()):
+            self.cancel(call)
+
+
+class Link(_InCopies):
     """Char back end ``agent``, and the service of that name: the calls of one machine.
 
     All methods but :meth:`start`, :meth:`write` and :meth:`close` are for any thread that does not hold the machine's
@@ -149,6 +167,9 @@ class Link:
         self._outgoing: deque[bytes] = deque()
         self._queued = self._flying = 0
         self._ready = self._asked = False
+        self._latest = 0  # the call whose request is the last that was sent to the guest
+        self._rests = False  # it was answered: nothing is on its way to the guest
+        self._checkpoint: int | None = None
         self._failure: CardcageError | None = None
         self._received: Callable[[bytes], None] | None = None
         self.on_run: Callable[[Any, Any], object] = nobody
@@ -184,22 +205,21 @@ class Link:
         """The device is gone."""
         self.fail(StateError("the machine was closed"))
 
-    def may_fork(self) -> str:
-        """A copy of the machine has a link of its own (:class:`cardcage.device.Forkable`)."""
-        return ""
-
-    def forked(self) -> None:
-        """The calls under way are the parent's: what they began in this guest is ended."""
-        self.changed = Condition()  # a thread that is not here may have had it
-        for call in list(self._calls.values()):
-            self.cancel(call)
+    def checkpointed(self) -> None:
+        """The guest may be put back to here (cardcage_fork)."""
+        with self.changed:
+            quiet = self._ready and self._rests and not self._calls and not self._outgoing and self._parser.is_empty
+            self._checkpoint = self._flying if quiet else None
 
     def reverted(self) -> None:
-        """The guest is at an earlier time (cardcage_fork): its agent is asked to greet anew."""
+        """The guest is at an earlier time (cardcage_fork): its agent is asked to greet anew. Where the link was at rest
+        then, the agent goes on from there, and so does this end."""
         with self.changed:
             self._drop(AgentError("the guest was put back to a checkpoint"))
-            self._parser, self._flying = Parser(), 0
-            self._ready = self._asked = False
+            self._parser = Parser()
+            self._ready, self._flying = self._checkpoint is not None, self._checkpoint or 0
+            self._asked = False
+            self._latest, self._rests = 0, self._ready
             self.changed.notify_all()
 
     def fail(self, error: CardcageError) -> None:
@@ -236,6 +256,7 @@ class Link:
         call.take(one)
         if call.over:
             del self._calls[call.id]
+            self._rests = call.result is not None and call.id == self._latest and not self._outgoing
         return None
 
     def _greeted(self, one: Frame) -> None:
@@ -251,6 +272,7 @@ class Link:
     def _queue(self, data: bytes) -> None:
         self._outgoing.append(data)
         self._queued += len(data)
+        self._latest, self._rests = 0, False
 
     def _pump(self) -> None:
         """Hand on what fits; on the loop thread, under the machine's lock."""
@@ -327,6 +349,7 @@ class Link:
                 more = MORE if at < len(pieces) - 1 else 0
                 kind, first = (Kind.CONTINUE, 0) if at else (Kind.REQUEST, int(verb))
                 self._queue(frame(call.id, kind, first | more, piece))
+            self._latest = call.id
         self._slot.loop.call_soon(self._pump)
         return call
 

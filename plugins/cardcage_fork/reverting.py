@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cardcage.abilities import has
 from cardcage.accelerator import DirtyLog
 from cardcage.errors import CardError, HostError, StateError
+from cardcage.machine import State
 from cardcage.ram import PAGE, fenced
 from cardcage.security import OPERATOR, Act
 from cardcage_jail import open_file
@@ -20,6 +21,7 @@ from cardcage_fork.plan import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from weakref import WeakKeyDictionary
 
     from cardcage.machine import Machine
@@ -39,6 +41,24 @@ class Reverted(Protocol):
         """Forget what was under way with the guest: it never was. Under the machine's lock."""
 
 
+class Checkpointed(Protocol):
+    """A device, or a back end, that keeps something of its own for :meth:`Reverted.reverted`."""
+
+    def checkpointed(self) -> None:
+        """The guest will be put back to where it stands now. Under the machine's lock."""
+
+
+class Unchanged(Protocol):
+    """A device with state that can tell, faster than it loads it, that it still has it.
+
+    Its word is taken for it: a state that does not tell of something has to be the same in that, too.
+    """
+
+    def unchanged(self, state: Any, /) -> bool:
+        """True where ``load(state)``, which it saved, would change nothing: no register, no line, no alarm, nothing
+        that it is about to do; False is never wrong. Under the machine's lock, and it is paused."""
+
+
 class RevertingVm(Protocol):
     """A VM that puts pages back by itself."""
 
@@ -47,6 +67,14 @@ class RevertingVm(Protocol):
 
     def revert_dirty_log(self) -> int:
         """Put back what the log has, and empty it; returns how many pages."""
+
+
+class HoldableVm(Protocol):
+    """A VM whose vCPUs can be held where they are: to pause a machine takes a hand-over to two other threads."""
+
+    def hold(self) -> AbstractContextManager[bool]:
+        """True: while the block runs no vCPU is in guest code, in the middle of an access, or goes there, and the
+        state of each can be set. False: they cannot be held so now."""
 
 
 class Base:
@@ -88,16 +116,22 @@ class Checkpoint:
 
     def __init__(self, machine: Machine) -> None:
         vm: Any = machine.vm
-        self._devices: list[tuple[Any, bytes]] = []
+        self._devices: list[tuple[Any, bytes, Any, Any]] = []
+        """Device, its state, and, where it can tell, who tells if it still has the same, and that."""
+        self._told: dict[int, tuple[Any, bool]] = {}
+        """Who may have to be told of a way back, by id, and whether: to find out takes time."""
         with machine.lock:
             for plugged in machine.devices.values():
                 if "state" in plugged.abilities:
-                    self._devices.append((plugged.device, _pickled(plugged.who, plugged.device.save())))
+                    self._devices.append(_kept(plugged.who, plugged.device))
+            for one in _parties(machine, "checkpointed"):
+                if has(one, Checkpointed):
+                    one.checkpointed()
             self._clock = machine.clock.now()
         self._vcpus: list[VCpuState] = [one.get_state() for one in machine.vcpus]  # values, which are only read
         self._parts = _parts(machine)
         self._bases: list[Base] = []
-        self._itself = has(vm, RevertingVm)
+        self._itself, self.holds = has(vm, RevertingVm), has(vm, HoldableVm)
         vm.start_dirty_log()
         try:
             self._bases += map(Base, blocks_of(machine))
@@ -121,15 +155,17 @@ class Checkpoint:
         pages: int = vm.revert_dirty_log() if self._itself else self._put_back(machine)
         with machine.lock:
             machine.clock.set(self._clock)
-            for device, state in self._devices:
-                device.load(pickle.loads(state))
+            for device, state, unchanged, same in self._devices:
+                if unchanged is None or not unchanged(same):
+                    device.load(pickle.loads(state))
         for vcpu, registers in zip(machine.vcpus, self._vcpus, strict=True):
             vcpu.set_state(registers)
         with machine.lock:  # an interrupt that one of these raises goes to the processors as they are now
-            for plugged in machine.devices.values():
-                for one in (*plugged.slot.host.opened, plugged.device):
-                    if hasattr(one, "reverted") and has(one, Reverted):  # few have, and looking takes time
-                        one.reverted()
+            for one in _parties(machine, "reverted"):
+                if id(one) not in self._told:
+                    self._told[id(one)] = one, has(one, Reverted)
+                if self._told[id(one)][1]:
+                    one.reverted()
         return pages
 
     def _put_back(self, machine: Machine) -> int:
@@ -157,15 +193,24 @@ class Checkpoint:
             base.close()
 
 
+def _parties(machine: Machine, name: str) -> list[Any]:
+    """Devices and back ends with a method of that *name*: few have it, and looking at all that it is takes time."""
+    devices = machine.devices.values()
+    return [one for it in devices for one in (*it.slot.host.opened, it.device) if hasattr(one, name)]
+
+
 def _parts(machine: Machine) -> list[object]:
     """The devices and the blocks of memory that are written."""
     blocks = {id(one.block): one.block for one in machine.memory.ranges if not one.readonly}
     return [*(one.device for one in machine.devices.values()), *blocks.values()]
 
 
-def _pickled(who: str, state: Any) -> bytes:
+def _kept(who: str, device: Any) -> tuple[Any, bytes, Any, Any]:
     try:
-        return pickle.dumps(state)
+        state = pickle.dumps(device.save())
+        if not has(device, Unchanged):
+            return device, state, None, None
+        return device, state, device.unchanged, pickle.loads(state)
     except Exception as error:  # a stranger's state may hold anything
         raise CardError(f"{who}: its state cannot be kept: {error}") from error
 
@@ -232,16 +277,56 @@ def revert(machine: Machine) -> int:
     kept = _checkpoints(machine).get(machine)
     if kept is None:
         raise StateError(f"{machine.name} has no checkpoint to go back to")
-    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
+    runs = machine.state is State.RUNNING
+    acts = ("pause", "load", "resume") if runs else ("load",)
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", acts, {"machine": machine.name}))
+    if runs and kept.holds and (pages := _revert_held(machine, kept)) is not None:
+        return pages
     running = _pause(machine)
-    if why := kept.obstacle(machine):
-        if running:
+    try:
+        return _revert(machine, kept)
+    except BaseException as error:
+        _broken(machine, error)
+        raise
+    finally:
+        if running and machine.state is State.PAUSED:
             machine.resume()
+
+
+def _broken(machine: Machine, error: BaseException) -> None:
+    """What cannot be put back is refused by StateError before anything is; any other machine is neither here nor
+    there, and ends."""
+    if not isinstance(error, StateError):
+        machine.fail(error)
+
+
+def _revert(machine: Machine, kept: Checkpoint) -> int:
+    if why := kept.obstacle(machine):
         raise StateError(f"{machine.name} cannot go back: {why}")
-    pages = kept.revert(machine)
-    if running:
-        machine.resume()
-    return pages
+    return kept.revert(machine)
+
+
+def _revert_held(machine: Machine, kept: Checkpoint) -> int | None:
+    """:func:`revert` of a machine that runs, on this thread alone; None where it has to be paused."""
+    vm: Any = machine.vm
+    with vm.hold() as still, machine.lock:
+        if not still or machine.state is not State.RUNNING:
+            return None
+        machine.clock.pause()
+        stopped: list[Any] = []
+        try:
+            for plugged in machine.devices.values():
+                if "pause" in plugged.abilities:
+                    stopped.append(plugged.device)
+                    plugged.device.pause()
+            return _revert(machine, kept)
+        except BaseException as error:
+            _broken(machine, error)
+            raise
+        finally:
+            machine.clock.resume()
+            for one in stopped:
+                one.resume()
 
 
 def _pause(machine: Machine) -> bool:

@@ -6,8 +6,9 @@ import copy
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from cardcage.abilities import has
 from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, UsageError, in_words
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
@@ -81,6 +82,13 @@ def incoming(
     arrival: Arrival[M] = Arrival(cls, uri, name, accel, config, trust, any_cpu, host)
     arrival.wait(tls_dir, timeout, waiting)
     return arrival.machine()
+
+
+class GetsReady(Protocol):
+    """A VM that loads some of its code when a guest first needs it."""
+
+    def get_ready(self) -> None:
+        """Load it now."""
 
 
 class Arrival(Generic[M]):
@@ -215,6 +223,7 @@ class Arrival(Generic[M]):
         self._progress = progress = new_progress(vm, str(self._place))
         began = time.monotonic()
         channel.set_patience(SILENT)
+        self._get_ready()
         if not channel.one_way:
             channel.send(Kind.ACCEPT, argument=self._rehearsed())
         progress.status = "active"
@@ -295,6 +304,17 @@ class Arrival(Generic[M]):
         self._vm = vm
         original(vm, kept)
         self._hold = Hold(vm, f"it is on its way here from {self._place}")
+
+    def _get_ready(self) -> None:
+        """Do before the switch what else is done when a machine starts, and when a guest first runs.
+
+        The jail, above all, which the stream is read in then; a disk that comes has to be opened before.
+        """
+        vm: Any = self._vm
+        if self._into is None and not self._passport.paused and not self._passport.disks:
+            vm.host.phases.call("starting", vm)
+        if has(vm.vm, GetsReady):
+            vm.vm.get_ready()
 
     def _rehearsed(self) -> int:
         """Nanoseconds that it takes to load a state. What is loaded is the machine's own, from before it ran."""

@@ -52,7 +52,12 @@ OWN = 0.02
 DISK = 0.005
 """Seconds that a disk takes to change hands."""
 SLOW = 0.5
-"""Of the bytes that went over in a pass: where the guest writes more meanwhile, it is held up."""
+"""Of the bytes that went over in a pass: where the guest writes more meanwhile, another pass gains little, and it is
+held up if it stands still for too long so."""
+LITTLE = 1 << 20
+"""Bytes that are not worth another pass."""
+MANY = 30
+"""Passes for the sake of a stop that is shorter than it has to be."""
 PATIENT = 3
 """Passes before it is held up."""
 TELL = 0.1
@@ -313,9 +318,12 @@ class Outgoing:
             progress.dirtied = left / took if took else 0.0
             progress.expected = left / link + self._fixed
             self._report()
-            if progress.expected <= limits.downtime + (self._fixed if limits.ram_alone else 0):
-                return
-            if limits.timeout is not None and time.monotonic() - self._began > limits.timeout:
+            late = limits.timeout is not None and time.monotonic() - self._began > limits.timeout
+            if progress.expected <= limits.downtime + (self._fixed if limits.ram_alone else 0) and (
+                left <= LITTLE or left > SLOW * size or progress.passes >= MANY or late
+            ):
+                return  # it may stand still so long, and another pass would not make that much shorter
+            if late:
                 if limits.strategy == "force":
                     self._machine.log.warning(
                         "the migration does not converge: the guest stands still for longer than it should",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -24,7 +24,7 @@ from cardcage_snapshot.processors import check_features, features_of, known_msrs
 from cardcage_snapshot.tables import ids_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cardcage.machine import Machine
     from cattrs import Converter
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "DeviceState", "MachineState", "capture", "dumps", "fits", "loads", "restore", "warm"]
 
 VERSION = 1
+MOST_TURNS = 5
+"""Of making what turns states into plain values, until nothing is made anew."""
 _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 """Of the states that devices of a class save."""
 
@@ -116,9 +118,28 @@ def warm(machine: Machine) -> None:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in packages:
             kinds |= {one for key, one in vars(module).items() if key.endswith("State") and isinstance(one, type)}
-    for kind in kinds:
+    converter, left, seen = _converter(), list(kinds), set(kinds)
+    while left:
+        kind = left.pop()
         if attrs.has(kind):
-            _converter().get_unstructure_hook(kind)
+            inner = {one for field in attrs.fields(attrs.resolve_types(kind)) for one in _classes_in(field.type)}
+            left += inner - seen
+            seen |= inner
+    converter.unstructure([{"": (b"", "", 0, 0.0, None, True)}])  # what a state is made of otherwise
+    hooks: dict[type, Any] = {}
+    for _ in range(MOST_TURNS):  # one that is made may have cattrs forget those that were made before
+        made = {kind: converter.get_unstructure_hook(kind) for kind in seen if attrs.has(kind)}
+        if made == hooks:
+            break
+        hooks = made
+
+
+def _classes_in(type_: Any) -> Iterator[type]:
+    """The classes that a type's annotation names."""
+    if isinstance(type_, type) and not get_args(type_):
+        yield type_
+    for one in get_args(type_):
+        yield from _classes_in(one)
 
 
 def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> None:

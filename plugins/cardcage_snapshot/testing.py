@@ -5,7 +5,8 @@
 A device is driven by a guest at random: accesses of all sizes, alarms that come, bytes from its char back ends that
 nobody has read yet. At many moments it is saved, and a new one loads that state, by way of JSON as a file has it. From
 then on both are given the same, and must do the same: what they read, interrupts and their levels, what goes out, what
-is written to guest memory, when the next alarm comes.
+is written to guest memory, when the next alarm comes. A device that has ``unchanged`` (:mod:`cardcage_fork.reverting`)
+is true to it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def check_snapshot(
         second = first.successor(make, slot)
         try:
             first.compare(second, "right after load()")
+            kept = second.what_it_says()
             for number in range(after):
                 act = _act(choice, first)
                 results = first.do(act), second.do(act)
@@ -81,6 +83,7 @@ def check_snapshot(
                     f"{first.who}: {what}: the loaded device gave {results[1]}, the saved one {results[0]}"
                 )
                 first.compare(second, what, ram=number == after - 1)
+                second.hold_to(kept, what)
         finally:
             second.close()
             first.close()
@@ -212,6 +215,30 @@ class _Twin:
             raise AssertionError(f"{self.who}: {when}: the loaded device wrote other bytes to guest memory")
         self.slot.written.clear()
         other.slot.written.clear()
+
+    def what_it_says(self) -> tuple[Any, Any]:
+        """Its state, and all else that follows from that; nothing for a device that does not tell if it has changed."""
+        if not hasattr(self.device, "unchanged"):
+            return None, None
+        state = saved_and_loaded(self.device.save(), self.who)
+        return state, (self.levels(), self.slot.clock.next)
+
+    def unchanged(self, state: Any) -> bool:
+        """What it says to *state*, paused."""
+        device = self.device
+        if not has(device, Pausable):
+            return bool(device.unchanged(state))
+        device.pause()
+        found = bool(self.device.unchanged(state))
+        device.resume()
+        return found
+
+    def hold_to(self, kept: tuple[Any, Any], when: str) -> None:
+        """Raise AssertionError where it says that it is as :meth:`what_it_says` had it, and is not."""
+        state, rest = kept
+        if state is not None and self.unchanged(state):
+            now = saved_and_loaded(self.device.save(), self.who), (self.levels(), self.slot.clock.next)
+            assert now == (state, rest), f"{self.who}: {when}: unchanged() is true of a state that it no longer has"
 
     def close(self) -> None:
         """Take it out."""

@@ -16,11 +16,12 @@ import pytest
 from cardcage.errors import ConfigError, Denied, HostError, StateError, UsageError
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage_migrate import wire
+from cardcage.ram import RamBlock
+from cardcage_migrate import incoming, wire
 from cardcage_migrate.outgoing import Cancelled, Limits, migrate, migrate_cancel
 from cardcage_migrate.progress import Progress, migrate_progress
 from cardcage_migrate.reach import parse, tls_context
-from cardcage_migrate.wire import Kind, LinkLost, Refused
+from cardcage_migrate.wire import Frame, Kind, LinkLost, Refused
 from cardcage_snapshot.creating import snapshot
 from cardcage_snapshot.sealing import prepared
 from migrate_kit import Coming, Cut, certificates, dead, over
@@ -143,6 +144,41 @@ def test_all_that_is_written_meanwhile_goes_over(folder: Path, host: Host) -> No
         ours[0x5000:0x6000] = theirs[0x5000:0x6000] = bytes(4096)  # where it counts on
         assert ours == theirs
         assert done.sent < 6 << 20
+
+
+def test_another_pass_makes_the_stop_shorter(folder: Path, host: Host) -> None:
+    """RAM that was written during the first pass goes over while the guest runs, where it is much less than that pass
+    had, also where the guest may stand still for all of it; and the destination is ready to start before any comes."""
+    did: list[str] = []
+    with counting(folder, host, memory="64M") as vm, Coming(host) as there, pytest.MonkeyPatch.context() as patch:
+        call, take = host.phases.call, incoming.put
+
+        def called(phase: str, machine: Machine) -> list[Any]:
+            did.append(phase)
+            return call(phase, machine)
+
+        def taken(block: RamBlock, frame: Frame) -> None:
+            did.append("RAM")
+            take(block, frame)
+
+        patch.setattr(host.phases, "call", called)
+        patch.setattr(incoming, "put", taken)
+        vm.start()
+        did.clear()
+        vm.memory.write(32 << 20, os.urandom(12 << 20))
+        once = iter([os.urandom(4 << 20)])
+
+        def write(progress: Progress) -> None:
+            if progress.status == "active" and progress.passes == 1 and progress.sent > 1 << 20:
+                for data in once:
+                    vm.memory.write(20 << 20, data)
+
+        done = over(vm, there.link, Limits(downtime=5, bandwidth=60 << 20), write)
+        assert next(once, None) is None
+        assert done.passes > 1
+        moved = there.done().machine
+        assert vm.memory.read(20 << 20, 4 << 20) == moved.memory.read(20 << 20, 4 << 20)
+    assert "starting" in did[: did.index("RAM")]
 
 
 MOMENTS = [

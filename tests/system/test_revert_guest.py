@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cardcage.errors import StateError
-from cardcage_agent import Machine
+from cardcage_agent import AgentError, Machine
+from cardcage_agent.frames import Kind, frame
 from cardcage_fork import checkpoint, fork, revert
 from cardcage_fork.plan import blocks_of
 
@@ -91,6 +94,55 @@ def test_a_revert_leaves_ram_as_it_was(vm: Machine) -> None:
     assert different <= set(machine.vm.dirty.pages())
     assert len(different) <= len(vm.vcpus)
     vm.resume()
+
+
+def test_a_machine_that_works_goes_back_without_a_pause(vm: Machine) -> None:
+    """A computation is put back twenty times in the middle of its work, and its result is right: no floating-point
+    register is lost, and nobody sees the machine pause."""
+    work = 'BEGIN { for (i = 1; i < 60000; i++) s += 1 / (i * i); printf "%.6f", s }'
+    vm.files.write("/tmp/work", work)
+    vm.run("rm -f /tmp/sum; (awk -f /tmp/work >/tmp/part; mv /tmp/part /tmp/sum) >/dev/null 2>&1 </dev/null &")
+    checkpoint(vm)
+    states: list[Any] = []
+    vm.observers.add("state", states.append)
+    for _ in range(20):
+        revert(vm)
+        vm.agent.ping()
+    vm.observers.remove("state", states.append)
+    assert len(states) < 20  # it is paused where a processor is in the middle of an access
+    script = "while [ ! -e /tmp/sum ]; do usleep 10000; done; cat /tmp/sum"
+    assert vm.run(["sh", "-c", script], text=True, timeout=60).stdout == "1.644917"
+    assert "Oops" not in vm.run("dmesg", text=True).stdout
+
+
+def test_an_agent_at_rest_goes_on_where_it_was(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a way back to where nothing was on its way to the agent, it is not asked to greet, and answers as before,
+    however much was said meanwhile; from any other point it is asked, and answers too."""
+    link, asked = vm.services["agent"], []
+    queue = link._queue
+
+    def queued(data: bytes) -> None:
+        asked.append(data == frame(0, Kind.GREET))
+        queue(data)
+
+    monkeypatch.setattr(link, "_queue", queued)
+    vm.agent.ping()
+    asked.clear()
+    checkpoint(vm)
+    for turn in range(4):
+        for _ in range(50 * turn):  # the agent says now and then how much it took
+            vm.files.write("/tmp/more", os.urandom(3000))
+        vm.run("true", input=b"for nobody")
+        revert(vm)
+        assert not vm.files.exists("/tmp/more")
+    assert not any(asked)
+    process = vm.popen("cat", stdin=PIPE)
+    checkpoint(vm)
+    revert(vm)
+    vm.agent.ping()
+    assert any(asked)
+    with pytest.raises(AgentError, match="put back"):
+        process.wait()
 
 
 def test_a_copy_has_its_own_checkpoint(vm: Machine) -> None:

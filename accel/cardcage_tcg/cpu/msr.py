@@ -30,6 +30,8 @@ RESET = {index: msr.reset for index, msr in MSRS.items()}
 HELD = frozenset(index for index, msr in MSRS.items() if msr.kept and not msr.readonly)
 """Those that are part of the state."""
 
+KNOWN = {*FIELDS, *MSRS, TSC_DEADLINE}
+
 
 class Msrs:
     """One vCPU's MSRs."""
@@ -76,9 +78,8 @@ class Msrs:
 
     def set_all(self, values: dict[int, int]) -> None:
         """Set those given; the others take their reset value. Raises UsageError for an unknown MSR."""
-        for index in values:
-            if index not in FIELDS and index not in MSRS and index != TSC_DEADLINE:
-                raise UsageError(f"the translator has no MSR {index:#x}")
+        if unknown := values.keys() - KNOWN:
+            raise UsageError(f"the translator has no MSR {min(unknown):#x}")
         self._values = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
         for index, at in FIELDS.items():
             if index not in (0x1B, 0xC0000080):

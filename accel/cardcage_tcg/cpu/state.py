@@ -75,10 +75,11 @@ def get_state(cpu: TcgVCpu) -> VCpuState:
         startup="wait-for-sipi" if d[L.STARTUP // 4] else "running",
     )
     dr = q[L.DR // 8 : L.DR // 8 + 8]
+    msrs = cpu.msrs.all()  # the timer may expire now: its deadline first, so that it or its interrupt is there, or both
     lapic = cpu.msrs.lapic_image() if cpu.vm.lapic else None
     tsc = cpu.native.tsc() + q[L.TSC_OFFSET // 8] & 0xFFFFFFFFFFFFFFFF
     return VCpuState(
-        registers, system, Fpu(bytes(xsave), cpu.registers.xcr0), events, cpu.msrs.all(),
+        registers, system, Fpu(bytes(xsave), cpu.registers.xcr0), events, msrs,
         (dr[0], dr[1], dr[2], dr[3], dr[6], dr[7]), lapic, tsc,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ class TcgVCpu:
         view = self._area.view[STACK : STACK + (L.SIZEOF_CPU + 7) // 8 * 8]
         self.registers = RegisterFile(vm.native, self.pointer, view)
         self.words, self.halves, self.raw = self.registers.words, self.registers.halves, view
-        self._enter = vm.native.enter
+        self._enter = vm.native.run
         self.msrs = Msrs(vm, self.registers)
         self.linear = LinearMemory(vm, self.registers, self.msrs)
         self.tried, self.tries = (0, 0, b""), 0  # the code without a template last, and how often in a row
@@ -85,6 +85,9 @@ class TcgVCpu:
         q, d, enter, pointer = self.words, self.halves, self._enter, self.pointer
         emulate: Callable[[Ops], None] | None = None
         reason_at, info = L.REASON // 4, L.INFO // 8
+        d[L.STILL // 4] = 0  # and then the look: who holds it does so in the other order
+        if self.vm.holds:
+            self.vm.await_release(self)
         if (held := self.held) is not None:
             held.wait()
             held.clear()
@@ -260,6 +263,14 @@ class TcgVCpu:
         """Deliver an exception at the present RIP."""
         with self.vm.lock:
             self.native.raise_(self.pointer, vector, error is not None, error or 0)
+
+    def get_ready(self) -> None:
+        """Load the emulator."""
+        assert self._emulator
+
+    def clear_still(self) -> None:
+        """It is about to go into native code (:mod:`cardcage_tcg.holding`)."""
+        self.halves[L.STILL // 4] = 0
 
     # ---- state ----
 

@@ -199,6 +199,8 @@ struct cpu {
     u32 stepping, stop;   /* a debugger's: stop when the next instruction is done; STOP_* */
     u32 pointed, stopped_at; /* the page being run has POINT_EXECUTE; the number of the point that was met */
     u64 began;            /* RIP of the step that began last */
+    u32 still;            /* futex: its thread is out of native code between two instructions, and goes in by way of tcg_hold's caller */
+    u32 made;             /* its caches are what they should be when they are empty: see tcg_reset() */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
@@ -254,6 +256,7 @@ struct vm {
     struct slot slots[MAX_SLOTS];
     u32 nslots, ncpus;
     u32 stopping, lock;            /* futexes */
+    u32 holding, holding_pad;      /* somebody waits until all vCPUs are still */
     u32 crossed, closing;          /* how many chains join two pages */
     u32 ticker_seq, has_lapic;     /* has_lapic: 0, or 1 and H_LAPIC_* for what CPUID shows of it */
     u64 code_rx, code_rw, code_size, code_used;

@@ -68,6 +68,10 @@ class PciHotplug:
         state = self.state
         return PciHotplugState(state.up, state.down, state.bus)
 
+    def unchanged(self, state: PciHotplugState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: PciHotplugState, /) -> None:
         self.state = PciHotplugState(state.up, state.down, state.bus)
 

@@ -67,6 +67,10 @@ class AcpiPm:
     def save(self) -> AcpiPmState:
         return copied(self.state)
 
+    def unchanged(self, state: AcpiPmState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: AcpiPmState, /) -> None:
         self.state = copied(state)
         self._update()

@@ -54,6 +54,10 @@ class Port80:
     def save(self) -> Port80State:
         return Port80State(self.code)
 
+    def unchanged(self, state: Port80State, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.code == state.code
+
     def load(self, state: Port80State, /) -> None:
         self.code = state.code & 0xFF
 

@@ -96,6 +96,10 @@ class FwCfg:
     def save(self) -> FwCfgState:
         return FwCfgState(self.state.selected, self.state.offset, self.state.dma_high)
 
+    def unchanged(self, state: FwCfgState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: FwCfgState, /) -> None:
         self.state = FwCfgState(state.selected, state.offset, state.dma_high)
 

@@ -87,6 +87,10 @@ class Hpet:
     def save(self) -> HpetState:
         return copied(self.state)
 
+    def unchanged(self, state: HpetState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: HpetState, /) -> None:
         self.state = copied(state)
         self._arm_all()

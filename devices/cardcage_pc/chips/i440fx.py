@@ -80,6 +80,10 @@ class HostBridge:
     def save(self) -> HostBridgeState:
         return HostBridgeState(bytes(self._function.config[PAM : PAM + 7]))
 
+    def unchanged(self, state: HostBridgeState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self._pam == state.pam and self._function.config[PAM : PAM + 7] == state.pam
+
     def load(self, state: HostBridgeState, /) -> None:
         self._function.config[PAM : PAM + 7] = state.pam
         self._apply()

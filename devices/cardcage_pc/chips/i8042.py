@@ -82,6 +82,10 @@ class I8042:
     def save(self) -> I8042State:
         return copied(self.state)
 
+    def unchanged(self, state: I8042State, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: I8042State, /) -> None:
         self.state = copied(state)
         self._interrupt()

@@ -54,6 +54,10 @@ class IoApic:
     def save(self) -> IoApicState:
         return copied(self.state)
 
+    def unchanged(self, state: IoApicState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: IoApicState, /) -> None:
         self.state = copied(state)
 

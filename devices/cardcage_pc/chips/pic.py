@@ -214,6 +214,10 @@ class Pic:
     def save(self) -> PicState:
         return copied(PicState(self.master, self.slave))
 
+    def unchanged(self, state: PicState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.master == state.master and self.slave == state.slave
+
     def load(self, state: PicState, /) -> None:
         kept = copied(state)
         self.master, self.slave = kept.master, kept.slave

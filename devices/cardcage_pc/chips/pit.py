@@ -221,6 +221,10 @@ class Pit:
     def save(self) -> PitState:
         return copied(self.state)
 
+    def unchanged(self, state: PitState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: PitState, /) -> None:
         self.state = copied(state)
         self._schedule()

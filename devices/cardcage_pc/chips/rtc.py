@@ -119,6 +119,10 @@ class Rtc:
     def save(self) -> RtcState:
         return copied(self.state)
 
+    def unchanged(self, state: RtcState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return self.state == state
+
     def load(self, state: RtcState, /) -> None:
         self.state = copied(state)
         self._check()

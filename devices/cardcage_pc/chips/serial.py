@@ -111,6 +111,10 @@ class Serial:
         state.waiting = bytes(self.waiting)
         return state
 
+    def unchanged(self, state: SerialState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        return not self.waiting and self.state == state
+
     def load(self, state: SerialState, /) -> None:
         self.waiting = deque(state.waiting[:WAITING])
         self.state = copied(state)

@@ -157,6 +157,9 @@ class Blk(ParksWorkers, HoldsNothing):
         if kept := self._workers.kept:
             raise HostError(f"{self._slot.id}: {kept} requests wait for the host, and cannot be saved: make room first")
 
+    def unchanged(self, state: Any) -> bool:
+        return not self._workers.kept
+
     def load(self, state: Any) -> None:
         """Nothing is saved."""
 

@@ -242,6 +242,9 @@ class Console:
     def save(self) -> ConsoleState:
         return ConsoleState([port.open for port in self.ports], list(self._messages))
 
+    def unchanged(self, state: ConsoleState) -> bool:
+        return not any(port.held for port in self.ports) and self.save() == state
+
     def load(self, state: ConsoleState) -> None:
         for port, is_open in zip(self.ports, state.open, strict=True):
             port.open = is_open

@@ -325,5 +325,8 @@ class Net:
     def save(self) -> NetState:
         return NetState(mac=self.mac, pairs=self._pairs, status=self._status, offloads=self._offloads)
 
+    def unchanged(self, state: NetState) -> bool:
+        return not self._starved and not self._gathering and self.save() == state
+
     def load(self, state: NetState) -> None:
         self.mac, self._pairs, self._status = state.mac, state.pairs, state.status

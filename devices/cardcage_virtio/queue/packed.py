@@ -201,5 +201,8 @@ class PackedRing:
     def save(self) -> tuple[int, int, int, int]:
         return self._at, self._wrap, self._used, self._used_wrap
 
+    def stands_at(self, state: tuple[int, int, int, int]) -> bool:
+        return (self._at, self._wrap, self._used, self._used_wrap) == tuple(state) and not self._unsignalled
+
     def load(self, state: tuple[int, int, int, int]) -> None:
         self._at, self._wrap, self._used, self._used_wrap = state

@@ -137,6 +137,9 @@ class Ring(Protocol):
 
     def load(self, state: tuple[int, int, int, int]) -> None: ...
 
+    def stands_at(self, state: tuple[int, int, int, int]) -> bool:
+        """True where :meth:`load` would change nothing."""
+
 
 class Window:
     """Cuts views of buffers out of one long view of the RAM they lie in, which is kept from buffer to buffer.

@@ -198,6 +198,9 @@ class SplitRing:
     def save(self) -> tuple[int, int, int, int]:
         return self._last, self._tail, 0, 0
 
+    def stands_at(self, state: tuple[int, int, int, int]) -> bool:
+        return (self._last, self._tail, self._signalled) == (state[0], state[1], state[1])
+
     def load(self, state: tuple[int, int, int, int]) -> None:
         self._last, self._tail = state[0], state[1]
         self._signalled = self._tail

@@ -17,7 +17,7 @@ from cardcage_pci.spec import Bar, Capability, FunctionSpec
 from cardcage_virtio.parking import AsksVirtio
 from cardcage_virtio.transport.common import NO_VECTOR, CommonConfig
 from cardcage_virtio.transport.events import NOTIFY, BackEndEvents
-from cardcage_virtio.virtio import Virtio, VirtioState, needs_of
+from cardcage_virtio.virtio import Virtio, VirtioState, needs_of, unchanged
 
 if TYPE_CHECKING:
     from cardcage.device import Slot
@@ -216,6 +216,14 @@ class PciTransport(AsksVirtio):
         return VirtioPciState(
             virtio=self.virtio.save(), config_vector=common.config_vector, isr=self._isr, selects=selects
         )
+
+    def unchanged(self, state: VirtioPciState, /) -> bool:
+        """True where :meth:`load` would change nothing."""
+        common = self._common
+        now = common.config_vector, self._isr, common.device_select, common.driver_select, common.queue_select
+        if now != (state.config_vector, state.isr, *state.selects):
+            return False
+        return state.virtio is not None and unchanged(self.virtio, state.virtio)
 
     def load(self, state: VirtioPciState, /) -> None:
         if state.virtio is not None:

@@ -311,13 +311,18 @@ EXPORT int tcg_apic_msr(struct cpu *c, u32 msr, int write, u64 *value) { return 
 EXPORT void tcg_inject_nmi(struct cpu *c) { apic_post_mode(c, MODE_NMI, 0, 0); }
 
 /* The 1024-byte register page as KVM_GET_LAPIC gives it: 64 registers 16 bytes apart. */
+/* The timer may expire meanwhile, on the ticker's thread: its count first, so that it or the interrupt is there, or both. */
 EXPORT void tcg_apic_save(struct cpu *c, u32 page[256])
 {
+    u32 left;
+    if (read_register(c, A_TCCR, &left))
+        left = 0;
     for (u32 i = 0; i < 64; i++) {
         page[i * 4 + 1] = page[i * 4 + 2] = page[i * 4 + 3] = 0;
         if (read_register(c, i, &page[i * 4]))
             page[i * 4] = 0;
     }
+    page[A_TCCR * 4] = left;
 }
 
 /* Restore it, the timer with what was left of its count. cpu.apic_base must be set. */

@@ -34,11 +34,12 @@ EXPORTED u64 tcg_stub(int i)
 /* Empty caches of a new vCPU, and after its registers were set from outside. */
 EXPORTED void tcg_reset(struct cpu *c)
 {
-    for (u32 m = 0; m < 2; m++) { /* a new vCPU's are all zero, which is no tag for nothing; in the jump cache only at address 0 */
+    for (u32 m = 0; m < 2 && !c->made; m++) { /* a new vCPU's are all zero, which is no tag for nothing; in the jump cache only at address 0 */
         jc_drop(c, m, 0);
         memset(c->tlb_r[m].filled, 0xff, sizeof c->tlb_r[m].filled);
         memset(c->tlb_w[m].filled, 0xff, sizeof c->tlb_w[m].filled);
     }
+    c->made = 1;
     tlb_flush(c, 1);
     jc_flush(c);
     c->resume = 0;

@@ -129,6 +129,59 @@ EXPORTED void tcg_start_world(struct vm *vm)
     futex_wake(&vm->stopper);
 }
 
+EXPORTED void tcg_kick(struct cpu *c)
+{
+    __atomic_store_n(&c->kicked, 1, __ATOMIC_SEQ_CST);
+    wake_cpu(c);
+}
+
+/* ---- vCPUs that stand still, out of native code with all of their state in `struct cpu` ---- */
+
+/* The thread of *c* is, or stays, between two instructions. It looks at `holding` after it has said so, and who holds looks after that. */
+EXPORTED void tcg_still(struct cpu *c)
+{
+    __atomic_store_n(&c->still, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&c->vm->holding, __ATOMIC_SEQ_CST))
+        futex_wake(&c->still);
+}
+
+void tcg_enter(struct cpu *c); /* entry.S */
+
+EXPORTED void tcg_run(struct cpu *c)
+{
+    tcg_enter(c);
+    if (c->reason == R_POLL)
+        tcg_still(c);
+}
+
+/* Get all vCPUs out, and wait up to *ns* until they are still; returns whether they are. */
+EXPORTED int tcg_hold(struct vm *vm, u64 ns)
+{
+    u64 end = now_ns() + ns;
+    int still = 1;
+    __atomic_store_n(&vm->holding, 1, __ATOMIC_SEQ_CST);
+    for (u32 i = 0; i < vm->ncpus; i++)
+        if (vm->cpus[i] && !__atomic_load_n(&vm->cpus[i]->still, __ATOMIC_SEQ_CST))
+            tcg_kick(vm->cpus[i]);
+    for (u32 i = 0; i < vm->ncpus && still; i++) {
+        struct cpu *c = vm->cpus[i];
+        for (u32 spins = 0; c && !__atomic_load_n(&c->still, __ATOMIC_SEQ_CST); spins++)
+            if (spins < 100)
+                __builtin_ia32_pause();
+            else if (now_ns() < end)
+                futex_wait(&c->still, 0, end);
+            else {
+                still = 0;
+                break;
+            }
+    }
+    __atomic_store_n(&vm->holding, 0, __ATOMIC_SEQ_CST);
+    return still;
+}
+
+/* The same for who keeps the GIL, and so waits for a moment only. */
+EXPORTED int tcg_hold_briefly(struct vm *vm, u64 ns) { return tcg_hold(vm, ns); }
+
 /* ---- the timer thread: one for each VM, never in need of the GIL ---- */
 
 void ticker_kick(struct vm *vm, u64 deadline)
@@ -173,12 +226,6 @@ EXPORTED void tcg_close(struct vm *vm)
     __atomic_store_n(&vm->closing, 1, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&vm->ticker_seq, 1, __ATOMIC_SEQ_CST);
     futex_wake(&vm->ticker_seq);
-}
-
-EXPORTED void tcg_kick(struct cpu *c)
-{
-    __atomic_store_n(&c->kicked, 1, __ATOMIC_SEQ_CST);
-    wake_cpu(c);
 }
 
 /* ---- host faults in translated code: #DE, misaligned SSE, unmasked floating point ---- */
