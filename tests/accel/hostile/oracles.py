@@ -220,6 +220,34 @@ def reader(r: random.Random, cpu: int, token: int) -> Role:
     return Role(_own(cpu), {_own(cpu): bytes(code.out)})
 
 
+VISITED = OWN + 0x1000
+"""A function that the sharer patches, 64 bytes into its page, while the visitor has it translated."""
+
+
+def sharer(r: random.Random, cpu: int, token: int) -> Role:
+    """Patches a function by a store that shares its look-up with one before a device's answer, then calls it."""
+    code = Asm(64, _own(cpu))
+    code.mov(4, DATA + 0x8000).mov(6, 0).mov(5, VISITED).mov(7, VISITED + 0x40).mov(3, DEVICE + 0xF0)
+    loop = code.here
+    code.raw(b"\xff\xc6").mem(b"\xc6", 0, 7).raw(0xB8)  # the page holds no code now
+    code.mem(b"\x89", 6, 5, r.choice((0, 8, 0x28)))
+    for _ in range(r.randrange(1, 4)):
+        code.mem(b"\x8b", 0, 3)
+    code.mem(b"\x89", 6, 5, 0x41).raw(b"\xff\xd7\x39\xf0\x74\x0a")  # CALL RDI; CMP EAX, ESI; JE
+    _oracle(code, token)
+    code.back(loop)
+    return Role(_own(cpu), {_own(cpu): bytes(code.out), VISITED + 0x40: b"\xb8\0\0\0\0\xc3"})
+
+
+def visitor(r: random.Random, cpu: int, token: int) -> Role:
+    """Calls what the sharer patches."""
+    code = Asm(64, _own(cpu))
+    code.mov(4, DATA + 0x8000 + 0x100 * cpu)
+    loop = code.here
+    code.jump(VISITED + 0x40, b"\xe8").raw(b"\xf3\x90" * r.randrange(3)).back(loop)
+    return Role(_own(cpu), {_own(cpu): bytes(code.out)})
+
+
 def sprayer(r: random.Random, cpu: int, token: int) -> Role:
     """Runs block after block of host code in constants, and has the machine change its slots between."""
     own = _own(cpu)
@@ -255,7 +283,8 @@ def storm(r: random.Random, cpu: int, token: int) -> Role:
 
 
 ROLES: dict[str, Callable[[random.Random, int, int], Role]] = {
-    one.__name__: one for one in (patched, patcher, selfpatch, faulter, flipper, reader, sprayer, storm)
+    one.__name__: one
+    for one in (patched, patcher, selfpatch, faulter, flipper, reader, sharer, visitor, sprayer, storm)
 }
-FOLLOWS = {"patched": "patcher", "faulter": "flipper"}
+FOLLOWS = {"patched": "patcher", "faulter": "flipper", "sharer": "visitor"}
 """Which role the next vCPU plays."""
