@@ -169,6 +169,20 @@ def test_programs_like_the_processor(host: Host, guest: Guest) -> None:
             assert shown(guest.run(code, start, memory)) == want, f"case {case}, {time} time: {code.hex()}"
 
 
+@pytest.mark.parametrize("count", [40, 64, 100])
+def test_a_block_of_checked_accesses(host: Host, guest: Guest, count: int) -> None:
+    """A block of nothing but loads that have a limit, an alignment and a page to look at runs as on the processor."""
+    r = random.Random(count)
+    start, memory = Programs(r).state(), r.randbytes(DATA_SIZE)
+    general = [one & 0xFFFFFFFF for one in start.general[:8]] + [0] * 8
+    general[3], general[4] = DATA + 0x100, DATA + 0x2000
+    start = State(general, CODE, 0x40202, start.xstate)
+    code = b"\x2e\x03\x03" * count + b"\x0f\x0b"  # add eax, cs:[ebx], with RFLAGS.AC
+    want = shown(host.run(code, start, memory, bits=32))
+    for _ in range(2):
+        assert shown(guest.run(code, start, memory, bits=32)) == want
+
+
 def between(after: bytes, before: bytes = b"\x48\x89\x01") -> bytes:
     """Code that stores RAX at RCX (*before*), reads a device at RBX, and does *after*."""
     return before + b"\x8b\x13" + after

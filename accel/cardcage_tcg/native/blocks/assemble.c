@@ -10,6 +10,7 @@
 
 #define MAX_BODY 66
 #define MAX_SIDES 4
+#define MAX_SLOW 288 /* accesses of a block's body; with those of its last instruction and its end they are fewer than MAX_SLOW + 32 */
 #define ROOM 12288
 #define COLD_AT (ROOM + 4096) /* where the cold part begins while both are one: in between lies what the last instruction and the end take */
 #define MOST_CODE (15 * MAX_BODY) /* bytes of the longest block */
@@ -27,7 +28,7 @@ struct out {
     u32 payloads, chains, misses;
     struct { u32 at, guest; } payload[2 * MAX_BODY + 4];
     struct { u32 field; s64 target; u32 saved, plain; } chain[4 + MAX_SIDES + SLOTS * 4]; /* saved: cpu.fl has the flags too */
-    struct { u32 branch, resume, item; const struct taccess *access; struct group *group; u32 saved; } slow[2 * MAX_BODY + 4];
+    struct { u32 branch, resume, item; const struct taccess *access; struct group *group; u32 saved; } slow[MAX_SLOW + 32];
     u32 slows, groups;
     struct group group[MAX_GROUPS];
     u8 shares[MAX_BODY + 1][MAX_NEAR]; /* the group of an instruction's access */
@@ -643,10 +644,10 @@ static void end_at_side(struct plan *p)
 /* 0, or the offset + 1 of an instruction without a template. */
 static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *data, u32 size, u32 limit, int alone, int crosses)
 {
-    u32 at = 0, shadow = 0, bytes = 0;
+    u32 at = 0, shadow = 0, bytes = 0, slow = 0;
     p->count = p->sides = 0;
     p->end = 0;
-    while (at < size && (p->count < (alone ? 1 : limit) || (shadow && !alone)) && bytes < ROOM) {
+    while (at < size && (p->count < (alone ? 1 : limit) || (shadow && !alone)) && bytes < ROOM && slow < MAX_SLOW) {
         u32 room = size - at < 15 ? size - at : 15;
         if (key & (MODE_64 | MODE_32) && direct_branch(s, p, key, data + at, room, at)) {
             if (alone || !goes_on(p, key, size, limit))
@@ -676,6 +677,7 @@ static u32 collect(const struct store *s, struct plan *p, u32 key, const u8 *dat
         p->t[p->count++] = t;
         at += t->length;
         bytes += t->code_length + 40u * t->accesses + 40;
+        slow += t->accesses;
         if (t->flags & T_END || shadow)
             break;
         shadow = t->flags & T_SHADOW;

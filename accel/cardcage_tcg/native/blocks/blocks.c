@@ -32,7 +32,7 @@ static int has_room(struct vm *vm, const struct block *plan)
     if (vm->code_used + CHUNK > vm->code_size)
         return 0;
     *chunk_at(vm, vm->code_used) = (struct chunk){ CODE_ALIGN, CHUNK };
-    vm->code_used += CHUNK;
+    __atomic_store_n(&vm->code_used, vm->code_used + CHUNK, __ATOMIC_RELEASE);
     return 1;
 }
 
@@ -43,10 +43,9 @@ struct block *lay(struct vm *vm, const struct block *plan, const struct code *co
         return 0;
     u64 base = vm->code_rx + vm->code_used - CHUNK;
     struct chunk *last = chunk_at(vm, vm->code_used - CHUNK);
+    u32 low = last->low + (u32)code_size(plan->code_length), high = last->high - (u32)header_size(plan);
     u64 hot = base + last->low;
-    last->low += (u32)code_size(plan->code_length);
-    last->high -= (u32)header_size(plan);
-    struct block *b = (struct block *)(base + last->high), *w = RW(vm, struct block, b);
+    struct block *b = (struct block *)(base + high), *w = RW(vm, struct block, b);
     u8 *to = RW(vm, u8, hot), *cold = (u8 *)(w + 1);
     u32 apart = (u32)((u64)(b + 1) - hot - (u64)(code->cold - code->hot)); /* more than now */
     *w = *plan;
@@ -63,6 +62,8 @@ struct block *lay(struct vm *vm, const struct block *plan, const struct code *co
     }
     for (u32 i = 0; i < code->jumps; i++)
         *(u32 *)(cold + code->jump[i]) += apart;
+    __atomic_store_n(&last->low, low, __ATOMIC_RELEASE); /* block_at() looks without the lock */
+    __atomic_store_n(&last->high, high, __ATOMIC_RELEASE);
     return b;
 }
 
