@@ -348,7 +348,9 @@ def test_a_machine_of_the_command_line_is_forked(
         made = create(find(copies[2][0]), tmp_path / "saved", compress=False, replace=False)
         assert next(made.path.glob("disk-*")).read_bytes().startswith(b"a disk ")
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with open(os.pidfd_open(pid), "rb", buffering=0) as gone:
+                os.kill(pid, signal.SIGKILL)
+                assert select.select([gone], [], [], 60)[0]  # its lock goes with it, after its sockets
         assert select.select([ended], [], [], 60)[0]
     assert Roster().read()[0] == []
 

@@ -213,11 +213,11 @@ def test_who_reads_nothing_stalls_nobody() -> None:
                     assert frame is not None
                     got += frame.data
             text = b""
-            while len(text) < 1 << 20:
+            while b"bytes of the console were not read in time]" not in text:
+                assert len(text) < wrote, "nothing was missed"  # how much had left for it by then, nobody knows
                 frame = stuck.receive()
                 assert frame is not None
                 text += frame.data
-            assert b"bytes of the console were not read in time]" in text
             vm.stop()
 
 
