@@ -10,6 +10,7 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import DescriptorTable, Segment
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
+from cardcage_tcg.vm import TcgOptions
 from tcg_host import CODE, CODE_SIZE, DATA, DATA_SIZE, READONLY, XSTATE_SIZE, State, normalize
 
 __all__ = ["Guest", "NoDevices"]
@@ -50,10 +51,11 @@ class NoDevices:
 class Guest:
     """A long mode guest with the same code and data addresses, and the same selectors, as the host's child."""
 
-    def __init__(self, *, avx: bool = False, pku: bool = False, cpu: str = "max") -> None:
+    def __init__(self, *, avx: bool = False, pku: bool = False, cpu: str = "max", code_cache: int = 256) -> None:
         features = {"avx": True, "avx2": True, "fma": True, "f16c": True, "pku": pku} if avx else {}
         self.avx = avx
-        self.vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu=cpu, features=features))
+        options = TcgOptions(code_cache=code_cache)
+        self.vm = Tcg().create_vm(VmSpec(cpus=1, irqchip="none", cpu=cpu, features=features, options=options))
         self.memory, self.ram = PhysicalMemory(), RamBlock(RAM)
         self.memory.add(RamRange(0, RAM, self.ram))
         self.memory.attach(self.vm)

@@ -40,7 +40,7 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
-    made = Guest()
+    made = Guest(code_cache=8)
     yield made
     made.close()
 
@@ -159,7 +159,8 @@ def shown(state: State) -> dict[str, object]:
 
 
 def test_programs_like_the_processor(host: Host, guest: Guest) -> None:
-    """Random programs whose accesses lie near each other, about the edges of pages, end as on the real processor."""
+    """Random programs whose accesses lie near each other, about the edges of pages, end as on the real processor, also
+    after the code buffer was full."""
     r = random.Random(4)
     programs = Programs(r)
     for case in range(CASES):
@@ -167,6 +168,7 @@ def test_programs_like_the_processor(host: Host, guest: Guest) -> None:
         want = shown(host.run(code, start, memory))
         for time in ("first", "second"):  # the second has templates of all that it does not run, too
             assert shown(guest.run(code, start, memory)) == want, f"case {case}, {time} time: {code.hex()}"
+    assert guest.vm.generation
 
 
 @pytest.mark.parametrize("count", [40, 64, 100])

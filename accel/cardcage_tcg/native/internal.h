@@ -158,6 +158,7 @@ static inline u64 linear_after(const struct cpu *c, u64 linear, u64 by, int user
 }
 
 void futex_wait(u32 *word, u32 value, u64 deadline);
+void zero_pages(void *at, u64 size); /* of an Area of their own, without touching them */
 void futex_wake(u32 *word);
 void tcg_stop_world(struct vm *vm);
 void tcg_start_world(struct vm *vm);

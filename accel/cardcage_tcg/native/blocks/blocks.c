@@ -661,11 +661,14 @@ out:
     return result;
 }
 
-/* Forget all blocks; call it with the world stopped, from a thread that is not in native code. Who comes back to native code with an
- * address into the buffer sees by the generation that it means nothing any more. */
-EXPORTED void tcg_flush_blocks(struct vm *vm)
+/* All lists of blocks are empty. Few blocks are gone through, and what the many of a full buffer left is given up as a whole: all vCPUs wait. */
+static void clear_pages(struct vm *vm)
 {
-    spin_lock(&vm->lock);
+    if (vm->code_used > 16 * CHUNK) {
+        for (u32 i = 0; i < vm->nslots; i++)
+            zero_pages(vm->slots[i].pages, (vm->slots[i].size >> 12) * sizeof(struct page));
+        return;
+    }
     for (u64 at = 0; at < vm->code_used; at += CHUNK)
         for (u64 one = vm->code_rx + at + chunk_at(vm, at)->high; one < vm->code_rx + at + CHUNK; one += header_size((struct block *)one)) {
             struct block *b = (struct block *)one;
@@ -675,13 +678,20 @@ EXPORTED void tcg_flush_blocks(struct vm *vm)
             if (p2)
                 *p2 = (struct page){ 0, 0, 0 };
         }
+}
+
+/* Forget all blocks; call it with the world stopped, from a thread that is not in native code. Who comes back to native code with an
+ * address into the buffer sees by the generation that it means nothing any more. */
+EXPORTED void tcg_flush_blocks(struct vm *vm)
+{
+    spin_lock(&vm->lock);
+    clear_pages(vm);
     vm->generation++;
     vm->code_used = 0;
     vm->crossed = 0;
     for (u32 i = 0; i < 16; i++)
         vm->cross_pages[i] = 0;
-    for (u64 i = 0; i <= vm->hash_mask; i++)
-        vm->hash[i] = 0;
+    zero_pages(vm->hash, (vm->hash_mask + 1) * sizeof *vm->hash);
     for (u32 i = 0; i < vm->ncpus; i++)
         if (vm->cpus[i])
             jc_flush(vm->cpus[i]);
