@@ -7,6 +7,8 @@ import mmap
 import os
 import signal
 import struct
+import sys
+from pathlib import Path
 
 from attrs import define, field
 
@@ -26,8 +28,9 @@ _USER_REGS = (
 ).split()
 _AT = {name: i for i, name in enumerate(_USER_REGS)}
 _GENERAL_AT = [_AT[name] for name in GENERAL]
-TRACEME, CONT, GETREGS, SETREGS, GETSIGINFO, GETREGSET, SETREGSET = 0, 7, 12, 13, 0x4202, 0x4204, 0x4205
+CONT, GETREGS, SETREGS, GETSIGINFO, GETREGSET, SETREGSET = 7, 12, 13, 0x4202, 0x4204, 0x4205
 NT_X86_XSTATE = 0x202
+CHILD = str(Path(__file__).with_name("tcg_host_child.py"))
 
 
 @define
@@ -55,14 +58,12 @@ class Host:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.ptrace.restype = ctypes.c_long
         self._libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
         fd = os.memfd_create("fuzz")
         os.ftruncate(fd, CODE_SIZE + DATA_SIZE)
         self.memory = mmap.mmap(fd, CODE_SIZE + DATA_SIZE)
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._child(fd)
+        os.set_inheritable(fd, True)
+        places = map(str, (fd, CODE, CODE_SIZE, DATA, DATA_SIZE, READONLY))
+        self.pid = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", CHILD, *places], os.environ)
         os.close(fd)
         _, status = os.waitpid(self.pid, 0)
         if not os.WIFSTOPPED(status):
@@ -75,21 +76,6 @@ class Host:
         self._request(GETREGSET, NT_X86_XSTATE, ctypes.addressof(self._vector))
         self._size = self._vector[1]
         self._fresh = list(self._regs)
-
-    def _child(self, fd: int) -> None:
-        try:
-            for address, size, offset, protection in ((CODE, CODE_SIZE, 0, 5), (DATA, DATA_SIZE, CODE_SIZE, 3)):
-                if self._libc.mmap(address, size, protection, mmap.MAP_SHARED | 0x10, fd, offset) != address:
-                    os._exit(1)
-            self._libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-            self._libc.mprotect(DATA + READONLY, 0x1000, 1)
-            for entry, (base, limit, flags) in enumerate(((CODE, 0xFFFF, 0x44), (DATA, DATA_SIZE - 1, 0x40))):
-                about = struct.pack("<IIII", entry, base, limit, flags)  # struct user_desc: 16-bit code, 16-bit data
-                self._libc.syscall(154, 1, about, 16)
-            self._libc.ptrace(TRACEME, 0, None, None)
-            os.kill(os.getpid(), signal.SIGSTOP)
-        finally:
-            os._exit(0)
 
     def _request(self, request: int, address: int | None, data: int) -> None:
         if self._libc.ptrace(request, self.pid, address, data) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import struct
 from typing import TYPE_CHECKING
@@ -183,6 +184,24 @@ def test_a_block_of_checked_accesses(host: Host, guest: Guest, count: int) -> No
     want = shown(host.run(code, start, memory, bits=32))
     for _ in range(2):
         assert shown(guest.run(code, start, memory, bits=32)) == want
+
+
+def test_what_lies_behind_the_data_is_nobodys() -> None:
+    """The processor that is asked finds nothing behind the data, whatever the tests' own process has mapped there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    there = libc.mmap(DATA + DATA_SIZE, 4096, 3, 0x22, -1, 0)
+    host = Host()
+    try:
+        start = Programs(random.Random(1)).state()
+        start.general[3] = DATA + DATA_SIZE
+        ended = host.run(b"\x8b\x03\x0f\x0b", start, bytes(DATA_SIZE))  # mov eax, [rbx]
+        assert (ended.ended, ended.address) == ("SIGSEGV", DATA + DATA_SIZE)
+    finally:
+        host.close()
+        libc.munmap(there, 4096)
 
 
 def between(after: bytes, before: bytes = b"\x48\x89\x01") -> bytes:
