@@ -37,10 +37,11 @@ class Holds:
         self._holder = threading.Lock()
         self.holds = False
 
-    @property
-    def blocks(self) -> Blocks:
-        """The translator's Python half."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def blocks(self) -> Blocks:
+            """The translator's Python half."""
 
     @contextmanager
     def hold(self) -> Iterator[bool]:

@@ -10,6 +10,7 @@ from cardcage.accelerator import VmSpec
 from cardcage_kvm.accel import Kvm
 from kvm_bench import Bench, MakeBench
 from tcg_cpu import Cpu, load
+from tcg_host import Host
 
 EVERYWHERE = {f"test_{name}.py" for name in "check_tcg kvm tcg_store".split()}
 """Modules that run on each Python version: the conformance programs, and where Python and native code meet. The others
@@ -21,6 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent and item.path.name not in EVERYWHERE:
             item.add_marker(pytest.mark.once)
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """The real processor; skipped where the system lets no process be traced."""
+    try:
+        made = Host()
+    except OSError as error:
+        pytest.skip(f"the real processor cannot be asked: {error}")
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -30,16 +30,6 @@ EDGES = [DATA + 0x1000, DATA + 0x2000, DATA + READONLY, DATA + READONLY + 0x1000
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    try:
-        made = Host()
-    except OSError as error:
-        pytest.skip(f"the real processor cannot be asked: {error}")
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     made = Guest(code_cache=8)
     yield made

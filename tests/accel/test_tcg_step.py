@@ -66,16 +66,6 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    try:
-        made = Host()
-    except OSError as error:
-        pytest.skip(f"the real processor cannot be asked: {error}")
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     made = Guest()
     yield made

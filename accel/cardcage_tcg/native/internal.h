@@ -50,7 +50,7 @@ static inline struct block *block_of(u64 code) { return (struct block *)(code + 
 enum { MAX_FIXES = 1024 };
 struct code {
     const u8 *hot, *cold;
-    u32 hot_length, cold_length, fixes, jumps;
+    u32 fixes, jumps;
     u32 fix[MAX_FIXES], jump[12]; /* offsets in the first, FIX_COLD | in the second; in the second */
 };
 enum { FIX_COLD = 1u << 31 };

@@ -310,8 +310,8 @@ EXPORT int tcg_apic_msr(struct cpu *c, u32 msr, int write, u64 *value) { return 
 
 EXPORT void tcg_inject_nmi(struct cpu *c) { apic_post_mode(c, MODE_NMI, 0, 0); }
 
-/* The 1024-byte register page as KVM_GET_LAPIC gives it: 64 registers 16 bytes apart. */
-/* The timer may expire meanwhile, on the ticker's thread: its count first, so that it or the interrupt is there, or both. */
+/* The 1024-byte register page as KVM_GET_LAPIC gives it: 64 registers 16 bytes apart. The timer may expire meanwhile, on the ticker's
+ * thread: its count first, so that it or the interrupt is there, or both. */
 EXPORT void tcg_apic_save(struct cpu *c, u32 page[256])
 {
     u32 left;

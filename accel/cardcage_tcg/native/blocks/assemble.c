@@ -249,7 +249,6 @@ static void end_cold(struct out *o, struct block *b)
         *(u32 *)(o->code + o->payload[i].at) = from_start(o->payload[i].at - 4) << 12 | o->payload[i].guest;
     b->cold_length = o->used - COLD_AT;
     o->to.hot = o->code, o->to.cold = o->code + COLD_AT;
-    o->to.hot_length = b->code_length, o->to.cold_length = b->cold_length;
 }
 
 static void call_stub(struct out *o, u32 stub)

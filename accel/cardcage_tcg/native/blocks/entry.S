@@ -143,8 +143,7 @@ EXPORT stub_helper
     jmp leave
 
 /* Slow path of a load or read-modify-write: RSI = linear ^ tag, RDI = index; gives RSI = host address. */
-.macro SLOW name, table, function
-EXPORT \name
+.macro LOOK_UP table, function
     xor rsi, [rsp+8+rdi+\table]
     push rax
     push rcx
@@ -165,6 +164,10 @@ EXPORT \name
     pop rcx
     pop rax
     test rsi, rsi
+.endm
+.macro SLOW name, table, function
+EXPORT \name
+    LOOK_UP \table, \function
     jz abort
     ret
 .endm
@@ -176,26 +179,7 @@ SLOW stub_write_u, TLB_W+SIZEOF_TLB, native_slow_write
 /* Likewise for what several accesses share. Where they cannot, it returns five bytes behind. */
 .macro SHARE name, table, function
 EXPORT \name
-    xor rsi, [rsp+8+rdi+\table]
-    push rax
-    push rcx
-    push rdx
-    push r8
-    push r9
-    push r10
-    push r11
-    lea rdi, [rsp+64]
-    mov rdx, [rsp+56]
-    call \function
-    mov rsi, rax
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rdx
-    pop rcx
-    pop rax
-    test rsi, rsi
+    LOOK_UP \table, \function
     jz 1f
     ret
 1:  add qword ptr [rsp], 5
