@@ -60,7 +60,8 @@ class TcgVCpu:
         self._single: tuple[list[tuple[int, int]], int, int, bool] = [], SINGLE, 0, False
         """Its operand, where its bytes are, how many, whether x87 stores them."""
         q, d = self.words, self.halves
-        q[L.VM // 8] = vm.pointer
+        self._seen = Area(2 * (vm.code.size // L.HEADER_ALIGN))
+        q[L.VM // 8], q[L.SEEN // 8] = vm.pointer, self._seen.address
         d[L.INDEX // 4] = index
         for stub in range(L.STUB_SHARE_WRITE_U + 1):
             q[L.STUBS // 8 + stub] = vm.native.stub(stub)
@@ -298,3 +299,4 @@ class TcgVCpu:
         """Give its memory back."""
         self.registers.release()
         self._area.close()
+        self._seen.close()

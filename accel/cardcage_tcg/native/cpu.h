@@ -113,6 +113,7 @@ enum { H_CONTINUE = 0, H_REDIRECT = 1, H_EXIT = 2, H_SINGLE = 3 /* native_abort'
 #define JC_LOW 2          /* entry of a RIP: its bits from this one on, which are sparse, mixed with those from JC_SHIFT on, so that a small */
 #define JC_SHIFT 9        /* program's lie in few pages of the table; emit_indirect() does the same */
 #define JC_SIZE (1 << JC_BITS)
+#define JC_PAGE (4096 >> JC_LOW) /* entries of a page's code: all that differ from one of its in the low bits alone */
 #define XTLB_SIZE 256
 
 struct tlb_entry { u64 tag, add; };   /* tag = linear page; host address = (linear ^ tag) + add, add = host page */
@@ -156,6 +157,7 @@ struct device { u32 on, arg, count, at, changed, pad; struct device_access log[M
 
 struct cpu {
     u64 near[4];          /* host addresses that accesses of one block share: see share() */
+    u64 base;             /* linear page of the block that runs, where blocks do not hold their own: see floats() */
     u64 gpr[16];          /* guest r9, r10, r11 live here while native code runs */
     u64 rip;              /* EIP/RIP (an offset in CS) */
     u64 fl;               /* guest arithmetic flags: LAHF image in bits 8-15, OF in bit 0 */
@@ -205,6 +207,7 @@ struct cpu {
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */
     u32 pkru, smap_open;  /* smap_open: a supervisor's TLB may have entries of user pages, which go when RFLAGS.AC is cleared */
     struct vm *vm;
+    u64 seen;             /* u16 []: see seen_at() */
     u64 write_ptr;        /* where a single writes (see R_SLOW_WRITE): a buffer, or its operand itself, in RAM that holds code */
     u64 single_phys, single_size;  /* that operand; size 0: it is a buffer, and Python writes back */
     u64 split[2], split_phys[2]; /* or one that lies across two pages of RAM: host addresses of both parts, and their physical ones, ~0 where no code is */
@@ -224,7 +227,8 @@ struct cpu {
     u32 jc_local[2];      /* the jump cache may hold what a CR3 load drops */
     u64 jc_used[2][JC_SIZE / 64];  /* entries that may be for something */
     u64 jc_some[2][JC_SIZE / 4096]; /* words of jc_used that may have some */
-    u64 code_large[2];    /* in which 2 MiB code came from large pages */
+    u64 code_large[2];    /* in which 2 MiB code came from large pages; and between which, so that a program's pages are not taken for a kernel's */
+    u64 large_first[2], large_last[2];
     struct jump jc[2][JC_SIZE];
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };
@@ -272,7 +276,8 @@ struct vm {
     u64 stat[16];
     u64 store;                     /* struct store: templates */
     u64 cross;                     /* struct site *[MAX_CROSS]: those chains */
-    u64 cross_pages[16];           /* bits by 2 MiB: where they may lead to */
+    u64 cross_pages[16];           /* bits by 2 MiB: where they may lead to; and from which on, up to which */
+    u64 cross_first, cross_end;
     u64 block_limit;               /* the most instructions in a block */
     u64 bells, watched;            /* struct bells *, watched *, 0 without any: replaced whole */
     u64 routes, rings;             /* struct route *, ring *: see eventfds.c */

@@ -23,7 +23,7 @@ static inline u64 seen_in(u64 region) { return 1ul << (region * 0x9e3779b97f4a7c
 /* A translated block: this header, then the code that seldom runs (slow paths, stubs of jumps) and its fault sites. What runs lies by
  * itself, close to other blocks': see struct chunk. Pointers are executable-view addresses. */
 struct block {
-    u64 pc;              /* RIP of its first instruction */
+    u64 pc;              /* RIP of its first instruction: see floats() */
     u64 cs_base;
     u64 phys, phys2;     /* physical address of its first byte; of the second page it reaches, or ~0 */
     u32 mode;
@@ -55,10 +55,24 @@ struct code {
 };
 enum { FIX_COLD = 1u << 31 };
 
-/* The address of the instruction that many bytes behind a block's start. */
-static inline u64 rip_in(const struct block *b, u64 offset)
+/* Programs run at random addresses. So the code of a 64-bit one does not hold its own: there a block's pc is its offset in the page, wherever
+ * that is mapped, and cpu.base has the page. Whatever goes to such a block from another page sets it. */
+static inline int floats(u32 mode) { return (mode & (MODE_64 | MODE_CPL3)) == (MODE_64 | MODE_CPL3); }
+static inline u64 pc_for(u32 mode, u64 rip) { return floats(mode) ? rip & 0xfff : rip; }
+static inline u64 base_for(const struct cpu *c, u32 mode) { return floats(mode) ? c->base : 0; }
+
+/* The page, as much of its number as jc_index() looks at, where a vCPU's jump cache may have a block that floats. It has it in one place
+ * only, so that the block is found there when it goes. */
+static inline u16 *seen_at(const struct cpu *c, const struct block *b) { return (u16 *)c->seen + (((u64)b - c->vm->code_rx) / HEADER_ALIGN); }
+static inline u32 jc_index_of(const struct cpu *c, const struct block *b, u32 m)
 {
-    u64 rip = b->pc + offset;
+    return jc_index(floats(b->mode) ? (u64)*seen_at(c, b) << 12 | b->pc : b->pc, m);
+}
+
+/* The address of the instruction that many bytes behind a block's start, for a vCPU that runs it. */
+static inline u64 rip_in(const struct cpu *c, const struct block *b, u64 offset)
+{
+    u64 rip = base_for(c, b->mode) + b->pc + offset;
     return b->mode & MODE_64 ? rip : b->mode & MODE_32 ? (u32)rip : (u16)rip;
 }
 
@@ -66,12 +80,11 @@ static inline u64 rip_in(const struct block *b, u64 offset)
 struct site {
     u32 header;          /* this - header = struct block */
     u32 jump;            /* this - jump = the rel32 field to patch */
-    s64 target;          /* target RIP - block pc */
+    s64 target;          /* target RIP - that of the block */
     u64 next;            /* in the list of jumps to `block`, 1 at its end; 0: not linked */
     u64 block;
-    u64 wrap;            /* mask class: 0 = 64 bits, 1 = 32, 2 = 16; SITE_PLAIN: to a block of KEY_PLAIN */
+    u64 plain;           /* KEY_PLAIN, where it leads to a block of that kind */
 };
-enum { SITE_PLAIN = 4 };
 
 /* ---- templates: made by Python, joined by assemble.c; all offsets, so that a store can be kept in a file ---- */
 

@@ -17,6 +17,7 @@ __all__ = [
     "HOST",
     "NUMBER",
     "SPILLED",
+    "add",
     "alu_flags",
     "call_state",
     "flags_load",
@@ -89,6 +90,11 @@ def store(register: int, offset: int) -> bytes:
 def store32(register: int, offset: int) -> bytes:
     """``mov [state + offset], r32``."""
     return _state(b"\x89", register, offset, 4)
+
+
+def add(register: int, offset: int) -> bytes:
+    """The register += a word of ``struct cpu``; arithmetic flags change."""
+    return _state(b"\x03", register, offset, 8)
 
 
 def mov(to: int, source: int) -> bytes:

@@ -118,6 +118,8 @@ class Operands:
         self.long = bool(mode & L.MODE_64)
         self.width = 8 if self.long else 4 if mode & L.MODE_32 else 2
         self.user = mode & L.MODE_CPL3
+        self.floats = self.long and bool(self.user)
+        """The code does not hold its address: ``floats()`` in internal.h."""
         self.tlb_read = L.TLB_R + (L.SIZEOF_TLB if self.user else 0)
         self.tlb_write = L.TLB_W + (L.SIZEOF_TLB if self.user else 0)
         self._encoder = Encoder(64)
@@ -154,6 +156,8 @@ class Operands:
         if base in (R.RIP, R.EIP):
             t.rip = len(out) + 2, disp - ins.ip
             out += b"\x48\xbe" + bytes(8)
+            if self.floats:  # from the page that the block runs in
+                out += load(7, L.BASE) + b"\x48\x8d\x34\x3e"
             if base == R.EIP:
                 out += mov32(6, 6)
             return 8 if base == R.RIP else 4

@@ -26,7 +26,7 @@ from iced_x86 import (
 from cardcage_tcg import MAX_INSTRUCTIONS
 from cardcage_tcg import layout as L
 from cardcage_tcg.translate.allowed import NAMES, SHIFTS, WRITES, decoder_of, is_foreign
-from cardcage_tcg.translate.emit import NUMBER, load, store
+from cardcage_tcg.translate.emit import NUMBER, add, load, store
 from cardcage_tcg.translate.operands import Emulate, Template
 from cardcage_tcg.translate.system import ends_block
 from cardcage_tcg.translate.templates import Templates
@@ -421,6 +421,8 @@ class Translator:
         hole = len(out), size
         out += bytes(size)
         if size == 8:
+            if maker.floats:
+                out += add(7, L.BASE)
             out += b"\x48\x89\x3e"
             maker.near(t, at, start, len(out) - 1, 4, -size)
         maker.stack_commit(-size, out)

@@ -83,10 +83,11 @@ def sled(r: random.Random, bits: int) -> bytes:
 
 @define
 class Role:
-    """Programs by address, and where a vCPU starts in 64-bit code."""
+    """Programs by address, and where a vCPU starts in 64-bit code, of ring 0 or of ring 3."""
 
     start: int
     code: dict[int, bytes] = field(factory=dict)
+    user: bool = False
 
 
 def _own(cpu: int) -> int:
@@ -248,6 +249,23 @@ def visitor(r: random.Random, cpu: int, token: int) -> Role:
     return Role(_own(cpu), {_own(cpu): bytes(code.out)})
 
 
+def doubler(r: random.Random, cpu: int, token: int) -> Role:
+    """A program that patches a function by one address and calls it by others: each call tells where it was made."""
+    own, offset = _own(cpu), 0x100 * cpu + r.choice((0, 0x10, 0x39, 0x7F8, 0xCF3))
+    code = Asm(64, own)
+    code.mov(6, 0).mov(5, BIG + offset)
+    loop = code.here
+    code.raw(b"\xff\xc6").mem(b"\x89", 6, 5, 8)
+    for _ in range(r.randrange(2, 6)):
+        code.mov(3, ALIASES + offset + 4096 * r.randrange(1 << 18)).raw(b"\xff\xd3\x39\xf0\x74\x0a")
+        _oracle(code, token)
+        code.raw(b"\x48\x8d\x53\x07\x48\x39\xd1\x74\x0a")  # LEA RDX, [RBX+7]; CMP RCX, RDX; JE
+        _oracle(code, token)
+    code.jump(loop)
+    body = b"\x48\x8d\x0d\0\0\0\0\xb8\0\0\0\0\xc3"  # LEA RCX, [RIP]; MOV EAX, imm32; RET
+    return Role(own, {own: bytes(code.out), BIG + offset: body}, user=True)
+
+
 def sprayer(r: random.Random, cpu: int, token: int) -> Role:
     """Runs block after block of host code in constants, and has the machine change its slots between."""
     own = _own(cpu)
@@ -284,7 +302,7 @@ def storm(r: random.Random, cpu: int, token: int) -> Role:
 
 ROLES: dict[str, Callable[[random.Random, int, int], Role]] = {
     one.__name__: one
-    for one in (patched, patcher, selfpatch, faulter, flipper, reader, sharer, visitor, sprayer, storm)
+    for one in (patched, patcher, selfpatch, faulter, flipper, reader, sharer, visitor, doubler, sprayer, storm)
 }
 FOLLOWS = {"patched": "patcher", "faulter": "flipper", "sharer": "visitor"}
 """Which role the next vCPU plays."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIASES", "APIC", "BIG", "CODE", "CODE_SIZE", "DATA", "DATA_SIZE", "DEVICE", "DISPATCH", "FRAMES", "GDT",
     "HOST_PORT", "IDT32", "IDT64", "LDT", "MAPS", "ORACLE_PORT", "OWN", "PAM", "PAM_SIZE", "REAL_FRAMES", "ROM",
-    "ROM_SIZE", "SEGMENT", "TSS", "write_tables",
+    "ROM_SIZE", "SEGMENT", "TSS", "stack_of", "write_tables",
 ]  # fmt: skip
 
 IVT, GDT, LDT, IDT32, IDT64, TSS, DISPATCH = 0, 0x1000, 0x2000, 0x3000, 0x4000, 0x6000, 0x7000
@@ -103,6 +103,11 @@ def _gates(memory: PhysicalMemory, r: random.Random) -> None:
         memory.write(IVT + 4 * vector, struct.pack("<HH", DISPATCH + 0x200, 0))
 
 
+def stack_of(cpu: int) -> int:
+    """Where a vCPU's stack for ring 0 begins."""
+    return STACKS + 0x200 * cpu + 0x100
+
+
 def write_tables(memory: PhysicalMemory, r: random.Random) -> None:
     """Descriptor tables, gates, task states and dispatchers; frames come with the programs."""
     memory.write(GDT, _descriptors(r))
@@ -112,7 +117,7 @@ def write_tables(memory: PhysicalMemory, r: random.Random) -> None:
         memory.write(DISPATCH + at, code)
     for cpu in range(4):
         task = bytearray(r.randbytes(0x400) if r.random() < 0.3 else bytes(0x400))
-        stack = STACKS + 0x200 * cpu + 0x100
+        stack = stack_of(cpu)
         if r.random() < 0.5:
             struct.pack_into("<Q", task, 4, stack)
         else:

@@ -36,6 +36,8 @@ from hostile.places import (
     ROM,
     ROM_SIZE,
     SEGMENT,
+    TSS,
+    stack_of,
     write_tables,
 )  # fmt: skip
 from hostile.starts import BITS, start
@@ -196,11 +198,13 @@ class World:
         for cpu in range(self.case.cpus):
             role = ROLES[name](r, cpu, token + cpu)
             self.roles.append(role)
+            if role.user:  # an NMI comes back
+                self.memory.write(TSS + 0x400 * cpu + 4, struct.pack("<Q", stack_of(cpu)))
             for at, code in role.code.items():
                 self.memory.write(at, code)
                 if at == role.start:
                     self.oracles[token + cpu] = at, code
-            name = FOLLOWS.get(name, name if name in ("selfpatch", "reader", "sprayer") else "sprayer")
+            name = FOLLOWS.get(name, name if name in ("selfpatch", "reader", "doubler", "sprayer") else "sprayer")
             if self.case.theme == "reader" and cpu == 0:
                 name = "sprayer"
 
@@ -212,7 +216,9 @@ class World:
             for _ in range(64):
                 at, bits = r.choice(entries)
                 if role:
-                    cs, ss, flags, rsp = SEGMENT["code64"], SEGMENT["data"], 0x3002, DATA + 0x8000
+                    user = self.roles[0].user
+                    cs, ss = (SEGMENT["user64"], SEGMENT["userdata"]) if user else (SEGMENT["code64"], SEGMENT["data"])
+                    flags, rsp = 0x3002, DATA + 0x8000
                 else:
                     cs, ss, flags, rsp = self._frame(bits)
                     if r.random() < 0.05:
@@ -245,7 +251,9 @@ class World:
         """Give a vCPU a new start."""
         self.counts["starts"] += 1
         if self.roles:
-            state = start(cpu.get_state(), "long", self.roles[cpu.index].start, cpu.index, self.maps, random.Random(1))
+            role = self.roles[cpu.index]
+            mode = "long_user" if role.user else "long"
+            state = start(cpu.get_state(), mode, role.start, cpu.index, self.maps, random.Random(1))
             state.system.cr3, state.system.cr0, state.system.cr4 = self.maps.long[0], 0x80010033, 0x6A0
             state.system.efer, state.registers.rflags = 0xD01, 0x3202
         else:

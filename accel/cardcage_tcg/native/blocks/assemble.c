@@ -321,7 +321,8 @@ static void emit_indirect(struct out *o, u32 mode)
 {
     /* mov edi, esi; shr edi, JC_SHIFT; xor edi, esi; shl edi, 4 - JC_LOW; and edi, ... */
     static const u8 index[] = { 0x89, 0xf7, 0xc1, 0xef, JC_SHIFT, 0x31, 0xf7, 0xc1, 0xe7, 4 - JC_LOW, 0x81, 0xe7 }, compare[] = { 0x48, 0x3b, 0xb4, 0x3c },
-                    always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c };
+                    always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 }, jmp[] = { 0xff, 0xa4, 0x3c },
+                    rebase[] = { 0x48, 0x81, 0xe6, 0, 0xf0, 0xff, 0xff, 0x48, 0x89, 0x74, 0x24, offsetof(struct cpu, base) }; /* and rsi, -4096; mov [base], rsi */
     if (mode & MODE_STEP) { /* to where traps are taken */
         emit_miss(o, always, 5);
         return;
@@ -331,6 +332,8 @@ static void emit_indirect(struct out *o, u32 mode)
     put(o, compare, 4);
     put32(o, jump_table(mode));
     emit_miss(o, jne, 6);
+    if (floats(mode))
+        put(o, rebase, sizeof rebase);
     put(o, jmp, 3);
     put32(o, jump_table(mode) + 8);
 }
@@ -341,12 +344,15 @@ static int leaves_user_page(const struct out *o, u32 mode, s64 target)
     return mode & MODE_CPL3 && ((s64)o->page + target) >> 12 != 0;
 }
 
-/* Through the jump cache to a target that is known, and with it the entry. The guest's flags are in cpu.fl. */
+/* Through the jump cache to a target that is known, and with it the entry; or its distance from cpu.base. The guest's flags are in cpu.fl. */
 static void emit_direct(struct out *o, u32 mode, u64 target)
 {
-    static const u8 wide[] = { 0x48, 0xbe }, narrow = 0xbe, compare[] = { 0x48, 0x3b, 0xb4, 0x24 }, jmp[] = { 0xff, 0xa4, 0x24 },
+    static const u8 wide[] = { 0x48, 0xbe }, near[] = { 0x48, 0xc7, 0xc6 }, add[] = { 0x48, 0x03, 0x74, 0x24, offsetof(struct cpu, base) }, narrow = 0xbe, compare[] = { 0x48, 0x3b, 0xb4, 0x24 }, jmp[] = { 0xff, 0xa4, 0x24 },
                     always[] = { 0xe9, 0, 0, 0, 0 }, jne[] = { 0x0f, 0x85, 0, 0, 0, 0 };
-    if (mode & MODE_64) {
+    if (floats(mode) && target == (u64)(s64)(s32)target) {
+        put(o, near, 3);
+        put32(o, (u32)target);
+    } else if (mode & MODE_64) {
         put(o, wide, 2);
         *(u64 *)(o->code + o->used) = target;
         o->used += 8;
@@ -354,6 +360,11 @@ static void emit_direct(struct out *o, u32 mode, u64 target)
         target = mode & MODE_32 ? (u32)target : (u16)target;
         put(o, &narrow, 1);
         put32(o, (u32)target);
+    }
+    if (floats(mode)) {
+        put(o, add, sizeof add);
+        emit_indirect(o, mode);
+        return;
     }
     if (mode & MODE_STEP) {
         emit_miss(o, always, 5);
@@ -601,7 +612,8 @@ static int only_shares(const struct out *o, const struct tmpl *t, u32 item)
  * canonical. What only goes on comes to its end, or to code that was never run, soon enough. */
 static int goes_back(const struct block *b, s64 offset)
 {
-    return b->mode & MODE_64 ? offset <= 0 : rip_in(b, (u64)offset) <= b->pc;
+    u64 to = b->pc + (u64)offset;
+    return b->mode & MODE_64 ? offset <= 0 : (b->mode & MODE_32 ? (u32)to : (u16)to) <= b->pc;
 }
 
 static int wants_poll(const struct plan *p, const struct block *b)
@@ -840,7 +852,7 @@ static void cold(struct out *o, const struct store *s, const struct plan *p, con
         if (o->chain[i].field < COLD_AT)
             o->to.jump[o->to.jumps++] = o->used - COLD_AT + (u32)offsetof(struct site, jump);
         site->target = o->chain[i].target;
-        site->wrap = (mode & MODE_64 ? 0 : mode & MODE_32 ? 1 : 2) | (o->chain[i].plain ? SITE_PLAIN : 0);
+        site->plain = o->chain[i].plain ? KEY_PLAIN : 0;
         site->next = site->block = 0;
         o->used += sizeof(struct site);
     }
@@ -1043,10 +1055,11 @@ static u64 translate(struct cpu *c, u64 phys, u64 linear, u32 what, const u8 *gu
     u8 data[MOST_CODE + 15];
     u64 generation = vm->generation;
     c->info[3] = 0;
+    c->base = linear & ~0xffful;
     if (!phys_host(vm, phys, 0))
         return TRANSLATE_MISSING;
     memset(b, 0, sizeof *b);
-    b->pc = c->rip;
+    b->pc = pc_for(c->mode, c->rip);
     b->cs_base = c->mode & MODE_64 ? 0 : c->seg[CS].base;
     b->phys = phys;
     b->phys2 = ~0ul;
@@ -1114,7 +1127,7 @@ int native_signal(struct cpu *c)
         for (u32 i = 0; i < b->nsites; i++) {
             if (offset >= sites[i].end)
                 continue;
-            c->rip = rip_in(b, sites[i].guest & SITE_OFFSET);
+            c->rip = rip_in(c, b, sites[i].guest & SITE_OFFSET);
             if (!(sites[i].guest & SITE_STORED))
                 c->fl = c->scratch[0];
             if (sites[i].guest & SITE_BORROWED)

@@ -125,8 +125,14 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     x->tag = page | !*global;
     x->phys = *phys;
     c->code_in[which] |= seen_in(linear >> 21);
-    if (writable & PAGE_LARGE)
-        c->code_large[which] |= seen_in(linear >> 21);
+    if (writable & PAGE_LARGE) {
+        u64 region = linear >> 21;
+        if (!c->code_large[which] || region < c->large_first[which])
+            c->large_first[which] = region;
+        if (!c->code_large[which] || region > c->large_last[which])
+            c->large_last[which] = region;
+        c->code_large[which] |= seen_in(region);
+    }
     return 0;
 }
 
@@ -137,9 +143,10 @@ enum { UNKNOWN = 1 }; /* no page's address */
 static struct block *find(struct cpu *c, u64 phys, u32 mode, u64 cs_base, u64 second, int *unknown)
 {
     *unknown = 0;
-    struct block *b = (struct block *)*chain_of(c->vm, phys, mode, c->rip, cs_base);
+    u64 pc = pc_for(mode, c->rip);
+    struct block *b = (struct block *)*chain_of(c->vm, phys, mode, pc, cs_base);
     for (; b; b = (struct block *)b->hash_next) {
-        if (b->phys != phys || b->pc != c->rip || b->mode != mode || b->cs_base != cs_base || !b->valid)
+        if (b->phys != phys || b->pc != pc || b->mode != mode || b->cs_base != cs_base || !b->valid)
             continue;
         if (b->phys2 == ~0ul || b->phys2 == second)
             return b;
@@ -172,6 +179,21 @@ static struct block *look_up(struct cpu *c, u64 phys, u64 linear, u32 mode, u64 
     if (!b)
         spin_unlock(&c->vm->lock);
     return b;
+}
+
+/* The jump cache has a block for c->rip from now on, with the lock held. */
+static void jc_fill(struct cpu *c, u32 m, u32 entry, const struct block *b)
+{
+    if (floats(b->mode)) {
+        u32 before = jc_index_of(c, b, m);
+        if (before != entry && c->jc[m][before].code == b->code)
+            jc_drop(c, m, before);
+        *seen_at(c, b) = (u16)(c->rip >> 12);
+    }
+    c->jc[m][entry].code = b->code;
+    c->jc[m][entry].pc = c->rip;
+    c->jc_used[m][entry / 64] |= 1ul << entry % 64;
+    c->jc_some[m][entry / 4096] |= 1ul << entry / 64 % 64;
 }
 
 /* Where to go on at c->rip: host code (entry that restores flags from c->fl), or 0: leave, c->reason says why. */
@@ -214,6 +236,7 @@ u64 native_dispatch(struct cpu *c)
                 return 0;
             continue;
         }
+        c->base = linear & ~0xffful;
         u32 entry = jc_index(c->rip, m);
         struct jump *j = &c->jc[m][entry];
         if (j->pc == c->rip && likely(!step && !plain))
@@ -230,10 +253,7 @@ u64 native_dispatch(struct cpu *c)
         struct block *b = look_up(c, phys, linear, c->mode | plain, cs_base, &global);
         if (likely(b != 0)) {
             if (likely(!step && !plain)) {
-                j->code = b->code;
-                j->pc = c->rip;
-                c->jc_used[m][entry / 64] |= 1ul << entry % 64;
-                c->jc_some[m][entry / 4096] |= 1ul << entry / 64 % 64;
+                jc_fill(c, m, entry, b);
                 c->jc_local[m] |= !global;
             }
             u64 code = b->code;
@@ -275,20 +295,20 @@ u64 native_resume(struct cpu *c)
 
 /* Which instruction of which block called a stub: the disp32 of the NOP that follows the call has its offset, and how far the call lies
  * behind the start of the code, or (*cold*) of the header. */
-static struct block *payload(u64 ret, int cold, u64 *rip)
+static struct block *payload(u64 ret, int cold, u32 *offset)
 {
     u32 p = *(u32 *)(ret + 4);
     struct block *b = cold ? (struct block *)(ret - (p >> 12)) : block_of(ret - (p >> 12));
-    *rip = rip_in(b, p & 0xfff);
+    *offset = p & 0xfff;
     return b;
 }
 
 int native_helper(struct cpu *c, u32 arg, u64 ret)
 {
-    u64 rip;
-    struct block *b = payload(ret, 0, &rip);
-    u64 generation = c->vm->generation, next = rip_in(b, rip - b->pc + (arg >> 8 & 15));
-    c->rip = rip;
+    u32 offset;
+    struct block *b = payload(ret, 0, &offset);
+    u64 generation = c->vm->generation, next = rip_in(c, b, offset + (arg >> 8 & 15));
+    c->rip = rip_in(c, b, offset);
     int action = helper_call(c, arg);
     if (action != H_CONTINUE)
         return action;
@@ -304,10 +324,10 @@ int native_helper(struct cpu *c, u32 arg, u64 ret)
 /* An indirect branch that the jump cache did not know. One to a non-canonical address faults before it moves the stack. */
 int native_jump(struct cpu *c, u64 target, u64 ret, s32 moved)
 {
-    u64 rip;
-    payload(ret, 1, &rip);
+    u32 offset;
+    const struct block *b = payload(ret, 1, &offset);
     if (c->mode & MODE_64 ? (u64)((s64)(target << 16) >> 16) != target : c->mode & MODE_PE && target > c->seg[CS].limit) {
-        c->rip = rip;
+        c->rip = rip_in(c, b, offset);
         if (c->mode & (MODE_64 | MODE_SS32))
             c->gpr[RSP] = c->mode & MODE_64 ? c->gpr[RSP] - (u64)(s64)moved : (u32)(c->gpr[RSP] - (u64)(s64)moved);
         else
@@ -320,9 +340,9 @@ int native_jump(struct cpu *c, u64 target, u64 ret, s32 moved)
 
 int native_poll(struct cpu *c, u64 ret)
 {
-    u64 rip;
-    payload(ret, 1, &rip);
-    c->rip = rip;
+    u32 offset;
+    const struct block *b = payload(ret, 1, &offset);
+    c->rip = rip_in(c, b, offset);
     return check_events(c);
 }
 
@@ -358,6 +378,14 @@ static void unlink_all(struct vm *vm, struct block *to)
     RW(vm, struct block, to)->incoming = 0;
 }
 
+static void cross_none(struct vm *vm)
+{
+    vm->crossed = 0;
+    vm->cross_end = 0;
+    for (u32 i = 0; i < 16; i++)
+        vm->cross_pages[i] = 0;
+}
+
 /* Chains between pages hold while the translation of both does; a change of a global translation stops them all. */
 void cross_unlink(struct vm *vm)
 {
@@ -366,43 +394,49 @@ void cross_unlink(struct vm *vm)
     spin_lock(&vm->lock);
     for (u32 i = 0; i < vm->crossed; i++)
         aim(vm, ((struct site **)vm->cross)[i], stub_of(((struct site **)vm->cross)[i]));
-    vm->crossed = 0;
-    for (u32 i = 0; i < 16; i++)
-        vm->cross_pages[i] = 0;
+    cross_none(vm);
     spin_unlock(&vm->lock);
 }
 
-static void cross_mark(struct vm *vm, u64 linear) { vm->cross_pages[linear >> 27 & 15] |= 1ul << (linear >> 21 & 63); }
+static void cross_mark(struct vm *vm, u64 linear)
+{
+    u64 region = linear >> 21;
+    vm->cross_pages[region >> 6 & 15] |= 1ul << (region & 63);
+    if (!vm->cross_end || region < vm->cross_first)
+        vm->cross_first = region;
+    if (region >= vm->cross_end)
+        vm->cross_end = region + 1;
+}
 
 /* Whether a chain between pages may lead to a page in the same 2 MiB. */
 int cross_reaches(const struct vm *vm, u64 linear)
 {
-    return vm->crossed && vm->cross_pages[linear >> 27 & 15] >> (linear >> 21 & 63) & 1;
+    u64 region = linear >> 21;
+    return vm->crossed && region >= vm->cross_first && region < vm->cross_end && vm->cross_pages[region >> 6 & 15] >> (region & 63) & 1;
 }
 
 u64 native_chain(struct cpu *c, u64 ret)
 {
     struct site *s = (struct site *)ret;
     struct block *from = (struct block *)(ret - s->header);
-    u64 generation = c->vm->generation;
-    u64 target = from->pc + (u64)(s64)s->target;
-    u32 plain = s->wrap & SITE_PLAIN, mode = (from->mode & ~(u32)KEY_PLAIN) | (plain ? KEY_PLAIN : 0), wrap = s->wrap & 3;
+    u64 generation = c->vm->generation, base = base_for(c, from->mode), linear = from->cs_base + base + from->pc;
+    u32 plain = (u32)s->plain, mode = (from->mode & ~(u32)KEY_PLAIN) | plain;
+    u64 pc = rip_in(c, from, (u64)s->target);
     c->plain = plain;
-    c->rip = wrap == 0 ? target : wrap == 1 ? (u32)target : (u16)target;
+    c->rip = pc;
     u64 code = native_dispatch(c);
     if (!code || generation != c->vm->generation) /* where it came from is gone */
         return code;
     struct block *to = block_of(code);
-    u64 pc = wrap == 0 ? target : wrap == 1 ? (u32)target : (u16)target;
     /* an interrupt may have been taken instead, or the target was reached in another mode */
-    if (to->pc != pc || to->mode != mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
+    if (base_for(c, to->mode) + to->pc != pc || to->mode != mode || to->cs_base != from->cs_base || from->mode & MODE_STEP)
         return code;
     struct vm *vm = c->vm;
-    u64 linear = from->cs_base + from->pc, goal = to->cs_base + to->pc;
+    u64 goal = to->cs_base + pc;
     int same = (linear ^ goal) >> 12 == 0 && to->phys2 == ~0ul && (from->phys ^ to->phys) >> 12 == 0;
     u64 phys;
     u32 global_from = 0, global_to = 0, g2 = 1;
-    int cross = !same && exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
+    int cross = !same && !floats(mode) && exec_page(c, linear, &phys, &global_from) == 0 && exec_page(c, goal, &phys, &global_to) == 0 &&
                 (to->phys2 == ~0ul || exec_page(c, linear_after(c, goal & ~0xffful, 4096, 0), &phys, &g2) == 0) && global_from && global_to && g2;
     spin_lock(&vm->lock);
     if (from->valid && to->valid) {
@@ -418,7 +452,7 @@ u64 native_chain(struct cpu *c, u64 ret)
             link(vm, s, to);
         } else if (!s->next) {
             struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = mode | KEY_BRIDGE };
-            struct block *bridge = (struct block *)make_bridge(vm, &plan, pc);
+            struct block *bridge = (struct block *)make_bridge(vm, &plan, pc - base);
             if (bridge)
                 link(vm, s, bridge);
         }
@@ -482,7 +516,7 @@ static void kill(struct vm *vm, struct block *b)
         page_remove(vm, b, b->phys2);
     for (u32 i = 0; i < vm->ncpus; i++)
         for (u32 m = 0; vm->cpus[i] && m < 2; m++) {
-            u32 n = jc_index(b->pc, m);
+            u32 n = jc_index_of(vm->cpus[i], b, m);
             if (vm->cpus[i]->jc[m][n].code == b->code)
                 __atomic_store_n(&vm->cpus[i]->jc[m][n].pc, jump_nothing(n), __ATOMIC_RELAXED);
         }
@@ -688,9 +722,7 @@ EXPORTED void tcg_flush_blocks(struct vm *vm)
     clear_pages(vm);
     vm->generation++;
     vm->code_used = 0;
-    vm->crossed = 0;
-    for (u32 i = 0; i < 16; i++)
-        vm->cross_pages[i] = 0;
+    cross_none(vm);
     zero_pages(vm->hash, (vm->hash_mask + 1) * sizeof *vm->hash);
     for (u32 i = 0; i < vm->ncpus; i++)
         if (vm->cpus[i])

@@ -104,7 +104,7 @@ static void check_jumps(struct cpu *c, u32 m)
         HOLDS(!(c->jc_mode[m] & MODE_64) || canonical(j.pc), j.pc, i);
         struct block *b = block_of(j.code);
         HOLDS(is_block(c->vm, (u64)b) && b->code == j.code, j.pc, j.code);
-        HOLDS(b->valid && b->pc == j.pc, j.pc, b->pc);
+        HOLDS(b->valid && b->pc == pc_for(b->mode, j.pc) && jc_index_of(c, b, m) == i, j.pc, b->pc);
         HOLDS(b->mode == c->jc_mode[m] && b->cs_base == c->jc_base[m], b->mode, c->jc_mode[m]);
         u64 linear = b->mode & MODE_64 ? j.pc : (u32)(b->cs_base + j.pc);
         HOLDS(c->code_in[m] & seen_in(linear >> 21), j.pc, c->code_in[m]);
@@ -238,7 +238,7 @@ u64 check_target(struct cpu *c, u64 to)
     const struct block *b = block_at(c->vm, to);
     HOLDS(b && (to < (u64)b || to >= (u64)(b + 1)), to, b);
     if (to == b->code) {
-        HOLDS(b->pc == c->rip, b->pc, c->rip);
+        HOLDS(base_for(c, b->mode) + b->pc == c->rip, b->pc, c->rip);
         HOLDS((b->mode & 0xffff) == c->mode, b->mode, c->mode);
         HOLDS(b->cs_base == (c->mode & MODE_64 ? 0 : c->seg[CS].base), b->cs_base, c->seg[CS].base);
     }

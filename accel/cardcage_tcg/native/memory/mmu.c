@@ -352,16 +352,30 @@ static void jc_drop_near(struct cpu *c, u32 m, u32 n, u64 linear)
         jc_drop(c, m, n);
 }
 
+/* Whether code of this 2 MiB may have come from a large page. */
+static int from_large(const struct cpu *c, u32 m, u64 linear)
+{
+    u64 region = linear >> 21;
+    return c->code_large[m] & seen_in(region) && region >= c->large_first[m] && region <= c->large_last[m];
+}
+
 /* INVLPG, for the jump cache. A page of 4 KiB is looked for where its entries are; a large one, of which there are pieces, among all. */
 static void jc_flush_page(struct cpu *c, u32 m, u64 linear)
 {
     u64 page = linear & ~0xffful;
-    if (c->jc_mode[m] & MODE_64 && !(c->code_large[m] & (seen_in(linear >> 21) | seen_in((page - 1) >> 21)))) {
-        for (u64 at = page - 16; at != page + 4096; at += 1 << JC_LOW) {
+    if (c->jc_mode[m] & MODE_64 && !from_large(c, m, linear) && !from_large(c, m, page - 1)) {
+        for (u64 at = page - 16; at != page; at += 1 << JC_LOW) { /* an instruction that reaches over */
             u32 n = jc_index(at, m);
-            if (c->jc[m][n].pc - (page - 14) < 4096 + 14)
+            if (c->jc[m][n].pc - (page - 14) < 14)
                 jc_drop(c, m, n);
         }
+        u32 first = jc_index(page, m) & ~(JC_PAGE - 1u);
+        for (u32 word = first / 64; word < (first + JC_PAGE) / 64; word++)
+            for (u64 bits = c->jc_used[m][word]; bits; bits &= bits - 1) {
+                u32 n = word * 64 + (u32)__builtin_ctzl(bits);
+                if ((c->jc[m][n].pc ^ page) >> 12 == 0)
+                    jc_drop(c, m, n);
+            }
         return;
     }
     for (u32 n = jc_next(c, m, 0); n < JC_SIZE; n = jc_next(c, m, n + 1))
@@ -414,7 +428,10 @@ void tlb_flush_page(struct cpu *c, u64 linear)
         tlb_drop_large(&c->tlb_w[m], linear);
         if (!(c->code_in[m] & seen_in(linear >> 21)))
             continue;
-        for (u32 n = 0; n < XTLB_SIZE; n++) /* code: always as if the page were a large one */
+        u32 n = (linear >> 12) & (XTLB_SIZE - 1);
+        if ((c->xtlb[m][n].tag ^ linear) >> 12 == 0)
+            xtlb_drop(c, m, n);
+        for (n = 0; from_large(c, m, linear) && n < XTLB_SIZE; n++)
             if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
                 xtlb_drop(c, m, n);
         jc_flush_page(c, m, linear);
@@ -450,7 +467,7 @@ static u32 bad_vector(const struct access *a) { return a->flags & ACCESS_STACK ?
 int native_limit(struct cpu *c, u64 ret)
 {
     struct access *a = (struct access *)(ret + 5);
-    c->rip = rip_in(owner(a), a->delta);
+    c->rip = rip_in(c, owner(a), a->delta);
     if (a->flags & ACCESS_EMULATE) {
         c->reason = R_EMULATE;
         c->info[0] = a->length;
@@ -597,7 +614,7 @@ u64 native_slow_read(struct cpu *c, u64 linear, u64 ret)
     u64 phys, phys2;
     void *host, *host2;
     struct slot *slot;
-    c->rip = rip_in(b, a->delta);
+    c->rip = rip_in(c, b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
     if (unlikely(misaligned(a, linear)))
@@ -717,7 +734,7 @@ u64 native_slow_write(struct cpu *c, u64 linear, u64 ret)
     u64 phys;
     void *host;
     struct slot *slot;
-    c->rip = rip_in(b, a->delta);
+    c->rip = rip_in(c, b, a->delta);
     if (out_of_reach(b, a, linear))
         return give_up(c, bad_vector(a), ABORT_RAISE);
     if (unlikely(misaligned(a, linear)))
@@ -784,7 +801,7 @@ int native_slow_store(struct cpu *c, u64 linear, u64 ret)
     u64 phys;
     void *host;
     struct slot *slot;
-    c->rip = rip_in(b, a->delta);
+    c->rip = rip_in(c, b, a->delta);
     if (out_of_reach(b, a, linear))
         return raise(c, bad_vector(a), 1, 0);
     u32 at = (u32)(linear & 0xfff), met = unlikely(c->armed & ARMED_DATA) ? debug_access(c, linear, a->size, 1) : 0;
