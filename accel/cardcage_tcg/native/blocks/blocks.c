@@ -127,6 +127,8 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
     c->code_in[which] |= seen_in(linear >> 21);
     if (writable & PAGE_LARGE)
         c->code_large[which] |= seen_in(linear >> 21);
+    if (unlikely(writable & PAGE_HUGE))
+        c->code_huge[which] |= seen_in(linear >> 30);
     return 0;
 }
 
@@ -372,7 +374,13 @@ void cross_unlink(struct vm *vm)
     spin_unlock(&vm->lock);
 }
 
-static void cross_mark(struct vm *vm, u64 linear) { vm->cross_pages[linear >> 27 & 15] |= 1ul << (linear >> 21 & 63); }
+/* The whole of the page: INVLPG may name any address of it. */
+static void cross_mark(struct cpu *c, u64 linear)
+{
+    u32 span = code_span(c, c->cpl == 3, linear);
+    for (u64 at = linear >> span << span >> 21, left = 1ul << (span - 21); left; at++, left--)
+        c->vm->cross_pages[at >> 6 & 15] |= 1ul << (at & 63);
+}
 
 /* Whether a chain between pages may lead to a page in the same 2 MiB. */
 int cross_reaches(const struct vm *vm, u64 linear)
@@ -412,9 +420,9 @@ u64 native_chain(struct cpu *c, u64 ret)
             ; /* its page was moved or changed meanwhile */
         } else if (cross && vm->crossed < MAX_CROSS) {
             ((struct site **)vm->cross)[vm->crossed++] = s;
-            cross_mark(vm, goal);
+            cross_mark(c, goal);
             if (to->phys2 != ~0ul)
-                cross_mark(vm, linear_after(c, goal, 4096, 0));
+                cross_mark(c, linear_after(c, goal, 4096, 0));
             link(vm, s, to);
         } else if (!s->next) {
             struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = mode | KEY_BRIDGE };
