@@ -143,7 +143,8 @@ struct lapic {
     u64 tsc_deadline;             /* guest TSC value, 0 = disarmed */
     u32 nmi, init, sipi;          /* pending; sipi = vector | 0x100 */
     u32 esr;                      /* errors since the last write of the ESR */
-    u64 timer_next;               /* host ns of the next expiry, ~0 or 0: none; atomic */
+    u64 timer_next;               /* host ns of the next expiry, ~0 or 0: none; read without the lock */
+    u32 timer_lock;               /* for the timer's fields, its mode and its request: the ticker's thread expires it in one step */
 };
 
 struct vm;
