@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 
 import pytest
 from cardcage_tcg import layout as L
@@ -301,6 +302,54 @@ def test_apic_page_round_trip(cpu: Cpu) -> None:
     cpu.call("apic_load", page)
     cpu.call("check_events")
     assert (cpu.taken(), apic(cpu, LDR)) == (0x77, 0x01000000)
+
+
+def test_a_deadline_is_not_there_after_another_state(cpu: Cpu) -> None:
+    """A register page that is loaded has no deadline: that of before is not armed anew."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0x400EC)
+    page = (ctypes.c_uint32 * 256)()
+    cpu.call("apic_save", page)
+    msr(cpu, 0x6E0, (1 << 63) - 1)
+    cpu.call("apic_load", page)
+    assert (msr(cpu, 0x6E0), cpu.get("LAPIC", L.LAPIC_TIMER_NEXT)) == (0, (1 << 64) - 1)
+
+
+def test_a_count_whose_time_has_come_is_saved(cpu: Cpu) -> None:
+    """A one-shot count that is over, but whose interrupt was not requested yet, has something left in a saved page."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0xEC)
+    apic(cpu, TICR, 1)
+    while apic(cpu, TCCR):
+        pass
+    page = (ctypes.c_uint32 * 256)()
+    cpu.call("apic_save", page)
+    assert (page[TCCR // 4], apic(cpu, 0x270)) == (1, 0)
+    cpu.call("apic_load", page)
+    cpu.flags = 0x202
+    assert (cpu.do("HLT", length=1), cpu.taken()) == (L.H_REDIRECT, 0xEC)
+
+
+def test_the_timer_thread_expires_in_one_step(cpu: Cpu) -> None:
+    """The timer's thread takes no deadline back, and requests no interrupt, while another thread changes the timer."""
+    cpu.long()
+    apic(cpu, SVR, 0x1FF)
+    apic(cpu, LVTT, 0x400EC)
+    msr(cpu, 0x6E0, 1 << 62)
+    cpu.put32("LAPIC", 1, L.LAPIC_TIMER_LOCK)
+    cpu.put("LAPIC", 1, L.LAPIC_TIMER_NEXT)
+    vm = ctypes.c_void_p(cpu.vm_at)
+    thread = threading.Thread(target=cpu.lib.tcg_ticker, args=(vm,))
+    thread.start()
+    thread.join(0.2)  # long enough for one that does not wait
+    cpu.put("LAPIC", (1 << 64) - 1, L.LAPIC_TIMER_NEXT)
+    cpu.put("LAPIC", 1 << 61, L.LAPIC_TSC_DEADLINE)
+    cpu.put32("LAPIC", 0, L.LAPIC_TIMER_LOCK)
+    cpu.lib.tcg_close(vm)
+    thread.join()
+    assert (msr(cpu, 0x6E0), apic(cpu, 0x270)) == (1 << 61, 0)
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def set_state(cpu: TcgVCpu, state: VCpuState) -> None:
     cpu.msrs.set_all(state.msrs)
     if state.tsc is not None:
         q[L.TSC_OFFSET // 8] = state.tsc - cpu.native.tsc() & 0xFFFFFFFFFFFFFFFF
-    if state.msrs.get(TSC_DEADLINE):
-        cpu.msrs.tsc_deadline(state.msrs[TSC_DEADLINE])
+    if cpu.vm.lapic:
+        cpu.msrs.tsc_deadline(state.msrs.get(TSC_DEADLINE, 0))
     cpu.native.load_pdptes(cpu.pointer)
     cpu.native.reset(cpu.pointer)
     if events.exception is not None:

@@ -28,7 +28,7 @@ void apic_recheck(struct cpu *c);               /* look at interrupts again at t
 void apic_error(struct cpu *c, u32 bit);        /* ESR_* */
 void apic_post_mode(struct cpu *t, u32 mode, u32 vector, u32 level);
 void apic_command(struct cpu *c, u32 low, u32 dest);  /* the ICR was written */
-/* apic_timer.c */
+/* apic_timer.c; all but timer_start() and timer_deadline() with timer_lock held where something is changed */
 u32 timer_mode(const struct lapic *l);          /* TIMER_* */
 u64 timer_ns(struct cpu *c, u64 count);
 void timer_arm(struct cpu *c, u64 next);

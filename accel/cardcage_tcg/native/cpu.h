@@ -144,7 +144,8 @@ struct lapic {
     u64 tsc_deadline;             /* guest TSC value, 0 = disarmed */
     u32 nmi, init, sipi;          /* pending; sipi = vector | 0x100 */
     u32 esr;                      /* errors since the last write of the ESR */
-    u64 timer_next;               /* host ns of the next expiry, ~0 or 0: none; atomic */
+    u64 timer_next;               /* host ns of the next expiry, ~0 or 0: none; read without the lock */
+    u32 timer_lock;               /* for the timer's fields, its mode and its request: the ticker's thread expires it in one step */
 };
 
 struct vm;
@@ -229,6 +230,7 @@ struct cpu {
     u64 jc_some[2][JC_SIZE / 4096]; /* words of jc_used that may have some */
     u64 code_large[2];    /* in which 2 MiB code came from large pages; and between which, so that a program's pages are not taken for a kernel's */
     u64 large_first[2], large_last[2];
+    u64 code_huge[2];     /* in which GiB it came from pages of that size */
     struct jump jc[2][JC_SIZE];
     struct xtlb_entry xtlb[2][XTLB_SIZE];
 };
@@ -293,7 +295,7 @@ struct vm {
 /* ---- mmu.c ---- */
 enum { ACC_READ = 0, ACC_WRITE = 1, ACC_EXEC = 2, ACC_BOTH = 3 }; /* BOTH: what debug_*() take for a read-modify-write */
 /* Translate a linear address; 0 or the exception: then cpu->cr2 and cpu->scratch[3] (error code) are set. */
-enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8, PAGE_MARKED = 16 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0; both are to be noted */
+enum { PAGE_LARGE = 2, PAGE_USER = 4, PAGE_KEYED = 8, PAGE_MARKED = 16, PAGE_HUGE = 32 };  /* in *writable, beside 1: 2 MiB or more; a user page; its protection key is not 0; both are to be noted; 1 GiB */
 /* Of an access (*user*): AS_USER with user rights, else the supervisor's. AS_SYSTEM: what the processor reads and writes by itself (descriptor
  * tables, TSS), which RFLAGS.AC does not let through SMAP. AS_SYSTEM, AS_WIDE (stacks that gates switch to): see linear_after(). */
 enum { AS_USER = 1, AS_SYSTEM = 2, AS_WIDE = 4 };

@@ -185,6 +185,12 @@ void jc_flush_one(struct cpu *c, u32 m);
 void jc_drop(struct cpu *c, u32 m, u32 i);
 void cross_unlink(struct vm *vm);
 int cross_reaches(const struct vm *vm, u64 linear);
+
+/* The size of a page at *linear* that code may have come from, as a shift; 21 for all pages of up to 2 MiB. */
+static inline u32 code_span(const struct cpu *c, u32 m, u64 linear)
+{
+    return !(c->cr4 & CR4_PAE) ? 22 : c->code_huge[m] & seen_in(linear >> 30) ? 30 : 21;
+}
 u64 make_bridge(struct vm *vm, struct block *plan, u64 target);
 /* Which block native_translate() makes: one to be looked up; or, for one run, of a single (see R_SLOW_WRITE) or of one instruction
  * again, whose read of a device has been answered. */

@@ -21,6 +21,7 @@ static void write_lvt(struct cpu *c, u32 index, u32 value)
     value &= lvt_bits(c, index);
     if (!(l->regs[A_SVR] & SVR_ENABLED))
         value |= LVT_MASKED;
+    spin_lock(&l->timer_lock);
     l->regs[index] = value;
     if (index == A_TIMER && old != timer_mode(l)) {
         if (old == TIMER_DEADLINE || timer_mode(l) >= TIMER_DEADLINE) {
@@ -31,6 +32,7 @@ static void write_lvt(struct cpu *c, u32 index, u32 value)
             timer_change(c, old == TIMER_PERIODIC);
         }
     }
+    spin_unlock(&l->timer_lock);
     if (index == A_LINT0 && c->extint)
         c->poll = 1;
 }
@@ -121,6 +123,7 @@ static int write_register(struct cpu *c, u32 index, u32 value)
         timer_start(c, value);
         break;
     case A_DCR:
+        spin_lock(&l->timer_lock);
         left = timer_count(c);
         l->regs[A_DCR] = value & 11;
         if (left) { /* what is left counts on at the new speed */
@@ -130,6 +133,7 @@ static int write_register(struct cpu *c, u32 index, u32 value)
             l->timer_start = now_ns() + rest - l->timer_period;
             timer_arm(c, l->timer_start + l->timer_period);
         }
+        spin_unlock(&l->timer_lock);
         break;
     case A_ID: case A_VERSION: case A_PPR: case A_TCCR: /* read only */
         break;
@@ -160,6 +164,7 @@ int apic_write(struct cpu *c, u32 offset, u32 value)
 static void reset_registers(struct cpu *c)
 {
     struct lapic *l = &c->lapic;
+    spin_lock(&l->timer_lock);
     for (u32 i = 0; i < 256; i++)
         l->regs[i] = 0;
     for (u32 i = 0; i < 8; i++)
@@ -175,6 +180,7 @@ static void reset_registers(struct cpu *c)
     l->esr = 0;
     l->timer_start = l->timer_period = l->tsc_deadline = 0;
     timer_disarm(l);
+    spin_unlock(&l->timer_lock);
     c->cr8 = 0;
 }
 
@@ -310,28 +316,29 @@ EXPORT int tcg_apic_msr(struct cpu *c, u32 msr, int write, u64 *value) { return 
 
 EXPORT void tcg_inject_nmi(struct cpu *c) { apic_post_mode(c, MODE_NMI, 0, 0); }
 
-/* The 1024-byte register page as KVM_GET_LAPIC gives it: 64 registers 16 bytes apart. The timer may expire meanwhile, on the ticker's
- * thread: its count first, so that it or the interrupt is there, or both. */
+/* The 1024-byte register page as KVM_GET_LAPIC gives it: 64 registers 16 bytes apart. A timer whose time has come, but not its
+ * thread's, has something left of its count: that or the interrupt is there. */
 EXPORT void tcg_apic_save(struct cpu *c, u32 page[256])
 {
-    u32 left;
-    if (read_register(c, A_TCCR, &left))
-        left = 0;
+    spin_lock(&c->lapic.timer_lock);
     for (u32 i = 0; i < 64; i++) {
         page[i * 4 + 1] = page[i * 4 + 2] = page[i * 4 + 3] = 0;
         if (read_register(c, i, &page[i * 4]))
             page[i * 4] = 0;
     }
-    page[A_TCCR * 4] = left;
+    if (!page[A_TCCR * 4] && timer_mode(&c->lapic) < TIMER_DEADLINE && apic_next_deadline(c) != NEVER)
+        page[A_TCCR * 4] = 1;
+    spin_unlock(&c->lapic.timer_lock);
 }
 
-/* Restore it, the timer with what was left of its count. cpu.apic_base must be set. */
+/* Restore it, the timer with what was left of its count; a deadline is set later, once the TSC is right. cpu.apic_base must be set. */
 EXPORT void tcg_apic_load(struct cpu *c, const u32 page[256])
 {
     struct lapic *l = &c->lapic;
     l->enabled = (c->apic_base & BASE_ENABLED) != 0;
     l->x2 = l->enabled && c->apic_base & BASE_X2;
     l->id = l->x2 ? page[A_ID * 4] : page[A_ID * 4] >> 24;
+    spin_lock(&l->timer_lock);
     timer_disarm(l);
     for (u32 i = 0; i < 64; i++)
         l->regs[i] = page[i * 4];
@@ -341,10 +348,8 @@ EXPORT void tcg_apic_load(struct cpu *c, const u32 page[256])
         l->irr[i] = page[(A_IRR + i) * 4];
     }
     c->cr8 = (l->regs[A_TPR] & 0xff) >> 4;
-    l->timer_period = l->timer_start = 0;
-    if (timer_mode(l) == TIMER_DEADLINE) {
-        timer_deadline(c, l->tsc_deadline);
-    } else if (l->regs[A_TICR] && (timer_mode(l) == TIMER_PERIODIC || page[A_TCCR * 4])) {
+    l->timer_period = l->timer_start = l->tsc_deadline = 0;
+    if (timer_mode(l) < TIMER_DEADLINE && l->regs[A_TICR] && (timer_mode(l) == TIMER_PERIODIC || page[A_TCCR * 4])) {
         u64 rest = timer_ns(c, page[A_TCCR * 4]);
         l->timer_period = timer_ns(c, l->regs[A_TICR]);
         if (!l->timer_period)
@@ -352,5 +357,6 @@ EXPORT void tcg_apic_load(struct cpu *c, const u32 page[256])
         l->timer_start = now_ns() + rest - l->timer_period;
         timer_arm(c, l->timer_start + l->timer_period);
     }
+    spin_unlock(&l->timer_lock);
     c->poll = 1;
 }

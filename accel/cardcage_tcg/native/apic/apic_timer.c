@@ -34,6 +34,7 @@ void timer_arm(struct cpu *c, u64 next)
 void timer_start(struct cpu *c, u32 count)
 {
     struct lapic *l = &c->lapic;
+    spin_lock(&l->timer_lock);
     timer_disarm(l);
     l->timer_period = timer_ns(c, count);
     l->timer_start = now_ns();
@@ -43,6 +44,7 @@ void timer_start(struct cpu *c, u32 count)
         l->timer_period = 1;
     if (count)
         timer_arm(c, l->timer_start + l->timer_period);
+    spin_unlock(&l->timer_lock);
 }
 
 u32 timer_count(struct cpu *c)
@@ -60,6 +62,24 @@ u32 timer_count(struct cpu *c)
     return left > 0xffffffff ? 0xffffffff : (u32)left;
 }
 
+static void expire(struct cpu *c, u64 now)
+{
+    struct lapic *l = &c->lapic;
+    u64 due = l->timer_next, next = NEVER;
+    u32 lvt = l->regs[A_TIMER];
+    if (!due || due == NEVER || now < due)
+        return;
+    if (timer_mode(l) == TIMER_PERIODIC && l->timer_period) {
+        u64 period = l->timer_period < SHORTEST_PERIOD ? SHORTEST_PERIOD : l->timer_period;
+        next = due + ((now - due) / period + 1) * period;
+    }
+    __atomic_store_n(&l->timer_next, next, __ATOMIC_SEQ_CST);
+    if (timer_mode(l) == TIMER_DEADLINE)
+        l->tsc_deadline = 0;
+    if (!(lvt & LVT_MASKED))
+        apic_post(c, lvt & 0xff, 0);
+}
+
 void timer_change(struct cpu *c, int periodic)
 {
     struct lapic *l = &c->lapic;
@@ -67,7 +87,7 @@ void timer_change(struct cpu *c, int periodic)
     if (!l->timer_period || elapsed < l->timer_period)
         return;
     if (periodic) { /* the rest of this period */
-        apic_timer_expire(c, now);
+        expire(c, now);
         l->timer_start = now - elapsed % l->timer_period;
         timer_arm(c, l->timer_start + l->timer_period);
     } else {
@@ -79,10 +99,13 @@ void timer_deadline(struct cpu *c, u64 value)
 {
     struct lapic *l = &c->lapic;
     u64 tsc, now;
+    spin_lock(&l->timer_lock);
     timer_disarm(l);
     l->tsc_deadline = value;
-    if (!value)
+    if (!value) {
+        spin_unlock(&l->timer_lock);
         return;
+    }
     now = now_ns();
     tsc = rdtsc() + c->tsc_offset;
     if (value > tsc) {
@@ -91,7 +114,8 @@ void timer_deadline(struct cpu *c, u64 value)
     }
     timer_arm(c, now);
     if (value <= tsc)
-        apic_timer_expire(c, now);
+        expire(c, now);
+    spin_unlock(&l->timer_lock);
 }
 
 u64 apic_next_deadline(struct cpu *c)
@@ -100,22 +124,10 @@ u64 apic_next_deadline(struct cpu *c)
     return next ? next : NEVER;
 }
 
-/* The vCPU's own thread or the ticker's: whoever exchanges timer_next posts the interrupt. */
+/* The vCPU's own thread or the ticker's. Whoever changes, saves or loads the timer meanwhile finds it expired, interrupt and all, or not. */
 void apic_timer_expire(struct cpu *c, u64 now)
 {
-    struct lapic *l = &c->lapic;
-    u64 due = __atomic_load_n(&l->timer_next, __ATOMIC_SEQ_CST), next = NEVER;
-    u32 lvt = l->regs[A_TIMER];
-    if (!due || due == NEVER || now < due)
-        return;
-    if (timer_mode(l) == TIMER_PERIODIC && l->timer_period) {
-        u64 period = l->timer_period < SHORTEST_PERIOD ? SHORTEST_PERIOD : l->timer_period;
-        next = due + ((now - due) / period + 1) * period;
-    }
-    if (!__atomic_compare_exchange_n(&l->timer_next, &due, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-        return;
-    if (timer_mode(l) == TIMER_DEADLINE)
-        l->tsc_deadline = 0;
-    if (!(lvt & LVT_MASKED))
-        apic_post(c, lvt & 0xff, 0);
+    spin_lock(&c->lapic.timer_lock);
+    expire(c, now);
+    spin_unlock(&c->lapic.timer_lock);
 }

@@ -133,6 +133,8 @@ static int exec_page(struct cpu *c, u64 linear, u64 *phys, u32 *global)
             c->large_last[which] = region;
         c->code_large[which] |= seen_in(region);
     }
+    if (unlikely(writable & PAGE_HUGE))
+        c->code_huge[which] |= seen_in(linear >> 30);
     return 0;
 }
 
@@ -398,14 +400,18 @@ void cross_unlink(struct vm *vm)
     spin_unlock(&vm->lock);
 }
 
-static void cross_mark(struct vm *vm, u64 linear)
+/* The whole of the page: INVLPG may name any address of it. */
+static void cross_mark(struct cpu *c, u64 linear)
 {
-    u64 region = linear >> 21;
-    vm->cross_pages[region >> 6 & 15] |= 1ul << (region & 63);
-    if (!vm->cross_end || region < vm->cross_first)
-        vm->cross_first = region;
-    if (region >= vm->cross_end)
-        vm->cross_end = region + 1;
+    struct vm *vm = c->vm;
+    u32 span = code_span(c, c->cpl == 3, linear);
+    u64 first = linear >> span << span >> 21, end = first + (1ul << (span - 21));
+    for (u64 at = first; at < end; at++)
+        vm->cross_pages[at >> 6 & 15] |= 1ul << (at & 63);
+    if (!vm->cross_end || first < vm->cross_first)
+        vm->cross_first = first;
+    if (end > vm->cross_end)
+        vm->cross_end = end;
 }
 
 /* Whether a chain between pages may lead to a page in the same 2 MiB. */
@@ -446,9 +452,9 @@ u64 native_chain(struct cpu *c, u64 ret)
             ; /* its page was moved or changed meanwhile */
         } else if (cross && vm->crossed < MAX_CROSS) {
             ((struct site **)vm->cross)[vm->crossed++] = s;
-            cross_mark(vm, goal);
+            cross_mark(c, goal);
             if (to->phys2 != ~0ul)
-                cross_mark(vm, linear_after(c, goal, 4096, 0));
+                cross_mark(c, linear_after(c, goal, 4096, 0));
             link(vm, s, to);
         } else if (!s->next) {
             struct block plan = { .cs_base = from->cs_base, .phys = ~0ul, .phys2 = ~0ul, .mode = mode | KEY_BRIDGE };

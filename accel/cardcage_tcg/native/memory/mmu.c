@@ -177,7 +177,7 @@ again:
             goto again;
     *phys |= linear & page_mask & ~0xffful;
     *global = (entry & PTE_G) && c->cr4 & CR4_PGE;
-    *writable = (rights & PTE_W ? 1 : 0) | (page_mask > 0xfff ? PAGE_LARGE : 0) | (rights & PTE_U ? PAGE_USER : 0) | (key ? PAGE_KEYED : 0);
+    *writable = (rights & PTE_W ? 1 : 0) | (page_mask > 0xfff ? PAGE_LARGE : 0) | (page_mask > 0x3fffff ? PAGE_HUGE : 0) | (rights & PTE_U ? PAGE_USER : 0) | (key ? PAGE_KEYED : 0);
     return 0;
 }
 
@@ -342,13 +342,13 @@ void jc_flush_one(struct cpu *c, u32 m)
     }
 }
 
-/* Drop an entry of a block that begins in the 2 MiB of *linear*, or reaches them with its one instruction. */
-static void jc_drop_near(struct cpu *c, u32 m, u32 n, u64 linear)
+/* Drop an entry of a block that begins in the page of *linear*, which has 1 << *span* bytes, or reaches it with its one instruction. */
+static void jc_drop_near(struct cpu *c, u32 m, u32 n, u64 linear, u32 span)
 {
     u64 at = c->jc[m][n].pc + c->jc_base[m], end = at + 14;
     if (!(c->jc_mode[m] & MODE_64))
         at = (u32)at, end = (u32)end;
-    if ((at ^ linear) >> 21 == 0 || (end ^ linear) >> 21 == 0)
+    if ((at ^ linear) >> span == 0 || (end ^ linear) >> span == 0)
         jc_drop(c, m, n);
 }
 
@@ -360,10 +360,10 @@ static int from_large(const struct cpu *c, u32 m, u64 linear)
 }
 
 /* INVLPG, for the jump cache. A page of 4 KiB is looked for where its entries are; a large one, of which there are pieces, among all. */
-static void jc_flush_page(struct cpu *c, u32 m, u64 linear)
+static void jc_flush_page(struct cpu *c, u32 m, u64 linear, u32 span)
 {
     u64 page = linear & ~0xffful;
-    if (c->jc_mode[m] & MODE_64 && !from_large(c, m, linear) && !from_large(c, m, page - 1)) {
+    if (span == 21 && c->jc_mode[m] & MODE_64 && !from_large(c, m, linear) && !from_large(c, m, page - 1)) {
         for (u64 at = page - 16; at != page; at += 1 << JC_LOW) { /* an instruction that reaches over */
             u32 n = jc_index(at, m);
             if (c->jc[m][n].pc - (page - 14) < 14)
@@ -379,7 +379,7 @@ static void jc_flush_page(struct cpu *c, u32 m, u64 linear)
         return;
     }
     for (u32 n = jc_next(c, m, 0); n < JC_SIZE; n = jc_next(c, m, n + 1))
-        jc_drop_near(c, m, n, linear);
+        jc_drop_near(c, m, n, linear, span);
 }
 
 void jc_flush(struct cpu *c)
@@ -407,7 +407,7 @@ void tlb_flush(struct cpu *c, int global)
             c->code_in[m] = left;
         }
         if (global)
-            c->code_large[m] = 0;
+            c->code_large[m] = c->code_huge[m] = 0;
         c->jc_local[m] = 0;
     }
     if (global)
@@ -426,15 +426,16 @@ void tlb_flush_page(struct cpu *c, u64 linear)
             tlb_drop(&c->tlb_w[m], i);
         tlb_drop_large(&c->tlb_r[m], linear);
         tlb_drop_large(&c->tlb_w[m], linear);
-        if (!(c->code_in[m] & seen_in(linear >> 21)))
+        u32 span = code_span(c, m, linear);
+        if (span < 30 && !(c->code_in[m] & (seen_in(linear >> 21) | seen_in(linear >> 21 ^ (span == 22)))))
             continue;
-        u32 n = (linear >> 12) & (XTLB_SIZE - 1);
+        u32 n = (linear >> 12) & (XTLB_SIZE - 1), pieces = span > 21 || from_large(c, m, linear);
         if ((c->xtlb[m][n].tag ^ linear) >> 12 == 0)
             xtlb_drop(c, m, n);
-        for (n = 0; from_large(c, m, linear) && n < XTLB_SIZE; n++)
-            if ((c->xtlb[m][n].tag ^ linear) >> 21 == 0)
+        for (n = 0; pieces && n < XTLB_SIZE; n++)
+            if ((c->xtlb[m][n].tag ^ linear) >> span == 0)
                 xtlb_drop(c, m, n);
-        jc_flush_page(c, m, linear);
+        jc_flush_page(c, m, linear, span);
     }
     if (cross_reaches(c->vm, linear))
         cross_unlink(c->vm);
