@@ -83,12 +83,16 @@ def find_qemu() -> str:
 
 
 def make_guest(folder: Path, append: str, command: str = "", files: Iterable[cpio.Entry] = (), cpus: int = 1) -> Guest:
-    """The distribution's kernel, with cardcage's initramfs, *files*, and a *command* for init to run."""
+    """The distribution's kernel, with cardcage's initramfs, *files*, and a *command* that writes to the second serial port.
+
+    The guest is off behind it: init itself would wait for somebody who takes its output, which no file does.
+    """
     shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: print(line, file=sys.stderr))
     kernel = shelf.kernel()
     entries = [cpio.file("cardcage/settings", f"token={TOKEN}\n".encode()), *files]
     if command:
-        entries.append(cpio.file("cardcage/exec", f"{command}\n".encode()))
+        script = f"{{\n{command}\n}} > /dev/ttyS1\nstty -F /dev/ttyS1 raw  # once all is written\npoweroff -f\n"
+        entries.append(cpio.file("cardcage/exec", script.encode()))
     initrd = folder / "initrd"
     base = shelf.initramfs(kernel).read_bytes()
     initrd.write_bytes(base + bytes(-len(base) % 4) + cpio.pack(entries))

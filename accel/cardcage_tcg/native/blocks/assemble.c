@@ -309,6 +309,8 @@ static void emit_helper(struct out *o, u32 number, u32 length, u32 guest)
     payload_nop(o, guest);
 }
 
+_Static_assert(offsetof(struct cpu, base) < 128, "in one byte");
+
 static u32 jump_table(u32 mode) { return offsetof(struct cpu, jc) + (mode & MODE_CPL3 ? JC_SIZE * 16 : 0); }
 
 static void emit_miss(struct out *o, const u8 *jump, u32 length) /* to where the jump cache misses */
