@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXIT",
+    "EXIT_STATUS",
     "SWITCH_INTERVAL",
     "Detaching",
+    "ExitStatus",
     "add_machine_arguments",
     "detach",
     "detaching",
@@ -47,7 +49,7 @@ __getattr__ = lazy_names(
     "cardcage_cli",
     arguments="add_machine_arguments draft_of timeout_of",
     leaving="Detaching detach detaching",
-    running="EXIT SWITCH_INTERVAL report run_machine",
+    running="EXIT EXIT_STATUS SWITCH_INTERVAL ExitStatus report run_machine",
 )
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cardcage._host.owners import card_of, owners_of
 from cardcage._machine.plugged import able
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cardcage.machine import Machine
     from cardcage.outcome import Outcome
 
-__all__ = ["EXIT", "SWITCH_INTERVAL", "Terminated", "blamed_for", "report", "run_machine"]
+__all__ = ["EXIT", "EXIT_STATUS", "SWITCH_INTERVAL", "ExitStatus", "Terminated", "blamed_for", "report", "run_machine"]
 
 EXIT = {
     "done": 0,
@@ -47,10 +47,19 @@ EXIT = {
 """Exit statuses by name; a debug exit is ``code << 1 | 1``, a signal 128 plus its number."""
 
 
+EXIT_STATUS = "exit-status"
+"""The service of a machine, an :class:`ExitStatus`, by which a card says what this process exits with."""
 LONGEST = 2000
 """Letters of an outcome: a value in it may be as long as its author liked."""
 SWITCH_INTERVAL = 1e-4
 """Seconds that a thread coming back from guest code waits for the interpreter at most; Python's default is 5 ms."""
+
+
+class ExitStatus(Protocol):
+    """The service of a card that runs a command in the guest, whose status is then the process's."""
+
+    def exit_status(self, status: int, /) -> int:
+        """The status, once the machine has ended with *status*, which has been told."""
 
 
 def _terminate(signum: int, _: Any) -> None:
@@ -140,10 +149,11 @@ def run_machine(machine: Machine, *, timeout: float | None = None, console: str 
                     raise
             leaving.running(machine)
             outcome = ended(machine, timeout)
+            says: ExitStatus | None = machine.services.get(EXIT_STATUS)
         finally:
             with undisturbed():
                 machine.close()
-    return tell(outcome)
+    return tell(outcome) if says is None else says.exit_status(tell(outcome))
 
 
 def ended(machine: Machine, timeout: float | None) -> Outcome:

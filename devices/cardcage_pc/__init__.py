@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the platform ``pc``, its devices, and the ``char`` back ends."""
+    """Offer the platforms ``pc`` and ``microvm``, their devices, and the ``char`` back ends."""
     registry.platform("pc", "cardcage_pc.platform:Pc", help="a PC: i440FX, ACPI, one serial port")
+    registry.platform("microvm", "cardcage_pc.microvm:Microvm", help="a board for virtio over MMIO, without PCI")
     _devices(registry)
     _backends(registry)
 
@@ -72,6 +73,13 @@ def _devices(registry: Registry) -> None:
         regions=(Pio(20, 0xAE00),),
         bus="pci",
         help="ACPI hot-plug of PCI devices",
+    )
+    registry.device(
+        "microvm",
+        "cardcage_pc.microvm:MicrovmBoard",
+        options="cardcage_pc.microvm:MicrovmOptions",
+        regions=(Pio(1, 0x610),),
+        help="what is on the board of the platform microvm, and its reset register",
     )
     registry.device("acpi", "cardcage_pc.acpi.tables:Acpi", help="ACPI tables generated from the devices")
     registry.device(

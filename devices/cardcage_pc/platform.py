@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cardcage.config import Config
 
-__all__ = ["Pc", "expand", "split_ram"]
+__all__ = ["Pc", "expand", "serial_port", "split_ram"]
 
 COM1 = 0x3F8
 GIB = 1 << 30
@@ -70,8 +70,14 @@ def expand(config: Config) -> list[dict[str, Any]]:
     if "firmware" in boot or "firmware" in boot.get("table", {}):  # a protocol may have the table of another one
         wanted = {"piix3": "01.0", "piix4-pm": "01.3"}
         tables += [{"type": one, "address": at} for one, at in wanted.items() if one not in configured]
-    serial = [one for one in config.devices if one.type == "isa-serial"]
-    if not any(one.port in (None, COM1, [COM1]) for one in serial):
-        taken = any("console" in one.options.values() for one in config.devices)
-        tables.append({"type": "isa-serial", "port": COM1, "irq": 4, "char": "null" if taken else "console"})
+    tables += serial_port(config)
     return tables + [{"type": one} for one in ("acpi", "smbios", "bios-data") if one not in configured]
+
+
+def serial_port(config: Config) -> list[dict[str, Any]]:
+    """COM1, where the configuration has none there; it has the console unless a configured device takes that."""
+    serial = [one for one in config.devices if one.type == "isa-serial"]
+    if any(one.port in (None, COM1, [COM1]) for one in serial):
+        return []
+    taken = any("console" in one.options.values() for one in config.devices)
+    return [{"type": "isa-serial", "port": COM1, "irq": 4, "char": "null" if taken else "console"}]

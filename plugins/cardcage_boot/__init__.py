@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GuestProgramOffer"]
 
+WANTED = "cardcage_boot:exec"
+"""The key by which a host shares what ``--exec`` said: it is this process's to do, and no part of the configuration."""
+
 
 class GuestProgramOffer(Offer):
     """A program for the guests of ``cardcage boot`` and ``Machine.debian()``: ``factory()`` gives its bytes.
@@ -74,12 +77,23 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_boot.kernel:configure",
         help="write the distribution's kernel, and an initramfs that mounts root=, as files to run machines with",
     )
+    registry.flag(
+        "--exec",
+        "cardcage_boot.by_agent:parse_exec_flag",
+        metavar="COMMAND",
+        asks=True,
+        help="command that the guest's agent runs, with its input, output and exit status; then the machine ends",
+    )
     registry.doctor("kernel to boot", "cardcage_boot.check:check", help="kernel and busybox for cardcage boot")
 
 
 @hookimpl
 def cardcage_built(machine: Any) -> None:
-    """Watch for a kernel's panic where it has a serial console."""
+    """Watch for a kernel's panic where it has a serial console; run the command of ``cardcage run --exec``."""
     from cardcage_boot.panic import watch_consoles
 
     watch_consoles(machine)
+    if (command := machine.host.share(WANTED, dict).pop("command", None)) is not None:
+        from cardcage_boot.by_agent import command_for
+
+        command_for(machine, command)

@@ -1,22 +1,33 @@
-"""A command for a guest that is not ours from its first process on: by the verbs of an agent, where a card has them."""
+"""A command for a guest that is not ours from its first process on: by the verbs of an agent, where a card has them.
+
+``--exec`` of ``cardcage run``, and of ``cardcage boot`` with firmware.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from contextlib import suppress
 from subprocess import PIPE, TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, StateError
+from cardcage.errors import CardcageError, ConfigError, StateError
 from cardcage.machine import State
+from cardcage_cli import EXIT, EXIT_STATUS, detaching
 
+from cardcage_boot import WANTED
+from cardcage_boot.initramfs import add_devices
 from cardcage_boot.streams import BROKEN_PIPE, in_background
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cardcage.host import Host
     from cardcage.machine import Machine
 
-__all__ = ["AgentCommand"]
+__all__ = ["AgentCommand", "command_for", "exit_status", "parse_exec_flag"]
+
 
 PATIENCE = 300.0
 """Seconds that the guest may take until its agent answers: a cloud image's starts late."""
@@ -102,3 +113,52 @@ class AgentCommand:
                     return
         except CardcageError:  # the machine ended: wait() says so
             return
+
+
+def parse_exec_flag(text: str, host: Host) -> dict[str, Any]:
+    """``--exec COMMAND``: the console is not shown, and a guest that resets ends. Raises ConfigError."""
+    if detaching(host).asked:
+        raise ConfigError("omit --detach, or run the command by cardcage exec")
+    host.share(WANTED, dict)["command"] = text
+    return {"machine": {"console": {"type": "null"}, "on_reset": "stop"}}
+
+
+def command_for(machine: Machine, command: str) -> None:
+    """Run *command* in *machine* by the agent, whose device is added where it has none: its status is the process's."""
+    if any(getattr(one.device, "bus_type", None) == "pci" for one in machine.devices.values()):
+        add_devices(machine)
+    machine.services.provide(EXIT_STATUS, _Told(machine, command))
+
+
+class _Told:
+    """The status of a command, as :class:`cardcage_cli.ExitStatus` has it."""
+
+    def __init__(self, machine: Machine, command: str) -> None:
+        self._reader, self._writer = os.pipe()
+        self._running = AgentCommand(machine, command, self._writer)
+
+    def exit_status(self, status: int, /) -> int:
+        """The command's, else the machine's or a failure's."""
+        self._running.join()
+        os.close(self._writer)
+        with os.fdopen(self._reader) as told:
+            return exit_status(told.readline(), status, lambda: None)
+
+
+def exit_status(word: str, status: int, untold: Callable[[], None]) -> int:
+    """The exit status after a command's run: its own where *word* tells it, else the machine's or a failure's.
+
+    Args:
+        untold: called before that is said, where the machine ended and nothing was told.
+    """
+    kind, _, text = word.strip().partition(" ")
+    if kind == "status":
+        return int(text)
+    if kind == "fail":  # a guest's text: nothing in it reaches a terminal but letters
+        print(f"cardcage: {''.join(one if one.isprintable() else '?' for one in text)}", file=sys.stderr)
+        return EXIT["failure"]
+    untold()
+    if status:
+        return status
+    print("cardcage: the guest ended before the command did", file=sys.stderr)
+    return EXIT["failure"]

@@ -17,10 +17,10 @@ from cardcage.errors import ConfigError
 from cardcage.machine import Machine
 from cardcage.registry import DeviceOffer, PolicyKeyOffer
 from cardcage.units import Size
-from cardcage_cli import EXIT, SWITCH_INTERVAL, add_machine_arguments, detach, draft_of, run_machine, timeout_of
+from cardcage_cli import SWITCH_INTERVAL, add_machine_arguments, detach, draft_of, run_machine, timeout_of
 
 from cardcage_boot import cpio
-from cardcage_boot.by_agent import AgentCommand
+from cardcage_boot.by_agent import AgentCommand, exit_status
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Kernel, Shelf
 from cardcage_boot.files import open_file, unpacked
@@ -110,22 +110,9 @@ def run(host: Host, arguments: Namespace) -> int:
         if running is not None:
             running.join()
         tells.close()
-        return status if plan.command is plan.by_agent is None else _status(machine, status, told.readline())
-
-
-def _status(machine: Machine, status: int, word: str) -> int:
-    """The exit status after a command's run: its own where *word* tells it, else the machine's or a failure's."""
-    kind, _, text = word.strip().partition(" ")
-    if kind == "status":
-        return int(text)
-    if kind == "fail":  # a guest's text: nothing in it reaches a terminal but letters
-        print(f"cardcage: {''.join(one if one.isprintable() else '?' for one in text)}", file=sys.stderr)
-        return EXIT["failure"]
-    _show_tail(machine)
-    if status:
-        return status
-    print("cardcage: the guest ended before the command did", file=sys.stderr)
-    return EXIT["failure"]
+        if plan.command is plan.by_agent is None:
+            return status
+        return exit_status(told.readline(), status, lambda: _show_tail(machine))
 
 
 def _shares(draft: Draft, host: Host, report: Report) -> str:

@@ -43,7 +43,7 @@ BROKEN_PIPE = 141
 LEAD = b"\0cardcage-"
 MARK_MAX = 1024
 """Bytes of the longest mark; what begins like one and goes on is output."""
-PIECE_PORT = 240 << 10
+PIECE_PORT = 960 << 10
 """A port keeps more than this for a guest that does not read; and the guest starts a program for each piece."""
 
 

@@ -114,8 +114,11 @@ def _table(there: Added, given: Options, rest: dict[str, Any]) -> tuple[dict[str
     """The device's table, and what QMP calls what stands behind it. Raises ConfigError; nothing is changed then."""
     line = there.line
     before, names, buses = list(line.devices), dict(line.names), dict(line.buses)
+    line.wires.clear()
     try:
         add_device(line, given)
+        if any(wire == "mmio" for _, _, wire in line.wires):
+            raise given.error("virtio over MMIO comes with the machine: say the name that ends in -pci")
         found = [one for one in line.devices if not any(one is other for other in before)]
         if len(found) != 1 or len(line.buses) > len(buses):
             raise given.error("cardcage has no ports and consoles that come later")

@@ -9,6 +9,7 @@ from cardcage.errors import near
 from cardcage_qmp.names import DEVICES, ON_PCI
 
 from cardcage_qemu import backends
+from cardcage_qemu.board import wire_of
 
 if TYPE_CHECKING:
     from cardcage_qemu.keyval import Options
@@ -54,11 +55,20 @@ def add_device(line: Line, options: Options) -> None:
     if full in ("virtserialport", "virtconsole"):
         add_port(line, options, full)
         return
+    wire = wire_of(name, full)
+    if wire == "mmio":
+        full = full.removesuffix("-device") + "-pci"
+        known = DEVICES[full]
     device: dict[str, Any] = {"type": known.type}
     if id := options.take("id"):
         device["id"] = id
-    if known.parent in ON_PCI:
+    if wire == "mmio":
+        if (bus := options.take("bus")) is not None and not bus.startswith("virtio-mmio-bus."):
+            raise options.error(f"bus={bus}: expected virtio-mmio-bus.N, any of which is as good as another")
+    elif known.parent in ON_PCI:
         _place(options, device)
+    if wire:
+        line.wires.append((options, device, wire))
     for key, values in QUIET.items():
         if key not in known.options:
             options.harmless(**{key: values})

@@ -10,6 +10,7 @@ from cardcage.values import define
 from cardcage_qmp.about import MODELS
 
 from cardcage_qemu import backends
+from cardcage_qemu.board import settle
 from cardcage_qemu.keyval import Options, parse
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ GLOBALS = (
     "PIIX4_PM.disable_s4=1",
     "PIIX4_PM.disable_s3=0",
     "PIIX4_PM.disable_s4=0",
+    "virtio-mmio.force-legacy=false",
 )
 """Properties of devices by their type that say what is so anyway."""
 REFUSED = {
@@ -59,6 +61,8 @@ class Line:
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
         flash: chips by their unit. below: the nodes that a node of -blockdev stands on, by its name.
         cards: what -netdev each network card has, by the card's id.
+        board: what -machine says of its parts, with where. wires: devices whose names say ``pci`` or ``mmio``.
+        micro: the board is microvm. silent: it has no serial port.
         watchdogs: of the devices. expiry: what they do.
         buses: virtio consoles by id, each its ports by number.
         names: what QMP calls what stands behind a device, by its id.
@@ -92,6 +96,8 @@ class Line:
     rtc: dict[str, str] = field(factory=dict)
     flash: dict[int, dict[str, Any]] = field(factory=dict)
     below: dict[str, set[str]] = field(factory=dict)
+    board: dict[str, tuple[str, Options]] = field(factory=dict)
+    wires: list[tuple[Options, dict[str, Any], str]] = field(factory=list)
     watchdogs: list[dict[str, Any]] = field(factory=list)
     expiry: str = "reset"
     later: list[Callable[[], None]] = field(factory=list)
@@ -107,6 +113,8 @@ class Line:
     console: bool = False
     nographic: bool = False
     bare: bool = False
+    micro: bool = False
+    silent: bool = False
     plain: bool = False
 
     # what the parts say
@@ -191,6 +199,7 @@ class Line:
             self._wait_for_disks()
         for watchdog in self.watchdogs if self.expiry != "reset" else ():
             watchdog["action"] = self.expiry
+        settle(self)
         if self.bare:
             self.machine["platform"], self.machine["memory"] = "none", "1M"
         elif not self.boot:
@@ -201,7 +210,7 @@ class Line:
                 raise ConfigError("give -kernel or -bios: no SeaBIOS is installed here")
         if self.accelerators:
             self.machine["accel"] = self.accelerators
-        if self.nographic and not self.serials and not self.plain and not self.bare:
+        if self.nographic and not self.serials and not self.plain and not self.bare and not self.silent:
             self.devices.insert(0, {"type": "isa-serial", "char": "console"})
             self.console = True
         self.machine["console"] = "stdio" if self.console else "none"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["answer", "query_command_line_options"]
 
 KEYS = {
-    "machine": "type accel kernel-irqchip memory-backend kernel initrd append firmware usb vmport dump-guest-core",
+    "machine": "type accel kernel-irqchip memory-backend kernel initrd append firmware usb vmport dump-guest-core "
+    "acpi pic pit rtc isa-serial pcie ioapic2 x-option-roms auto-kernel-cmdline",
     "smp-opts": "cpus sockets cores threads maxcpus",
     "memory": "size slots maxmem",
     "drive": "file if id format readonly cache discard serial werror rerror",

@@ -9,6 +9,7 @@ from cardcage.errors import ConfigError
 
 from cardcage_qemu import backends
 from cardcage_qemu.actions import on_action, on_gdb, on_incoming, on_loadvm, on_s, on_watchdog, on_watchdog_action
+from cardcage_qemu.board import add_accelerator, choose_memory, on_machine
 from cardcage_qemu.devices import add_device
 from cardcage_qemu.keyval import Options
 from cardcage_qemu.line import GLOBALS, MODELS, QUIET, Line
@@ -17,67 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["OPTIONS"]
-PC = re.compile(r"pc|pc-i440fx-\d+\.\d+")
-Q35 = re.compile(r"q35|pc-q35-\d+\.\d+")
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
-
-
-def on_machine(line: Line, options: Options) -> None:
-    kind = options.take("type")
-    options.harmless(usb="on off", vmport="off auto", graphics="off", smm="off auto", nvdimm="off", acpi="on")
-    options.harmless(dump_guest_core="", mem_merge="", hpet="on", sata="off", smbus="", pic="on", pit="on")
-    if kind == "none":
-        line.bare = True
-    elif kind is not None and Q35.fullmatch(kind):
-        line.warnings.append(f"-machine {kind}: the guest finds cardcage's pc, an i440FX, and no PCI Express")
-    elif kind is not None and not PC.fullmatch(kind):
-        raise options.error(f"{kind}: cardcage has pc, an i440FX, q35 as another name for it, and none")
-    if (accelerators := options.take("accel")) is not None:
-        for name in accelerators.split(":"):
-            _accelerator(line, options, name)
-    if (chip := options.take("kernel-irqchip", "kernel_irqchip")) is not None:
-        known = {"on": "full", "off": "none", "split": "split"}
-        if chip not in known:
-            raise options.error(f"kernel-irqchip={chip}: expected on, off or split")
-        if chip != "off":
-            line.machine["irqchip"] = known[chip]
-    if (memory := options.take("memory-backend")) is not None:
-        line.later.append(lambda: _memory(line, options, memory))
-    for key in ("kernel", "initrd", "append", "firmware"):
-        if (value := options.take(key)) is not None:
-            line.boot[key] = value
-    for unit in (0, 1):
-        if (node := options.take(f"pflash{unit}")) is not None:
-            if node not in line.nodes:
-                raise backends.unknown(options, "-blockdev", node, line.nodes)
-            line.flash_chip(options, line.nodes[node], unit)
-    options.end()
-
-
-def _memory(line: Line, options: Options, name: str) -> None:
-    if name not in line.objects:
-        raise backends.unknown(options, "-object", name, line.objects)
-    if "memory" not in line.objects[name]:
-        raise options.error(f"memory-backend={name}: no memory backend")
-    line.memory |= line.objects[name]["memory"]
-    line.machine["memory"] = line.objects[name]["size"]
-
-
-def _accelerator(line: Line, options: Options, name: str) -> None:
-    if name not in ("kvm", "tcg"):
-        raise options.error(f"accel={name}: cardcage has kvm and tcg")
-    if name not in line.accelerators:
-        line.accelerators.append(name)
 
 
 def on_accel(line: Line, options: Options) -> None:
     options.harmless(thread="single multi", tb_size="", split_wx="off", one_insn_per_tb="off")
-    _accelerator(line, options, options.need("accel"))
+    add_accelerator(line, options, options.need("accel"))
     options.end()
 
 
 def on_kvm(line: Line, options: Options) -> None:
-    _accelerator(line, options, "kvm")
+    add_accelerator(line, options, "kvm")
 
 
 def on_cpu(line: Line, options: Options) -> None:
@@ -85,7 +36,9 @@ def on_cpu(line: Line, options: Options) -> None:
     if model not in MODELS:
         raise options.error(f"{model}: cardcage has {', '.join(MODELS)}")
     line.machine["cpu"] = model
-    options.harmless(check="", enforce="", migratable="on off", host_phys_bits="", host_cache_info="", kvm="on")
+    options.harmless(
+        check="", enforce="", migratable="on off", host_phys_bits="", host_cache_info="", kvm="on", topoext=""
+    )
     features: dict[str, bool] = {}
     for key, value in options.pairs:
         if key[:1] in "+-" and value == "on":
@@ -320,7 +273,7 @@ def on_numa(line: Line, options: Options) -> None:
     memory = options.take("memdev")
     options.end()
     if memory is not None:
-        line.later.append(lambda: _memory(line, options, memory))
+        line.later.append(lambda: choose_memory(line, options, memory))
 
 
 def on_name(line: Line, options: Options) -> None:

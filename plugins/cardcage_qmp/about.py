@@ -136,6 +136,14 @@ MACHINE_TYPES: tuple[MachineInfo, ...] = (
         "acpi": True,
     },
     {
+        "name": "microvm",
+        "cpu-max": 255,
+        "hotpluggable-cpus": False,
+        "numa-mem-supported": False,
+        "deprecated": False,
+        "acpi": True,
+    },
+    {
         "name": "none",
         "cpu-max": 255,
         "hotpluggable-cpus": False,

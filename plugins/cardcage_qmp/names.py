@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from attrs import evolve
 from cardcage.values import frozen
 
 __all__ = ["DEVICES", "OBJECTS", "ON_PCI", "Known", "qemu_name"]
@@ -100,7 +101,12 @@ DEVICES: dict[str, Known] = {
     "i6300esb": Known("i6300esb", "pci-device"),
     "vmgenid": Known("vmgenid", "device", {"guid": "guid"}),
 }
-"""By QEMU's name. ``links`` are resolved by who has the command line."""
+DEVICES |= {
+    f"{name.removesuffix('-pci')}-device": evolve(one, type=f"{one.type}-mmio", parent="virtio-device")
+    for name, one in DEVICES.items()
+    if one.parent == VIRTIO
+}
+"""By QEMU's name, virtio devices by that of each transport. ``links`` are resolved by who has the command line."""
 
 OBJECTS: dict[str, tuple[str, dict[str, str]]] = {
     "memory-backend-ram": ("memory-backend", {"size": "int", "share": "bool", "prealloc": "bool"}),

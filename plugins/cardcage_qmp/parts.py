@@ -150,6 +150,8 @@ class ObjectPropertyInfo(TypedDict):
     description: NotRequired[str]
 
 
+BOARDS = {"pc": "pc-i440fx-7.2"}
+"""QEMU's names of platforms, where they differ."""
 NESTED = 100
 """Images in one another that are told of; of what is below, the depth and the nodes tell."""
 
@@ -411,7 +413,7 @@ def tree(session: Session) -> dict[str, dict[str, tuple[str, Any]]]:
     config = machine.config.machine
     found: dict[str, dict[str, tuple[str, Any]]] = {
         "": {"type": ("string", "container"), "machine": ("child<machine>", None)},
-        "/machine": {"type": ("string", "none-machine" if config.platform == "none" else "pc-i440fx-7.2-machine")},
+        "/machine": {"type": ("string", f"{BOARDS.get(config.platform, config.platform)}-machine")},
         "/machine/peripheral": {"type": ("string", "container")},
         "/machine/unattached": {"type": ("string", "container")},
     }

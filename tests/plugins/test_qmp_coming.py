@@ -197,6 +197,7 @@ def test_what_cannot_come(vm: Machine, tmp_path: Path) -> None:
             ("device_add", {"driver": "virtio-rng-pci", "colour": "red"}, "colour=red"),
             ("device_add", {"driver": "virtserialport", "chardev": "c"}, "no -device virtio-serial-pci"),
             ("device_add", {"driver": "virtio-serial-pci", "id": "s"}, "no ports and consoles that come later"),
+            ("device_add", {"driver": "virtio-rng-device"}, "comes with the machine"),
             ("device_add", {"driver": "isa-serial"}, "before the machine starts"),
             ("device_del", {"id": "pic"}, "cannot be taken out"),
             ("netdev_add", {"type": "hub", "id": "n"}, "does not accept value 'hub'"),

@@ -382,7 +382,10 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         shell(),
     ),
     "networks.md": (machine(BASE.format("off.bin"), namespace, before=("unshare", "-n", "sh", "-c", NETWORK, "sh")),),
-    "pc.md": (python(HOT, "assert disk.id not in vm.devices\nvm.close()", prepare=lambda reader, one: fetch(reader)),),
+    "pc.md": (
+        machine(BASE.format("off.bin"), disk),
+        python(HOT, "assert disk.id not in vm.devices\nvm.close()", prepare=lambda reader, one: fetch(reader)),
+    ),
     "policies.md": (
         machine(BASE.format("off.bin")),
         python(after="from cardcage_memory_policies.testing import check_policy\ncheck_policy(Policy)"),

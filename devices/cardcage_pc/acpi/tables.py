@@ -19,6 +19,7 @@ from cardcage.device import Pio
 from cardcage.errors import ConfigError
 from cardcage.values import define
 
+from cardcage_pc import microvm
 from cardcage_pc.acpi import aml, hotplug
 from cardcage_pc.acpi import pm as acpi_pm
 from cardcage_pc.chips import hpet, ioapic
@@ -192,10 +193,13 @@ def _has(board: Any, kind: str) -> bool:
 
 def _fadt(board: Any, facs: int, tables: int) -> bytes:
     host = _pci_host(board)
-    # port 0xCF9 is a PCI host's; without one the keyboard controller resets
+    # port 0xCF9 is a PCI host's; without one the board's register or the keyboard controller resets
     reset_port, reset_value = (0xCF9, 0x06) if host is not None else (0x64, 0xFE)
+    if _has(board, "microvm"):
+        reset_port, reset_value = microvm.RESET_PORT, microvm.RESET
     base = _pm_base(board)
-    architecture = 1 | (2 if _has(board, "i8042") else 0) | 4  # legacy devices; 8042; no VGA
+    architecture = 1 | (2 if _has(board, "i8042") else 0) | 4 | (0 if _has(board, "rtc") else 1 << 5)
+    """Legacy devices; 8042; no VGA; no CMOS clock."""
     flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10  # WBINVD, C1, no sleep button, no RTC wake, reset register
     fixed = struct.pack("<IIBBHIBBBB", facs, tables, 0, 0, acpi_pm.SCI, 0, 0, 0, 0, 0)
     blocks = struct.pack("<8I", base, 0, base + 4, 0, 0, base + 8, acpi_pm.GPE_BASE, 0)
@@ -207,7 +211,7 @@ def _fadt(board: Any, facs: int, tables: int) -> bytes:
     return fixed + blocks + lengths + rest + reset + struct.pack("<QQ", 0, tables) + wide
 
 
-def _madt(board: Any, cpus: int) -> bytes:
+def _madt(board: Any, cpus: int, irqchip: str) -> bytes:
     entries = [struct.pack("<BBBBI", 0, 8, cpu, cpu, 1) for cpu in range(cpus)]
     entries.append(struct.pack("<BBBBII", 1, 12, 0, 0, ioapic.ADDRESS, 0))
     entries.append(struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0))
@@ -215,7 +219,8 @@ def _madt(board: Any, cpus: int) -> bytes:
     level = {acpi_pm.SCI} | ({gsi for _, _, gsi in host.routing if gsi < 16} if host is not None else set())
     entries += [struct.pack("<BBBBIH", 2, 10, 0, gsi, gsi, 0x0D) for gsi in sorted(level)]  # active high, level
     entries.append(struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1))  # NMI at LINT1 of all
-    return struct.pack("<II", 0xFEE00000, 1) + b"".join(entries)
+    pic = _has(board, "pic") or irqchip == "full"
+    return struct.pack("<II", 0xFEE00000, int(pic)) + b"".join(entries)
 
 
 def render(board: Any, cpus: int, irqchip: str) -> tuple[Blob, int, int]:
@@ -225,7 +230,7 @@ def render(board: Any, cpus: int, irqchip: str) -> tuple[Blob, int, int]:
     dsdt_at = blob.table("DSDT", 2, dsdt(board))
     listed = [blob.table("FACP", 3, _fadt(board, facs, dsdt_at), ((36, 4), (40, 4), (140, 8)))]
     if irqchip != "none":
-        listed.append(blob.table("APIC", 3, _madt(board, cpus)))
+        listed.append(blob.table("APIC", 3, _madt(board, cpus, irqchip)))
     if _has(board, "hpet"):
         block = struct.pack("<BBBBQ", 0, 64, 0, 0, hpet.ADDRESS)
         listed.append(blob.table("HPET", 1, struct.pack("<I", hpet.CAPABILITIES & 0xFFFFFFFF) + block + bytes(4)))

@@ -38,9 +38,12 @@ def _entries(board: Any, cpus: int) -> list[bytes]:
             taken.add(gsi)
             if slot in there:
                 made.append(struct.pack("<BBHBBBB", IO_INTERRUPT, INT, LEVEL_HIGH, PCI, slot << 2 | pin, 0, gsi))
+    level = {acpi_pm.SCI}
+    for plugged in board.devices.values():  # what a kernel is told of on its command line
+        level |= {gsi for one in plugged.slot.ranges.resources if one.level for gsi in one.irqs}
     for irq in range(16):
         if irq not in taken and irq != 2:
-            flags = LEVEL_HIGH if irq == acpi_pm.SCI else 0
+            flags = LEVEL_HIGH if irq in level else 0
             made.append(struct.pack("<BBHBBBB", IO_INTERRUPT, INT, flags, ISA, irq, 0, irq or 2))
     made.append(struct.pack("<BBHBBBB", LOCAL_INTERRUPT, EXTINT, 0, ISA, 0, 0, 0))
     made.append(struct.pack("<BBHBBBB", LOCAL_INTERRUPT, NMI, 0, ISA, 0, 0xFF, 1))

@@ -24,8 +24,10 @@ __all__ = ["Console", "ConsoleOptions", "ConsoleState", "PortOptions"]
 F_SIZE, F_MULTIPORT, F_EMERGENCY = 0, 1, 2
 READY, ADD, REMOVE, PORT_READY, IS_CONSOLE, RESIZE, OPEN, NAME = range(8)
 MESSAGE = struct.Struct("<IHH")
-HELD_MAX = 1 << 18
+HELD_MAX = 1 << 20
 """Bytes kept for a port whose reader in the guest is slow; what comes beyond is dropped."""
+PIECE = 1 << 18
+"""Bytes that a back end is given at once."""
 OUTPUT_MAX = 1 << 20
 """Bytes that one buffer of the driver may bring: they are written under the machine's lock."""
 MESSAGES_MAX = 1024
@@ -162,8 +164,8 @@ class Console:
         if request.readable_size > OUTPUT_MAX:
             raise RingError(f"output of {request.readable_size} bytes at once")
         for part in request.readable:
-            for at in range(0, len(part), HELD_MAX):
-                port.char.write(bytes(part[at : at + HELD_MAX]))
+            for at in range(0, len(part), PIECE):
+                port.char.write(bytes(part[at : at + PIECE]))
         request.done()
 
     def _arrived(self, port: Port, data: bytes) -> None:
