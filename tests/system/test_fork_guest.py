@@ -179,6 +179,7 @@ def test_random_numbers_differ(vm: Machine) -> None:
     assert len(set(drawn)) == 6
 
 
+@pytest.mark.timeout(3000 if LONG else 300)
 def test_forks_leave_nothing(vm: Machine) -> None:
     """Forks one after another leave no descriptor, process, thread, file or entry on the roster."""
     count = 1000 if LONG else 25

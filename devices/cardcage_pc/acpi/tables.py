@@ -198,8 +198,8 @@ def _fadt(board: Any, facs: int, tables: int) -> bytes:
     if _has(board, "microvm"):
         reset_port, reset_value = microvm.RESET_PORT, microvm.RESET
     base = _pm_base(board)
+    # legacy devices; 8042; no VGA; no CMOS clock
     architecture = 1 | (2 if _has(board, "i8042") else 0) | 4 | (0 if _has(board, "rtc") else 1 << 5)
-    """Legacy devices; 8042; no VGA; no CMOS clock."""
     flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10  # WBINVD, C1, no sleep button, no RTC wake, reset register
     fixed = struct.pack("<IIBBHIBBBB", facs, tables, 0, 0, acpi_pm.SCI, 0, 0, 0, 0, 0)
     blocks = struct.pack("<8I", base, 0, base + 4, 0, 0, base + 8, acpi_pm.GPE_BASE, 0)
