@@ -392,3 +392,12 @@ def test_a_helper_that_never_repeats_its_accesses_ends(cpu: Cpu) -> None:
         action = cpu.call("helper_again")
         calls += 1
     assert 0 < calls < 100
+
+
+def test_pause_changes_nothing_but_its_count(cpu: Cpu) -> None:
+    """PAUSE is counted, so that a processor that spins lets the host's other threads go on, and does nothing else."""
+    cpu.real()
+    cpu.flags = 0x8D7
+    before = [cpu[register] for register in range(16)]
+    assert [cpu.do("PAUSE", 0) for _ in range(100)] == [L.H_CONTINUE] * 100
+    assert (cpu.get32("PAUSES"), cpu.flags, [cpu[register] for register in range(16)]) == (100, 0x8D7, before)

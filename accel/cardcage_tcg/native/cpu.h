@@ -203,6 +203,7 @@ struct cpu {
     u32 pointed, stopped_at; /* the page being run has POINT_EXECUTE; the number of the point that was met */
     u64 began;            /* RIP of the step that began last */
     u32 still;            /* futex: its thread is out of native code between two instructions, and goes in by way of tcg_hold's caller */
+    u32 pauses;           /* how many PAUSEs it has done */
     u32 made;             /* its caches are what they should be when they are empty: see tcg_reset() */
     u32 shutdown;         /* 1 + the vector that ended in a triple fault: R_SHUTDOWN until the state is set */
     u64 cr4_allowed;      /* bits CPUID shows; 0: a default without SMAP */

@@ -16,6 +16,7 @@
     HELPER(CLI, h_cli) \
     HELPER(STI, h_sti) \
     HELPER(HLT, h_hlt) \
+    HELPER(PAUSE, h_pause) \
     HELPER(PUSHF, h_pushf)           /* imm: size */ \
     HELPER(POPF, h_popf)             /* imm: size */ \
     HELPER(CLD, h_cld) \

@@ -70,7 +70,7 @@ FAULTING = {
 }
 """Instructions that write all flags, and may fault after their operand was found: the frame has the flags of before."""
 SHIFTS = {M.SHL, M.SHR, M.SAR, M.ROL, M.ROR, M.RCL, M.RCR, M.SHLD, M.SHRD, M.SAL}
-NOTHING = {M.NOP, M.RESERVEDNOP, M.PAUSE}
+NOTHING = {M.NOP, M.RESERVEDNOP}
 FLUSHES = {M.CLFLUSH, M.CLFLUSHOPT, M.CLWB}
 DECODE = DecoderOptions.FORCE_RESERVED_NOP | DecoderOptions.NO_WBNOINVD
 """Instructions that guests' processors lack, decoded as they do: ENDBR, RDSSP, BNDxx, CLDEMOTE, prefetches of all kinds

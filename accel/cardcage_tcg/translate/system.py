@@ -193,6 +193,7 @@ _TABLE: dict[int, Callable[[Instruction], HelperCall | None]] = {
             "CLI",
             "STI",
             "HLT",
+            "PAUSE",
             "CLD",
             "STD",
             "CLAC",

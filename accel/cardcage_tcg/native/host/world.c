@@ -1,6 +1,7 @@
 /* Time, sleeping, stopping the world, the timer thread and the signal handler. */
 #include "cpu.h"
 #include "internal.h"
+#include "helpers.h"
 
 static long syscall6(long n, long a, long b, long c, long d, long e, long f)
 {
@@ -12,6 +13,7 @@ static long syscall6(long n, long a, long b, long c, long d, long e, long f)
     return ret;
 }
 
+enum { PAUSES = 64 }; /* some microseconds, as KVM's window for such loops */
 enum { SYS_write = 1, SYS_sched_yield = 24, SYS_madvise = 28, MADV_DONTNEED = 4, SYS_futex = 202, SYS_clock_gettime = 228 };
 enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 struct timespec { s64 sec, nsec; };
@@ -65,6 +67,16 @@ void spin_lock(u32 *lock)
 }
 
 void spin_unlock(u32 *lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
+
+/* Who spins waits for another vCPU, which may have lost its processor to this one. */
+int h_pause(struct cpu *c, u32 arg)
+{
+    (void)arg;
+    __builtin_ia32_pause();
+    if (++c->pauses % PAUSES == 0 && c->vm->ncpus > 1)
+        syscall6(SYS_sched_yield, 0, 0, 0, 0, 0, 0);
+    return H_CONTINUE;
+}
 
 void wake_idler(struct vm *vm)
 {
