@@ -98,6 +98,8 @@ def cardcage_forked(machine: PlainMachine) -> None:
     _note(machine, "")  # the copy is another machine
     if (watching := sys.modules.get("cardcage_snapshot.watching")) is not None:  # else there is none, nor time to load
         watching.renew()
+    if (working := sys.modules.get("cardcage_snapshot.working")) is not None:
+        working.forget(machine)
 
 
 _names: Any = lazy_names(

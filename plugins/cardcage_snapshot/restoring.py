@@ -26,11 +26,13 @@ from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import STATE, may_read
 from cardcage_snapshot.disks import file_sum, overlays
 from cardcage_snapshot.manifest import read
+from cardcage_snapshot.pages import touched
 from cardcage_snapshot.places import Folder, located
 from cardcage_snapshot.sealing import original
 from cardcage_snapshot.state import loads
 from cardcage_snapshot.state import restore as load_state
 from cardcage_snapshot.tables import config_of, ids_of, tables_of
+from cardcage_snapshot.working import fetch, known, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from cardcage_snapshot.chain import Level
     from cardcage_snapshot.manifest import DeviceCard, Manifest
     from cardcage_snapshot.state import MachineState
+    from cardcage_snapshot.working import WorkingSet
 
     M = TypeVar("M", bound=Machine)
 
@@ -114,6 +117,7 @@ def restore(
             machine["label"] = manifest.label
         chain = end.enter_context(Chain(folder, manifest))
         mapped = _memory(tables, chain.levels[0])
+        had = _ahead(folder, manifest, chain.levels[0]) if mapped else None
         temporary = None
         if manifest.disks:
             target = _overlay_folder(disks, path)
@@ -131,6 +135,7 @@ def restore(
             may_read(vm, level.folder.path)
         if mapped:
             chain.put_over(vm.memory.ranges[0].block.view)
+            others = touched(vm.memory.ranges[0].block, own=True) if len(chain.levels) > 1 else []
         else:
             fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
@@ -140,11 +145,24 @@ def restore(
                     reverted()
         if vm.name != manifest.machine:
             _same_addresses(vm)
+        if mapped and ours:
+            record(vm, path, manifest, had, others)
         if start:
             vm.start(boot=False)
             settle(vm, manifest.agent)
         failing.pop_all()
         return vm
+
+
+def _ahead(folder: Folder, manifest: Manifest, root: Level) -> WorkingSet | None:
+    """Have what the guest will touch first read ahead, where that is known."""
+    try:
+        had = known(folder, manifest)
+    except ConfigError:  # it is made anew
+        return None
+    if had is not None:
+        fetch(root.fd, had.runs)
+    return had
 
 
 def machine_of(
