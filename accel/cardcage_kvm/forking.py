@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cardcage_kvm import abi, state
+from cardcage_kvm import abi, chips, state
 
 if TYPE_CHECKING:
     from cardcage.x86 import VCpuState
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Forking"]
 
-CHIPS = (abi.IRQCHIP_PIC_MASTER, abi.IRQCHIP_PIC_SLAVE, abi.IRQCHIP_IOAPIC)
-
 
 class Forking:
     """A :class:`~cardcage_kvm.vm.KvmVm` in two processes. It is parked in all of this."""
@@ -23,7 +21,7 @@ class Forking:
     def __init__(self, vm: KvmVm) -> None:
         self._vm = vm
         self._states: list[tuple[VCpuState, abi.VcpuEvents]] = []
-        self._chips: list[abi.Irqchip] = []
+        self._chips = b""
 
     def may_fork(self) -> str:
         """Why it cannot be in a forked process as well, empty when it can."""
@@ -34,15 +32,13 @@ class Forking:
         vm = self._vm
         vm.dirty.keep()
         self._states = [(vcpu.get_state(), state.read_events(vcpu.fd)) for vcpu in vm.vcpus]
-        self._chips = [abi.Irqchip(chip_id=one) for one in CHIPS if vm.irqchip == "full"]
-        for chip in self._chips:
-            abi.ioctl(vm.fd, abi.GET_IRQCHIP, chip)
+        self._chips = chips.save(vm)
 
     def after_fork(self, *, child: bool) -> None:
         """It has forked."""
         if child:
             self._renew()
-        self._states, self._chips = [], []
+        self._states, self._chips = [], b""
 
     def _renew(self) -> None:
         """Another VM in place of the parent's, in the same state; what its clocks show is put right by unparking it."""
@@ -52,8 +48,7 @@ class Forking:
         for vcpu in vm.vcpus:
             vcpu.open()
             vm.prepare(vcpu)
-        for chip in self._chips:
-            abi.ioctl(vm.fd, abi.SET_IRQCHIP, chip)
+        chips.load(vm, self._chips)
         for vcpu, (saved, events) in zip(vm.vcpus, self._states, strict=True):
             vcpu.set_state(saved)
             abi.ioctl(vcpu.fd, abi.SET_VCPU_EVENTS, events)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageError
 
-from cardcage_kvm import abi, cpuid, state
+from cardcage_kvm import abi, chips, cpuid, state
 from cardcage_kvm.debug import DebugStops
 from cardcage_kvm.dirty import DirtyPages
 from cardcage_kvm.eventfds import EventFds
@@ -202,6 +202,14 @@ class KvmVm:
         message = abi.Msi(address_lo=address & 0xFFFFFFFF, address_hi=high_part(address), data=data & 0xFFFFFFFF)
         with contextlib.suppress(AcceleratorError):  # KVM's answer when nobody took it
             abi.ioctl(self.fd, abi.SIGNAL_MSI, message)
+
+    def save_chips(self) -> bytes:
+        """The interrupt controllers and the timer that are KVM's; empty where they are the machine's cards."""
+        return chips.save(self)
+
+    def load_chips(self, data: bytes, /) -> None:
+        """Put them back as they were; before the vCPUs' states. Raises :exc:`~cardcage.errors.UsageError`."""
+        chips.load(self, data)
 
     def inject_nmi(self, index: int, /) -> None:
         """Send an NMI to vCPU *index*. Thread-safe."""
