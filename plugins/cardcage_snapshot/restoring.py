@@ -54,6 +54,8 @@ STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
 PATIENCE = 5.0
 """Seconds that the agent of a restored guest may take."""
+UNPACKERS = 4
+"""Threads that unpack RAM, at most: each has a piece, and its sum, in memory."""
 ALONE = ("null", "user")
 """Networks on which a guest is by itself."""
 _host: ContextVar[Host] = ContextVar("cardcage_snapshot_host")
@@ -209,10 +211,19 @@ def given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(view: memoryview, chain: Chain) -> None:
-    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the damaged piece."""
-    for number in chain.numbers():
+    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the first damaged piece."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def put(number: int) -> None:
         data, at = chain.piece(number), number * chain.levels[0].ram.chunk
         view[at : at + len(data)] = data
+
+    threads = ThreadPoolExecutor(min(UNPACKERS, len(os.sched_getaffinity(0))), "snapshot-unpack")
+    try:
+        for _ in threads.map(put, chain.numbers()):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _memory(tables: dict[str, Any], root: Level) -> bool:

@@ -212,6 +212,19 @@ def test_a_bomb_is_not_unpacked(one: Path, host: Host) -> None:
             restored(one, host=host, trust=True)
 
 
+def test_of_damaged_pieces_the_first_is_named(one: Path, host: Host) -> None:
+    """Pieces are unpacked at once by several threads, and of those that are damaged the first in RAM is named."""
+    frame = zstandard.ZstdCompressor().compress(b"x" * (1 << 20))
+    sum = hashlib.blake2b(frame, digest_size=16).hexdigest()
+    (one / "ram.zst").write_bytes(frame * 4)
+    chunks = [[at, at * len(frame), len(frame), "0" * 32 if at in (1, 3) else sum] for at in range(4)]
+    packed = {"file": "ram.zst", "compression": "zstd", "chunk": 1 << 20, "chunks": chunks}
+    rewrite(one, lambda table: table.update(ram=packed))
+    for _ in range(10):
+        with pytest.raises(ConfigError, match="RAM at 0x100000-0x1fffff is damaged"):
+            restored(one, host=host, trust=True)
+
+
 def bomb() -> bytes:
     """A frame that does not say how much is in it."""
     return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(64 << 20))
