@@ -253,6 +253,8 @@ def checkpoint(machine: Machine) -> None:
         raise StateError(f"{machine.name} cannot have a checkpoint: {why}")
     facts = {"machine": machine.name}
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), facts))
+    if (arrival := machine.services.get("arriving-ram")) is not None:
+        arrival.complete()  # a page that is still to come looks like one that is zero
     forget(machine)
     running = _pause(machine)
     try:

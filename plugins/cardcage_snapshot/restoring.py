@@ -22,6 +22,7 @@ from cardcage.host import Host
 from cardcage.registry import BootOffer, DeviceOffer
 from cardcage.security import Act
 
+from cardcage_snapshot.arriving import arrive
 from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import STATE, may_read
 from cardcage_snapshot.disks import file_sum, overlays
@@ -77,8 +78,9 @@ def restore(
 ) -> M:
     """A machine that goes on where a snapshot was made; it runs when this returns.
 
-    Its RAM is mapped, not read: what the guest does not touch stays in the file. Where the guest had an agent, that is
-    found again, told the time, and given new randomness, before this returns.
+    Its RAM is mapped, not read: what the guest does not touch stays in the file. That of a compressed one is unpacked
+    while the guest runs, where the host lets it; a damaged piece ends the machine then. Where the guest had an agent,
+    that is found again, told the time, and given new randomness, before this returns.
 
     Args:
         where: a name or a path, as of ``vm.snapshot``.
@@ -138,7 +140,7 @@ def restore(
         if mapped:
             chain.put_over(vm.memory.ranges[0].block.view)
             others = touched(vm.memory.ranges[0].block, own=True) if len(chain.levels) > 1 else []
-        else:
+        elif not arrive(vm, chain):
             fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
         with vm.lock:
@@ -234,7 +236,11 @@ def _memory(tables: dict[str, Any], root: Level) -> bool:
     kind = memory.get("type", "anonymous")
     if kind == "file":  # what the file holds is another machine's by now
         tables["memory"] = memory = {"type": "memfd"}
-    if kind != "anonymous" or root.ram.compression != "none":
+    if kind != "anonymous":
+        return False
+    if root.ram.compression != "none":
+        if not memory.get("preallocate"):
+            memory |= {"type": "arriving"}
         return False
     memory |= {"type": "snapshot", "path": path, "file": root.ram.file}
     return True
