@@ -20,7 +20,6 @@ from cardcage.registry import DeviceOffer
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
 
-from cardcage_snapshot.arriving import complete
 from cardcage_snapshot.chain import Chain, Changes, refuse_with_children
 from cardcage_snapshot.disks import plan_disks, settle_disks
 from cardcage_snapshot.manifest import MANIFEST, DeviceCard, File, Manifest, Ram, chunk_size, read, written
@@ -256,7 +255,8 @@ def savable(machine: Machine) -> RamBlock:
         if "state" not in one.abilities and "reset" in one.abilities:
             what = f'device "{one.id}" ({one.who.partition("(")[2].rstrip(")")}) cannot be saved'
             raise StateError(f"{machine.name}: {what}: it has no save() and load()")
-    complete(machine)
+    if (arrival := machine.services.get("arriving-ram")) is not None:
+        arrival.complete()
     block = machine.memory.ranges[0].block
     for shown in machine.memory.ranges:
         if shown.block is not block and not shown.readonly:

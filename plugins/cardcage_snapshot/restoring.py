@@ -22,7 +22,6 @@ from cardcage.host import Host
 from cardcage.registry import BootOffer, DeviceOffer
 from cardcage.security import Act
 
-from cardcage_snapshot.arriving import arrive
 from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import STATE, may_read
 from cardcage_snapshot.disks import file_sum, overlays
@@ -140,7 +139,7 @@ def restore(
         if mapped:
             chain.put_over(vm.memory.ranges[0].block.view)
             others = touched(vm.memory.ranges[0].block, own=True) if len(chain.levels) > 1 else []
-        elif not arrive(vm, chain):
+        elif not _arrives(vm, chain):
             fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
         with vm.lock:
@@ -156,6 +155,15 @@ def restore(
             settle(vm, manifest.agent)
         failing.pop_all()
         return vm
+
+
+def _arrives(vm: Machine, chain: Chain) -> bool:
+    """True where RAM comes while the guest runs, from now on."""
+    if chain.levels[0].ram.compression == "none":
+        return False
+    from cardcage_snapshot.arriving import arrive
+
+    return arrive(vm, chain)
 
 
 def _ahead(folder: Folder, manifest: Manifest, root: Level) -> WorkingSet | None:

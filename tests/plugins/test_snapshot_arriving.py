@@ -125,9 +125,29 @@ def test_the_guest_runs_before_all_is_there(saved: Path, accel: str) -> None:
         assert vm.memory.read(FAR, len(DATA)) == DATA
         assert vm.memory.read(FAR + len(DATA), PAGE) == bytes(PAGE)
         counts_on(vm, count(vm) + 100)
-    assert left() == []
+    assert [one for one in left() if "templates" not in one] == []  # the translator's are the process's
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.usefixtures("lazy")
+def test_what_unpacks_has_no_rights(saved: Path) -> None:
+    """The process that unpacks, and the one that watches it, have no capability, make few system calls, and have
+    nothing open but the snapshot's RAM, the memory's faults, the link and what tells of refused calls."""
+    with Host() as host, restored(saved, host=host) as vm:
+        watcher = vm.services[SERVICE]._pid
+        while not (children := Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()):
+            assert SERVICE in vm.services
+        for pid in (watcher, *children):
+            status = ""
+            while "Seccomp:\t2" not in status:  # it has just begun
+                assert SERVICE in vm.services
+                status = Path(f"/proc/{pid}/status").read_text()
+            assert "CapEff:\t0000000000000000" in status
+            assert "NoNewPrivs:\t1" in status
+            links = [os.readlink(f"/proc/{pid}/fd/{one}") for one in os.listdir(f"/proc/{pid}/fd")]
+            kinds = {one.partition(":")[0] if one.startswith(("pipe:", "socket:")) else one for one in links}
+            assert kinds == {str(saved / "ram.zst"), "anon_inode:[userfaultfd]", "pipe", "socket"}
 
 
 @pytest.mark.usefixtures("lazy")
