@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -30,7 +31,9 @@ def forked(bench: Bench, act: Callable[[], object]) -> str:
     vm.park()
     vm.before_fork()
     ours, theirs = os.pipe()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that other tests left
+        pid = os.fork()
     if pid == 0:
         try:
             vm.after_fork(child=True)
