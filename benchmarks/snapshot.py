@@ -4,7 +4,8 @@
   it can, compressed, and for a snapshot of a restored machine; QEMU's savevm and loadvm of the same guest, as its
   monitor takes for them (the guest stands still for all of savevm).
 - Restore: from the call to the guest's first instruction, seen in its memory, in a process that has restored before:
-  a tiny guest with 128 MiB and 8 GiB of RAM, and the Debian guest up to a command's answer.
+  a tiny guest with 128 MiB and 8 GiB of RAM, and the Debian guest up to a command's answer; that one also with nothing
+  of its RAM's file in the page cache, with and without a working set beside it, in turns.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cardcage_snapshot import Verbs
 
 COUNTER = bytes.fromhex("31c08ed866ff060050ebf9")
 """xor ax, ax; mov ds, ax; again: inc dword [0x5000]; jmp again."""
+COMMAND = "head -c 1000000 /dev/zero | md5sum; ls -l /bin | wc -l"
 BUSY = "while :; do dd if=/dev/zero of=/tmp/busy bs=1M count=64 conv=notrunc 2>/dev/null; done"
 
 
@@ -80,6 +82,28 @@ def stops(host: Host, folder: Path, runs: int, accel: str) -> None:
     row("restore, Debian 512 MiB, clock and randomness set", restored)
     row("    until a command has answered", answers)
     row("stop, of a restored machine", [1000 * made.stood])
+    cold(host, folder / "debian", runs)
+
+
+def cold(host: Host, path: Path, runs: int) -> None:
+    """Restores from the disk: until the agent has answered, and until a command has."""
+    working, ram = path / "working-set", os.open(path / "ram", os.O_RDONLY)
+    data = working.read_bytes()
+    rows: dict[str, list[tuple[float, float]]] = {"without a working set": [], "with one": []}
+    for _ in range(2 * runs):
+        for words, values in rows.items():
+            working.unlink(missing_ok=True)
+            if words == "with one":
+                working.write_bytes(data)
+            os.fsync(ram)
+            os.posix_fadvise(ram, 0, 0, os.POSIX_FADV_DONTNEED)
+            took, vm = timed(lambda: Machine.restore(path, host=host))
+            with vm:
+                values.append((took, took + timed(lambda vm=vm: vm.run(COMMAND, check=True))[0]))
+    os.close(ram)
+    for words, values in rows.items():
+        row(f"restore from the disk, {words}", [one for one, _ in values])
+        row("    until a command has answered", [one for _, one in values])
 
 
 def restores(host: Host, folder: Path, runs: int, accel: str) -> None:

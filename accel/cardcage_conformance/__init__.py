@@ -1,7 +1,7 @@
 """The contract of accelerators: guest programs that every accelerator must run alike, and where they run.
 
-``check_accelerator``, ``check_busy_eventfds`` and ``check_guest_debug`` say what was broken; :class:`RemoteGuest` does
-what a test asks. Names are loaded when first used.
+``check_accelerator``, ``check_busy_eventfds``, ``check_guest_debug`` and ``check_parking`` say what was broken;
+:class:`RemoteGuest` does what a test asks. Names are loaded when first used.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from cardcage_conformance.busy import check_busy_eventfds
     from cardcage_conformance.debugging import check_guest_debug
     from cardcage_conformance.remote import RemoteGuest
+    from cardcage_conformance.standstill import check_parking
 
-__all__ = ["RemoteGuest", "check_accelerator", "check_busy_eventfds", "check_guest_debug"]
+__all__ = ["RemoteGuest", "check_accelerator", "check_busy_eventfds", "check_guest_debug", "check_parking"]
 
 __getattr__ = lazy_names(
     "cardcage_conformance",
@@ -24,4 +25,5 @@ __getattr__ = lazy_names(
     busy="check_busy_eventfds",
     debugging="check_guest_debug",
     remote="RemoteGuest",
+    standstill="check_parking",
 )

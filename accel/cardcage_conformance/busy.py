@@ -47,15 +47,27 @@ class _Answerer:
         self.missed = self.noise = 0
         self._route, self._serving = 0, threading.Lock()
         self._paused, self._ending = True, False
-        self._thread = threading.Thread(target=self._serve, name="answerer", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def plug(self, slot: Slot) -> None:
         self._vm: Any = slot.interrupts.vm
+        self.unpark()
+
+    def may_park(self) -> str:
+        return ""
+
+    def unpark(self) -> None:
+        self._ending = False
+        self._thread = threading.Thread(target=self._serve, name="answerer", daemon=True)
         self._thread.start()
 
-    def unplug(self) -> None:
+    def park(self) -> None:
         self._ending = True
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+
+    def unplug(self) -> None:
+        self.park()
         self._disconnect()
         os.close(self.kick)
         os.close(self.call)
@@ -145,8 +157,9 @@ def check_busy_eventfds(accel: str, *, rounds: int = 20) -> str:
     """Hold the accelerator called *accel*, inside a whole machine, to what its doorbells and irqfds promise.
 
     While a guest rings a doorbell, and HLTs until another thread's irqfd wakes it, the machine is paused and resumed,
-    reset, and saved and continued in a second machine, *rounds* times. No kick and no interrupt is lost over it, the
-    guest does nothing while it is paused, no interrupt comes to a device that was reset, and nothing waits for ever.
+    parked where it can be, reset, and saved and continued in a second machine, *rounds* times. No kick and no interrupt
+    is lost over it, the guest does nothing while it is paused, no interrupt comes to a device that was reset, and
+    nothing waits for ever.
 
     Returns why it had to be skipped, or an empty string. Raises AssertionError with what was broken.
     """
@@ -164,6 +177,8 @@ def check_busy_eventfds(accel: str, *, rounds: int = 20) -> str:
                 _begin(guest)
                 _pause(guest, device)
                 _pause(guest, device)
+                if "parking" in guest.machine.vm.capabilities:
+                    _park(guest, device)
                 _save(guest, accel)
                 _reset(guest, device)
             _begin(guest)
@@ -195,6 +210,16 @@ def _pause(guest: RemoteGuest, device: _Answerer) -> None:
     assert before == after, f"the guest went on while it was paused: {before}, then {after}"
     guest.machine.resume()
     _goes_on(guest, "over a pause")
+
+
+def _park(guest: RemoteGuest, device: _Answerer) -> None:
+    """Park it with an interrupt on its way, which comes afterwards, and no other."""
+    with guest.machine.parked():
+        before = guest.asked, guest.interrupts(VECTOR)
+        os.eventfd_write(device.call, 1)
+        after = guest.asked, guest.interrupts(VECTOR)
+    assert before == after, f"the guest went on while it was parked: {before}, then {after}"
+    _goes_on(guest, "while it was parked")
 
 
 def _save(guest: RemoteGuest, accel: str) -> None:

@@ -27,6 +27,8 @@ ROUTING_IRQCHIP, ROUTING_MSI = 1, 2
 IRQFD_DEASSIGN = 1
 IOEVENTFD_DATAMATCH, IOEVENTFD_PIO, IOEVENTFD_DEASSIGN = 1, 2, 4
 PIT_SPEAKER_DUMMY = 1
+PIT_HPET_LEGACY = 1
+TSC_CTRL, TSC_OFFSET = 0, 0
 EVENT_NMI_PENDING, EVENT_SHADOW = 1, 4
 SHADOW_STI = 2
 X2APIC_USE_32BIT_IDS, X2APIC_DISABLE_BROADCAST_QUIRK = 1, 2
@@ -47,6 +49,7 @@ class Cap(IntEnum):
     MAX_VCPUS = 66
     TSC_DEADLINE_TIMER = 72
     SPLIT_IRQCHIP = 121
+    VCPU_ATTRIBUTES = 127
     X2APIC_API = 129
     IMMEDIATE_EXIT = 136
     DIRTY_LOG_RING = 192
@@ -237,6 +240,33 @@ class PitConfig(Structure):
     _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
 
 
+class PitState(Structure):
+    """``kvm_pit_state2``, whose channels are put back as they were found."""
+
+    _fields_ = [("channels", c_uint8 * 72), ("flags", c_uint32), ("reserved", c_uint32 * 9)]
+
+
+class Irqchip(Structure):
+    """``kvm_irqchip``, whose chip is put back as it was found."""
+
+    _fields_ = [("chip_id", c_uint32), ("pad", c_uint32), ("chip", c_uint8 * 512)]
+
+
+class ClockData(Structure):
+    _fields_ = [
+        ("clock", c_uint64),
+        ("flags", c_uint32),
+        ("pad0", c_uint32),
+        ("realtime", c_uint64),
+        ("host_tsc", c_uint64),
+        ("pad", c_uint32 * 4),
+    ]
+
+
+class DeviceAttr(Structure):
+    _fields_ = [("flags", c_uint32), ("group", c_uint32), ("attr", c_uint64), ("addr", c_uint64)]
+
+
 class Msi(Structure):
     _fields_ = [
         *((name, c_uint32) for name in ["address_lo", "address_hi", "data", "flags", "devid"]),
@@ -353,10 +383,14 @@ SET_TSS_ADDR = _io(0x47, "KVM_SET_TSS_ADDR")
 SET_IDENTITY_MAP_ADDR = _iow(0x48, "KVM_SET_IDENTITY_MAP_ADDR", c_uint64)
 CREATE_IRQCHIP = _io(0x60, "KVM_CREATE_IRQCHIP")
 IRQ_LINE = _iow(0x61, "KVM_IRQ_LINE", IrqLevel)
+GET_IRQCHIP = _iowr(0x62, "KVM_GET_IRQCHIP", Irqchip)
+SET_IRQCHIP = _ior(0x63, "KVM_SET_IRQCHIP", Irqchip)
 SET_GSI_ROUTING = _iow(0x6A, "KVM_SET_GSI_ROUTING", Routing)
 IRQFD = _iow(0x76, "KVM_IRQFD", IrqFd)
 CREATE_PIT2 = _iow(0x77, "KVM_CREATE_PIT2", PitConfig)
 IOEVENTFD = _iow(0x79, "KVM_IOEVENTFD", IoEventFd)
+SET_CLOCK = _iow(0x7B, "KVM_SET_CLOCK", ClockData)
+GET_CLOCK = _ior(0x7C, "KVM_GET_CLOCK", ClockData)
 RUN = _io(0x80, "KVM_RUN")
 GET_REGS = _ior(0x81, "KVM_GET_REGS", Regs)
 SET_REGS = _iow(0x82, "KVM_SET_REGS", Regs)
@@ -375,6 +409,8 @@ SET_GUEST_DEBUG = _iow(0x9B, "KVM_SET_GUEST_DEBUG", GuestDebug)
 NMI = _io(0x9A, "KVM_NMI")
 GET_VCPU_EVENTS = _ior(0x9F, "KVM_GET_VCPU_EVENTS", VcpuEvents)
 SET_VCPU_EVENTS = _iow(0xA0, "KVM_SET_VCPU_EVENTS", VcpuEvents)
+GET_PIT2 = _ior(0x9F, "KVM_GET_PIT2", PitState)
+SET_PIT2 = _iow(0xA0, "KVM_SET_PIT2", PitState)
 GET_DEBUGREGS = _ior(0xA1, "KVM_GET_DEBUGREGS", DebugRegs)
 SET_DEBUGREGS = _iow(0xA2, "KVM_SET_DEBUGREGS", DebugRegs)
 ENABLE_CAP = _iow(0xA3, "KVM_ENABLE_CAP", EnableCap)
@@ -385,6 +421,8 @@ GET_XCRS = _ior(0xA6, "KVM_GET_XCRS", Xcrs)
 SET_XCRS = _iow(0xA7, "KVM_SET_XCRS", Xcrs)
 RESET_DIRTY_RINGS = _io(0xC7, "KVM_RESET_DIRTY_RINGS")
 GET_XSAVE2 = _ior(0xCF, "KVM_GET_XSAVE2", Xsave)
+SET_DEVICE_ATTR = _iow(0xE1, "KVM_SET_DEVICE_ATTR", DeviceAttr)
+GET_DEVICE_ATTR = _iow(0xE2, "KVM_GET_DEVICE_ATTR", DeviceAttr)
 
 
 def ioctl(fd: int, request: Request, argument: Any = 0) -> int:

@@ -66,8 +66,7 @@ class DebugStops:
         if self._vm.emulated() and any(kind != "execute" for kind, _, _ in points):
             raise AcceleratorError("kvm: this host's KVM emulates instructions, and knows no watchpoints; tcg does")
         self._points = pieces
-        for vcpu in self._vm.vcpus:
-            self._apply(vcpu)
+        self.renew()
 
     def set_how(self, cpu: int, how: str) -> None:
         """Run, step or hold."""
@@ -81,6 +80,11 @@ class DebugStops:
     def stop_of(self, cpu: int) -> Point | None:
         """The point that it stopped at."""
         return self._stops.get(cpu)
+
+    def renew(self) -> None:
+        """KVM has made the vCPUs anew."""
+        for vcpu in self._vm.vcpus:
+            self._apply(vcpu)
 
     def _apply(self, vcpu: KvmVCpu, extra: int = 0) -> None:
         request = abi.GuestDebug(control=extra)

@@ -133,6 +133,18 @@ class DirtyPages:
         abi.ioctl(self._vm.fd, abi.GET_DIRTY_LOG, log)
         return bytes(bitmap)[:length]
 
+    def keep(self) -> None:
+        """Take what KVM has of the log into this process's memory, which a forked one has too."""
+        if self._entries:
+            self.collect()
+        elif self._vm.slots.logging:
+            for number, slot in self._vm.slots.known.items():
+                found = int.from_bytes(self._fetch(number, slot), "little")
+                with self._lock:
+                    before = self._reported.get(number, b"")
+                    both = found | int.from_bytes(before, "little")
+                    self._reported[number] = bytearray(both.to_bytes(-(-slot.size // abi.PAGE // 8), "little"))
+
     def collect(self) -> None:
         """Take all entries out of the rings and give them back to KVM."""
         with self._lock:

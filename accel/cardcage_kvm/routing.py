@@ -31,16 +31,20 @@ class Routes:
     """The VM's whole routing table; KVM takes it only whole.
 
     Args:
-        vm_fd: the VM. irqchip: ``none``, ``split`` or ``full``.
+        irqchip: ``none``, ``split`` or ``full``.
     """
 
-    def __init__(self, vm_fd: int, irqchip: str) -> None:
-        self._fd, self._irqchip = vm_fd, irqchip
+    def __init__(self, irqchip: str) -> None:
+        self._fd, self._irqchip = -1, irqchip
         self._messages: dict[int, tuple[int, int]] = {}
         self._level: dict[tuple[int, int], int] = {}
         self._next_pin = 0
         self._lock = threading.Lock()
-        if irqchip == "full":
+
+    def open(self, fd: int) -> None:
+        """The table is the VM's whose descriptor this is; so are the routes that it has already."""
+        self._fd = fd
+        if self._irqchip == "full" or self._messages:
             self._set()
 
     def add(self, address: int, data: int) -> int:

@@ -29,8 +29,9 @@ class Slots:
         self._lock = threading.Lock()
 
     def open(self, fd: int) -> None:
-        """Slots are the VM's whose descriptor this is."""
+        """Slots are the VM's whose descriptor this is; so are those that there are already."""
         self._fd = fd
+        self.refresh()
 
     def map(self, slot: MemorySlot) -> None:
         """Add a slot of guest memory."""

@@ -38,7 +38,7 @@ def read(vcpu: KvmVCpu) -> VCpuState:
         events=_read_events(vcpu.fd),
         msrs=msrs,
         debug=_read_debug(vcpu.fd),
-        lapic=_read_lapic(vcpu.fd) if in_kernel else None,
+        lapic=read_lapic(vcpu.fd) if in_kernel else None,
         tsc=tsc,
     )
 
@@ -47,7 +47,7 @@ def power_up(vcpu: KvmVCpu) -> tuple[dict[int, int], bytes | None]:
     """MSRs, the time-stamp counter aside, and the local APIC of a vCPU just made, whose CPUID is set."""
     msrs = read_msrs(vcpu.fd, vcpu.vm.msr_list)
     msrs.pop(MSR_TSC, None)
-    return msrs, _read_lapic(vcpu.fd) if vcpu.vm.irqchip != "none" else None
+    return msrs, read_lapic(vcpu.fd) if vcpu.vm.irqchip != "none" else None
 
 
 def write(vcpu: KvmVCpu, new: VCpuState) -> None:
@@ -216,6 +216,12 @@ def _write_events(vcpu: KvmVCpu, new: Events) -> None:
     _set(fd, abi.SET_VCPU_EVENTS, events)
 
 
+def read_events(fd: int) -> abi.VcpuEvents:
+    """Events that wait for delivery, with all that KVM tells of them: more than :class:`cardcage.x86.Events` has."""
+    found: abi.VcpuEvents = _get(fd, abi.GET_VCPU_EVENTS, abi.VcpuEvents)
+    return found
+
+
 def _read_debug(fd: int) -> tuple[int, int, int, int, int, int]:
     found = _get(fd, abi.GET_DEBUGREGS, abi.DebugRegs)
     return (found.db[0], found.db[1], found.db[2], found.db[3], found.dr6, found.dr7)
@@ -227,7 +233,8 @@ def _write_debug(fd: int, debug: tuple[int, int, int, int, int, int]) -> None:
     _set(fd, abi.SET_DEBUGREGS, registers)
 
 
-def _read_lapic(fd: int) -> bytes:
+def read_lapic(fd: int) -> bytes:
+    """The registers of a local APIC."""
     return bytes(_get(fd, abi.GET_LAPIC, abi.LapicState).regs)
 
 

@@ -39,16 +39,20 @@ class KvmVCpu:
 
     def __init__(self, vm: KvmVm, index: int, kick_signal: int) -> None:
         self.index, self.vm, self._gate, self._kick_signal = index, vm, vm.gate, kick_signal
-        self.fd = abi.ioctl(vm.fd, abi.CREATE_VCPU, index)
-        self._map = mmap.mmap(self.fd, abi.ioctl(vm.system_fd, abi.GET_VCPU_MMAP_SIZE))
-        page = memoryview(self._map)
-        self.bytes, self._longs, self._words = page, page.cast("I"), page.cast("Q")
-        self._views = {1: page, 2: page.cast("H"), 4: self._longs}
+        self.open()
         self.attention = self.inside = self._kicked = self._nmi = self._halted = self._incomplete = self._unsure = False
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
         self.power_up: tuple[dict[int, int], bytes | None] = ({}, None)
         self.held: threading.Event | None = None  # a debugger holds it: set by a kick
+
+    def open(self) -> None:
+        """Have KVM make it, in the VM as it is now."""
+        self.fd = abi.ioctl(self.vm.fd, abi.CREATE_VCPU, self.index)
+        self._map = mmap.mmap(self.fd, abi.ioctl(self.vm.system_fd, abi.GET_VCPU_MMAP_SIZE))
+        page = memoryview(self._map)
+        self.bytes, self._longs, self._words = page, page.cast("I"), page.cast("Q")
+        self._views = {1: page, 2: page.cast("H"), 4: self._longs}
 
     def close(self) -> None:
         """Release the descriptor and the shared page. Idempotent."""

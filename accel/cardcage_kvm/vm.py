@@ -1,4 +1,4 @@
-"""A KVM virtual machine: memory slots, interrupts, doorbells, irqfds, quiescence, dirty tracking."""
+"""A KVM virtual machine: its descriptors, vCPUs, memory slots, interrupts, quiescence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import AcceleratorError, ConfigError, StateError, UsageError
 
-from cardcage_kvm import abi, cpuid, state
+from cardcage_kvm import abi, chips, cpuid, state
 from cardcage_kvm.debug import DebugStops
 from cardcage_kvm.dirty import DirtyPages
+from cardcage_kvm.eventfds import EventFds
+from cardcage_kvm.forking import Forking
 from cardcage_kvm.gate import Gate
 from cardcage_kvm.kick import kick_signal
+from cardcage_kvm.parking import Parking
 from cardcage_kvm.routing import IOAPIC_PINS, MSI_LEVEL, Routes, high_part
 from cardcage_kvm.slots import Slots
 from cardcage_kvm.vcpu import KvmVCpu
@@ -51,6 +54,12 @@ class KvmVm:
         self.start_dirty_log, self.fetch_dirty_log, self.stop_dirty_log = log.start, log.fetch, log.stop
         self.debug = stops = DebugStops(self)
         self.set_breakpoints, self.set_stepping, self.debug_stop = stops.set_points, stops.set_how, stops.stop_of
+        self.events = found = EventFds(self)
+        self.add_doorbell, self.remove_doorbell = found.add_doorbell, found.remove_doorbell
+        self.add_irqfd, self.remove_irqfd = found.add_irqfd, found.remove_irqfd
+        self.routes, parking, forking = Routes(spec.irqchip), Parking(self), Forking(self)
+        self.may_park, self.park, self.unpark = parking.may_park, parking.park, parking.unpark
+        self.may_fork, self.before_fork, self.after_fork = forking.may_fork, forking.before_fork, forking.after_fork
         try:
             self._create(spec)
         except BaseException:
@@ -70,32 +79,46 @@ class KvmVm:
             irqchip=spec.irqchip,
             deadline=bool(_extension(self.system_fd, abi.Cap.TSC_DEADLINE_TIMER)),
         )
-        self.fd = abi.ioctl(self.system_fd, abi.CREATE_VM)
-        self.slots.open(self.fd)
-        abi.ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(IDENTITY_MAP_ADDRESS))
-        abi.ioctl(self.fd, abi.SET_TSS_ADDR, TSS_ADDRESS)
         self.msr_list = state.msr_list(self.system_fd)
-        self.xsave_size = max(_extension(self.fd, abi.Cap.XSAVE2), 4096)
         self.has_xcrs = any(leaf.function == 1 and leaf.ecx & 1 << 26 for leaf in offered)
-        if spec.irqchip == "split":
-            _enable(self.fd, abi.Cap.SPLIT_IRQCHIP, IOAPIC_PINS)
-        elif spec.irqchip == "full":
-            abi.ioctl(self.fd, abi.CREATE_IRQCHIP)
-            abi.ioctl(self.fd, abi.CREATE_PIT2, abi.PitConfig(flags=abi.PIT_SPEAKER_DUMMY))
-        if spec.irqchip != "none" and _extension(self.fd, abi.Cap.X2APIC_API):
-            _enable(self.fd, abi.Cap.X2APIC_API, abi.X2APIC_USE_32BIT_IDS | abi.X2APIC_DISABLE_BROADCAST_QUIRK)
-        self._routes = Routes(self.fd, spec.irqchip)
-        self.dirty.enable()
+        self.open()
+        self.xsave_size = max(_extension(self.fd, abi.Cap.XSAVE2), 4096)
         found = {"dirty-log"}
         if self.debug.usable():
             found.add("guest-debug")
         if _extension(self.fd, abi.Cap.IOEVENTFD):
             found.add("doorbells")
+        if _extension(self.fd, abi.Cap.VCPU_ATTRIBUTES):  # the TSC's offset, which Linux has from 5.16 on
+            found.add("parking")
         if spec.irqchip != "none":
             found.add("irqfds")
         if spec.irqchip == "full":
             found.add("irqchip-full")
         self.capabilities = frozenset(found)
+
+    def open(self) -> None:
+        """Have KVM make it, with the slots and routes that there are; vCPUs follow."""
+        self.fd = abi.ioctl(self.system_fd, abi.CREATE_VM)
+        abi.ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(IDENTITY_MAP_ADDRESS))
+        abi.ioctl(self.fd, abi.SET_TSS_ADDR, TSS_ADDRESS)
+        if self.irqchip == "split":
+            _enable(self.fd, abi.Cap.SPLIT_IRQCHIP, IOAPIC_PINS)
+        elif self.irqchip == "full":
+            abi.ioctl(self.fd, abi.CREATE_IRQCHIP)
+            abi.ioctl(self.fd, abi.CREATE_PIT2, abi.PitConfig(flags=abi.PIT_SPEAKER_DUMMY))
+        if self.irqchip != "none" and _extension(self.fd, abi.Cap.X2APIC_API):
+            _enable(self.fd, abi.Cap.X2APIC_API, abi.X2APIC_USE_32BIT_IDS | abi.X2APIC_DISABLE_BROADCAST_QUIRK)
+        self.dirty.enable()
+        self.slots.open(self.fd)
+        self.routes.open(self.fd)
+
+    def forget(self) -> None:
+        """This is a forked process: give back what it has of its parent's, and leave that as it is."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.dirty.close()
+        os.close(self.fd)
+        self.fd = -1
 
     def cpuid(self, leaf: int, sub: int, /) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX that guests see, but for what depends on the vCPU; zeros for a leaf that is not there."""
@@ -110,14 +133,18 @@ class KvmVm:
             raise UsageError(f"vCPU {index}: expected each of 0 to {self.cpus - 1} once")
         vcpu = KvmVCpu(self, index, self._kick_signal)
         try:
-            abi.ioctl(vcpu.fd, abi.SET_CPUID2, cpuid.for_vcpu(self._cpuid, index, self.cpus))
+            self.prepare(vcpu)
             vcpu.power_up = state.power_up(vcpu)
-            self.dirty.attach(vcpu)
         except BaseException:
             vcpu.close()
             raise
         self.vcpus.append(vcpu)
         return vcpu
+
+    def prepare(self, vcpu: KvmVCpu) -> None:
+        """Tell KVM what *vcpu*, which it has just made, is like."""
+        abi.ioctl(vcpu.fd, abi.SET_CPUID2, cpuid.for_vcpu(self._cpuid, vcpu.index, self.cpus))
+        self.dirty.attach(vcpu)
 
     # memory
 
@@ -171,10 +198,18 @@ class KvmVm:
         if self.irqchip == "none":
             return
         if data & MSI_LEVEL:
-            self._routes.announce_level(address, data)
+            self.routes.announce_level(address, data)
         message = abi.Msi(address_lo=address & 0xFFFFFFFF, address_hi=high_part(address), data=data & 0xFFFFFFFF)
         with contextlib.suppress(AcceleratorError):  # KVM's answer when nobody took it
             abi.ioctl(self.fd, abi.SIGNAL_MSI, message)
+
+    def save_chips(self) -> bytes:
+        """The interrupt controllers and the timer that are KVM's; empty where they are the machine's cards."""
+        return chips.save(self)
+
+    def load_chips(self, data: bytes, /) -> None:
+        """Put them back as they were; before the vCPUs' states. Raises :exc:`~cardcage.errors.UsageError`."""
+        chips.load(self, data)
 
     def inject_nmi(self, index: int, /) -> None:
         """Send an NMI to vCPU *index*. Thread-safe."""
@@ -184,33 +219,6 @@ class KvmVm:
                 return
         raise UsageError(f"no vCPU {index}")
 
-    # capabilities
-
-    def add_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
-        """Signal eventfd *fd* when the guest writes *size* bytes (0: any) at *address*, equal to *value* if given."""
-        _doorbell(self.fd, fd, address, size, pio, value, 0)
-
-    def remove_doorbell(self, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
-        """Take a doorbell away; arguments as given to :meth:`add_doorbell`."""
-        _doorbell(self.fd, fd, address, size, pio, value, abi.IOEVENTFD_DEASSIGN)
-
-    def add_irqfd(self, fd: int, address: int, data: int, /) -> int:
-        """Route eventfd *fd* to an MSI message; returns a route number."""
-        if self.irqchip == "none":
-            raise StateError("irqchip none: KVM has nothing to deliver an irqfd to")
-        route = self._routes.add(address, data)
-        try:
-            abi.ioctl(self.fd, abi.IRQFD, abi.IrqFd(fd=fd, gsi=route))
-        except AcceleratorError:
-            self._routes.remove(route)
-            raise
-        return route
-
-    def remove_irqfd(self, fd: int, route: int, /) -> None:
-        """Take the route of :meth:`add_irqfd` away."""
-        abi.ioctl(self.fd, abi.IRQFD, abi.IrqFd(fd=fd, gsi=route, flags=abi.IRQFD_DEASSIGN))
-        self._routes.remove(route)
-
     def close(self) -> None:
         """Release everything. Idempotent; no vCPU may be running."""
         for vcpu in self.vcpus:
@@ -218,6 +226,7 @@ class KvmVm:
         self.vcpus.clear()
         self.slots.known.clear()
         self.dirty.close()
+        self.events.close()
         for name in ("fd", "system_fd"):
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
@@ -232,10 +241,3 @@ def _enable(fd: int, cap: abi.Cap, argument: int) -> None:
     enable = abi.EnableCap(cap=int(cap))
     enable.args[0] = argument
     abi.ioctl(fd, abi.ENABLE_CAP, enable)
-
-
-def _doorbell(vm: int, fd: int, address: int, size: int, pio: bool, value: int | None, flags: int) -> None:
-    if size not in (0, 1, 2, 4, 8):
-        raise UsageError(f"doorbell at {address:#x}: {size} bytes; expected 0, 1, 2, 4 or 8")
-    flags |= (abi.IOEVENTFD_PIO if pio else 0) | (abi.IOEVENTFD_DATAMATCH if value is not None else 0)
-    abi.ioctl(vm, abi.IOEVENTFD, abi.IoEventFd(datamatch=value or 0, addr=address, len=size, fd=fd, flags=flags))

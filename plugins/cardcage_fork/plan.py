@@ -80,7 +80,7 @@ def _obstacles(machine: Machine) -> list[str]:
 def _for_good(machine: Machine) -> list[str]:
     """Obstacles that stay as long as the machine has these parts."""
     if not has(machine.vm, ForkableVm):
-        return [f'the accelerator "{machine.accelerator.name}" keeps a machine in one process; "tcg" does not']
+        return [f'the accelerator "{machine.accelerator.name}" keeps a machine in one process; "kvm" and "tcg" do not']
     found = [f"RAM of type {machine.config.memory.type} would be shared"] if shared(blocks_of(machine)) else []
     for plugged in machine.devices.values():
         host = plugged.slot.host

@@ -69,6 +69,16 @@ class RevertingVm(Protocol):
         """Put back what the log has, and empty it; returns how many pages."""
 
 
+class KeepsChips(Protocol):
+    """A VM with a full irqchip whose interrupt controllers can be put back."""
+
+    def save_chips(self) -> bytes:
+        """All of them; empty with another irqchip."""
+
+    def load_chips(self, data: bytes, /) -> None:
+        """Put them back, before the vCPUs' states."""
+
+
 class HoldableVm(Protocol):
     """A VM whose vCPUs can be held where they are: to pause a machine takes a hand-over to two other threads."""
 
@@ -128,6 +138,7 @@ class Checkpoint:
                 if has(one, Checkpointed):
                     one.checkpointed()
             self._clock = machine.clock.now()
+        self._chips: bytes = vm.save_chips() if has(vm, KeepsChips) else b""
         self._vcpus: list[VCpuState] = [one.get_state() for one in machine.vcpus]  # values, which are only read
         self._parts = _parts(machine)
         self._bases: list[Base] = []
@@ -158,6 +169,8 @@ class Checkpoint:
             for device, state, unchanged, same in self._devices:
                 if unchanged is None or not unchanged(same):
                     device.load(pickle.loads(state))
+        if self._chips:
+            vm.load_chips(self._chips)
         for vcpu, registers in zip(machine.vcpus, self._vcpus, strict=True):
             vcpu.set_state(registers)
         with machine.lock:  # an interrupt that one of these raises goes to the processors as they are now
@@ -240,6 +253,8 @@ def checkpoint(machine: Machine) -> None:
         raise StateError(f"{machine.name} cannot have a checkpoint: {why}")
     facts = {"machine": machine.name}
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), facts))
+    if (arrival := machine.services.get("arriving-ram")) is not None:
+        arrival.complete()  # a page that is still to come looks like one that is zero
     forget(machine)
     running = _pause(machine)
     try:
@@ -258,6 +273,8 @@ def _obstacle(machine: Machine) -> str:
         return f"it is {machine.state}"
     if "dirty-log" not in machine.vm.capabilities or not has(machine.vm, DirtyLog):
         return f'the accelerator "{machine.accelerator.name}" has no dirty log'
+    if machine.irqchip == "full" and not has(machine.vm, KeepsChips):
+        return f'the interrupt controllers of the accelerator "{machine.accelerator.name}" would not be put back'
     for plugged in machine.devices.values():
         for backend in plugged.slot.host.opened:
             info = getattr(backend, "info", None)

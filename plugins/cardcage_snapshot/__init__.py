@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cardcage.errors import HostError
 from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
 from cardcage_fleet import ControlOffer, SessionOffer
@@ -42,6 +43,11 @@ def cardcage_register(registry: Registry) -> None:
         "cardcage_snapshot.backing:SnapshotRam",
         options="cardcage_snapshot.backing:RamOptions",
         help="a private map of a snapshot's RAM (Machine.restore)",
+    )
+    registry.memory(
+        "arriving",
+        "cardcage_snapshot.arriving:ArrivingRam",
+        help="RAM of a compressed snapshot, which comes while the guest runs (Machine.restore)",
     )
     registry.boot(
         "saved",
@@ -91,6 +97,17 @@ def cardcage_built(machine: PlainMachine) -> None:
 
 
 @hookimpl
+def cardcage_forking(machine: PlainMachine) -> str | None:
+    """A copy has no process that unpacks RAM: wait until all of it is there."""
+    if (arrival := machine.services.get("arriving-ram")) is not None:
+        try:
+            arrival.complete()
+        except HostError as error:
+            return str(error)
+    return None
+
+
+@hookimpl
 def cardcage_forked(machine: PlainMachine) -> None:
     """Take it of this process, where there is any: what is open tells of the parent's memory."""
     import sys
@@ -98,6 +115,8 @@ def cardcage_forked(machine: PlainMachine) -> None:
     _note(machine, "")  # the copy is another machine
     if (watching := sys.modules.get("cardcage_snapshot.watching")) is not None:  # else there is none, nor time to load
         watching.renew()
+    if (working := sys.modules.get("cardcage_snapshot.working")) is not None:
+        working.forget(machine)
 
 
 _names: Any = lazy_names(

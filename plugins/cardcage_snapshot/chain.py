@@ -41,17 +41,17 @@ class Level:
     """One snapshot of a chain; its *folder* stays the caller's.
 
     Attributes:
-        own: the bits of file ``pages``; empty for the root, whose pages are all its own.
+        own: the bits of file ``pages``; empty for the root, whose pages are all its own. fd: of its RAM's file.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder, self.manifest, self.own, self._fd = folder, manifest, b"", -1
+        self.folder, self.manifest, self.own, self.fd = folder, manifest, b"", -1
         self.ram, self.size = manifest.ram, manifest.memory
         self._pieces = {one[0]: one for one in self.ram.chunks}
         try:
             if self.ram.parent is not None:
                 self.own = self._bits()
-            self._fd = folder.open(self.ram.file)
+            self.fd = folder.open(self.ram.file)
         except BaseException:
             self.close()
             raise
@@ -81,7 +81,7 @@ class Level:
         found = self._pieces.get(number)
         if found is None:
             return bytes(min(self.ram.chunk, self.size - number * self.ram.chunk))
-        return piece(self._fd, self.folder.where(self.ram.file), self.ram, self.size, found, sums=False)
+        return piece(self.fd, self.folder.where(self.ram.file), self.ram, self.size, found, sums=False)
 
     def runs(self, number: int) -> Iterator[Run]:
         """The snapshot's own pages in piece *number*: offset in it, and bytes."""
@@ -99,14 +99,14 @@ class Level:
                 target = view[base + at : base + at + size]
                 if packed:
                     target[:] = own[at : at + size]
-                elif os.preadv(self._fd, [target], base + at) != size:
+                elif os.preadv(self.fd, [target], base + at) != size:
                     raise ConfigError(f"ends before RAM at {base + at:#x}", file=self.folder.where(self.ram.file))
 
     def close(self) -> None:
         """Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Chain:

@@ -74,7 +74,7 @@ def snapshot(
     Args:
         where: a name of letters, digits and ``. _ -``, kept below ``$XDG_STATE_HOME/cardcage/snapshots``; or the path
             of a directory that is made.
-        compress: RAM with zstd (needs the extra ``zstd``): smaller, and read whole by who restores it.
+        compress: RAM with zstd (needs the extra ``zstd``): smaller, and unpacked whole by each who restores it.
         replace: one that is there; it is either the old or the new at any moment.
         parent: a snapshot in the same directory, by name or path, of a machine with as much memory. What RAM has in
             common with that one is not kept again, and both are needed to restore this one.
@@ -246,7 +246,8 @@ def roomy(into: Publication, wanted: int) -> None:
 
 
 def savable(machine: Machine) -> RamBlock:
-    """The block of a machine's RAM. Raises StateError in one line for a machine that cannot be saved.
+    """The block of a machine's RAM, all of which is there. Raises StateError in one line for a machine that cannot be
+    saved; HostError where some of it never comes.
 
     A device that has neither ``save`` nor ``reset`` has no state that a reset would put back, and needs none.
     """
@@ -254,6 +255,8 @@ def savable(machine: Machine) -> RamBlock:
         if "state" not in one.abilities and "reset" in one.abilities:
             what = f'device "{one.id}" ({one.who.partition("(")[2].rstrip(")")}) cannot be saved'
             raise StateError(f"{machine.name}: {what}: it has no save() and load()")
+    if (arrival := machine.services.get("arriving-ram")) is not None:
+        arrival.complete()
     block = machine.memory.ranges[0].block
     for shown in machine.memory.ranges:
         if shown.block is not block and not shown.readonly:

@@ -26,11 +26,13 @@ from cardcage_snapshot.chain import Chain
 from cardcage_snapshot.creating import STATE, may_read
 from cardcage_snapshot.disks import file_sum, overlays
 from cardcage_snapshot.manifest import read
+from cardcage_snapshot.pages import touched
 from cardcage_snapshot.places import Folder, located
 from cardcage_snapshot.sealing import original
 from cardcage_snapshot.state import loads
 from cardcage_snapshot.state import restore as load_state
 from cardcage_snapshot.tables import config_of, ids_of, tables_of
+from cardcage_snapshot.working import fetch, known, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from cardcage_snapshot.chain import Level
     from cardcage_snapshot.manifest import DeviceCard, Manifest
     from cardcage_snapshot.state import MachineState
+    from cardcage_snapshot.working import WorkingSet
 
     M = TypeVar("M", bound=Machine)
 
@@ -51,6 +54,8 @@ STATE_MOST = 64 << 20
 """Bytes of ``state.json``."""
 PATIENCE = 5.0
 """Seconds that the agent of a restored guest may take."""
+UNPACKERS = 4
+"""Threads that unpack RAM, at most: each has a piece, and its sum, in memory."""
 ALONE = ("null", "user")
 """Networks on which a guest is by itself."""
 _host: ContextVar[Host] = ContextVar("cardcage_snapshot_host")
@@ -72,8 +77,9 @@ def restore(
 ) -> M:
     """A machine that goes on where a snapshot was made; it runs when this returns.
 
-    Its RAM is mapped, not read: what the guest does not touch stays in the file. Where the guest had an agent, that is
-    found again, told the time, and given new randomness, before this returns.
+    Its RAM is mapped, not read: what the guest does not touch stays in the file. That of a compressed one is unpacked
+    while the guest runs, where the host lets it; a damaged piece ends the machine then. Where the guest had an agent,
+    that is found again, told the time, and given new randomness, before this returns.
 
     Args:
         where: a name or a path, as of ``vm.snapshot``.
@@ -114,6 +120,7 @@ def restore(
             machine["label"] = manifest.label
         chain = end.enter_context(Chain(folder, manifest))
         mapped = _memory(tables, chain.levels[0])
+        had = _ahead(folder, manifest, chain.levels[0]) if mapped else None
         temporary = None
         if manifest.disks:
             target = _overlay_folder(disks, path)
@@ -131,7 +138,8 @@ def restore(
             may_read(vm, level.folder.path)
         if mapped:
             chain.put_over(vm.memory.ranges[0].block.view)
-        else:
+            others = touched(vm.memory.ranges[0].block, own=True) if len(chain.levels) > 1 else []
+        elif not _arrives(vm, chain):
             fill(vm.memory.ranges[0].block.view, chain)
         _load(vm, saved, folder.where(STATE), any_cpu)
         with vm.lock:
@@ -140,11 +148,33 @@ def restore(
                     reverted()
         if vm.name != manifest.machine:
             _same_addresses(vm)
+        if mapped and ours:
+            record(vm, path, manifest, had, others)
         if start:
             vm.start(boot=False)
             settle(vm, manifest.agent)
         failing.pop_all()
         return vm
+
+
+def _arrives(vm: Machine, chain: Chain) -> bool:
+    """True where RAM comes while the guest runs, from now on."""
+    if chain.levels[0].ram.compression == "none":
+        return False
+    from cardcage_snapshot.arriving import arrive
+
+    return arrive(vm, chain)
+
+
+def _ahead(folder: Folder, manifest: Manifest, root: Level) -> WorkingSet | None:
+    """Have what the guest will touch first read ahead, where that is known."""
+    try:
+        had = known(folder, manifest)
+    except ConfigError:  # it is made anew
+        return None
+    if had is not None:
+        fetch(root.fd, had.runs)
+    return had
 
 
 def machine_of(
@@ -191,10 +221,19 @@ def given(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(view: memoryview, chain: Chain) -> None:
-    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the damaged piece."""
-    for number in chain.numbers():
+    """Put a snapshot's RAM into memory that is all zeros. Raises ConfigError that names the first damaged piece."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def put(number: int) -> None:
         data, at = chain.piece(number), number * chain.levels[0].ram.chunk
         view[at : at + len(data)] = data
+
+    threads = ThreadPoolExecutor(min(UNPACKERS, len(os.sched_getaffinity(0))), "snapshot-unpack")
+    try:
+        for _ in threads.map(put, chain.numbers()):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _memory(tables: dict[str, Any], root: Level) -> bool:
@@ -205,7 +244,11 @@ def _memory(tables: dict[str, Any], root: Level) -> bool:
     kind = memory.get("type", "anonymous")
     if kind == "file":  # what the file holds is another machine's by now
         tables["memory"] = memory = {"type": "memfd"}
-    if kind != "anonymous" or root.ram.compression != "none":
+    if kind != "anonymous":
+        return False
+    if root.ram.compression != "none":
+        if not memory.get("preallocate"):
+            memory |= {"type": "arriving"}
         return False
     memory |= {"type": "snapshot", "path": path, "file": root.ram.file}
     return True

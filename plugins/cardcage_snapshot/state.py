@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 from weakref import WeakKeyDictionary
 
 import attrs
 from attrs import Factory, define
+from cardcage.abilities import has
 from cardcage.errors import FAULTS, CardcageError, CardError, ConfigError, StateError, UsageError, in_words
 from cardcage.security import OPERATOR, Act
 from cardcage.x86 import VCpuState
@@ -38,6 +39,16 @@ _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 """Of the states that devices of a class save."""
 
 
+class KeepsChips(Protocol):
+    """A VM with a full irqchip whose interrupt controllers outlive it."""
+
+    def save_chips(self) -> bytes:
+        """All of them."""
+
+    def load_chips(self, data: bytes, /) -> None:
+        """Put them back, before the vCPUs' states. Raises UsageError for what they cannot hold."""
+
+
 @define
 class DeviceState:
     """One device's state: the card it belongs to, the version of its class, and its fields as plain values."""
@@ -56,6 +67,7 @@ class MachineState:
         clock: guest time, nanoseconds.
         vcpus: in the order of their numbers. devices: by id, those that have state.
         cpuid: words of features that the guest was told of (:mod:`cardcage_snapshot.processors`), empty where unknown.
+        chips: the accelerator's own interrupt controllers, with irqchip ``full``.
     """
 
     cpu: str
@@ -67,13 +79,18 @@ class MachineState:
     features: dict[str, bool] = Factory(dict)
     version: int = VERSION
     cpuid: list[int] = Factory(list)
+    chips: bytes = b""
 
 
 @cache
 def _converter() -> Converter:
+    from cattrs.gen import make_dict_unstructure_fn, override
     from cattrs.preconf.json import make_converter
 
-    return make_converter(forbid_extra_keys=True)
+    made = make_converter(forbid_extra_keys=True)
+    without = make_dict_unstructure_fn(MachineState, made, chips=override(omit_if_default=True))  # as others know it
+    made.register_unstructure_hook(MachineState, without)
+    return made
 
 
 @cache
@@ -89,6 +106,8 @@ def capture(machine: Machine) -> MachineState:
     """
     if machine.state == "running":
         raise StateError("pause the machine before its state is saved")
+    if machine.irqchip == "full" and not has(machine.vm, KeepsChips):
+        raise StateError(f"{_whose(machine)} cannot be saved")
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("save",), {"machine": machine.name}))
     devices = {}
     with machine.lock:
@@ -104,9 +123,14 @@ def capture(machine: Machine) -> MachineState:
     wanted = machine.config.machine
     vcpus = [vcpu.get_state() for vcpu in machine.vcpus]
     features, cpuid = dict(wanted.features), features_of(machine.vm)
+    chips = machine.vm.save_chips() if has(machine.vm, KeepsChips) else b""
     return MachineState(
-        wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, features=features, cpuid=cpuid
+        wanted.cpu, machine.irqchip, wanted.memory, clock, vcpus, devices, features=features, cpuid=cpuid, chips=chips
     )
+
+
+def _whose(machine: Machine) -> str:
+    return f'the interrupt controllers of the accelerator "{machine.accelerator.name}"'
 
 
 def warm(machine: Machine) -> None:
@@ -157,6 +181,10 @@ def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> 
         machine.clock.set(state.clock)  # first: devices find their next alarms by it
         for id, device, loaded in ready:
             _told(f'the state of device "{id}"', partial(device.load, loaded))
+    if has(machine.vm, KeepsChips):
+        _told(f"the state of {_whose(machine)}", partial(machine.vm.load_chips, state.chips))
+    elif state.chips:
+        raise ConfigError(f"{_whose(machine)} cannot be loaded")
     for vcpu, registers in zip(machine.vcpus, state.vcpus, strict=True):
         _told(f"the state of vCPU {vcpu.index}", partial(vcpu.set_state, known_msrs(vcpu, registers, any_cpu=any_cpu)))
 

@@ -38,7 +38,7 @@ def configure(parser: ArgumentParser) -> None:
     create.add_argument("machine", help="name of the machine, its pid or its number")
     create.add_argument("snapshot", nargs="?", help=f"{SNAPSHOT}; by default the machine's name")
     create.add_argument(
-        "--compress", action="store_true", help="compress RAM with zstd; a restore then reads all of it"
+        "--compress", action="store_true", help="compress RAM with zstd; a restore then unpacks all of it"
     )
     create.add_argument("--replace", action="store_true", help="replace a snapshot that is there, in one step")
     create.add_argument(

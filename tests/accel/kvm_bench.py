@@ -52,7 +52,7 @@ class Bench:
     """A VM with 64 KiB of RAM whose vCPUs start in flat 32-bit protected mode."""
 
     def __init__(self, spec: VmSpec) -> None:
-        self.page = mmap.mmap(-1, RAM)
+        self.page = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE)  # as guests have it
         self.slot = MemorySlot(0, RAM, ctypes.addressof(ctypes.c_char.from_buffer(self.page)))
         self.vm: KvmVm = Kvm().create_vm(spec)
         self.vm.map_memory(self.slot)

@@ -310,7 +310,7 @@ def status(pid: int) -> dict[str, str]:
 
 
 def test_a_machine_of_the_command_line_is_forked(
-    tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime: Path, accel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``cardcage fork`` copies a machine that runs in its jail, and a copy of it: each copy is jailed as its parent is,
     has its own entry, socket and disk, and is saved by its name; the broker ends with the last of them."""
@@ -318,7 +318,7 @@ def test_a_machine_of_the_command_line_is_forked(
     (tmp_path / "disk.raw").write_bytes(b"a disk".ljust(65536))
     (tmp_path / "vm.toml").write_text(
         f"""
-        machine = {{ name = "count", memory = "16M", accel = ["tcg"] }}
+        machine = {{ name = "count", memory = "16M", accel = ["{accel}"] }}
         boot = {{ protocol = "raw", image = "{image(tmp_path)}", address = 0x7C00, mode = 16 }}
         device = [{{ type = "virtio-blk", drive = {{ file = "disk.raw", format = "raw" }} }}]
         """

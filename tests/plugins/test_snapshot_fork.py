@@ -17,7 +17,9 @@ from snapshot_kit import count, counting, counts_on
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_a_copy_is_saved_and_not_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: bool) -> None:
+def test_a_copy_is_saved_and_not_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accel: str, prepared: bool
+) -> None:
     """The snapshot of a copy has its RAM, though its parent's is gone, also where the kernel's tables were opened
     before the fork; and the disk as the copy has it, though its parent wrote the image since."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -26,7 +28,7 @@ def test_a_copy_is_saved_and_not_its_parent(tmp_path: Path, monkeypatch: pytest.
     drive: dict[str, Any] = {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}
     monkeypatch.setattr(pages, "_kept", [])
     with Host() as host:
-        with counting(tmp_path, host, memory="64M", platform="pc", devices=[drive]) as vm:
+        with counting(tmp_path, host, memory="64M", platform="pc", accel=accel, devices=[drive]) as vm:
             if prepared:  # as for a machine of the command line
                 keep_open(vm)
             vm.start()

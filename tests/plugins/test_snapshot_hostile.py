@@ -17,7 +17,7 @@ import zstandard
 from cardcage.errors import CardcageError, ConfigError
 from cardcage.host import Host
 from cardcage.machine import Machine
-from cardcage_snapshot import manifest, sealing
+from cardcage_snapshot import arriving, manifest, sealing
 from cardcage_snapshot.places import Folder
 from cardcage_snapshot.restoring import check_files
 from hypothesis import HealthCheck, given, settings
@@ -201,6 +201,17 @@ def test_pieces_of_any_size_take_no_memory(one: Path, memory: int, ram: dict[str
         check_files(folder, manifest.read(folder)[0])
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAM is unpacked before the machine runs, as where the kernel's faults cannot be caught."""
+
+    def refused() -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(arriving, "opened_faults", refused)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_bomb_is_not_unpacked(one: Path, host: Host) -> None:
     """A frame that says, or turns out, to hold more than its piece of RAM is refused before it is unpacked."""
     for data in (zstandard.ZstdCompressor().compress(bytes(64 << 20)), bomb(), b"no frame at all"):
@@ -208,6 +219,20 @@ def test_a_bomb_is_not_unpacked(one: Path, host: Host) -> None:
         sum = hashlib.blake2b(data, digest_size=16).hexdigest()
         packed = {"file": "ram.zst", "compression": "zstd", "chunk": 1 << 20, "chunks": [[1, 0, len(data), sum]]}
         rewrite(one, lambda table, packed=packed: table.update(ram=packed))
+        with pytest.raises(ConfigError, match="RAM at 0x100000-0x1fffff is damaged"):
+            restored(one, host=host, trust=True)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_of_damaged_pieces_the_first_is_named(one: Path, host: Host) -> None:
+    """Pieces are unpacked at once by several threads, and of those that are damaged the first in RAM is named."""
+    frame = zstandard.ZstdCompressor().compress(b"x" * (1 << 20))
+    sum = hashlib.blake2b(frame, digest_size=16).hexdigest()
+    (one / "ram.zst").write_bytes(frame * 4)
+    chunks = [[at, at * len(frame), len(frame), "0" * 32 if at in (1, 3) else sum] for at in range(4)]
+    packed = {"file": "ram.zst", "compression": "zstd", "chunk": 1 << 20, "chunks": chunks}
+    rewrite(one, lambda table: table.update(ram=packed))
+    for _ in range(10):
         with pytest.raises(ConfigError, match="RAM at 0x100000-0x1fffff is damaged"):
             restored(one, host=host, trust=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import subprocess
@@ -20,12 +19,12 @@ from cardcage_fleet.roster import Roster
 from cardcage_fleet.rundir import run_directory
 from cardcage_fork import Copy, fork
 from installed import PROGRAM
+from leftovers import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
-KCMP, KCMP_FILE = 312, 0
 UUID = "/proc/sys/kernel/random/uuid"
 EARLIER: list[threading.Thread] = []
 """Threads that were there before the machine: of other tests of the process."""
@@ -71,17 +70,6 @@ def descriptors(pid: int | str = "self") -> dict[int, str]:
         except FileNotFoundError:  # it was the listing's own
             continue
     return found
-
-
-def shared(pid: int) -> set[str]:
-    """What kinds of open files this process and *pid* have in common."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    kinds = set()
-    for theirs, what in descriptors(pid).items():
-        for ours in descriptors().keys() - KEPT:
-            if libc.syscall(KCMP, os.getpid(), pid, KCMP_FILE, ctypes.c_ulong(ours), ctypes.c_ulong(theirs)) == 0:
-                kinds.add(what)
-    return kinds
 
 
 def test_a_copy_goes_on_from_where_its_parent_was(vm: Machine) -> None:
@@ -163,7 +151,7 @@ def test_no_descriptor_is_shared_by_accident(vm: Machine) -> None:
     """A copy has no lock, socket, disk, eventfd, epoll or timer in common with its parent."""
     with fork(vm)[0] as copy:
         copy.run("true")
-        common = shared(copy.pid)
+        common = shared(copy.pid, KEPT)
         kinds = ("anon_inode", "socket:", "/memfd:")
         assert not {one for one in common if one.startswith(kinds) or ".json" in one or "qcow2" in one}
         assert len(descriptors(copy.pid)) <= len(descriptors()) + 2
