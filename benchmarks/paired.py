@@ -83,9 +83,10 @@ def find_qemu() -> str:
 
 
 def make_guest(folder: Path, append: str, command: str = "", files: Iterable[cpio.Entry] = (), cpus: int = 1) -> Guest:
-    """The distribution's kernel, with cardcage's initramfs, *files*, and a *command* that writes to the second serial port.
+    """The distribution's kernel, with cardcage's initramfs, *files*, and a *command*.
 
-    The guest is off behind it: init itself would wait for somebody who takes its output, which no file does.
+    That writes to the second serial port, and the guest is off behind it: init itself would wait for somebody who
+    takes its output, which no file does.
     """
     shelf = Shelf(cache_root(), lambda what, percent: None, lambda line: print(line, file=sys.stderr))
     kernel = shelf.kernel()
