@@ -93,7 +93,7 @@ def dial(uri: str) -> Any:
     return connect(parse(uri))[0]
 
 
-def gone_over(vm: Machine, uri: str, most: int, *, late: bool = True, bandwidth: int | None = 16 << 20) -> Progress:
+def gone_over(vm: Machine, uri: str, most: int, *, late: bool = True, bandwidth: int | None = 4 << 20) -> Progress:
     """Move by post-copy, whose pages have a connection that breaks after *most* bytes; with *late*, once it runs
     there."""
     made: list[Any] = []

@@ -181,10 +181,10 @@ def test_cut_links_are_recovered(tmp_path: Path, host: Host) -> None:
                 gone_over(vm, there.uri, draw.randrange(SIZE // 4))
             there.hear("done")
             assert vm.migrate_progress().status == "postcopy-paused"  # type: ignore[attr-defined]  # a verb
-            until(there, "postcopy-paused")
+            left = until(there, "postcopy-paused")["remaining"]
             with pytest.raises(Denied, match="it runs at"):
                 vm.resume()
-            again = Breaking(dial(there.uri), draw.randrange(100, SIZE // 3))
+            again = Breaking(dial(there.uri), draw.randrange(100, 100 + left // 2))
             with pytest.raises(LinkLost, match="are here alone"):
                 resume(vm, again)
             until(there, "postcopy-paused")
