@@ -55,6 +55,8 @@ COMERS = 4
 """Who may be at the door at once."""
 SWITCH = 0.0005
 """Seconds that a thread may keep Python's lock from the one that hears of faults."""
+LAST = 10.0
+"""Seconds that the machine's process may take to hear the last word."""
 LOOK = 500
 """Milliseconds after which it is looked whether all is over."""
 TELL = 0.1
@@ -100,7 +102,8 @@ class Pager:
 
     def run(self) -> None:
         """Serve until the machine's process says that it is over, or ends, or the source knows that all has come."""
-        threading.Thread(target=self._tell, name="tell", daemon=True).start()
+        teller = threading.Thread(target=self._tell, name="tell", daemon=True)
+        teller.start()
         poll = select.poll()
         poll.register(self._way, select.POLLIN)
         poll.register(self._door.fileno(), select.POLLIN)
@@ -110,6 +113,7 @@ class Pager:
                     self._come()
                 elif not self._heard():
                     self._over = True
+        teller.join(LAST)  # its last word is that all is here
 
     # the machine's process
 
@@ -161,7 +165,9 @@ class Pager:
     def _tell(self) -> None:
         """Tell what is to be told, the last of it if it is more than can be taken; now and then how far it is."""
         before = -1
-        while not self._over:
+        over = False
+        while not over:
+            over = self._over  # before what is told last
             urgent = self._untold.wait(TELL)
             self._untold.clear()
             with self._lock:
