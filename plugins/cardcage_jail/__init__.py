@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from cardcage.registry import Registry
 
     from cardcage_jail.outside import is_inside, is_ours, lend, listen_at, open_file, start_program
+    from cardcage_jail.program import confine_program
 
-__all__ = ["is_inside", "is_ours", "lend", "listen_at", "open_file", "start_program"]
+__all__ = ["confine_program", "is_inside", "is_ours", "lend", "listen_at", "open_file", "start_program"]
 
 
 @hookimpl
@@ -63,5 +64,9 @@ def cardcage_starting(machine: Machine) -> None:
     enter(machine)
 
 
-_names: Any = lazy_names("cardcage_jail", outside="is_inside is_ours lend listen_at open_file start_program")
+_names: Any = lazy_names(
+    "cardcage_jail",
+    outside="is_inside is_ours lend listen_at open_file start_program",
+    program="confine_program",
+)
 __getattr__ = _names

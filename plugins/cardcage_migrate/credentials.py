@@ -28,11 +28,13 @@ class Credentials:
     """Certificates, shown and wanted.
 
     Attributes:
-        endpoint: ``client`` for a source, ``server`` for a destination. context: they, in OpenSSL's hands.
+        endpoint: ``client`` for a source, ``server`` for a destination. context: they, in OpenSSL's hands. folder: of
+            their files.
     """
 
     endpoint: Endpoint
     context: SSLContext
+    folder: str
 
 
 def read_credentials(folder: str, endpoint: Endpoint) -> Credentials:
@@ -40,7 +42,7 @@ def read_credentials(folder: str, endpoint: Endpoint) -> Credentials:
 
     Raises ConfigError that names the file.
     """
-    return Credentials(endpoint, tls_context(folder, server=endpoint == "server"))
+    return Credentials(endpoint, tls_context(folder, server=endpoint == "server"), folder)
 
 
 def credentials(machine: Machine) -> dict[str, Credentials]:

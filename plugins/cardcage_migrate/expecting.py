@@ -20,13 +20,16 @@ from cardcage_migrate.incoming import Arrival, Incomplete
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from ssl import SSLContext
 
     from cardcage.machine import Machine
 
-__all__ = ["Expected", "Status", "expect", "expected", "waiting_drive"]
+    from cardcage_migrate.credentials import Credentials
 
-Status = Literal["setup", "active", "completed", "failed"]
+__all__ = ["Expected", "Status", "expect", "expected", "waiting_drive", "waiting_memory"]
+
+Status = Literal["setup", "active", "completed", "failed", "postcopy-active", "postcopy-paused"]
+MEMORY: dict[str, Status] = {"active": "postcopy-active", "paused": "postcopy-paused", "failed": "failed"}
+"""Words for it once the machine is here, by how its memory comes."""
 END = 5.0
 """Seconds that the thread may take to end with its machine; one that reads from a pipe does not hear of it."""
 
@@ -34,6 +37,11 @@ END = 5.0
 def waiting_drive(spec: object) -> dict[str, object]:
     """The drive of a device whose disk is another machine's until it comes."""
     return {"type": "arriving", "disk": spec}
+
+
+def waiting_memory(table: dict[str, object]) -> None:
+    """Let a machine with this table ``[memory]`` have memory that may come after it, where it has no other kind."""
+    table.setdefault("type", "arriving")
 
 
 class Expected:
@@ -48,6 +56,7 @@ class Expected:
         self._machine = machine
         self._hold = Hold(machine, "it waits for the machine that is to come into it")
         self._over, self._runs, self._ended = Event(), Event(), Event()
+        self._here = False
         self._lock = threading.Lock()
         self._arrival: Arrival[Machine] | None = None
         self._thread: threading.Thread | None = None
@@ -60,9 +69,11 @@ class Expected:
         for one in tables["device"]:
             if KEY in one:
                 one[KEY] = original_spec(one[KEY])
+        if tables["memory"].get("type") == "arriving":
+            del tables["memory"]["type"]
         original(machine, tables)
 
-    def listen(self, uri: str, tls: SSLContext | None = None) -> None:
+    def listen(self, uri: str, tls: Credentials | None = None) -> None:
         """Wait at *uri* from now on, on a thread. Raises what opening it raises, StateError where one waits already."""
         machine = self._machine
         with self._lock:
@@ -70,6 +81,7 @@ class Expected:
                 raise StateError("The incoming migration has already been started")
             arrival = Arrival(type(machine), uri, machine.name, host=machine.host, into=machine)
             arrival.open(tls=tls)
+            arrival.memory_told = self._memory
             self._arrival = arrival
             self._thread = threading.Thread(target=self._take, name=f"{machine.name}-incoming", daemon=True)
             self._say("setup")
@@ -100,12 +112,20 @@ class Expected:
         self.status = status
         self.tell(status)
 
+    def _memory(self) -> None:
+        """Tell how the memory comes, once the machine is here."""
+        assert self._arrival is not None
+        now = MEMORY.get(self._arrival.memory_status, "completed")
+        if self._here and now != self.status:
+            self._say(now)
+
     def _take(self) -> None:
         assert self._arrival is not None
         arrival = self._arrival
         if came := self._came(arrival):
             self._hold.drop()
-            self._say("completed")
+            self._here = True
+            self._memory()
         self._over.set()
         if came:
             self._runs.wait()

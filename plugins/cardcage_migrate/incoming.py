@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from cardcage.abilities import has
-from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, UsageError, in_words
+from cardcage.errors import FAULTS, CardcageError, ConfigError, HostError, StateError, UsageError, in_words
 from cardcage.machine import State
 from cardcage.security import OPERATOR, Act
 from cardcage.waiting import Event
@@ -20,20 +21,22 @@ from cardcage_snapshot.state import restore as load_state
 
 from cardcage_migrate.announce import announce
 from cardcage_migrate.disks import arrivals, awaited, replaced
-from cardcage_migrate.hold import Hold, recoverable
+from cardcage_migrate.hold import Hold, Ways, recoverable
 from cardcage_migrate.pages import put, uncollected
-from cardcage_migrate.passport import Passport, Stamp, structured
+from cardcage_migrate.paging import Pager, Paging, own_ram
+from cardcage_migrate.passport import Passport, Stamp, structured, this_process
 from cardcage_migrate.progress import new_progress
 from cardcage_migrate.reach import DIAL, Waiting, hang_up, parse
-from cardcage_migrate.wire import BrokenStream, Channel, Kind, LinkLost, Refused
+from cardcage_migrate.wire import SECRET, BrokenStream, Channel, Kind, LinkLost, Refused, bare_runs
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Mapping
-    from ssl import SSLContext
 
     from cardcage.host import Host
     from cardcage.machine import Machine
+
+    from cardcage_migrate.credentials import Credentials
+    from cardcage_migrate.progress import Progress
 
 M = TypeVar("M", bound="Machine")
 
@@ -123,6 +126,10 @@ class Arrival(Generic[M]):
         self._passport: Passport
         self._hold: Hold
         self._vm: M
+        self._tls_dir: str | None = None
+        self._pager: Pager | None = None
+        self._paging: Paging | None = None
+        self.memory_told: Callable[[], object] = lambda: None
         self._going_on = threading.Lock()
         self._goes_on = Event()
         self._door: Waiting | None = None
@@ -137,12 +144,14 @@ class Arrival(Generic[M]):
         """The machine was paused at its source."""
         return self._passport.paused
 
-    def open(self, tls_dir: str | os.PathLike[str] | None = None, *, tls: SSLContext | None = None) -> Waiting:
+    def open(self, tls_dir: str | os.PathLike[str] | None = None, *, tls: Credentials | None = None) -> Waiting:
         """Listen. Raises HostError, ConfigError, Denied."""
         if self._door is None:
+            folder = tls_dir if tls is None else tls.folder
+            self._tls_dir = None if folder is None else os.fspath(folder)
             if self._host is not None:
                 self._place.ask(self._host.mediator, OPERATOR, self._name or "", listen=True)
-            self._door = Waiting(self._place, tls_dir, tls=tls)
+            self._door = Waiting(self._place, tls_dir, tls=None if tls is None else tls.context)
         return self._door
 
     def abandon(self) -> None:
@@ -182,7 +191,8 @@ class Arrival(Generic[M]):
                     self._channel.close()
                     self._strange(door, error)
         finally:
-            door.close()
+            if not (hasattr(self, "_passport") and self._passport.postcopy):  # else somebody comes for its memory
+                door.close()
 
     def _strange(self, door: Waiting, error: HostError) -> None:
         """Go on waiting after somebody who is no source, unless nobody else can come."""
@@ -206,7 +216,14 @@ class Arrival(Generic[M]):
             raise
         finally:
             channel.close()
+            if self._paging is None and self._door is not None:
+                self._door.close()
         return self._vm
+
+    @property
+    def memory_status(self) -> str:
+        """``active`` or ``paused`` while memory comes after the machine, else ``done``, ``failed`` or empty."""
+        return "" if self._paging is None or not self._paging.expected else self._paging.status
 
     def _drop(self, error: BaseException) -> None:
         """Nothing is left here, and the source hears why."""
@@ -215,6 +232,8 @@ class Arrival(Generic[M]):
                 self._channel.say(Kind.FAILED, str(error) if isinstance(error, CardcageError) else in_words(error))
         if hasattr(self, "_vm") and self._into is None:
             self._vm.dismantle()
+        elif self._paging is not None:
+            self._paging.close()
 
     def _take(self) -> None:
         channel = self._channel
@@ -223,14 +242,20 @@ class Arrival(Generic[M]):
         self._progress = progress = new_progress(vm, str(self._place))
         began = time.monotonic()
         channel.set_patience(SILENT)
+        secret = self._page(progress) if self._passport.postcopy else b""
         self._get_ready()
         if not channel.one_way:
-            channel.send(Kind.ACCEPT, argument=self._rehearsed())
+            took = self._rehearsed()
+            if self._pager is not None:
+                self._pager.ready()
+            channel.send(Kind.ACCEPT, secret, argument=took)
         progress.status = "active"
         state = self._receive()
         with uncollected():
             self._switch(state)
-        progress.status, progress.total = "completed", time.monotonic() - began
+        progress.total = time.monotonic() - began
+        if not self._started_there():
+            progress.status = "completed"
         if not channel.one_way:
             try:
                 channel.send(Kind.STARTED)
@@ -239,13 +264,38 @@ class Arrival(Generic[M]):
         if self._into is None:
             self.settle()
 
+    def _page(self, progress: Progress) -> bytes:
+        """Have a pager; return the secret by which it knows the source."""
+        assert self._door is not None
+        if self._passport.process == this_process():
+            raise ConfigError("post-copy: the source is this very process, which could wait for a page of its own")
+        secret = os.urandom(SECRET)
+        self._pager = Pager(self._vm, self._door, secret, self._tls_dir, SILENT)
+        self._paging = Paging(self._vm, self._pager, progress, lambda: self.memory_told())
+        return secret
+
+    def _started_there(self) -> bool:
+        """Let the source's pager know that the guest runs; False where none has memory come."""
+        if self._paging is None or not self._paging.expected:
+            return False
+        self._paging.started()
+        return True
+
     def _switch(self, state: bytes) -> None:
         """Load what came, and run once the source has given the machine up."""
         vm, progress = self._vm, self._progress
+        if self._paging is not None:
+            if self._paging.expected:
+                self._paging.begin()
+            else:  # it was all sent before
+                self._paging.close()
         try:
             load_state(vm, loads(state.decode()), any_cpu=self._any_cpu)
         except (ConfigError, UnicodeDecodeError, RecursionError) as error:
             raise BrokenStream(f"{vm.name}: {error}") from error
+        if self._paging is not None and self._paging.expected:
+            self._paging.loaded()
+            progress.mode = "postcopy"
         progress.status = "waiting"
         stamps = self._await_commit()
         try:
@@ -299,6 +349,8 @@ class Arrival(Generic[M]):
         if memory.get("type") == "file":  # the source's RAM, on this host
             tables["memory"] = {"type": "memfd"}
         where = "the configuration that came along" if given is None else "the given configuration"
+        if passport.postcopy:
+            own_ram(tables)
         replaced(tables, passport.disks, passport.host)
         vm = machine_of(self._cls, tables, passport.devices, where, where, self._host)
         self._vm = vm
@@ -330,10 +382,17 @@ class Arrival(Generic[M]):
         channel, block = self._channel, self._vm.memory.ranges[0].block
         state = bytearray()
         while True:
-            expected = (Kind.STATE, Kind.END) if state else (Kind.PAGES, Kind.PING, Kind.STATE)
+            expected = [Kind.STATE, Kind.END] if state else [Kind.PING, Kind.STATE]
+            if self._paging is not None and not state:
+                expected.append(Kind.MISSING)
+            if not state and (self._paging is None or not self._paging.expected):
+                expected.append(Kind.PAGES)
             frame = channel.receive(*expected)
             if frame.kind is Kind.PAGES:
                 put(block, frame)
+            elif frame.kind is Kind.MISSING:
+                assert self._paging is not None
+                self._paging.expect(bare_runs(frame, block.size))
             elif frame.kind is Kind.PING:
                 channel.send(Kind.PONG)
             elif frame.kind is Kind.STATE:
@@ -355,7 +414,7 @@ class Arrival(Generic[M]):
                 raise
             self._hold.drop()
             self._hold = Hold(vm, 'its source may run: "cardcage migrate recover" goes on with it here')
-            recoverable(vm, self._recover)
+            recoverable(vm, Ways(self._recover))
             self._progress.error = str(error)
             lost = Incomplete(
                 f"{error}: {vm.name} is here and complete, but stands still: its source may go on with it. If it does "
@@ -376,9 +435,15 @@ class Arrival(Generic[M]):
         with self._going_on:
             if self._vm.state is not State.BUILT:
                 raise UsageError(f"{self._vm.name} was recovered already")
+            if self._paging is not None and self._paging.cut_off:
+                raise StateError(
+                    f"{self._vm.name}: memory of it is missing, and its source does not send it: recover that first, "
+                    "with the URI of this one"
+                )
             self._go_on([])
         recoverable(self._vm, None)
-        self._progress.status = "completed"
+        if not self._started_there():
+            self._progress.status = "completed"
         self._goes_on.set()
         self._vm.log.warning("recovered: it goes on here", migration=str(self._place))
         if self._into is None:
@@ -397,6 +462,13 @@ class Arrival(Generic[M]):
         if self._passport.paused and self._into is None:
             return
         announce(vm)
+        if self._paging is not None and self._paging.expected:
+            self._paging.afterwards(self._tell_time)  # till then its answer may be among what is missing
+        else:
+            self._tell_time()
+
+    def _tell_time(self) -> None:
+        vm: Any = self._vm
         if self._passport.agent and vm.services.get("agent") is not None:
             try:
                 vm.agent.wait(AGENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -13,7 +14,7 @@ from cardcage_snapshot.places import printable
 
 from cardcage_migrate.wire import BrokenStream
 
-__all__ = ["MovedDisk", "Passport", "Stamp", "boot_id"]
+__all__ = ["MovedDisk", "Passport", "Stamp", "boot_id", "this_process"]
 
 WHERE = "the stream"
 
@@ -54,7 +55,7 @@ class Passport:
         accelerator: that runs it. config: tables as of a TOML file. seal: see :mod:`cardcage_snapshot.manifest`.
         devices: in their order. disks: that it can write. host: the boot id of the source's kernel.
         agent: an agent answered in the guest. one_way: nothing is heard from the destination. paused: it was, and is
-            to be.
+            to be. postcopy: memory may come after the machine. process: then, a word for the source's.
     """
 
     cardcage: str = field(validator=and_(max_len(256), in_one_line))
@@ -71,12 +72,17 @@ class Passport:
     agent: bool = False
     one_way: bool = False
     paused: bool = False
+    postcopy: bool = False
+    process: str = field(default="", validator=and_(max_len(64), in_one_line))
 
     def written(self) -> bytes:
         """As JSON."""
         import json
 
-        return json.dumps(converter().unstructure(self)).encode()
+        table = converter().unstructure(self)
+        if not self.postcopy:  # and a destination that does not know it takes it
+            del table["postcopy"], table["process"]
+        return json.dumps(table).encode()
 
     @classmethod
     def read(cls, data: bytes) -> Passport:
@@ -102,6 +108,14 @@ def structured(data: bytes, kind: Any) -> Any:
 
         why = printable("; ".join(transform_error(error)))[:500]
         raise BrokenStream(f"{WHERE} does not fit: {why}") from error
+
+
+_drawn = os.urandom(16).hex()
+
+
+def this_process() -> str:
+    """A word for this process that no other has, nor a copy of it by fork."""
+    return f"{_drawn}-{os.getpid()}"
 
 
 def boot_id() -> str:

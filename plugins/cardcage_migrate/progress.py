@@ -21,20 +21,26 @@ class Progress:
     Attributes:
         status: ``setup``, ``active`` (RAM goes over while the guest runs), ``switching`` (it stands still here),
             ``given up`` (it is the destination's now, or stands still; ``migrate_recover``), ``waiting`` (the same at
-            the destination), ``completed``, ``failed``, ``cancelled``.
+            the destination), ``completed``, ``failed``, ``cancelled``. With post-copy ``postcopy-active`` (it runs at
+            the destination, and memory follows), ``postcopy-paused`` (the connection broke: ``migrate_recover`` at the
+            source makes it anew), ``postcopy-recover`` (it is about to).
+        mode: ``precopy``, ``postcopy`` or ``hybrid``, as it was asked for.
         uri: where to, or from. passes: over RAM. sent: bytes. remaining: bytes of RAM that are known to be left.
         rate: bytes a second that went over, in the last pass. dirtied: bytes a second that the guest wrote meanwhile.
+        asked: pages that the guest waited for at the destination.
         throttle: per cent of the time that vCPUs are held up. expected: seconds that it would stand still now.
         downtime: seconds that it stood still, as the source knows. total: seconds in all. error: why it failed.
     """
 
     status: str = "setup"
+    mode: str = "precopy"
     uri: str = ""
     passes: int = 0
     sent: int = 0
     remaining: int = 0
     rate: float = 0.0
     dirtied: float = 0.0
+    asked: int = 0
     throttle: int = 0
     expected: float = 0.0
     downtime: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from weakref import WeakKeyDictionary
 
 from attrs import Factory, define, evolve
@@ -18,16 +18,22 @@ from cardcage.machine import Machine, State
 from cardcage_qmp import QmpError, Session, control_of
 from cardcage_qmp.control import Control, RunState
 
-from cardcage_migrate.credentials import Endpoint, credentials
+from cardcage_migrate.credentials import Credentials, Endpoint, credentials
 from cardcage_migrate.expecting import Expected, Status, expect, expected
 from cardcage_migrate.hold import migrate_recover, standing
-from cardcage_migrate.outgoing import Cancelled, Limits, Outgoing
-from cardcage_migrate.outgoing import migrate_cancel as cancel
+from cardcage_migrate.leaving import migrate_cancel as cancel
+from cardcage_migrate.leaving import migrate_start_postcopy as go_over
+from cardcage_migrate.limits import Limits
+from cardcage_migrate.outgoing import Cancelled, Outgoing
 from cardcage_migrate.progress import Progress, current
 from cardcage_migrate.reach import adopted, connect, parse
+from cardcage_migrate.relay import relayed
 
 if TYPE_CHECKING:
-    from ssl import SSLContext
+    from collections.abc import Callable
+
+    from cardcage_migrate.hold import Resume
+    from cardcage_migrate.wire import Peer
 
 __all__ = [
     "Coming",
@@ -37,12 +43,24 @@ __all__ = [
     "migrate_incoming",
     "migrate_set_capabilities",
     "migrate_set_parameters",
+    "migrate_start_postcopy",
     "query_migrate",
     "query_migrate_capabilities",
     "query_migrate_parameters",
 ]
 
-MigrationStatus = Literal["none", "setup", "active", "device", "completed", "failed", "cancelled"]
+MigrationStatus = Literal[
+    "none",
+    "setup",
+    "active",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover",
+    "device",
+    "completed",
+    "failed",
+    "cancelled",
+]
 
 
 class InetAddress(TypedDict):
@@ -53,7 +71,17 @@ class InetAddress(TypedDict):
     port: str
 
 
-Ram = TypedDict("Ram", {"transferred": int, "remaining": int, "total": int, "mbps": float, "dirty-sync-count": int})
+Ram = TypedDict(
+    "Ram",
+    {
+        "transferred": int,
+        "remaining": int,
+        "total": int,
+        "mbps": float,
+        "dirty-sync-count": int,
+        "postcopy-requests": int,
+    },
+)
 MigrationInfo = TypedDict(
     "MigrationInfo",
     {
@@ -81,9 +109,9 @@ class MigrationEvent(TypedDict):
 class MigrationCapabilityStatus(TypedDict):
     """A capability, and whether it is on: events that say that a migration's state changes; vCPUs that write faster
     than can be sent are held up; the program of ``exec:`` passes on what the destination answers, which it does anyway
-    where something can come back."""
+    where something can come back; the guest may go over before its memory, once it is told to."""
 
-    capability: Literal["events", "auto-converge", "return-path"]
+    capability: Literal["events", "auto-converge", "return-path", "postcopy-ram"]
     state: bool
 
 
@@ -128,6 +156,9 @@ class Gone:
     def cont(self) -> None:
         """Recover it. Raises HostError where another copy has a disk, or has written it."""
         machine = self._control.machine
+        ways = standing(machine)
+        if ways is not None and ways.here is None:
+            raise QmpError(f"{machine.name} runs where it was migrated to: its memory here is out of date")
         migrate_recover(machine)
         if machine.state is State.PAUSED:  # and was so at its switch
             machine.resume()
@@ -148,8 +179,8 @@ class Coming:
         self._control.elsewhere = self
 
     def _tell(self, status: Status) -> None:
-        if status == "completed":  # before anybody hears of it, and says cont
-            self.run_state = "paused"
+        if status in ("completed", "postcopy-active") and self.run_state == "inmigrate":
+            self.run_state = "paused"  # before anybody hears of it, and says cont
         self._wished.tell(self._control, status)
 
     def starts(self) -> None:
@@ -173,6 +204,8 @@ def status_of(progress: Progress) -> MigrationStatus:
     match progress.status:
         case "setup" | "active" | "completed" | "failed" | "cancelled":
             return progress.status
+        case "postcopy-active" | "postcopy-paused" | "postcopy-recover":
+            return progress.status
         case "switching":
             return "device"
         case "given up":
@@ -185,35 +218,42 @@ def migrate(
 ) -> None:
     """Begin to move the machine; ``fd:NAME`` is a descriptor that ``getfd`` has got. It says nothing of the end."""
     machine, control, wished = session.machine, session.control, wishes(session.machine)
-    if resume:
-        raise QmpError("Parameter 'resume': there is no post-copy that could be taken up again")
     if blk or inc:
         raise QmpError("Parameters 'blk', 'inc': disks stay where they are, and none is copied")
-    if standing(machine):
+    ways = standing(machine)
+    if resume:
+        if ways is None or ways.resume is None:
+            raise QmpError("Parameter 'resume': there is no post-copy that could be taken up again")
+        _resume(session, uri, ways.resume)
+        return
+    if ways is not None:
         raise QmpError(f"{machine.name} has been migrated already, and stands still: cont goes on with it here")
     last = "none"
 
     def tell(progress: Progress) -> None:
         nonlocal last
-        if (now := status_of(progress)) != last and now in ("setup", "active", "device"):
+        if (now := status_of(progress)) != last and now in ("setup", "active", "device", "postcopy-active"):
             last = now
             wished.tell(control, now)
 
+    again: Callable[[], tuple[Peer, bool]]
     name = uri.removeprefix("fd:")
     if uri != name and not name.isdigit():
         if name not in session.fds:
             raise QmpError(f"File descriptor named '{name}' has not been found")
         if wished.tls_creds:
             raise QmpError(f"{uri:.100}: TLS is for tcp: and unix: (parameter 'tls-creds')")
+        if wished.limits.mode != "precopy":
+            raise QmpError(f"{uri:.100}: post-copy takes two connections (capability 'postcopy-ram')")
         peer, one_way = adopted(session.fds.pop(name))  # its end is the other side's word that all has come
         where = uri
     else:
+        again = _linked(machine, wished, uri)
+        peer, one_way = again()
         place = parse(uri)
-        place.ask(machine.mediator, machine.label, machine.name, listen=False)
         where = str(place)
-        tls = _tls(machine, wished, "client")
-        peer, one_way = connect(place, tls=tls, tls_hostname=wished.tls_hostname)
         one_way = one_way or (place.scheme == "exec" and not wished.answers)
+    links = [(peer, one_way)]
     try:
         outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
         with _lock:
@@ -228,10 +268,10 @@ def migrate(
     def move() -> None:
         status: MigrationStatus = "failed"
         try:
-            status = status_of(outgoing.over(lambda: (peer, one_way)))
+            status = status_of(outgoing.over(lambda: links.pop() if links else again()))
         except CardcageError as error:  # query-migrate says it, too
             machine.log.warning("the migration failed", why=str(error))
-            status = "cancelled" if isinstance(error, Cancelled) else status
+            status = "cancelled" if isinstance(error, Cancelled) else _failed(machine)
         finally:
             wished.moving = False
             if standing(machine):  # before anybody hears of it, and says cont
@@ -241,7 +281,54 @@ def migrate(
     threading.Thread(target=move, name=f"{machine.name}-migrate").start()
 
 
-def _tls(machine: Machine, wished: Wishes, endpoint: Endpoint) -> SSLContext | None:
+def _failed(machine: Machine) -> MigrationStatus:
+    progress = current(machine)
+    status = "failed" if progress is None else status_of(progress)
+    return status if status == "postcopy-paused" else "failed"
+
+
+def _linked(machine: Machine, wished: Wishes, uri: str) -> Callable[[], tuple[Peer, bool]]:
+    """Makes a connection there, each time it is called. Raises UsageError, QmpError, Denied."""
+    place = parse(uri)
+    place.ask(machine.mediator, machine.label, machine.name, listen=False)
+    tls, name = _tls(machine, wished, "client"), wished.tls_hostname
+
+    def link() -> tuple[Peer, bool]:
+        peer, one_way = connect(place, tls=None if tls is None else tls.context, tls_hostname=name)
+        later: Any = peer
+        return (peer if tls is None or wished.limits.mode == "precopy" else relayed(later)), one_way
+
+    return link
+
+
+def _resume(session: Session, uri: str, resume: Resume) -> None:
+    """Begin to send the memory that is missing at *uri*. It says nothing of the end."""
+    machine, control, wished = session.machine, session.control, wishes(session.machine)
+    peer, _ = _linked(machine, wished, uri)()
+    wished.tell(control, "postcopy-recover")
+
+    def send() -> None:
+        try:
+            resume(lambda: peer)
+        except CardcageError as error:  # query-migrate says it, too
+            machine.log.warning("the migration was not recovered", why=str(error))
+        if (progress := current(machine)) is not None:
+            wished.tell(control, status_of(progress))
+
+    threading.Thread(target=send, name=f"{machine.name}-migrate").start()
+
+
+def migrate_start_postcopy(session: Session) -> None:
+    """Let the guest go over before the rest of its memory."""
+    if wishes(session.machine).limits.mode == "precopy":
+        raise QmpError("Enable postcopy with migrate_set_capability before the start of migration")
+    try:
+        go_over(session.machine)
+    except StateError as error:
+        raise QmpError(str(error)) from error
+
+
+def _tls(machine: Machine, wished: Wishes, endpoint: Endpoint) -> Credentials | None:
     """The certificates that the parameters name; None for a plain connection. Raises QmpError."""
     if not (name := wished.tls_creds):
         return None
@@ -249,7 +336,7 @@ def _tls(machine: Machine, wished: Wishes, endpoint: Endpoint) -> SSLContext | N
         raise QmpError(f"No TLS credentials with id '{name:.100}'")
     if found.endpoint != endpoint:
         raise QmpError(f"Expected TLS credentials for a {endpoint} endpoint: '{name:.100}' is for a {found.endpoint}")
-    return found.context
+    return found
 
 
 def migrate_incoming(session: Session, uri: str) -> None:
@@ -263,7 +350,7 @@ def migrate_incoming(session: Session, uri: str) -> None:
 def migrate_cancel(session: Session) -> None:
     """Give it up; nothing where there is none, or where it is too late."""
     progress = current(session.machine)
-    if progress is not None and progress.status in ("setup", "active", "switching"):
+    if progress is not None and progress.status in ("setup", "active", "switching"):  # else it is too late
         with suppress(StateError):
             cancel(session.machine)
 
@@ -292,6 +379,7 @@ def query_migrate(session: Session) -> MigrationInfo:
             "total": int(session.machine.config.machine.memory),
             "mbps": progress.rate * 8 / 1e6,
             "dirty-sync-count": progress.passes,
+            "postcopy-requests": progress.asked,
         },
     }
     if progress.status in ("completed", "given up"):
@@ -348,6 +436,7 @@ def query_migrate_capabilities(session: Session) -> list[MigrationCapabilityStat
         {"capability": "events", "state": wished.events},
         {"capability": "auto-converge", "state": wished.limits.throttle},
         {"capability": "return-path", "state": wished.answers},
+        {"capability": "postcopy-ram", "state": wished.limits.mode != "precopy"},
     ]
 
 
@@ -359,6 +448,8 @@ def migrate_set_capabilities(session: Session, capabilities: list[MigrationCapab
             wished.events = one["state"]
         elif one["capability"] == "return-path":
             wished.answers = one["state"]
+        elif one["capability"] == "postcopy-ram":
+            wished.limits = evolve(wished.limits, mode="hybrid" if one["state"] else "precopy", told_only=True)
         else:
             wished.limits = evolve(wished.limits, throttle=one["state"])
 
@@ -386,6 +477,12 @@ def hmp_migrate_incoming(session: Session, words: list[str]) -> str:
 def hmp_migrate_cancel(session: Session, words: list[str]) -> str:
     """``migrate_cancel``."""
     session.run("migrate_cancel", {})
+    return ""
+
+
+def hmp_migrate_start_postcopy(session: Session, words: list[str]) -> str:
+    """``migrate_start_postcopy``."""
+    session.run("migrate-start-postcopy", {})
     return ""
 
 

@@ -133,15 +133,23 @@ class Waiting:
         tls_dir: directory with ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``; who connects has to show a
             certificate that this authority signed.
         tls: what :func:`tls_context` made of such a directory, instead.
+        listening: a socket that listens there already.
     """
 
     def __init__(
-        self, place: Place, tls_dir: str | os.PathLike[str] | None = None, *, tls: ssl.SSLContext | None = None
+        self,
+        place: Place,
+        tls_dir: str | os.PathLike[str] | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        listening: socket.socket | None = None,
     ) -> None:
-        self.place, self._socket = place, None
+        self.place, self._socket = place, listening
         self._context = tls if tls_dir is None else tls_context(tls_dir, server=True)
         if self._context is not None:
             _may_tls(place)
+        if listening is not None:
+            return
         with _told(place):
             if place.scheme == "unix":
                 path = Path(os.path.abspath(place.rest))
@@ -174,6 +182,11 @@ class Waiting:
     def fileno(self) -> int:
         """The socket's descriptor, -1 where there is none."""
         return -1 if self._socket is None else self._socket.fileno()
+
+    @property
+    def secure(self) -> bool:
+        """TLS is spoken."""
+        return self._context is not None
 
     @property
     def only_one(self) -> bool:

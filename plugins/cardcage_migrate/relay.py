@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import select
 import selectors
 import socket
 import ssl
 import threading
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-__all__ = ["relayed"]
+from cardcage.errors import CardcageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["relayed", "relayed_later"]
 
 PIECE = 1 << 18
 
@@ -17,6 +24,20 @@ def relayed(secure: ssl.SSLSocket) -> socket.socket:
     """A plain connection that ends in *secure*, for as long as this process lives or one of them is closed."""
     ours, theirs = socket.socketpair()
     threading.Thread(target=_carry, args=(ours, secure), name="migrate-tls", daemon=True).start()
+    return theirs
+
+
+def relayed_later(connect: Callable[[], ssl.SSLSocket]) -> socket.socket:
+    """The same, of a connection that is made once something is said on this one: at its other end somebody may only
+    then be there to agree on the keys. It ends where that fails."""
+    ours, theirs = socket.socketpair()
+
+    def run() -> None:
+        with ours, suppress(OSError, CardcageError):  # who waits for it hears that it has ended
+            select.select([ours], [], [])
+            _carry(ours, connect())
+
+    threading.Thread(target=run, name="migrate-tls", daemon=True).start()
     return theirs
 
 

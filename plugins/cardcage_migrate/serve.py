@@ -7,39 +7,57 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, UsageError
+from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage_fleet.session import Kind as SessionKind
 
-from cardcage_migrate.hold import migrate_recover
-from cardcage_migrate.outgoing import Limits, Outgoing, migrate_cancel
+from cardcage_migrate.hold import migrate_recover, standing
+from cardcage_migrate.leaving import migrate_cancel, migrate_start_postcopy
+from cardcage_migrate.limits import Limits
+from cardcage_migrate.outgoing import Outgoing
 from cardcage_migrate.progress import current
 from cardcage_migrate.reach import adopted, parse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
     from cardcage_fleet import Session
 
     from cardcage_migrate.progress import Progress
 
-__all__ = ["act", "migrate"]
+__all__ = ["act", "migrate", "resume"]
 
-KEYS = {"bandwidth", "downtime", "timeout", "strategy", "throttle", "patience"}
+KEYS = {"bandwidth", "downtime", "timeout", "strategy", "throttle", "patience", "mode"}
 
 
 def migrate(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[str, Any]:
-    """Session ``migrate``: ``{uri, limits}`` and the connection; frames with JSON tell how far it is. Who hangs up
-    cancels it, until it is too late."""
+    """Session ``migrate``: ``{uri, limits}`` and the connection, two unless the mode is ``precopy``; frames with JSON
+    tell how far it is. Who hangs up cancels it, until it is too late."""
     uri, told = arguments.get("uri"), arguments.get("limits", {})
     if not isinstance(uri, str) or not isinstance(told, dict) or arguments.keys() - {"uri", "limits"}:
         raise UsageError("expected uri and limits")
-    if told.keys() - KEYS or len(session.fds) != 1:
-        raise UsageError(f"expected limits out of {', '.join(sorted(KEYS))}, and a descriptor")
+    if told.keys() - KEYS or len(session.fds) != (1 if told.get("mode", "precopy") == "precopy" else 2):
+        raise UsageError(f"expected limits out of {', '.join(sorted(KEYS))}, and a descriptor for each connection")
     try:
         limits = Limits(**told)
     except TypeError as error:
         raise UsageError(f"limits: {error}") from error
     place = parse(uri)
     place.ask(machine.mediator, machine.label, machine.name, listen=False)
+    outgoing = Outgoing(machine, str(place), limits, _teller(session))
+
+    def hung_up() -> None:
+        with suppress(CardcageError):  # it is over, or too late
+            outgoing.cancel()
+
+    session.begin()
+    session.listen(lambda frame: None, hung_up)
+    links = iter(session.fds)
+    return outgoing.over(lambda: adopted(os.dup(next(links)))).table()
+
+
+def _teller(session: Session) -> Callable[[Progress], None]:
+    """Tells who has the *session* how far it is, while that listens."""
     gone = False
 
     def tell(progress: Progress) -> None:
@@ -50,27 +68,37 @@ def migrate(machine: Machine, arguments: dict[str, Any], session: Session) -> di
             except OSError:  # too late to cancel, or the listener does
                 gone = True
 
-    outgoing = Outgoing(machine, str(place), limits, tell)
+    return tell
 
-    def hung_up() -> None:
-        with suppress(CardcageError):  # it is over, or too late
-            outgoing.cancel()
 
+def resume(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Session ``migrate-resume``: ``{uri}`` and a new connection for the pages that are missing there; frames with JSON
+    tell how far it is. Who hangs up stops nothing."""
+    uri = arguments.get("uri")
+    if not isinstance(uri, str) or arguments.keys() - {"uri"} or len(session.fds) != 1:
+        raise UsageError("expected uri, and a descriptor")
+    parse(uri).ask(machine.mediator, machine.label, machine.name, listen=False)
+    ways = standing(machine)
+    if ways is None or ways.resume is None:
+        raise StateError(f"{machine.name}: no memory of it is missing anywhere")
     session.begin()
-    session.listen(lambda frame: None, hung_up)
-    return outgoing.over(lambda: adopted(os.dup(session.fds[0]))).table()
+    ways.resume(lambda: adopted(os.dup(session.fds[0]))[0], _teller(session))
+    found = current(machine)
+    return {} if found is None else found.table()
 
 
 def act(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Command ``migrate-act``: ``{act: cancel | show | recover}``."""
+    """Command ``migrate-act``: ``{act: cancel | show | recover | postcopy}``."""
     match arguments:
         case {"act": "cancel", **rest} if not rest:
             migrate_cancel(machine)
         case {"act": "recover", **rest} if not rest:
             migrate_recover(machine)
+        case {"act": "postcopy", **rest} if not rest:
+            migrate_start_postcopy(machine)
         case {"act": "show", **rest} if not rest:
             pass
         case _:
-            raise UsageError("expected act: cancel, show or recover")
+            raise UsageError("expected act: cancel, show, recover or postcopy")
     found = current(machine)
     return {} if found is None else found.table()

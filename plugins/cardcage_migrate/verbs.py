@@ -8,7 +8,7 @@ from cardcage.machine import Machine as PlainMachine
 
 from cardcage_migrate.hold import migrate_recover
 from cardcage_migrate.incoming import incoming
-from cardcage_migrate.outgoing import migrate, migrate_cancel
+from cardcage_migrate.leaving import migrate, migrate_cancel, migrate_start_postcopy
 from cardcage_migrate.progress import migrate_progress
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ class Verbs:
         timeout_strategy: Literal["cancel", "force"] = "cancel",
         throttle: bool = True,
         patience: float = 30.0,
+        mode: Literal["precopy", "postcopy", "hybrid"] = "precopy",
         tls_dir: str | os.PathLike[str] | None = None,
         tls_hostname: str = "",
         progress: Callable[[Progress], object] | None = None,
     ) -> Progress:
-        """See :func:`cardcage_migrate.outgoing.migrate`."""
+        """See :func:`cardcage_migrate.leaving.migrate`."""
         return migrate(
             self,
             uri,
@@ -51,22 +52,29 @@ class Verbs:
             timeout_strategy=timeout_strategy,
             throttle=throttle,
             patience=patience,
+            mode=mode,
             tls_dir=tls_dir,
             tls_hostname=tls_hostname,
             progress=progress,
         )
 
     def migrate_cancel(self: Any) -> None:
-        """See :func:`cardcage_migrate.outgoing.migrate_cancel`."""
+        """See :func:`cardcage_migrate.leaving.migrate_cancel`."""
         migrate_cancel(self)
+
+    def migrate_start_postcopy(self: Any) -> None:
+        """See :func:`cardcage_migrate.leaving.migrate_start_postcopy`."""
+        migrate_start_postcopy(self)
 
     def migrate_progress(self: Any) -> Progress | None:
         """See :func:`cardcage_migrate.progress.migrate_progress`."""
         return migrate_progress(self)
 
-    def migrate_recover(self: Any) -> None:
+    def migrate_recover(
+        self: Any, uri: str | None = None, *, tls_dir: str | os.PathLike[str] | None = None, tls_hostname: str = ""
+    ) -> None:
         """See :func:`cardcage_migrate.hold.migrate_recover`."""
-        migrate_recover(self)
+        migrate_recover(self, uri, tls_dir=tls_dir, tls_hostname=tls_hostname)
 
     @classmethod
     def incoming(

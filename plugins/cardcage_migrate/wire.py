@@ -19,6 +19,23 @@ STARTED   <   the destination runs: the source may end
 FAILED    <   instead of ACCEPT, READY or STARTED: text; the destination has not run and never will
 ABORT     >   instead of COMMIT: the source goes on
 ========  ==  =================================================================================================
+
+Post-copy has a second connection, to the same place, for pages. ACCEPT has a secret then, by which its first frame is
+known; and it can be made anew, as often as it breaks:
+
+========  ==  =================================================================================================
+MISSING   >   on the first connection, after the last PAGES: runs (as in PAGES, without bytes) that are out of date
+              there, and are not to be had before they come on the second one; then STATE follows
+JOIN      >   the secret, on the second connection
+JOINED    <   it is taken; with 1 in the argument pages are waited for: then MISSING tells which, and END. 2: it runs.
+              Once more, with 1 and without these, when the first pages may come
+REQUEST   <   pages that somebody waits for: their offsets (8)
+PAGES     >   as above; ZEROS: runs that are zero
+STARTED   <   the destination runs
+DONE      <   all pages are there, and the source is not needed any more; said back by it (the argument is 1 where the
+              machine has ended)
+FAILED    <   the machine is lost
+========  ==  =================================================================================================
 """
 
 from __future__ import annotations
@@ -33,7 +50,7 @@ from zlib import crc32
 from cardcage.errors import HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -50,7 +67,8 @@ __all__ = [
     "Kind",
     "LinkLost",
 ]
-__all__ += ["Peer", "Pipe", "Refused"]
+__all__ += ["ASKED", "OFFSET", "SECRET", "Peer", "Pipe", "Refused", "bare_runs", "pages_asked", "runs_in"]
+__all__ += ["tables_of_runs"]
 
 PREFACE = b"cardcage-move"
 VERSION = 1
@@ -61,6 +79,15 @@ RUN = struct.Struct("<QI")
 PIECE = 1 << 20
 """Bytes of RAM in a frame, at most."""
 RUNS = PIECE // 4096
+OFFSET = struct.Struct("<Q")
+SECRET = 32
+"""Bytes by which the connection for pages is known."""
+ASKED = 512
+"""Pages in a frame REQUEST, at most."""
+MOST = 4096
+"""Runs in a frame without their bytes, at most."""
+LONGEST = 1 << 30
+"""Bytes of such a run, at most."""
 
 
 class Kind(IntEnum):
@@ -78,15 +105,26 @@ class Kind(IntEnum):
     STARTED = 10
     FAILED = 11
     ABORT = 12
+    MISSING = 13
+    JOIN = 14
+    JOINED = 15
+    REQUEST = 16
+    ZEROS = 17
+    DONE = 18
 
 
 LARGEST = {
     Kind.HELLO: 4 << 20,
+    Kind.ACCEPT: SECRET,
     Kind.PAGES: PIECE + RUNS * RUN.size,
     Kind.STATE: PIECE,
     Kind.COMMIT: 1 << 16,
     Kind.FAILED: 4096,
     Kind.ABORT: 4096,
+    Kind.MISSING: MOST * RUN.size,
+    Kind.JOIN: SECRET,
+    Kind.REQUEST: ASKED * OFFSET.size,
+    Kind.ZEROS: MOST * RUN.size,
 }
 """Bytes of a body; no other kind has one."""
 _KINDS = {int(one): one for one in Kind}
@@ -171,8 +209,8 @@ class Channel:
         self._buffer = bytearray(1 << 16)
         self.set_patience(patience)
 
-    def set_patience(self, seconds: float) -> None:
-        """From now on the other side may be silent so long."""
+    def set_patience(self, seconds: float | None) -> None:
+        """From now on the other side may be silent so long; None for as long as it takes."""
         self.patience = seconds
         self.peer.settimeout(seconds)
 
@@ -262,10 +300,52 @@ def runs_in(frame: Frame, size: int) -> Sequence[tuple[int, int]]:
     table = frame.argument * RUN.size
     if not 0 < frame.argument <= RUNS or table > len(frame.body):
         raise BrokenStream(f"a frame of {frame.argument} runs of RAM")
-    found = list(RUN.iter_unpack(frame.body[:table]))
+    found = _in_ram(frame.body[:table], size)
+    if sum(length for _, length in found) != len(frame.body) - table:
+        raise BrokenStream("a frame of RAM without the bytes that it tells of")
+    return found
+
+
+def _in_ram(table: memoryview, size: int) -> list[tuple[int, int]]:
+    found = list(RUN.iter_unpack(table))
     for offset, length in found:
         if offset % 4096 or length % 4096 or not length or offset + length > size:
             raise BrokenStream(f"RAM at {offset:#x}, {length} bytes: the machine has {size}")
-    if sum(length for _, length in found) != len(frame.body) - table:
-        raise BrokenStream("a frame of RAM without the bytes that it tells of")
+    return found
+
+
+def tables_of_runs(runs: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Bodies of frames MISSING or ZEROS that tell of *runs*; one at least."""
+    table, told = bytearray(), False
+    for offset, length in runs:
+        for at in range(offset, offset + length, LONGEST):
+            table += RUN.pack(at, min(LONGEST, offset + length - at))
+            if len(table) == MOST * RUN.size:
+                yield bytes(table)
+                table, told = bytearray(), True
+    if table or not told:
+        yield bytes(table)
+
+
+def bare_runs(frame: Frame, size: int) -> Sequence[tuple[int, int]]:
+    """The (offset, size) of the runs of a frame MISSING or ZEROS, in order. Raises BrokenStream unless they are whole
+    pages of *size* bytes of RAM, each behind the one before."""
+    if len(frame.body) % RUN.size or frame.argument * RUN.size != len(frame.body):
+        raise BrokenStream(f"a frame of {frame.argument} runs of RAM")
+    found, end = _in_ram(frame.body, size), 0
+    for offset, length in found:
+        if offset < end:
+            raise BrokenStream(f"RAM at {offset:#x} twice, or out of order")
+        end = offset + length
+    return found
+
+
+def pages_asked(frame: Frame, size: int) -> Sequence[int]:
+    """The offsets in a frame REQUEST. Raises BrokenStream unless they are of pages of *size* bytes of RAM."""
+    if not frame.body or len(frame.body) % OFFSET.size:
+        raise BrokenStream("a frame REQUEST that asks for no page")
+    found = [offset for (offset,) in OFFSET.iter_unpack(frame.body)]
+    for offset in found:
+        if offset % 4096 or offset >= size:
+            raise BrokenStream(f"a page at {offset:#x} is asked for: the machine has {size} bytes")
     return found

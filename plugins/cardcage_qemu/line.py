@@ -224,9 +224,10 @@ class Line:
         return {name: table for name, table in found.items() if table}
 
     def _wait_for_disks(self) -> None:
-        """Disks that the guest writes are another machine's until it comes."""
-        from cardcage_migrate.expecting import waiting_drive
+        """Disks that the guest writes are another machine's until it comes, and its memory may come after it."""
+        from cardcage_migrate.expecting import waiting_drive, waiting_memory
 
+        waiting_memory(self.memory)
         for disk in self.devices:
             if disk["type"] != "virtio-blk" or disk.get("readonly") or disk["drive"].get("readonly"):
                 continue

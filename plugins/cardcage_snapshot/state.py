@@ -169,8 +169,8 @@ def _classes_in(type_: Any) -> Iterator[type]:
 def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> None:
     """Give *machine* (built or paused, its RAM already in place) the *state*.
 
-    ``start(boot=False)`` or ``resume`` then goes on from it; a later reset boots. Checks all before any change. With
-    *any_cpu* the processor may lack features that the guest was told of.
+    ``start(boot=False)`` or ``resume`` then goes on from it, and no device does anything before that; a later reset
+    boots. Checks all before any change. With *any_cpu* the processor may lack features that the guest was told of.
     Raises StateError while it runs, ConfigError when the machines differ or a device refuses its state.
     """
     if machine.state not in ("built", "paused"):
@@ -178,6 +178,10 @@ def restore(machine: Machine, state: MachineState, *, any_cpu: bool = False) -> 
     machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("load",), {"machine": machine.name}))
     with machine.lock:
         ready = fits(machine, state, any_cpu=any_cpu)
+        if machine.state == "built":  # else a queue with requests in it would be served at once
+            for plugged in machine.devices.values():
+                if "pause" in plugged.abilities:
+                    plugged.device.pause()
         machine.clock.set(state.clock)  # first: devices find their next alarms by it
         for id, device, loaded in ready:
             _told(f'the state of device "{id}"', partial(device.load, loaded))

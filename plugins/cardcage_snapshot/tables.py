@@ -55,7 +55,7 @@ def tables_of(config: Config, ids: Sequence[str] = ()) -> dict[str, Any]:
         "memory": {**memory, **_plain(config.memory.options)},
         "device": [
             {
-                "type": one.type,
+                "type": str(one.type),  # without the place in its file, which makes no copies
                 **{key: _plain(value) for key in DEVICE_KEYS if (value := getattr(one, key)) is not None},
                 **({"id": ids[at]} if ids else {}),
                 **_plain(one.options),
@@ -65,7 +65,7 @@ def tables_of(config: Config, ids: Sequence[str] = ()) -> dict[str, Any]:
         "accel": _plain(config.accel),
         "policy": _plain(config.policy),
         "security": _plain(config.guards),
-        "defaults": [[one.device, list(one.path), _plain(one.value)] for one in config.defaults],
+        "defaults": [[str(one.device), list(one.path), _plain(one.value)] for one in config.defaults],
     }
     if config.security:
         tables["security"]["checkers"] = [_spec(one.name, one.options) for one in config.security]
@@ -82,7 +82,7 @@ def _default(attribute: Any) -> Any:
 def _spec(name: str, options: Any) -> Any:
     if isinstance(options, str):
         return f"{name}:{options}"
-    return {"type": name, **_plain(options)}
+    return {"type": str(name), **_plain(options)}
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,8 @@ from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.ram import RamBlock
 from cardcage_migrate import incoming, wire
-from cardcage_migrate.outgoing import Cancelled, Limits, migrate, migrate_cancel
+from cardcage_migrate.leaving import migrate, migrate_cancel
+from cardcage_migrate.outgoing import Cancelled, Limits
 from cardcage_migrate.progress import Progress, migrate_progress
 from cardcage_migrate.reach import parse, tls_context
 from cardcage_migrate.wire import Frame, Kind, LinkLost, Refused
@@ -270,7 +271,7 @@ def return_to(disk: Path, vm: Any) -> None:
     """Let the image be as it was left, for the sake of the test."""
     from cardcage_migrate.hold import _ways
 
-    ((_, stamp),) = _ways[vm].__self__._left  # type: ignore[attr-defined]  # a bound method
+    ((_, stamp),) = _ways[vm].here.__self__._left  # type: ignore[attr-defined]  # a bound method
     os.utime(disk, ns=(stamp.modified, stamp.modified))
 
 
@@ -484,5 +485,6 @@ def test_words_of_the_stream() -> None:
     assert wire.VERSION == 1
     assert {one.name: int(one) for one in Kind} == {
         **{"HELLO": 1, "ACCEPT": 2, "PAGES": 3, "PING": 4, "PONG": 5, "STATE": 6, "END": 7, "READY": 8, "COMMIT": 9},
-        **{"STARTED": 10, "FAILED": 11, "ABORT": 12},
+        **{"STARTED": 10, "FAILED": 11, "ABORT": 12, "MISSING": 13, "JOIN": 14, "JOINED": 15, "REQUEST": 16},
+        **{"ZEROS": 17, "DONE": 18},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from cardcage.abilities import has
 from cardcage.host import Host
 from cardcage_migrate.disks import Movable
 from cardcage_nbd.disk import NbdDisk
+from cardcage_snapshot.restoring import given
+from cardcage_snapshot.state import capture, restore
 from migrate_kit import Coming
 from qmp_kit import Client
 from snapshot_kit import CODE, count, counting, counts_on
@@ -156,3 +159,40 @@ def test_by_qmp(tmp_path: Path) -> None:
 def test_a_servers_disk_is_movable() -> None:
     """Disks of NBD servers take part."""
     assert has(NbdDisk.__new__(NbdDisk), Movable)
+
+
+def test_a_configuration_of_a_file_is_plain(tmp_path: Path) -> None:
+    """The tables of a configuration that is given as a file, with devices, are JSON's kinds, and can be copied."""
+    path = tmp_path / "vm.toml"
+    path.write_text('[[device]]\ntype = "debugcon"\nchar = "null"\n[[device]]\ntype = "virtio-rng"\n')
+
+    def kinds(value: Any) -> set[type]:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return {type(value)}.union(*map(kinds, inner))
+
+    tables = given(path)
+    assert kinds(tables) <= {dict, list, str, int, bool, float}
+    assert copy.deepcopy(tables) == tables
+
+
+def test_nothing_is_done_before_it_goes_on(tmp_path: Path) -> None:
+    """A device of a machine that was built, and given a state, serves no request of that before the machine starts:
+    another copy may go on instead."""
+    disk = {"type": "virtio-blk", "drive": {"file": str(tmp_path / "disk.raw"), "format": "raw"}}
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    order: list[str] = []
+    with Host() as host:
+        with counting(tmp_path, host, platform="pc", memory="8M", devices=[disk]) as vm:
+            vm.start()
+            counts_on(vm, 10)
+            vm.pause()
+            state = capture(vm)
+        with counting(tmp_path, host, platform="pc", memory="8M", devices=[disk]) as vm:
+            (device,) = (one.device for one in vm.devices.values() if one.type == "virtio-blk")
+            for name in ("pause", "load", "resume"):
+                call = getattr(device, name)
+                setattr(device, name, lambda *some, call=call, name=name: (order.append(name), call(*some)))
+            restore(vm, state)
+            assert order == ["pause", "load"]
+            vm.start(boot=False)
+            assert order == ["pause", "load", "resume"]
