@@ -62,7 +62,6 @@ def cardcage_register(registry: Registry) -> None:
     registry.verb(
         "migrate_recover", "cardcage_migrate.hold:migrate_recover", help="go on with a migration that broke off"
     )
-    registry.memory("arriving", "cardcage_migrate.paging:ArrivingRam", help="RAM that another machine still has")
     registry.backend(
         "block",
         "arriving",

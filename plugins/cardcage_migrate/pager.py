@@ -13,7 +13,7 @@ hostile input; it is known by a secret, and may be made anew whenever it broke: 
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import json
 import os
 import select
@@ -29,8 +29,8 @@ from attrs import asdict, frozen
 from cardcage.errors import CardcageError, HostError
 from cardcage.security import Needs
 from cardcage_jail import confine_program
+from cardcage_snapshot.faults import Faults
 
-from cardcage_migrate.faults import Faults
 from cardcage_migrate.missing import Missing
 from cardcage_migrate.reach import DIAL, Waiting, parse
 from cardcage_migrate.relay import relayed
@@ -272,10 +272,10 @@ class Pager:
                 if not missing.has_all(offset, length):
                     raise BrokenStream("a page that was there already")
                 if kind is Kind.PAGES:
-                    faults.put(offset, frame.body[at : at + length])
+                    faults.put(offset, ctypes.addressof(ctypes.c_char.from_buffer(frame.body, at)), length, strict=True)
                     at += length
                 else:
-                    faults.zero(offset, length)
+                    faults.zero(offset, length, strict=True)
                 missing.remove(offset, length)
                 if self._asked:
                     self._asked.difference_update(range(offset, offset + length, 4096))
@@ -334,11 +334,8 @@ class Pager:
     def _zero(self, faults: Faults, offset: int) -> None:
         try:
             faults.zero(offset, 4096)
-        except OSError as error:
-            if error.errno == errno.EEXIST:  # it came meanwhile
-                faults.wake(offset, 4096)
-            else:
-                self._say("failed", f"a page could not be put in its place: {error.strerror}")
+        except OSError as error:  # one that came meanwhile is none
+            self._say("failed", f"a page could not be put in its place: {error.strerror}")
 
 
 def _hang_up(channel: Channel) -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cardcage.errors import ConfigError, HostError
 from cardcage.machine import State
-from cardcage.ram import Anonymous, Backing, fenced
+from cardcage.ram import Anonymous
 from cardcage.security import OPERATOR, Act
 from cardcage.units import say_size
+from cardcage_snapshot.faults import Faults
 
 from cardcage_migrate import DOORS
-from cardcage_migrate.faults import Faults, open_faults
+from cardcage_migrate.faults import open_faults
 from cardcage_migrate.hold import Hold
 from cardcage_migrate.missing import Missing
 from cardcage_migrate.pager import READY, Orders
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from cardcage_migrate.progress import Progress
     from cardcage_migrate.reach import Waiting
 
-__all__ = ["ArrivingRam", "Pager", "Paging"]
+__all__ = ["Pager", "Paging"]
 
 START = 20.0
 """Seconds that the pager may take to be there: a Python that starts on a busy host."""
@@ -45,14 +46,8 @@ COMING = ("save", "load", "fork", "migrate_out")
 WORDS = {"active": "postcopy-active", "paused": "postcopy-paused", "done": "completed", "failed": "failed"}
 """The words for it in :class:`~cardcage_migrate.progress.Progress`."""
 MIGHT = frozenset({"anonymous", "arriving"})
-
-
-class ArrivingRam(Anonymous):
-    """Memory back end ``arriving``: as ``anonymous``, and pages that never come end the machine, not the process."""
-
-    def allocate(self, size: int, name: str, /) -> Backing:
-        made = fenced(size)
-        return Backing(made.map, offset=made.offset, guarded=True)
+"""Of them, ``arriving`` is :class:`cardcage_snapshot.arriving.ArrivingRam`: pages that never come end the machine, not
+the process."""
 
 
 def own_ram(tables: dict[str, Any]) -> None:

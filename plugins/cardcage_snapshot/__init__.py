@@ -47,7 +47,7 @@ def cardcage_register(registry: Registry) -> None:
     registry.memory(
         "arriving",
         "cardcage_snapshot.arriving:ArrivingRam",
-        help="RAM of a compressed snapshot, which comes while the guest runs (Machine.restore)",
+        help="RAM that comes while the guest runs: of a compressed snapshot, or from another machine",
     )
     registry.boot(
         "saved",

@@ -32,9 +32,11 @@ MANY = 64
 """Messages that are read at once."""
 
 
-def opened_faults() -> int:
-    """A descriptor that watches no memory yet. Raises OSError: EPERM or EACCES where this user may not, EINVAL before
-    Linux 6.6."""
+def opened_faults(*, removals: bool = True) -> int:
+    """A descriptor that watches no memory yet; *removals*: ranges that are given back are events, too.
+
+    Raises OSError: EPERM or EACCES where this user may not, EINVAL before Linux 6.6.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     fd = int(libc.syscall(USERFAULTFD, FLAGS))
     if fd < 0:
@@ -44,7 +46,7 @@ def opened_faults() -> int:
         finally:
             os.close(device)
     try:
-        fcntl.ioctl(fd, API, (ctypes.c_uint64 * 3)(UFFD_API, EVENT_REMOVE | POISON, 0))
+        fcntl.ioctl(fd, API, (ctypes.c_uint64 * 3)(UFFD_API, EVENT_REMOVE * removals | POISON, 0))
     except BaseException:
         os.close(fd)
         raise
@@ -78,22 +80,27 @@ class Faults:
             elif event == REMOVED:
                 yield False, (one - self._base, two - one)
 
-    def put(self, offset: int, source: int, size: int) -> None:
+    def waited(self) -> list[int]:
+        """Offsets of pages that somebody waits for, of the events that nobody has read."""
+        return [offset for waits, (offset, _) in self.events() if waits]
+
+    def put(self, offset: int, source: int, size: int, *, strict: bool = False) -> None:
         """Put pages there from address *source*; those that are there already stay. Who waits goes on.
 
-        Raises BlockingIOError while ranges are being given back, until that is read of :meth:`events`; OSError.
+        Raises BlockingIOError while ranges are being given back, until that is read of :meth:`events`; FileExistsError
+        where one is there, if *strict*; OSError.
         """
-        self._fill(COPY, offset, size, source)
+        self._fill(COPY, offset, size, source, strict=strict)
 
-    def zero(self, offset: int, size: int) -> None:
+    def zero(self, offset: int, size: int, *, strict: bool = False) -> None:
         """The same with zeros."""
-        self._fill(ZEROPAGE, offset, size)
+        self._fill(ZEROPAGE, offset, size, strict=strict)
 
     def poison(self, offset: int, size: int) -> None:
         """The same with nothing: who touches them gets SIGBUS."""
         self._fill(POISON_PAGES, offset, size)
 
-    def _fill(self, request: int, offset: int, size: int, source: int | None = None) -> None:
+    def _fill(self, request: int, offset: int, size: int, source: int | None = None, *, strict: bool = False) -> None:
         at, end = offset, offset + size
         while at < end:
             words = [self._base + at, *(() if source is None else (source + at - offset,)), end - at, 0, 0]
@@ -101,7 +108,7 @@ class Faults:
             failed = self._ioctl(self.fd, ctypes.c_ulong(request), made)
             number = ctypes.get_errno()
             at += max(made[-1], 0)
-            if failed and number == errno.EEXIST:
+            if failed and number == errno.EEXIST and not strict:
                 fcntl.ioctl(self.fd, WAKE, (ctypes.c_uint64 * 2)(self._base + at, PAGE))
                 at += PAGE
             elif failed and (number != errno.EAGAIN or made[-1] <= 0):

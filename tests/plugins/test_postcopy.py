@@ -357,14 +357,18 @@ def test_a_host_that_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may not catch the kernel's faults is told what would allow it."""
     import ctypes
 
-    from cardcage_migrate import faults
+    from cardcage_migrate import faults as ours
+    from cardcage_snapshot import faults
 
     class Forbidding:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
         def syscall(self, *_: int) -> int:
             ctypes.set_errno(1)
             return -1
 
-    monkeypatch.setattr(faults, "_libc", Forbidding())
+    monkeypatch.setattr(ctypes, "CDLL", Forbidding)
     monkeypatch.setattr(faults, "DEVICE", "/nowhere/userfaultfd")
-    with pytest.raises(HostError, match=r"give it /nowhere/userfaultfd .*, or set vm.unprivileged_userfaultfd=1"):
-        faults.open_faults()
+    with pytest.raises(HostError, match=r"give it /dev/userfaultfd .*, or set vm.unprivileged_userfaultfd=1"):
+        ours.open_faults()

@@ -16,7 +16,7 @@ import pytest
 from cardcage.errors import CardcageError
 from cardcage.ram import PAGE, RamBlock
 from cardcage_jail import listen_at
-from cardcage_migrate.faults import Faults, open_faults
+from cardcage_migrate.faults import open_faults
 from cardcage_migrate.missing import Missing
 from cardcage_migrate.pager import Orders, Pager
 from cardcage_migrate.reach import Waiting, connect, parse
@@ -37,6 +37,7 @@ from cardcage_migrate.wire import (
     pages_asked,
     tables_of_runs,
 )
+from cardcage_snapshot.faults import Faults
 from cardcage_snapshot.pages import touched
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -277,7 +278,7 @@ def test_a_page_that_never_comes(tmp_path: Path) -> None:
             try:
                 os.pwrite(fd, block.view[4 * PAGE : 5 * PAGE], 0)
             except OSError as error:
-                found.append(error.errno)
+                found.append(error.errno or 0)
 
         thread = threading.Thread(target=write)
         thread.start()

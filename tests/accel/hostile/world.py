@@ -256,6 +256,8 @@ class World:
             state = start(cpu.get_state(), mode, role.start, cpu.index, self.maps, random.Random(1))
             state.system.cr3, state.system.cr0, state.system.cr4 = self.maps.long[0], 0x80010033, 0x6A0
             state.system.efer, state.registers.rflags = 0xD01, 0x3202
+            # its own: an NMI may come before the role's first instruction
+            state.registers.rsp = DATA + 0x8000 + 0x100 * cpu.index
         else:
             mode = r.choice(self.case.modes)
             self.counts[mode] += 1
