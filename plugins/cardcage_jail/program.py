@@ -13,13 +13,15 @@ from cardcage_jail.threads import in_all_threads
 __all__ = ["confine_program"]
 
 
-def confine_program(needs: Needs) -> None:
-    """Give up all capabilities, and, as far as the host can, files and system calls but those of *needs* and of the
-    interpreter; for good.
+def confine_program(needs: Needs, *, imports: bool = True) -> None:
+    """Give up all capabilities, and, as far as the host can, files and system calls but those of *needs*; for good.
+
+    Args:
+        imports: what the interpreter reads may be read still.
 
     Raises HostError.
     """
-    needs = Needs(read=(*OF_THE_HOST, *needs.read), sockets=needs.sockets)
+    needs = Needs(read=(*(OF_THE_HOST if imports else ()), *needs.read), sockets=needs.sockets)
     no_core_dumps()
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(())]
     ruleset = -1

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError
 from cardcage.ram import PAGE
-from cardcage_jail import landlock, seccomp
-from cardcage_jail.jail import NO_NEW_PRIVS, PRCTL, RESTRICT_SELF, capset, no_core_dumps
-from cardcage_jail.threads import in_all_threads
+from cardcage.security import Needs
+from cardcage_jail import confine_program
 
 from cardcage_snapshot.ram import ZEROS
 
@@ -69,7 +68,6 @@ def _alone(*kept: int) -> None:
     """Close what is the machine's, leave its terminal, and heed none of its signals."""
     gc.freeze()
     gc.disable()
-    no_core_dumps()
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -84,7 +82,7 @@ def _alone(*kept: int) -> None:
 def _watched(faults: Faults, chain: Chain, link: socket.socket) -> None:
     """Unpack in one more process: should it be killed, nobody may wait for ever, or see zeros in place of what was."""
     pid = os.fork()
-    _confine()
+    confine_program(Needs(), imports=False)  # what is unpacked is anybody's
     if pid == 0:
         try:
             Unpacker(faults, chain, link).run()
@@ -97,23 +95,6 @@ def _watched(faults: Faults, chain: Chain, link: socket.socket) -> None:
                 return faults.poison(0, faults.size)
             except BlockingIOError:
                 list(faults.events())
-
-
-def _confine() -> None:
-    """Give up all capabilities, files and system calls that this takes not, as far as the host knows how; for good.
-
-    What is unpacked is anybody's. Raises HostError.
-    """
-    calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(())]
-    ruleset = landlock.make_ruleset([], inet=False, unix=False) if landlock.abi() else -1
-    if ruleset >= 0:
-        calls.append((RESTRICT_SELF, (ruleset, 0)))
-    in_all_threads(calls)
-    if ruleset >= 0:
-        os.close(ruleset)
-    if seccomp.is_offered():
-        seccomp.Refusals()  # a call that is refused fails, and does not end the process
-        seccomp.confine([], ())
 
 
 class Unpacker:
