@@ -17,16 +17,16 @@ def confine_program(needs: Needs, *, imports: bool = True) -> None:
     """Give up all capabilities, and, as far as the host can, files and system calls but those of *needs*; for good.
 
     Args:
-        imports: what the interpreter reads may be read still.
+        imports: the files of *needs* and of the interpreter may be opened still; else none.
 
     Raises HostError.
     """
-    needs = Needs(read=(*(OF_THE_HOST if imports else ()), *needs.read), sockets=needs.sockets)
+    rules = rules_of(Needs(read=(*OF_THE_HOST, *needs.read), sockets=needs.sockets)) if imports else []
     no_core_dumps()
     calls = [(PRCTL, (NO_NEW_PRIVS, 1)), capset(())]
     ruleset = -1
     if landlock.abi():
-        ruleset = landlock.make_ruleset(rules_of(needs), inet="inet" in needs.sockets, unix="unix" in needs.sockets)
+        ruleset = landlock.make_ruleset(rules, inet="inet" in needs.sockets, unix="unix" in needs.sockets)
         calls.append((RESTRICT_SELF, (ruleset, 0)))
     in_all_threads(calls)
     if ruleset >= 0:
