@@ -56,6 +56,7 @@ class Serving:
         self._missing = Missing(block.size)
         self._channel: Channel | None = None
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._heard = threading.Event()
@@ -129,8 +130,10 @@ class Serving:
             raise self._error
 
     def close(self) -> None:
-        """Serve no more. Idempotent."""
-        if self._ended >= 0:
+        """Serve no more. Idempotent; from any thread."""
+        with self._closing:  # a migration that is over, and a machine that ends
+            if self._ended < 0:
+                return
             os.eventfd_write(self._ended, 1)
             if self._thread is not None:
                 self._thread.join()

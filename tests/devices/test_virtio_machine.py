@@ -76,6 +76,10 @@ def test_state_goes_through_text_into_another_machine(tmp_path: Path, disk: Path
     with machine(*devices) as other:
         other.memory.write(WINDOW, ram)
         restore(other, loads(text))
+        with other.lock:  # as a start does: nothing is served before
+            for one in other.devices.values():
+                if "pause" in one.abilities:
+                    one.device.resume()
         again = Function(other, 0x1042, enable=False)
         assert again.read(0x14, 1) == 15
         driver.adopt(other.memory)

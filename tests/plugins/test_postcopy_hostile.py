@@ -265,6 +265,28 @@ def test_words_of_a_hostile_destination(words: list[tuple[Kind, list[int], int]]
         assert len(pages) == len(set(pages)) <= PAGES
 
 
+def test_two_that_close_it_at_once() -> None:
+    """A migration that is over and a machine that ends may both end the serving of pages, at one moment."""
+    block, failed = RamBlock(PAGE), []
+
+    def close(serving: Serving, both: threading.Barrier) -> None:
+        both.wait()
+        try:
+            serving.close()
+        except OSError as error:
+            failed.append(error)
+
+    with closing(block):
+        for _ in range(200):
+            serving, both = Serving(block, SECRET, None, 20), threading.Barrier(2)
+            threads = [threading.Thread(target=close, args=(serving, both)) for _ in range(2)]
+            for one in threads:
+                one.start()
+            for one in threads:
+                one.join()
+    assert not failed
+
+
 def test_a_page_that_never_comes(tmp_path: Path) -> None:
     """Who waits for a page that is lost has an error, in the kernel too, and pages that are there stay."""
     block: Any = RamBlock(SIZE)
