@@ -386,12 +386,14 @@ def test_ksmd_is_as_found_after_a_killed_machine() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"built\n"
-        assert read_settings(KSM)["run"] == "1"
-        done = subprocess.run([*PROGRAM, "ksm"], capture_output=True, text=True, check=True)
-        assert "ksmd      runs" in done.stdout
-        assert f"machine of process {process.pid} (in use)" in done.stdout
-        kill(process)
+        try:
+            assert process.stdout.readline() == b"built\n"
+            assert read_settings(KSM)["run"] == "1"
+            done = subprocess.run([*PROGRAM, "ksm"], capture_output=True, text=True, check=True)
+            assert "ksmd      runs" in done.stdout
+            assert f"machine of process {process.pid} (in use)" in done.stdout
+        finally:
+            kill(process)
     until(lambda: read_settings(KSM) == before)
     done = subprocess.run([*PROGRAM, "ksm", "--restore"], capture_output=True, text=True, check=True)
     assert done.stdout == "there was nothing to restore\n"
