@@ -11,12 +11,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+from cardcage.errors import HostError
 from cardcage.machine import Machine
+from cardcage_migrate.faults import open_faults
 from cardcage_migrate.limits import Limits
 from cardcage_migrate.outgoing import Outgoing
 from cardcage_migrate.progress import Progress
 from cardcage_migrate.reach import connect, parse
 
+
+def _why_not() -> str:
+    try:
+        os.close(open_faults())
+    except HostError as error:
+        return str(error)
+    return ""
+
+
+possible = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+"""For what takes a host that has it."""
 SIDE = Path(__file__).parent / "plugins" / "postcopy_side.py"
 
 

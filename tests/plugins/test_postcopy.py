@@ -19,12 +19,14 @@ from cardcage_migrate.outgoing import Outgoing
 from cardcage_migrate.progress import Progress
 from cardcage_migrate.wire import Kind, LinkLost, Refused
 from migrate_kit import Coming, Cut, certificates, dead
-from postcopy_kit import Breaking, Side, dial, gone_over
+from postcopy_kit import Breaking, Side, dial, gone_over, possible
 from snapshot_kit import count, counting, counts_on
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
 AT, SIZE = 8 << 20, 8 << 20
 """Where RAM has noise."""
+
+pytestmark = possible
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from cardcage_migrate.reach import connect
 from cardcage_qemu import translate
 from listens import listens
 from migrate_kit import certificates
-from postcopy_kit import Breaking
+from postcopy_kit import Breaking, possible
 from qmp_kit import Client
 from snapshot_kit import CODE, count, counts_on
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, possible]
 
 CARDCAGE = [sys.executable, "-c", "import sys; from cardcage_cli import main; sys.exit(main())"]
 QEMU = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]

@@ -41,6 +41,7 @@ from cardcage_snapshot.faults import Faults
 from cardcage_snapshot.pages import touched
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from postcopy_kit import possible
 
 PAGES = 64
 SIZE = PAGES * PAGE
@@ -141,6 +142,7 @@ def joined(uri: str, secret: bytes = SECRET, left: Missing | None = None) -> Cha
     return channel
 
 
+@possible
 @settings(max_examples=25, phases=(Phase.generate,))  # it does not shrink: each example takes time
 @given(
     RUNS,
@@ -196,6 +198,7 @@ def _each(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(at, PAGE) for offset, size in runs for at in range(offset, offset + size, PAGE)]
 
 
+@possible
 def test_nobody_comes_without_the_secret(tmp_path: Path) -> None:
     """Who has another secret, or says something else, is hung up on; and who has it is heard after them."""
     missing = Missing(SIZE)
@@ -287,6 +290,7 @@ def test_two_that_close_it_at_once() -> None:
     assert not failed
 
 
+@possible
 def test_a_page_that_never_comes(tmp_path: Path) -> None:
     """Who waits for a page that is lost has an error, in the kernel too, and pages that are there stay."""
     block: Any = RamBlock(SIZE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from postcopy_kit import Side
+from postcopy_kit import Side, possible
 from test_snapshot_guest import CHECK, READ, WORK
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
@@ -47,6 +47,7 @@ def whole(side: Side) -> None:
         pass
 
 
+@possible
 @pytest.mark.once
 def test_a_guest_at_work_moves_before_its_memory(kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it writes 100 MB of memory a second, a disk and its console, a guest on two processors moves from host to
