@@ -49,6 +49,11 @@ def cardcage_register(registry: Registry) -> None:
         "cardcage_snapshot.arriving:ArrivingRam",
         help="RAM that comes while the guest runs: of a compressed snapshot, or from another machine",
     )
+    registry.doctor(
+        "memory on demand",
+        "cardcage_snapshot.check:faults",
+        help="userfaultfd, for post-copy migrations and compressed snapshots",
+    )
     registry.boot(
         "saved",
         "cardcage_snapshot.restoring:SavedBoot",

@@ -16,7 +16,7 @@ from cardcage.host import Host
 from cardcage.machine import Machine
 from cardcage.ram import PAGE
 from cardcage_fork import checkpoint, fork, revert
-from cardcage_snapshot import arriving, faults, unpacking
+from cardcage_snapshot import arriving, check, faults, unpacking
 from cardcage_snapshot.arriving import SERVICE, complete
 from installed import PROGRAM
 from leftovers import Leftovers
@@ -250,3 +250,20 @@ def test_a_machine_of_a_jail(saved: Path, runtime: Path) -> None:
     assert done.returncode == 124, done.stderr
     assert "refused" not in done.stderr
     assert "unpack" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "command"),
+    [(1, "/dev/userfaultfd: Operation not permitted", "vm.unprivileged_userfaultfd=1"), (22, "this kernel", "6.6")],
+)
+def test_doctor_says_what_would_help(monkeypatch: pytest.MonkeyPatch, number: int, said: str, command: str) -> None:
+    """``cardcage doctor`` names what a user who may not catch the kernel's faults needs."""
+
+    def refused() -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(check, "opened_faults", refused)
+    fine, found, help = check.faults()
+    assert not fine
+    assert said in found
+    assert command in help
