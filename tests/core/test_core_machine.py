@@ -34,6 +34,16 @@ def test_the_guest_ends_the_machine(make_machine: Any, offset: int, outcome: Any
         assert machine.wait(check=True) == outcome
 
 
+def test_a_failure_before_the_start(make_machine: Any) -> None:
+    """A machine that a card fails between its building and its start ends with that, and does not say "stopped"."""
+    machine = make_machine()
+    machine.fail(ZeroDivisionError("a card's mistake"))
+    with pytest.raises(ZeroDivisionError, match="a card's mistake"):
+        machine.start()
+    with pytest.raises(StateError, match="cannot pause"):
+        machine.pause()
+
+
 def test_a_debug_exit_with_code_0_is_no_failure(make_machine: Any) -> None:
     """``check`` is about what the guest says, not about the odd status of the command line."""
     assert make_machine(out(3, 0)).start().wait(20, check=True) == DebugExit(0)

@@ -155,11 +155,12 @@ def test_the_kernel_has_no_ring_of_imports() -> None:
 FACES = {"__init__.py", "host.py", "machine.py"}
 
 
-LINES, CODE = 8877, 5432
+LINES, CODE = 8884, 5436
 """The aim is 6,000 lines and 4,000 of code. These numbers only go down, but for the verbs of cards, 12 and 5, devices
 that come and go, 94 and 63, machines that are parked and forked (two protocols, two hooks, a loop that begins anew),
-156 and 103, waits that an interrupted one does not spoil, 69 and 38, firmware of a guest that goes on, 12 and 8, and
-metadata of distributions that is not read again while it stays as it is, 33 and 21."""
+156 and 103, waits that an interrupted one does not spoil, 69 and 38, firmware of a guest that goes on, 12 and 8,
+metadata of distributions that is not read again while it stays as it is, 33 and 21, and failures before a start, 7 and
+4."""
 
 
 def test_the_kernel_stays_small() -> None:

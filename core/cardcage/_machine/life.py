@@ -227,7 +227,7 @@ class Life:
         that has not started as it is, and stops any other with the error.
         """
         if self.state not in states:
-            raise StateError(f"cannot {name}: the machine is {'closed' if self._closed else self.state}")
+            raise _why_not(self, name)
         done = Event()
         problem: list[BaseException] = []
 
@@ -236,7 +236,7 @@ class Life:
                 if self.state in states:
                     act()
                 else:
-                    problem.append(StateError(f"cannot {name}: the machine is {self.state}"))
+                    problem.append(_why_not(self, name))
             except BaseException as error:  # the caller's to hear, and the machine's end
                 problem.append(error)
                 if self.state is not State.BUILT:
@@ -407,3 +407,10 @@ class Power:
     def resume(self) -> None:
         """The device no longer needs the pause that it asked for."""
         self._life.waits.resume(self._id)
+
+
+def _why_not(life: Life, name: str) -> BaseException:
+    """What keeps it from a transition: of one that failed before it was started, that."""
+    if name == "start" and life.failure is not None:
+        return life.failure
+    return StateError(f"cannot {name}: the machine is {'closed' if life._closed else life.state}")
