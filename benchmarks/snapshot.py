@@ -5,12 +5,14 @@
   monitor takes for them (the guest stands still for all of savevm).
 - Restore: from the call to the guest's first instruction, seen in its memory, in a process that has restored before:
   a tiny guest with 128 MiB and 8 GiB of RAM, and the Debian guest up to a command's answer; that one also with nothing
-  of its RAM's file in the page cache, with and without a working set beside it, in turns.
+  of its RAM's file in the page cache, with and without a working set beside it, in turns; and a compressed one with 450
+  MB of random data, unpacked while the guest runs and before, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import socket
@@ -24,7 +26,7 @@ from typing import Any
 
 from cardcage.host import Host
 from cardcage_agent import Machine as AgentMachine
-from cardcage_snapshot import Verbs
+from cardcage_snapshot import Verbs, arriving
 
 COUNTER = bytes.fromhex("31c08ed866ff060050ebf9")
 """xor ax, ax; mov ds, ax; again: inc dword [0x5000]; jmp again."""
@@ -83,6 +85,7 @@ def stops(host: Host, folder: Path, runs: int, accel: str) -> None:
     row("    until a command has answered", answers)
     row("stop, of a restored machine", [1000 * made.stood])
     cold(host, folder / "debian", runs)
+    packed(host, folder, runs, accel)
 
 
 def cold(host: Host, path: Path, runs: int) -> None:
@@ -103,6 +106,30 @@ def cold(host: Host, path: Path, runs: int) -> None:
     os.close(ram)
     for words, values in rows.items():
         row(f"restore from the disk, {words}", [one for one, _ in values])
+        row("    until a command has answered", [one for _, one in values])
+
+
+def packed(host: Host, folder: Path, runs: int, accel: str) -> None:
+    """Restores of a compressed snapshot: until the agent has answered, and until a command has."""
+    with Machine.debian(accel=accel, memory="1G", host=host, name="packed") as vm:
+        vm.start()
+        vm.run("head -c 450000000 /dev/urandom > /tmp/data", check=True)
+        vm.snapshot(folder / "packed", compress=True, replace=True)
+
+    def refused(**_: Any) -> int:
+        raise OSError(errno.ENOSYS, "as on a kernel without it")
+
+    ways = {"while the guest runs": arriving.opened_faults, "before": refused}
+    rows: dict[str, list[tuple[float, float]]] = {words: [] for words in ways}
+    for _ in range(runs):
+        for words, opened in ways.items():
+            arriving.opened_faults = opened
+            took, vm = timed(lambda: Machine.restore(folder / "packed", host=host))
+            with vm:
+                rows[words].append((took, took + timed(lambda vm=vm: vm.run("true", check=True))[0]))
+    arriving.opened_faults = ways["while the guest runs"]
+    for words, values in rows.items():
+        row(f"restore, compressed, unpacked {words}", [one for one, _ in values])
         row("    until a command has answered", [one for _, one in values])
 
 
