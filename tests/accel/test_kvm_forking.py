@@ -15,6 +15,7 @@ from cardcage.vcpu import Exit
 from cardcage.x86 import VCpuState
 from cardcage_kvm import abi, parking, state
 from cardcage_kvm.accel import KvmOptions
+from cardcage_kvm.vcpu import KvmVCpu
 from cardcage_kvm.vm import KvmVm
 from kvm_bench import CODE, Bench, MakeBench, Ops
 from test_kvm_interrupts import enable_apic_and_wait
@@ -138,6 +139,13 @@ def test_what_is_about_to_be_delivered_is_in_both(kvm_bench: MakeBench) -> None:
     assert forked(bench, lambda: bytes(state.read_events(vcpu.fd)) == before) == "True"
 
 
+def ports_of(vcpu: KvmVCpu) -> list[int]:
+    """Run until the handler has said so at a port: the ports."""
+    ops = Ops(lambda port, value: vcpu.kick())
+    assert vcpu.run(ops).reason is Exit.KICKED
+    return [one[1] for one in ops.seen]
+
+
 def test_the_irqchip_in_the_kernel_is_in_both(kvm_bench: MakeBench) -> None:
     """With irqchip full, a line that was programmed before the fork interrupts on both sides; so does the 8254."""
     bench = kvm_bench(irqchip="full")
@@ -150,9 +158,7 @@ def test_the_irqchip_in_the_kernel_is_in_both(kvm_bench: MakeBench) -> None:
     def interrupted() -> list[int]:
         bench.vm.set_irq(4, True)
         bench.vm.set_irq(4, False)
-        ops = Ops(lambda port, value: vcpu.kick())
-        assert vcpu.run(ops).reason is Exit.KICKED
-        return [one[1] for one in ops.seen]
+        return ports_of(vcpu)
 
     assert forked(bench, interrupted) == "[16]"
     assert interrupted() == [16]
@@ -169,13 +175,8 @@ def test_the_timer_in_the_kernel_is_in_both(kvm_bench: MakeBench) -> None:
     bench.page[CODE : CODE + len(start)] = start
     assert vcpu.run(Ops(lambda port, value: vcpu.kick() if port == 0x11 else None)).reason is Exit.KICKED
 
-    def interrupted() -> list[int]:
-        ops = Ops(lambda port, value: vcpu.kick())
-        assert vcpu.run(ops).reason is Exit.KICKED
-        return [one[1] for one in ops.seen]
-
-    assert forked(bench, interrupted) == "[16]"
-    assert interrupted() == [16]
+    assert forked(bench, lambda: ports_of(vcpu)) == "[16]"
+    assert ports_of(vcpu) == [16]
 
 
 @pytest.mark.parametrize("mode", [0, 1 << 17])
@@ -189,13 +190,8 @@ def test_the_timer_of_a_local_apic_is_in_both(kvm_bench: MakeBench, mode: int) -
     bench.page[CODE : CODE + len(start)] = start
     assert vcpu.run(Ops(lambda port, value: vcpu.kick() if port == 0x11 else None)).reason is Exit.KICKED
 
-    def interrupted() -> list[int]:
-        ops = Ops(lambda port, value: vcpu.kick())
-        assert vcpu.run(ops).reason is Exit.KICKED
-        return [one[1] for one in ops.seen]
-
-    assert forked(bench, interrupted) == "[16]"
-    assert interrupted() == [16]
+    assert forked(bench, lambda: ports_of(vcpu)) == "[16]"
+    assert ports_of(vcpu) == [16]
 
 
 @pytest.mark.parametrize("ring", [0, 1024])
