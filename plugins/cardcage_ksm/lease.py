@@ -176,16 +176,16 @@ class Lease:
 
     def _put_back(self, record: dict[str, Any]) -> None:
         """Restore the settings, except those that somebody else has changed since (the advisor is nobody else)."""
-        now, mine = read_settings(self._ksm), dict(record.get("set", {}))
-        if "advisor_mode" in mine:
-            mine["pages_to_scan"] = now.get("pages_to_scan")
-        for name in SETTINGS:
-            found = record.get("found", {}).get(name)
-            if name in mine and found is not None and now.get(name) == mine[name] != found:
-                try:
-                    (self._ksm / name).write_text(found)
-                except OSError as error:
-                    print(f"KSM: {name} could not be restored to {found}: {error.strerror}", file=sys.stderr)
+        now, mine, found = read_settings(self._ksm), record.get("set", {}), record.get("found", {})
+        ours = {name for name in mine if now.get(name) == mine[name] != found.get(name, mine[name])}
+        was, wanted, here = (one.get("advisor_mode") for one in (found, mine, now))
+        if was != wanted and here in (was, wanted):  # it sets pages_to_scan, and so does the kernel when it goes
+            ours.add("pages_to_scan")
+        for name in (one for one in SETTINGS if one in ours and one in found):
+            try:
+                (self._ksm / name).write_text(found[name])
+            except OSError as error:
+                print(f"KSM: {name} could not be restored to {found[name]}: {error.strerror}", file=sys.stderr)
         self._record.unlink(missing_ok=True)
 
     # the watcher
