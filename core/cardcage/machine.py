@@ -193,10 +193,10 @@ class Machine(Parking, metaclass=_Makers):
 
         def __getattr__(self, name: str) -> Any:
             host = None if name.startswith("_") else vars(self).get("host")  # None while it is being made
-            if host is None or (offer := host.registry._offers.get((VerbOffer.kind, name))) is None:
-                hint = near(name, host.registry.names(VerbOffer)) if host else ""
-                raise AttributeError(f"a machine has no attribute {name!r}, and no card offers it.{hint}")
-            return offer.load().__get__(self)
+            verbs = {one.name: one for one in host.registry.offers(VerbOffer)} if host else {}
+            if name not in verbs:
+                raise AttributeError(f"a machine has no attribute {name!r}, and no card offers it.{near(name, verbs)}")
+            return verbs[name].load().__get__(self)
 
     # building
 
