@@ -142,6 +142,64 @@ times 4096 db 0
 end:
 """
 
+# Asks the other processor 200 times for its time-stamp counter: 0x31 if each answer lies between two of its own.
+IN_STEP = """
+bits 32
+org 0x100000
+header:
+    dd 0x1badb002, 0x10003, -(0x1badb002 + 0x10003), header, header, 0, end, start
+start:
+    mov esp, end
+    cld
+    mov esi, trampoline
+    mov edi, 0x8000
+    mov ecx, trampoline.end - trampoline
+    rep movsb
+    mov dword [0x9000], 0
+    mov dword [0xfee000f0], 0x1ff
+    mov dword [0xfee00300], 0xc4500
+    mov dword [0xfee00300], 0xc4608
+    mov ebp, 200
+again:
+    rdtsc
+    mov esi, eax
+    mov edi, edx
+    mov byte [0x9000], 1
+answer:
+    pause
+    cmp byte [0x9000], 2
+    jne answer
+    rdtsc
+    sub eax, [0x9008]
+    sbb edx, [0x900c]
+    jc fail
+    mov eax, [0x9008]
+    mov edx, [0x900c]
+    sub eax, esi
+    sbb edx, edi
+    jc fail
+    dec ebp
+    jnz again
+    mov eax, 0x31
+    out 0xf4, eax
+fail:
+    mov eax, 2
+    out 0xf4, eax
+bits 16
+trampoline:
+    pause
+    cmp byte [cs:0x1000], 1
+    jne trampoline
+    rdtsc
+    mov [cs:0x1008], eax
+    mov [cs:0x100c], edx
+    mov byte [cs:0x1000], 2
+    jmp trampoline
+.end:
+times 4096 db 0
+end:
+"""
+
 
 # As suites of test kernels are made: 64-bit code in an ELF32 file. Prints its arguments, first module and the number
 # of processors that fw_cfg tells, and ends with 0.
@@ -258,6 +316,13 @@ def test_multiboot_guest_finds_a_pc_as_a_bios_leaves_it(accel: str, assemble: Ca
         assert next(one[3] for one in entries if one[1] <= segment << 4 < one[1] + one[2]) == 2
         assert bytes(read(segment << 4, 1)) == b"\x01"
         assert struct.unpack("<H", read(0x400, 2)) == (0x3F8,)
+
+
+def test_processors_count_time_in_step(assemble: Callable[[str], str]) -> None:
+    """What another processor reads of its time-stamp counter lies between two readings of the one that asked."""
+    with Machine(memory="32M", cpus=2, accel="tcg", boot={"kernel": assemble(IN_STEP)}, devices=EXIT) as machine:
+        machine.start()
+        assert machine.wait(60) == DebugExit(0x31)
 
 
 def test_a_kernel_takes_one_line_and_gives_its_status(assemble: Callable[[str], str]) -> None:
