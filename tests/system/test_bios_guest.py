@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from installed import PROGRAM
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+QEMU = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 EXIT = [{"type": "isa-debug-exit"}]
 
 # Waits for a tick at 0x46C with the vectors, the 8259s and the 8254 as they are, then asks services that are not there.
@@ -350,3 +352,16 @@ def test_a_suite_of_kernels_is_run_by_one_line_each(tmp_path: Path) -> None:
     command = [*PROGRAM, "run", "--accel", "tcg", "--kernel", "test.flat", *options.split()]
     done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (1, b"test.flat args\0NR_CPUS=3\n3"), done.stderr.decode()
+
+
+def test_a_suite_that_calls_qemu_takes_cardcage_qemu(assemble: Callable[[str], str]) -> None:
+    """Its options are taken; the status tells the guest's code, with nothing on standard error; a kernel that is not
+    there is told in the words that its runner looks for."""
+    words = "-nodefaults -device pc-testdev -device isa-debug-exit,iobase=0xf4,iosize=0x4 -vnc none -serial stdio"
+    command = [*QEMU, *words.split(), "-machine", "accel=tcg", "-kernel"]
+    for kernel, status, said in (
+        (assemble(IN_STEP), 0x31 * 2 + 1, b""),
+        ("_NO_FILE_4Uhere_", 2, b"could not load kernel '_NO_FILE_4Uhere_'"),
+    ):
+        done = subprocess.run([*command, kernel, "-smp", "2"], capture_output=True, check=False)
+        assert (done.returncode, said in done.stderr, bool(done.stderr)) == (status, True, bool(said))
