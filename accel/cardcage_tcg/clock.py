@@ -21,14 +21,14 @@ class Clock:
 
     Attributes:
         tsc_khz: frequency of the time-stamp counter. scale: that of kvmclock, (multiplier, shift).
-        zero: CLOCK_MONOTONIC when the VM was made. tsc_zero: the counter then.
+        tsc_zero: the counter when the VM was made.
     """
 
     def __init__(self, native: Native) -> None:
         self._native = native
         self.tsc_khz = self._frequency()
         self.scale = _pvclock_scale(self.tsc_khz)
-        self.tsc_zero, self.zero = self.pair()
+        self.tsc_zero = self.pair()[0]
 
     def pair(self) -> tuple[int, int]:
         """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
@@ -39,8 +39,12 @@ class Clock:
         tsc, now = self.pair()
         ticks, elapsed = tsc - since[0], now - since[1]
         self.tsc_zero += ticks
-        self.zero += elapsed
         return ticks, elapsed
+
+    def nanoseconds(self, tsc: int) -> int:
+        """What kvmclock says at *tsc*."""
+        multiplier, shift = self.scale
+        return (tsc << shift if shift >= 0 else tsc >> -shift) * multiplier >> 32
 
     def _frequency(self) -> int:
         """kHz of the time-stamp counter, measured once a process against CLOCK_MONOTONIC, from its library's load."""

@@ -26,6 +26,7 @@ QUIET: dict[str, str | None] = {
     "nographic": None,
     "display": "none",
     "vga": "none",
+    "vnc": "none",
     "parallel": "none",
     "msg": "",
     "L": "",
@@ -46,7 +47,6 @@ GLOBALS = (
 REFUSED = {
     "fda": "cardcage has no floppy disks",
     "tpmdev": "cardcage has no TPM",
-    "vnc": "cardcage has no display",
     "spice": "cardcage has no display",
 }
 

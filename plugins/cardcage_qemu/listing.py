@@ -71,13 +71,15 @@ def answer(words: Sequence[str], host: Host) -> str | None:
         option = word[2:] if word.startswith("--") else word[1:]
         if not word.startswith("-"):
             continue
-        if option == "version":
+        if option in ("version", "h", "help"):
             from cardcage import __version__
 
-            return f"QEMU emulator version {'.'.join(map(str, VERSION))} (cardcage {__version__})"
-        if option in ("h", "help"):
+            about = f"QEMU emulator version {'.'.join(map(str, VERSION))} (cardcage {__version__})"
+            if option == "version":
+                return about
             rows = [f"-{name}{' ...' if takes else ''}" for name, (takes, *_) in OPTIONS.items()]
-            return "\n".join(["usage: cardcage-qemu [options], as qemu-system-x86_64 has them (docs/qemu.md):", *rows])
+            usage = "usage: cardcage-qemu [options], as qemu-system-x86_64 has them (docs/qemu.md):"
+            return "\n".join([about, usage, *rows])  # its version first, as QEMU's
         value = next(rest, "") if option in OPTIONS and OPTIONS[option][0] else ""
         first, _, more = value.partition(",")
         if {"help", "?"}.isdisjoint((first, more)):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["OPTIONS"]
+PLAIN = dict.fromkeys(("qemu64", "kvm64"), "x86-64-v2")
+"""QEMU's processors without anybody's features, and what is closest to them."""
 SOURCES = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 
 
@@ -33,9 +35,11 @@ def on_kvm(line: Line, options: Options) -> None:
 
 def on_cpu(line: Line, options: Options) -> None:
     model = options.need("model")
-    if model not in MODELS:
+    if model in PLAIN:
+        line.warnings.append(f"{options.option} {model}: the guest finds cardcage's {PLAIN[model]}")
+    elif model not in MODELS:
         raise options.error(f"{model}: cardcage has {', '.join(MODELS)}")
-    line.machine["cpu"] = model
+    line.machine["cpu"] = PLAIN.get(model, model)
     options.harmless(
         check="", enforce="", migratable="on off", host_phys_bits="", host_cache_info="", kvm="on", topoext=""
     )

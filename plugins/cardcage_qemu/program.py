@@ -75,7 +75,19 @@ def run(host: Host, arguments: Namespace) -> int:
     if arguments.dump_toml or len(words) < len(arguments.words):
         print(dump(tables, line.notes()), end="")
         return 0
+    if kernel := line.boot.get("kernel"):
+        _kernel_is_there(kernel)
     return _run(host, line, tables)
+
+
+def _kernel_is_there(path: str) -> None:
+    """Say in QEMU's words, which runners of test kernels look for, that it is not. Raises ConfigError."""
+    from cardcage.errors import ConfigError
+
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"could not load kernel '{path}': {error.strerror}", file="-kernel") from error
 
 
 def _first_usable(host: Host, names: list[str]) -> list[str]:
@@ -92,6 +104,7 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
     from cardcage.config import Draft
     from cardcage.errors import StateError
     from cardcage.machine import Machine
+    from cardcage.outcome import DebugExit
     from cardcage_cli import SWITCH_INTERVAL, run_machine
     from cardcage_cli.running import STRAYS, threads_watched
     from cardcage_migrate import MEANT as COMING
@@ -136,6 +149,10 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
             outcome = machine.wait()
             if control.lingers and outcome.status == 0 and not control.quitted.is_set():
                 control.linger()
+            if isinstance(outcome, DebugExit) and not strays:
+                return (
+                    outcome.status
+                )  # without a word, as QEMU: suites take any on standard error for a failure of ours
         return run_machine(machine, console=None)
 
 

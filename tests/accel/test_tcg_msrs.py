@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
 from cardcage.accelerator import VmSpec
 from cardcage.errors import UsageError
+from cardcage.memory import PhysicalMemory, RamBlock, RamRange
+from cardcage.x86 import reset_state
 from cardcage_tcg import layout as L
 from cardcage_tcg.accel import Tcg
 from cardcage_tcg.cpu.msrlist import MSRS
@@ -150,3 +153,53 @@ def test_what_is_not_announced_faults() -> None:
         assert (cpu.msrs.read(0x3B), cpu.msrs.write(0x3B, 0)) == (None, False)
     finally:
         vm.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[PhysicalMemory, list[TcgVCpu]]]:
+    vm = Tcg().create_vm(VmSpec(cpus=2, irqchip="split"))
+    memory = PhysicalMemory()
+    memory.add(RamRange(0, 1 << 20, RamBlock(1 << 20)))
+    memory.attach(vm)
+    yield memory, [vm.create_vcpu(index) for index in range(2)]
+    vm.close()
+    memory.close()
+
+
+def kvmclock(memory: PhysicalMemory, address: int, tsc: int) -> int:
+    """The nanoseconds that a guest works out of the structure at *address* and its counter."""
+    _, _, zero, start, multiplier, shift, _ = struct.unpack("<IIQQIbB2x", memory.read(address, 32))
+    ticks = tsc - zero & ALL
+    return start + ((ticks << shift if shift >= 0 else ticks >> -shift) * multiplier >> 32)
+
+
+def test_kvmclock_is_the_same_on_all_processors(pair: tuple[PhysicalMemory, list[TcgVCpu]]) -> None:
+    """Processors that turned it on at different times say the same nanosecond at the same moment, whatever the guest
+    added to one's TSC."""
+    memory, cpus = pair
+    assert cpus[1].msrs.write(0x3B, 12345)
+    for index, cpu in enumerate(cpus):
+        assert cpu.msrs.write(0x4B564D01, 0x1000 + 64 * index | 1)
+    for tsc in (10**9, 10**12):
+        assert kvmclock(memory, 0x1000, tsc) == kvmclock(memory, 0x1040, tsc + 12345)
+
+
+def test_kvmclock_goes_on_in_another_machine(pair: tuple[PhysicalMemory, list[TcgVCpu]]) -> None:
+    """A state that is put elsewhere has the clock that it had: it follows the TSC, and not the machine's age."""
+    memory, (first, second) = pair
+    assert first.msrs.write(0x4B564D01, 0x1001)
+    before, state = kvmclock(memory, 0x1000, 10**12), first.get_state()
+    second.set_state(state)
+    assert kvmclock(memory, 0x1000, 10**12) == before
+
+
+def test_reset_takes_back_what_was_added_to_the_tsc(cpu: TcgVCpu) -> None:
+    """A state without TSC_ADJUST leaves the TSC as though the guest had never changed it; one with it, as it is."""
+    before = cpu.registers.field(L.TSC_OFFSET)
+    assert cpu.msrs.write(0x3B, 1 << 50)
+    state = cpu.get_state()
+    state.tsc = None
+    cpu.set_state(state)
+    assert cpu.registers.field(L.TSC_OFFSET) == before + (1 << 50) & ALL
+    cpu.set_state(reset_state(bootstrap=False))
+    assert (cpu.registers.field(L.TSC_OFFSET), cpu.msrs.read(0x3B)) == (before, 0)

@@ -466,3 +466,20 @@ def test_what_changes_nothing_is_listed() -> None:
         if name != "nographic":
             assert config() == config(*words), name
         assert f"-{name}" in page, name
+
+
+@pytest.mark.parametrize("name", ["qemu64", "kvm64"])
+def test_plain_processors_are_the_plainest_there_is(name: str) -> None:
+    """QEMU's models without anybody's features become x86-64-v2, with a warning that says so."""
+    line = translate([*KERNEL, "-cpu", f"{name},+x2apic"])
+    assert line.config()["machine"]["cpu"] == "x86-64-v2"
+    assert line.config()["machine"]["features"] == {"x2apic": True}
+    assert line.warnings == [f"-cpu {name}: the guest finds cardcage's x86-64-v2"]
+
+
+def test_help_begins_with_the_version() -> None:
+    """Scripts that work out QEMU's version read the first line of -h."""
+    with Host() as host:
+        text = answer(["-h"], host)
+    assert text is not None
+    assert text.startswith("QEMU emulator version 7.2.0 (cardcage ")

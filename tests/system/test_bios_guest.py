@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from installed import PROGRAM
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+QEMU = [sys.executable, "-c", "import sys; from cardcage_qemu import main; sys.exit(main())"]
 EXIT = [{"type": "isa-debug-exit"}]
 
 # Waits for a tick at 0x46C with the vectors, the 8259s and the 8254 as they are, then asks services that are not there.
@@ -142,6 +144,64 @@ times 4096 db 0
 end:
 """
 
+# Asks the other processor 200 times for its time-stamp counter: 0x31 if each answer lies between two of its own.
+IN_STEP = """
+bits 32
+org 0x100000
+header:
+    dd 0x1badb002, 0x10003, -(0x1badb002 + 0x10003), header, header, 0, end, start
+start:
+    mov esp, end
+    cld
+    mov esi, trampoline
+    mov edi, 0x8000
+    mov ecx, trampoline.end - trampoline
+    rep movsb
+    mov dword [0x9000], 0
+    mov dword [0xfee000f0], 0x1ff
+    mov dword [0xfee00300], 0xc4500
+    mov dword [0xfee00300], 0xc4608
+    mov ebp, 200
+again:
+    rdtsc
+    mov esi, eax
+    mov edi, edx
+    mov byte [0x9000], 1
+answer:
+    pause
+    cmp byte [0x9000], 2
+    jne answer
+    rdtsc
+    sub eax, [0x9008]
+    sbb edx, [0x900c]
+    jc fail
+    mov eax, [0x9008]
+    mov edx, [0x900c]
+    sub eax, esi
+    sbb edx, edi
+    jc fail
+    dec ebp
+    jnz again
+    mov eax, 0x31
+    out 0xf4, eax
+fail:
+    mov eax, 2
+    out 0xf4, eax
+bits 16
+trampoline:
+    pause
+    cmp byte [cs:0x1000], 1
+    jne trampoline
+    rdtsc
+    mov [cs:0x1008], eax
+    mov [cs:0x100c], edx
+    mov byte [cs:0x1000], 2
+    jmp trampoline
+.end:
+times 4096 db 0
+end:
+"""
+
 
 # As suites of test kernels are made: 64-bit code in an ELF32 file. Prints its arguments, first module and the number
 # of processors that fw_cfg tells, and ends with 0.
@@ -260,6 +320,13 @@ def test_multiboot_guest_finds_a_pc_as_a_bios_leaves_it(accel: str, assemble: Ca
         assert struct.unpack("<H", read(0x400, 2)) == (0x3F8,)
 
 
+def test_processors_count_time_in_step(assemble: Callable[[str], str]) -> None:
+    """What another processor reads of its time-stamp counter lies between two readings of the one that asked."""
+    with Machine(memory="32M", cpus=2, accel="tcg", boot={"kernel": assemble(IN_STEP)}, devices=EXIT) as machine:
+        machine.start()
+        assert machine.wait(60) == DebugExit(0x31)
+
+
 def test_a_kernel_takes_one_line_and_gives_its_status(assemble: Callable[[str], str]) -> None:
     """``cardcage run --kernel`` without a file needs what QEMU needs, and its status is QEMU's: value * 2 + 1."""
     options = ["--append", "x", "--cpus", "2", "--timeout", "60", "--device", "isa-debug-exit,iobase=0xf4,iosize=4"]
@@ -285,3 +352,16 @@ def test_a_suite_of_kernels_is_run_by_one_line_each(tmp_path: Path) -> None:
     command = [*PROGRAM, "run", "--accel", "tcg", "--kernel", "test.flat", *options.split()]
     done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (1, b"test.flat args\0NR_CPUS=3\n3"), done.stderr.decode()
+
+
+def test_a_suite_that_calls_qemu_takes_cardcage_qemu(assemble: Callable[[str], str]) -> None:
+    """Its options are taken; the status tells the guest's code, with nothing on standard error; a kernel that is not
+    there is told in the words that its runner looks for."""
+    words = "-nodefaults -device pc-testdev -device isa-debug-exit,iobase=0xf4,iosize=0x4 -vnc none -serial stdio"
+    command = [*QEMU, *words.split(), "-machine", "accel=tcg", "-kernel"]
+    for kernel, status, said in (
+        (assemble(IN_STEP), 0x31 * 2 + 1, b""),
+        ("_NO_FILE_4Uhere_", 2, b"could not load kernel '_NO_FILE_4Uhere_'"),
+    ):
+        done = subprocess.run([*command, kernel, "-smp", "2"], capture_output=True, check=False)
+        assert (done.returncode, said in done.stderr, bool(done.stderr)) == (status, True, bool(said))

@@ -61,16 +61,30 @@ EIGHT = {"WRITE8": 1 | 2 << 2, "ACCESS8": 3 | 2 << 2}
 DEFINES = "".join(f"%define {name} {value}\n" for name, value in EIGHT.items())
 
 
+def _records(lab: Lab) -> list[tuple[str, int, bool]]:
+    names = {address: name for name, address in lab.code.labels.items()}
+    found = []
+    for at in range(min(lab.word(RECORDS, 4), 60)):
+        rip, dr6, flags, _ = struct.unpack("<4Q", lab.read(RECORDS + 64 + 32 * at, 32))
+        found.append((names.get(rip, hex(rip)).removeprefix("at_"), dr6 ^ 0xFFFF0FF0, bool(flags & 0x10000)))
+    return found
+
+
+def _traps(*wanted: str) -> Callable[[Lab], list[str]]:
+    """A check of where the handler was entered, whatever DR6 said."""
+
+    def check(lab: Lab) -> list[str]:
+        found = [name for name, _, _ in _records(lab)]
+        return [] if found == [*wanted] else [f"debug exceptions were at {found}, expected {[*wanted]}"]
+
+    return check
+
+
 def _seen(*wanted: tuple[str, int] | tuple[str, int, bool]) -> Callable[[Lab], list[str]]:
     """A check of the handler's records: label at the saved RIP, DR6's bits, and where it is set the saved RF."""
 
     def check(lab: Lab) -> list[str]:
-        names = {address: name for name, address in lab.code.labels.items()}
-        count = lab.word(RECORDS, 4)
-        found = []
-        for at in range(min(count, 60)):
-            rip, dr6, flags, _ = struct.unpack("<4Q", lab.read(RECORDS + 64 + 32 * at, 32))
-            found.append((names.get(rip, hex(rip)).removeprefix("at_"), dr6 ^ 0xFFFF0FF0, bool(flags & 0x10000)))
+        found = _records(lab)
         expected = [(*one, False)[:3] for one in wanted]
         return [] if found == expected else [f"debug exceptions were {found}, expected {expected}"]
 
@@ -415,6 +429,23 @@ at_handler:
     iretq
 """,
         check=_seen(("nop", B0), ("handler", B0), ("second", B0)),
+        emulated="its emulator knows no data breakpoints",
+    ),
+    Program(
+        "breakpoint-before-int1",
+        "What a MOV SS meets is told with the #DB of an INT1 behind it: the handler is entered once",
+        HANDLER
+        + """
+    mov r8d, ss
+    mov [abs DATA], r8d
+    break_at 0, DATA, ACCESS(2)
+    mov ss, [abs DATA]
+    db 0x2E, 0x2E, 0xF1
+at_int1:
+    break_off
+    done
+""",
+        check=_traps("int1"),
         emulated="its emulator knows no data breakpoints",
     ),
     Program(

@@ -227,4 +227,61 @@ second_:                                ; on processor 1
         cpus=2,
         registers={"r8": 300},
     ),
+    Program(
+        "nmis-from-two",
+        "An NMI from each of two processors at once are two, though the first is being taken when the second comes",
+        """
+    apic_on
+    set_gate 2, by_nmi
+    set_gate 0x62, behind
+    mov dword [rbp + 0x300], 0xC4500
+    mov dword [rbp + 0x300], 0xC4609
+    mov dword [rbp + 0x310], 0
+    sti
+rounds:
+    mov qword [abs DATA], 0
+    inc dword [abs DATA + 8]            ; the other one sends, too
+    mov ecx, [abs DATA + 8]
+    and ecx, 0x3FF
+delay:
+    dec ecx
+    jns delay
+    mov dword [rbp + 0x300], 0x4400
+wait_:
+    pause
+    cmp dword [abs DATA + 4], 0
+    je wait_
+    cmp dword [abs DATA], 2
+    jne over
+    cmp dword [abs DATA + 8], 8000
+    jne rounds
+over:
+    cli
+    mov r8d, [abs DATA]
+    mov r9d, [abs DATA + 8]
+    done
+by_nmi:
+    inc dword [abs DATA]
+    iretq
+behind:                                 ; sent behind the other's NMI
+    inc dword [abs DATA + 4]
+    mov dword [rbp + 0xB0], 0
+    iretq
+    second_processor
+    xor ebx, ebx
+    mov dword [rbp + 0x310], 0
+next:
+    pause
+    cmp ebx, [abs DATA + 8]
+    je next
+    inc ebx
+    mov dword [rbp + 0x300], 0x4400
+    mov dword [rbp + 0x300], 0x4062
+    jmp next
+""",
+        irqchip="split",
+        cpus=2,
+        registers={"r8": 2, "r9": 8000},
+        emulated="8,000 rounds take it minutes",
+    ),
 )

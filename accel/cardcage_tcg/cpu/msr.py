@@ -81,6 +81,8 @@ class Msrs:
         if unknown := values.keys() - KNOWN:
             raise UsageError(f"the translator has no MSR {min(unknown):#x}")
         self._values = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
+        added = values.get(TSC_ADJUST, 0) - self._registers.field(L.TSC_ADJUST)
+        self._registers.set_field(L.TSC_OFFSET, self._registers.field(L.TSC_OFFSET) + added & (1 << 64) - 1)
         for index, at in FIELDS.items():
             if index not in (0x1B, 0xC0000080):
                 self._registers.set_field(at, values.get(index, 0))
@@ -93,19 +95,18 @@ class Msrs:
         self._vm.native.apic_msr(self._registers.pointer, TSC_DEADLINE, value is not None, ctypes.byref(word))
         return word.value
 
-    # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst) ----
+    # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst): the TSC but for what the guest added to it, in ns ----
+    # All processors have that counter in common, and so one clock, which Linux relies on where the flag says "stable".
 
     def _system_time(self, address: int) -> None:
-        vm = self._vm
-        tsc, nanoseconds = vm.clock.pair()
-        guest_tsc = tsc + self._registers.field(L.TSC_OFFSET) & 0xFFFFFFFFFFFFFFFF
-        multiplier, shift = vm.clock.scale
+        multiplier, shift = self._vm.clock.scale
         self._version = self._version + 2 & 0xFFFFFFFF
-        body = pack("<IIQQIbB2x", self._version, 0, guest_tsc, nanoseconds - vm.clock.zero, multiplier, shift, 1)
-        vm.memory.poke_physical(address, body)
+        zero = self._registers.field(L.TSC_ADJUST)
+        self._vm.memory.poke_physical(address, pack("<IIQQIbB2x", self._version, 0, zero, 0, multiplier, shift, 1))
 
     def _wall_clock(self, address: int) -> None:
-        now = time.time_ns() - (time.monotonic_ns() - self._vm.clock.zero)
+        tsc = self._vm.clock.pair()[0] + self._registers.field(L.TSC_OFFSET) - self._registers.field(L.TSC_ADJUST)
+        now = time.time_ns() - self._vm.clock.nanoseconds(tsc & (1 << 64) - 1)
         self._vm.memory.poke_physical(address, pack("<III", 2, now // 1_000_000_000, now % 1_000_000_000))
 
     # ---- the local APIC's registers as KVM shows them (KVM_GET_LAPIC) ----

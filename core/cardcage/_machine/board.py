@@ -125,8 +125,8 @@ class Board:
         for vcpu in self.vcpus:
             vcpu.set_state(first if vcpu.index == 0 else reset_state(bootstrap=False))
             if context.msrs:
-                state = vcpu.get_state()
-                state.msrs |= {index: value for index, value in context.msrs.items() if index in state.msrs}
+                state = vcpu.get_state()  # but for the TSC: it runs on, in step with the others'
+                state.tsc, state.msrs = None, state.msrs | {i: v for i, v in context.msrs.items() if i in state.msrs}
                 vcpu.set_state(state)
         self.life.gate.wake()
 

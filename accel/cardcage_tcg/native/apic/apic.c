@@ -80,10 +80,13 @@ void apic_post(struct cpu *t, u32 vector, u32 level)
 /* One NMI is latched while another is handled; a second waits where none is (SDM vol. 3, 6.7.1; KVM's limits). */
 static void post_nmi(struct cpu *t)
 {
-    u32 *nmi = &t->lapic.nmi, have = __atomic_load_n(nmi, __ATOMIC_SEQ_CST);
-    while (have < (__atomic_load_n(&t->nmi_blocked, __ATOMIC_SEQ_CST) ? 1u : 2u) &&
-           !__atomic_compare_exchange_n(nmi, &have, have + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-        ;
+    u32 *nmi = &t->lapic.nmi, have;
+    do { /* blocked first: events() takes one, then blocks, so that the count is not from before where this says so */
+        u32 blocked = __atomic_load_n(&t->nmi_blocked, __ATOMIC_SEQ_CST);
+        have = __atomic_load_n(nmi, __ATOMIC_SEQ_CST);
+        if (have >= (blocked ? 1u : 2u))
+            return;
+    } while (!__atomic_compare_exchange_n(nmi, &have, have + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
 }
 
 void apic_post_mode(struct cpu *t, u32 mode, u32 vector, u32 level)

@@ -165,7 +165,7 @@ static int transfer(struct cpu *c, struct event *e)
     else if (c->debug & DEBUG_RF)
         e->flags |= F_RF; /* IRET has just set it, or this is between two iterations of a string instruction */
     /* no trap after an instruction that raised or entered a handler, but for what a MOV SS met before an INT n */
-    c->debug &= e->kind == EVENT_SOFT || e->kind == EVENT_INT1 ? DEBUG_HELD | DEBUG_WATCHED : 0;
+    c->debug &= e->kind == EVENT_SOFT ? DEBUG_HELD | DEBUG_WATCHED : e->kind == EVENT_INT1 ? DEBUG_WATCHED : 0;
     c->shadow = c->once = 0;
     e->ext = e->kind != EVENT_SOFT;
     if (!(c->cr0 & CR0_PE))

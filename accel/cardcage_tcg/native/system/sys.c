@@ -352,7 +352,7 @@ static int events(struct cpu *c)
         __atomic_sub_fetch(&l->nmi, 1, __ATOMIC_SEQ_CST); /* others only add; the next one waits for IRET */
         c->poll = 1;
         c->halted = 0;
-        c->nmi_blocked = 1;
+        __atomic_store_n(&c->nmi_blocked, 1, __ATOMIC_SEQ_CST);
         return deliver(c, EX_NMI, 0, 0, EVENT_EXTERNAL);
     }
     extint = c->extint && (!apic || apic_extint_enabled(c));

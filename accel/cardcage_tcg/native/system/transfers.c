@@ -366,7 +366,14 @@ int h_int(struct cpu *c, u32 arg)
 }
 
 int h_int3(struct cpu *c, u32 arg) { return dispatch(c, EX_BP, 0, 0, EVENT_SOFT, next_rip(c, arg)); }
-int h_int1(struct cpu *c, u32 arg) { return dispatch(c, EX_DB, 0, 0, EVENT_INT1, next_rip(c, arg)); }
+/* What a MOV SS before it met is told with its own #DB, and not by another one in the handler as with INT n: processors do so, and suites
+ * of kernels rely on it. */
+int h_int1(struct cpu *c, u32 arg)
+{
+    if (c->debug & DEBUG_HELD)
+        c->dr[6] = (c->dr[6] & ~15ul) | (c->debug & DEBUG_HELD) >> 8;
+    return dispatch(c, EX_DB, 0, 0, EVENT_INT1, next_rip(c, arg));
+}
 
 int h_into(struct cpu *c, u32 arg)
 {
