@@ -92,7 +92,7 @@ _SHORT = frozenset(
     for name in (
         "memory_written memory_written_many apic_message kick set_extint ring_bell vread vwrite fetch walk once raise "
         "deliver_interrupt single_step load_pdptes look still hold_briefly dirty_log dirty_take dirty_revert reset tsc "
-        "get_eflags set_eflags apic_reset apic_save apic_load update_mode"
+        "get_eflags set_eflags apic_reset apic_save apic_load apic_msr rdtsc_pair update_mode"
     ).split()
 )
 """Calls of less than some microseconds, which wait for no thread that may want the GIL: they keep it, since getting it

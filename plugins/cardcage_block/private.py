@@ -91,8 +91,11 @@ def replace(fd: int) -> None:
 
 
 def folder_of(fd: int) -> str:
-    """The folder of an open file."""
-    return os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+    """The folder of an open file; where that is gone, as a restored machine's overlays are, the nearest one above."""
+    folder = os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+    while not os.path.isdir(folder) and len(folder) > 1:
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _nameless(fd: int) -> int:

@@ -89,7 +89,6 @@ def _enroll_copy(machine: Machine, parent: Record) -> bool:
     machines, which a process in its jail does not, and whose files take a new process long to read. Raises OSError in a
     jail, where nobody could find the copy otherwise.
     """
-    rename(machine, f"{machine.name}-{os.getpid()}")
     facts: dict[str, Any] = {} if is_inside() else {"namespace": pid_namespace(), "oom_kills": _kills(parent.entry)}
     facts |= {"name": machine.name, "pid": os.getpid(), "label": machine.label, "since": time.time(), "balloon": False}
     try:
@@ -132,7 +131,8 @@ def forking(machine: Machine) -> None:
 
 
 def forked(machine: Machine) -> None:
-    """This is a forked process: its machine has an entry and a door of its own, under a name that nobody has."""
+    """This is a forked process: its machine has an entry and a door of its own, under a name that nobody has. The guest
+    need not wait for them: it takes more time than all else."""
     record = _records(machine.host).pop(machine, None)
     if record is None:
         return
@@ -140,8 +140,14 @@ def forked(machine: Machine) -> None:
         door.abandon()
     if (fd := record.abandon()) >= 0:
         machine.loop.remove_reader(fd)
-    if _enroll_copy(machine, record):
-        _publish(machine, answers=door is not None)
+    rename(machine, f"{machine.name}-{os.getpid()}")
+
+    def enroll() -> None:
+        if _enroll_copy(machine, record):
+            _publish(machine, answers=door is not None)
+
+    later: list[Callable[[], object]] = machine.host.share("fork:later", list)  # see cardcage_fork.process
+    later.append(enroll)
 
 
 def _doors(host: Host) -> WeakKeyDictionary[Machine, Door]:

@@ -23,12 +23,19 @@ from cardcage_fork.serve import Server, leave_server
 from cardcage_fork.wire import Peer, pack_error, raise_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cardcage.machine import Machine
 
 __all__ = ["Made", "forget_link", "forget_links", "fork_process", "keep_link", "kill_process"]
 
 PATIENCE = 60
 """Seconds that a new process may take to be a machine of its own: it copies disks."""
+SETTLED, NAME = "settled", "name"
+"""Words of a copy: all that it has of its parent is its own; it can be found by that name."""
+LATER = "fork:later"
+"""What cards have added to this list of :meth:`cardcage.host.Host.share` in ``cardcage_forked`` is called once the copy
+runs, and before anybody hears of it: the guest does not wait for it."""
 _links: dict[socket.socket, int] = {}
 """The ends of links to copies that this process holds, and descriptors of their processes: a new copy closes them."""
 
@@ -103,9 +110,9 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
                 if born is None:
                     _keep(machine, child=False)
             if born is not None:
-                born.settle()
+                born.settle(tell=waits)
             elif waits:  # they copy what this machine would write
-                _await(made)
+                _await(made, SETTLED)
         if born is not None:
             if running:
                 machine.resume()
@@ -115,12 +122,11 @@ def fork_process(machine: Machine, count: int) -> list[Made]:
             born.die(error)
         _give_up(made)
         raise
-    if not waits:
-        try:
-            _await(made)
-        except BaseException:
-            _give_up(made)
-            raise
+    try:
+        _await(made, NAME)
+    except BaseException:
+        _give_up(made)
+        raise
     return made
 
 
@@ -168,8 +174,8 @@ def _fork(machine: Machine, there: list[Any]) -> Made | Birth:
     return Made(pid, ours)
 
 
-def _await(made: list[Made]) -> None:
-    """Wait until each copy is a machine of its own. Raises what went wrong in one."""
+def _await(made: list[Made], word: str) -> None:
+    """Wait until each copy has said the *word*. Raises what went wrong in one."""
     for one in made:
         if not await_readable(one.end.fileno(), PATIENCE):
             os.kill(one.pid, signal.SIGKILL)
@@ -180,7 +186,9 @@ def _await(made: list[Made]) -> None:
             raise HostError(f"the process of a copy ended before it was one (pid {one.pid})") from None
         if "error" in message:
             raise_error(message["error"])
-        one.name = str(message.get("name"))
+        if word not in message:
+            raise HostError(f"a copy said nothing of its {word} (pid {one.pid})")
+        one.name = str(message.get(NAME, ""))
 
 
 def _give_up(made: list[Made]) -> None:
@@ -196,11 +204,13 @@ class Birth:
 
     def __init__(self, machine: Machine, there: list[Any], end: socket.socket) -> None:
         self._machine, self._holders, self._end, self._peer = machine, there, end, Peer(end)
+        self._later: list[Callable[[], object]] = machine.host.share(LATER, list)
         self._told = False
 
-    def settle(self) -> None:
-        """Make anew what is the parent's, with the machine parked."""
+    def settle(self, *, tell: bool) -> None:
+        """Make anew what is the parent's, with the machine parked; *tell* the parent, if it waits for that."""
         machine = self._machine
+        self._later.clear()  # of a fork that failed
         with suppress(OSError):
             os.setsid()  # a terminal's signals are for the parent
         gc.freeze()  # whatever else the parent has is not ours to collect
@@ -214,12 +224,17 @@ class Birth:
         for one in self._holders:
             one.forked()
         machine.console.forward = None
-        self._peer.send({"name": machine.name})
-        self._told = True
+        if tell:
+            self._peer.send({SETTLED: True})
 
     def live(self) -> None:
-        """Serve the parent until it, or the guest, has had enough; then end the process."""
-        Server(self._machine, self._end).run()
+        """Do what could wait; serve the parent until it, or the guest, has had enough; then end the process."""
+        server = Server(self._machine, self._end)
+        while self._later:
+            self._later.pop(0)()
+        self._peer.send({NAME: self._machine.name})
+        self._told = True
+        server.run()
         self._end_process(0)
 
     def die(self, error: BaseException) -> None:

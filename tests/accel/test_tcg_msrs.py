@@ -103,8 +103,20 @@ def test_state_holds_them(cpu: TcgVCpu) -> None:
     cpu.set_state(state)
     assert (cpu.msrs.read(0x2FF), cpu.get_state().msrs[0xC0010015]) == (0xC00, 1 << 18)
     state.msrs[0x12345678] = 0
-    with pytest.raises(UsageError, match="0x12345678"):
+    for _ in range(2):
+        with pytest.raises(UsageError, match="0x12345678"):
+            cpu.set_state(state)
+
+
+def test_the_same_state_again(cpu: TcgVCpu) -> None:
+    """A state that is set again has what it has by then, and takes back what the guest wrote meanwhile."""
+    state = cpu.get_state()
+    for value in (0xC00, 0xC00, 0x800):
+        state.msrs[0x2FF] = value
         cpu.set_state(state)
+        assert cpu.msrs.read(0x2FF) == value
+        cpu.msrs.write(0x2FF, 0x806)
+        assert cpu.get_state().msrs[0x2FF] == 0x806
 
 
 def test_all_can_be_read(cpu: TcgVCpu) -> None:

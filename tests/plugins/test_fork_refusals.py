@@ -280,7 +280,7 @@ def test_a_descriptor_may_have_any_number(monkeypatch: pytest.MonkeyPatch) -> No
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         made = Made(1, socket.socket(fileno=number))
         Peer(theirs).send({"name": "high"})
-        process._await([made])
+        process._await([made], process.NAME)
         assert made.name == "high"
         made.end.close()
     monkeypatch.setattr(socket, "socketpair", _no_room)

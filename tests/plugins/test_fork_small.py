@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cardcage.errors import HostError
 from cardcage.host import Host
 from cardcage.machine import Machine, State
 from cardcage.outcome import DebugExit
+from cardcage_fleet import membership
 from cardcage_fork import Copy, checkpoint, fork, revert
+from cardcage_fork.process import LATER
 from cardcage_snapshot.creating import snapshot
 from cardcage_snapshot.verbs import Machine as Restored
 from leftovers import shared
@@ -55,6 +59,33 @@ def kept(one: Machine | Copy) -> str:
     while len(one.console.output) == before:
         assert one.state is State.RUNNING
     return one.console.output[before:]
+
+
+def test_what_can_wait_does_not_hold_up_the_guest(vm: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card leaves for later is done in the copy while its guest runs, and before anybody hears of the copy; if
+    it fails, there is no copy, and the parent goes on."""
+    heard, told = os.pipe()
+    before = membership.forked
+
+    def forked(machine: Machine, act: Callable[[], object]) -> None:
+        before(machine)
+        machine.host.share(LATER, list).append(act)
+
+    def tell() -> None:
+        os.write(told, f"{vm.name} {vm.state}".encode())
+
+    def fail() -> None:
+        raise HostError("there is no room")
+
+    monkeypatch.setattr(membership, "forked", partial(forked, act=tell))
+    with fork(vm)[0] as copy:
+        assert os.read(heard, 100).decode() == f"{copy.name} running"
+    monkeypatch.setattr(membership, "forked", partial(forked, act=fail))
+    with pytest.raises(HostError, match="there is no room"):
+        fork(vm)
+    assert kept(vm) == "a"
+    os.close(heard)
+    os.close(told)
 
 
 def test_a_copy_goes_on_from_where_its_parent_was(vm: Machine) -> None:

@@ -45,3 +45,26 @@ def test_a_copy_is_saved_and_not_its_parent(
             assert count(again) == at
             again.start(boot=False)
             counts_on(again, at)
+
+
+def test_a_copy_of_a_restored_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accel: str) -> None:
+    """A restored machine is forked though the overlay of its disk lies in a folder that is gone, and leaves nothing."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    drive: dict[str, Any] = {"type": "virtio-blk", "drive": {"file": str(disk), "format": "raw"}}
+    with Host() as host:
+        with counting(tmp_path, host, memory="64M", platform="pc", accel=accel, devices=[drive]) as vm:
+            vm.start()
+            counts_on(vm, 100)
+            made: Any = vm
+            made.snapshot(tmp_path / "saved")
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with Machine.restore(tmp_path / "saved", host=host) as again:
+            (copy,) = fork(again)
+            with copy:
+                assert copy.state == "running"
+                assert sorted(path.name for path in tmp_path.iterdir()) == before
+                (second,) = copy.fork()
+                second.close()
+            counts_on(again, count(again))

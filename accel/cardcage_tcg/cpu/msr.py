@@ -40,6 +40,8 @@ class Msrs:
         self._vm, self._registers = vm, registers
         self._values = dict(RESET)
         self._adjusts = "tsc-adjust" in vm.model.features
+        self._before: tuple[dict[int, int], dict[int, int]] = {}, dict(RESET)
+        """What :meth:`set_all` was given last, and what it made of it: a way back gives the same a thousand times."""
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
@@ -78,9 +80,12 @@ class Msrs:
 
     def set_all(self, values: dict[int, int]) -> None:
         """Set those given; the others take their reset value. Raises UsageError for an unknown MSR."""
-        if unknown := values.keys() - KNOWN:
-            raise UsageError(f"the translator has no MSR {min(unknown):#x}")
-        self._values = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
+        if values != self._before[0]:
+            if unknown := values.keys() - KNOWN:
+                raise UsageError(f"the translator has no MSR {min(unknown):#x}")
+            made = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
+            self._before = dict(values), made
+        self._values = dict(self._before[1])
         added = values.get(TSC_ADJUST, 0) - self._registers.field(L.TSC_ADJUST)
         self._registers.set_field(L.TSC_OFFSET, self._registers.field(L.TSC_OFFSET) + added & (1 << 64) - 1)
         for index, at in FIELDS.items():

@@ -171,7 +171,7 @@ class MachineClock:
     """
 
     def __init__(self, events: EventLoop) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc = ctypes.PyDLL(None, use_errno=True)  # which keeps the GIL: nothing here waits
         self._settime = self._libc.timerfd_settime
         self._events = events
         self._heap: list[tuple[int, int, MachineTimer]] = []
