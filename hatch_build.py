@@ -1,4 +1,4 @@
-"""Build hook: compiles the translator's library and the guest agent; the wheel is for Linux on x86-64, any Python 3."""
+"""Build hook: compiles two libraries and the guest agent; the wheel is for Linux on x86-64, any Python 3."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "accel/cardcage_tcg"
 AGENT = "plugins/cardcage_agent"
+VIRTIO = "devices/cardcage_virtio"
 COMPILER = "zig"  # the extra in pyproject.toml that names PyPI's compiler
 
 
 class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]  # hatchling names no argument
-    """Builds ``_native.so``, ``layout.py`` and the guest agent, and tags the wheel for their platform.
+    """Builds both ``_native.so``, ``layout.py`` and the guest agent, and tags the wheel for their platform.
 
-    The library needs Linux's system calls and x86-64, no Python and no C library, so ``linux_x86_64`` is all there is
+    The libraries need Linux's system calls and x86-64, no Python and no C library, so ``linux_x86_64`` is all there is
     to say; a manylinux tag would speak of a C library.
     """
 
@@ -33,19 +34,25 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]  # hatchling 
         """Called by hatchling before the wheel is put together; an editable one leaves its packages where they are."""
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-linux_x86_64"
-        builder, agent = self._builder(PACKAGE), self._builder(AGENT)
+        builder, agent, virtio = self._builder(PACKAGE), self._builder(AGENT), self._builder(VIRTIO)
         try:
             if version == "editable":
-                agent.build_in_place(builder.build_in_place())
+                cc = builder.build_in_place()
+                agent.build_in_place(cc)
+                virtio.build_in_place(cc)
                 return
             self._scratch = tempfile.TemporaryDirectory()  # until the hook is done with
             library, layout = Path(self._scratch.name, "_native.so"), Path(self._scratch.name, "layout.py")
             program = Path(self._scratch.name, agent.PROGRAM)
-            agent.build(program, builder.build(library, layout))
-        except (builder.BuildError, agent.BuildError) as error:
+            served = Path(self._scratch.name, f"virtio{virtio.LIBRARY}")
+            cc = builder.build(library, layout)
+            agent.build(program, cc)
+            virtio.build(served, cc)
+        except (builder.BuildError, agent.BuildError, virtio.BuildError) as error:
             raise SystemExit(f"cardcage: {error}") from None
         made = {library: PACKAGE, layout: PACKAGE, program: AGENT}
         build_data["force_include"] |= {str(one): f"{Path(of).name}/{one.name}" for one, of in made.items()}
+        build_data["force_include"][str(served)] = f"{Path(VIRTIO).name}/{virtio.LIBRARY}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Called by hatchling when the wheel is there."""

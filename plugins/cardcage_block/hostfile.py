@@ -269,6 +269,20 @@ class HostFile:
                 self._nowait = False  # a file system that cannot tell
             return False
 
+    def at_hand(self) -> tuple[int, int, int]:
+        """The descriptor, and the flags of preadv2(2) and pwritev2(2) by which :meth:`try_read` and :meth:`try_write`
+        would act now; below 0 where they would not. Of writes, whole pages only."""
+        if self._direct:
+            return self.fd, -1, -1
+        writes = os.RWF_NOWAIT if self._nowait_writes else -1 if self._doubt else 0
+        return self.fd, os.RWF_NOWAIT if self._nowait else -1, writes
+
+    def took(self, seconds: float) -> None:
+        """Writes by :meth:`at_hand` took so long."""
+        if not self._nowait_writes and seconds > WAITED:
+            self._doubts = min(2 * self._doubts, CALM[1])
+            self._doubt = self._doubts
+
     def _read_rest(self, offset: int, left: Sequence[memoryview], done: int, length: int) -> None:
         """The uncommon ways: more buffers than the kernel takes, misaligned direct I/O, a short read, the end."""
         while done < length:
@@ -341,9 +355,7 @@ class HostFile:
             return False
         began = perf_counter()
         done = pwritev(self.fd, buffers, offset)
-        if perf_counter() - began > WAITED:
-            self._doubts = min(2 * self._doubts, CALM[1])
-            self._doubt = self._doubts
+        self.took(perf_counter() - began)
         return done == length
 
     def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:

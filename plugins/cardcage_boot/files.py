@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
+from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from cardcage.config import beside
 from cardcage.errors import ConfigError
@@ -13,6 +17,7 @@ __all__ = ["MAX_FILE", "BootFile", "joined", "open_file", "unpacked"]
 
 MAX_FILE = 2 << 30
 """The most that is read of one boot file, in bytes."""
+CHUNK = 256 << 10
 
 
 @frozen
@@ -61,13 +66,42 @@ class BootFile:
         return self.unpack("I", offset, what)[0]
 
 
+_kept: WeakValueDictionary[tuple[str, str], BootFile] = WeakValueDictionary()
+"""What images in this process hold for resets, by name and kind: machines of one kernel are to have it once. It is
+compared each time, as a path may lead to other bytes."""
+
+
+def _kept_of(path: str, name: str, kind: str) -> BootFile | None:
+    """What is held of a file that is as it was."""
+    held = _kept.get((name, kind))
+    with suppress(OSError, ValueError):  # whoever reads it says so
+        if held is not None and held.path == path and stat.S_ISREG(os.stat(path).st_mode):
+            at = 0
+            with open(path, "rb", buffering=0) as stream:
+                while (part := stream.read(CHUNK)) and held.data.startswith(part, at):
+                    at += len(part)
+            if not part and at == len(held.data):
+                return held
+    return None
+
+
+def _keep(file: BootFile) -> BootFile:
+    _kept[file.name, file.kind] = file
+    return file
+
+
 def open_file(path: str, kind: str) -> BootFile:
-    """Read a whole file. Raises ConfigError when it cannot be read, is empty, or is above :data:`MAX_FILE`."""
+    """Read a whole file; or have it of an image in this process that holds the same bytes.
+
+    Raises ConfigError when it cannot be read, is empty, or is above :data:`MAX_FILE`.
+    """
     name, path = str(path), beside(path)
+    if (held := _kept_of(path, name, kind)) is not None:
+        return held
     data = read_file(path, MAX_FILE, kind)
     if not data:
         raise ConfigError(f"the file is empty: expected a {kind}", file=path)
-    return BootFile(path, data, kind, name)
+    return _keep(BootFile(path, data, kind, name))
 
 
 def joined(parts: list[BootFile]) -> bytes:

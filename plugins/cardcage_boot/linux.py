@@ -11,7 +11,7 @@ from attrs import field
 from cardcage.values import define, frozen
 
 from cardcage_boot.elf import Elf, is_elf, read_elf
-from cardcage_boot.files import BootFile, joined, open_file
+from cardcage_boot.files import BootFile, open_file
 from cardcage_boot.layout import PAGE, Room, linux32, long64, take_elf, write_elf, write_long_mode_tables
 
 if TYPE_CHECKING:
@@ -170,13 +170,17 @@ def linux_release(file: BootFile) -> str:
 
 @define
 class LinuxImage:
-    """A checked kernel, its initrd and command line; :meth:`load` may be called any number of times."""
+    """A checked kernel, its initrds and command line; :meth:`load` may be called any number of times."""
 
     file: BootFile
     header: Header
-    initrd: bytes = field(repr=False)
-    initrd_path: str
+    initrds: list[BootFile] = field(repr=False)
     command_line: bytes
+
+    @property
+    def initrd_size(self) -> int:
+        """Bytes of all initrds one after another, each padded to 4 bytes: Linux reads them as one."""
+        return sum(len(part.data) + 3 & ~3 for part in self.initrds)
 
     def load(self, context: BootContext, /) -> VCpuState:
         """Write tables, zero page, command line, kernel and initrd; the state enters at the 64-bit entry point."""
@@ -189,8 +193,11 @@ class LinuxImage:
             memory.write(kernel, memoryview(self.file.data)[self.header.payload :])
         else:
             write_elf(context, elf)
-        if self.initrd:
-            memory.write(initrd, self.initrd)
+        at = initrd
+        for part in self.initrds:
+            memory.write(at, part.data)
+            memory.write(at + len(part.data), bytes(-len(part.data) % 4))
+            at += len(part.data) + 3 & ~3
         memory.write(COMMAND_LINE, self.command_line + b"\0")
         seed = os.urandom(32)
         memory.write(SETUP_DATA, struct.pack("<QII", 0, SETUP_RNG_SEED, len(seed)) + seed)
@@ -218,15 +225,20 @@ class LinuxImage:
         )
 
     def _place_initrd(self, room: Room) -> int:
-        if not self.initrd:
+        size = self.initrd_size
+        if not size:
             return 0
         # As high as allowed: the kernel, and where KASLR may move it, keep the lower addresses.
-        at = room.find(len(self.initrd), low=1 << 20, high=self.header.initrd_max + 1, top=True)
+        at = room.find(size, low=1 << 20, high=self.header.initrd_max + 1, top=True)
         if at is None and self.header.above_4g:
-            at = room.find(len(self.initrd), low=self.header.initrd_max + 1, top=True)
+            at = room.find(size, low=self.header.initrd_max + 1, top=True)
         if at is None:
             return room.need(
-                len(self.initrd), "the initrd", file=self.initrd_path, low=1 << 20, high=self.header.initrd_max + 1
+                size,
+                "the initrd",
+                file=", ".join(part.path for part in self.initrds),
+                low=1 << 20,
+                high=self.header.initrd_max + 1,
             )
         return at
 
@@ -239,11 +251,11 @@ class LinuxImage:
 
         put("Q", 0x070, context.rsdp or 0)
         put("I", 0x0C0, initrd >> 32)
-        put("I", 0x0C4, len(self.initrd) >> 32)
+        put("I", 0x0C4, self.initrd_size >> 32)
         put("B", 0x210, 0xFF)  # type_of_loader: unknown to the kernel's list
         put("B", 0x211, (page[0x211] | LOADED_HIGH) & ~KEEP_SEGMENTS)
         put("I", 0x214, kernel)
-        put("II", 0x218, initrd & 0xFFFFFFFF, len(self.initrd) & 0xFFFFFFFF)
+        put("II", 0x218, initrd & 0xFFFFFFFF, self.initrd_size & 0xFFFFFFFF)
         put("I", 0x228, COMMAND_LINE)
         if self.header.version >= 0x209:
             put("Q", 0x250, SETUP_DATA)
@@ -261,14 +273,14 @@ def _address(entry: E820Entry) -> int:
 
 
 def open_linux(file: BootFile, initrds: list[str], append: str) -> LinuxImage:
-    """Check a kernel file, read its initrds (joined, each padded to 4 bytes) and check the command line."""
+    """Check a kernel file, read its initrds and check the command line."""
     header = elf_header(file) if is_elf(file.data) else read_header(file)
-    initrd = joined([open_file(path, "initrd") for path in initrds])
+    read = [open_file(path, "initrd") for path in initrds]
     line = append.encode("utf-8", "surrogateescape")
     limit = min(header.command_line_size, LOW_END - PAGE - COMMAND_LINE)
     if len(line) > limit or b"\0" in line:
         raise file.error(f"command line of {len(line)} bytes: this kernel takes at most {limit}, without NUL")
-    return LinuxImage(file, header, initrd, ", ".join(initrds), line)
+    return LinuxImage(file, header, read, line)
 
 
 @define

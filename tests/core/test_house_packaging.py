@@ -78,6 +78,7 @@ def wheel(exported: Path, compiler: None, tmp_path_factory: pytest.TempPathFacto
 
 BUILT = {
     "accel": ["cardcage_tcg/_native.so", "cardcage_tcg/layout.py"],
+    "devices": ["cardcage_virtio/_native.so"],
     "plugins": ["cardcage_agent/guest-agent"],
 }
 """What is compiled, by shelf."""

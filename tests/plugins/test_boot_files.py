@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,15 +27,32 @@ from cardcage_boot.elf import read_elf, section
 from cardcage_boot.files import BootFile
 from cardcage_boot.firmware import open_firmware
 from cardcage_boot.layout import Room
-from cardcage_boot.linux import open_linux
+from cardcage_boot.linux import LinuxLoader, open_linux
 from cardcage_boot.multiboot import MultibootLoader, open_multiboot
 from cardcage_boot.options import (
     AutoOptions,
+    LinuxOptions,
     MultibootOptions,
 )
 from cardcage_boot.pvh import open_pvh
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+
+def test_machines_of_one_kernel_have_it_once(write: Write) -> None:
+    """Images of the same files share their bytes, not those of a file that has changed, and nothing stays once no image
+    holds it."""
+    kernel, initrd = write("k", bzimage()), write("i", b"abcde")
+    first, second = (LinuxLoader(LinuxOptions(kernel, initrd)).open() for _ in range(2))
+    assert first.file is second.file  # type: ignore[attr-defined]  # a Linux image has it
+    assert first.initrds[0] is second.initrds[0]  # type: ignore[attr-defined]  # likewise
+    for changed in (b"abcdx", b"abcde\0", b"abcd", b"abcde"):
+        write("i", changed)
+        third: Any = LinuxLoader(LinuxOptions(kernel, initrd)).open()
+        assert third.initrds[0].data == changed
+    held = weakref.ref(third.initrds[0])
+    del third
+    assert held() is None
 
 
 def test_gzipped_kernel_is_unpacked(write: Write) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from struct import Struct, pack
+from time import perf_counter as now
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attrs import field
@@ -20,6 +21,7 @@ from cardcage.values import define, frozen
 
 from cardcage_virtio.devices.blk_errors import NO_ROOM, PROBE, Patience
 from cardcage_virtio.parking import HoldsNothing, ParksWorkers
+from cardcage_virtio.queue.lane import MAY_READ, MAY_WRITE, MOST, OTHER, Lane, why_not
 from cardcage_virtio.queue.request import RingError
 from cardcage_virtio.queue.workers import Workers
 
@@ -28,15 +30,17 @@ if TYPE_CHECKING:
 
     from cardcage.device import Slot
 
-    from cardcage_virtio.queue.request import Request
+    from cardcage_virtio.queue.request import Request, Ring
     from cardcage_virtio.virtio import Virtio
 
-__all__ = ["Blk", "BlkOptions", "Grows"]
+__all__ = ["Blk", "BlkOptions", "Grows", "Plain"]
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_MQ, F_DISCARD, F_ZEROES = 2, 5, 6, 9, 10, 12, 13, 14
 SECTOR, SEGMENTS, SECTORS_MAX = 512, 16, 1 << 21
+AT_ONCE = 1 << 20
+"""Bytes after which no further request is served before the driver hears of the last."""
 header = Struct("<I4xQ").unpack_from
 segment = Struct("<QII").iter_unpack
 
@@ -47,6 +51,19 @@ class Grows(Protocol):
     def grow(self, size: int, /) -> None:
         """Make the disk *size* bytes long, more than now, as ``info`` says then; what is added reads as zeros. Raises
         OSError; the disk is as before then."""
+
+
+class Plain(Protocol):
+    """A block back end whose bytes are those of a file, at the same offsets: most requests are then served past it, by
+    native code."""
+
+    def plain(self) -> tuple[int, int, int, int, int] | None:
+        """The file as it may be used now, for some requests: its descriptor; the flags by which preadv2(2) and
+        pwritev2(2) take no waiting, below 0 where they may; and from where to where it may be written, in whole pages.
+        A request that such a call does not serve in full goes to the back end. None when there is no such file."""
+
+    def took(self, seconds: float, /) -> None:
+        """Some such requests, writes among them, took so long."""
 
 
 @frozen
@@ -134,7 +151,12 @@ class Blk(ParksWorkers, HoldsNothing):
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
         quick = self._quick if self._try_read or self._try_write else None
-        self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick)
+        self._lanes: list[Lane | None] = [None] * len(self.queue_sizes)
+        bulk = self._bulk if has(self.backend, Plain) else None
+        if bulk is not None and (why := why_not()):
+            self._slot.log.info("requests are served by Python alone", why=why)
+            bulk = None
+        self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick, bulk)
 
     def unplug(self) -> None:
         self._patience.end()
@@ -215,6 +237,37 @@ class Blk(ParksWorkers, HoldsNothing):
         self._workers.drain()
 
     # requests
+
+    def _bulk(self, ring: Ring) -> int:
+        """Serve what native code can."""
+        found = self._lanes[ring.index]
+        if found is None or found.ring is not ring:
+            found = self._lanes[ring.index] = Lane.of(ring, self._slot.memory)
+        try:
+            file = self.backend.plain() if found is not None else None
+        except OSError:  # it was revoked: each request is told
+            return OTHER
+        if found is None or file is None:
+            return OTHER
+        lane = found.lane
+        lane.fd, reads, writes, lane.write_low, high = file
+        lane.write_high = max(high, 0)
+        may_write = writes >= 0 and not self.readonly and self._io.has(F_FLUSH)
+        lane.may = MAY_READ * (reads >= 0) | MAY_WRITE * may_write
+        lane.read_flags, lane.write_flags = reads, writes
+        lane.bytes, lane.mask, lane.budget = self.info.size, self.block - 1, AT_ONCE
+        began, before = now(), self.counts.writes
+        why = found.serve(MOST, self._count)
+        if self.counts.writes != before:
+            self.backend.took(now() - began)
+        return why
+
+    def _count(self, lane: Any) -> None:
+        counts = self.counts
+        counts.reads += lane.reads
+        counts.read_bytes += lane.read_bytes
+        counts.writes += lane.writes
+        counts.written_bytes += lane.write_bytes
 
     def _quick(self, request: Request) -> int | None:
         """Serve a plain read whose bytes the host has at hand, or a plain write that it takes at once."""

@@ -45,6 +45,9 @@ class SplitRing:
         interrupt: called with the queue number, on any thread.
         segments: requests of many parts may have them as :class:`~cardcage.segments.Segments`.
 
+    Attributes:
+        position: the available index up to which requests were taken. longest: entries of an indirect table.
+
     Raises RingError for a bad size or alignment, GuestMemoryError when a part is not RAM.
     """
 
@@ -65,21 +68,21 @@ class SplitRing:
         if table & 15 or avail & 1 or used & 3:
             raise RingError(f"ring parts {table:#x}, {avail:#x}, {used:#x} are not aligned")
         self.index, self.size, self.batching, self.dead = index, size, False, False
-        self._memory, self._event_index, self._interrupt = memory, event_index, interrupt
+        self._memory, self.event_index, self._interrupt = memory, event_index, interrupt
         self._window = Window(memory)
         self._table = memory.view(table, 16 * size)
         self._avail = memory.view(avail, 6 + 2 * size).cast("H")
         self._used = memory.view(used, 6 + 8 * size)
         self._used16 = self._used.cast("H")
         self._used_area = (used, 6 + 8 * size)
-        self._mask, self._limit = size - 1, max(size, INDIRECT_MAX)
-        self._last = 0
+        self._mask, self.longest = size - 1, max(size, INDIRECT_MAX)
+        self.position = 0
         self._tail = self._signalled = 0
         self._straight = STRAIGHT if segments else 1 << 32
         self._lock = Lock()
 
     def pop(self) -> Request | None:
-        last, avail = self._last, self._avail
+        last, avail = self.position, self._avail
         index = avail[1]
         if index == last:
             return None
@@ -100,7 +103,7 @@ class SplitRing:
                 raise RingError(f"descriptor {at} is outside its table of {size}")
             address, length, flags, at = entries[at] if entries else descriptor(table, at << 4)
             if flags & INDIRECT:
-                if entries or flags & NEXT or not length or length & 15 or length >> 4 > self._limit:
+                if entries or flags & NEXT or not length or length & 15 or length >> 4 > self.longest:
                     raise RingError(f"indirect table of {length} bytes, flags {flags:#x}, is invalid")
                 size, at = length >> 4, 0
                 inside = low <= address and address + length <= high
@@ -108,7 +111,7 @@ class SplitRing:
                 if size >= self._straight and not readable and not areas:
                     found = straight(view, window, packed=False)
                     if found is not None:
-                        self._last = last + 1 & 0xFFFF
+                        self.position = last + 1 & 0xFFFF
                         return Request(self, head, 1, *found)
                 entries = list(descriptors(view))
                 left += size
@@ -135,11 +138,16 @@ class SplitRing:
             left -= 1
             if not left:
                 raise RingError(f"descriptor chain at {head} is longer than its table: a loop?")
-        self._last = last + 1 & 0xFFFF
+        self.position = last + 1 & 0xFFFF
         return Request(self, head, 1, readable, writable, areas)
 
+    @property
+    def parts(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Descriptor table, driver area and device area."""
+        return self._table, self._avail, self._used
+
     def unpop(self, request: Request) -> None:
-        self._last = self._last - 1 & 0xFFFF
+        self.position = self.position - 1 & 0xFFFF
 
     def push(self, request: Request, written: int) -> None:
         if written > 0:
@@ -162,6 +170,17 @@ class SplitRing:
                 tail += 1
             self._tail = self._used16[1] = tail & 0xFFFF
 
+    def push_elements(self, elements: memoryview, count: int) -> None:
+        """As :meth:`push_many` for *count* requests, as the used ring holds them. What they changed is reported."""
+        with self._lock:
+            if self.dead:
+                return
+            tail, at = self._tail, self._tail & self._mask
+            first = min(count, self.size - at)
+            self._used[4 + 8 * at : 4 + 8 * (at + first)] = elements[: 8 * first]
+            self._used[4 : 4 + 8 * (count - first)] = elements[8 * first : 8 * count]
+            self._tail = self._used16[1] = tail + count & 0xFFFF
+
     def signal(self) -> None:
         with self._lock:
             tail, before = self._tail, self._signalled
@@ -169,7 +188,7 @@ class SplitRing:
                 return
             self._signalled = tail
         self._memory.written(*self._used_area)
-        if self._event_index:
+        if self.event_index:
             if tail - self._avail[2 + self.size] - 1 & 0xFFFF >= tail - before & 0xFFFF:
                 return
         elif self._avail[0] & 1:
@@ -177,18 +196,18 @@ class SplitRing:
         self._interrupt(self.index)
 
     def more(self) -> bool:
-        return self._avail[1] != self._last
+        return self._avail[1] != self.position
 
     def rearm(self) -> bool:
-        if self._event_index:
-            self._used16[2 + 4 * self.size] = self._last
+        if self.event_index:
+            self._used16[2 + 4 * self.size] = self.position
         elif self._used16[0]:
             self._used16[0] = 0
         with self._lock:
-            return self._avail[1] != self._last
+            return self._avail[1] != self.position
 
     def silence(self) -> None:
-        if not self._event_index:  # with EVENT_IDX the old event index, now passed, is silent by itself
+        if not self.event_index:  # with EVENT_IDX the old event index, now passed, is silent by itself
             self._used16[0] = 1
 
     def close(self) -> None:
@@ -196,11 +215,11 @@ class SplitRing:
             self.dead = True
 
     def save(self) -> tuple[int, int, int, int]:
-        return self._last, self._tail, 0, 0
+        return self.position, self._tail, 0, 0
 
     def stands_at(self, state: tuple[int, int, int, int]) -> bool:
-        return (self._last, self._tail, self._signalled) == (state[0], state[1], state[1])
+        return (self.position, self._tail, self._signalled) == (state[0], state[1], state[1])
 
     def load(self, state: tuple[int, int, int, int]) -> None:
-        self._last, self._tail = state[0], state[1]
+        self.position, self._tail = state[0], state[1]
         self._signalled = self._tail

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cardcage.memory import GuestMemoryError
 
+from cardcage_virtio.queue.lane import EMPTY, MORE, OTHER
 from cardcage_virtio.queue.request import RingError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Workers:
         quick: serves a request on the notifying thread if that takes no waiting, else returns None with nothing done.
             Used for the first requests of a notification while all workers are idle: waking a worker costs more than a
             read from the host's page cache.
+        bulk: likewise serves all that it can of a ring, which nobody else takes from meanwhile, and tells why it
+            stopped (:mod:`.lane`); the caller signals.
 
     A device with workers calls :meth:`notify` in ``notified``, :meth:`drain` in ``drain``, :meth:`close` in ``unplug``
     and ``park``, :meth:`start` in ``unpark``.
@@ -66,8 +69,9 @@ class Workers:
         threads: int,
         name: str,
         quick: Callable[[Request], int | None] | None = None,
+        bulk: Callable[[Ring], int] | None = None,
     ) -> None:
-        self._io, self._process, self._quick = io, process, quick
+        self._io, self._process, self._quick, self._bulk = io, process, quick, bulk
         self._wake: SimpleQueue[int | None] = SimpleQueue()
         self._scheduled = [False] * len(io.queues)
         self._waited = [0] * len(io.queues)
@@ -108,6 +112,8 @@ class Workers:
             return False
         done: list[tuple[Request, int]] = []
         try:
+            if self._bulk is not None and (why := self._bulk(ring)) != OTHER:
+                return why == EMPTY
             while len(done) < QUICK and (request := ring.pop()) is not None:
                 written = quick(request)
                 if written is None:
@@ -197,6 +203,13 @@ class Workers:
             most = 1 if shared[index] else BATCH
             with lock:
                 ring.silence()
+                if self._bulk is not None and not self._again[index] and most > 1:
+                    why = self._bulk(ring)
+                    ring.signal()
+                    if why == EMPTY:
+                        return
+                    if why == MORE:
+                        continue
                 if self._again[index]:
                     batch = [one for one in self._again[index][:most] if one.ring is ring]
                     del self._again[index][:most]
