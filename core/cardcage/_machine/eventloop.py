@@ -183,6 +183,7 @@ class MachineClock:
 
     def start(self) -> None:
         """Make the descriptor, or make it anew after :meth:`close`."""
+        self._armed = False
         self._fd = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -232,7 +233,9 @@ class MachineClock:
             self._write_alarm(0 if self._alarm is None else max(self._alarm + self._base, 1))
 
     def _write_alarm(self, at: int) -> None:
-        at = min(at, (1 << 63) - 1)  # a guest may ask for the end of time
+        if not at and not self._armed:
+            return
+        self._armed, at = bool(at), min(at, (1 << 63) - 1)  # a guest may ask for the end of time
         spec = _TimerSpec((0, 0), (at // 1_000_000_000, at % 1_000_000_000))
         self._settime(self._fd, TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
 
