@@ -49,6 +49,16 @@ class Grows(Protocol):
         OSError; the disk is as before then."""
 
 
+class ChangesHands(Protocol):
+    """A block back end whose disk somebody else may open meanwhile (``cardcage_migrate.Movable``)."""
+
+    def let_go(self) -> None:
+        """Make all that was written stable, and let others have the disk. No request is under way. Raises OSError."""
+
+    def take_back(self) -> None:
+        """It is this back end's again, as it was. Raises HostError."""
+
+
 @frozen
 class BlkOptions:
     """Options of ``virtio-blk``.
@@ -207,6 +217,47 @@ class Blk(ParksWorkers, HoldsNothing):
             raise HostError(f"{name}: {error.strerror or error}") from error
         self.info = self.backend.info
         self._slot.loop.call_soon(self._io.config_changed)
+
+    def change_drive(self, drive: str | dict[str, Any], /) -> None:
+        """Have *drive* in the place of the one that is there: the same disk to the guest, which is told nothing. Under
+        the machine's lock. Raises what opening it raises, or HostError; the disk is as before then."""
+        host: Any = self._slot.host
+        name = self._slot.id
+        old: Any = self.backend
+        if not has(self.backend, ChangesHands):
+            raise HostError(f"{name}: its drive is of a kind that nobody else can have meanwhile")
+        if kept := self._workers.kept:
+            raise HostError(f"{name}: {kept} requests wait for the host: make room first")
+        self._workers.drain()
+        try:
+            new = self._exchanged(host, old, drive)
+            self._try_read = has(new, TryReads)
+            self._try_write = has(new, TryWrites) and not self.readonly
+            self.backend, self.info = new, new.info
+        except OSError as error:
+            raise HostError(f"{name}: {error.strerror or error}") from error
+        finally:
+            self._io.guarded(self._kick_all)
+        host.opened.remove(old)
+        old.close()
+
+    def _kick_all(self) -> None:
+        for index in range(len(self.queue_sizes)):
+            self._io.kick(index)
+
+    def _exchanged(self, host: Any, old: Any, drive: str | dict[str, Any]) -> Any:
+        """The back end of *drive*, which *old* has let go for."""
+        try:
+            old.let_go()
+            new = host.open("block", drive)
+            if new.info.size != self.info.size or (new.info.readonly and not self.readonly):
+                host.opened.remove(new)
+                new.close()
+                raise HostError(f"{self._slot.id}: {drive}: expected {self.info.size} bytes that can be written")
+        except BaseException:
+            old.take_back()
+            raise
+        return new
 
     def notified(self, index: int) -> None:
         self._workers.notify(index)
