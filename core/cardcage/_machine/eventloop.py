@@ -230,11 +230,10 @@ class MachineClock:
             self._write_alarm(0 if self._alarm is None else max(self._alarm + self._base, 1))
 
     def _write_alarm(self, at: int) -> None:
-        if not at and not self._armed:
-            return
-        self._armed, at = bool(at), min(at, (1 << 63) - 1)  # a guest may ask for the end of time
-        spec = _TimerSpec((0, 0), divmod(at, 1_000_000_000))
-        self._settime(self._fd, TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
+        if at or self._armed:
+            at, self._armed = min(at, (1 << 63) - 1), bool(at)  # a guest may ask for the end of time
+            spec = _TimerSpec((0, 0), divmod(at, 1_000_000_000))
+            self._settime(self._fd, TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
 
     def _expired(self) -> None:
         try:
