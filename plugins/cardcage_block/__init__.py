@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def cardcage_register(registry: Registry) -> None:
-    """Offer the back ends ``block:drive raw qcow2 temporary throttle``, ``--drive`` and ``image``."""
+    """Offer the back ends ``block:drive raw qcow2 temporary commit throttle``, ``--drive`` and ``image``."""
     drive = "cardcage_block.drive"
     shapes = {
         "drive": ("open_drive", "an image file or block device; the format is detected"),
@@ -36,6 +36,13 @@ def cardcage_register(registry: Registry) -> None:
         options=f"{drive}:Drive",
         shorthand=f"{drive}:parse_file",
         help="an image that stays as it is: what is written ends with the machine",
+    )
+    registry.backend(
+        "block",
+        "commit",
+        "cardcage_block.committing:open_commit",
+        options="cardcage_block.committing:CommitOptions",
+        help="an overlay whose contents go into an image below it",
     )
     registry.backend(
         "block",

@@ -104,6 +104,7 @@ class Layer:
     file: HostFile
     path: str
     header: Header | None
+    written: bool
 
 
 def open_image(
@@ -112,6 +113,7 @@ def open_image(
     warn: Callable[[str], object],
     allow: Allow = allow_all,
     repair: bool = True,
+    into: str | None = None,
 ) -> Image:
     """Open an image and its backing chain.
 
@@ -121,16 +123,17 @@ def open_image(
         allow: asked with its path and what is to be done before each file is opened; raises Denied. A backing file is
             called by its real path, with the fact ``backing``: the image that names it.
         repair: put the reference counts of an image right that was not closed (its dirty bit is set) before writing it.
+        into: the real path of an image below, which is opened to be written too.
 
     Raises :exc:`~cardcage.errors.ConfigError` for an image that is missing, damaged or of another kind, and for a
     backing file that the drive does not allow; :exc:`~cardcage.errors.HostError` for an image in use.
     """
     with ExitStack() as failing:
-        layers = _open_chain(drive, warn, allow, repair, failing)
+        layers = _open_chain(drive, warn, allow, repair, failing, into)
         image: Image | None = None
         while layers:
             one = layers.pop()
-            readonly, discard = bool(layers) or drive.readonly, drive.discard == "unmap"
+            readonly, discard = not one.written, drive.discard == "unmap"
             with _blamed(one.path, drive.file):
                 if one.header is None:
                     guessed = drive.format == "auto" and not readonly
@@ -145,7 +148,12 @@ def open_image(
 
 
 def _open_chain(
-    drive: Drive, warn: Callable[[str], object], allow: Allow, repair: bool, failing: ExitStack
+    drive: Drive,
+    warn: Callable[[str], object],
+    allow: Allow,
+    repair: bool,
+    failing: ExitStack,
+    into: str | None = None,
 ) -> list[Layer]:
     """The image, and what it stands on, from top to bottom; *failing* closes the files."""
     fence = Fence(drive.file, drive.backing)
@@ -156,8 +164,8 @@ def _open_chain(
     while True:
         if len(layers) > MAX_CHAIN:
             raise ConfigError(f"the backing chain is longer than {MAX_CHAIN} images", file=drive.file)
-        # The whole chain is changed by nobody: the files below are opened and locked for reading.
-        write = not layers and not drive.readonly
+        # The whole chain is changed by nobody else: the files below are opened and locked for reading.
+        write = real == into if layers else not drive.readonly
         with _blamed(below.path, drive.file):
             allow(real, ("open", "read", "write") if write else ("open", "read"), **facts)
             file = HostFile(real, writable=write, direct=drive.cache == "none", stable=drive.cache != "unsafe")
@@ -168,7 +176,7 @@ def _open_chain(
                 raise ConfigError("the backing chain loops: this image is its own backing file", file=file.path)
             seen.add((status.st_dev, status.st_ino))
             _lock(file, drive, write, warn)
-            layers.append(Layer(file, below.path, _read_header(file, below, write and repair, warn)))
+            layers.append(Layer(file, below.path, _read_header(file, below, write and repair, warn), write))
             if write and below.format == "auto" and layers[0].header is None:
                 warn(
                     f"{drive.file}: no format given, assuming raw: the guest may not write another format's magic "

@@ -13,8 +13,8 @@ __all__ = ["HandedImage"]
 
 
 class HandedImage:
-    """An image whose file another machine opens once this one has let go of it (``cardcage_migrate.Movable``). What is
-    below it nobody writes."""
+    """An image whose file another machine opens once this one has let go of it (``cardcage_migrate.Movable``), with
+    what is below it."""
 
     def may_move(self) -> str:
         """In one line why it cannot change hands; empty when it can."""
@@ -28,21 +28,30 @@ class HandedImage:
         return ""
 
     def let_go(self) -> None:
-        """Make all that was written stable, also what the format keeps in memory, and take the lock off."""
-        file = self._handed()
+        """Make all that was written stable, also what the format keeps in memory, and take the locks off."""
         image: Any = self
         getattr(image, "settle", image.flush)()
-        unlock_image(file.fd)
+        for file in self._files():
+            unlock_image(file.fd)
 
     def take_back(self) -> None:
         """Lock it again; nothing of it was changed meanwhile. Raises HostError where somebody else has it."""
-        file = self._handed()
-        if file.lock is not None:
-            try:
-                lock_image(file.fd, file.path, write=file.lock[0], required=file.lock[1])
-            except HostError:
-                unlock_image(file.fd)  # of two who try, the other is to have it
-                raise
+        try:
+            for file in self._files():
+                if file.lock is not None:
+                    lock_image(file.fd, file.path, write=file.lock[0], required=file.lock[1])
+        except HostError:
+            for file in self._files():  # of two who try, the other is to have it
+                unlock_image(file.fd)
+            raise
+
+    def _files(self) -> list[Any]:
+        """Its file, and those below it."""
+        found, image = [], self
+        while isinstance(image, HandedImage):
+            found.append(image._handed())
+            image = vars(image).get("_backing")  # type: ignore[assignment]  # another such, or None
+        return found
 
     def _handed(self) -> Any:
         return vars(self)["_file"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+from attrs import evolve
 from cardcage.abilities import has
 from cardcage.device import HotplugBus
 from cardcage.errors import StateError, UsageError, near
@@ -19,7 +20,8 @@ from cardcage.units import Size
 if TYPE_CHECKING:
     from cardcage.machine import Machine, PluggedDevice
 
-__all__ = ["TIMEOUT_MAX", "GrowsDrive", "add_device", "grow_drive", "list_device", "remove_device", "resize_device"]
+__all__ = ["TIMEOUT_MAX", "ChangesDrive", "GrowsDrive", "add_device", "change_drive", "grow_drive"]
+__all__ += ["list_device", "remove_device", "resize_device"]
 
 TIMEOUT_MAX = 3600
 
@@ -30,6 +32,36 @@ class GrowsDrive(Protocol):
     def grow_drive(self, size: int, /) -> None:
         """Make the disk *size* bytes long, and tell the guest. Any thread, not under the machine's lock. Raises
         UsageError for a size that cannot be, HostError where the drive or the host does not do it."""
+
+
+class ChangesDrive(Protocol):
+    """A device that can have another drive in the place of its own, while it is used."""
+
+    def change_drive(self, drive: str | dict[str, Any], /) -> None:
+        """Have *drive*, which shows the same disk: an overlay of the one that is there, or what it was merged into.
+        Under the machine's lock. Raises what opening it raises; all is as before then."""
+
+
+def change_drive(machine: Machine, id: str, drive: str | dict[str, Any], /) -> None:
+    """Have *drive*, the same disk to the guest, in the place of that of device *id*; the configuration says so then.
+
+    Raises StateError for a device that has no such drive, what opening it raises, Denied.
+    """
+    machine.mediator.check(Act(OPERATOR, machine.label, "machine", ("add",), {"machine": machine.name}))
+    with machine.lock:
+        if (plugged := machine.devices.get(id)) is None:
+            raise StateError(f'this machine has no device "{id}".{near(id, machine.devices)}')
+        device = getattr(plugged.device, "device", plugged.device)  # behind its transport
+        if not has(device, ChangesDrive, plugged.who):
+            raise StateError(f'device "{id}" has no drive that another can stand for')
+        device.change_drive(drive)
+        old = plugged.config
+        plugged.config = evolve(old, options={**old.options, "drive": drive})
+        devices = [
+            evolve(one, options=plugged.config.options) if one is old or one.id == id else one
+            for one in machine.config.devices
+        ]
+        machine.config = evolve(machine.config, devices=tuple(devices))
 
 
 def list_device(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def run(host: Host, arguments: Namespace) -> int:
                 limits[key] = int(kind(text)) if kind is Size else float(kind(text))
             except ValueError as error:
                 raise ConfigError(str(error), key=f"--{key}") from error
+    command(entry, "migrate-act", {"act": "check", "uri": str(place), "limits": limits})
     with ExitStack() as end:
         ends, one_way = [], False
         one, one_way = _connected(place, arguments, end)

@@ -236,33 +236,33 @@ def migrate(
             last = now
             wished.tell(control, now)
 
-    again: Callable[[], tuple[Peer, bool]]
-    name = uri.removeprefix("fd:")
-    if uri != name and not name.isdigit():
+    name, where = uri.removeprefix("fd:"), uri
+    if named := uri != name and not name.isdigit():
         if name not in session.fds:
             raise QmpError(f"File descriptor named '{name}' has not been found")
         if wished.tls_creds:
             raise QmpError(f"{uri:.100}: TLS is for tcp: and unix: (parameter 'tls-creds')")
         if wished.limits.mode != "precopy":
             raise QmpError(f"{uri:.100}: post-copy takes two connections (capability 'postcopy-ram')")
-        peer, one_way = adopted(session.fds.pop(name))  # its end is the other side's word that all has come
-        where = uri
     else:
-        again = _linked(machine, wished, uri)
-        peer, one_way = again()
-        place = parse(uri)
+        again, place = _linked(machine, wished, uri), parse(uri)
         where = str(place)
-        one_way = one_way or (place.scheme == "exec" and not wished.answers)
-    links = [(peer, one_way)]
+    # Nobody is connected to before it: no program starts, no file is emptied, no descriptor is used up.
+    outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
+    with _lock:
+        if wished.moving:
+            raise QmpError("There's a migration process in progress")
+        wished.moving = True
     try:
-        outgoing, gone = Outgoing(machine, where, wished.limits, tell, stays=True), Gone(control)
-        with _lock:
-            if wished.moving:
-                raise QmpError("There's a migration process in progress")
-            wished.moving = wished.leaves = True
+        if named:  # its end is the other side's word that all has come
+            links = [adopted(session.fds.pop(name))]
+        else:
+            peer, one_way = again()
+            links = [(peer, one_way or (place.scheme == "exec" and not wished.answers))]
     except BaseException:
-        peer.close()
+        wished.moving = False
         raise
+    wished.leaves = True
     tell(Progress())  # libvirt wants to hear of it before the answer
 
     def move() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import socket
 import stat
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +199,8 @@ class Waiting:
     def accept(self, timeout: float | None = None) -> tuple[Peer, bool]:
         """The next who comes, and whether nothing can be said back. Raises HostError; TimeoutError."""
         if self._socket is None:
-            return _other(self.place, writes=False)
+            with _told(self.place):
+                return _other(self.place, writes=False)
         self._socket.settimeout(timeout)
         peer, _ = self._socket.accept()
         with _told(self.place):
@@ -307,13 +311,40 @@ class Program:
             return
 
     def close(self) -> None:
-        """Hang up; a program that does not end by that is ended."""
+        """Hang up; a program that does not end by that is ended, and all that it has started with it."""
         self._peer.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(LAST)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
+            return
+        there: list[int] = []
+        for pid in _descendants(self._process.pid):
+            with suppress(ProcessLookupError):
+                there.append(os.pidfd_open(pid))  # whoever has the number later is not meant
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            until = time.monotonic() + STEP
+            for one in there:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(one, sign)
+            for one in there:  # it is readable once the process has ended
+                select.select([one], [], [], max(until - time.monotonic(), 0))
+        for one in there:
+            os.close(one)
+        self._process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The process *pid*, which nobody has waited for, and those below it. The last are first: who starts others is
+    ended after them."""
+    below: dict[int, list[int]] = {}
+    for one in os.listdir("/proc"):
+        if one.isdigit():
+            with suppress(OSError):  # it has ended
+                facts = Path(f"/proc/{one}/stat").read_text(errors="replace")  # its name may hold anything
+                below.setdefault(int(facts.rpartition(")")[2].split()[1]), []).append(int(one))
+    found = [pid]
+    for at in found:
+        found += below.get(at, ())
+    return found[::-1]
 
 
 def _may_tls(place: Place) -> None:

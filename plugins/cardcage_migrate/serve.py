@@ -33,18 +33,11 @@ KEYS = {"bandwidth", "downtime", "timeout", "strategy", "throttle", "patience", 
 def migrate(machine: Machine, arguments: dict[str, Any], session: Session) -> dict[str, Any]:
     """Session ``migrate``: ``{uri, limits}`` and the connection, two unless the mode is ``precopy``; frames with JSON
     tell how far it is. Who hangs up cancels it, until it is too late."""
-    uri, told = arguments.get("uri"), arguments.get("limits", {})
-    if not isinstance(uri, str) or not isinstance(told, dict) or arguments.keys() - {"uri", "limits"}:
+    if arguments.keys() != {"uri", "limits"}:
         raise UsageError("expected uri and limits")
-    if told.keys() - KEYS or len(session.fds) != (1 if told.get("mode", "precopy") == "precopy" else 2):
-        raise UsageError(f"expected limits out of {', '.join(sorted(KEYS))}, and a descriptor for each connection")
-    try:
-        limits = Limits(**told)
-    except TypeError as error:
-        raise UsageError(f"limits: {error}") from error
-    place = parse(uri)
-    place.ask(machine.mediator, machine.label, machine.name, listen=False)
-    outgoing = Outgoing(machine, str(place), limits, _teller(session))
+    outgoing = _outgoing(machine, arguments, _teller(session))
+    if len(session.fds) != (1 if arguments["limits"].get("mode", "precopy") == "precopy" else 2):
+        raise UsageError("expected a descriptor for each connection")
 
     def hung_up() -> None:
         with suppress(CardcageError):  # it is over, or too late
@@ -54,6 +47,22 @@ def migrate(machine: Machine, arguments: dict[str, Any], session: Session) -> di
     session.listen(lambda frame: None, hung_up)
     links = iter(session.fds)
     return outgoing.over(lambda: adopted(os.dup(next(links)))).table()
+
+
+def _outgoing(machine: Machine, arguments: dict[str, Any], tell: Callable[[Progress], None] | None = None) -> Outgoing:
+    """The migration that ``{uri, limits}`` describes, not begun. Raises UsageError, StateError, Denied."""
+    uri, told = arguments.get("uri"), arguments.get("limits")
+    if not isinstance(uri, str) or not isinstance(told, dict):
+        raise UsageError("expected uri and limits")
+    if told.keys() - KEYS:
+        raise UsageError(f"expected limits out of {', '.join(sorted(KEYS))}")
+    try:
+        limits = Limits(**told)
+    except TypeError as error:
+        raise UsageError(f"limits: {error}") from error
+    place = parse(uri)
+    place.ask(machine.mediator, machine.label, machine.name, listen=False)
+    return Outgoing(machine, str(place), limits, tell)
 
 
 def _teller(session: Session) -> Callable[[Progress], None]:
@@ -88,8 +97,12 @@ def resume(machine: Machine, arguments: dict[str, Any], session: Session) -> dic
 
 
 def act(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Command ``migrate-act``: ``{act: cancel | show | recover | postcopy}``."""
+    """Command ``migrate-act``: ``{act: cancel | show | recover | postcopy}``; with ``{act: check, uri, limits}``,
+    whatever ``migrate`` would raise before anybody is connected to."""
     match arguments:
+        case {"act": "check", "uri": _, "limits": _, **rest} if not rest:
+            _outgoing(machine, arguments)
+            return {}
         case {"act": "cancel", **rest} if not rest:
             migrate_cancel(machine)
         case {"act": "recover", **rest} if not rest:
@@ -99,6 +112,6 @@ def act(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:
         case {"act": "show", **rest} if not rest:
             pass
         case _:
-            raise UsageError("expected act: cancel, show, recover or postcopy")
+            raise UsageError("expected act: cancel, show, recover, postcopy, or check with uri and limits")
     found = current(machine)
     return {} if found is None else found.table()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardcage.hookspecs import hookimpl
 from cardcage.lazy import lazy_names
-from cardcage_qmp import QmpCommand
+from cardcage_qmp import HmpCommand, QmpCommand
 
 if TYPE_CHECKING:
     from cardcage.registry import Registry
@@ -32,6 +32,10 @@ def cardcage_register(registry: Registry) -> None:
     )
     for name in ("device_add", "netdev_add", "netdev_del", "blockdev-add", "blockdev-del", "object-add", "object-del"):
         registry.add(QmpCommand(name, f"cardcage_qemu.coming:{name.replace('-', '_')}"))
+    for name in ("blockdev-create", "blockdev-snapshot", "blockdev-snapshot-sync", "block-commit", "transaction"):
+        registry.add(QmpCommand(name, f"cardcage_qemu.layers:{name.replace('-', '_')}"))
+    line = "snapshot_blkdev [-n] DEVICE FILE [FORMAT]"
+    registry.add(HmpCommand("snapshot_blkdev", "cardcage_qemu.layers:hmp_snapshot_blkdev", help=line))
     registry.add(QmpCommand("query-command-line-options", "cardcage_qemu.listing:query_command_line_options"))
 
 

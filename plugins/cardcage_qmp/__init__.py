@@ -65,13 +65,14 @@ ABOUT = (
     "query_version query_commands query_qmp_schema query_status query_name query_uuid query_target query_kvm "
     "query_machines query_current_machine query_cpu_definitions query_cpus_fast query_hotpluggable_cpus "
     "query_iothreads query_memory_size_summary query_memory_devices query_memdev "
-    "query_block_jobs query_tpm_models query_tpm_types"
+    "query_tpm_models query_tpm_types"
 )
 PARTS = (
     "query_block query_named_block_nodes query_blockstats query_chardev query_balloon balloon block_resize "
     "qom_list qom_get qom_list_types qom_list_properties device_list_properties"
 )
 FILES = "getfd closefd add_fd remove_fd query_fdsets"
+JOBS = "query_jobs job_dismiss job_complete job_cancel query_block_jobs block_job_complete block_job_cancel"
 WITH_UNDERSCORES = {"system_reset", "system_powerdown", "block_resize"}
 EVENTS = {
     "STOP": None,
@@ -85,6 +86,9 @@ EVENTS = {
     "DEVICE_DELETED": "cardcage_qmp.control:DeviceGone",
     "DEVICE_UNPLUG_GUEST_ERROR": "cardcage_qmp.control:DeviceGone",
     "JOB_STATUS_CHANGE": "cardcage_qmp.jobs:JobChange",
+    "BLOCK_JOB_READY": "cardcage_qmp.jobs:BlockJobChange",
+    "BLOCK_JOB_COMPLETED": "cardcage_qmp.jobs:BlockJobChange",
+    "BLOCK_JOB_CANCELLED": "cardcage_qmp.jobs:BlockJobChange",
 }
 
 
@@ -104,8 +108,8 @@ def cardcage_register(registry: Registry) -> None:
         for name in names.split():
             spelt = name if name in WITH_UNDERSCORES else name.replace("_", "-")
             registry.add(QmpCommand(spelt, f"cardcage_qmp.{module}:{name}"))
-    for name in ("query-jobs", "job-dismiss"):
-        registry.add(QmpCommand(name, f"cardcage_qmp.jobs:{name.replace('-', '_')}"))
+    for name in JOBS.split():
+        registry.add(QmpCommand(name.replace("_", "-"), f"cardcage_qmp.jobs:{name}"))
     registry.add(QmpCommand("device_del", "cardcage_qmp.removals:device_del"))
     registry.add(QmpCommand("query-pci", "cardcage_qmp.pci:query_pci"))
     registry.add(QmpCommand("human-monitor-command", "cardcage_qmp.hmp:human_monitor_command"))

@@ -99,7 +99,6 @@ MemoryInfo = TypedDict("MemoryInfo", {"base-memory": int, "plugged-memory": NotR
 
 
 __all__ = [
-    "query_block_jobs",
     "query_commands",
     "query_cpu_definitions",
     "query_cpus_fast",
@@ -271,11 +270,6 @@ def query_memory_devices(session: Session) -> list[Any]:
 
 def query_memdev(session: Session) -> list[Any]:
     """None: RAM is of one piece, without a name."""
-    return []
-
-
-def query_block_jobs(session: Session) -> list[Any]:
-    """None."""
     return []
 
 

@@ -43,7 +43,10 @@ NEEDS = {
     "cardcage_qmp": {"cardcage_hotplug"},  # a disk that grows
     "cardcage_gdb": {"cardcage_qmp"},  # its sockets, its page walks and its words
     # runs a machine as `cardcage run` does; its monitor; one that comes from elsewhere, or from a snapshot; the BIOS
-    "cardcage_qemu": {"cardcage_cli", "cardcage_qmp", "cardcage_migrate", "cardcage_snapshot", "cardcage_boot"},
+    "cardcage_qemu": {
+        *("cardcage_cli", "cardcage_qmp", "cardcage_migrate", "cardcage_snapshot", "cardcage_boot"),
+        *("cardcage_block", "cardcage_hotplug"),  # overlays, and the device that changes its drive
+    },
     "cardcage_balloon": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_ksm": {"cardcage_memory_policies", "cardcage_fleet"},
     "cardcage_overcommit": {"cardcage_memory_policies", "cardcage_fleet"},

@@ -6,10 +6,12 @@ import copy
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from cardcage.abilities import has
 from cardcage.host import Host
 from cardcage_migrate.disks import Movable
+from cardcage_migrate.reach import Program, _descendants
 from cardcage_nbd.disk import NbdDisk
 from cardcage_snapshot.restoring import given
 from cardcage_snapshot.state import capture, restore
@@ -31,6 +34,12 @@ PROGRAM = "import sys; from cardcage_cli import main; sys.exit(main())"
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key and the roster of this test alone."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host() as made:
+        yield made
 
 
 @pytest.fixture
@@ -154,6 +163,91 @@ def test_by_qmp(tmp_path: Path) -> None:
             assert found["ram"]["total"] == 1 << 20
             assert found["downtime"] <= found["total-time"]
         counts_on(there.done().machine, count(vm))
+
+
+def test_what_cannot_move_reaches_nobody(tmp_path: Path, host: Host) -> None:
+    """A machine whose disk cannot change hands is refused in one line, in QMP's words and by the command line, before a
+    file is emptied, a descriptor used up, or a door knocked at."""
+    kept, name = tmp_path / "kept", f"stays{os.getpid()}"
+    kept.write_text("of somebody else's")
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    drive = {"file": f"{tmp_path}/disk", "format": "raw", "cache": "unsafe"}
+    devices = [{"type": "virtio-blk", "id": "d", "drive": drive}, {"type": "qmp", "socket": f"unix:{tmp_path}/qmp"}]
+    door = socket.socket(socket.AF_UNIX)
+    door.bind(f"{tmp_path}/door")
+    door.listen()
+    door.setblocking(False)
+    with (
+        door,
+        counting(tmp_path, host, name=name, memory="8M", platform="pc", devices=devices) as vm,
+        Client(tmp_path / "qmp") as client,
+    ):
+        vm.start()
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": "link"}}).encode()
+        socket.send_fds(client.socket, [request], [door.fileno()])
+        assert client.answer() == {"return": {}}
+        for uri in (f"file:{kept}", f"unix:{tmp_path}/door", "fd:link"):
+            assert "flushes are ignored" in client.ask("migrate", uri=uri)["error"]["desc"]
+        assert client.ask("closefd", fdname="link") == {"return": {}}
+        for uri in (f"file:{kept}", f"unix:{tmp_path}/door"):
+            done = subprocess.run([sys.executable, "-c", PROGRAM, "migrate", name, uri], capture_output=True, text=True)
+            assert done.returncode != 0
+            assert "flushes are ignored" in done.stderr
+        assert kept.read_text() == "of somebody else's"
+        with pytest.raises(BlockingIOError):
+            door.accept()
+
+
+def test_a_program_goes_with_all_that_it_started(tmp_path: Path) -> None:
+    """A program that stays once its connection is closed is ended, and those that it has started, however deep, though
+    they leave SIGTERM alone."""
+    script = f"trap '' TERM; (sleep 1000; true) & sh -c 'sleep 1000; true' & echo $$ > {tmp_path}/pid; wait; wait"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cardcage_migrate.reach.LAST", 0.1)
+        program = Program(f"sh -c {shlex.quote(script)}; true")
+        while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text().strip()):
+            pass
+        left = set(_descendants(int(pid)))
+        while len(left) < 5:
+            left = set(_descendants(int(pid)))
+        program.close()
+    while any(runs(one) for one in left):  # a signal is on its way
+        pass
+
+
+def runs(pid: int) -> bool:
+    """True while there is a process of this number that has not ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.once
+def test_under_the_policy_that_ships(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    """With ``security = "default"`` a machine comes to ``cardcage incoming`` by a socket, and goes from there; a file
+    that is not there is told in one line."""
+    name, door = f"guarded{os.getpid()}", tmp_path / "door"
+    (tmp_path / "counter.bin").write_bytes(CODE)
+    (tmp_path / "vm.toml").write_text(f"""
+        security = "default"
+        machine = {{ name = "{name}", memory = "8M", accel = ["tcg"], platform = "pc" }}
+        boot = {{ protocol = "raw", image = "counter.bin", address = 0x7C00, mode = 16 }}
+        [[device]]
+        type = "debugcon"
+        char = "null"
+    """)
+    here = cardcage(started, "run", str(tmp_path / "vm.toml"))
+    said(here, "accelerator")
+    there = cardcage(started, "--security", "default", "incoming", f"unix:{door}", "--name", f"{name}-there")
+    said(there, "waiting at")
+    words = [sys.executable, "-c", PROGRAM, "--security", "default", "migrate", name, f"unix:{door}", "--json"]
+    done = subprocess.run([*words, "--downtime", "20s"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "migrated to unix" in here.communicate()[1]
+    said(there, "accelerator")
+    missing = [sys.executable, "-c", PROGRAM, "--security", "default", "incoming", f"file:{tmp_path}/nowhere"]
+    assert "nowhere: No such file or directory" in subprocess.run(missing, capture_output=True, text=True).stderr
 
 
 def test_a_servers_disk_is_movable() -> None:

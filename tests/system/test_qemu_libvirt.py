@@ -266,6 +266,26 @@ def test_a_machine_is_saved_and_moves_by_libvirt(virsh: Daemon, folder: Path) ->
     assert virsh("domstate", "ours") == "running"
 
 
+def test_disks_have_overlays_by_libvirt(virsh: Daemon, folder: Path) -> None:
+    """libvirt has the disk of a guest that runs stand on an overlay (``snapshot-create --disk-only``), and merges that
+    into the image below again (``blockcommit --active --pivot``): what the guest wrote before, meanwhile and after is
+    there."""
+    virsh("define", str(folder / "domain.xml"))
+    virsh("start", "ours")
+    guest = Guest(virsh("ttyconsole", "ours"))
+    guest.wait("modprobe virtio_blk && echo before > /dev/vda && sync")
+    spec = f"vda,snapshot=external,file={folder}/over.qcow2"
+    virsh("snapshot-create-as", "ours", "first", "--disk-only", "--no-metadata", "--diskspec", spec)
+    assert f"{folder}/over.qcow2" in virsh("domblklist", "ours")
+    guest.wait("test $(head -c 6 /dev/vda) = before && echo during > /dev/vda && sync")
+    assert (folder / "disk.img").read_bytes()[:6] == b"before"
+    virsh("blockcommit", "ours", "vda", "--active", "--pivot", "--wait")
+    assert f"{folder}/disk.img" in virsh("domblklist", "ours")
+    guest.wait("test $(head -c 6 /dev/vda) = during && echo last > /dev/vda && sync")
+    virsh("destroy", "ours")
+    assert (folder / "disk.img").read_bytes()[:4] == b"last"
+
+
 def uri(daemon: Daemon) -> str:
     """The way to another daemon."""
     return f"qemu+unix:///session?socket={daemon.socket}"

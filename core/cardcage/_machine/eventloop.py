@@ -183,7 +183,7 @@ class MachineClock:
 
     def start(self) -> None:
         """Make the descriptor, or make it anew after :meth:`close`."""
-        self._fd = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
+        self._armed, self._fd = False, self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._events.add_reader(self._fd, self._expired, None)
@@ -205,14 +205,12 @@ class MachineClock:
         """Let time run."""
         if self._base is None:
             self._base = time.monotonic_ns() - self._stood
-            self._alarm = None
             self._set_alarm()
 
     def pause(self) -> None:
         """Let time stand still."""
         if self._base is not None:
-            self._stood = time.monotonic_ns() - self._base
-            self._base = None
+            self._stood, self._base = time.monotonic_ns() - self._base, None
             self._write_alarm(0)
 
     def _push(self, when: int, timer: MachineTimer) -> None:
@@ -232,9 +230,10 @@ class MachineClock:
             self._write_alarm(0 if self._alarm is None else max(self._alarm + self._base, 1))
 
     def _write_alarm(self, at: int) -> None:
-        at = min(at, (1 << 63) - 1)  # a guest may ask for the end of time
-        spec = _TimerSpec((0, 0), (at // 1_000_000_000, at % 1_000_000_000))
-        self._settime(self._fd, TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
+        if at or self._armed:
+            at, self._armed = min(at, (1 << 63) - 1), bool(at)  # a guest may ask for the end of time
+            spec = _TimerSpec((0, 0), divmod(at, 1_000_000_000))
+            self._settime(self._fd, TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
 
     def _expired(self) -> None:
         try:

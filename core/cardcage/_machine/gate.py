@@ -55,8 +55,9 @@ class Gate:
     def close(self, *, wait: bool = True) -> None:
         """Let no one in, get all out, and (with *wait*) wait until they are. Waiting is not for vCPU threads."""
         with self.changed:
-            self._open = False
-            self.changed.notify_all()
+            if self._open:  # else nobody waits for that any more, and waking those that do not costs as much
+                self._open = False
+                self.changed.notify_all()
             if self._inside:  # a kick would else be for the next run
                 self._kick()
             while wait and self._inside:

@@ -66,6 +66,16 @@ class Plain(Protocol):
         """Some such requests, writes among them, took so long."""
 
 
+class ChangesHands(Protocol):
+    """A block back end whose disk somebody else may open meanwhile (``cardcage_migrate.Movable``)."""
+
+    def let_go(self) -> None:
+        """Make all that was written stable, and let others have the disk. No request is under way. Raises OSError."""
+
+    def take_back(self) -> None:
+        """It is this back end's again, as it was. Raises HostError."""
+
+
 @frozen
 class BlkOptions:
     """Options of ``virtio-blk``.
@@ -140,22 +150,25 @@ class Blk(ParksWorkers, HoldsNothing):
             raise ConfigError(f"{slot.id}: the drive's {info.size} bytes are not a multiple of {self.block}")
         self._patience = Patience(slot.power, f"{slot.id}-room")
         self.readonly = options.readonly or info.readonly
-        self._try_read = has(self.backend, TryReads)
-        self._try_write = has(self.backend, TryWrites) and not self.readonly
+        self._know(self.backend)
         bits = [F_SEG_MAX, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY]
         bits += [F_RO] * self.readonly + [F_MQ] * (options.queues > 1)
         if not self.readonly:
             bits += [F_DISCARD] * info.discard + [F_ZEROES] * info.write_zeroes
         self.features = sum(1 << bit for bit in bits) | options.packed << 34
 
+    def _know(self, backend: Any) -> None:
+        """Look what it can do besides. Raises CardError."""
+        self._plain = has(backend, Plain)
+        self._try_read, self._try_write = has(backend, TryReads), has(backend, TryWrites) and not self.readonly
+
     def plug_virtio(self, io: Virtio) -> None:
         self._io = io
         quick = self._quick if self._try_read or self._try_write else None
         self._lanes: list[Lane | None] = [None] * len(self.queue_sizes)
-        bulk = self._bulk if has(self.backend, Plain) else None
-        if bulk is not None and (why := why_not()):
+        bulk = None if (why := why_not()) else self._bulk
+        if self._plain and why:
             self._slot.log.info("requests are served by Python alone", why=why)
-            bulk = None
         self._workers = Workers(io, self._process, self.options.threads, self._slot.id, quick, bulk)
 
     def unplug(self) -> None:
@@ -230,6 +243,42 @@ class Blk(ParksWorkers, HoldsNothing):
         self.info = self.backend.info
         self._slot.loop.call_soon(self._io.config_changed)
 
+    def change_drive(self, drive: str | dict[str, Any], /) -> None:
+        """Have *drive* in the place of the one that is there: the same disk to the guest, which is told nothing. Under
+        the machine's lock. Raises what opening it raises, or HostError; the disk is as before then."""
+        host: Any = self._slot.host
+        name = self._slot.id
+        old: Any = self.backend
+        if not has(self.backend, ChangesHands):
+            raise HostError(f"{name}: its drive is of a kind that nobody else can have meanwhile")
+        if kept := self._workers.kept:
+            raise HostError(f"{name}: {kept} requests wait for the host: make room first")
+        self._workers.drain()
+        try:
+            new = self._exchanged(host, old, drive)
+            self._know(new)
+            self.backend, self.info = new, new.info
+        except OSError as error:
+            raise HostError(f"{name}: {error.strerror or error}") from error
+        finally:
+            self._io.guarded(partial(_kick_all, self._io, len(self.queue_sizes)))
+        host.opened.remove(old)
+        old.close()
+
+    def _exchanged(self, host: Any, old: Any, drive: str | dict[str, Any]) -> Any:
+        """The back end of *drive*, which *old* has let go for."""
+        try:
+            old.let_go()
+            new = host.open("block", drive)
+            if new.info.size != self.info.size or (new.info.readonly and not self.readonly):
+                host.opened.remove(new)
+                new.close()
+                raise HostError(f"{self._slot.id}: {drive}: expected {self.info.size} bytes that can be written")
+        except BaseException:
+            old.take_back()
+            raise
+        return new
+
     def notified(self, index: int) -> None:
         self._workers.notify(index)
 
@@ -240,6 +289,8 @@ class Blk(ParksWorkers, HoldsNothing):
 
     def _bulk(self, ring: Ring) -> int:
         """Serve what native code can."""
+        if not self._plain:
+            return OTHER
         found = self._lanes[ring.index]
         if found is None or found.ring is not ring:
             found = self._lanes[ring.index] = Lane.of(ring, self._slot.memory)
@@ -411,3 +462,8 @@ class Blk(ParksWorkers, HoldsNothing):
             else:
                 self.backend.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags & 1))
         return OK
+
+
+def _kick_all(io: Virtio, count: int) -> None:
+    for index in range(count):
+        io.kick(index)
