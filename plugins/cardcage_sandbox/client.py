@@ -94,7 +94,7 @@ class Sandbox:
             metadata: text by name, 4 KiB at most. envs: variables of each command, 8 KiB at most.
             on_timeout: ``"kill"``, or ``"pause"``.
             memory, disk, cpus: limits in place of the template's; others have a template's process of their own.
-            root: a tar archive or an OCI image layout that is the guest's root, likewise.
+            root: a directory, a tar archive or an OCI image layout that is the guest's root, likewise.
             egress: names and addresses that it may reach, and no others: ``["pypi.org", "10.1.0.0/16:5432"]``
                 (:attr:`Template.egress`), likewise in place of the template's.
             network: None. Anything else is refused: there is no way out but that of *egress*.

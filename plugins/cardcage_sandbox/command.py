@@ -57,7 +57,7 @@ def add_template(parser: ArgumentParser) -> None:
     for name, text in (("memory", "size of its RAM"), ("disk", "size of its files, which are in the RAM")):
         parser.add_argument(f"--{name}", metavar="SIZE", help=text)
     parser.add_argument("--cpus", metavar="COUNT", type=int, help="virtual processors")
-    parser.add_argument("--root", metavar="PATH", help="a tar archive or an OCI image layout that is its root")
+    parser.add_argument("--root", metavar="PATH", help="its root: a directory, a tar archive or an OCI image layout")
     parser.add_argument(
         "--egress",
         metavar="WHERE",

@@ -10,14 +10,12 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, ConfigError, HostError, in_words
+from cardcage.errors import CardcageError, HostError, in_words
 from cardcage.host import Host
 from cardcage_agent import Machine
-from cardcage_boot.roots import is_image
 from cardcage_fleet.held import hold
 from cardcage_fleet.rundir import run_directory
 
@@ -34,6 +32,10 @@ SETUP = 600.0
 """Seconds for each command of a template's setup."""
 PREPARE = """set -e
 user={user}
+grep -q ^root: /etc/passwd 2>/dev/null || {{
+    mkdir -p /etc /root
+    echo root:x:0:0::/root:/bin/sh >>/etc/passwd
+}}
 grep -q "^$user:" /etc/passwd || {{
     echo "$user:x:1000:1000::/home/$user:/bin/sh" >>/etc/passwd
     grep -q "^$user:" /etc/group 2>/dev/null || echo "$user:x:1000:" >>/etc/group
@@ -49,7 +51,7 @@ if grep -q '^rootfs / ' /proc/mounts; then
     for place in /run /dev/shm; do mount -o remount,size={small},mode=1777 $place; done
 fi
 """
-"""Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
+"""Setup of each template: root and its user, a ``bash`` for who asks for one, and the limit of its files."""
 
 NETWORK = """tries=200
 until grep -q 198.18.0.1 /etc/resolv.conf 2>/dev/null; do
@@ -96,8 +98,6 @@ class Told:
 
 def _keep(template: Template, held: HeldFile, told: Told) -> None:
     keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
-    if template.root and not is_image(Path(template.root)):
-        raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
     keys["host"] = host = Host(owns_process=True)
     if template.egress:
         keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]

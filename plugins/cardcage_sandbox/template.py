@@ -55,8 +55,9 @@ class Template:
         memory: bytes of RAM, or text such as ``"256M"``. cpus: number of virtual processors, 1 to 64.
         disk: bytes that files may take, which lie in the RAM; 0 for half of it, as it always is with ``root``. The
             guest's root could lift this limit, up to the RAM; ``user`` cannot.
-        root: the guest's root: a tar archive or an OCI image layout, which lies in the RAM; without, an initramfs
-            with busybox. kernel: a bzImage or vmlinux in place of the distribution's.
+        root: the guest's root: a directory, of which all sandboxes read what this user may, and what they write lies in
+            the RAM; or a tar archive or an OCI image layout, which lies there whole; without, an initramfs with
+            busybox. kernel: a bzImage or vmlinux in place of the distribution's.
         cgroup: a control group's directory, such as ``/sys/fs/cgroup/sandboxes``, made where only it is missing: all
             sandboxes of the template are in it, and share what it is given of processors, memory and processes.
         user: whose commands and files are meant when nobody is named; made where the guest has none of that name.
