@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,17 @@ from cardcage.host import Host
 from cardcage_agent import Machine
 from cardcage_fleet.held import hold
 from cardcage_fleet.rundir import run_directory
+from cardcage_snapshot.manifest import read
+from cardcage_snapshot.places import Folder, located
+from cardcage_snapshot.tables import ids_of, tables_of
 
 from cardcage_sandbox import POOL
 from cardcage_sandbox.pool import Pool
 from cardcage_sandbox.template import FOLDER, Template
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cardcage_fleet.held import HeldFile
 
 __all__ = ["main"]
@@ -97,26 +102,57 @@ class Told:
 
 
 def _keep(template: Template, held: HeldFile, told: Told) -> None:
-    keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
-    keys["host"] = host = Host(owns_process=True)
-    if template.egress:
-        keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]
-    keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
+    host = Host(owns_process=True)
     host.share(POOL, dict)["file"] = held.path
-    with Machine.debian(
-        name=f"sandbox.{template.name}", memory=template.memory, cpus=template.cpus, accel="tcg", **keys
-    ) as machine:
-        machine.start()
-        _prepare(machine, template)
+    made = _restored if template.snapshot else _booted
+    with made(template, host) as machine:
         machine.pause()
-        pool = Pool(machine, template, held)
+        own = machine.config.machine
+        pool = Pool(machine, template.with_limits(memory=own.memory, cpus=own.cpus), held)
         machine.host.share(POOL, dict)["pool"] = pool
         told.say(b"ready\n")  # before anything is forked, which would have the pipe too
         with pool:
             pool.run()
 
 
-def _prepare(machine: Machine, template: Template) -> None:
+def _machine(template: Template, host: Host) -> Machine:
+    """The template's machine, which was not started."""
+    keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
+    if template.egress:
+        keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]
+    keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
+    name, memory, cpus = f"sandbox.{template.name}", template.memory, template.cpus
+    return Machine.debian(name=name, memory=memory, cpus=cpus, accel="tcg", host=host, **keys)
+
+
+@contextmanager
+def _booted(template: Template, host: Host) -> Iterator[Machine]:
+    """A machine that has booted, and was set up."""
+    with _machine(template, host) as machine:
+        machine.start()
+        _set_up(machine, template)
+        yield machine
+
+
+@contextmanager
+def _restored(template: Template, host: Host) -> Iterator[Machine]:
+    """A machine that goes on from a snapshot of a sandbox.
+
+    That has the memory and the devices' state. Whatever names files of this host is the template's word, and not that
+    of a sandbox: its process was in a jail, and may have been taken over.
+    """
+    with Folder(located(template.snapshot)) as folder:
+        manifest, _ = read(folder)
+    template = template.with_limits(memory=manifest.memory, cpus=manifest.cpus)
+    with Host() as other, _machine(template, other) as machine:
+        tables = tables_of(machine.config, ids_of(machine))
+    del tables["defaults"]  # which the platform has again
+    made: Any = Machine
+    with made.restore(located(template.snapshot), name=f"sandbox.{template.name}", config=tables, host=host) as machine:
+        yield machine
+
+
+def _set_up(machine: Machine, template: Template) -> None:
     """Run the setup. Raises HostError with what the guest wrote."""
     prepare = PREPARE.format(user=shlex.quote(template.user), space=template.space, small=template.space // 8)
     network = (NETWORK,) if template.egress else ()
