@@ -144,7 +144,7 @@ def _restored(template: Template, host: Host) -> Iterator[Machine]:
     with Folder(located(template.snapshot)) as folder:
         manifest, _ = read(folder)
     template = template.with_limits(memory=manifest.memory, cpus=manifest.cpus)
-    with Host() as other, _machine(template, other) as machine:
+    with Host(owns_process=True) as other, _machine(template, other) as machine:
         tables = tables_of(machine.config, ids_of(machine))
     del tables["defaults"]  # which the platform has again
     made: Any = Machine

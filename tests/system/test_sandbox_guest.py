@@ -46,6 +46,7 @@ def template(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     path.write_text(f'{keys}[envs]\nOF_TEMPLATE = "t"\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(run))
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         try:
             yield path
         finally:
@@ -470,5 +471,5 @@ def test_the_e2b_sdk(served: str) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     rows: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) >= 74
+    assert len(rows) >= 83
     assert {name: why for name, why in rows.items() if why} == {}
