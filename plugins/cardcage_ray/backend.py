@@ -70,11 +70,10 @@ class CardcageBackend:
                 cpus=math.ceil(config.cpu) if config.cpu else None,
                 egress=self._egress,
             )
-        except (CardcageError, OSError, ValueError, TypeError) as error:
+            if config.workdir:
+                _make_workdir(made, config.workdir)
+        except (CardcageError, OSError, ValueError, TypeError, TimeoutExpired) as error:
             raise SandboxCreationError(str(error)) from error
-        if config.workdir:
-            made.files.make_dir(config.workdir, user="root")
-            made.commands.run(["chown", made.made.user, config.workdir], user="root")
         self._sandbox_metadata[made.id] = {"config": config, "sandbox": made}
         return made.id
 
@@ -136,6 +135,16 @@ class CardcageBackend:
         if (found := self._sandbox_metadata.get(sandbox_id)) is None:
             raise SandboxNotFoundError(f"no sandbox {sandbox_id} was found")
         return found["sandbox"], found["config"]
+
+
+def _make_workdir(sandbox: Sandbox, path: str) -> None:
+    """Make a sandbox's directory, its user's; one that has none is nobody's, and ends."""
+    try:
+        sandbox.files.make_dir(path, user="root")
+        sandbox.commands.run(["chown", sandbox.made.user, path], user="root", check=True)
+    except BaseException:
+        sandbox.kill()
+        raise
 
 
 BaseSandboxBackend.register(CardcageBackend)

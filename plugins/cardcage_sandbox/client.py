@@ -17,9 +17,11 @@ from cardcage_sandbox.template import Template, keeper_of, keepers, load_templat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
     from typing import Self
 
     from cardcage_fleet.roster import RosterEntry
+    from cardcage_snapshot import Snapshot
 
 __all__ = ["Sandbox", "SandboxInfo"]
 
@@ -84,6 +86,7 @@ class Sandbox:
         cpus: int | None = None,
         root: str | os.PathLike[str] | None = None,
         egress: Iterable[str] | None = None,
+        snapshot: str | os.PathLike[str] | None = None,
         network: object = None,
     ) -> Self:
         """A new sandbox: a copy of the template's machine, which boots for the first one.
@@ -94,9 +97,11 @@ class Sandbox:
             metadata: text by name, 4 KiB at most. envs: variables of each command, 8 KiB at most.
             on_timeout: ``"kill"``, or ``"pause"``.
             memory, disk, cpus: limits in place of the template's; others have a template's process of their own.
-            root: a tar archive or an OCI image layout that is the guest's root, likewise.
+            root: a directory, a tar archive or an OCI image layout that is the guest's root, likewise.
             egress: names and addresses that it may reach, and no others: ``["pypi.org", "10.1.0.0/16:5432"]``
                 (:attr:`Template.egress`), likewise in place of the template's.
+            snapshot: what a sandbox of this template was kept as (:meth:`snapshot`), from which it goes on, with its
+                memory and cpus; root and egress are given anew, where they were.
             network: None. Anything else is refused: there is no way out but that of *egress*.
 
         Raises UsageError, ConfigError for a wrong template, HostError where the host or the guest is in the way.
@@ -105,6 +110,10 @@ class Sandbox:
             raise UsageError(NO_NETWORK)
         limits = {"memory": memory, "disk": disk, "cpus": cpus, "egress": egress}
         limits["root"] = None if root is None else os.path.abspath(os.fspath(root))
+        if snapshot is not None:
+            if given := [name for name in ("memory", "disk", "cpus") if limits[name] is not None]:
+                raise UsageError(f"{given[0]}: a snapshot has its own")
+            limits["snapshot"] = str(_located(snapshot))
         chosen = load_template(template).with_limits(**limits)
         asked = {
             "timeout": _seconds(timeout),
@@ -170,6 +179,23 @@ class Sandbox:
         found = _asked(self._keeper, "fork", id=self.id, count=n, timeout=_seconds(timeout))
         return [Sandbox(self._keeper, one) for one in found]
 
+    def snapshot(self, where: str | os.PathLike[str], *, replace: bool = False) -> Snapshot:
+        """Keep it as it is on the disk, for any later time: ``Sandbox.create(snapshot=...)`` makes sandboxes of that.
+
+        It goes on, or stays paused. Commands that run under :attr:`commands` are ended in those that are made of it;
+        what they left in the background goes on. ``cardcage snapshot`` lists, checks and removes what is kept.
+
+        Args:
+            where: a name, or the path of a directory, which is made (:func:`cardcage_snapshot.creating.snapshot`).
+            replace: one that is there.
+
+        Raises ConfigError for one that is there, HostError where the disk is in the way.
+        """
+        from cardcage_snapshot.running import create
+
+        self.info()  # it has not ended
+        return create(find(str(self.made.pid)), _located(where), compress=False, replace=replace)
+
     def kill(self) -> bool:
         """End it; False where it has ended."""
         try:
@@ -190,6 +216,12 @@ class Sandbox:
 
 def _asked(keeper: RosterEntry, do: str, **keys: Any) -> Any:
     return command(keeper, "sandbox-pool", {"do": do, **keys}, timeout=120).get("found")
+
+
+def _located(where: str | os.PathLike[str]) -> Path:
+    from cardcage_snapshot.places import located  # which most who use sandboxes do without
+
+    return located(where)
 
 
 def _seconds(timeout: float | str) -> float:

@@ -40,6 +40,10 @@ def configure(parser: ArgumentParser) -> None:
     run.add_argument("--timeout", metavar="TIME", default="60s", help="how long the command may take (60s)")
     run.add_argument("--user", "-u", metavar="USER", help="the guest's user")
     run.add_argument("words", metavar="COMMAND", nargs="+", help="the command, behind --; one word is for a shell")
+    keep = acts.add_parser("snapshot", help="keep a sandbox as it is, for create --snapshot")
+    keep.add_argument("id", metavar="ID", help="the sandbox")
+    keep.add_argument("where", metavar="SNAPSHOT", help="name of the snapshot, or a path with a slash")
+    keep.add_argument("--replace", action="store_true", help="replace one that is there")
     kill = acts.add_parser("kill", help="end sandboxes")
     kill.add_argument("ids", metavar="ID", nargs="+", help="their names")
     acts.add_parser("stop", help="end all sandboxes, and the templates' processes")
@@ -57,7 +61,10 @@ def add_template(parser: ArgumentParser) -> None:
     for name, text in (("memory", "size of its RAM"), ("disk", "size of its files, which are in the RAM")):
         parser.add_argument(f"--{name}", metavar="SIZE", help=text)
     parser.add_argument("--cpus", metavar="COUNT", type=int, help="virtual processors")
-    parser.add_argument("--root", metavar="PATH", help="a tar archive or an OCI image layout that is its root")
+    parser.add_argument("--root", metavar="PATH", help="its root: a directory, a tar archive or an OCI image layout")
+    parser.add_argument(
+        "--snapshot", metavar="SNAPSHOT", help="what a sandbox of this template was kept as: it goes on"
+    )
     parser.add_argument(
         "--egress",
         metavar="WHERE",
@@ -75,6 +82,9 @@ def run(host: Host, arguments: Namespace) -> int:
             _list()
         case "run":
             return _run(arguments)
+        case "snapshot":
+            made = Sandbox.connect(arguments.id).snapshot(arguments.where, replace=arguments.replace)
+            print(f"{made.path}: {say_size(made.stored)}")
         case "kill":
             found = [Sandbox.connect(one) for one in arguments.ids]
             ended = [one.kill() for one in found]
@@ -91,7 +101,7 @@ def run(host: Host, arguments: Namespace) -> int:
 
 def create(arguments: Namespace, timeout: str, metadata: dict[str, str] | None = None) -> Sandbox:
     """A sandbox as the arguments of :func:`add_template` have it."""
-    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus", "root", "egress")}
+    limits = {name: getattr(arguments, name) for name in ("memory", "disk", "cpus", "root", "egress", "snapshot")}
     return Sandbox.create(arguments.template, timeout=timeout, metadata=metadata, **limits)
 
 

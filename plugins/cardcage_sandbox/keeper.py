@@ -9,23 +9,26 @@ import json
 import os
 import shlex
 import sys
-from contextlib import suppress
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
-from cardcage.errors import CardcageError, ConfigError, HostError, in_words
+from cardcage.errors import CardcageError, HostError, in_words
 from cardcage.host import Host
 from cardcage_agent import Machine
-from cardcage_boot.roots import is_image
 from cardcage_fleet.held import hold
 from cardcage_fleet.rundir import run_directory
+from cardcage_snapshot.manifest import read
+from cardcage_snapshot.places import Folder, located
+from cardcage_snapshot.tables import ids_of, tables_of
 
 from cardcage_sandbox import POOL
 from cardcage_sandbox.pool import Pool
 from cardcage_sandbox.template import FOLDER, Template
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cardcage_fleet.held import HeldFile
 
 __all__ = ["main"]
@@ -34,6 +37,10 @@ SETUP = 600.0
 """Seconds for each command of a template's setup."""
 PREPARE = """set -e
 user={user}
+grep -q ^root: /etc/passwd 2>/dev/null || {{
+    mkdir -p /etc /root
+    echo root:x:0:0::/root:/bin/sh >>/etc/passwd
+}}
 grep -q "^$user:" /etc/passwd || {{
     echo "$user:x:1000:1000::/home/$user:/bin/sh" >>/etc/passwd
     grep -q "^$user:" /etc/group 2>/dev/null || echo "$user:x:1000:" >>/etc/group
@@ -49,7 +56,7 @@ if grep -q '^rootfs / ' /proc/mounts; then
     for place in /run /dev/shm; do mount -o remount,size={small},mode=1777 $place; done
 fi
 """
-"""Setup of each template: its user, a ``bash`` for who asks for one, and the limit of its files."""
+"""Setup of each template: root and its user, a ``bash`` for who asks for one, and the limit of its files."""
 
 NETWORK = """tries=200
 until grep -q 198.18.0.1 /etc/resolv.conf 2>/dev/null; do
@@ -95,28 +102,57 @@ class Told:
 
 
 def _keep(template: Template, held: HeldFile, told: Told) -> None:
-    keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
-    if template.root and not is_image(Path(template.root)):
-        raise ConfigError("a directory is shared with the host: expected a tar archive or an OCI image", key="root")
-    keys["host"] = host = Host(owns_process=True)
-    if template.egress:
-        keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]
-    keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
+    host = Host(owns_process=True)
     host.share(POOL, dict)["file"] = held.path
-    with Machine.debian(
-        name=f"sandbox.{template.name}", memory=template.memory, cpus=template.cpus, accel="tcg", **keys
-    ) as machine:
-        machine.start()
-        _prepare(machine, template)
+    made = _restored if template.snapshot else _booted
+    with made(template, host) as machine:
         machine.pause()
-        pool = Pool(machine, template, held)
+        own = machine.config.machine
+        pool = Pool(machine, template.with_limits(memory=own.memory, cpus=own.cpus), held)
         machine.host.share(POOL, dict)["pool"] = pool
         told.say(b"ready\n")  # before anything is forked, which would have the pipe too
         with pool:
             pool.run()
 
 
-def _prepare(machine: Machine, template: Template) -> None:
+def _machine(template: Template, host: Host) -> Machine:
+    """The template's machine, which was not started."""
+    keys: dict[str, Any] = {name: value for name in ("root", "kernel") if (value := getattr(template, name))}
+    if template.egress:
+        keys["devices"] = [{"type": "virtio-net", "net": {"type": "egress", "allow": list(template.egress)}}]
+    keys["fragments"] = [{"policy": {"process": {"cgroup": template.cgroup}} if template.cgroup else {}}]
+    name, memory, cpus = f"sandbox.{template.name}", template.memory, template.cpus
+    return Machine.debian(name=name, memory=memory, cpus=cpus, accel="tcg", host=host, **keys)
+
+
+@contextmanager
+def _booted(template: Template, host: Host) -> Iterator[Machine]:
+    """A machine that has booted, and was set up."""
+    with _machine(template, host) as machine:
+        machine.start()
+        _set_up(machine, template)
+        yield machine
+
+
+@contextmanager
+def _restored(template: Template, host: Host) -> Iterator[Machine]:
+    """A machine that goes on from a snapshot of a sandbox.
+
+    That has the memory and the devices' state. Whatever names files of this host is the template's word, and not that
+    of a sandbox: its process was in a jail, and may have been taken over.
+    """
+    with Folder(located(template.snapshot)) as folder:
+        manifest, _ = read(folder)
+    template = template.with_limits(memory=manifest.memory, cpus=manifest.cpus)
+    with Host(owns_process=True) as other, _machine(template, other) as machine:
+        tables = tables_of(machine.config, ids_of(machine))
+    del tables["defaults"]  # which the platform has again
+    made: Any = Machine
+    with made.restore(located(template.snapshot), name=f"sandbox.{template.name}", config=tables, host=host) as machine:
+        yield machine
+
+
+def _set_up(machine: Machine, template: Template) -> None:
     """Run the setup. Raises HostError with what the guest wrote."""
     prepare = PREPARE.format(user=shlex.quote(template.user), space=template.space, small=template.space // 8)
     network = (NETWORK,) if template.egress else ()

@@ -12,6 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from attrs import field
+from cardcage.abilities import has
+from cardcage.device import Forkable
 from cardcage.errors import CardcageError, StateError, UsageError
 from cardcage.machine import State
 from cardcage.values import define
@@ -38,7 +40,7 @@ DAY = 86400.0
 """Seconds that a sandbox may live from the last time that somebody said so, and that one may stay paused."""
 DEFAULT = 300.0
 LOOK = 5.0
-"""Seconds between two looks at sandboxes whose guests may have ended."""
+"""Seconds between two looks at sandboxes whose guests may have ended, and between two tries to make one in advance."""
 PATIENCE = 5.0
 """Seconds that a sandbox may take to end."""
 METADATA, ENVS = 4096, 8192
@@ -119,7 +121,12 @@ class Pool:
                     self._changed.wait(min(max(min(ends) - now, 0.001), LOOK))
             for one in due:
                 self._expire(one)
-            self._look()
+            if self._look() and (why := self._lost()):
+                self._give_spare_up()
+                with self._changed:
+                    if not self._kept and not self._making:  # whoever asks next has a template that is made anew
+                        self._machine.log.warning("the template ends", why=why)
+                        self._stopped = True
 
     def stop(self) -> None:
         """End the process, and all sandboxes with it."""
@@ -134,6 +141,9 @@ class Pool:
     ) -> dict[str, Any]:
         """Make a sandbox; what there is to know of it."""
         until = time.monotonic() + timeout
+        if why := self._lost():
+            self._give_spare_up()
+            raise StateError(f'template "{self._template.name}" makes no more: {why} (cardcage sandbox stop ends it)')
         with self._changed:
             self._room(1)
             copy = self._spare.pop() if self._spare else None
@@ -244,18 +254,39 @@ class Pool:
             raise
         return copies
 
+    def _lost(self) -> str:
+        """Why copies of the template's machine would lack something by now, such as their way out; empty where not.
+
+        Those that were made in advance lack the same: they share it with the machine.
+        """
+        holders = (one for plugged in self._machine.devices.values() for one in plugged.slot.host.opened)
+        return next((why for one in holders if has(one, Forkable) and (why := one.may_fork())), "")
+
+    def _give_spare_up(self) -> None:
+        """End those that nobody has asked for yet."""
+        with self._changed:
+            spare, self._spare = self._spare, []
+        if spare:
+            _each(spare, _end)
+
     def _refill(self) -> None:
-        """Make sandboxes that nobody has asked for yet."""
+        """Make sandboxes that nobody has asked for yet. One that cannot be made is tried again."""
+        failed = False
         while True:
             with self._changed:
+                if failed:
+                    self._changed.wait_for(lambda: self._stopped, LOOK)
                 self._changed.wait_for(lambda: self._stopped or len(self._spare) < self._template.spare)
                 if self._stopped:
                     return
             try:
                 (copy,) = self._forked()
             except (CardcageError, OSError) as error:
-                self._machine.log.warning("no sandbox can be made in advance", why=str(error))
-                return
+                if not failed:
+                    self._machine.log.warning("no sandbox can be made in advance", why=str(error))
+                failed = True
+                continue
+            failed = False
             with self._changed:
                 if not self._stopped:
                     self._spare.append(copy)
@@ -309,10 +340,10 @@ class Pool:
             else:
                 self.kill(one.id)
 
-    def _look(self, *, now: bool = False) -> None:
-        """Forget those whose guests, or processes, have ended."""
+    def _look(self, *, now: bool = False) -> bool:
+        """Forget those whose guests, or processes, have ended; False where that was done a moment ago."""
         if not now and time.monotonic() - self._looked < LOOK:
-            return
+            return False
         self._looked = time.monotonic()
         with self._changed:
             kept = list(self._kept.values())
@@ -324,6 +355,7 @@ class Pool:
             if over:
                 with suppress(UsageError):  # somebody killed it meanwhile
                     self.kill(one.id)
+        return True
 
 
 def _wake(copy: Copy) -> None:

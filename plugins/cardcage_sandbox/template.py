@@ -55,8 +55,11 @@ class Template:
         memory: bytes of RAM, or text such as ``"256M"``. cpus: number of virtual processors, 1 to 64.
         disk: bytes that files may take, which lie in the RAM; 0 for half of it, as it always is with ``root``. The
             guest's root could lift this limit, up to the RAM; ``user`` cannot.
-        root: the guest's root: a tar archive or an OCI image layout, which lies in the RAM; without, an initramfs
-            with busybox. kernel: a bzImage or vmlinux in place of the distribution's.
+        root: the guest's root: a directory, of which all sandboxes read what this user may, and what they write lies in
+            the RAM; or a tar archive or an OCI image layout, which lies there whole; without, an initramfs with
+            busybox. kernel: a bzImage or vmlinux in place of the distribution's.
+        snapshot: what a sandbox of this template was kept as, by its name or directory (:meth:`Sandbox.snapshot`), from
+            which its sandboxes go on: memory, processors and what ``setup`` has made are the snapshot's.
         cgroup: a control group's directory, such as ``/sys/fs/cgroup/sandboxes``, made where only it is missing: all
             sandboxes of the template are in it, and share what it is given of processors, memory and processes.
         user: whose commands and files are meant when nobody is named; made where the guest has none of that name.
@@ -75,6 +78,7 @@ class Template:
     disk: Size = field(default=Size(0), converter=Size)
     root: HostPath = ""
     kernel: HostPath = ""
+    snapshot: str = ""
     cgroup: HostPath = ""
     user: str = field(default="user", validator=matches_re(r"[a-z_][a-z0-9_-]{0,30}"))
     setup: tuple[str, ...] = field(default=(), converter=tuple)
@@ -131,6 +135,8 @@ def load_template(source: str | os.PathLike[str] | Template) -> Template:
     for name in ("root", "kernel"):  # beside the file
         if value := getattr(found, name):
             found = found.with_limits(**{name: str(path.resolve().parent / value)})
+    if "/" in found.snapshot:  # else it is a name
+        found = found.with_limits(snapshot=str(path.resolve().parent / found.snapshot))
     return found
 
 

@@ -59,11 +59,11 @@ NEEDS = {
     # machines with an agent, forked, and their way out; the processes that hold them, and acts in them
     "cardcage_sandbox": {
         "cardcage_agent",
-        "cardcage_boot",
         "cardcage_egress",
         "cardcage_fork",
         "cardcage_fleet",
         "cardcage_verbs",
+        "cardcage_snapshot",
     },
     "cardcage_ray": {"cardcage_sandbox"},
     "cardcage_selinux": {"cardcage_fleet"},  # commands to running machines

@@ -237,6 +237,28 @@ def test_state_reopens_files(client: Client, share: Path) -> None:
     other.close()
 
 
+def test_a_share_in_two_processes(share: Path) -> None:
+    """A share that is only read may be a copy's too, whose listings are its own; one that is written may not."""
+    client = Client(share, readonly=True)
+    device: Fs = client.bench.device
+    client.open(1, op=Op.OPENDIR)
+    file = client.open(client.lookup(b"file"))
+    (there,) = [one.fd for one in device.handles.values() if one.inode.number == 1]
+    parents = os.dup(there)  # the same open file, as the parent of a fork has it
+    assert device.may_fork() == ""
+    device.forked()
+    os.lseek(there, 0, os.SEEK_END)
+    assert os.lseek(parents, 0, os.SEEK_CUR) == 0
+    assert not os.get_inheritable(there)
+    os.close(parents)
+    assert b"file" in client.names()
+    assert client.read(file)
+    client.close()
+    written = Client(share)
+    assert "may change" in written.bench.device.may_fork()
+    written.close()
+
+
 def test_an_older_kernel_settles_on_this_version(share: Path) -> None:
     """INIT of another major version is answered with ours alone, and INIT again forgets what was open."""
     client = Client(share)

@@ -117,6 +117,7 @@ def test_what_holds_the_host_is_named(tmp_path: Path) -> None:
     cases: list[tuple[str, Any]] = [
         ("RAM of type memfd", {"fragments": [memfd]}),
         ('"virtio-9p" holds', {"devices": ({"type": "virtio-9p", "path": str(tmp_path), "tag": "x"},)}),
+        ("shares a directory that its guest may change", {"devices": ({"type": "virtio-fs", "path": str(tmp_path)},)}),
         ('"virtio-vsock" holds', {"devices": ({"type": "virtio-vsock", "cid": 3, "uds": str(tmp_path / "v")},)}),
         ("a file takes", {"devices": ({"type": "virtio-console", "char": f"file:{tmp_path / 'out'}"},)}),
         ('"holder" .* does not say', {"devices": ({"type": "holder"},)}),

@@ -10,10 +10,13 @@ import json
 import struct
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 from cardcage.errors import UsageError
+from cardcage_sandbox import Sandbox
 from cardcage_sandbox.face.app import Face, application
 from cardcage_sandbox.face.connect import ENVELOPE, MESSAGE, Failed, taken
 from cardcage_sandbox.face.control import Refused
@@ -42,6 +45,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     app = application(lambda: Face(KEY, {"base": Template()}), frozenset({"localhost"}))
     with pytest.MonkeyPatch.context() as patch, TestClient(app, "http://localhost:3000") as made:
         patch.setenv("XDG_RUNTIME_DIR", str(run))
+        patch.setenv("XDG_STATE_HOME", str(run / "state"))
         yield made
 
 
@@ -142,6 +146,31 @@ def test_sandboxes_that_are_none(client: TestClient) -> None:
     assert "was not found" in found.json()["message"]
     for query in ("limit=0", "limit=x", "nextToken=-1", "startedAfter=soon"):
         assert client.get(f"/v2/sandboxes?{query}", headers=HERE).status_code == 400
+
+
+def test_snapshots_that_are_none(client: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A snapshot's name leads to no other place than the face's own; no name is two sandboxes'; there is a bound."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for name in ("..", "../../x", "*", "a/b", "x" * 65, "none", "%2e%2e%2fx"):
+        assert client.delete(f"/templates/{quote(name, safe='')}", headers=HERE).status_code == 404
+        body = {"templateID": name}
+        assert client.post("/v2/sandboxes", headers=HERE, json=body).status_code == 404
+    assert client.get("/snapshots?sandboxID=../x", headers=HERE).status_code == 400
+    sandbox = SimpleNamespace(id="mine", made=SimpleNamespace(template="base"), info=lambda: None)
+    monkeypatch.setattr(Sandbox, "connect", lambda id: sandbox)
+    for name in ("other", *map(str, range(63))):
+        folder = tmp_path / "cardcage/sandboxes/base" / ("theirs" if name == "other" else "mine") / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    def kept(**body: Any) -> tuple[int, str]:
+        answer = client.post("/sandboxes/mine/snapshots", headers=HERE, json=body)
+        return answer.status_code, answer.json()["message"]
+
+    assert kept(name="../x")[0] == kept(memory=False)[0] == kept(name=5)[0] == 400
+    assert kept(name="other")[0] == kept(name="base")[0] == 409
+    assert kept(name="new") == (429, "there are 64 snapshots: delete some first")
+    assert [one["snapshotID"] for one in client.get("/snapshots?sandboxID=theirs", headers=HERE).json()] == ["other"]
 
 
 def test_a_signed_link() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from struct import Struct
 from threading import Lock
@@ -148,6 +149,18 @@ class Fs(ParksWorkers):
 
     def drain(self) -> None:
         self._workers.drain()
+
+    def may_fork(self) -> str:
+        """A directory that is only read may be two guests'; what each would write, the other does not know of."""
+        return "" if self.options.readonly else "shares a directory that its guest may change, which two cannot have"
+
+    def forked(self) -> None:
+        """Open files are read by position; a directory's place in its listing would be the parent's too."""
+        for handle in self.handles.values():
+            if handle.inode.key[2] == stat.S_IFDIR:
+                again = os.open(f"/proc/self/fd/{handle.fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.dup2(again, handle.fd, inheritable=False)
+                os.close(again)
 
     def stop(self) -> None:
         for handle in self.handles.values():

@@ -16,6 +16,7 @@ from cardcage_sandbox.face.control import Control, Refused
 from cardcage_sandbox.face.filecalls import FileCalls
 from cardcage_sandbox.face.guard import Guard, Keys, TooLarge, too_large
 from cardcage_sandbox.face.reach import Reach
+from cardcage_sandbox.face.snapshots import Snapshots
 from cardcage_sandbox.template import Template
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Face:
     """
 
     def __init__(self, key: str, templates: Mapping[str, Template], *, debug: bool = False) -> None:
-        self.keys, self.debug = Keys(key), debug
+        self.keys, self.debug, self.snapshots = Keys(key), debug, Snapshots()
         self._templates = dict(templates)
         self._known: dict[str, Sandbox] = {}
         self._debugged: Sandbox | None = None
@@ -56,10 +57,16 @@ class Face:
         return await anyio.to_thread.run_sync(call, *values, abandon_on_cancel=True, limiter=self._limiter)
 
     def template(self, name: str) -> Template:
-        """A template by its name. Raises Refused."""
-        if (found := self._templates.get(name)) is None:
-            raise Refused(404, f'template "{name[:60]}": expected one of {", ".join(sorted(self._templates))}')
+        """A template by its name, or that of a snapshot. Raises Refused."""
+        found = self._templates.get(name) or self.snapshots.template(name, self._templates)
+        if found is None:
+            expected = f"expected one of {', '.join(sorted(self._templates))}, or a snapshot"
+            raise Refused(404, f'template "{name[:60]}": {expected}')
         return found
+
+    def is_template(self, name: str) -> bool:
+        """True for a name that no snapshot may have."""
+        return name in self._templates
 
     def know(self, sandbox: Sandbox) -> None:
         """Keep *sandbox* at hand."""

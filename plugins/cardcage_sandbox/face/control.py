@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cardcage_sandbox.client import NO_NETWORK, Sandbox, SandboxInfo
+from cardcage_sandbox.face.snapshots import MOST, NAME
 from cardcage_sandbox.template import keepers
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Control:
             ("PUT", "/sandboxes/{id}/network", self.network),
             ("GET", "/sandboxes/{id}/metrics", self.metrics),
             ("POST", "/sandboxes/{id}/snapshots", self.snapshot),
+            ("GET", "/snapshots", self.snapshots),
+            ("DELETE", "/templates/{name}", self.forget),
         )
         return [Route(path, self._guarded(call), methods=[method]) for method, path, call in table]
 
@@ -125,7 +128,7 @@ class Control:
                 raise Refused(400, f"{name}: there are no {what}")
         if body.get("allow_internet_access"):
             raise Refused(400, NO_NETWORK)
-        template = self._face.template(body.get("templateID") or "base")
+        template = await self._face.thread(self._face.template, body.get("templateID") or "base")
         egress = _egress(body.get("network") or {})
         if egress and len(await self._face.thread(keepers)) >= KEEPERS:
             raise Refused(429, f"network.allowOut: there are {KEEPERS} templates that run: expected one of theirs")
@@ -157,10 +160,7 @@ class Control:
         ]
         if query.get("order") != "asc":
             rows.reverse()
-        first, limit = _number(query.get("nextToken"), 0, 0), _number(query.get("limit"), PAGE, 1)
-        page = rows[first : first + min(limit, PAGE)]
-        more = {"x-next-token": str(first + len(page))} if first + len(page) < len(rows) else {}
-        return JSONResponse([listed(one) for one in page], headers=more)
+        return _page(request, [listed(one) for one in rows])
 
     async def info(self, request: Request) -> Response:
         """Facts of one."""
@@ -234,9 +234,36 @@ class Control:
         return Response(status_code=204)
 
     async def snapshot(self, request: Request) -> Response:
-        """Templates that are made of a sandbox: there are none."""
-        await self._sandbox(request)
-        raise Refused(400, "snapshots: a sandbox is copied by fork, not kept")
+        """Keep one, as a template by its name."""
+        body = await self._body(request, name=str, memory=bool)
+        if body.get("memory") is False:
+            raise Refused(400, "memory: a snapshot has its sandbox's memory")
+        sandbox, kept, name = await self._sandbox(request), self._face.snapshots, body.get("name") or ""
+        if name and not NAME.fullmatch(name):
+            raise Refused(400, f"name: {name[:70]!r}: expected at most 64 letters, digits, _ and -")
+        template = await self._face.thread(self._face.template, sandbox.made.template)
+        here, all_of = await self._face.thread(lambda: (kept.list(name=name) if name else [], kept.list()))
+        if any(path.parent.name != sandbox.id for path in here) or self._face.is_template(name):
+            raise Refused(409, f"name: {name} is another sandbox's snapshot, or a template")
+        if len(all_of) >= MOST and not here:
+            raise Refused(429, f"there are {MOST} snapshots: delete some first")
+        name = await self._face.thread(lambda: kept.keep(sandbox, template, name))
+        return JSONResponse(named(name), 201)
+
+    async def snapshots(self, request: Request) -> Response:
+        """A page of what was kept."""
+        query = request.query_params
+        sandbox, name = query.get("sandboxID", ""), query.get("name", "")
+        if any(one and not NAME.fullmatch(one) for one in (sandbox, name)):
+            raise Refused(400, "sandboxID, name: expected letters, digits, _ and -")
+        rows = await self._face.thread(lambda: self._face.snapshots.list(sandbox, name))
+        return _page(request, [named(path.name) for path in rows])
+
+    async def forget(self, request: Request) -> Response:
+        """Remove what was kept."""
+        if not await self._face.thread(lambda: self._face.snapshots.remove(request.path_params["name"])):
+            raise Refused(404, f"snapshot {request.path_params['name'][:60]!r} was not found")
+        return Response(status_code=204)
 
     async def metrics(self, request: Request) -> Response:
         """Use of one now: of its processors since it began, of memory as its kernel has it."""
@@ -264,6 +291,11 @@ class Control:
         return JSONResponse([row])
 
 
+def named(snapshot: str) -> dict[str, Any]:
+    """A snapshot as the SDK reads it."""
+    return {"snapshotID": snapshot, "names": [snapshot]}
+
+
 def error(status: int, why: str) -> JSONResponse:
     """An error as the SDK reads it."""
     return JSONResponse({"code": status, "message": why}, status)
@@ -284,6 +316,15 @@ def listed(info: SandboxInfo) -> dict[str, Any]:
         "state": info.state,
         "metadata": info.metadata,
     }
+
+
+def _page(request: Request, rows: list[Any]) -> Response:
+    """The page of *rows* that a request asks for, and where the next one begins. Raises Refused."""
+    query = request.query_params
+    first, limit = _number(query.get("nextToken"), 0, 0), _number(query.get("limit"), PAGE, 1)
+    page = rows[first : first + min(limit, PAGE)]
+    more = {"x-next-token": str(first + len(page))} if first + len(page) < len(rows) else {}
+    return JSONResponse(page, headers=more)
 
 
 def _said(seconds: float) -> str:
