@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 from cardcage.config import beside
+from cardcage.x86 import DescriptorTable
 
 from cardcage_boot.elf import Elf, Segment, is_elf, read_elf
 from cardcage_boot.files import BootFile, open_file, unpacked
@@ -109,6 +110,7 @@ class MultibootImage:
         )
         context.memory.write(info, head + mmap + listing + b"".join(texts))
         state = flat32(self.elf.physical_entry())
+        state.system.idt = DescriptorTable(0, 0x3FF)  # the BIOS's: a kernel that goes back to real mode has vectors
         state.registers.rax, state.registers.rbx = LOADER_MAGIC, info
         return state
 

@@ -203,6 +203,44 @@ end:
 """
 
 
+# Goes back to real mode below 1 MiB and waits for a tick by the vectors that it was entered with.
+REAL_AGAIN = """
+bits 32
+org 0x8000
+header:
+    dd 0x1badb002, 0x10003, -(0x1badb002 + 0x10003), header, header, 0, end, start
+start:
+    lgdt [gdtr]
+    jmp 8:narrow
+bits 16
+narrow:
+    mov eax, cr0
+    and al, 0xfe
+    mov cr0, eax
+    jmp 0:real
+real:
+    xor ax, ax
+    mov ds, ax
+    mov ss, ax
+    mov sp, end
+    mov bx, [0x46c]
+    int 0x11
+    sti
+wait_:
+    hlt
+    cmp [0x46c], bx
+    je wait_
+    mov al, 0x31
+    out 0xf4, al
+align 8
+gdt: dq 0, 0x00009b000000ffff, 0x000093000000ffff
+gdtr: dw 23
+    dd gdt
+times 1024 db 0
+end:
+"""
+
+
 # As suites of test kernels are made: 64-bit code in an ELF32 file. Prints its arguments, first module and the number
 # of processors that fw_cfg tells, and ends with 0.
 FLAT = """
@@ -318,6 +356,13 @@ def test_multiboot_guest_finds_a_pc_as_a_bios_leaves_it(accel: str, assemble: Ca
         assert next(one[3] for one in entries if one[1] <= segment << 4 < one[1] + one[2]) == 2
         assert bytes(read(segment << 4, 1)) == b"\x01"
         assert struct.unpack("<H", read(0x400, 2)) == (0x3F8,)
+
+
+def test_multiboot_guest_that_goes_back_to_real_mode(accel: str, assemble: Callable[[str], str]) -> None:
+    """IDTR is a BIOS's, so that software interrupts and the timer's work there without more ado."""
+    with Machine(memory="32M", accel=accel, boot={"kernel": assemble(REAL_AGAIN)}, devices=EXIT) as machine:
+        machine.start()
+        assert machine.wait(60) == DebugExit(0x31)
 
 
 def test_processors_count_time_in_step(assemble: Callable[[str], str]) -> None:
