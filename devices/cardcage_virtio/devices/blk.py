@@ -27,13 +27,14 @@ from cardcage_virtio.queue.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from cardcage.device import Slot
 
     from cardcage_virtio.queue.request import Request, Ring
     from cardcage_virtio.virtio import Virtio
 
-__all__ = ["Blk", "BlkOptions", "Grows", "Plain"]
+__all__ = ["Blk", "BlkOptions", "Grows", "Placed", "Plain"]
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -64,6 +65,14 @@ class Plain(Protocol):
 
     def took(self, seconds: float, /) -> None:
         """Some such requests, writes among them, took so long."""
+
+
+class Placed(Plain, Protocol):
+    """As :class:`Plain`, where the bytes lie elsewhere in the file, and not all at once."""
+
+    def places(self, rows: Sequence[tuple[int, int, bool]], /) -> AbstractContextManager[Sequence[int | None]]:
+        """Where in the file each (offset, length, to be written) of the disk lies as one run, while the block lasts;
+        None for one that the back end has to serve itself."""
 
 
 @frozen
@@ -153,6 +162,7 @@ class Blk(ParksWorkers, HoldsNothing):
         quick = self._quick if self._try_read or self._try_write else None
         self._lanes: list[Lane | None] = [None] * len(self.queue_sizes)
         bulk = self._bulk if has(self.backend, Plain) else None
+        self._placed = has(self.backend, Placed)
         if bulk is not None and (why := why_not()):
             self._slot.log.info("requests are served by Python alone", why=why)
             bulk = None
@@ -257,7 +267,10 @@ class Blk(ParksWorkers, HoldsNothing):
         lane.read_flags, lane.write_flags = reads, writes
         lane.bytes, lane.mask, lane.budget = self.info.size, self.block - 1, AT_ONCE
         began, before = now(), self.counts.writes
-        why = found.serve(MOST, self._count)
+        try:
+            why = found.serve(MOST, self._count, self.backend.places if self._placed else None)
+        except OSError:  # as above
+            return OTHER
         if self.counts.writes != before:
             self.backend.took(now() - began)
         return why
