@@ -28,8 +28,8 @@ class PlainImage:
             return fd, reads, writes, EDGE, file.size() - EDGE
         return fd, reads, writes, 0, self.info.size
 
-    def took(self, seconds: float, /) -> None:
-        """Writes by :meth:`plain` took so long."""
+    def took(self, seconds: float, size: int, /) -> None:
+        """Writes of *size* bytes by :meth:`plain` took so long."""
         file = vars(self)["_file"]
         if isinstance(file, HostFile):
-            file.took(seconds)
+            file.took(seconds, size)

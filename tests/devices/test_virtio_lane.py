@@ -62,7 +62,7 @@ def disk(folder: Path, name: str = "disk", **more: Any) -> Any:
 
 def calm(image: Any) -> None:
     """Take the page cache to be as quick with writes as it mostly is, whatever this host is busy with."""
-    image._file._nowait_writes, image._file._doubt, image._file.took = False, 0, lambda seconds: None
+    image._file._nowait_writes, image._file._doubt, image._file.took = False, 0, lambda seconds, size: None
 
 
 def make(image: Any, memory: int = 1 << 20, **more: Any) -> tuple[Any, Any]:
@@ -143,9 +143,10 @@ def test_a_file_that_waits_is_not_written_natively(tmp_path: Path) -> None:
     file: Any = image._file
     file._nowait_writes, file._doubt = False, 0
     assert file.at_hand()[2] == 0
-    image.took(WAITED / 2)
+    image.took(WAITED / 2, 4096)
+    image.took(2 * WAITED, 4 << 20)
     assert file.at_hand()[2] == 0
-    image.took(2 * WAITED)
+    image.took(2 * WAITED, 4096)
     assert file.at_hand()[2] == -1
     assert file._doubt == 2 * CALM[0]
     image.close()

@@ -63,8 +63,8 @@ class Plain(Protocol):
         pwritev2(2) take no waiting, below 0 where they may; and from where to where it may be written, in whole pages.
         A request that such a call does not serve in full goes to the back end. None when there is no such file."""
 
-    def took(self, seconds: float, /) -> None:
-        """Some such requests, writes among them, took so long."""
+    def took(self, seconds: float, size: int, /) -> None:
+        """Some such requests took so long, and wrote *size* bytes."""
 
 
 class Placed(Plain, Protocol):
@@ -266,13 +266,13 @@ class Blk(ParksWorkers, HoldsNothing):
         lane.may = MAY_READ * (reads >= 0) | MAY_WRITE * may_write
         lane.read_flags, lane.write_flags = reads, writes
         lane.bytes, lane.mask, lane.budget = self.info.size, self.block - 1, AT_ONCE
-        began, before = now(), self.counts.writes
+        began, before = now(), self.counts.written_bytes
         try:
             why = found.serve(MOST, self._count, self.backend.places if self._placed else None)
         except OSError:  # as above
             return OTHER
-        if self.counts.writes != before:
-            self.backend.took(now() - began)
+        if written := self.counts.written_bytes - before:
+            self.backend.took(now() - began, written)
         return why
 
     def _count(self, lane: Any) -> None:
