@@ -35,6 +35,8 @@ IOV_MAX = 1024
 OWN = re.compile(r"/proc/self/fd/([0-9]{1,9})")
 WAITED = 0.001
 """Seconds: a write into the page cache that takes longer has waited for something."""
+COPIED = 1e-9
+"""Seconds that a byte of it may take besides."""
 CALM = (64, 4096)
 """So many writes in a row must not have waited before one is tried where nobody may wait; twice as many after one that
 did, up to the second."""
@@ -277,9 +279,9 @@ class HostFile:
         writes = os.RWF_NOWAIT if self._nowait_writes else -1 if self._doubt else 0
         return self.fd, os.RWF_NOWAIT if self._nowait else -1, writes
 
-    def took(self, seconds: float) -> None:
-        """Writes by :meth:`at_hand` took so long."""
-        if not self._nowait_writes and seconds > WAITED:
+    def took(self, seconds: float, size: int) -> None:
+        """Writes of *size* bytes into the page cache took so long."""
+        if not self._nowait_writes and seconds > WAITED + size * COPIED:
             self._doubts = min(2 * self._doubts, CALM[1])
             self._doubt = self._doubts
 
@@ -355,7 +357,7 @@ class HostFile:
             return False
         began = perf_counter()
         done = pwritev(self.fd, buffers, offset)
-        self.took(perf_counter() - began)
+        self.took(perf_counter() - began, done)
         return done == length
 
     def _write_bounced(self, offset: int, buffers: Sequence[memoryview], length: int) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from contextlib import contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,12 @@ from cardcage_block.layers import LayeredImage
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
+from cardcage_block.plain import PlainImage
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import sectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from cardcage_block.header import Header
     from cardcage_block.health import Health
@@ -54,7 +56,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image(CopiedImage, HandedImage, LayeredImage):
+class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlainImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -200,6 +202,20 @@ class Qcow2Image(CopiedImage, HandedImage, LayeredImage):
         try:
             host = _own_place(self, offset, length)
             return bool(host and self._try_write is not None and self._try_write(host, buffers, length))
+        finally:
+            self._inflight.pop(me, None)
+
+    @contextmanager
+    def places(self, rows: Sequence[tuple[int, int, bool]], /) -> Iterator[list[int | None]]:
+        """Where in the file each (offset, length, to be written) lies as one run, for as long as the block lasts; None
+        where it does not, or its table entries are not in memory."""
+        me = get_ident()
+        self._inflight[me] = self._limbo.epoch  # as in readv
+        try:
+            yield [
+                (_own_place(self, offset, length) if write else self._map.readable(offset, length)) or None
+                for offset, length, write in rows
+            ]
         finally:
             self._inflight.pop(me, None)
 

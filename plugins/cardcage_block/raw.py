@@ -12,18 +12,21 @@ from cardcage.segments import total
 
 from cardcage_block.formats import EDGE, probe
 from cardcage_block.handing import HandedImage
-from cardcage_block.hostfile import HostFile, take
+from cardcage_block.hostfile import take
 from cardcage_block.layers import LayeredImage
+from cardcage_block.plain import PlainImage
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cardcage_block.hostfile import HostFile
+
 __all__ = ["RawImage"]
 
 
-class RawImage(CopiedImage, HandedImage, LayeredImage):
+class RawImage(CopiedImage, HandedImage, LayeredImage, PlainImage):
     """A raw disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -69,23 +72,6 @@ class RawImage(CopiedImage, HandedImage, LayeredImage):
         if self._readonly or (self._guessed and self._touches_edge(offset, length)):
             return False
         return self._file.try_write(offset, buffers, length)
-
-    def plain(self) -> tuple[int, int, int, int, int] | None:
-        """The file and how it may be used now, by who goes past :meth:`try_readv` and :meth:`try_writev`
-        (``cardcage_virtio.devices.blk.Plain``)."""
-        if not isinstance(self._file, HostFile):
-            return None
-        fd, reads, writes = self._file.at_hand()
-        if self._readonly:
-            writes = -1
-        if self._guessed:
-            return fd, reads, writes, EDGE, self._file.size() - EDGE
-        return fd, reads, writes, 0, self.info.size
-
-    def took(self, seconds: float, /) -> None:
-        """Writes by :meth:`plain` took so long."""
-        if isinstance(self._file, HostFile):
-            self._file.took(seconds)
 
     def _touches_edge(self, offset: int, length: int) -> bool:
         return offset < EDGE or offset + length > self._file.size() - EDGE

@@ -67,8 +67,8 @@ class BootFile:
 
 
 _kept: WeakValueDictionary[tuple[str, str], BootFile] = WeakValueDictionary()
-"""What images in this process hold for resets, by name and kind: machines of one kernel are to have it once. It is
-compared each time, as a path may lead to other bytes."""
+"""Files that images in this process hold for resets, by name and kind: machines of one kernel are to have it once.
+They are compared each time, as a path may lead to other bytes."""
 
 
 def _kept_of(path: str, name: str, kind: str) -> BootFile | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import pytest
 from cardcage._host.log import Log, LogSink
 from cardcage._machine.granted import BackendGate, MemoryGate
 from cardcage.memory import GuestMemoryError, PhysicalMemory, RamBlock, RamRange
+from cardcage_block.check import check
 from cardcage_block.drive import Drive, open_image
+from cardcage_block.header import Header
 from cardcage_block.hostfile import CALM, WAITED, HostFile
+from cardcage_block.make import Qcow2Shape, create_qcow2
 from cardcage_block.raw import RawImage
+from cardcage_block.tables import read_bytes
 from cardcage_virtio.devices.blk import Blk, BlkOptions
 from cardcage_virtio.native import build
 from cardcage_virtio.queue import lane as lanes
@@ -45,10 +49,8 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("needs gcc, whose traps these are")
     made = tmp_path_factory.mktemp("native") / build.LIBRARY
     build.build(made, more=TRAPS)
-    function: Any = ctypes.CDLL(str(made)).cardcage_serve
-    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "_load", lambda: (function, ""))
+        patch.setattr(lanes, "_load", lambda: (lanes._functions(str(made)), ""))
         yield
 
 
@@ -60,7 +62,7 @@ def disk(folder: Path, name: str = "disk", **more: Any) -> Any:
 
 def calm(image: Any) -> None:
     """Take the page cache to be as quick with writes as it mostly is, whatever this host is busy with."""
-    image._file._nowait_writes, image._file._doubt, image._file.took = False, 0, lambda seconds: None
+    image._file._nowait_writes, image._file._doubt, image._file.took = False, 0, lambda seconds, size: None
 
 
 def make(image: Any, memory: int = 1 << 20, **more: Any) -> tuple[Any, Any]:
@@ -141,9 +143,10 @@ def test_a_file_that_waits_is_not_written_natively(tmp_path: Path) -> None:
     file: Any = image._file
     file._nowait_writes, file._doubt = False, 0
     assert file.at_hand()[2] == 0
-    image.took(WAITED / 2)
+    image.took(WAITED / 2, 4096)
+    image.took(2 * WAITED, 4 << 20)
     assert file.at_hand()[2] == 0
-    image.took(2 * WAITED)
+    image.took(2 * WAITED, 4096)
     assert file.at_hand()[2] == -1
     assert file._doubt == 2 * CALM[0]
     image.close()
@@ -378,6 +381,67 @@ def test_a_driver_that_scribbles_meanwhile(library: None, tmp_path: Path) -> Non
     bench.start()
     assert bench.call([head(0)], [4096, 1])[-1] == 0
     bench.close()
+
+
+# qcow2
+
+
+def test_a_qcow2_disk_is_served_natively(library: Any, tmp_path: Path) -> None:
+    """Reads and overwrites of clusters that it has, in whatever order they lie, go past Python; those of others do not,
+    and are right as well."""
+    (tmp_path / "below").write_bytes(CONTENT)
+    create_qcow2(str(tmp_path / "disk.qcow2"), DISK, Qcow2Shape(4096, backing_file="below", backing_format="raw"))
+    image: Any = open_image(Drive(str(tmp_path / "disk.qcow2")), warn=print)
+    calm(image)
+    bench, _ = make(image)
+    expected = bytearray(CONTENT)
+    for at in (3, 1, 2, 9, 8):
+        assert bench.call([head(1, 8 * at), bytes([at]) * 4096], [1]) == b"\0"
+        expected[4096 * at : 4096 * at + 4096] = bytes([at]) * 4096
+    ring = bench.virtio.rings[0]
+    pop, ring.pop = ring.pop, refuse
+    for at in (1, 2, 3, 8, 9):
+        tokens = (
+            bench.driver().add([head(1, 8 * at), b"%d" % at * 4096], [1]),
+            bench.driver().add([head(0, 8 * at)], [4096, 1]),
+        )
+        bench.kick()
+        found = dict(bench.driver().used())
+        expected[4096 * at : 4096 * at + 4096] = b"%d" % at * 4096
+        assert found == {tokens[0]: b"\0", tokens[1]: b"%d" % at * 4096 + b"\0"}
+    ring.pop = pop
+    assert not image._inflight
+    for at in range(16):
+        assert bench.call([head(0, 8 * at)], [4096, 1]) == expected[4096 * at : 4096 * at + 4096] + b"\0"
+    assert bench.call([head(0)], [DISK, 1]) == expected + b"\0"
+    assert bench.call([head(11), struct.pack("<QII", 8, 8, 0)], [1]) == b"\0"
+    assert bench.call([head(0, 8)], [4096, 1]) == bytes(4097)
+    bench.close()
+    image.close()
+    file = HostFile(str(tmp_path / "disk.qcow2"), writable=False)
+    report = check(file, Header.parse(partial(read_bytes, file), "disk.qcow2"))
+    assert not report.corruptions
+    assert not report.leaks
+    file.close()
+
+
+def test_an_image_that_is_read_only_has_no_place_to_write(tmp_path: Path) -> None:
+    """Nor has a cluster that is not its own, compressed, or zeros."""
+    create_qcow2(str(tmp_path / "disk.qcow2"), DISK)
+    image: Any = open_image(Drive(str(tmp_path / "disk.qcow2")), warn=print)
+    image.writev(0, [memoryview(b"x" * 65536)])
+    with image.places([(0, 4096, False), (4096, 4096, True), (0, DISK, False)]) as found:
+        assert None not in found
+        assert image._inflight
+    image.write_zeroes(0, 65536, unmap=False)
+    with image.places([(0, 4096, False), (0, 4096, True)]) as found:
+        assert found == [None, None]
+    image.close()
+    image = open_image(Drive(str(tmp_path / "disk.qcow2"), readonly=True), warn=print)
+    assert image.plain()[2] == -1
+    with image.places([(0, 4096, True)]) as found:
+        assert found == [None]
+    image.close()
 
 
 # the library

@@ -27,13 +27,14 @@ from cardcage_virtio.queue.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from cardcage.device import Slot
 
     from cardcage_virtio.queue.request import Request, Ring
     from cardcage_virtio.virtio import Virtio
 
-__all__ = ["Blk", "BlkOptions", "Grows", "Plain"]
+__all__ = ["Blk", "BlkOptions", "Grows", "Placed", "Plain"]
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -62,8 +63,16 @@ class Plain(Protocol):
         pwritev2(2) take no waiting, below 0 where they may; and from where to where it may be written, in whole pages.
         A request that such a call does not serve in full goes to the back end. None when there is no such file."""
 
-    def took(self, seconds: float, /) -> None:
-        """Some such requests, writes among them, took so long."""
+    def took(self, seconds: float, size: int, /) -> None:
+        """Some such requests took so long, and wrote *size* bytes."""
+
+
+class Placed(Plain, Protocol):
+    """As :class:`Plain`, where the bytes lie elsewhere in the file, and not all at once."""
+
+    def places(self, rows: Sequence[tuple[int, int, bool]], /) -> AbstractContextManager[Sequence[int | None]]:
+        """Where in the file each (offset, length, to be written) of the disk lies as one run, while the block lasts;
+        None for one that the back end has to serve itself."""
 
 
 class ChangesHands(Protocol):
@@ -159,7 +168,7 @@ class Blk(ParksWorkers, HoldsNothing):
 
     def _know(self, backend: Any) -> None:
         """Look what it can do besides. Raises CardError."""
-        self._plain = has(backend, Plain)
+        self._plain, self._placed = has(backend, Plain), has(backend, Placed)
         self._try_read, self._try_write = has(backend, TryReads), has(backend, TryWrites) and not self.readonly
 
     def plug_virtio(self, io: Virtio) -> None:
@@ -307,10 +316,13 @@ class Blk(ParksWorkers, HoldsNothing):
         lane.may = MAY_READ * (reads >= 0) | MAY_WRITE * may_write
         lane.read_flags, lane.write_flags = reads, writes
         lane.bytes, lane.mask, lane.budget = self.info.size, self.block - 1, AT_ONCE
-        began, before = now(), self.counts.writes
-        why = found.serve(MOST, self._count)
-        if self.counts.writes != before:
-            self.backend.took(now() - began)
+        began, before = now(), self.counts.written_bytes
+        try:
+            why = found.serve(MOST, self._count, self.backend.places if self._placed else None)
+        except OSError:  # as above
+            return OTHER
+        if written := self.counts.written_bytes - before:
+            self.backend.took(now() - began, written)
         return why
 
     def _count(self, lane: Any) -> None:

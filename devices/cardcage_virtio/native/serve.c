@@ -18,11 +18,12 @@ enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
 enum { IN, OUT };
 enum { SECTOR = 512, PAGE = 4096, HEADER = 16 };
 enum { MAY_READ = 1, MAY_WRITE = 2 };
+#define NOWHERE (~0ul)
 enum { RAMS = 8, MOST = 64, PARTS = 1024, AREAS = 4096 };
-enum { EMPTY, MORE, OTHER, UNKNOWN, SERVED };
+enum { EMPTY, MORE, OTHER, UNKNOWN, SERVED, FULL };
 enum { SYS_PREADV2 = 327, SYS_PWRITEV2 = 328 };
 
-/* One queue: Python (queue/lane.py) has the same structure. Only one thread is in it at a time. */
+/* One queue: Python (queue/lane.py) has the same structure. Only one thread is in it at a time. Who calls may only put places between two calls. */
 struct lane {
     u64 table, avail, used;           /* the ring's parts, in this process */
     u32 size, longest;                /* its entries; the most of an indirect table */
@@ -45,13 +46,22 @@ struct lane {
     struct {
         u64 base, length;             /* struct iovec */
     } part[PARTS];
+    u32 wanted, parts;                /* requests that were gathered, and their parts */
+    u32 at, kept;                     /* the available index behind them; areas of what was served */
+    struct wanted {
+        u64 offset, size;             /* of the disk */
+        u64 place;                    /* where that is in the file, which who calls may say; NOWHERE if it cannot be */
+        u64 status;                   /* where it is here */
+        u32 out, head, first, parts, areas, none;
+    } want[MOST];
 };
 
+/* What is known of a chain while it is walked. */
 struct request {
-    u64 header, status, status_address; /* where they are here; 0 for none yet */
-    u64 readable, writable;             /* bytes of data */
+    u64 header;                          /* where it is here; 0 for not yet */
+    u64 readable, writable;              /* bytes of data */
     u64 last, last_address, last_length; /* a writable part that may be the status byte */
-    u32 parts, areas;                    /* first area is the lane's */
+    u32 parts, areas;                    /* behind its last */
 };
 
 static s64 transfer(s64 number, s32 fd, const void *parts, u64 count, u64 offset, s32 flags)
@@ -81,7 +91,7 @@ static u64 find(struct lane *l, u64 address, u64 length, int *why)
 
 static int add_part(struct lane *l, struct request *r, u64 host, u64 length)
 {
-    if (r->parts && l->part[r->parts - 1].base + l->part[r->parts - 1].length == host) {
+    if (r->parts > l->parts && l->part[r->parts - 1].base + l->part[r->parts - 1].length == host) {
         l->part[r->parts - 1].length += length;
         return 1;
     }
@@ -117,7 +127,7 @@ static int take(struct lane *l, struct request *r, u64 address, u64 length, u32 
     if (flags & WRITE) {
         if (r->last) {
             if (!add_part(l, r, r->last, r->last_length) || !add_area(l, r, r->last_address, r->last_length))
-                return OTHER;
+                return FULL;
             r->writable += r->last_length;
         }
         r->last = host, r->last_address = address, r->last_length = length;
@@ -129,7 +139,7 @@ static int take(struct lane *l, struct request *r, u64 address, u64 length, u32 
         r->header = host;
     } else {
         if (!add_part(l, r, host, length))
-            return OTHER;
+            return FULL;
         r->readable += length;
     }
     return SERVED;
@@ -168,10 +178,10 @@ static int walk(struct lane *l, struct request *r, u32 head)
     }
 }
 
-/* Serve the request whose chain begins at *head*; *moved: bytes of data. */
-static int serve(struct lane *l, u32 head, u64 *moved)
+/* Gather the request whose chain begins at *head*. */
+static int gather(struct lane *l, u32 head)
 {
-    struct request r = {.areas = l->areas};
+    struct request r = {.parts = l->parts, .areas = l->areas};
     int why = walk(l, &r, head);
     if (why != SERVED)
         return why;
@@ -179,7 +189,7 @@ static int serve(struct lane *l, u32 head, u64 *moved)
         return OTHER;
     u64 kind = (u32)((guest64 *)r.header)[0], sector = ((guest64 *)r.header)[1];
     int out = kind == OUT;
-    u64 size = out ? r.readable : r.writable, written = 1;
+    u64 size = out ? r.readable : r.writable;
     if (kind > OUT || !(l->may & (out ? MAY_WRITE : MAY_READ)) || (out ? r.writable : r.readable) || !size)
         return OTHER;
     if (sector >= l->bytes / SECTOR || size > l->bytes - sector * SECTOR)
@@ -190,58 +200,108 @@ static int serve(struct lane *l, u32 head, u64 *moved)
     if (out && ((at | size) & (PAGE - 1) || at < l->write_low || l->write_high < size || at > l->write_high - size))
         return OTHER;
     if (!add_area(l, &r, r.last_address, 1))
-        return OTHER;
-    s64 got = out ? transfer(SYS_PWRITEV2, l->fd, l->part, r.parts, at, l->write_flags)
-                  : transfer(SYS_PREADV2, l->fd, l->part, r.parts, at, l->read_flags);
-    if (got < 0 || (u64)got != size)
-        return OTHER; /* it would wait, or failed: the same is done again there */
-    *(volatile u8 *)r.last = 0;
-    l->areas = r.areas;
-    if (out) {
-        l->writes++, l->write_bytes += size;
-    } else {
-        l->reads++, l->read_bytes += size;
-        written += size;
-    }
-    l->done[l->served++] = (u64)(u32)written << 32 | head;
-    *moved = size;
+        return FULL;
+    struct wanted *w = &l->want[l->wanted++];
+    *w = (struct wanted){.offset = at, .size = size, .place = at, .status = r.last, .out = out, .head = head};
+    w->first = l->parts, w->parts = r.parts - l->parts, w->areas = r.areas;
+    l->parts = r.parts, l->areas = r.areas;
     return SERVED;
 }
 
-/* Serve requests until there is none (EMPTY: the driver was asked to notify of the next), enough were (MORE), or one is not for here. What
- * was served is in *l*; the driver hears of it by who calls. */
-__attribute__((visibility("default"))) int cardcage_serve(struct lane *l)
+static void begin(struct lane *l)
 {
-    u64 budget = l->budget, moved = 0;
+    l->at = (u16)l->last;
+    l->wanted = l->parts = l->served = l->areas = l->kept = l->reads = l->writes = 0;
+    l->read_bytes = l->write_bytes = 0;
+}
+
+/* Gather up to *limit* requests (SERVED); or until there is none (EMPTY: the driver was asked to notify of the next), enough were (MORE),
+ * or one is not for here. */
+static int gather_some(struct lane *l, u32 limit)
+{
     u32 turns = 0; /* a driver may take back and make available again what is not there */
     guest16 *avail = (guest16 *)l->avail, *used = (guest16 *)l->used;
-    l->served = l->areas = l->reads = l->writes = 0;
-    l->read_bytes = l->write_bytes = 0;
-    for (;;) {
-        u16 last = (u16)l->last, index = avail[1];
-        if (index == last) {
+    for (l->wanted = l->parts = 0; l->wanted < limit;) {
+        u16 at = (u16)l->at, index = avail[1];
+        if (index == at) {
             if (l->event_index)
-                used[2 + 4ul * l->size] = last;
+                used[2 + 4ul * l->size] = at;
             else if (used[0])
                 used[0] = 0;
             __atomic_thread_fence(__ATOMIC_SEQ_CST);
-            if (avail[1] == last)
+            if (avail[1] == at)
                 return EMPTY;
             if (++turns > MOST)
                 return MORE;
             continue;
         }
-        if ((u16)(index - last) > l->size)
+        if ((u16)(index - at) > l->size)
             return OTHER;
-        if (l->served >= l->most || l->served >= MOST || l->served >= l->size) /* the last: a driver adds meanwhile */
+        u32 all = l->served + l->wanted;
+        if (all >= l->most || all >= MOST || all >= l->size || !l->budget) /* the ring's size: a driver adds meanwhile */
             return MORE;
-        if (l->areas > AREAS - PARTS - 1 || !budget)
-            return MORE;
-        int why = serve(l, avail[2 + (last & (l->size - 1))], &moved);
+        int why = gather(l, avail[2 + (at & (l->size - 1))]);
+        if (why == FULL) /* behind the others, or for this one alone */
+            return all ? MORE : OTHER;
         if (why != SERVED)
             return why;
-        l->last = (u16)(last + 1);
-        budget = moved < budget ? budget - moved : 0;
+        l->at = (u16)(at + 1);
+        u64 size = l->want[l->wanted - 1].size;
+        l->budget = size < l->budget ? l->budget - size : 0;
+    }
+    return SERVED;
+}
+
+/* Move the data of what was gathered, and answer. OTHER when one of them is not for here, and neither are those behind it; else *why. */
+static int move(struct lane *l, int why)
+{
+    for (u32 i = 0; i < l->wanted && i < MOST && l->served < MOST; i++) {
+        const struct wanted *w = &l->want[i];
+        s64 got = -1;
+        if (w->place != NOWHERE && !(w->out && w->place & (PAGE - 1)))
+            got = w->out ? transfer(SYS_PWRITEV2, l->fd, &l->part[w->first], w->parts, w->place, l->write_flags)
+                         : transfer(SYS_PREADV2, l->fd, &l->part[w->first], w->parts, w->place, l->read_flags);
+        if (got < 0 || (u64)got != w->size) { /* it would wait, or failed: the same is done again there */
+            why = OTHER;
+            break;
+        }
+        *(volatile u8 *)w->status = 0;
+        u64 written = 1;
+        if (w->out) {
+            l->writes++, l->write_bytes += w->size;
+        } else {
+            l->reads++, l->read_bytes += w->size;
+            written += w->size;
+        }
+        l->kept = w->areas;
+        l->done[l->served++] = (u64)(u32)written << 32 | w->head;
+        l->last = (u16)(l->last + 1);
+    }
+    l->areas = l->kept;
+    return why;
+}
+
+/* Gather what there is, for who says where it lies before it is moved. EMPTY, MORE, OTHER, UNKNOWN: what to return then. */
+__attribute__((visibility("default"))) int cardcage_gather(struct lane *l)
+{
+    begin(l);
+    return gather_some(l, MOST + 1);
+}
+
+/* Move what was gathered. What was served is in *l*; the driver hears of it by who calls. */
+__attribute__((visibility("default"))) int cardcage_move(struct lane *l, int why)
+{
+    return move(l, why);
+}
+
+/* Both, request by request, for a disk that lies in its file as it is. */
+__attribute__((visibility("default"))) int cardcage_serve(struct lane *l)
+{
+    begin(l);
+    for (;;) {
+        int why = move(l, gather_some(l, 1));
+        if (why != SERVED)
+            return why;
     }
 }
 

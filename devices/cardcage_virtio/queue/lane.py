@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from array import array
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cardcage.abilities import has
 from cardcage.memory import GuestMemoryError, Spans
@@ -19,9 +20,12 @@ from cardcage.segments import Areas
 from cardcage_virtio.native.build import LIBRARY, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from cardcage_virtio.queue.split import SplitRing
+
+    Places = Callable[[Sequence[tuple[int, int, bool]]], AbstractContextManager[Sequence[int | None]]]
 
 __all__ = ["EMPTY", "MAY_READ", "MAY_WRITE", "MORE", "MOST", "OTHER", "Lane", "why_not"]
 
@@ -29,6 +33,9 @@ EMPTY, MORE, OTHER, UNKNOWN = range(4)
 """Why it came back: nothing is left, and the driver was asked to notify; enough were served; a request is not for it;
 (to itself) it does not know a stretch of RAM."""
 RAMS, MOST, PARTS, AREAS, MAY_READ, MAY_WRITE = 8, 64, 1024, 4096, 1, 2
+WANT, NOWHERE = 7, (1 << 64) - 1
+"""Words of a request that was gathered: offset, size, place, where its status byte is; then half words, the first of
+them whether it is a write. The place where none is."""
 U32, S32, U64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64
 
 
@@ -51,12 +58,34 @@ class _Lane(ctypes.Structure):
         ("done", U64 * MOST),
         ("area", U64 * (2 * AREAS)),
         ("part", U64 * (2 * PARTS)),
+        *((name, U32) for name in ("wanted", "parts", "at", "kept")),
+        ("want", U64 * (WANT * MOST)),
     )
 
 
+class Functions(NamedTuple):
+    """Of the library, on a lane's address."""
+
+    serve: Callable[[int], int]
+    gather: Callable[[int], int]
+    move: Callable[[int, int], int]
+
+
+def _functions(path: str) -> Functions:
+    """Raises OSError for what is not such a library."""
+    library = ctypes.CDLL(path)
+    library.cardcage_lane_size.restype = U64
+    assert library.cardcage_lane_size() == ctypes.sizeof(_Lane)
+    found: list[Any] = [getattr(library, f"cardcage_{name}") for name in Functions._fields]
+    for function in found:
+        function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
+    found[2].argtypes = ctypes.c_void_p, ctypes.c_int
+    return Functions(*found)
+
+
 @cache
-def _load() -> tuple[Callable[[int], int] | None, str]:
-    """The library's function, or why there is none."""
+def _load() -> tuple[Functions | None, str]:
+    """The library's functions, or why there are none."""
     path = Path(__file__).parent.with_name(LIBRARY)
     again = "to build it: python -m cardcage_virtio.native.build"
     try:
@@ -64,14 +93,9 @@ def _load() -> tuple[Callable[[int], int] | None, str]:
             file.seek(-len(f"\nsources {'0' * 64}\n"), 2)
             if file.read() != f"\nsources {digest()}\n".encode():
                 return None, f"{path} was built from other sources; {again}"
-        library = ctypes.CDLL(str(path))
+        return _functions(str(path)), ""
     except OSError as error:  # not built, or for another processor
         return None, f"{path}: {error.strerror or error}; {again}"
-    library.cardcage_lane_size.restype = U64
-    assert library.cardcage_lane_size() == ctypes.sizeof(_Lane)
-    function: Any = library.cardcage_serve
-    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
-    return function, ""
 
 
 def why_not() -> str:
@@ -91,8 +115,9 @@ class Lane:
             it may be written, ``budget``; ``reads``, ``writes``, ``read_bytes``, ``write_bytes``.
     """
 
-    def __init__(self, ring: SplitRing, memory: Any, serve: Callable[[int], int]) -> None:
-        self.ring, self._memory, self._serve = ring, memory, serve  # asked for its "span" each time, as Window does
+    def __init__(self, ring: SplitRing, memory: Any, functions: Functions) -> None:
+        self.ring, self._memory = ring, memory  # which is asked for its "span" each time, as Window does
+        self._serve, self._gather, self._move = functions
         self._map = mmap.mmap(-1, ctypes.sizeof(_Lane), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.lane: Any = _Lane.from_buffer(self._map)  # Any: its fields are no attributes for a type checker
         self._pointer = ctypes.addressof(self.lane)
@@ -101,6 +126,8 @@ class Lane:
         self._areas = whole[at : at + 16 * AREAS].cast("Q")
         at = _Lane.done.offset
         self._done = whole[at : at + 8 * MOST]
+        at = _Lane.want.offset
+        self._want = whole[at : at + 8 * WANT * MOST].cast("Q")
         self._views: list[memoryview] = []
         self._generation = -1
         lane, (table, avail, used) = self.lane, ring.parts
@@ -110,15 +137,17 @@ class Lane:
     @classmethod
     def of(cls, ring: Any, memory: Any) -> Lane | None:
         """That of *ring*; None where there is no library, or the ring or the memory is not of a kind that it knows."""
-        serve = _load()[0]
-        if serve is None or not hasattr(ring, "parts") or not has(memory, Spans):
+        functions = _load()[0]
+        if functions is None or not hasattr(ring, "parts") or not has(memory, Spans):
             return None
-        return cls(ring, memory, serve)
+        return cls(ring, memory, functions)
 
-    def serve(self, most: int, count: Callable[[Any], None]) -> int:
+    def serve(self, most: int, count: Callable[[Any], None], places: Places | None = None) -> int:
         """Serve up to *most* requests; return EMPTY, MORE or OTHER. The driver sees them, and is to be signalled.
 
-        *count* is told of what was done (:attr:`lane`), once or more.
+        Args:
+            count: told of what was done (:attr:`lane`), once or more.
+            places: of a disk that does not lie in its file as it is, tells where requests do.
         """
         generation = self._memory.generation
         lane = self.lane
@@ -126,7 +155,7 @@ class Lane:
             lane.rams, self._views, self._generation = 0, [], generation
         for _ in range(2 * RAMS):
             lane.most, lane.last = most, self.ring.position
-            why = self._serve(self._pointer)
+            why = self._serve(self._pointer) if places is None else self._serve_placed(places)
             if served := lane.served:
                 most -= served
                 self.ring.position = lane.last
@@ -139,6 +168,17 @@ class Lane:
             if not self._learn(lane.unknown):
                 break
         return OTHER
+
+    def _serve_placed(self, places: Places) -> int:
+        why = self._gather(self._pointer)
+        count = self.lane.wanted
+        if not count:
+            return why
+        words = self._want[: WANT * count]
+        rows = zip(words[::WANT].tolist(), words[1::WANT].tolist(), words[4::WANT].tolist(), strict=True)
+        with places([(offset, size, bool(half & 1)) for offset, size, half in rows]) as found:
+            words[2::WANT] = memoryview(array("Q", [NOWHERE if place is None else place for place in found]))
+            return self._move(self._pointer, why)
 
     def _learn(self, address: int) -> bool:
         """Look for the stretch of RAM around *address*."""
