@@ -1,7 +1,9 @@
-"""Sandboxes: python benchmarks/sandbox.py [--runs N] [--e2b].
+"""Sandboxes: python benchmarks/sandbox.py [--runs N] [--e2b] [--idle N].
 
 Cold and warm creation, a command's round trip, a fork of ten, a file, and the end. Rows are medians, with the best in
-brackets. ``--e2b`` measures e2b's SDK against ``cardcage sandbox serve`` too. It has a run directory of its own.
+brackets, and the processor time of all processes where that says more on a busy host. ``--e2b`` measures e2b's SDK
+against ``cardcage sandbox serve`` too; ``--idle 100`` so many idle guests at once, in place of all else: memory that
+only their own process has, the guest's RAM aside, and their use of a core. It has a run directory of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cardcage_fleet import find
 from cardcage_sandbox import Sandbox, Template, stop_templates
+from cardcage_sandbox.template import keepers
 from paired import median
 
 if TYPE_CHECKING:
@@ -51,6 +56,66 @@ def made(template: Template, runs: int, name: str) -> None:
     row(name, times)
 
 
+def processor(pid: int) -> float:
+    """Milliseconds that a process has run for: the clock of clock_getcpuclockid(3)."""
+    return 1000 * time.clock_gettime(~pid << 3 | 2)
+
+
+def forks(sandbox: Sandbox, runs: int) -> None:
+    """Ten at once, by the clock and by processor time."""
+    times, used, ends = [], [], []
+    (keeper,) = keepers()
+    for _ in range(runs):
+        before = processor(keeper.pid), processor(sandbox.made.pid), 1000 * time.process_time()
+        took, copies = timed(lambda: sandbox.fork(10))
+        after = processor(keeper.pid), processor(sandbox.made.pid), 1000 * time.process_time()
+        used.append(sum(after) - sum(before) + sum(processor(one.made.pid) for one in copies))
+        times.append(took)
+        ends += [timed(one.kill)[0] for one in copies]
+    row("`fork(10)`", times)
+    row("likewise: processor time, here, in the template, the sandbox and all ten", used)
+    row("`kill()`", ends)
+
+
+def dirty(pid: int) -> float:
+    """MiB that a process alone has written, its guest's RAM aside (proc_pid_smaps(5))."""
+    entry = find(str(pid))
+    total, ram = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            low = int(words[0].partition("-")[0], 16)
+            ram = entry.start <= low < entry.start + entry.size
+        elif words[0] == "Private_Dirty:" and not ram:
+            total += int(words[1])
+    return total / 1024
+
+
+def idle(count: int) -> None:
+    """So many guests at once, which have each run a command, and answer at the end."""
+    template = Template(name="idle", memory="128M", spare=0, most=1000)
+    made = [Sandbox.create(template)]
+    try:
+        while len(made) < count:
+            made += made[0].fork(min(count - len(made), 25), timeout="1h")
+        for one in made:
+            one.commands.run(["/bin/true"])
+        time.sleep(10)
+        pids = [one.made.pid for one in made]
+        before, began = [processor(pid) for pid in pids], time.monotonic()
+        time.sleep(60)
+        passed = 1000 * (time.monotonic() - began)
+        shares = [100 * (processor(pid) - at) / passed for pid, at in zip(pids, before, strict=True)]
+        sizes = [dirty(pid) for pid in pids]
+        answers = sum(one.commands.run("echo alive").stdout == "alive\n" for one in made)
+        name = f"{count} idle guests: private dirty memory beside RAM"
+        print(f"| {name} | {median(sizes):.3g} MiB ({max(sizes):.3g} at most) |")
+        print(f"| likewise: of a core, in 60 s | {median(shares):.2g} % ({max(shares):.2g} at most) |")
+        print(f"| likewise: answer then | {answers} |", flush=True)
+    finally:
+        stop_templates()
+
+
 def library(runs: int) -> None:
     """The library."""
     template = Template(name="bench", memory="256M", spare=1)
@@ -74,13 +139,7 @@ def library(runs: int) -> None:
         took = min(timed(lambda: files.write("big", data))[0] for _ in range(3))
         back = min(timed(lambda: files.read("big"))[0] for _ in range(3))
         print(f"| 20 MiB written, read | {20 * 1.048576e3 / took:.3g} MB/s, {20 * 1.048576e3 / back:.3g} MB/s |")
-        times, ends = [], []
-        for _ in range(max(runs // 4, 3)):
-            took, copies = timed(lambda: sandbox.fork(10))
-            times.append(took)
-            ends += [timed(one.kill)[0] for one in copies]
-        row("`fork(10)`", times)
-        row("`kill()`", ends)
+        forks(sandbox, max(runs // 4, 3))
         repeated("`pause()` and `resume()`", runs, lambda: (sandbox.pause(), sandbox.resume()))
     stop_templates()
 
@@ -119,11 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--e2b", action="store_true")
+    parser.add_argument("--idle", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cardcage-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
         print(f"load {os.getloadavg()[0]:.1f}\n\n| | |\n|---|---|")
         try:
+            if arguments.idle:
+                idle(arguments.idle)
+                return
             library(arguments.runs)
             if arguments.e2b:
                 e2b(arguments.runs)

@@ -49,7 +49,7 @@ class Server:
         self._sending = threading.Lock()
         self._children: dict[int, int] = {}
         self._wake, self._alone = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), False
-        self._seeded = Event()
+        self._seeded, self._unseeded = Event(), False  # the latter of a copy of a paused machine, until it goes on
         self._observer = self._changed  # the same object each time
         self.born = time.monotonic()
         machine.observers.add("state", self._observer)
@@ -77,6 +77,9 @@ class Server:
             for fd, _ in poll.poll():
                 if fd == self._wake:
                     os.eventfd_read(fd)
+                    if self._unseeded and self._machine.state == "running":
+                        self._unseeded = False
+                        threading.Thread(target=self._seed, name="fork-seed", daemon=True).start()
                 elif fd != link:
                     self._reap(fd)
                 elif not self._hear():
@@ -90,8 +93,12 @@ class Server:
             os.waitpid(pid, 0)
 
     def _seed(self) -> None:
-        """New randomness for the guest, first of all; or a line that says that it has none."""
+        """New randomness for the guest, first of all, or once it goes on; or a line that says that it has none."""
         machine: Any = self._machine
+        if machine.state == "paused":
+            self._unseeded = True
+            os.eventfd_write(self._wake, 1)  # it may have gone on meanwhile
+            return
         try:
             if machine.services.get("agent") is not None and machine.state == "running":
                 machine.agent.reseed(timeout=SEEDING)
@@ -130,7 +137,7 @@ class Server:
         if name in METHODS:
 
             def act() -> Any:
-                if name == "run":
+                if name == "run" and self._machine.state == "running":
                     self._seeded.wait(SEEDING)
                 owner: Any = self._machine
                 *path, last = name.split(".")

@@ -22,6 +22,7 @@ from cardcage_snapshot.manifest import read
 from cardcage_snapshot.places import Folder, located
 from cardcage_snapshot.tables import ids_of, tables_of
 
+import cardcage_sandbox.guest  # noqa: F401  # loaded here, so that no sandbox loads it for its first command
 from cardcage_sandbox import POOL
 from cardcage_sandbox.pool import Pool
 from cardcage_sandbox.template import FOLDER, Template

@@ -264,6 +264,59 @@ def test_periodic_as_linux_programs_it(kit: Kit, hpet: Hpet) -> None:
     assert kit.edges[21] == 6
 
 
+def test_what_interrupts_nobody_has_no_alarm(kit: Kit, hpet: Hpet) -> None:
+    """A periodic comparator that was switched off, as Linux leaves one for good, sets no alarm; its value goes on, and
+    it interrupts in its old phase once it is on again, also in a machine that was saved meanwhile."""
+    hpet.write(0x10, 4, 1)
+    on = 1 << 2 | 1 << 3 | 1 << 8 | 21 << 9
+    hpet.write(0x100, 4, on | 1 << 6)
+    hpet.write(0x108, 4, 300_000)
+    hpet.write(0x108, 4, 100_000)
+    kit.clock.advance(5_500_000)  # 550,000 ticks: it was due at 300,000, 400,000 and 500,000
+    hpet.write(0x100, 4, on & ~(1 << 2))
+    assert kit.clock.next is None
+    kit.clock.advance(7_000_000)
+    assert (kit.edges[21], hpet.read(0x108, 4)) == (3, 1_300_000)
+    kit.clock.advance(2_000_000)
+    hpet.load(hpet.save())
+    assert kit.clock.next is None
+    assert hpet.state.timers[0].value == 1_500_000
+    kit.clock.advance(1_000_000)
+    hpet.write(0x100, 4, on)
+    kit.clock.advance(499_999)
+    assert kit.edges[21] == 3
+    kit.clock.advance(1)
+    assert kit.edges[21] == 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0x10, 0xF0, 0x100, 0x108, 0x120, 0x128]),
+            st.integers(0, 0x1FF),
+            st.integers(1 << 12, (1 << 32) - 1),
+            st.integers(0, 10**6),
+        ),
+        max_size=30,
+    )
+)
+def test_comparators_count_alike_with_and_without_alarms(steps: list[tuple[int, int, int, int]]) -> None:
+    """One that interrupts nobody has the value of one that interrupts whenever it is read, where alarms are on time."""
+    kits = Kit(), Kit()
+    loud, quiet = (kit.plugged(Hpet()) for kit in kits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cardcage_pc.chips.hpet.SHORTEST", 0)
+        for offset, config, value, wait in steps:
+            enabled = offset in (0x100, 0x120)
+            for one, kit in zip((loud, quiet), kits, strict=True):
+                configured = config & ~6 | 4 * (one is loud and enabled)
+                one.write(offset, 8, configured if enabled or offset == 0x10 else value)
+                kit.clock.advance(wait)
+            for at in (0x108, 0x128, 0xF0):
+                assert loud.read(at, 8) == quiet.read(at, 8)
+
+
 def test_a_level_comparator_holds_its_line_until_the_status_is_cleared(kit: Kit, hpet: Hpet) -> None:
     """Level-triggered interrupts set their status bit and stay until it is written with one."""
     hpet.write(0x120, 8, 1 << 1 | 1 << 2 | 22 << 9)

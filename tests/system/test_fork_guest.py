@@ -167,6 +167,21 @@ def test_random_numbers_differ(vm: Machine) -> None:
     assert len(set(drawn)) == 6
 
 
+def test_random_numbers_differ_once_copies_go_on(vm: Machine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Copies of a paused guest have numbers of their own as soon as they go on, and nothing is said of it before."""
+    vm.run(f"cat {UUID}")
+    vm.pause()
+    copies = fork(vm, 2)
+    vm.resume()
+    for one in copies:
+        one.resume()
+    drawn = [one.run(f"cat {UUID}", text=True).stdout for one in (*copies, vm)]
+    for one in copies:
+        one.close()
+    assert len(set(drawn)) == 3
+    assert "random numbers" not in capfd.readouterr().err
+
+
 @pytest.mark.timeout(3000 if LONG else 300)
 def test_forks_leave_nothing(vm: Machine) -> None:
     """Forks one after another leave no descriptor, process, thread, file or entry on the roster."""

@@ -85,6 +85,7 @@ class Hpet:
             self._route_legacy(False)
 
     def save(self) -> HpetState:
+        self._settle_all()
         return copied(self.state)
 
     def unchanged(self, state: HpetState, /) -> bool:
@@ -117,6 +118,9 @@ class Hpet:
             return
         ahead = (timer.value - count) & timer.mask
         timer.due = count + (ahead or timer.mask + 1)
+        if not timer.config & (LEVEL | ENABLE):
+            self._alarms[at].cancel()  # nobody would notice; a guest leaves one periodic for good
+            return
         when = self.state.start + (timer.due - self.state.count) * TICK
         self._alarms[at].arm(max(when, self._clock.now() + SHORTEST) if timer.config & PERIODIC else when)
 
@@ -124,15 +128,28 @@ class Hpet:
         for at in range(TIMERS):
             self._arm(at)
 
-    def _fire(self, at: int) -> None:
+    def _settle(self, at: int) -> bool:
+        """Move on a comparator that has matched, be it long ago; False where it has not."""
         timer, count = self.state.timers[at], self.count()
         if timer.due is None or count < timer.due:
-            self._arm(at)
-            return
+            return False
         if timer.config & PERIODIC and timer.period:
             missed = (count - timer.due) // timer.period  # a late alarm keeps the phase
             timer.value = (timer.value + (missed + 1) * timer.period) & timer.mask
         self._arm(at)
+        return True
+
+    def _settle_all(self) -> None:
+        """Those without an alarm, before anybody looks at one, or changes what moves it on."""
+        for at, timer in enumerate(self.state.timers):
+            if not timer.config & (LEVEL | ENABLE):
+                self._settle(at)
+
+    def _fire(self, at: int) -> None:
+        timer = self.state.timers[at]
+        if not self._settle(at):
+            self._arm(at)
+            return
         if timer.config & LEVEL:
             self.state.status |= 1 << at
             self._levels()
@@ -180,6 +197,7 @@ class Hpet:
             case 0x00:
                 return timer.config & ~SET_VALUE | CAN_PERIODIC | WIDE | ROUTES << 32
             case 0x08:
+                self._settle_all()
                 return timer.value
         return 0
 
@@ -192,6 +210,7 @@ class Hpet:
 
     def _put(self, offset: int, value: int, mask: int) -> None:
         state = self.state
+        self._settle_all()
         match offset:
             case 0x10:
                 self._configure((state.config & ~mask | value) & 3)
