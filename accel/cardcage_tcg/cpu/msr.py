@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from struct import pack
+from struct import pack, unpack
 from typing import TYPE_CHECKING
 
 from cardcage.errors import UsageError
@@ -90,7 +90,7 @@ class Msrs:
             if index not in (0x1B, 0xC0000080):
                 self._registers.set_field(at, values.get(index, 0))
         if self._values[SYSTEM_TIME] & 1:
-            self._system_time(self._values[SYSTEM_TIME] & ~1)
+            self._system_time(self._values[SYSTEM_TIME] & ~1, goes_on=True)
 
     def tsc_deadline(self, value: int | None = None) -> int:
         """The APIC timer's deadline, 0 when it is not armed; set to *value* first, once the TSC is right."""
@@ -100,14 +100,32 @@ class Msrs:
 
     # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst) ----
 
-    def _system_time(self, address: int) -> None:
+    def _system_time(self, address: int, *, goes_on: bool = False) -> None:
+        """Show it; with *goes_on* it goes on from what the structure there shows: in a guest that was put back, or that
+        comes from another VM, it would jump by what passed since, or back to when this one was made."""
         vm = self._vm
         tsc, nanoseconds = vm.clock.pair()
         guest_tsc = tsc + self._registers.field(L.TSC_OFFSET) & 0xFFFFFFFFFFFFFFFF
+        if goes_on and (shown := self._shown(address, guest_tsc)) is not None:
+            vm.clock.zero = nanoseconds - shown
         multiplier, shift = vm.clock.scale
         self._version = self._version + 2 & 0xFFFFFFFF
         body = pack("<IIQQIbB2x", self._version, 0, guest_tsc, nanoseconds - vm.clock.zero, multiplier, shift, 1)
         vm.memory.poke_physical(address, body)
+
+    def _shown(self, address: int, tsc: int) -> int | None:
+        """Nanoseconds that the structure at *address* shows at that TSC, None where it is none that a host has made."""
+        with self._vm.lock:
+            raw = self._vm.memory.peek(address, 32) if address & 0xFFF <= 4096 - 32 else None
+        if raw is None:
+            return None
+        version, _, since, time, multiplier, shift, _ = unpack("<IIQQIbB2x", raw)
+        passed = tsc - since
+        if not version or version & 1 or not -32 < shift < 32 or not 0 <= passed < 1 << 62:
+            return None
+        self._version = version  # a guest that was stopped as it read sees by another one that it has to read again
+        found: int = time + ((passed << shift if shift >= 0 else passed >> -shift) * multiplier >> 32)
+        return found if found < 1 << 62 else None
 
     def _wall_clock(self, address: int) -> None:
         now = time.time_ns() - (time.monotonic_ns() - self._vm.clock.zero)
