@@ -22,13 +22,14 @@ class Clock:
     Attributes:
         tsc_khz: frequency of the time-stamp counter. scale: that of kvmclock, (multiplier, shift).
         tsc_zero: the counter when the VM was made.
+        ahead: nanoseconds that kvmclock shows more than the TSC: in a machine that began under another one.
     """
 
     def __init__(self, native: Native) -> None:
         self._native = native
         self.tsc_khz = self._frequency()
         self.scale = _pvclock_scale(self.tsc_khz)
-        self.tsc_zero = self.pair()[0]
+        self.tsc_zero, self.ahead = self.pair()[0], 0
 
     def pair(self) -> tuple[int, int]:
         """(host TSC, CLOCK_MONOTONIC in nanoseconds) at one moment."""
@@ -42,7 +43,7 @@ class Clock:
         return ticks, elapsed
 
     def nanoseconds(self, tsc: int) -> int:
-        """What kvmclock says at *tsc*."""
+        """Nanoseconds that the counter takes to *tsc*, by kvmclock's reckoning."""
         multiplier, shift = self.scale
         return (tsc << shift if shift >= 0 else tsc >> -shift) * multiplier >> 32
 

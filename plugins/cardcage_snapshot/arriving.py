@@ -84,6 +84,9 @@ class Arrival:
     def complete(self) -> None:
         """Wait until all RAM is there. Raises HostError where some never will be."""
         with self._lock:
+            if self._link >= 0 and not self._why:
+                with suppress(OSError):  # it has ended, which is heard
+                    os.write(self._link, unpacking.ALL)
             while self._link >= 0 and not self._why:
                 self._receive(None)
             if self._why:

@@ -1,7 +1,8 @@
 """The process that unpacks a compressed snapshot's RAM into a machine that runs already.
 
 It is another one because who waits for a page may have the interpreter's lock. What a guest waits for comes first, the
-rest in order; zeros are nobody's work. It ends when the machine has all, or is gone.
+rest in order and at a bounded rate, as unpacking takes a processor from the guest, until somebody waits for all of it;
+zeros are nobody's work. It ends when the machine has all, or is gone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import warnings
 from collections import deque
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from cardcage.errors import ConfigError
@@ -32,9 +34,14 @@ if TYPE_CHECKING:
     from cardcage_snapshot.chain import Chain
     from cardcage_snapshot.faults import Faults
 
-__all__ = ["DONE", "Unpacker", "begin"]
+__all__ = ["ALL", "DONE", "Unpacker", "begin"]
 
-DONE = b"done"
+DONE, ALL = b"done", b"all"
+"""What is said on the link: it is all there; and, to the process, that somebody waits for that."""
+RATE = 256 << 20
+"""Bytes of RAM a second that come while nobody waits for them."""
+SLACK = 0.1
+"""Seconds that may be caught up with."""
 
 
 def begin(faults: Faults, chain: Chain) -> tuple[int, socket.socket]:
@@ -80,16 +87,31 @@ def _alone(*kept: int) -> None:
 
 
 def _watched(faults: Faults, chain: Chain, link: socket.socket) -> None:
-    """Unpack in one more process: should it be killed, nobody may wait for ever, or see zeros in place of what was."""
+    """Unpack in one more process: should either be killed, nobody may wait for ever, or see zeros in place of what was.
+    Each does what has to be done once the other is gone, which the end of a pipe tells it."""
+    watched, told_of = os.pipe(), os.pipe()
     pid = os.fork()
+    if pid == 0:
+        os.setsid()  # a signal to the other's group is not for it
     confine_program(Needs(), imports=False)  # what is unpacked is anybody's
     if pid == 0:
+        os.close(watched[1])
+        os.close(told_of[0])
         try:
-            Unpacker(faults, chain, link).run()
+            if not Unpacker(faults, chain, link, watched[0]).run():
+                give_up(faults)
         finally:
             os._exit(0)
+    os.close(watched[0])
+    os.close(told_of[1])
+    os.read(told_of[0], 1)
+    give_up(faults)
     os.waitpid(pid, 0)
-    with suppress(OSError):  # the machine has all, or is gone
+
+
+def give_up(faults: Faults) -> None:
+    """Let nobody wait for what has not come: it never will, unless the machine has all, or is gone."""
+    with suppress(OSError):
         while True:
             try:
                 return faults.poison(0, faults.size)
@@ -100,26 +122,36 @@ def _watched(faults: Faults, chain: Chain, link: socket.socket) -> None:
 class Unpacker:
     """Unpacks *chain* into the memory of *faults*, until the other end of *link* is closed."""
 
-    def __init__(self, faults: Faults, chain: Chain, link: socket.socket) -> None:
-        self._faults, self._chain, self._link = faults, chain, link
+    def __init__(self, faults: Faults, chain: Chain, link: socket.socket, watcher: int) -> None:
+        self._faults, self._chain, self._link, self._watcher = faults, chain, link, watcher
         self._piece = chain.levels[0].ram.chunk
         self._left = dict.fromkeys(chain.numbers())
         self._waiting: deque[int] = deque()
         self._gone = bytearray(-(-faults.size // PAGE))
         """Pages that were given back: they are zeros from then on."""
 
-    def run(self) -> None:
-        """All of it. Raises OSError when the machine is gone."""
+    def run(self) -> bool:
+        """All of it; False where it cannot go on, since nobody watches it. Raises OSError when the machine is gone."""
         poll = select.poll()
-        poll.register(self._faults.fd, select.POLLIN)
-        poll.register(self._link, select.POLLIN)
-        told = False
-        while all(fd != self._link.fileno() for fd, _ in poll.poll(0 if self._left or self._waiting else None)):
+        for one in (self._faults.fd, self._link.fileno(), self._watcher):
+            poll.register(one, select.POLLIN)
+        told = hurried = False
+        due = monotonic()
+        while True:
+            pause = None if not self._left else 0.0 if hurried else max(due - monotonic(), 0.0)
+            found = {fd for fd, _ in poll.poll(0 if self._waiting else None if pause is None else pause * 1000)}
+            if self._watcher in found:
+                return False
+            if self._link.fileno() in found:
+                if self._link.recv(len(ALL)) != ALL:
+                    return True
+                hurried = True
             self._read()
             if self._waiting:
                 self._answer(self._waiting.popleft())
-            elif self._left:
+            elif self._left and (hurried or monotonic() >= due):
                 self._unpack(next(iter(self._left)))
+                due = max(due, monotonic() - SLACK) + self._piece / RATE
             if not self._left and not told:
                 self._link.send(DONE)
                 told = True

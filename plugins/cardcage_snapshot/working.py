@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from cardcage.errors import ConfigError, Denied
 from cardcage.ram import PAGE
 from cardcage.security import Act
 
+from cardcage_snapshot.hostcalls import write_whole
 from cardcage_snapshot.manifest import decoded
 from cardcage_snapshot.pages import scanned
 from cardcage_snapshot.places import Folder
@@ -26,7 +28,7 @@ from cardcage_snapshot.ram import digest
 from cardcage_snapshot.sealing import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from cardcage.machine import Machine
@@ -130,12 +132,22 @@ class Recorder:
 
     Args:
         path: the snapshot's directory. manifest: the snapshot's. before: the seconds that are known already.
-        others: parts of its RAM that are there anyway.
+        others: parts of its RAM that are there anyway. opened: opens the file now, for a process that can reach nothing
+            of the directory by then.
     """
 
-    def __init__(self, machine: Machine, path: Path, manifest: Manifest, before: float, others: list[Run]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        path: Path,
+        manifest: Manifest,
+        before: float,
+        others: list[Run],
+        opened: Callable[[], int] | None = None,
+    ) -> None:
         self._machine, self._path, self._sum, self._before = machine, path, manifest.sum, before
         self._others, self._block = others, machine.memory.ranges[0].block
+        self._fd = -1 if opened is None else opened()
         with machine.lock:
             self._began = machine.clock.now()
             self._timer = machine.clock.timer(lambda: machine.loop.post(self.note))
@@ -149,10 +161,11 @@ class Recorder:
             return
         with self._machine.lock:
             seconds = min((self._machine.clock.now() - self._began) / 1e9, WHOLE)
-            self.close()
+            self._leave()
         with suppress(OSError, ConfigError):  # before Linux 6.7, nobody may write there, or it is gone: there is none
             if seconds > self._before:
                 self._write(without(scanned(self._block, own=False), self._others), seconds)
+        self._shut()
 
     def _write(self, runs: list[Run], seconds: float) -> None:
         """Raises OSError, ConfigError."""
@@ -162,28 +175,60 @@ class Recorder:
         pages = [[offset // PAGE, size // PAGE] for offset, size in sorted(kept)]
         sum = digest(canonical([self._sum, seconds, pages]))
         table = {"cardcage working set": VERSION, "snapshot": self._sum, "sum": sum, "seconds": seconds, "runs": pages}
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with Folder(self._path) as folder:
-            with open(os.open(HIDDEN, flags, 0o600, dir_fd=folder.fd), "wb") as file:
-                file.write(json.dumps(table).encode())
-            os.rename(HIDDEN, FILE, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        data = json.dumps(table).encode()
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            write_whole(self._fd, data, 0)
+        else:
+            os.close(_replaced(self._path, data))
+
+    def _leave(self) -> None:
+        _recorders.pop(self._machine, None)
+        self._timer.cancel()
+
+    def _shut(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def close(self) -> None:
         """Watch no longer. Under the machine's lock."""
-        _recorders.pop(self._machine, None)
-        self._timer.cancel()
+        self._leave()
+        self._shut()
+
+
+def _replaced(path: Path, data: bytes) -> int:
+    """Put a file with *data* there in place of any other, in one step; its descriptor. Raises OSError, ConfigError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with Folder(path) as folder:
+        fd = os.open(HIDDEN, flags, 0o600, dir_fd=folder.fd)
+        try:
+            write_whole(fd, data, 0)
+            os.rename(HIDDEN, FILE, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _opened(path: Path, had: WorkingSet | None) -> int:
+    """The file, to be written later: what is there stays until then, an empty one is no working set."""
+    if had is not None:
+        with suppress(OSError):
+            return os.open(path / FILE, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    return _replaced(path, b"")
 
 
 def record(machine: Machine, path: Path, manifest: Manifest, had: WorkingSet | None, others: list[Run]) -> None:
     """Note what the guest of *machine*, which was restored, touches, where *had* is less than that and it may be."""
     before = had.seconds if had is not None else 0.0
     jailed = machine.host.owns_process or "jail" in machine.config.guards  # it will reach nothing of the directory
-    if before >= WHOLE or jailed or not os.access(path, os.W_OK):
+    if before >= WHOLE or not os.access(path, os.W_OK):
         return
     facts = {"machine": machine.name, "readonly": False}
-    with suppress(Denied):
+    with suppress(Denied, OSError, ConfigError):  # nobody may write there, or it is gone
         machine.mediator.ask(Act(machine.label, machine.label, "image", ("create", "write"), facts), str(path / FILE))
-        Recorder(machine, path, manifest, before, others)
+        Recorder(machine, path, manifest, before, others, partial(_opened, path, had) if jailed else None)
 
 
 def forget(machine: Machine) -> None:

@@ -334,6 +334,33 @@ def test_kvmclock_counts_round(machine: Machine) -> None:
     assert machine.memory.read(0x100000, 4) == bytes(4)
 
 
+def test_kvmclock_goes_on(machine: Machine) -> None:
+    """A state that is set, in the same VM later or in one that is older, has kvmclock go on from what it was, by the
+    processor's TSC; where the guest has put nonsense there, it shows this VM's time."""
+    cpu = machine.run(0, CODE, b"\xb9\x01\x4d\x56\x4b\xb8\x01\0\x10\0\x31\xd2\x0f\x30")  # wrmsr
+
+    def shown(tsc: int) -> float:
+        version, _, since, time, multiplier, shift, _ = struct.unpack("<IIQQIbB2x", machine.memory.read(0x100000, 32))
+        assert version % 2 == 0
+        assert 0 <= tsc - since < 1 << 40
+        return float(time + ((tsc - since << shift if shift >= 0 else tsc - since >> -shift) * multiplier >> 32)) / 1e9
+
+    state = cpu.get_state()
+    assert state.tsc is not None
+    kept, before = machine.memory.read(0x100000, 32), shown(state.tsc)
+    for other in (0, -(10**12)):
+        machine.memory.write(0x100000, kept)
+        cpu.vm.clock.ahead += other
+        cpu.set_state(state)
+        assert machine.memory.read(0x100000, 4) != kept[:4]
+        found = cpu.get_state().tsc
+        assert found is not None
+        assert before <= shown(found) < before + 100
+    machine.memory.write(0x100000, b"\xff" * 32)
+    cpu.set_state(state)
+    assert machine.memory.read(0x100000, 32) != b"\xff" * 32
+
+
 @pytest.mark.parametrize(
     "code", [b"\x87\x03", b"\x83\x23\0", b"\xab", b"\x0f\x01\x23"], ids=["xchg", "and", "stosd", "smsw"]
 )

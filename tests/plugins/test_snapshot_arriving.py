@@ -227,6 +227,35 @@ def test_a_killed_process_ends_the_machine(saved: Path, monkeypatch: pytest.Monk
                 act()
 
 
+@pytest.mark.usefixtures("lazy")
+def test_a_killed_watcher_ends_the_machine(saved: Path) -> None:
+    """Where the process that watches is killed, with its group, the one that unpacks ends the machine, and who has the
+    interpreter's lock while he waits for a page goes on: without either, nobody would be left to let him."""
+    line = "the process that unpacks RAM has ended"
+    with Host() as host, restored(saved, host=host) as vm:
+        watcher = vm.services[SERVICE]._pid
+        while not (children := Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()):
+            assert SERVICE in vm.services  # it has just begun
+        while "Seccomp:\t2" not in Path(f"/proc/{children[0]}/status").read_text():
+            assert SERVICE in vm.services
+        os.killpg(watcher, signal.SIGKILL)
+        os.waitid(os.P_PID, watcher, os.WEXITED | os.WNOWAIT)
+        assert len(bytes(vm.memory.view(FAR, PAGE))) == PAGE  # as a device reads it
+        for act in (lambda: complete(vm), lambda: vm.wait(60)):
+            with pytest.raises(HostError, match=f"{line}|no memory at 32 MiB"):  # as who touched it was told
+                act()
+
+
+def test_the_rest_comes_at_a_bounded_rate(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody waits for comes so many bytes a second; who waits for a page, or for all, has it at once."""
+    monkeypatch.setattr(unpacking, "RATE", 1)
+    with Host() as host, restored(saved, host=host) as vm:
+        assert vm.memory.read(FAR, PAGE) == DATA[:PAGE]
+        assert SERVICE in vm.services
+        complete(vm)
+        assert vm.memory.read(FAR, len(DATA)) == DATA
+
+
 def test_a_host_that_forbids_it(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from cardcage_snapshot.sealing import canonical
 from cardcage_snapshot.working import WorkingSet, known, without
 from hypothesis import given
 from hypothesis import strategies as st
+from installed import PROGRAM
 from snapshot_kit import COUNTER, count, counting, counts_on
 
 SIZE = 64 << 20
@@ -117,6 +119,29 @@ def test_a_whole_second_is_noted_once(one: Path) -> None:
         assert (one / "working-set").read_bytes() == before
 
 
+def test_a_machine_in_its_jail_notes_too(one: Path, ahead: list[Run], runtime: Path) -> None:
+    """A machine of the command line, which reaches nothing of the directory, notes what its guest touches in a file
+    that it has open."""
+    (one / "working-set").symlink_to("elsewhere")
+    words = [*PROGRAM, "snapshot", "restore", str(one), "--timeout"]
+    done = subprocess.run([*words, "0.3"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "refused" in done.stderr) == (124, False), done.stderr
+    assert not (one / "elsewhere").exists()
+    found = noted(one)
+    assert found is not None
+    assert 0 < found.seconds < 1
+    assert holds(found.runs, COUNTER)
+    assert not holds(found.runs, 32 << 20)
+    with subprocess.Popen([*words, "60"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while (found := noted(one)) is None or found.seconds < 1:
+            assert running.poll() is None
+        running.kill()
+    with Host() as host, restored(one, host=host) as vm:
+        while len(ahead) < len(found.runs):
+            assert vm.state == "running"
+    assert ahead == found.runs
+
+
 def test_a_machine_that_never_ran_notes_nothing(one: Path) -> None:
     """Without a start there is no first second."""
     with Host() as host, restored(one, host=host, start=False) as vm:
@@ -146,8 +171,8 @@ def test_only_the_root_of_a_chain_is_read_ahead(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_is_left_alone(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is noted in a snapshot of somebody else's, by a machine of a jail, or where a checker forbids it; the
-    machine runs. A copy that was forked notes nothing either."""
+    """Nothing is noted in a snapshot of somebody else's, or where a checker forbids it; the machine runs. A copy that
+    was forked notes nothing either."""
 
     class Checker:
         def check(self, act: Act, /) -> None:

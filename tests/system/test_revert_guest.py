@@ -53,6 +53,9 @@ def test_a_guest_goes_back_and_on_again(vm: Machine) -> None:
         assert vm.run("cat /tmp/word", text=True).stdout == "after"
         assert revert(vm) > 0
     assert float(vm.run("cut -d' ' -f1 /proc/uptime", text=True).stdout) - began < 2
+    for cpu in "01":  # the scheduler's clock is kvmclock
+        said = vm.run(f"taskset -c {cpu} sh -c 'echo here >/dev/kmsg'; dmesg | tail -n 1", text=True).stdout
+        assert abs(float(said.strip("[").partition("]")[0]) - began) < 5
     assert "Oops" not in vm.run("dmesg", text=True).stdout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from struct import pack
+from struct import pack, unpack
 from typing import TYPE_CHECKING
 
 from cardcage.errors import UsageError
@@ -31,6 +31,9 @@ HELD = frozenset(index for index, msr in MSRS.items() if msr.kept and not msr.re
 """Those that are part of the state."""
 
 KNOWN = {*FIELDS, *MSRS, TSC_DEADLINE}
+MASK = (1 << 64) - 1
+ROUNDED = 1000
+"""Nanoseconds by which two processors' structures may differ without being of two clocks."""
 
 
 class Msrs:
@@ -54,7 +57,7 @@ class Msrs:
         index = OLD.get(index, index)
         if index == TSC_ADJUST and self._adjusts:
             moved = value - self._registers.field(L.TSC_ADJUST) + self._registers.field(L.TSC_OFFSET)
-            self._registers.set_field(L.TSC_OFFSET, moved & (1 << 64) - 1)
+            self._registers.set_field(L.TSC_OFFSET, moved & MASK)
             self._registers.set_field(L.TSC_ADJUST, value)
             return True
         msr = MSRS.get(index)
@@ -83,16 +86,14 @@ class Msrs:
         if values != self._before[0]:
             if unknown := values.keys() - KNOWN:
                 raise UsageError(f"the translator has no MSR {min(unknown):#x}")
-            made = RESET | {index: value & (1 << 64) - 1 for index, value in values.items() if index in HELD}
+            made = RESET | {index: value & MASK for index, value in values.items() if index in HELD}
             self._before = dict(values), made
         self._values = dict(self._before[1])
         added = values.get(TSC_ADJUST, 0) - self._registers.field(L.TSC_ADJUST)
-        self._registers.set_field(L.TSC_OFFSET, self._registers.field(L.TSC_OFFSET) + added & (1 << 64) - 1)
+        self._registers.set_field(L.TSC_OFFSET, self._registers.field(L.TSC_OFFSET) + added & MASK)
         for index, at in FIELDS.items():
             if index not in (0x1B, 0xC0000080):
                 self._registers.set_field(at, values.get(index, 0))
-        if self._values[SYSTEM_TIME] & 1:
-            self._system_time(self._values[SYSTEM_TIME] & ~1)
 
     def tsc_deadline(self, value: int | None = None) -> int:
         """The APIC timer's deadline, 0 when it is not armed; set to *value* first, once the TSC is right."""
@@ -103,15 +104,44 @@ class Msrs:
     # ---- kvmclock (Documentation/virt/kvm/x86/msr.rst): the TSC but for what the guest added to it, in ns ----
     # All processors have that counter in common, and so one clock, which Linux relies on where the flag says "stable".
 
+    def kvmclock_goes_on(self) -> None:
+        """Show kvmclock as the structure in memory and the TSC have it, which both came with a state: in a guest that
+        is put back, or comes from another VM, it would else jump by what passed since, or back to when this one was
+        made."""
+        if not self._values[SYSTEM_TIME] & 1:
+            return
+        address, clock = self._values[SYSTEM_TIME] & ~1, self._vm.clock
+        tsc = clock.pair()[0] + self._registers.field(L.TSC_OFFSET) & MASK
+        shown = self._shown(address, tsc)
+        if shown is not None:
+            ahead = shown - clock.nanoseconds(tsc - self._registers.field(L.TSC_ADJUST) & MASK)
+            if abs(ahead - clock.ahead) > ROUNDED:
+                clock.ahead = ahead
+        self._system_time(address)
+
     def _system_time(self, address: int) -> None:
-        multiplier, shift = self._vm.clock.scale
+        (multiplier, shift), ahead = self._vm.clock.scale, self._vm.clock.ahead & MASK
         self._version = self._version + 2 & 0xFFFFFFFF
         zero = self._registers.field(L.TSC_ADJUST)
-        self._vm.memory.poke_physical(address, pack("<IIQQIbB2x", self._version, 0, zero, 0, multiplier, shift, 1))
+        self._vm.memory.poke_physical(address, pack("<IIQQIbB2x", self._version, 0, zero, ahead, multiplier, shift, 1))
+
+    def _shown(self, address: int, tsc: int) -> int | None:
+        """Nanoseconds that the structure at *address* shows at that TSC, None where it is none that a host has made."""
+        with self._vm.lock:
+            raw = self._vm.memory.peek(address, 32) if address & 0xFFF <= 4096 - 32 else None
+        if raw is None:
+            return None
+        version, _, since, time, multiplier, shift, _ = unpack("<IIQQIbB2x", raw)
+        passed = tsc - since & MASK
+        if not version or version & 1 or not -32 < shift < 32 or passed >= 1 << 62:
+            return None
+        self._version = version  # a guest that was stopped as it read sees by another one that it has to read again
+        found: int = time + ((passed << shift if shift >= 0 else passed >> -shift) * multiplier >> 32) & MASK
+        return found if found < 1 << 62 else None
 
     def _wall_clock(self, address: int) -> None:
         tsc = self._vm.clock.pair()[0] + self._registers.field(L.TSC_OFFSET) - self._registers.field(L.TSC_ADJUST)
-        now = time.time_ns() - self._vm.clock.nanoseconds(tsc & (1 << 64) - 1)
+        now = time.time_ns() - self._vm.clock.nanoseconds(tsc & MASK) - self._vm.clock.ahead
         self._vm.memory.poke_physical(address, pack("<III", 2, now // 1_000_000_000, now % 1_000_000_000))
 
     # ---- the local APIC's registers as KVM shows them (KVM_GET_LAPIC) ----

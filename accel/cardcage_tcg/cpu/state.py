@@ -127,9 +127,10 @@ def set_state(cpu: TcgVCpu, state: VCpuState) -> None:
         q[L.DR // 8 + i] = value
     if cpu.vm.lapic:
         cpu.msrs.set_lapic(state.lapic, fresh=(state.lapic is None and events.startup != "running") or not state.msrs)
-    cpu.msrs.set_all(state.msrs)
+    cpu.msrs.set_all(state.msrs)  # TSC_ADJUST moves the TSC
     if state.tsc is not None:
         q[L.TSC_OFFSET // 8] = state.tsc - cpu.native.tsc() & 0xFFFFFFFFFFFFFFFF
+    cpu.msrs.kvmclock_goes_on()
     if cpu.vm.lapic:
         cpu.msrs.tsc_deadline(state.msrs.get(TSC_DEADLINE, 0))
     cpu.native.load_pdptes(cpu.pointer)
