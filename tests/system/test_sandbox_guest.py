@@ -406,7 +406,7 @@ def test_many_at_once(template: Path) -> None:
 
 
 def test_the_commands(template: Path) -> None:
-    """``cardcage sandbox`` makes, lists, uses and ends sandboxes."""
+    """``cardcage sandbox`` makes, lists, uses, keeps and ends sandboxes."""
 
     def cardcage(*words: str, status: int = 0) -> str:
         done = subprocess.run([*PROGRAM, "sandbox", *words], capture_output=True, text=True, check=False)
@@ -417,6 +417,8 @@ def test_the_commands(template: Path) -> None:
     id = cardcage("create", "--template", str(template), "--metadata", "a=b").strip()
     assert cardcage("run", "--in", id, "--", "echo $HOME; exit 3", status=3) == "/home/user\n"
     assert id in cardcage("list")
+    assert "/kept: " in cardcage("snapshot", id, "kept")
+    assert "kept" in cardcage("snapshot", id, "kept", status=2)  # it is there
     cardcage("kill", id)
     with pytest.raises(UsageError):
         Sandbox.connect(id)
