@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from cardcage.errors import HostError, UsageError
-from cardcage.units import Duration
 from cardcage_fleet.control import command, find
 
-from cardcage_sandbox.commands import Commands, Pty
+from cardcage_sandbox.commands import Commands, Pty, seconds
 from cardcage_sandbox.files import Files
 from cardcage_sandbox.template import Template, keeper_of, keepers, load_template
 
@@ -116,7 +115,7 @@ class Sandbox:
             limits["snapshot"] = str(_located(snapshot))
         chosen = load_template(template).with_limits(**limits)
         asked = {
-            "timeout": _seconds(timeout),
+            "timeout": seconds(timeout),
             "metadata": dict(metadata or {}),
             "envs": dict(envs or {}),
             "on_timeout": on_timeout,
@@ -161,7 +160,7 @@ class Sandbox:
 
     def set_timeout(self, timeout: float | str, *, longer: bool = False) -> None:
         """Let it live *timeout* seconds from now, up to a day; with *longer*, only where that is later."""
-        _asked(self._keeper, "extend", id=self.id, timeout=_seconds(timeout), longer=longer)
+        _asked(self._keeper, "extend", id=self.id, timeout=seconds(timeout), longer=longer)
 
     def pause(self) -> bool:
         """Bring it to a stand, in memory, for a day at most; False where it stands."""
@@ -169,14 +168,14 @@ class Sandbox:
 
     def resume(self, timeout: float | str = 300) -> bool:
         """Let it go on, for *timeout* seconds, with this host's time; False where it runs."""
-        return bool(_asked(self._keeper, "resume", id=self.id, timeout=_seconds(timeout)))
+        return bool(_asked(self._keeper, "resume", id=self.id, timeout=seconds(timeout)))
 
     def fork(self, n: int = 1, *, timeout: float | str = 300) -> builtins.list[Sandbox]:
         """*n* copies of it as it is, 1 to 100, which live *timeout* seconds.
 
         Commands that run under :attr:`commands` are ended in the copies; what they left in the background goes on.
         """
-        found = _asked(self._keeper, "fork", id=self.id, count=n, timeout=_seconds(timeout))
+        found = _asked(self._keeper, "fork", id=self.id, count=n, timeout=seconds(timeout))
         return [Sandbox(self._keeper, one) for one in found]
 
     def snapshot(self, where: str | os.PathLike[str], *, replace: bool = False) -> Snapshot:
@@ -222,10 +221,3 @@ def _located(where: str | os.PathLike[str]) -> Path:
     from cardcage_snapshot.places import located  # which most who use sandboxes do without
 
     return located(where)
-
-
-def _seconds(timeout: float | str) -> float:
-    try:
-        return float(Duration(timeout))
-    except ValueError as error:
-        raise UsageError(f"timeout: {error}") from error

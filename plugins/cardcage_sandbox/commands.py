@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from attrs import frozen
 from cardcage.errors import GuestError, UsageError
+from cardcage.units import Duration
 
 from cardcage_sandbox.talk import Talk, act
 
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
 
     Heard = Callable[[str], object]
 
-__all__ = ["Command", "CommandFailed", "CommandResult", "Commands", "Pty", "RunningCommand"]
+__all__ = ["Command", "CommandFailed", "CommandResult", "Commands", "Pty", "RunningCommand", "seconds"]
 
 LIMIT = 64 << 20
 """Bytes of each output that are kept for the caller."""
 PIECE = 1 << 16
+
+
+def seconds(timeout: float | str) -> float:
+    """A time as the caller has it: seconds, or text with a unit. Raises UsageError."""
+    try:
+        return float(Duration(timeout))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"timeout: {error}") from error
 
 
 @frozen
@@ -228,7 +237,7 @@ class Commands(_Acts):
         user: str | None = None,
         stdin: bool = False,
         tag: str | None = None,
-        timeout: float | None = 60,
+        timeout: float | str | None = 60,
         check: bool = False,
         limit: int = LIMIT,
     ) -> CommandResult: ...
@@ -244,7 +253,7 @@ class Commands(_Acts):
         user: str | None = None,
         stdin: bool = False,
         tag: str | None = None,
-        timeout: float | None = 60,
+        timeout: float | str | None = 60,
         limit: int = LIMIT,
     ) -> Command: ...
 
@@ -260,7 +269,7 @@ class Commands(_Acts):
         user: str | None = None,
         stdin: bool = False,
         tag: str | None = None,
-        timeout: float | None = 60,
+        timeout: float | str | None = 60,
         check: bool = False,
         limit: int = LIMIT,
     ) -> CommandResult | Command:
@@ -271,14 +280,15 @@ class Commands(_Acts):
             on_stdout, on_stderr: called with each piece of output, as it comes.
             envs: variables, besides the sandbox's and a login's. cwd, user: by default the user's home, the template's.
             stdin: it has an input, for ``send_stdin``. tag: a name of your own for it, which :meth:`list` tells.
-            timeout: seconds, after which it is killed; None for none.
+            timeout: seconds, or text such as ``"5m"``, after which it is killed; None for none.
             check: raise CommandFailed for another status than 0.
             limit: bytes of each output; a command with more is killed.
 
         Raises OSErrors as the guest's kernel has them about the program, TimeoutExpired, UsageError.
         """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        talk = self.starting(words, envs, user, cwd=cwd, input=stdin, tag=tag, limit=timeout, keep=background)
+        ends = None if timeout is None else seconds(timeout)
+        talk = self.starting(words, envs, user, cwd=cwd, input=stdin, tag=tag, limit=ends, keep=background)
         started = Command(self, command, talk, limit)
         if background:
             return started
@@ -298,10 +308,11 @@ class Pty(_Acts):
         envs: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
-        timeout: float | None = None,
+        timeout: float | str | None = None,
         limit: int = LIMIT,
     ) -> Command:
         """Start a program with a terminal, which goes on when nobody listens: all its output is standard output."""
         given = {"TERM": "xterm-256color", **(envs or {})}
-        keys = {"cwd": cwd, "pty": [rows, columns], "limit": timeout, "keep": True}
+        ends = None if timeout is None else seconds(timeout)
+        keys = {"cwd": cwd, "pty": [rows, columns], "limit": ends, "keep": True}
         return Command(self, list(command), self.starting(list(command), given, user, **keys), limit)

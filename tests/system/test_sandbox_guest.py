@@ -100,7 +100,7 @@ def test_commands(sandbox: Sandbox) -> None:
         run("echo why >&2; exit 7", check=True)
     assert run("kill -9 $$").exit_code == -9
     with pytest.raises(subprocess.TimeoutExpired):
-        run("echo part; sleep 1000", timeout=0.5)
+        run("echo part; sleep 1000", timeout="500ms")
     with pytest.raises(FileNotFoundError):
         run(["nonesuch"])
     with pytest.raises(UsageError, match="no user"):
@@ -109,6 +109,14 @@ def test_commands(sandbox: Sandbox) -> None:
         run("head -c 2000000 /dev/zero", limit=1000)
     with pytest.raises(UsageError, match="a request of"):
         run("x" * 70_000)
+
+
+@pytest.mark.parametrize("timeout", ["soon", -1, float("nan"), [1]])
+def test_a_time_that_is_none(sandbox: Sandbox, timeout: Any) -> None:
+    """What is no time is refused by its name, for a command as for a terminal."""
+    for act in (sandbox.commands.run, lambda *_, **keys: sandbox.pty.create(**keys)):
+        with pytest.raises(UsageError, match="timeout: "):
+            act("true", timeout=timeout)
 
 
 def test_background_commands(sandbox: Sandbox) -> None:
@@ -398,7 +406,7 @@ def test_many_at_once(template: Path) -> None:
 
 
 def test_the_commands(template: Path) -> None:
-    """``cardcage sandbox`` makes, lists, uses and ends sandboxes."""
+    """``cardcage sandbox`` makes, lists, uses, keeps and ends sandboxes."""
 
     def cardcage(*words: str, status: int = 0) -> str:
         done = subprocess.run([*PROGRAM, "sandbox", *words], capture_output=True, text=True, check=False)
@@ -409,6 +417,8 @@ def test_the_commands(template: Path) -> None:
     id = cardcage("create", "--template", str(template), "--metadata", "a=b").strip()
     assert cardcage("run", "--in", id, "--", "echo $HOME; exit 3", status=3) == "/home/user\n"
     assert id in cardcage("list")
+    assert "/kept: " in cardcage("snapshot", id, "kept")
+    assert "kept" in cardcage("snapshot", id, "kept", status=2)  # it is there
     cardcage("kill", id)
     with pytest.raises(UsageError):
         Sandbox.connect(id)
