@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from contextlib import contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING
 
@@ -38,12 +37,12 @@ from cardcage_block.layers import LayeredImage
 from cardcage_block.layout import COMPRESSED, COPIED, OFFSET, Tables
 from cardcage_block.limbo import Limbo
 from cardcage_block.mapping import DATA, PACKED, UNALLOCATED, ZEROS, Mapping
-from cardcage_block.plain import PlainImage
+from cardcage_block.plain import PlacedImage, own_place
 from cardcage_block.private import CopiedImage
 from cardcage_block.tables import sectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from cardcage_block.header import Header
     from cardcage_block.health import Health
@@ -56,7 +55,7 @@ COMMIT_AT = 1024
 """Dirty slices that a commit without a flush is worth."""
 
 
-class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlainImage):
+class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlacedImage):
     """A qcow2 disk. Thread-safe; satisfies :class:`cardcage.backends.BlockBackend`.
 
     Args:
@@ -180,7 +179,7 @@ class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlainImage):
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            host = _own_place(self, offset, length)
+            host = own_place(self, offset, length)
             if host:
                 self._file.write(host, buffers, length)
                 return
@@ -200,22 +199,8 @@ class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlainImage):
         me = get_ident()
         self._inflight[me] = self._limbo.epoch
         try:
-            host = _own_place(self, offset, length)
+            host = own_place(self, offset, length)
             return bool(host and self._try_write is not None and self._try_write(host, buffers, length))
-        finally:
-            self._inflight.pop(me, None)
-
-    @contextmanager
-    def places(self, rows: Sequence[tuple[int, int, bool]], /) -> Iterator[list[int | None]]:
-        """Where in the file each (offset, length, to be written) lies as one run, for as long as the block lasts; None
-        where it does not, or its table entries are not in memory."""
-        me = get_ident()
-        self._inflight[me] = self._limbo.epoch  # as in readv
-        try:
-            yield [
-                (_own_place(self, offset, length) if write else self._map.readable(offset, length)) or None
-                for offset, length, write in rows
-            ]
         finally:
             self._inflight.pop(me, None)
 
@@ -476,11 +461,6 @@ class Qcow2Image(CopiedImage, HandedImage, LayeredImage, PlainImage):
             self._header.incompatible &= ~INCOMPAT_DIRTY
             self.tables.write_header()
             self._health.sync()
-
-
-def _own_place(image: Qcow2Image, offset: int, length: int) -> int:
-    """Where in the file a range may be written over, 0 when that takes more."""
-    return 0 if image._readonly or image._health.broken is not None else image._map.overwritable(offset, length)
 
 
 def _read_chain(image: Image, offset: int, buffers: Sequence[memoryview], length: int) -> None:
