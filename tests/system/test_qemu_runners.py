@@ -1,5 +1,5 @@
-"""Programs that run systems in QEMU, unmodified, with ``cardcage-qemu`` as their QEMU: debvm and autopkgtest's
-virt-qemu from Debian, labgrid from PyPI."""
+"""Programs that run systems in QEMU, unmodified, with ``cardcage-qemu`` as their QEMU: debvm from Debian, labgrid from
+PyPI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from debian_guest import PACKAGES, START, debian_guest
+from debian_guest import START, debian_guest
 
 LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
 pytestmark = [
@@ -86,34 +86,6 @@ def test_debvm(tmp_path: Path, emulator: Path) -> None:
             process.stdin.flush()
         said += process.stdout.read()
     assert b"outcome: the guest powered off" in said
-
-
-def test_autopkgtest(tmp_path: Path, emulator: Path) -> None:
-    """``autopkgtest-virt-qemu`` opens a testbed of an image, runs a command in it with files both ways, resets it, and
-    is done with it."""
-    runner = found("autopkgtest-virt-qemu")
-    image = debian_guest(f"{PACKAGES} python3-minimal").overlay(tmp_path / "image.qcow2")
-    words = [runner, "-q", str(emulator), "-u", "root", "-p", "", "--ram-size", "512", "--timeout-reboot", "300"]
-    with subprocess.Popen([*words, str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(line: str) -> str:
-            process.stdin.write(f"{line}\n")
-            process.stdin.flush()
-            return process.stdout.readline().strip()
-
-        assert process.stdout.readline() == "ok\n"
-        (tmp_path / "there").write_text("of the host\n")
-        assert ask("open").startswith("ok")
-        assert ask(f"copyup /etc/hostname {tmp_path}/back") == "ok"
-        assert (tmp_path / "back").read_text() == "cage\n"
-        assert ask(f"copydown {tmp_path}/there /root/there") == "ok"
-        assert ask("execute cat,/root/there /dev/null " + f"{tmp_path}/out /dev/null / ") == "ok 0"
-        assert ask("close") == "ok"
-        assert ask("quit") == ""
-        process.stdin.close()
-        assert process.wait() == 0
 
 
 def test_labgrid(tmp_path: Path, emulator: Path, kernel: Path, initramfs: Path) -> None:
