@@ -60,7 +60,7 @@ class Line:
         accelerators: names, in the order to try.
         chardevs, drives, netdevs, shares, objects, fdsets: by their ids; a drive with its device's options.
         flash: chips by their unit. below: the nodes that a node of -blockdev stands on, by its name.
-        cards: what -netdev each network card has, by the card's id.
+        cards: what -netdev each network card has, by the card's id. hub: the parts of -net, by their types.
         board: what -machine says of its parts, with where. wires: devices whose names say ``pci`` or ``mmio``.
         micro: the board is microvm. silent: it has no serial port.
         watchdogs: of the devices. expiry: what they do.
@@ -87,6 +87,7 @@ class Line:
     shares: dict[str, dict[str, Any]] = field(factory=dict)
     objects: dict[str, dict[str, Any]] = field(factory=dict)
     cards: dict[str, str] = field(factory=dict)
+    hub: dict[str, dict[str, Any]] = field(factory=dict)
     fdsets: dict[int, int] = field(factory=dict)
     buses: dict[str, dict[int, tuple[dict[str, Any], str, str]]] = field(factory=dict)
     hosts: dict[str, dict[str, Any]] = field(factory=dict)

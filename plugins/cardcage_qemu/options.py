@@ -158,8 +158,34 @@ def on_nic(line: Line, options: Options) -> None:
 
 
 def on_net(line: Line, options: Options) -> None:
-    if options.text != "none":
-        raise options.error("cardcage has no hub: say -nic, or -netdev and -device")
+    """``-net nic`` and ``-net user``, ``tap`` ... together are a card; QEMU has a hub between them."""
+    kind = options.need("type")
+    if kind == "none":
+        options.end()
+        return
+    if not line.hub:
+        line.later.append(lambda: _hub(line, options))
+    if kind in line.hub or (kind != "nic" and line.hub.keys() - {"nic"}):
+        raise options.error("cardcage has no hub: say -net nic and one network, or -nic for each card")
+    if kind == "nic":
+        model = options.take("model")
+        if model not in ("virtio", "virtio-net-pci"):
+            raise options.error(f"model={model}: cardcage has virtio network cards alone: say model=virtio")
+        keys = {"id": options.take("id", "name"), "mac": options.take("macaddr")}
+        options.harmless(vectors="")
+        line.hub[kind] = {"type": "virtio-net", **{key: value for key, value in keys.items() if value}}
+    else:
+        options.harmless(id="", name="")
+        line.hub[kind] = backends.netdev(options, kind)
+    options.end()
+
+
+def _hub(line: Line, options: Options) -> None:
+    """Make the card of what was said. Raises ConfigError."""
+    card = line.hub.pop("nic", None)
+    if card is None or not line.hub:
+        raise options.error("cardcage has no hub: -net nic and -net user (or tap ...) come together")
+    line.devices.append({**card, "net": line.hub.popitem()[1]})
 
 
 def on_chardev(line: Line, options: Options) -> None:

@@ -265,6 +265,12 @@ def test_networks() -> None:
     (one,) = devices("-nic", "stream,addr.type=unix,addr.path=/s,server=off,model=virtio")
     assert one["net"] == {"type": "stream", "connect": "unix:/s"}
     assert devices("-net", "none", "-nic", "none") == []
+    (one,) = devices("-net", "nic,model=virtio,macaddr=52:54:00:00:00:02", "-net", "user,hostfwd=tcp::1-:2")
+    assert one == {
+        "type": "virtio-net",
+        "mac": "52:54:00:00:00:02",
+        "net": {"type": "user", "hostfwd": ["tcp::1-:2"]},
+    }
 
 
 def test_serial_ports_and_consoles() -> None:
@@ -410,6 +416,10 @@ def test_lists() -> None:
         "-device e1000",
         "-device virtio-blk-pci,drive=none",
         "-device virtio-net-pci,netdev=none",
+        "-net user",
+        "-net nic,model=virtio",
+        "-net nic,model=virtio -net user -net tap",
+        "-net nic -net user",
         "-device virtio-rng-pci,addr=99",
         "-device virtio-rng-pci,bus=pci.7",
         "-device virtio-rng-pci,colour=red",
@@ -422,7 +432,6 @@ def test_lists() -> None:
         "-watchdog-action inject-nmi",
         "-watchdog ib700",
         "-nic user",
-        "-net user",
         "-chardev vc,id=a",
         "-chardev socket,id=a",
         "-serial vc",
