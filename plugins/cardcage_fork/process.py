@@ -34,8 +34,8 @@ PATIENCE = 60
 SETTLED, NAME = "settled", "name"
 """Words of a copy: all that it has of its parent is its own; it can be found by that name."""
 LATER = "fork:later"
-"""What cards have added to this list of :meth:`cardcage.host.Host.share` in ``cardcage_forked`` is called once the copy
-runs, and before anybody hears of it: the guest does not wait for it."""
+"""A list of :meth:`cardcage.host.Host.share`: calls that cards add to it in ``cardcage_forked`` are made once the copy
+runs, and before anybody hears of it. The guest does not wait for them."""
 _links: dict[socket.socket, int] = {}
 """The ends of links to copies that this process holds, and descriptors of their processes: a new copy closes them."""
 

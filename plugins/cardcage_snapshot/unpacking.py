@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["ALL", "DONE", "Unpacker", "begin"]
 
 DONE, ALL = b"done", b"all"
-"""What is said on the link: it is all there; and, to the process, that somebody waits for that."""
+"""Words on the link: it is all there; and, to the process, that somebody waits for that."""
 RATE = 256 << 20
 """Bytes of RAM a second that come while nobody waits for them."""
 SLACK = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardcage_conformance.conformance import Fault, Program
 
@@ -72,23 +72,16 @@ def _records(lab: Lab) -> list[tuple[str, int, bool]]:
 
 def _traps(*wanted: str) -> Callable[[Lab], list[str]]:
     """A check of where the handler was entered, whatever DR6 said."""
-
-    def check(lab: Lab) -> list[str]:
-        found = [name for name, _, _ in _records(lab)]
-        return [] if found == [*wanted] else [f"debug exceptions were at {found}, expected {[*wanted]}"]
-
-    return check
+    return lambda lab: _differing([name for name, _, _ in _records(lab)], [*wanted])
 
 
 def _seen(*wanted: tuple[str, int] | tuple[str, int, bool]) -> Callable[[Lab], list[str]]:
     """A check of the handler's records: label at the saved RIP, DR6's bits, and where it is set the saved RF."""
+    return lambda lab: _differing(_records(lab), [(*one, False)[:3] for one in wanted])
 
-    def check(lab: Lab) -> list[str]:
-        found = _records(lab)
-        expected = [(*one, False)[:3] for one in wanted]
-        return [] if found == expected else [f"debug exceptions were {found}, expected {expected}"]
 
-    return check
+def _differing(found: list[Any], expected: list[Any]) -> list[str]:
+    return [] if found == expected else [f"debug exceptions were {found}, expected {expected}"]
 
 
 PROGRAMS = (

@@ -44,7 +44,7 @@ class Msrs:
         self._values = dict(RESET)
         self._adjusts = "tsc-adjust" in vm.model.features
         self._before: tuple[dict[int, int], dict[int, int]] = {}, dict(RESET)
-        """What :meth:`set_all` was given last, and what it made of it: a way back gives the same a thousand times."""
+        """The last argument of :meth:`set_all`, and its values: a way back gives the same a thousand times."""
         self._version = 0  # of the structure that kvmclock shows; a new number at each change
 
     def read(self, index: int) -> int | None:
