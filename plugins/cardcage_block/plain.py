@@ -18,7 +18,7 @@ __all__ = ["PlacedImage", "PlainImage", "own_place"]
 class PlainImage:
     """An image with a file of the host's."""
 
-    info: Any
+    info: BlockInfo
 
     def plain(self) -> tuple[int, int, int, int, int] | None:
         """The file and how it may be used now, by who goes past :meth:`try_readv` and :meth:`try_writev`."""

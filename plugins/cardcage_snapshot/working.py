@@ -58,15 +58,17 @@ class WorkingSet:
 
 
 def known(folder: Folder, manifest: Manifest) -> WorkingSet | None:
-    """The working set as the snapshot's file has it; None without one.
+    """The working set as the snapshot's file has it; None without one, or where a machine in its jail has yet to write
+    it, for whom the file was opened.
 
     Raises ConfigError for one that is damaged, or is another snapshot's.
     """
     if not os.path.lexists(folder.path / FILE):
         return None
-    where = folder.where(FILE)
-    outer = decoded(folder.read(FILE, MOST), where)
-    match outer:
+    where, data = folder.where(FILE), folder.read(FILE, MOST)
+    if not data:
+        return None
+    match decoded(data, where):
         case {"cardcage working set": 1, "snapshot": of, "sum": sum, "seconds": float(seconds), "runs": list(runs)}:
             pass
         case _:

@@ -119,6 +119,22 @@ def test_the_same_state_again(cpu: TcgVCpu) -> None:
         assert cpu.get_state().msrs[0x2FF] == 0x806
 
 
+@pytest.mark.parametrize(("apart", "adjust", "differ"), [(10**6, 0, 0), (-(10**6), 5000, 5000), (10**14, 0, 10**14)])
+def test_time_stamp_counters_agree(cpu: TcgVCpu, apart: int, adjust: int, differ: int) -> None:
+    """Processors whose states were read and are set one after the other have equal counters, but for what the guest has
+    added to one; counters that are far apart stay so."""
+    first = cpu.vm.cpus[0]
+    for one in (first, cpu):
+        state = one.get_state()
+        assert state.tsc is not None
+        if one is cpu:
+            state.tsc += apart
+            state.msrs[0x3B] = adjust
+        one.set_state(state)
+    found = cpu.words[L.TSC_OFFSET // 8] - first.words[L.TSC_OFFSET // 8] & ALL
+    assert found == differ or (differ == 10**14 and abs(found - differ) < 10**11)
+
+
 def test_all_can_be_read(cpu: TcgVCpu) -> None:
     """Whatever the table names can be read, and takes its own value unless it is read-only."""
     for index, msr in MSRS.items():

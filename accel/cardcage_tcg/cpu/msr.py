@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cardcage_tcg.cpu.registers import RegisterFile
     from cardcage_tcg.vm import TcgVm
 
-__all__ = ["TSC_DEADLINE", "Msrs"]
+__all__ = ["TSC_ADJUST", "TSC_DEADLINE", "Msrs"]
 
 FIELDS = {
     0x1B: L.APIC_BASE, 0x174: L.SYSENTER_CS, 0x175: L.SYSENTER_ESP, 0x176: L.SYSENTER_EIP, 0xC0000080: L.EFER,

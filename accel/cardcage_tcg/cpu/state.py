@@ -10,7 +10,7 @@ from cardcage.x86 import DescriptorTable, Events, Fpu, Registers, Segment, Syste
 
 from cardcage_tcg import layout as L
 from cardcage_tcg.cpu.faults import Fault
-from cardcage_tcg.cpu.msr import TSC_DEADLINE
+from cardcage_tcg.cpu.msr import TSC_ADJUST, TSC_DEADLINE
 
 if TYPE_CHECKING:
     from cardcage_tcg.cpu.vcpu import TcgVCpu
@@ -129,7 +129,7 @@ def set_state(cpu: TcgVCpu, state: VCpuState) -> None:
         cpu.msrs.set_lapic(state.lapic, fresh=(state.lapic is None and events.startup != "running") or not state.msrs)
     cpu.msrs.set_all(state.msrs)  # TSC_ADJUST moves the TSC
     if state.tsc is not None:
-        q[L.TSC_OFFSET // 8] = state.tsc - cpu.native.tsc() & 0xFFFFFFFFFFFFFFFF
+        q[L.TSC_OFFSET // 8] = _tsc_offset(cpu, state.tsc, state.msrs.get(TSC_ADJUST, 0))
     cpu.msrs.kvmclock_goes_on()
     if cpu.vm.lapic:
         cpu.msrs.tsc_deadline(state.msrs.get(TSC_DEADLINE, 0))
@@ -139,6 +139,21 @@ def set_state(cpu: TcgVCpu, state: VCpuState) -> None:
         cpu.raise_exception(events.exception, events.error_code)
     if events.interrupt is not None:
         cpu.native.deliver_interrupt(cpu.pointer, events.interrupt)
+
+
+def _tsc_offset(cpu: TcgVCpu, tsc: int, adjust: int) -> int:
+    """The offset to the host's TSC with which the processor's is *tsc* now; or, where that is less than a second apart
+    from the first processor's, but for *adjust*, which is the guest's, with which they are equal. Both were read, and
+    are set, one after the other: a guest whose TSCs are not equal sees time go back as it goes from one to the other.
+    """
+    offset: int = tsc - cpu.native.tsc()
+    first = next(iter(cpu.vm.cpus), cpu)
+    if first is not cpu:
+        equal = first.words[L.TSC_OFFSET // 8] - first.words[L.TSC_ADJUST // 8] + adjust
+        second = cpu.vm.clock.tsc_khz * 1000
+        if (offset - equal + second) & 0xFFFFFFFFFFFFFFFF < 2 * second:
+            offset = equal
+    return offset & 0xFFFFFFFFFFFFFFFF
 
 
 def _set_fpu(cpu: TcgVCpu, fpu: Fpu) -> None:
