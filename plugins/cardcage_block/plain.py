@@ -12,6 +12,8 @@ from cardcage_block.hostfile import HostFile
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from cardcage.backends import BlockInfo
+
 __all__ = ["PlacedImage", "PlainImage", "own_place"]
 
 
