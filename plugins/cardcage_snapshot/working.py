@@ -58,17 +58,15 @@ class WorkingSet:
 
 
 def known(folder: Folder, manifest: Manifest) -> WorkingSet | None:
-    """The working set as the snapshot's file has it; None without one, or where a machine in its jail has yet to write
-    it, for whom the file was opened.
+    """The working set as the snapshot's file has it; None without one.
 
     Raises ConfigError for one that is damaged, or is another snapshot's.
     """
     if not os.path.lexists(folder.path / FILE):
         return None
-    where, data = folder.where(FILE), folder.read(FILE, MOST)
-    if not data:
-        return None
-    match decoded(data, where):
+    where = folder.where(FILE)
+    outer = decoded(folder.read(FILE, MOST), where)
+    match outer:
         case {"cardcage working set": 1, "snapshot": of, "sum": sum, "seconds": float(seconds), "runs": list(runs)}:
             pass
         case _:

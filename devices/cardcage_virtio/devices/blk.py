@@ -40,6 +40,8 @@ IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY, F_MQ, F_DISCARD, F_ZEROES = 2, 5, 6, 9, 10, 12, 13, 14
 SECTOR, SEGMENTS, SECTORS_MAX = 512, 16, 1 << 21
+FEW = 2
+"""Requests from which it pays to ask where they lie in a file before native code moves them."""
 AT_ONCE = 1 << 20
 """Bytes after which no further request is served before the driver hears of the last."""
 header = Struct("<I4xQ").unpack_from
@@ -307,7 +309,7 @@ class Blk(ParksWorkers, HoldsNothing):
             file = self.backend.plain() if found is not None else None
         except OSError:  # it was revoked: each request is told
             return OTHER
-        if found is None or file is None:
+        if found is None or file is None or (self._placed and found.ring.waiting < FEW):
             return OTHER
         lane = found.lane
         lane.fd, reads, writes, lane.write_low, high = file

@@ -198,6 +198,11 @@ class SplitRing:
     def more(self) -> bool:
         return self._avail[1] != self.position
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are available, as the driver has it."""
+        return self._avail[1] - self.position & 0xFFFF
+
     def rearm(self) -> bool:
         if self.event_index:
             self._used16[2 + 4 * self.size] = self.position

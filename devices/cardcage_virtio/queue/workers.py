@@ -74,6 +74,7 @@ class Workers:
         self._io, self._process, self._quick, self._bulk = io, process, quick, bulk
         self._wake: SimpleQueue[int | None] = SimpleQueue()
         self._scheduled = [False] * len(io.queues)
+        self._tried = [False] * len(io.queues)  # the next request is not for bulk: whoever notified has seen that
         self._waited = [0] * len(io.queues)
         self._shared = [0] * len(io.queues)
         self._locks = [Lock() for _ in io.queues]
@@ -112,8 +113,10 @@ class Workers:
             return False
         done: list[tuple[Request, int]] = []
         try:
-            if self._bulk is not None and (why := self._bulk(ring)) != OTHER:
-                return why == EMPTY
+            if self._bulk is not None:
+                if (why := self._bulk(ring)) != OTHER:
+                    return why == EMPTY
+                self._tried[index] = True
             while len(done) < QUICK and (request := ring.pop()) is not None:
                 written = quick(request)
                 if written is None:
@@ -203,7 +206,8 @@ class Workers:
             most = 1 if shared[index] else BATCH
             with lock:
                 ring.silence()
-                if self._bulk is not None and not self._again[index] and most > 1:
+                tried, self._tried[index] = self._tried[index], False
+                if self._bulk is not None and not tried and not self._again[index] and most > 1:
                     why = self._bulk(ring)
                     ring.signal()
                     if why == EMPTY:
