@@ -300,8 +300,13 @@ class Loop(Protocol):
 class HostSide(Protocol):
     """A device's side of the host: back ends, and permissions."""
 
-    def open(self, kind: str, spec: Any, /) -> Any:
-        """Open a back end: *kind* is ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
+    def open(self, kind: str, spec: Any, /, *, instead: Any = None, fits: Callable[[Any], object] | None = None) -> Any:
+        """Open a back end: *kind* is ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError.
+
+        Args:
+            instead: one that was opened before, which this one stands for from then on: it is closed.
+            fits: looks at the new one first; what it raises is raised here, and the earlier one stays.
+        """
 
     def ask(
         self,

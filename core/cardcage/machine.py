@@ -32,7 +32,7 @@ from cardcage._machine.life import Life, State
 from cardcage._machine.observers import Observers
 from cardcage._machine.parking import Parking
 from cardcage._machine.plugged import PluggedDevice, able
-from cardcage._machine.plugging import Plugging
+from cardcage._machine.plugging import Plugging, restate
 from cardcage.abilities import has
 from cardcage.config import Config, DeviceConfig, Draft
 from cardcage.device import HotplugBus
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from cardcage.vcpu import VCpu
 
-__all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "rename"]
+__all__ = ["GuestFailed", "Machine", "Observers", "PluggedDevice", "State", "reconfigure", "rename"]
 
 
 class GuestFailed(GuestError):
@@ -100,15 +100,6 @@ class _Makers(type):
 
 def _said(self: Machine) -> str:
     return f"<Machine {self.name!r} {self.state}>"
-
-
-def _restate(self: Machine | None) -> None:
-    """Have the configuration list what is there now, by id and place: what is built from it is the same machine."""
-    if self is not None and self._standard is not None:
-        there = [one for one in self.devices.values() if not any(one.config is other for other in self._standard)]
-        places = [one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None for one in there]
-        found = [(one.config, one.id, at or one.config.address) for one, at in zip(there, places, strict=True)]
-        self.config = evolve(self.config, devices=tuple(evolve(one, id=id, address=at) for one, id, at in found))
 
 
 def _awaited(self: Machine, timeout: float | None) -> outcomes.Outcome:
@@ -264,7 +255,7 @@ class Machine(Parking, metaclass=_Makers):
         with self.lock:
             self._plugging.plug_all(standard := building.platform_devices(platform, config), config.devices)
         self._standard, here = standard, ref(self)  # the board does not keep the machine
-        board.taken_out = lambda: _restate(here())
+        board.taken_out = lambda: restate(here())
         if config.machine.console != "none":
             self.open_console(config.machine.console)
         board.insert(building.open_boot(host, config, self.mediator, self.label))
@@ -295,7 +286,7 @@ class Machine(Parking, metaclass=_Makers):
             if self.outcome is not None or self._life.failure is not None:
                 raise StateError("a machine that has ended takes no more devices")
             plugged = self._plugging.plug(DeviceConfig.from_table({"type": type, **keys}, Place()))
-            _restate(self)
+            restate(self)
             self.observers.emit("device", plugged.id, True)
         return plugged
 
@@ -498,3 +489,11 @@ def rename(machine: Machine, name: str) -> None:
     machine.name = name
     machine.config = evolve(machine.config, machine=evolve(machine.config.machine, name=name))
     machine.log.add(machine=name)
+
+
+def reconfigure(machine: Machine, id: str, **options: Any) -> None:
+    """Note that device *id* has these options now, as its card has changed it: what is built from the machine's
+    configuration later has them too. Not for the platform's own devices. Under the machine's lock."""
+    plugged = machine.devices[id]
+    plugged.config = evolve(plugged.config, options={**plugged.config.options, **options})
+    restate(machine)

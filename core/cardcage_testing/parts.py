@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 from collections import deque
-from contextlib import suppress
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
@@ -244,15 +243,18 @@ class TestHost:
         self.provided: dict[str, Any] = {}
         self._granted: dict[object, tuple[str, tuple[str, ...], Callable[[], None], Callable[[], None]]] = {}
 
-    def open(self, kind: str, spec: Any, /) -> Any:
+    def open(self, kind: str, spec: Any, /, *, instead: Any = None, fits: Callable[[Any], object] | None = None) -> Any:
         """The object in ``opened``; a :class:`TestChar` is made for a char back end that is not there."""
-        if str(spec) in self.opened:
-            return self.opened[str(spec)]
-        with suppress(KeyError):
-            return self.opened[kind]
-        if kind == "char":
-            return self.opened.setdefault(str(spec), TestChar())
-        raise ConfigError(f"the test gave no {kind} back end {spec!r}")
+        found = self.opened.get(str(spec), self.opened.get(kind))
+        if found is None and kind == "char":
+            found = self.opened[str(spec)] = TestChar()
+        if found is None:
+            raise ConfigError(f"the test gave no {kind} back end {spec!r}")
+        if fits is not None:
+            fits(found)
+        if instead is not None:
+            instead.close()
+        return found
 
     def ask(
         self,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import evolve
 from cardcage.abilities import has
 from cardcage.device import HotplugBus
 from cardcage.errors import StateError, UsageError, near
+from cardcage.machine import reconfigure
 from cardcage.security import OPERATOR, Act
 from cardcage.units import Size
 
@@ -55,13 +55,7 @@ def change_drive(machine: Machine, id: str, drive: str | dict[str, Any], /) -> N
         if not has(device, ChangesDrive, plugged.who):
             raise StateError(f'device "{id}" has no drive that another can stand for')
         device.change_drive(drive)
-        old = plugged.config
-        plugged.config = evolve(old, options={**old.options, "drive": drive})
-        devices = [
-            evolve(one, options=plugged.config.options) if one is old or one.id == id else one
-            for one in machine.config.devices
-        ]
-        machine.config = evolve(machine.config, devices=tuple(devices))
+        reconfigure(machine, id, drive=drive)
 
 
 def list_device(machine: Machine, arguments: dict[str, Any]) -> dict[str, Any]:

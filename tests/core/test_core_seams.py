@@ -9,10 +9,10 @@ import pytest
 from attrs import define, field, frozen
 from cardcage._host.log import Log, LogSink
 from cardcage.device import Pio, Region, Slot
-from cardcage.errors import CardError, ConfigError, StateError
+from cardcage.errors import CardError, ConfigError, HostError, StateError
 from cardcage.hookspecs import hookimpl
 from cardcage.host import Host
-from cardcage.machine import Machine
+from cardcage.machine import Machine, reconfigure
 from cardcage.registry import Registry
 from cardcage_memory_policies import MachineMemory, PolicyOffer, policies_of
 from cardcage_snapshot.state import capture, dumps, loads, restore
@@ -145,6 +145,37 @@ def test_back_ends_are_opened_by_spec_and_closed() -> None:
             assert error in str(caught.value)
     assert text.closed
     assert table.closed
+
+
+def test_a_back_end_stands_for_an_earlier_one() -> None:
+    """It is looked at first: one that does not fit is closed, and the earlier one stays; else that one is closed."""
+    with machine() as vm:
+        device: Any = vm.add("user", char="file:a").device
+        seen: list[str] = []
+
+        def fits(new: Sink) -> None:
+            seen.append(new.options.path)
+            assert not device.back.closed
+            if new.options.path == "b":
+                raise HostError("it does not fit")
+
+        host = device.slot.host
+        with pytest.raises(HostError, match="it does not fit"):
+            host.open("char", "file:b", instead=device.back, fits=fits)
+        assert (seen, device.back.closed) == (["b"], False)
+        new = host.open("char", "file:c", instead=device.back, fits=fits)
+        assert (seen, device.back.closed, new.closed) == (["b", "c"], True, False)
+    assert new.closed
+
+
+def test_options_that_a_card_has_changed_are_the_configurations() -> None:
+    """A machine that is made from the configuration later has them; the machine's own keys and other options stay."""
+    with machine(devices=[{"type": "user", "id": "one", "char": "file:a"}, {"type": "user", "char": "file:b"}]) as vm:
+        with vm.lock:
+            reconfigure(vm, "one", char="file:c")
+        with Machine.from_config(vm.config, host=vm.host) as other:
+            found = {id: one.device.back.options.path for id, one in other.devices.items()}
+    assert found == {"one": "c", "user": "b"}
 
 
 def test_devices_sit_on_their_bus_in_any_order() -> None:

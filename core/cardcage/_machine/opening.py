@@ -79,8 +79,8 @@ class DeviceHost:
             raise self._place.error(f'device "{self._asking.device}": {error.problem}') from error
         self._provided.append(name)
 
-    def open(self, kind: str, spec: Any, /) -> Any:
-        """Open a back end of *kind* ``char``, ``block`` or ``net``; closed with the machine. Raises ConfigError."""
+    def open(self, kind: str, spec: Any, /, *, instead: Any = None, fits: Callable[[Any], object] | None = None) -> Any:
+        """See :meth:`cardcage.device.HostSide.open`. Raises ConfigError."""
         place, asking = place_of(spec, self._place), self._asking
         name, rest = self._choose(kind, spec, place)
         outer, asking.gate = asking.gate, BackendGate(kind) if asking.active else None
@@ -91,7 +91,15 @@ class DeviceHost:
                 opened = asking.gate.before(opened)
         finally:
             asking.gate = outer
+        with ExitStack() as end:
+            end.callback(opened.close)
+            if fits is not None:
+                fits(opened)
+            end.pop_all()
         self.opened.append(opened)
+        if instead is not None:
+            self.opened.remove(instead)
+            instead.close()
         return opened
 
     def _make(self, kind: str, name: str, rest: dict[str, Any] | str, place: Place) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
@@ -148,3 +148,13 @@ class Plugging:
                     f"{name}: memory {address:#x}-{address + size - 1:#x} overlaps RAM at "
                     f"{slot.address:#x}-{slot.address + slot.size - 1:#x}"
                 )
+
+
+def restate(machine: Any) -> None:
+    """Have the machine's configuration list what is there now, by id and place: one built from it is the same. None:
+    it is gone."""
+    if machine is not None and machine._standard is not None:
+        there = [one for one in machine.devices.values() if not any(one.config is own for own in machine._standard)]
+        places = [one.carrier.place_of(one.device) if has(one.carrier, HotplugBus) else None for one in there]
+        found = [(one.config, one.id, at or one.config.address) for one, at in zip(there, places, strict=True)]
+        machine.config = evolve(machine.config, devices=tuple(evolve(one, id=id, address=at) for one, id, at in found))

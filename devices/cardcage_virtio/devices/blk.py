@@ -257,38 +257,34 @@ class Blk(ParksWorkers, HoldsNothing):
     def change_drive(self, drive: str | dict[str, Any], /) -> None:
         """Have *drive* in the place of the one that is there: the same disk to the guest, which is told nothing. Under
         the machine's lock. Raises what opening it raises, or HostError; the disk is as before then."""
-        host: Any = self._slot.host
-        name = self._slot.id
-        old: Any = self.backend
-        if not has(self.backend, ChangesHands):
+        name, old = self._slot.id, self.backend
+        if not has(old, ChangesHands):
             raise HostError(f"{name}: its drive is of a kind that nobody else can have meanwhile")
         if kept := self._workers.kept:
             raise HostError(f"{name}: {kept} requests wait for the host: make room first")
         self._workers.drain()
         try:
-            new = self._exchanged(host, old, drive)
+            new = self._exchanged(old, drive)
             self._know(new)
             self.backend, self.info = new, new.info
         except OSError as error:
             raise HostError(f"{name}: {error.strerror or error}") from error
         finally:
             self._io.guarded(partial(_kick_all, self._io, len(self.queue_sizes)))
-        host.opened.remove(old)
-        old.close()
 
-    def _exchanged(self, host: Any, old: Any, drive: str | dict[str, Any]) -> Any:
+    def _exchanged(self, old: Any, drive: str | dict[str, Any]) -> Any:
         """The back end of *drive*, which *old* has let go for."""
+
+        def fits(new: Any) -> None:
+            if new.info.size != self.info.size or (new.info.readonly and not self.readonly):
+                raise HostError(f"{self._slot.id}: {drive}: expected {self.info.size} bytes that can be written")
+
         try:
             old.let_go()
-            new = host.open("block", drive)
-            if new.info.size != self.info.size or (new.info.readonly and not self.readonly):
-                host.opened.remove(new)
-                new.close()
-                raise HostError(f"{self._slot.id}: {drive}: expected {self.info.size} bytes that can be written")
+            return self._slot.host.open("block", drive, instead=old, fits=fits)
         except BaseException:
             old.take_back()
             raise
-        return new
 
     def notified(self, index: int) -> None:
         self._workers.notify(index)
