@@ -30,7 +30,10 @@ def cardcage_register(registry: Registry) -> None:
         configure="cardcage_qemu.program:configure",
         help="run a machine described by QEMU's command line",
     )
-    for name in ("device_add", "netdev_add", "netdev_del", "blockdev-add", "blockdev-del", "object-add", "object-del"):
+    words = (
+        "device_add netdev_add netdev_del blockdev-add blockdev-del chardev-add chardev-remove object-add object-del"
+    )
+    for name in words.split():
         registry.add(QmpCommand(name, f"cardcage_qemu.coming:{name.replace('-', '_')}"))
     for name in ("blockdev-create", "blockdev-snapshot", "blockdev-snapshot-sync", "block-commit", "transaction"):
         registry.add(QmpCommand(name, f"cardcage_qemu.layers:{name.replace('-', '_')}"))

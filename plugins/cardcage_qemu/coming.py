@@ -1,4 +1,4 @@
-"""QMP commands that add to a machine: ``-device``, ``-netdev``, ``-blockdev`` and ``-object``, at any time.
+"""QMP commands that add to a machine what ``-device``, ``-netdev``, ``-chardev``, ``-blockdev`` and ``-object`` do.
 
 A node or network is a description, as on the command line: its device opens what it names. That keeps each with the
 label and the grants of the device that uses it.
@@ -21,7 +21,7 @@ from cardcage_qemu import options
 from cardcage_qemu.devices import add_device
 from cardcage_qemu.keyval import Options, of_table
 from cardcage_qemu.line import Line
-from cardcage_qemu.nodes import BlockdevOptions, Netdev, ObjectOptions
+from cardcage_qemu.nodes import BlockdevOptions, ChardevBackend, ChardevReturn, Netdev, ObjectOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,8 @@ __all__ = [
     "MEANT",
     "blockdev_add",
     "blockdev_del",
+    "chardev_add",
+    "chardev_remove",
     "device_add",
     "netdev_add",
     "netdev_del",
@@ -52,6 +54,8 @@ class Added:
         self.line, self.lock = line, threading.Lock()
         self.sets: dict[str, str] = {}
         """The set of descriptors of each node that has one: in a jail, two that had the same would share its lock."""
+        self.chars: dict[str, str | None] = dict.fromkeys(line.chardevs)
+        """By the name of a character back end, the device that it was added for; None: it was there from the start."""
 
     def close(self) -> None:
         """Close what networks were given that nobody forgot."""
@@ -108,6 +112,8 @@ def device_add(
             session.control.names[plugged.id] = label
         if isinstance(network := rest.get("netdev"), str):
             there.line.cards[plugged.id] = network
+        if isinstance(char := rest.get("chardev"), str) and there.chars.get(char, "") is not None:
+            there.chars[char] = plugged.id
 
 
 def _table(there: Added, given: Options, rest: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -162,6 +168,27 @@ def netdev_del(session: Session, id: str) -> None:
                 raise QmpError(f"Network '{id}' is in use by device '{card}'")
         for fd in there.line.netdevs.pop(id).get("fds", ()):
             os.close(fd)
+
+
+def chardev_add(session: Session, id: str, backend: ChardevBackend) -> ChardevReturn:
+    """Describe a character back end, for a device that is added then."""
+    with changed(session) as there:
+        if id in there.line.chardevs:
+            raise QmpError(f"Chardev with id '{id:.100}' already exists")
+        _room(there.line.chardevs, "character back ends")
+        options.on_chardev(there.line, of_table("chardev-add", {"id": id, "backend": backend}))
+        return {}
+
+
+def chardev_remove(session: Session, id: str) -> None:
+    """Forget a character back end that no device uses."""
+    with changed(session) as there:
+        if id not in there.line.chardevs:
+            raise QmpError(f"Chardev '{id:.100}' not found")
+        if id in there.chars and ((user := there.chars[id]) is None or user in session.machine.devices):
+            raise QmpError(f"Chardev '{id}' is busy")
+        del there.line.chardevs[id]
+        there.chars.pop(id, None)
 
 
 def blockdev_add(session: Session, node: BlockdevOptions, /) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired, TypedDict
 
-__all__ = ["BlockdevOptions", "Netdev", "ObjectOptions"]
+__all__ = ["BlockdevOptions", "ChardevBackend", "ChardevReturn", "Netdev", "ObjectOptions"]
 
 BlockdevCacheOptions = TypedDict("BlockdevCacheOptions", {"direct": NotRequired[bool], "no-flush": NotRequired[bool]})
 
@@ -71,6 +71,69 @@ BlockdevOptionsNbd = TypedDict(
 )
 BlockdevOptions = BlockdevOptionsFile | BlockdevOptionsFormat | BlockdevOptionsNbd
 """A node; ``file`` and ``backing`` name others, which were added before."""
+
+
+class OfPath(TypedDict):
+    """A path, in the table that QEMU has around it."""
+
+    path: str
+
+
+class UnixSocketAddressLegacy(TypedDict):
+    """A Unix socket, in QEMU's older form."""
+
+    type: Literal["unix"]
+    data: OfPath
+
+
+class ChardevSocket(TypedDict):
+    """A socket: of a vhost-user device, say."""
+
+    addr: UnixSocketAddressLegacy
+    server: NotRequired[bool]
+    wait: NotRequired[bool]
+
+
+class ChardevFile(TypedDict):
+    """A file that has the output."""
+
+    out: str
+    append: NotRequired[bool]
+
+
+class Nothing(TypedDict):
+    """No members."""
+
+
+class ChardevBackendSocket(TypedDict):
+    """As ``-chardev socket``."""
+
+    type: Literal["socket"]
+    data: ChardevSocket
+
+
+class ChardevBackendFile(TypedDict):
+    """As ``-chardev file``."""
+
+    type: Literal["file"]
+    data: ChardevFile
+
+
+class ChardevBackendNull(TypedDict):
+    """As ``-chardev null``."""
+
+    type: Literal["null"]
+    data: Nothing
+
+
+ChardevBackend = ChardevBackendSocket | ChardevBackendFile | ChardevBackendNull
+"""A character back end."""
+
+
+class ChardevReturn(TypedDict):
+    """QEMU's answer: the terminal's path, of a kind that has one."""
+
+    pty: NotRequired[str]
 
 
 class String(TypedDict):

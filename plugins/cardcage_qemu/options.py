@@ -189,7 +189,7 @@ def _hub(line: Line, options: Options) -> None:
 
 
 def on_chardev(line: Line, options: Options) -> None:
-    if options.text.startswith("{"):
+    if options.text.startswith("{") or any(key.startswith("backend.") for key, _ in options.pairs):  # chardev-add's
         options.pairs = [(re.sub(r"\bdata\.", "", key.removeprefix("backend.")), one) for key, one in options.pairs]
         options.pairs = [("path" if key == "out" else key, one) for key, one in options.pairs]
     id = options.need("id")

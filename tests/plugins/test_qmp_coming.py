@@ -14,6 +14,7 @@ import pytest
 from cardcage import Machine
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
+from cardcage_qemu.coming import added
 from cardcage_qmp import QmpCommand, Session, removals
 from hotplug_kit import LETS_GO
 from installed import PROGRAM
@@ -149,6 +150,31 @@ def test_a_network_comes_and_goes_by_lines_of_the_human_monitor(vm: Machine, tmp
         assert line("device_add virtio-rng-pci,rng=r,id=rng") == ""
         assert line("object_del r") == ""
         assert "expected key=value" in line("device_add virtio-rng-pci,rng")
+
+
+def test_a_character_back_end_comes_and_goes(vm: Machine, tmp_path: Path) -> None:
+    """It is described for a device, which opens it; what a device has, or the command line had, is busy."""
+    vm.start()
+    socket = {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": f"{tmp_path}/v"}}, "server": False}}
+    with Client(tmp_path / "qmp") as peer:
+
+        def told(name: str, **arguments: object) -> str:
+            return str(peer.ask(name, **arguments)["error"]["desc"])
+
+        assert peer.ask("chardev-add", id="v", backend=socket) == {"return": {}}
+        assert peer.ask("chardev-add", id="n", backend={"type": "null", "data": {}}) == {"return": {}}
+        assert told("chardev-add", id="v", backend=socket) == "Chardev with id 'v' already exists"
+        assert "does not accept value 'vc'" in told("chardev-add", id="w", backend={"type": "vc", "data": {}})
+        assert "expected a socket" in told("device_add", driver="vhost-user-blk-pci", chardev="n", id="d")
+        assert "cannot be shared" in told(
+            "device_add", driver="vhost-user-blk-pci", chardev="v", id="d"
+        )  # the device's
+        for name in ("v", "n"):
+            assert peer.ask("chardev-remove", id=name) == {"return": {}}
+        assert told("chardev-remove", id="v") == "Chardev 'v' not found"
+        added(vm).chars["w"] = "root"
+        added(vm).line.chardevs["w"] = {"type": "null"}
+        assert told("chardev-remove", id="w") == "Chardev 'w' is busy"
 
 
 @pytest.mark.parametrize("vm", [b"\xfa\xf4"], ids=["halts"], indirect=True)
