@@ -168,7 +168,7 @@ def test_a_character_back_end_comes_and_goes(vm: Machine, tmp_path: Path) -> Non
         assert "expected a socket" in told("device_add", driver="vhost-user-blk-pci", chardev="n", id="d")
         assert "cannot be shared" in told(
             "device_add", driver="vhost-user-blk-pci", chardev="v", id="d"
-        )  # the device's
+        )
         for name in ("v", "n"):
             assert peer.ask("chardev-remove", id=name) == {"return": {}}
         assert told("chardev-remove", id="v") == "Chardev 'v' not found"
