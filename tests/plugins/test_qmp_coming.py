@@ -166,9 +166,7 @@ def test_a_character_back_end_comes_and_goes(vm: Machine, tmp_path: Path) -> Non
         assert told("chardev-add", id="v", backend=socket) == "Chardev with id 'v' already exists"
         assert "does not accept value 'vc'" in told("chardev-add", id="w", backend={"type": "vc", "data": {}})
         assert "expected a socket" in told("device_add", driver="vhost-user-blk-pci", chardev="n", id="d")
-        assert "cannot be shared" in told(
-            "device_add", driver="vhost-user-blk-pci", chardev="v", id="d"
-        )
+        assert "cannot be shared" in told("device_add", driver="vhost-user-blk-pci", chardev="v", id="d")
         for name in ("v", "n"):
             assert peer.ask("chardev-remove", id=name) == {"return": {}}
         assert told("chardev-remove", id="v") == "Chardev 'v' not found"
