@@ -96,6 +96,16 @@ def call(number, *values):
     return "done" if libc.syscall(ctypes.c_long(number), *kept) >= 0 else os.strerror(ctypes.get_errno())
 
 
+def bombs():
+    """Let nobody know, until no fork is left: those of whom the broker knew may be counted a moment longer."""
+    total = 0
+    while True:
+        count, why = bomb(False)
+        total += count
+        if not count or total > 50:
+            return total, why
+
+
 def bomb(known):
     """Fork until it is refused; return how often it was not, and the refusal."""
     hold, release = os.pipe()
@@ -218,7 +228,7 @@ def all_of_them(given):
         "nonsense": nonsense(),
         "still there": tried(open_file, given["scratch"], os.O_TMPFILE | os.O_RDWR),
         "listens": tried(listen_at, own + "/socket"),
-        "unknown": bomb(False),
+        "unknown": bombs(),
         "in the end": bomb(True),
     }
 '''

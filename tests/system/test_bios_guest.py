@@ -144,7 +144,8 @@ times 4096 db 0
 end:
 """
 
-# Asks the other processor 200 times for its time-stamp counter: 0x31 if each answer lies between two of its own.
+# Asks the other processor 200 times for its time-stamp counter: 0x31 if each answer lies between two of its own. RDTSC
+# alone is carried out before what stands before it (SDM vol. 2).
 IN_STEP = """
 bits 32
 org 0x100000
@@ -163,7 +164,9 @@ start:
     mov dword [0xfee00300], 0xc4608
     mov ebp, 200
 again:
+    lfence
     rdtsc
+    lfence
     mov esi, eax
     mov edi, edx
     mov byte [0x9000], 1
@@ -171,7 +174,9 @@ answer:
     pause
     cmp byte [0x9000], 2
     jne answer
+    lfence
     rdtsc
+    lfence
     sub eax, [0x9008]
     sbb edx, [0x900c]
     jc fail
@@ -192,7 +197,9 @@ trampoline:
     pause
     cmp byte [cs:0x1000], 1
     jne trampoline
+    lfence
     rdtsc
+    lfence
     mov [cs:0x1008], eax
     mov [cs:0x100c], edx
     mov byte [cs:0x1000], 2
