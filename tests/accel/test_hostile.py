@@ -51,8 +51,8 @@ def test_seed() -> None:
 @pytest.mark.skipif(not shutil.which("patch"), reason="needs patch")
 @pytest.mark.parametrize("patch", PATCHES, ids=[one.stem for one in PATCHES])
 def test_patches_apply(patch: Path) -> None:
-    """Patches that put faults back apply to the sources as they are."""
-    command = ["patch", "-p1", "--dry-run", "--silent", "--input", str(patch)]
+    """Patches that put faults back apply to the sources as they are, where they are meant."""
+    command = ["patch", "-p1", "--fuzz=0", "--dry-run", "--silent", "--input", str(patch)]
     assert subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True).stdout == ""
 
 

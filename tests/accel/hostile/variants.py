@@ -46,7 +46,7 @@ def make(kind: str = "product", patches: tuple[Path, ...] = (), root: Path = ROO
     Args:
         kind: ``product`` (the translator that is imported here, or its like when there are *patches* or another
             *root*), ``check`` (invariants, bounds of arrays, AddressSanitizer, fences around the translator's memory).
-        patches: for ``patch -p1`` in the repository's root; only below ``accel/``.
+        patches: for ``patch -p1`` in the repository's root; only below ``accel/``. Lines may have moved, not changed.
         root: whose ``accel`` it is.
     """
     if kind == "product" and not patches and root == ROOT:
@@ -57,7 +57,7 @@ def make(kind: str = "product", patches: tuple[Path, ...] = (), root: Path = ROO
     for patch in patches:
         with patch.open("rb") as text:
             subprocess.run(
-                ["patch", "-p1", "--no-backup-if-mismatch"],
+                ["patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch"],
                 cwd=scratch.name,
                 stdin=text,
                 check=True,
