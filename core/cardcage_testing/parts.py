@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections import deque
+from contextlib import suppress
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
@@ -245,16 +246,20 @@ class TestHost:
 
     def open(self, kind: str, spec: Any, /, *, instead: Any = None, fits: Callable[[Any], object] | None = None) -> Any:
         """The object in ``opened``; a :class:`TestChar` is made for a char back end that is not there."""
-        found = self.opened.get(str(spec), self.opened.get(kind))
-        if found is None and kind == "char":
-            found = self.opened[str(spec)] = TestChar()
-        if found is None:
-            raise ConfigError(f"the test gave no {kind} back end {spec!r}")
+        found = self._found(kind, str(spec))
         if fits is not None:
             fits(found)
         if instead is not None:
             instead.close()
         return found
+
+    def _found(self, kind: str, spec: str) -> Any:
+        for key in (spec, kind):
+            with suppress(KeyError):  # a table of the test's may make what it lacks
+                return self.opened[key]
+        if kind == "char":
+            return self.opened.setdefault(spec, TestChar())
+        raise ConfigError(f"the test gave no {kind} back end {spec!r}")
 
     def ask(
         self,

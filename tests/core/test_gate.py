@@ -54,3 +54,12 @@ def test_many_fail_the_gate(tmp_path: Path) -> None:
     """More than a few are no accident: they are not run again."""
     done = gate(tmp_path, "import pytest\n@pytest.mark.parametrize('at', range(4))\ndef test_wrong(at): assert not 1\n")
     assert (done.returncode, "alone" in done.stdout) == (1, False)
+
+
+def test_tests_of_a_group_run_in_one_process(tmp_path: Path) -> None:
+    """Those that change what all processes of the host share, of which a group tells, are never beside each other."""
+    text = "import os, pathlib, pytest\n"
+    for at in range(12):
+        text += f"@pytest.mark.xdist_group('host')\ndef test_{at}():\n    pathlib.Path(str(os.getpid())).touch()\n"
+    assert gate(tmp_path, text).returncode == 0
+    assert len([one for one in tmp_path.iterdir() if one.name.isdigit()]) == 1

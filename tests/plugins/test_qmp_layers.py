@@ -137,7 +137,8 @@ def test_an_overlay_is_made_used_and_merged(tmp_path: Path) -> None:
         put(vm, 8192, b"after")
         for node in ("over", "g"):
             assert peer.ask("blockdev-del", node_name=node) == {"return": {}}
-        assert vm.config.devices[-2].options["drive"]["file"] == f"{tmp_path}/base.raw"
+        (disk,) = [one for one in vm.config.devices if "drive" in one.options]
+        assert disk.options["drive"]["file"] == f"{tmp_path}/base.raw"
     found = [seen(tmp_path / "base.raw", at) for at in (0, 4096, 8192, 65536)]
     assert found == [b"over", b"meanwhile", b"after", b"more"]
 

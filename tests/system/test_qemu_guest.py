@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -109,7 +110,7 @@ def test_a_disc_that_is_booted_beside_a_disk_of_qemu_nbd(tmp_path: Path) -> None
                 assert "not locked" in peer.ask("human-monitor-command", command_line="info block")["return"]
                 peer.ask("cont")
             assert process.stdout is not None
-            assert process.stdout.read().endswith(b"cd\n")
+            assert re.search(rb"c[.\r\n]*d\n$", process.stdout.read())  # SeaBIOS may have its dots to write yet
             assert process.wait() == 0
 
 
