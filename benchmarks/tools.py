@@ -43,20 +43,29 @@ class Line:
     def say(self, text: str) -> None:
         self._socket.sendall(text.encode())
 
-    def until(self, word: bytes) -> None:
-        """Read on until *word*."""
+    def until(self, word: bytes) -> bytes:
+        """Read on until *word*; what was before it."""
         while word not in self._held:
             data = self._socket.recv(1 << 16)
             if not data:
                 raise RuntimeError(f"hung up before {word!r}")
             self._held += data
-        self._held = self._held.partition(word)[2]
+        before, _, self._held = self._held.partition(word)
+        return before
+
+    def line(self) -> bytes:
+        """The next line."""
+        return self.until(b"\n")
 
     def ask(self, name: str, **arguments: object) -> None:
         """A QMP command, answered."""
         self.say(json.dumps({"execute": name, "arguments": arguments}))
-        self.until(b'"return"')
-        self.until(b"\n")
+        while True:  # events come between
+            answer = json.loads(self.line())
+            if "error" in answer:
+                raise RuntimeError(f"{name}: {answer['error']['desc']}")
+            if "return" in answer:
+                return
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def acts(folder: Path, began: float) -> Iterator[float]:
     yield time.perf_counter() - began
     serial.until(b"~ # ")
     qmp = Line(folder / "qmp")
-    qmp.until(b"QMP")
+    qmp.line()  # its greeting
     qmp.ask("qmp_capabilities")
     times = []
     for _ in range(300):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from attrs import field
@@ -14,7 +15,7 @@ from cardcage_qemu.board import settle
 from cardcage_qemu.keyval import Options, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["MODELS", "QUIET", "Line", "translate"]
 
@@ -220,9 +221,17 @@ class Line:
         monitors = [{"type": "qmp", **one} for one in self.monitors]
         if monitors and self.names:
             monitors[0]["names"] = self.names
+        if late := self._late():
+            self.security["open_later"] = [*self.security.get("open_later", []), *late]
         found: dict[str, Any] = {"machine": self.machine, "memory": self.memory, "boot": self.boot}
         found |= {"security": self.security, "device": [*devices, *self.devices, *monitors]}
         return {name: table for name, table in found.items() if table}
+
+    def _late(self) -> list[str]:
+        """Image files that no device has yet: ``device_add`` may name their drives."""
+        files = {spec["file"] for spec, _ in self.drives.values() if isinstance(spec.get("file"), str)}
+        late = (one for one in files - {*_texts(self.devices)} if not one.startswith("/proc/"))  # not -add-fd's
+        return sorted(one for one in late if os.path.isfile(one))
 
     def _wait_for_disks(self) -> None:
         """Disks that the guest writes are another machine's until it comes, and its memory may come after it."""
@@ -292,3 +301,12 @@ def translate(words: Sequence[str]) -> Line:
     for name, handler, first, text in sorted(pairs, key=lambda one: order.get(one[0], len(order))):
         handler(line, parse(f"-{name}", text, first) if first is not None else Options(f"-{name}", text, []))
     return line
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a table."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)

@@ -14,6 +14,7 @@ import pytest
 from cardcage import Machine
 from cardcage.hookspecs import hookimpl
 from cardcage.registry import Registry
+from cardcage_qemu import translate
 from cardcage_qemu.coming import added
 from cardcage_qmp import QmpCommand, Session, removals
 from hotplug_kit import LETS_GO
@@ -264,3 +265,12 @@ def test_an_image_by_descriptor_in_a_jail(tmp_path: Path, monkeypatch: pytest.Mo
         finally:
             process.terminate()
             process.communicate()
+
+
+def test_a_drive_for_a_device_that_comes_later_can_be_opened_then(tmp_path: Path) -> None:
+    """The jail lets the process open an image that no device has yet; not one that a device has."""
+    for name in ("used", "late"):
+        (tmp_path / name).touch()
+    words = "-accel tcg -bios x -drive if=none,id=a,format=raw,file={0}/used -device virtio-blk-pci,drive=a"
+    words += " -drive if=none,id=b,format=raw,file={0}/late -drive if=none,id=c,format=raw,file={0}/missing"
+    assert translate(words.format(tmp_path).split()).config()["security"] == {"open_later": [f"{tmp_path}/late"]}
