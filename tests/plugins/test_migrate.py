@@ -217,7 +217,8 @@ def test_a_link_that_breaks_leaves_one(vm: Machine, host: Host, kind: Kind, afte
         assert len(running) <= 1
         given_up = migrate_progress(vm).status == "given up"  # type: ignore[union-attr]  # there was one
         if kind in (Kind.COMMIT, Kind.STARTED) and not (kind is Kind.STARTED and after):
-            assert given_up
+            # its answer may have been on its way already
+            assert given_up or (kind is Kind.COMMIT and after and copy in running)
             assert not here
         if not running:
             assert given_up
