@@ -150,9 +150,7 @@ def _run(host: Host, line: Any, tables: dict[str, Any]) -> int:
             if control.lingers and outcome.status == 0 and not control.quitted.is_set():
                 control.linger()
             if isinstance(outcome, DebugExit) and not strays:
-                return (
-                    outcome.status
-                )  # without a word, as QEMU: suites take any on standard error for a failure of ours
+                return outcome.status  # without a word, as QEMU: suites take one on standard error for our failure
         return run_machine(machine, console=None)
 
 

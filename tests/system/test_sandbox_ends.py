@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cardcage.errors import StateError
-from cardcage_fleet.roster import Roster
-from cardcage_sandbox import Sandbox, Template, stop_templates
+from cardcage_sandbox import Sandbox, Template
 from cardcage_sandbox.template import keepers
 from leftovers import Leftovers
+from sandbox_kit import ends, own_templates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,26 +25,8 @@ COUNT = 1000 if LONG else 12
 @pytest.fixture(autouse=True)
 def templates(runtime: Path, kernel: Path) -> Iterator[None]:
     """Templates' processes of the test's own, of which nothing is left."""
-    runtime.parent.chmod(0o700)
-    try:
+    with own_templates(runtime):
         yield
-    finally:
-        stop_templates()
-    end = time.monotonic() + 30
-    while Roster().read()[0]:  # a copy that was being made ends once it finds nobody there
-        assert time.monotonic() < end, "a machine is left"
-
-
-def ends(pid: int) -> bool:
-    """Wait for the end of a process."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([fd], [], [], 60)[0])
-    finally:
-        os.close(fd)
 
 
 def children(pid: int) -> set[int]:

@@ -22,6 +22,7 @@ from cardcage_fleet.session import Kind, converse
 from cardcage_sandbox import CommandFailed, Sandbox, stop_templates
 from cardcage_sandbox.template import keepers, load_template
 from installed import PROGRAM
+from sandbox_kit import ends
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,18 +73,6 @@ def empty(group: Path) -> Path:
 def sandbox(template: Path) -> Iterator[Sandbox]:
     with Sandbox.create(template, metadata={"test": "yes"}, envs={"GREETING": "hello"}) as made:
         yield made
-
-
-def gone(pid: int) -> bool:
-    """Wait for the end of a process."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([fd], [], [], 60)[0])
-    finally:
-        os.close(fd)
 
 
 def test_commands(sandbox: Sandbox) -> None:
@@ -264,7 +253,7 @@ def test_the_jail(sandbox: Sandbox) -> None:
         assert "NoNewPrivs:\t1" in status
         assert "Seccomp:\t2" in status  # SECCOMP_MODE_FILTER
     assert fork.kill()
-    assert gone(pids[2])
+    assert ends(pids[2])
 
 
 def test_pause_and_resume(sandbox: Sandbox) -> None:
@@ -291,7 +280,7 @@ def test_the_time_of_one_whose_maker_is_gone(template: Path) -> None:
     found.set_timeout(100, longer=True)
     assert 190 < found.info().ends - time.time() < 201
     found.set_timeout(0.01)
-    assert gone(int(pid))
+    assert ends(int(pid))
     with pytest.raises(UsageError, match="was found"):
         found.info()
     with pytest.raises(CardcageError):
@@ -315,7 +304,7 @@ def test_one_whose_guest_ends(sandbox: Sandbox) -> None:
     with pytest.raises(CardcageError):
         sandbox.commands.run("poweroff -f", user="root")
     assert not {copy.id, sandbox.id} & {one.id for one in Sandbox.list()}
-    assert gone(sandbox.made.pid)
+    assert ends(sandbox.made.pid)
 
 
 def test_how_many_there_may_be(template: Path) -> None:

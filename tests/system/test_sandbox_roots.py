@@ -13,8 +13,8 @@ import pytest
 from cardcage.errors import ConfigError, UsageError
 from cardcage_boot.cache import cache_root
 from cardcage_boot.fetch import Shelf
-from cardcage_fleet.roster import Roster
 from cardcage_sandbox import Sandbox, Template, stop_templates
+from sandbox_kit import own_templates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,12 +25,8 @@ LONG = bool(os.environ.get("CARDCAGE_LONG_TESTS"))
 @pytest.fixture(autouse=True)
 def templates(runtime: Path, kernel: Path) -> Iterator[None]:
     """Templates' processes of the test's own, of which nothing is left."""
-    runtime.parent.chmod(0o700)
-    try:
+    with own_templates(runtime):
         yield
-    finally:
-        stop_templates()
-    assert not Roster().read()[0], "a machine is left"
 
 
 @pytest.fixture
